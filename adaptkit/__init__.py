@@ -1,0 +1,47 @@
+"""adaptkit: inspect, extract, convert, combine and merge diffusion-model adapters.
+
+The public API, imported on first use, so that ``import adaptkit`` costs nothing and never loads torch::
+
+    from adaptkit import Adapter, Checkpoint, ops
+    adapter = Adapter.open("style.safetensors")
+    report = ops.extract.run(ops.extract.plan(base, tuned, ops.extract.Options(algo="lokr", factor=8)))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from adaptkit import ops
+    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.checkpoint import Checkpoint
+    from adaptkit.errors import AdaptkitError
+    from adaptkit.names import Rows, Slot, Target
+
+__all__ = ["Adapter", "AdaptkitError", "Checkpoint", "Entry", "Rows", "Slot", "Target", "__version__", "ops"]
+
+_HOMES = {
+    "Adapter": "adaptkit.adapter",
+    "Entry": "adaptkit.adapter",
+    "Checkpoint": "adaptkit.checkpoint",
+    "AdaptkitError": "adaptkit.errors",
+    "Rows": "adaptkit.names",
+    "Slot": "adaptkit.names",
+    "Target": "adaptkit.names",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "ops":
+        return import_module("adaptkit.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adaptkit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

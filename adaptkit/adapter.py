@@ -1,0 +1,242 @@
+"""An adapter file: its slots, what stands in each, and how to read them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaptkit.algorithms._weights import ALPHA
+from adaptkit.detect import Detection, detect_adapter, families, formats
+from adaptkit.errors import AdaptkitError, NonFinite, UnknownAdapter
+from adaptkit.files.source import open_source
+from adaptkit.keymap import KeyMap, RoleName, algorithms, compile_keys, label
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from adaptkit.algorithms._weights import Facts, Weights
+    from adaptkit.families._family import ModelFamily
+    from adaptkit.files.source import TensorSource
+    from adaptkit.formats._format import KeyFormat
+    from adaptkit.names import Slot
+
+__all__ = ["Adapter", "Entry", "Problem", "open_adapter_source"]
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+DIFFUSERS_CONFIG = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with a file: `error` where it cannot be used as it stands, else `warning`."""
+
+    severity: str
+    module: str | None
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Everything the header tells about one adapted weight. `keys` maps each role to its key in the file."""
+
+    slot: Slot
+    kind: type[Weights]
+    keys: Mapping[str, str]
+    facts: Facts
+    alpha: float | None = None
+    alpha_source: str = "none"  # tensor | metadata | none
+
+    def tensors(self) -> Iterator[tuple[str, str]]:
+        """(role, key) of the tensors that hold weights: all but alpha."""
+        return ((role, key) for role, key in self.keys.items() if role != ALPHA)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter file, understood. `unclaimed` lists the keys that nobody claims, each with the reason."""
+
+    source: TensorSource
+    family: ModelFamily
+    format: KeyFormat
+    entries: Mapping[Slot, Entry]
+    unclaimed: Mapping[str, str]
+    problems: tuple[Problem, ...]
+    detection: Detection
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path, *, family: str | None = None, format: str | None = None) -> Adapter:
+        """Read the header of an adapter file, or of a PEFT folder; UnknownAdapter where no (family, format) fits."""
+        source, config = open_adapter_source(Path(path))
+        try:
+            return cls.understand(source, config, family=family, format=format)
+        except AdaptkitError as error:
+            source.close()
+            raise error.at(file=path) from None
+
+    @classmethod
+    def understand(
+        cls,
+        source: TensorSource,
+        config: Mapping[str, object] | None = None,
+        *,
+        family: str | None = None,
+        format: str | None = None,
+    ) -> Adapter:
+        """The adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
+        found = detect_adapter(source.infos, source.metadata, family=family, format=format)
+        if found.family is None or found.format is None:
+            raise UnknownAdapter(
+                "no family and key format adaptkit knows claims these keys",
+                hint=f"it begins with {next(iter(source.infos), 'nothing')!r}; see `adaptkit families` and `adaptkit formats`",
+            )
+        reader = _Reader(source, compile_keys(found.family, found.format), _Configs.of(source.metadata, config))
+        entries = reader.entries()
+        return cls(
+            source,
+            families()[found.family],
+            formats()[found.format],
+            entries,
+            reader.unclaimed,
+            tuple(reader.problems),
+            found,
+            source.metadata,
+        )
+
+    @cached_property
+    def alpha_source(self) -> str:
+        """Where alpha comes from: `tensor`, `metadata`, `none` or `mixed`, over the entries whose scale needs one."""
+        sources = {entry.alpha_source for entry in self.entries.values() if entry.facts.rank is not None}
+        return sources.pop() if len(sources) == 1 else ("mixed" if sources else "none")
+
+    def label(self, slot: Slot) -> str:
+        """What people call a slot."""
+        return label(self.family.name, slot)
+
+    def algorithms(self) -> dict[str, int]:
+        """How many slots each algorithm has."""
+        return dict(Counter(entry.kind.name for entry in self.entries.values()).most_common())
+
+    def read(self, entry: Entry) -> dict[str, Tensor]:
+        """The stored tensors of an entry by role, alpha left out (it is in `facts.scale`)."""
+        return {role: self.source.read(key) for role, key in entry.tensors()}
+
+    def weights(self, entry: Entry) -> Weights:
+        """The weights of an entry, decoded, in their stored dtype."""
+        return entry.kind.decode(self.read(entry), entry.facts)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.source.close()
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:
+    config = path / PEFT_CONFIG
+    if not config.is_file():
+        return open_source(path), None
+    weights = next((path / name for name in PEFT_WEIGHTS if (path / name).is_file()), path)
+    try:
+        return open_source(weights), json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UnknownAdapter(f"{PEFT_CONFIG} is not readable as JSON: {error}", file=config) from None
+
+
+@dataclass(frozen=True)
+class _Configs:
+    """Alphas that stand in metadata: PEFT's LoraConfig fields, per component where diffusers wrote them."""
+
+    configs: Mapping[str, Mapping[str, object]]
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], config: Mapping[str, object] | None) -> _Configs:
+        if config is not None:
+            return cls({"": config})
+        try:
+            stored = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
+        except ValueError:
+            stored = {}
+        parts: dict[str, dict[str, object]] = {}
+        for name, value in stored.items() if isinstance(stored, dict) else ():
+            component, _, key = name.partition(".")
+            parts.setdefault(component, {})[key] = value
+        return cls(parts)
+
+    def alpha(self, component: str, module: str) -> tuple[float | None, bool]:
+        """(alpha, rsLoRA?) of a module, named as the file names it; patterns match as PEFT's do (the name's end)."""
+        config = self.configs.get(component) or self.configs.get("") or {}
+        patterns = config.get("alpha_pattern") or {}
+        alpha = config.get("lora_alpha", config.get("alpha"))
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+                break
+        return (float(alpha) if isinstance(alpha, int | float) else None), bool(config.get("use_rslora"))
+
+
+class _Reader:
+    """Groups keys by slot and makes entries of them; what does not fit is listed, never dropped."""
+
+    def __init__(self, source: TensorSource, keys: KeyMap, configs: _Configs) -> None:
+        self.source = source
+        self.keys = keys
+        self.configs = configs
+        self.unclaimed: dict[str, str] = {}
+        self.problems: list[Problem] = []
+
+    def entries(self) -> dict[Slot, Entry]:
+        groups: dict[Slot, dict[str, tuple[RoleName, ...]]] = {}
+        for key in self.source.infos:
+            parsed = self.keys.parse(key)
+            if parsed is None:
+                self.unclaimed[key] = "no such module or tensor in this family and format"
+            else:
+                groups.setdefault(parsed.slot, {})[key] = parsed.roles
+        found = ((slot, self._entry(slot, group)) for slot, group in groups.items())
+        return {slot: entry for slot, entry in found if entry is not None}
+
+    def _entry(self, slot: Slot, group: Mapping[str, tuple[RoleName, ...]]) -> Entry | None:
+        chosen = _whole(group)
+        if chosen is None:
+            return self._refuse(slot, group, "incomplete or mixed: " + ", ".join(sorted({r[0][1] for r in group.values()})))
+        kind, keys = chosen
+        alpha, origin, rank_scaled = self._alpha(slot, keys)
+        try:
+            facts = kind.facts({role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}, alpha, rank_scaled)
+        except (AdaptkitError, NonFinite) as error:
+            return self._refuse(slot, group, error.message)
+        return Entry(slot, kind, keys, facts, alpha, origin)
+
+    def _alpha(self, slot: Slot, keys: Mapping[str, str]) -> tuple[float | None, str, bool]:
+        if ALPHA in keys:
+            return self.source.scalar(keys[ALPHA]), "tensor", False
+        module = label(self.keys.family.name, slot).removeprefix(f"{slot.component}.")
+        alpha, rank_scaled = self.configs.alpha(slot.component, module)
+        return alpha, "none" if alpha is None else "metadata", rank_scaled
+
+    def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
+        self.problems.append(Problem("error", label(self.keys.family.name, slot), what))
+        self.unclaimed |= dict.fromkeys(group, what)
+
+
+def _whole(group: Mapping[str, tuple[RoleName, ...]]) -> tuple[type[Weights], dict[str, str]] | None:
+    """The algorithm that all tensors of a slot belong to, and its keys by role; None where there is none."""
+    for name in dict.fromkeys(algorithm for roles in group.values() for algorithm, _ in roles):
+        kind = algorithms()[name]
+        keys = {role: key for key, roles in group.items() for algorithm, role in roles if algorithm == name}
+        if len(keys) == len(group) and frozenset(keys) - {ALPHA} in kind.forms:
+            return kind, keys
+    return None

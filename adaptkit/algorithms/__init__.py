@@ -1,0 +1,1 @@
+"""Algorithms: what an adapter's tensors mean. One file each, attribute `ALGORITHM`."""

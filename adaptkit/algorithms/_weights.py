@@ -1,0 +1,224 @@
+"""The contract of an algorithm: what its tensors are called, what their shapes say, and what they mean.
+
+Only `facts`, `decode`, `encode` and `delta` are obligatory. Everything is written for matrices with leading batch
+dimensions, `(..., m, n)`: a convolution is its kernel flattened to (out, in·K), a bias or norm a column (out, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.errors import NonFinite, NotRepresentable, ShapeMismatch
+from adaptkit.names import WEIGHT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ALPHA", "Dense", "Facts", "Factor", "FitSpec", "Product", "Role", "Shapes", "Tucker", "Weights", "flat", "scaling"]
+
+ALPHA = "alpha"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one tensor is to its algorithm: its default spelling (a key suffix) and others found in real files.
+
+    `param` is the parameter it adapts.
+    """
+
+    spelling: str
+    also: tuple[str, ...] = ()
+    param: str = WEIGHT
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the shapes (and alpha) of one adapted weight say, before any tensor is read.
+
+    `rows` × `columns` is the matrix it adapts; `kernel` its kernel size, `()` for a linear layer, None where the stored
+    shapes do not tell. `rank` is None for dense kinds. `scale` multiplies the product.
+    """
+
+    rows: int
+    columns: int
+    kernel: tuple[int, ...] | None
+    rank: int | None
+    scale: float
+    vector: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FitSpec:
+    """How to fit weights to a difference: `rank` (None: the kind's fullest form), `kernel` of the target, LoKr's `factor`."""
+
+    rank: int | None = None
+    kernel: tuple[int, ...] = ()
+    factor: int = 8
+    svd: str = "auto"
+    seed: int = 0
+
+
+class Weights:
+    """One adapted weight, or a batch of equally shaped ones (leading dimensions)."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    roles: ClassVar[Mapping[str, Role]]
+    forms: ClassVar[tuple[frozenset[str], ...]]  # the sets of roles that make a whole, alpha aside
+    additive: ClassVar[bool] = True
+    extractable: ClassVar[bool] = False
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:
+        """Rank, size, kernel and scale from stored shapes; ShapeMismatch where they do not fit together.
+
+        `rank_scaled`: alpha is divided by √rank (rsLoRA, arXiv:2312.03732) instead of rank.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        """Stored tensors (with or without equal leading batch dimensions) to matrices; no copy, no change of dtype."""
+        raise NotImplementedError
+
+    def encode(self) -> dict[str, Tensor]:
+        """The stored tensors by role, alpha included where the kind has one (float32, no dimensions)."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """ΔW, (..., rows, columns), in float32 or wider."""
+        raise NotImplementedError
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        """W + strength·ΔW for `base` (..., rows, columns) of float32 or wider; may overwrite and return `base`."""
+        return base.add_(self.delta(), alpha=strength)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(left, right) with left·right = ΔW exactly, (..., rows, r) and (..., r, columns)."""
+        raise NotRepresentable(f"{self.name} has no exact low-rank factors")
+
+    def part(self, start: int, stop: int) -> Self:
+        """The weights of output rows [start, stop), exactly."""
+        raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
+
+    def trimmed(self) -> Self:
+        """Without ranks that carry nothing (numerically null); one unbatched member only."""
+        return self
+
+    @classmethod
+    def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
+        """The nearest weights of this kind to `delta` (..., rows, columns), in Frobenius norm."""
+        raise NotRepresentable(f"{cls.name} cannot be fitted to a difference")
+
+    def member(self, index: int) -> Self:
+        """One member of a batch with a single leading dimension."""
+        chosen = {f.name: _pick(getattr(self, f.name), index) for f in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**chosen)
+
+
+def _pick(value: object, index: int) -> object:
+    if isinstance(value, Factor):
+        return type(value)(*(_pick(getattr(value, f.name), index) for f in fields(value)))
+    return value[index] if hasattr(value, "ndim") else value  # type: ignore[index]
+
+
+def flat(tensor: Tensor, ndim: int) -> Tensor:
+    """A stored tensor of `ndim` own dimensions as (..., first, rest): `(..., r, i, kh, kw)` → `(..., r, i·kh·kw)`."""
+    return tensor.reshape(*tensor.shape[: tensor.ndim - ndim + 1], -1)
+
+
+def scaling(alpha: float | None, rank: int, rank_scaled: bool = False) -> float:
+    """alpha / rank, 1 where there is no alpha (kohya, LyCORIS and PEFT agree; rsLoRA divides by √rank)."""
+    if alpha is None:
+        return 1.0
+    if not math.isfinite(alpha):
+        raise NonFinite(f"alpha is {alpha}")
+    return alpha / (math.sqrt(rank) if rank_scaled else rank)
+
+
+def matched(condition: bool, roles: str, shapes: Shapes) -> None:
+    """Raise ShapeMismatch with the shapes of these roles unless the condition holds."""
+    if not condition:
+        listed = ", ".join(f"{role} {list(shapes[role])}" for role in roles.split() if role in shapes)
+        raise ShapeMismatch(f"these shapes do not fit together: {listed}")
+
+
+class Factor:
+    """One side of a Kronecker product: `Dense | Product | Tucker`."""
+
+    def dense(self) -> Tensor:
+        """The matrix, (..., m, n), in float32 or wider."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        """m."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Factor):
+    """A matrix stored as it is, (..., m, n)."""
+
+    matrix: Tensor
+
+    def dense(self) -> Tensor:  # noqa: D102
+        from adaptkit.linalg.precision import upcast
+
+        return upcast(self.matrix)
+
+    @property
+    def rows(self) -> int:  # noqa: D102
+        return int(self.matrix.shape[-2])
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Factor):
+    """left (..., m, r) · right (..., r, n)."""
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:  # noqa: D102
+        from adaptkit.linalg.precision import upcast
+
+        return upcast(self.left) @ upcast(self.right)
+
+    @property
+    def rows(self) -> int:  # noqa: D102
+        return int(self.left.shape[-2])
+
+
+@dataclass(frozen=True, eq=False)
+class Tucker(Factor):
+    """Σ_{pq} left[:, p] core[p, q, :] right[q, :]: left (..., m, r), core (..., r, s, K), right (..., s, d) → (..., m, d·K)."""
+
+    core: Tensor
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:  # noqa: D102
+        from adaptkit.linalg.precision import upcast
+
+        return upcast(self.left) @ spread(upcast(self.core), upcast(self.right))
+
+    @property
+    def rows(self) -> int:  # noqa: D102
+        return int(self.left.shape[-2])
+
+
+def spread(core: Tensor, right: Tensor) -> Tensor:
+    """core (..., r, s, K) ×₂ right (..., s, d) → (..., r, d·K), kernel index fastest as in `flatten(1)` of a conv."""
+    wide = core.transpose(-1, -2) @ right.unsqueeze(-3)  # (..., r, K, d)
+    return wide.transpose(-1, -2).reshape(*wide.shape[:-2], -1)
+
+
+def roles(**named: Role) -> Mapping[str, Role]:
+    """The roles of an algorithm, read-only."""
+    return MappingProxyType(named)

@@ -1,0 +1,75 @@
+"""full: the difference itself, of a matrix, a bias or a norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._weights import Facts, FitSpec, Role, Shapes, Weights, matched, roles
+from adaptkit.names import BIAS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Full(Weights):
+    """ΔW = diff (..., m, n); a bias or norm vector is a column, (..., m, 1). No scale.
+
+    Stored as `diff` and `diff_b` for layers, `w_norm` and `b_norm` for norms (LyCORIS `modules/full.py`, `norms.py`).
+    """
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "full difference"
+    extractable: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        diff=Role("diff"),
+        diff_b=Role("diff_b", param=BIAS),
+        w_norm=Role("w_norm"),
+        b_norm=Role("b_norm", param=BIAS),
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = tuple(frozenset({role}) for role in roles)
+
+    diff: Tensor
+    kernel: tuple[int, ...] = ()
+    role: str = "diff"
+    vector: bool = False
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:  # noqa: ARG003
+        ((_, shape),) = shapes.items()
+        matched(len(shape) >= 1, " ".join(shapes), shapes)
+        return Facts(shape[0], math.prod(shape[1:]), shape[2:], None, 1.0, vector=len(shape) == 1)
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        ((role, stored),) = tensors.items()
+        own = 1 if facts.vector else 2 + len(facts.kernel or ())
+        matrix = stored.reshape(*stored.shape[: stored.ndim - own], facts.rows, facts.columns)
+        return cls(matrix, facts.kernel or (), role, facts.vector)
+
+    def encode(self) -> dict[str, Tensor]:
+        rows = self.diff.shape[:-1]
+        return {self.role: self.diff.reshape(rows if self.vector else (*rows, -1, *self.kernel))}
+
+    def delta(self) -> Tensor:
+        from adaptkit.linalg.precision import upcast
+
+        return upcast(self.diff)
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        return base.add_(self.diff, alpha=strength)
+
+    def part(self, start: int, stop: int) -> Self:
+        return replace(self, diff=self.diff[..., start:stop, :])
+
+    @classmethod
+    def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
+        """The difference itself."""
+        return cls(delta, spec.kernel)
+
+
+ALGORITHM = Full

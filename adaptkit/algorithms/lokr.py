@@ -1,0 +1,191 @@
+"""LoKr: a Kronecker product of two small matrices, either of them possibly a low-rank product."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._weights import (
+    ALPHA,
+    Dense,
+    Factor,
+    Facts,
+    FitSpec,
+    Product,
+    Role,
+    Shapes,
+    Tucker,
+    Weights,
+    matched,
+    roles,
+    scaling,
+)
+from adaptkit.errors import NotRepresentable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+W1_FORMS = (("w1",), ("w1_a", "w1_b"))
+W2_FORMS = (("w2",), ("w2_a", "w2_b"), ("t2", "w2_a", "w2_b"))
+
+
+@dataclass(frozen=True, eq=False)
+class Lokr(Weights):
+    """ΔW = scale · (W1 ⊗ W2).   W1: (..., a, b)   W2: (..., c, d·K)   out = a·c, in = b·d, K = kernel size
+
+    scale is alpha / rank if a factor is stored as a product, the rank being that factor's; otherwise 1, whatever alpha
+    says: files exist with alpha = 1e10 there (source: LyCORIS `modules/lokr.py`, ComfyUI and InvokeAI agree; PEFT alone
+    multiplies by alpha / r always). With `t2`, W2[c, d, k] = Σ w2_a[p, c] t2[p, q, k] w2_b[q, d] (`w2_a` is stored
+    transposed). The kernel of a convolution flattens as `flatten(1)` does, so kron(W1, W2.flatten(1)) is exact.
+    """
+
+    name: ClassVar[str] = "lokr"
+    title: ClassVar[str] = "LoKr"
+    extractable: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        **{role: Role(f"lokr_{role}") for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}, alpha=Role(ALPHA)
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = tuple(frozenset(one + two) for one, two in product(W1_FORMS, W2_FORMS))
+
+    w1: Factor
+    w2: Factor
+    scale: float
+    kernel: tuple[int, ...] | None = ()
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:
+        (a, b), rank1 = _first(shapes)
+        (c, columns, kernel), rank2 = _second(shapes)
+        # LyCORIS, ComfyUI and InvokeAI take the rank of w2 where it is a product, else that of w1
+        rank = rank2 or rank1
+        scale = scaling(alpha, rank, rank_scaled) if rank else 1.0
+        return Facts(a * c, b * columns, kernel, rank, scale)
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        w1: Factor = Dense(tensors["w1"]) if "w1" in tensors else Product(tensors["w1_a"], tensors["w1_b"])
+        return cls(w1, _decoded(tensors, facts), facts.scale, facts.kernel)
+
+    def encode(self) -> dict[str, Tensor]:
+        import torch
+
+        stored: dict[str, Tensor] = {}
+        if isinstance(self.w1, Product):
+            stored |= {"w1_a": self.w1.left, "w1_b": self.w1.right}
+        elif isinstance(self.w1, Dense):
+            stored["w1"] = self.w1.matrix
+        stored |= self._second_stored()
+        # both full: scale is 1 for every reader that ignores alpha, and with rank 1 for those that do not
+        stored[ALPHA] = torch.tensor(self.scale * (self.rank or 1), dtype=torch.float32)
+        return stored
+
+    def _second_stored(self) -> dict[str, Tensor]:
+        match self.w2:
+            case Dense(matrix):
+                kernel = self.kernel or ()
+                return {"w2": matrix.reshape(*matrix.shape[:-1], -1, *kernel)}
+            case Product(left, right):
+                return {"w2_a": left, "w2_b": right}
+            case Tucker(core, left, right):
+                shape = (*core.shape[:-1], *(self.kernel or ()))
+                return {"t2": core.reshape(shape), "w2_a": left.transpose(-1, -2), "w2_b": right}
+        raise TypeError(type(self.w2).__name__)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that alpha is divided by; None where both factors are full."""
+        match self.w2:
+            case Product(_, right) | Tucker(_, _, right):
+                return int(right.shape[-2])
+        return int(self.w1.right.shape[-2]) if isinstance(self.w1, Product) else None
+
+    def delta(self) -> Tensor:
+        from adaptkit.linalg.kron import kron
+
+        return kron(self.w1.dense() * self.scale, self.w2.dense())
+
+    def part(self, start: int, stop: int) -> Self:
+        """Exact where the cut falls between the blocks of W2: rows of W1."""
+        c = self.w2.rows
+        if start % c or stop % c:
+            raise NotRepresentable(
+                f"rows {start} to {stop} cut through a Kronecker block of {c} rows",
+                hint="convert it to lora or full first",
+            )
+        cut = slice(start // c, stop // c)
+        if isinstance(self.w1, Product):
+            return replace(self, w1=Product(self.w1.left[..., cut, :], self.w1.right))
+        return replace(self, w1=Dense(self.w1.dense()[..., cut, :]))
+
+    @classmethod
+    def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
+        """Nearest Kronecker product (Van Loan and Pitsianis 1993), w2 full, or of low rank by alternating least squares.
+
+        Written so that LyCORIS and ComfyUI both load it: one factor for both sides, w2 full once the rank reaches half of
+        its larger side, `w2_b` two-dimensional, no Tucker, alpha = rank (reference §3.5).
+        """
+        from adaptkit.linalg.kron import factorization, nearest_kron, nearest_kron_lowrank
+
+        rows, columns = delta.shape[-2:]
+        window = math.prod(spec.kernel)
+        a, c = factorization(rows, spec.factor)
+        b, d = factorization(columns // window, spec.factor)
+        if spec.rank is None or spec.rank >= max(c, d) / 2 or spec.rank >= min(c, d * window):
+            best = nearest_kron(delta, a, b)
+            return cls(Dense(best.w1), Dense(best.w2), 1.0, spec.kernel)
+        low = nearest_kron_lowrank(delta, a, b, spec.rank)
+        return cls(Dense(low.w1), Product(low.left, low.right), 1.0, spec.kernel)
+
+
+def _first(shapes: Shapes) -> tuple[tuple[int, int], int | None]:
+    """(a, b) and the rank of w1."""
+    if "w1" in shapes:
+        w1 = shapes["w1"]
+        matched(len(w1) == 2, "w1", shapes)
+        return (w1[0], w1[1]), None
+    left, right = shapes["w1_a"], shapes["w1_b"]
+    matched(len(left) == len(right) == 2 and left[1] == right[0] > 0, "w1_a w1_b", shapes)
+    return (left[0], right[1]), right[0]
+
+
+def _second(shapes: Shapes) -> tuple[tuple[int, int, tuple[int, ...] | None], int | None]:
+    """(c, d·K, kernel) and the rank of w2; the kernel of a flattened `w2_b` is not stored."""
+    if "w2" in shapes:
+        w2 = shapes["w2"]
+        matched(len(w2) >= 2, "w2", shapes)
+        return (w2[0], math.prod(w2[1:]), w2[2:]), None
+    left, right = shapes["w2_a"], shapes["w2_b"]
+    matched(len(left) >= 2 and len(right) >= 2, "w2_a w2_b", shapes)
+    if "t2" in shapes:
+        core = shapes["t2"]
+        matched(len(core) > 2 and core[0] == left[0] and core[1] == right[0] > 0, "t2 w2_a w2_b", shapes)
+        return (left[1], math.prod(right[1:]) * math.prod(core[2:]), core[2:]), right[0]
+    matched(left[1] == right[0] > 0, "w2_a w2_b", shapes)
+    kernel = right[2:] or None
+    return (left[0], math.prod(right[1:]), kernel), right[0]
+
+
+def _decoded(tensors: Mapping[str, Tensor], facts: Facts) -> Factor:
+    batch = _batch(tensors)
+    if "w2" in tensors:
+        w2 = tensors["w2"]
+        return Dense(w2.reshape(*w2.shape[: batch + 1], -1))
+    left, right = tensors["w2_a"], tensors["w2_b"]
+    right = right.reshape(*right.shape[: batch + 1], -1)
+    left = left.reshape(*left.shape[: batch + 2])
+    if "t2" in tensors:
+        core = tensors["t2"]
+        return Tucker(core.reshape(*core.shape[: batch + 2], -1), left.transpose(-1, -2), right)
+    return Product(left, right)
+
+
+def _batch(tensors: Mapping[str, Tensor]) -> int:
+    """How many leading batch dimensions: w1's own are two (it is never stored with more)."""
+    return tensors["w1" if "w1" in tensors else "w1_a"].ndim - 2
+
+
+ALGORITHM = Lokr

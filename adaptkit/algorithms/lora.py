@@ -1,0 +1,136 @@
+"""LoRA, and LoCon: a low-rank product, with a Tucker core for convolutions where `mid` is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._weights import ALPHA, Facts, FitSpec, Role, Shapes, Weights, flat, matched, roles, scaling, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+NULL = 1e-6  # σ below this share of σ₁ is float32 noise (reference §2.2: about 1e-7), not rank
+
+
+@dataclass(frozen=True, eq=False)
+class Lora(Weights):
+    """ΔW = scale · up · down.   up: (..., m, r)   down: (..., r, i·K)   mid (Tucker): (..., r, r, K), then down: (..., r, i)
+
+    scale is alpha / rank (Hu et al., arXiv:2106.09685; kohya sd-scripts `networks/lora.py`). With `mid`,
+    ΔW[o, i, k] = scale · Σ up[o, p] mid[p, q, k] down[q, i] (LyCORIS `functional/general.py: rebuild_tucker`).
+    DyLoRA and LoRA-FA files are LoRA files.
+    """
+
+    name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA / LoCon"
+    extractable: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        up=Role("lora_up.weight", ("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_linear_layer.up.weight")),
+        down=Role(
+            "lora_down.weight",
+            ("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_linear_layer.down.weight"),
+        ),
+        mid=Role("lora_mid.weight"),
+        alpha=Role(ALPHA),
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"up", "down"}), frozenset({"up", "down", "mid"}))
+
+    up: Tensor
+    down: Tensor
+    scale: float
+    kernel: tuple[int, ...] = ()
+    mid: Tensor | None = None
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:
+        up, down, mid = shapes["up"], shapes["down"], shapes.get("mid")
+        matched(len(up) >= 2 and len(down) >= 2 and all(n == 1 for n in up[2:]), "up down", shapes)
+        rank = down[0]
+        matched(rank > 0 and up[1] == (mid[0] if mid else rank), "up mid down", shapes)
+        kernel = down[2:]
+        if mid is not None:
+            matched(len(mid) > 2 and mid[1] == rank and all(n == 1 for n in kernel), "up mid down", shapes)
+            kernel = mid[2:]
+        return Facts(up[0], _columns(down[1], kernel), kernel, rank, scaling(alpha, rank, rank_scaled))
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        kernel = facts.kernel or ()
+        mid = tensors.get("mid")
+        core = None if mid is None else mid.reshape(*mid.shape[: mid.ndim - len(kernel)], -1)
+        own = 2 + len(kernel)
+        down = flat(tensors["down"], own)
+        # a 1×1 convolution's `up` may be stored with or without its trailing ones
+        up = tensors["up"].reshape(*down.shape[:-2], facts.rows, -1)
+        return cls(up, down, facts.scale, kernel, core)
+
+    def encode(self) -> dict[str, Tensor]:
+        import torch
+
+        rank = self.down.shape[-2]
+        batch = self.down.shape[:-2]
+        ones = [1] * len(self.kernel)
+        stored = {"up": self.up.reshape(*batch, *self.up.shape[-2:], *ones)}
+        if self.mid is None:
+            stored["down"] = self.down.reshape(*batch, rank, -1, *self.kernel)
+        else:
+            stored["mid"] = self.mid.reshape(*self.mid.shape[:-1], *self.kernel)
+            stored["down"] = self.down.reshape(*batch, rank, -1, *ones)
+        stored[ALPHA] = torch.tensor(self.scale * rank, dtype=torch.float32)
+        return stored
+
+    def _right(self) -> Tensor:
+        from adaptkit.linalg.precision import upcast
+
+        down = upcast(self.down)
+        return down if self.mid is None else spread(upcast(self.mid), down)
+
+    def delta(self) -> Tensor:
+        left, right = self.factors()
+        return left @ right
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        from adaptkit.linalg.precision import upcast
+
+        return upcast(self.up) * self.scale, self._right()
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        left, right = self.factors()
+        left, right = left.to(base.dtype) * strength, right.to(base.dtype)
+        if base.ndim == 2:
+            return base.addmm_(left, right)
+        return base.add_(left @ right) if base.ndim != 3 else base.baddbmm_(left, right)
+
+    def part(self, start: int, stop: int) -> Self:
+        return replace(self, up=self.up[..., start:stop, :])
+
+    def trimmed(self) -> Self:
+        """Drop trailing ranks whose share is float32 noise; fitted factors are balanced, so row norms of `down` are √σ."""
+        norms = self.down.float().norm(dim=-1).square()
+        kept = max(1, int((norms > NULL * norms.max()).sum()))
+        if self.mid is not None or kept == norms.numel():
+            return self
+        return replace(self, up=self.up[..., :kept], down=self.down[..., :kept, :])
+
+    @classmethod
+    def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
+        """Best rank-k approximation (Eckart–Young), factors balanced by √σ, alpha = rank."""
+        from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
+
+        smaller = min(delta.shape[-2:])
+        rank = smaller if spec.rank is None else min(spec.rank, smaller)
+        svd = truncated_svd(delta, SvdSpec(rank, method=spec.svd, seed=spec.seed))  # type: ignore[arg-type]
+        up, down = svd.balanced()
+        return cls(up, down, 1.0, spec.kernel)
+
+
+def _columns(inputs: int, kernel: tuple[int, ...]) -> int:
+    for n in kernel:
+        inputs *= n
+    return inputs
+
+
+ALGORITHM = Lora

@@ -1,0 +1,312 @@
+"""Report → rich table or JSON. The only place that knows either."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from adaptkit.ops import extract, inspect, merge
+
+__all__ = ["Talk", "human", "inspected", "listed"]
+
+_MANY = 12  # of a thing are listed, then "and n more"
+LABEL = "bold cyan"
+
+
+def document(command: str, body: Mapping[str, Any]) -> None:
+    """Print exactly one JSON document on stdout."""
+    click.echo(json.dumps({"adaptkit": __version__, "command": command, **body}, ensure_ascii=False, indent=2))
+
+
+def human(count: float) -> str:
+    """Bytes as people write them, powers of 1000: 151.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console; colour only on a terminal, no markup or emoji read out of key names."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Any:
+    """A two-column grid of label and value."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(Text(f"  {name}", style=LABEL), Text(value))
+    return grid
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Any:
+    """A plain table: header, no borders, so that it can be cut and pasted."""
+    from rich.table import Table
+    from rich.text import Text
+
+    built = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=LABEL)
+    for name in columns:
+        built.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
+    for row in rows:
+        built.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    return built
+
+
+def _counts(counts: Mapping[str, int], form: str = "{0} {1}") -> str:
+    shown = [form.format(name, n) for name, n in list(counts.items())[:_MANY]]
+    more = len(counts) - _MANY
+    return " · ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+
+
+def _percent(share: float) -> str:
+    """A share, with as many digits as it needs to be told from 0 and 1."""
+    if share in (0.0, 1.0) or 0.001 <= share <= 0.999:
+        return f"{share:.1%}"
+    return f"{share:.2e}" if share < 0.001 else f"{share:.4%}"
+
+
+# inspect ---------------------------------------------------------------------------------------------------------
+
+
+def inspected(
+    reports: Sequence[inspect.Report], *, keys: bool, modules: bool, as_json: bool, quiet: bool
+) -> None:
+    """Show what `inspect` found: one file in full, several as a table; errors on stderr."""
+    if as_json:
+        document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
+    elif not quiet:
+        _show(reports, keys, modules)
+    for report in reports:
+        if report.error is not None:
+            click.echo(click.style("error:", fg="red", bold=True) + f" {report.error}", err=True)
+            if report.error.hint:
+                click.echo(click.style("hint:", fg="cyan", bold=True) + f" {report.error.hint}", err=True)
+
+
+def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, Any]:
+    record = report.to_dict()
+    if report.error is None and keys:
+        record["keys"] = list(report.keys)
+    if report.error is None and modules:
+        record["module_list"] = list(report.modules)
+    return record
+
+
+def _show(reports: Sequence[inspect.Report], keys: bool, modules: bool) -> None:
+    good = [report for report in reports if report.error is None]
+    if len(reports) > 1 and not (keys or modules):
+        return _overview(good)
+    for report in good:
+        _file(report)
+        if modules:
+            _modules(report)
+        if keys:
+            _keys(report)
+
+
+def _overview(reports: Sequence[inspect.Report]) -> None:
+    if not reports:
+        return
+    rows = [
+        (
+            PurePath(r["path"]).name,
+            human(r["bytes"]),
+            r["kind"],
+            r["family"] or "?",
+            r["format"] or "",
+            _counts(r["algorithms"]),
+            " ".join(list(r["ranks"])[:4]) + (" …" if len(r["ranks"]) > 4 else ""),
+            f"{len(r['problems'])}" if r["problems"] else "",
+        )
+        for r in (report.record for report in reports)
+    ]
+    columns = ("file", "size", "kind", "family", "format", "modules", "rank", "problems")
+    console().print(table(columns, rows, right=("size",)))
+
+
+def _file(report: inspect.Report) -> None:
+    from rich.text import Text
+
+    record = report.record
+    out = console()
+    out.print(Text(PurePath(record["path"]).name, style="bold"), Text(f"{record['kind']}, {human(record['bytes'])}"))
+    out.print(facts((name, value) for name, value in _lines(record) if value))
+    for problem in record["problems"]:
+        where = f"{problem['module']}: " if problem["module"] else ""
+        style = "red" if problem["severity"] == "error" else "yellow"
+        out.print(Text(f"  {problem['severity']}: ", style=style) + Text(f"{where}{problem['what']}"))
+
+
+def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    evidence = record["evidence"]
+    alike = f"  (or {', '.join(evidence['alternatives'])}: the names do not tell)" if evidence["alternatives"] else ""
+    yield "family", (record["family"] or "unknown") + alike
+    yield "format", record["format"] or ""
+    yield "layout", record.get("layout", "")
+    yield "algorithms", _counts(record["algorithms"])
+    yield "parts", _counts(record["components"])
+    yield "ranks", _counts(record["ranks"], "{0} (×{1})")
+    if record["scales"]:
+        yield "scales", f"{_counts(record['scales'], '{0} (×{1})')}, alpha from {record['alpha_source']}"
+    yield "parameters", f"{record['parameters']:,}"
+    yield "dtypes", _counts(record["dtypes"], "{0} (×{1})")
+    yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
+    yield "sha256", record.get("sha256", "")
+    yield "metadata", _metadata(record["metadata"])
+
+
+def _metadata(metadata: Mapping[str, str]) -> str:
+    shown = ("modelspec.title", "modelspec.architecture", "ss_base_model_version", "ss_network_module", "ss_network_dim")
+    found = [f"{name} = {metadata[name]}" for name in shown if name in metadata]
+    rest = len(metadata) - len(found)
+    return "\n".join([*found, *([f"and {rest} more (see --json)"] if rest else [])])
+
+
+def _modules(report: inspect.Report) -> None:
+    if not report.modules:
+        return
+    columns = list(report.modules[0])
+    console().print(table(columns, ([_cell(m[c]) for c in columns] for m in report.modules)))
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, list):
+        return "×".join(map(str, value)) or "–"
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _keys(report: inspect.Report) -> None:
+    rows = ((k["key"], k["dtype"], "×".join(map(str, k["shape"])) or "scalar", k["note"]) for k in report.keys)
+    console().print(table(("key", "dtype", "shape", "note"), rows))
+
+
+# formats, families, algorithms -----------------------------------------------------------------------------------
+
+
+def listed(kind: str, rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
+    """Show one of the tables of what this version knows."""
+    if as_json:
+        return document(kind, {kind: [dict(row) for row in rows]})
+    columns = list(rows[0])
+    console().print(table([c.replace("_", " ") for c in columns], ([_plain(row[c]) for c in columns] for row in rows)))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {title}" for name, title in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+# writers ---------------------------------------------------------------------------------------------------------
+
+
+class Talk:
+    """What a writing command says: progress and summary on stderr, the output's path or one JSON document on stdout."""
+
+    def __init__(self, command: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+        self.command, self.as_json, self.quiet, self.verbose = command, as_json, quiet, verbose
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A bar on stderr, on a terminal only."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    def plan(self, plan: Mapping[str, Any]) -> None:
+        """The plan of a dry run, on stdout: it is what was asked for."""
+        if self.as_json:
+            return document(self.command, {"dry_run": True, **plan})
+        out = console()
+        if self.verbose:
+            columns = list(plan["details"][0])
+            out.print(table(columns, ([_cell(d[c]) for c in columns] for d in plan["details"])))
+        out.print("would write", plan["output"])
+        out.print(facts((name.replace("_", " "), _shown(name, value)) for name, value in plan.items() if _summary(name, value)))
+        _unused(out, plan["unused"])
+
+    def extracted(self, report: extract.Report) -> None:
+        """Summary of an extraction."""
+        same = report.lora_same_size
+        rows = [
+            ("adapter", f"{report.algorithm} for {report.family}, {report.format} keys, {human(report.bytes)}"),
+            ("modules", f"{report.modules} written, {report.unchanged} unchanged and left out"),
+            ("captured", f"{_percent(report.captured)} of ‖ΔW‖², relative error {report.relative_error:.3g}"),
+            ("same size", "" if same is None else f"a LoRA of as many parameters would capture {_percent(min(1.0, same))}"),
+        ]
+        columns = ("module", "algorithm", "rank", "captured", "relative_error")
+        self._written(report, rows, columns, report.notes)
+
+    def merged(self, report: merge.Report) -> None:
+        """Summary of a merge."""
+        each = "\n".join(f"{PurePath(a['path']).name} × {a['strength']:g}: {a['modules']} modules" for a in report.adapters)
+        rows = [
+            ("adapters", each),
+            ("tensors", f"{report.changed} of {report.tensors} changed, ‖ΔW‖/‖W‖ = {report.relative_change:.3g} over them"),
+            ("rounding", f"{report.relative_error:.3g} of ‖ΔW‖ lost to the number format"),
+            ("size", human(report.bytes)),
+        ]
+        self._written(report, rows, ("module", "algorithm", "rank", "relative_change"), ())
+
+    def _written(self, report: Any, rows: Sequence[tuple[str, str]], columns: Sequence[str], notes: Sequence[str]) -> None:
+        if self.as_json:
+            return document(self.command, report.to_dict())
+        click.echo(str(report.output))
+        if self.quiet:
+            return
+        err = console(stderr=True)
+        if self.verbose:
+            err.print(table(columns, ([_cell(d[c]) for c in columns] for d in report.details)))
+        err.print(facts([row for row in (*rows, ("seconds", f"{report.seconds:.1f}")) if row[1]]))
+        _unused(err, [item.to_dict() for item in report.unused])
+        for note in notes:
+            err.print(f"note: {note}", style="yellow")
+
+
+def _summary(name: str, value: object) -> bool:
+    return name not in ("details", "unused", "output") and value not in ("", None)
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, int) and ("bytes" in name or "memory" in name):
+        return human(value)
+    if isinstance(value, list):
+        return "\n".join(f"{item['path']} × {item['strength']:g}: {item['modules']} modules" for item in value)
+    return str(value)
+
+
+def _unused(out: Console, unused: Sequence[Mapping[str, str]]) -> None:
+    if not unused:
+        return
+    out.print(f"  {len(unused)} keys not used:", style="yellow")
+    for item in unused[:_MANY]:
+        out.print(f"    {item['key']}: {item['reason']}")
+    if len(unused) > _MANY:
+        out.print(f"    and {len(unused) - _MANY} more (see --json)")

@@ -1,0 +1,64 @@
+"""adaptkit formats, families, algorithms: what this version knows."""
+
+from __future__ import annotations
+
+import click
+
+from adaptkit.cli.options import talk
+
+
+def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
+    from adaptkit.cli.render import listed
+
+    listed(kind, rows, as_json)
+
+
+@click.command()
+@talk
+def formats(as_json: bool, quiet: bool, verbose: bool) -> None:  # noqa: ARG001
+    """List the key formats: how each spells a module, and who writes it."""
+    from adaptkit.detect import formats as known
+
+    rows: list[dict[str, object]] = [
+        {
+            "name": f.name,
+            "title": f.title,
+            "prefixes": list(f.prefixes),
+            "alpha": f.alpha.value,
+            "written_by": f.written_by,
+            "note": f.note,
+        }
+        for f in known().values()
+    ]
+    _show("formats", rows, as_json)
+
+
+@click.command()
+@talk
+def families(as_json: bool, quiet: bool, verbose: bool) -> None:  # noqa: ARG001
+    """List the model families and their parts."""
+    from adaptkit.detect import families as known
+
+    rows: list[dict[str, object]] = [
+        {"name": f.name, "title": f.title, "components": {part.name: part.title for part in f.components}}
+        for f in known().values()
+    ]
+    _show("families", rows, as_json)
+
+
+@click.command()
+@talk
+def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:  # noqa: ARG001
+    """List the algorithms, the tensors each stores, and which can be extracted."""
+    from adaptkit.keymap import algorithms as known
+
+    rows: list[dict[str, object]] = [
+        {
+            "name": a.name,
+            "title": a.title,
+            "tensors": [role.spelling for role in a.roles.values()],
+            "extract": a.extractable,
+        }
+        for a in known().values()
+    ]
+    _show("algorithms", rows, as_json)

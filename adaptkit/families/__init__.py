@@ -1,0 +1,1 @@
+"""Model families: which modules exist and what each naming calls them. One file each, attribute `FAMILY`."""

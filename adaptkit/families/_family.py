@@ -1,0 +1,143 @@
+"""The words family tables are written in: a row says what every naming calls one module.
+
+A *naming* is a way the world names modules: `diffusers` (also Hugging Face transformers' text encoders), `native`
+(the original checkpoint), `flat`, … A *template* is a module name with free indices, `layers.{i}.fc1`; `{i:12}` bounds
+an index. Free indices carry over between the namings of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from types import MappingProxyType
+
+from adaptkit.names import Rows
+
+__all__ = ["Component", "Kind", "Mark", "ModelFamily", "Name", "Row", "named", "row", "split"]
+
+
+class Kind(Enum):
+    """What sort of module a row describes, which decides what may adapt it."""
+
+    MATRIX = "matrix"  # linear or convolution: every algorithm
+    NORM = "norm"  # weight and bias are vectors: only stored as full differences
+    EMBEDDING = "embedding"  # a look-up table: only stored as a full difference
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """What one naming calls a module, and how its tensors relate to the target's.
+
+    `rows` is the cut of the target's output rows this name covers (None: all); `transposed` says that the checkpoint
+    stores the transpose of the target.
+    """
+
+    module: str
+    weight: str
+    bias: str
+    rows: Rows | None = None
+    transposed: bool = False
+
+
+def named(module: str, *, weight: str | None = None, bias: str | None = None, transposed: bool = False) -> Name:
+    """A name whose parameters are not spelled `<module>.weight` and `<module>.bias`."""
+    return Name(module, weight or f"{module}.weight", bias or f"{module}.bias", None, transposed)
+
+
+def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple[Name, ...]:
+    """Names of modules that together hold the target's rows, in order; `ratio` gives their shares (default: equal)."""
+    shares = ratio or (1,) * len(parts)
+    if len(shares) != len(parts):
+        raise ValueError(f"{len(parts)} parts, {len(shares)} shares")
+    ends = [sum(shares[:n]) for n in range(len(shares) + 1)]
+    cuts = [Rows(start, stop, ends[-1]) for start, stop in pairwise(ends)]
+    modules = [stem + part for part in parts]
+    return tuple(Name(m, f"{m}.weight", f"{m}.bias", cut) for m, cut in zip(modules, cuts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One module (or a run of them): its target name and its names in each naming."""
+
+    target: str
+    names: Mapping[str, tuple[Name, ...]]
+    kind: Kind = Kind.MATRIX
+
+
+def row(target: str, *, kind: Kind = Kind.MATRIX, **namings: str | Name | tuple[Name, ...]) -> Row:
+    """A row; the `diffusers` naming is the target's own name unless it is given."""
+    namings.setdefault("diffusers", target)
+    return Row(target, MappingProxyType({naming: _names(value) for naming, value in namings.items()}), kind)
+
+
+def _names(value: str | Name | tuple[Name, ...]) -> tuple[Name, ...]:
+    if isinstance(value, str):
+        return (named(value),)
+    return (value,) if isinstance(value, Name) else value
+
+
+def _frozen() -> Mapping[str, tuple[str, ...]]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a model that adapters can hold weights for.
+
+    `name` is diffusers' folder name. `checkpoints` maps a naming to the prefixes its keys carry in checkpoints. `tags`
+    fill the prefix templates of the key formats (first value written, all read); a format whose template needs a tag
+    that is missing here cannot hold this component. `namings` says which naming a format's style writes, where that is
+    not `diffusers`.
+    """
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    checkpoints: Mapping[str, tuple[str, ...]]
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=_frozen)
+    namings: Mapping[str, str] = field(default_factory=dict)
+
+    def naming(self, style: str) -> str:
+        """The naming that formats of this style write for this component."""
+        return self.namings.get(style, "diffusers")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A shape that tells this family from those that share its names.
+
+    `columns` is the input width of modules whose name ends in `suffix` in `component`; `kernel` their kernel size
+    (`()` for a linear layer).
+    """
+
+    component: str
+    suffix: str
+    columns: int | None = None
+    kernel: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A model family: its components, what tells it from look-alikes, and what metadata calls it.
+
+    `others` names the parts of a checkpoint that no adapter holds, by their key prefixes. `architectures` are the
+    values of `modelspec.architecture` and `ss_base_model_version` that mean this family (lower case, prefixes).
+    """
+
+    name: str
+    title: str
+    components: tuple[Component, ...]
+    marks: tuple[Mark, ...] = ()
+    architectures: tuple[str, ...] = ()
+    modelspec: str = ""
+    others: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: MappingProxyType(
+            {"vae": ("first_stage_model.", "vae."), "ema": ("model_ema.",), "safety_checker": ("safety_checker.",)}
+        )
+    )
+
+    def component(self, name: str) -> Component:
+        """The component of this name (KeyError where there is none)."""
+        return next(part for part in self.components if part.name == name)

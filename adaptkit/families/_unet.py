@@ -1,0 +1,98 @@
+"""Rows of the latent-diffusion U-Net, shared by SD 1, SD 2 and SDXL.
+
+Source of the correspondence: CompVis/Stability `openaimodel.py` numbering against diffusers' `UNet2DConditionModel`
+(checked row by row against diffusers' own single-file converter, see tests/families).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptkit.families._family import Kind, Row, row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["unet_rows"]
+
+RESNET = (
+    ("norm1", "in_layers.0", Kind.NORM),
+    ("conv1", "in_layers.2", Kind.MATRIX),
+    ("time_emb_proj", "emb_layers.1", Kind.MATRIX),
+    ("norm2", "out_layers.0", Kind.NORM),
+    ("conv2", "out_layers.3", Kind.MATRIX),
+    ("conv_shortcut", "skip_connection", Kind.MATRIX),
+)
+NORMS = ("norm1", "norm2", "norm3")
+PROJECTIONS = (
+    *(f"attn{n}.{name}" for n in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    "ff.net.0.proj",
+    "ff.net.2",
+)
+
+
+def unet_rows(depths: tuple[int, ...], *, middle: int, class_embedding: bool = False) -> tuple[Row, ...]:
+    """All rows of a U-Net with `depths[level]` transformer blocks per attention (0: none) and `middle` in the middle.
+
+    Levels are given from the outermost inwards; two residual blocks a level going down, three going up.
+    """
+    return (
+        *_ends(class_embedding),
+        *_down(depths),
+        *_resnet("mid_block.resnets.0", "middle_block.0"),
+        *_attention("mid_block.attentions.0", "middle_block.1", middle),
+        *_resnet("mid_block.resnets.1", "middle_block.2"),
+        *_up(depths),
+    )
+
+
+def _ends(class_embedding: bool) -> Iterator[Row]:
+    yield row("conv_in", native="input_blocks.0.0")
+    yield row("time_embedding.linear_1", native="time_embed.0")
+    yield row("time_embedding.linear_2", native="time_embed.2")
+    if class_embedding:
+        yield row("add_embedding.linear_1", native="label_emb.0.0")
+        yield row("add_embedding.linear_2", native="label_emb.0.2")
+    yield row("conv_norm_out", native="out.0", kind=Kind.NORM)
+    yield row("conv_out", native="out.2")
+
+
+def _down(depths: tuple[int, ...]) -> Iterator[Row]:
+    block = 1
+    for level, depth in enumerate(depths):
+        for n in range(2):
+            yield from _resnet(f"down_blocks.{level}.resnets.{n}", f"input_blocks.{block}.0")
+            yield from _attention(f"down_blocks.{level}.attentions.{n}", f"input_blocks.{block}.1", depth)
+            block += 1
+        if level + 1 < len(depths):
+            yield row(f"down_blocks.{level}.downsamplers.0.conv", native=f"input_blocks.{block}.0.op")
+            block += 1
+
+
+def _up(depths: tuple[int, ...]) -> Iterator[Row]:
+    block = 0
+    for level, depth in enumerate(reversed(depths)):
+        for n in range(3):
+            yield from _resnet(f"up_blocks.{level}.resnets.{n}", f"output_blocks.{block}.0")
+            yield from _attention(f"up_blocks.{level}.attentions.{n}", f"output_blocks.{block}.1", depth)
+            if n == 2 and level + 1 < len(depths):
+                place = 2 if depth else 1  # the upsampler follows the attention, where there is one
+                yield row(f"up_blocks.{level}.upsamplers.0.conv", native=f"output_blocks.{block}.{place}.conv")
+            block += 1
+
+
+def _resnet(diffusers: str, native: str) -> Iterator[Row]:
+    for ours, theirs, kind in RESNET:
+        yield row(f"{diffusers}.{ours}", native=f"{native}.{theirs}", kind=kind)
+
+
+def _attention(diffusers: str, native: str, depth: int) -> Iterator[Row]:
+    if not depth:
+        return
+    yield row(f"{diffusers}.norm", native=f"{native}.norm", kind=Kind.NORM)
+    for name in ("proj_in", "proj_out"):
+        yield row(f"{diffusers}.{name}", native=f"{native}.{name}")
+    inner = f"transformer_blocks.{{k:{depth}}}"
+    for name in (*PROJECTIONS, *NORMS):
+        kind = Kind.NORM if name in NORMS else Kind.MATRIX
+        yield row(f"{diffusers}.{inner}.{name}", native=f"{native}.{inner}.{name}", kind=kind)

@@ -1,0 +1,48 @@
+"""Stable Diffusion 1.x: U-Net of 860 M parameters, CLIP-L text encoder."""
+
+from __future__ import annotations
+
+from adaptkit.families._clip import clip_rows
+from adaptkit.families._family import Component, Mark, ModelFamily
+from adaptkit.families._unet import unet_rows
+
+FAMILY = ModelFamily(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    components=(
+        Component(
+            name="unet",
+            title="U-Net",
+            rows=unet_rows((1, 1, 1, 0), middle=1),
+            checkpoints={"native": ("model.diffusion_model.", "diffusion_model.", ""), "diffusers": ("unet.", "")},
+            tags={"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",), "diffusers": ("unet",)},
+            namings={"comfy": "native"},
+        ),
+        Component(
+            name="text_encoder",
+            title="CLIP-L",
+            rows=clip_rows(12),
+            checkpoints={
+                "diffusers": ("cond_stage_model.transformer.", "text_encoder.", ""),
+                "flat": ("cond_stage_model.transformer.", "text_encoder."),
+            },
+            tags={
+                "kohya": ("te",),
+                "comfy": ("text_encoders.clip_l.transformer",),
+                "root": ("",),
+                "diffusers": ("text_encoder",),
+            },
+        ),
+    ),
+    marks=(
+        Mark("unet", "attn2.to_k", columns=768),
+        Mark("unet", "attn2.to_v", columns=768),
+        Mark("unet", ".proj_in", kernel=(1, 1)),
+        Mark("unet", ".proj_out", kernel=(1, 1)),
+        Mark("text_encoder", "self_attn.q_proj", columns=768),
+        Mark("text_encoder", "self_attn.k_proj", columns=768),
+        Mark("text_encoder", "mlp.fc1", columns=768),
+    ),
+    architectures=("stable-diffusion-v1", "sd_v1", "sd_1.5", "sd1"),
+    modelspec="stable-diffusion-v1",
+)

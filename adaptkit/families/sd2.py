@@ -1,0 +1,45 @@
+"""Stable Diffusion 2.x: the SD 1 U-Net with linear projections, OpenCLIP-H text encoder."""
+
+from __future__ import annotations
+
+from adaptkit.families._clip import openclip_rows
+from adaptkit.families._family import Component, Mark, ModelFamily
+from adaptkit.families._unet import unet_rows
+
+FAMILY = ModelFamily(
+    name="sd2",
+    title="Stable Diffusion 2.x",
+    components=(
+        Component(
+            name="unet",
+            title="U-Net",
+            rows=unet_rows((1, 1, 1, 0), middle=1),
+            checkpoints={"native": ("model.diffusion_model.", "diffusion_model.", ""), "diffusers": ("unet.", "")},
+            tags={"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",), "diffusers": ("unet",)},
+            namings={"comfy": "native"},
+        ),
+        Component(
+            name="text_encoder",
+            title="OpenCLIP-H",
+            # the checkpoint holds 24 layers; diffusers keeps 23 and hosts use the last but one
+            rows=openclip_rows(24, projection=True),
+            checkpoints={"native": ("cond_stage_model.model.", ""), "diffusers": ("text_encoder.", "")},
+            tags={
+                "kohya": ("te",),
+                "comfy": ("text_encoders.clip_h.transformer",),
+                "root": ("",),
+                "diffusers": ("text_encoder",),
+            },
+        ),
+    ),
+    marks=(
+        Mark("unet", "attn2.to_k", columns=1024),
+        Mark("unet", "attn2.to_v", columns=1024),
+        Mark("unet", ".proj_in", kernel=()),
+        Mark("unet", ".proj_out", kernel=()),
+        Mark("text_encoder", "self_attn.in_proj", columns=1024),
+        Mark("text_encoder", "mlp.fc1", columns=1024),
+    ),
+    architectures=("stable-diffusion-v2", "sd_v2", "sd_2", "sd2"),
+    modelspec="stable-diffusion-v2-768-v",
+)

@@ -1,0 +1,55 @@
+"""Stable Diffusion XL (base): U-Net of 2.6 G parameters, CLIP-L and OpenCLIP-G text encoders."""
+
+from __future__ import annotations
+
+from adaptkit.families._clip import clip_rows, openclip_rows
+from adaptkit.families._family import Component, Mark, ModelFamily
+from adaptkit.families._unet import unet_rows
+
+FAMILY = ModelFamily(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    components=(
+        Component(
+            name="unet",
+            title="U-Net",
+            rows=unet_rows((0, 2, 10), middle=10, class_embedding=True),
+            checkpoints={"native": ("model.diffusion_model.", "diffusion_model.", ""), "diffusers": ("unet.", "")},
+            tags={"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",), "diffusers": ("unet",)},
+            namings={"kohya": "native", "comfy": "native"},
+        ),
+        Component(
+            name="text_encoder",
+            title="CLIP-L",
+            rows=clip_rows(12),
+            checkpoints={
+                "diffusers": ("conditioner.embedders.0.transformer.", "text_encoder."),
+                "flat": ("conditioner.embedders.0.transformer.", "text_encoder."),
+            },
+            tags={
+                "kohya": ("te1",),
+                "comfy": ("text_encoders.clip_l.transformer",),
+                "diffusers": ("text_encoder",),
+            },
+        ),
+        Component(
+            name="text_encoder_2",
+            title="OpenCLIP-G",
+            rows=openclip_rows(32, projection=True),
+            checkpoints={"native": ("conditioner.embedders.1.model.",), "diffusers": ("text_encoder_2.",)},
+            tags={
+                "kohya": ("te2",),
+                "comfy": ("text_encoders.clip_g.transformer",),
+                "diffusers": ("text_encoder_2",),
+            },
+        ),
+    ),
+    marks=(
+        Mark("unet", "attn2.to_k", columns=2048),
+        Mark("unet", "attn2.to_v", columns=2048),
+        Mark("text_encoder", "mlp.fc1", columns=768),
+        Mark("text_encoder_2", "mlp.fc1", columns=1280),
+    ),
+    architectures=("stable-diffusion-xl", "sdxl"),
+    modelspec="stable-diffusion-xl-v1-base",
+)

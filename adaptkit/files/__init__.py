@@ -1,0 +1,1 @@
+"""Bytes on disk: safetensors, shards, folders and torch pickles; nothing about adapters."""

@@ -1,0 +1,522 @@
+"""Torch pickles (`.ckpt .pt .pth .bin`): where each tensor lies in the file. Runs no code of the file, needs no torch.
+
+A torch file is a pickle of containers, in which every tensor is a call `_rebuild_tensor_v2(storage, offset, size,
+stride, …)`, and raw storages beside it: entries of a zip archive, or, before torch 1.6, one after another behind the
+pickle. Here the globals that `torch.load(weights_only=True)` knows are replaced by inert stand-ins which only note
+their arguments; any other global is refused by name (`UnsafePickle`) before anything can be called.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+
+from adaptkit.errors import AdaptkitError, CorruptFile, UnsafePickle
+from adaptkit.files.header import TORCH_NAMES, TensorInfo, itemsize, unreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+__all__ = ["Catalogue", "Packed", "looks_like_pickle", "packed_bytes", "read_catalogue"]
+
+CATALOGUE_LIMIT = 32 << 20  # bytes of pickle: about 100 000 tensors
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_EXPANSION_LIMIT = 1 << 30  # bytes that an expanded (stride 0) view may take up beyond its storage
+_CONVERT = "convert it to safetensors with a tool you trust, in a place where running its code does no harm"
+
+
+class Packed(NamedTuple):
+    """Bytes `start:stop` of a compressed zip entry."""
+
+    entry: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What a pickle holds.
+
+    `infos` in order of offset. A tensor in `strides` (counted in elements) is a view: `start:stop` of its info is all
+    that it touches. A tensor in `packed` lies in a compressed entry: its info has `start == stop`, the place of that
+    entry. `ignored` names what is no tensor.
+    """
+
+    infos: dict[str, TensorInfo]
+    strides: dict[str, tuple[int, ...]]
+    packed: dict[str, Packed]
+    ignored: tuple[str, ...]
+    size: int
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: str | None  # None: untyped bytes
+    numel: int  # elements of dtype, or bytes
+    offset: int  # elements into the storage of that key (views in legacy files)
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def looks_like_pickle(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a zip archive, of a pickle or (torch 0.1) of a tar archive."""
+    return head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] <= b"\x05") or _is_tar(head)
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
+
+
+def read_catalogue(path: str | Path) -> Catalogue:
+    """List the tensors of a torch file; reads its pickle and no tensor.
+
+    `UnsafePickle` where it refers to anything but tensors and plain containers, `CorruptFile` where it is damaged.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(512)
+            file.seek(0)
+            root, blobs = _open_format(file, head, size)
+        return _catalogue(root, blobs, size)
+    except AdaptkitError as error:
+        raise error.at(file=path) from error.__cause__
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, struct.error) as error:
+        raise CorruptFile(f"damaged or truncated: {error}", file=path, hint="fetch the file again") from error
+
+
+def packed_bytes(path: Path, packed: Packed) -> bytes:
+    """The bytes of a tensor that lies in a compressed zip entry."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(packed.entry) as entry:
+            entry.seek(packed.start)
+            return entry.read(packed.stop - packed.start)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise CorruptFile(f"damaged entry {packed.entry!r}: {error}", file=path) from error
+
+
+def _open_format(file: BinaryIO, head: bytes, size: int) -> tuple[object, _Blobs]:
+    if head.startswith(b"PK\x03\x04"):
+        return _open_zip(file, size)
+    if _is_tar(head):
+        raise CorruptFile("torch's oldest format (a tar archive)", hint="load and save it once with a current torch")
+    if head[:1] == b"\x80":
+        return _open_legacy(file, size)
+    raise CorruptFile("neither a torch archive nor a pickle")
+
+
+# --- where storages lie ----------------------------------------------------------------------------------------------
+
+
+class _Blob(NamedTuple):
+    """The raw bytes of one storage; `entry` is its name where it is compressed."""
+
+    start: int
+    nbytes: int
+    entry: str | None
+
+
+_Blobs = dict[str, _Blob]
+
+
+def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
+    """The zip format (torch ≥ 1.6): `<name>/data.pkl`, `<name>/data/<key>`, `<name>/byteorder`."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        catalogues = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(catalogues) != 1:
+            raise CorruptFile(f"a zip archive with {len(catalogues)} entries data.pkl, not a torch file")
+        root_name = catalogues[0].removesuffix("data.pkl")
+        if root_name + "constants.pkl" in entries:
+            raise CorruptFile("a TorchScript archive, not a state dict", hint="save model.state_dict() instead")
+        _check_byteorder(archive, entries.get(root_name + "byteorder"))
+        root, _, _ = _unpickle(_small_entry(archive, entries[catalogues[0]]))
+        prefix = root_name + "data/"
+        blobs = {
+            name.removeprefix(prefix): _locate(file, info, size)
+            for name, info in entries.items()
+            if name.startswith(prefix)
+        }
+    return root, blobs
+
+
+def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    if info.file_size > CATALOGUE_LIMIT:
+        raise CorruptFile(f"{info.filename} takes {info.file_size} bytes (the limit is {CATALOGUE_LIMIT})")
+    with archive.open(info) as entry:
+        return entry.read(CATALOGUE_LIMIT)
+
+
+def _check_byteorder(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> None:
+    if info is not None and (order := _small_entry(archive, info)) != b"little":
+        raise CorruptFile(f"its byte order is {order[:20]!r}, only little-endian files can be read")
+
+
+def _locate(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> _Blob:
+    """Where an entry's bytes start: its local header has its own name and padding, of other lengths than the index."""
+    if info.flag_bits & 1:
+        raise CorruptFile(f"entry {info.filename!r} is encrypted")
+    if info.compress_type != zipfile.ZIP_STORED:
+        return _Blob(info.header_offset, info.file_size, info.filename)
+    file.seek(info.header_offset)
+    local = file.read(30)
+    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+        raise CorruptFile(f"damaged: no entry {info.filename!r} at byte {info.header_offset}")
+    name, extra = struct.unpack("<HH", local[26:30])
+    start = info.header_offset + 30 + name + extra
+    if start + info.file_size > size:
+        raise CorruptFile(f"truncated: entry {info.filename!r} ends at {start + info.file_size}, the file has {size}")
+    return _Blob(start, info.file_size, None)
+
+
+def _open_legacy(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
+    """The format before torch 1.6: five pickles (magic, protocol, system, object, storage keys), then the storages."""
+    head = file.read(CATALOGUE_LIMIT)
+    magic, at, _ = _unpickle(head)
+    if magic != _LEGACY_MAGIC:
+        raise CorruptFile("a pickle, but not one that torch.save wrote", hint=_CONVERT)
+    protocol, at, _ = _unpickle(head, at)
+    system, at, _ = _unpickle(head, at)
+    if protocol != _LEGACY_PROTOCOL:
+        raise CorruptFile(f"unknown version {str(protocol)[:20]} of torch's old format")
+    if isinstance(system, dict) and not system.get("little_endian", True):
+        raise CorruptFile("written on a big-endian machine, only little-endian files can be read")
+    root, at, storages = _unpickle(head, at)
+    keys, at, _ = _unpickle(head, at)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise CorruptFile("damaged: no list of storages after the pickle")
+    return root, _legacy_blobs(file, keys, {storage.key: storage for storage in storages}, at, size)
+
+
+def _legacy_blobs(
+    file: BinaryIO, keys: Iterable[str], storages: Mapping[str, _Storage], at: int, size: int
+) -> _Blobs:
+    """Each storage: its number of elements (int64), then its bytes."""
+    blobs: _Blobs = {}
+    for key in keys:
+        if key not in storages:
+            raise CorruptFile(f"damaged: storage {key!r} is of no known type")
+        file.seek(at)
+        numel = int.from_bytes(file.read(8), "little", signed=True)
+        dtype = storages[key].dtype
+        length = numel * (1 if dtype is None else itemsize(dtype))
+        if numel < 0 or at + 8 + length > size:
+            raise CorruptFile(f"truncated: storage {key!r} takes {length} bytes from {at + 8}, the file has {size}")
+        blobs[key] = _Blob(at + 8, length, None)
+        at += 8 + length
+    return blobs
+
+
+# --- the pickle ------------------------------------------------------------------------------------------------------
+
+_REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"})
+
+
+def _scan(data: bytes, start: int) -> int:
+    """Check a pickle's opcodes without running it; where it ends. Keeps the unpickler from being made to allocate."""
+    stream = io.BytesIO(data)
+    stream.seek(start)
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+        if opcode.name in _REFUSED_OPCODES:
+            raise UnsafePickle(f"uses the opcode {opcode.name}, which torch.save never writes", hint=_CONVERT)
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
+            raise CorruptFile("damaged pickle: a memo index beyond what it has stored")  # the memo is an array
+        if opcode.name == "BYTEARRAY8":
+            raise CorruptFile("damaged pickle: a bytearray among the weights")
+    return stream.tell()
+
+
+def _unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[_Storage]]:
+    """One pickle: its object, where it ends, the storages that it names."""
+    try:
+        end = _scan(data, start)
+        unpickler = _Unpickler(io.BytesIO(data[start:end]))
+        return unpickler.load(), end, unpickler.storages
+    except AdaptkitError:
+        raise
+    except Exception as error:  # a hostile pickle can make the unpickler raise anything
+        reason = f"{type(error).__name__}: {error}"[:200]
+        hint = f"a pickle larger than {CATALOGUE_LIMIT} bytes?" if len(data) >= CATALOGUE_LIMIT else None
+        raise CorruptFile(f"damaged pickle ({reason})", hint=hint) from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the stand-ins below and nothing else."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.storages: list[_Storage] = []
+
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return _GLOBALS[module, name]
+        except KeyError:
+            message = f"refers to {module}.{name}: loading it would run code"
+            raise UnsafePickle(message, hint=_CONVERT) from None
+
+    def persistent_load(self, pid: object) -> _Storage:
+        match pid:
+            case ("storage", _StorageType() as kind, str() | int() as key, _, int() as numel, *rest) if numel >= 0:
+                storage = _Storage(str(key), kind.dtype, numel, _view_offset(rest))
+                self.storages.append(storage)
+                return storage
+        raise CorruptFile("damaged pickle: a persistent id that is no storage")
+
+
+def _view_offset(rest: list[object]) -> int:
+    """Legacy files may name a part of a storage: (key of the part, offset, length)."""
+    match rest:
+        case [] | [None]:
+            return 0
+        case [(_, int() as offset, int())] if offset >= 0:
+            return offset
+    raise CorruptFile("damaged pickle: a malformed view of a storage")
+
+
+def _malformed(what: str) -> NoReturn:
+    raise CorruptFile(f"damaged pickle: {what} with arguments of the wrong kind")
+
+
+class _Opaque:
+    """Something that is no weight; calling it, filling it, asking it: all the same."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: object) -> _Opaque:
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        """Keep nothing: the stand-ins are shared by all files."""
+
+
+class _Table(dict[Any, Any]):
+    """OrderedDict; the attributes that torch hangs on it (`_metadata`) are dropped."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Keep nothing."""
+
+
+class _Call(_Opaque):
+    """A stand-in for a function."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Callable[..., object]) -> None:
+        self.run = run
+
+    def __call__(self, *args: object) -> Any:
+        return self.run(*args)
+
+
+class _StorageType(_Opaque):
+    """A stand-in for `torch.FloatStorage` and its like."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: str | None) -> None:
+        self.dtype = dtype
+
+
+class _DType(_Opaque):
+    """A stand-in for `torch.float32` and its like."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _table(*args: object) -> _Table:
+    match args:
+        case ():
+            return _Table()
+        case (list() as pairs,):
+            return _Table(pairs)
+    _malformed("OrderedDict")
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if isinstance(value, tuple | list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in value):
+        return tuple(value)
+    _malformed("a size")
+
+
+def _rebuild_tensor(*args: object) -> _Tensor:
+    """`(storage, offset, size, stride, …)` of all versions; version 3 gives the dtype as its seventh argument."""
+    match args:
+        case (_Storage() as storage, int() as offset, size, stride, *rest) if 0 <= offset < 2**63:
+            dtype = rest[2].name if len(rest) > 2 and isinstance(rest[2], _DType) else storage.dtype
+            shape, strides = _sizes(size), _sizes(stride)
+            if len(shape) == len(strides):
+                return _Tensor(storage, dtype or "U8", offset, shape, strides)
+    _malformed("a tensor")
+
+
+def _first_tensor(*args: object) -> _Tensor:
+    if args and isinstance(args[0], _Tensor):
+        return args[0]
+    _malformed("a parameter")
+
+
+def _rebuild_from_type(*args: object) -> _Tensor:
+    match args:
+        case (_Call() as function, _Opaque(), tuple() as inner, *_) if isinstance(made := function(*inner), _Tensor):
+            return made
+    _malformed("a tensor")
+
+
+def _size(*args: object) -> tuple[int, ...]:
+    return _sizes(args[0] if args else ())
+
+
+_TYPED = {
+    "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Double": "F64", "Long": "I64", "Int": "I32", "Short": "I16",
+    "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64", "UInt16": "U16", "UInt32": "U32",
+    "UInt64": "U64",
+}  # fmt: skip
+
+
+def _globals() -> dict[tuple[str, str], object]:
+    table: dict[tuple[str, str], object] = {
+        ("collections", "OrderedDict"): _Call(_table),
+        ("torch._utils", "_rebuild_tensor"): _Call(_rebuild_tensor),
+        ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
+        ("torch._utils", "_rebuild_tensor_v3"): _Call(_rebuild_tensor),
+        ("torch._utils", "_rebuild_parameter"): _Call(_first_tensor),
+        ("torch._utils", "_rebuild_parameter_with_state"): _Call(_first_tensor),
+        ("torch._tensor", "_rebuild_from_type_v2"): _Call(_rebuild_from_type),
+        ("torch.nn.parameter", "Parameter"): _Call(_first_tensor),
+        ("torch", "Size"): _Call(_size),
+        ("torch.storage", "UntypedStorage"): _StorageType(None),
+        ("torch", "UntypedStorage"): _StorageType(None),
+        ("torch.storage", "TypedStorage"): _StorageType(None),
+    }
+    # what weights_only=True lets pass and no weight is made of
+    for module, name in (
+        ("torch", "device"), ("torch", "Tensor"), ("torch.serialization", "_get_layout"), ("collections", "Counter"),
+        ("_codecs", "encode"), ("builtins", "set"), ("builtins", "bytearray"), ("builtins", "complex"),
+        ("__builtin__", "set"), ("__builtin__", "bytearray"), ("__builtin__", "complex"),
+    ):  # fmt: skip
+        table[module, name] = _Opaque()
+    for name, dtype in _TYPED.items():
+        table["torch", name + "Storage"] = table["torch.storage", name + "Storage"] = _StorageType(dtype)
+    for dtype, name in TORCH_NAMES.items():
+        table["torch", name] = _DType(dtype)
+    return table
+
+
+_GLOBALS = _globals()
+
+
+# --- from the object to the catalogue --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Draft:
+    """A catalogue in the making."""
+
+    infos: list[TensorInfo] = field(default_factory=list)
+    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    packed: dict[str, Packed] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+
+def _catalogue(root: object, blobs: Mapping[str, _Blob], size: int) -> Catalogue:
+    draft = _Draft()
+    for key, value in _state_dict(root, draft.ignored).items():
+        if isinstance(key, str) and isinstance(value, _Tensor):
+            _place(draft, key, value, blobs)
+        else:
+            draft.ignored.append(_label(key))
+    draft.infos.sort(key=lambda info: (info.start, info.stop))
+    infos = {info.name: info for info in draft.infos}
+    return Catalogue(infos, draft.strides, draft.packed, tuple(draft.ignored), size)
+
+
+def _label(key: object) -> str:
+    return key if isinstance(key, str) else str(key) if isinstance(key, int) else f"({type(key).__name__})"
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(item, _Tensor) for item in value.values())
+
+
+def _state_dict(root: object, ignored: list[str]) -> Mapping[object, object]:
+    """The table of tensors: the file's object, its `state_dict`, or the only value that is one."""
+    if not isinstance(root, dict):
+        what = "a single tensor" if isinstance(root, _Tensor) else f"a {type(root).__name__.strip('_').lower()}"
+        raise CorruptFile(f"holds {what}, not a table of named tensors")
+    inside = [key for key, value in root.items() if _holds_tensors(value)]
+    if "state_dict" in inside:
+        inside = ["state_dict"]
+    elif _holds_tensors(root):
+        return root
+    if len(inside) != 1:
+        found = ", ".join(sorted(_label(key) for key in inside or root)[:10])
+        reason = f"holds several tables of tensors: {found}" if inside else "holds no table of tensors"
+        raise CorruptFile(reason, hint=None if inside or not found else f"it holds: {found}")
+    ignored.extend(_label(key) for key in root if key != inside[0])
+    table: Mapping[object, object] = root[inside[0]]
+    return table
+
+
+def _place(draft: _Draft, name: str, tensor: _Tensor, blobs: Mapping[str, _Blob]) -> None:
+    """Work out which bytes of the file a tensor takes."""
+    blob = blobs.get(tensor.storage.key)
+    if blob is None:
+        raise CorruptFile(f"its storage {tensor.storage.key!r} is missing from the file", tensor=name)
+    unit = itemsize(tensor.dtype)
+    shift = tensor.storage.offset * (1 if tensor.storage.dtype is None else itemsize(tensor.storage.dtype))
+    start = shift + tensor.offset * unit
+    stop = start + _extent(tensor.shape, tensor.stride) * unit
+    if stop > blob.nbytes:
+        raise CorruptFile(f"it ends at byte {stop} of a storage of {blob.nbytes} bytes", tensor=name)
+    if math.prod(tensor.shape) * unit > max(blob.nbytes, _EXPANSION_LIMIT):
+        message = f"a storage of {blob.nbytes} bytes is expanded to shape {list(tensor.shape)}"
+        raise CorruptFile(message, tensor=name)
+    if not _is_contiguous(tensor.shape, tensor.stride):
+        draft.strides[name] = tensor.stride
+    if blob.entry is not None:
+        draft.packed[name] = Packed(blob.entry, start, stop)
+        start = stop = 0
+    draft.infos.append(TensorInfo(name, tensor.dtype, tensor.shape, blob.start + start, blob.start + stop))
+
+
+def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last that a view touches."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the elements lie one after another; the stride of a dimension of size 1 says nothing."""
+    step = 1
+    for n, given in zip(reversed(shape), reversed(stride), strict=True):
+        if n != 1 and given != step:
+            return 0 in shape
+        step *= n
+    return True

@@ -1,0 +1,1 @@
+"""Key formats: how adapters are spelled. One file each, attribute `FORMAT`."""

@@ -1,0 +1,16 @@
+"""comfy: ComfyUI's own names, dotted, under `diffusion_model.` and `text_encoders.`; alpha optional."""
+
+from __future__ import annotations
+
+from adaptkit.formats._format import Alpha, KeyFormat
+
+FORMAT = KeyFormat(
+    name="comfy",
+    title="ComfyUI native",
+    prefixes=("{comfy}.",),
+    joiner=".",
+    style="comfy",
+    alpha=Alpha.TENSOR,
+    written_by="ComfyUI, ai-toolkit, diffusion-pipe",
+    note="the one spelling that ComfyUI loads completely for every family",
+)

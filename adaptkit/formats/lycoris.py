@@ -1,0 +1,16 @@
+"""lycoris: `lycoris_…` over the denoiser's own (diffusers) names, as the stand-alone LyCORIS wrapper saves."""
+
+from __future__ import annotations
+
+from adaptkit.formats._format import Alpha, KeyFormat
+
+FORMAT = KeyFormat(
+    name="lycoris",
+    title="LyCORIS wrapper",
+    prefixes=("lycoris_{root}",),
+    joiner="_",
+    style="lycoris",
+    alpha=Alpha.TENSOR,
+    written_by="LyCORIS (create_lycoris), SimpleTuner",
+    note="names carry no component; loads in ComfyUI",
+)

@@ -1,0 +1,17 @@
+"""peft: `base_model.model.….lora_A.weight` over one module's own names; alpha in adapter_config.json."""
+
+from __future__ import annotations
+
+from adaptkit.formats._format import PEFT_SPELLING, Alpha, KeyFormat
+
+FORMAT = KeyFormat(
+    name="peft",
+    title="PEFT",
+    prefixes=("base_model.model.{root}",),
+    joiner=".",
+    style="peft",
+    alpha=Alpha.METADATA,
+    spelling=PEFT_SPELLING,
+    written_by="peft (save_pretrained)",
+    note="one model a file; alpha stands in adapter_config.json beside it",
+)

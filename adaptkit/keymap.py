@@ -1,0 +1,329 @@
+"""From keys to slots and back, compiled from the tables: `compile_keys(family, format)`, `compile_checkpoint(family)`.
+
+Parsing is one dictionary look-up per key. Names are never un-mangled: every spelling a table can produce is generated,
+so that `to_out_0` or `context_block` cannot be misread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from adaptkit.errors import NotRepresentable
+from adaptkit.families._family import Kind
+from adaptkit.names import BIAS, WEIGHT, Rows, Slot, Target, tokenise
+from adaptkit.registry import discover
+
+if TYPE_CHECKING:
+    from adaptkit.algorithms._weights import Weights
+    from adaptkit.families._family import Component, ModelFamily, Name, Row
+    from adaptkit.formats._format import KeyFormat
+
+__all__ = ["CheckpointMap", "KeyMap", "Parsed", "Place", "Templates", "algorithms", "compile_checkpoint", "compile_keys", "label", "param_of", "prefixes", "split_suffix"]
+
+P = TypeVar("P")
+_FIELD = re.compile(r"\{(\w+)(?::(\d+))?\}")
+_DOTS = re.compile(r"\.")
+
+RoleName = tuple[str, str]  # (algorithm, role)
+
+
+def algorithms() -> Mapping[str, type[Weights]]:
+    """Every algorithm by name."""
+    return discover("adaptkit.algorithms", "ALGORITHM")
+
+
+class Templates(Generic[P]):
+    """Strings with free indices, `layers.{i:12}.fc{n}`, matched by one dictionary look-up on their skeleton."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], _Entry[P]]]] = {}
+
+    def add(self, template: str, payload: P) -> None:
+        """Register a template; TypeError where another payload has the same one (two readings of one name)."""
+        skeleton, fixed, free = _compiled(template)
+        positions = tuple(position for position, _ in fixed)
+        table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
+        values = tuple(value for _, value in fixed)
+        if values in table and table[values].payload != payload:
+            raise TypeError(f"{template!r} means both {table[values].payload} and {payload}")
+        table[values] = _Entry(payload, free)
+
+    def match(self, text: str) -> tuple[P, dict[str, int]] | None:
+        """The payload whose template gives this string, and the values of its free indices."""
+        skeleton, numbers = tokenise(text)
+        for positions, table in self._tables.get(skeleton, {}).items():
+            entry = table.get(tuple(numbers[p] for p in positions))
+            if entry is not None and (indices := entry.indices(numbers)) is not None:
+                return entry.payload, indices
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry(Generic[P]):
+    payload: P
+    free: tuple[tuple[int, str, int | None], ...]  # (position, index name, bound)
+
+    def indices(self, numbers: tuple[int, ...]) -> dict[str, int] | None:
+        found: dict[str, int] = {}
+        for position, name, bound in self.free:
+            value = numbers[position]
+            if (bound is not None and value >= bound) or found.setdefault(name, value) != value:
+                return None
+        return found
+
+
+def _compiled(
+    template: str,
+) -> tuple[str, tuple[tuple[int, int], ...], tuple[tuple[int, str, int | None], ...]]:
+    """Skeleton, the fixed integers by position, and the free ones."""
+    skeleton, position, last = "", 0, 0
+    fixed: list[tuple[int, int]] = []
+    free: list[tuple[int, str, int | None]] = []
+    for found in _FIELD.finditer(template):
+        skeleton, position = _literal(template[last : found.start()], skeleton, position, fixed)
+        bound = found.group(2)
+        free.append((position, found.group(1), int(bound) if bound else None))
+        skeleton, position, last = skeleton + "#", position + 1, found.end()
+    skeleton, _ = _literal(template[last:], skeleton, position, fixed)
+    return skeleton, tuple(fixed), tuple(free)
+
+
+def _literal(text: str, skeleton: str, position: int, fixed: list[tuple[int, int]]) -> tuple[str, int]:
+    shape, numbers = tokenise(text)
+    fixed.extend((position + n, value) for n, value in enumerate(numbers))
+    return skeleton + shape, position + len(numbers)
+
+
+def _fill(template: str, indices: Mapping[str, int]) -> str:
+    return _FIELD.sub(lambda found: str(indices[found.group(1)]), template)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What one template means: a target of a component, or a cut of its rows."""
+
+    component: str
+    target: str
+    rows: Rows | None
+
+    def slot(self, indices: Mapping[str, int], param: str) -> Slot:
+        return Slot(Target(self.component, _fill(self.target, indices), param), self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What an adapter key says: the slot, and what the tensor may be to which algorithm."""
+
+    slot: Slot
+    spelled: str
+    roles: tuple[RoleName, ...]
+
+
+class KeyMap:
+    """All adapter keys of one family in one format, both directions."""
+
+    def __init__(self, family: ModelFamily, format: KeyFormat) -> None:
+        self.family = family
+        self.format = format
+        found = [
+            (prefix, _stems(family.name, part.name, format.joiner))
+            for part in family.components
+            for prefix in prefixes(part, format)
+        ]
+        self._stems = sorted(found, key=lambda item: -len(item[0]))  # `lora_unet__` before `lora_unet_`
+
+    def parse(self, key: str) -> Parsed | None:
+        """The slot and roles of a key, or None where this family and format do not know it."""
+        found = split_suffix(key)
+        if found is None:
+            return None
+        stem, spelled, roles = found
+        slot = self.slot(stem, param_of(roles[0]))
+        return None if slot is None else Parsed(slot, spelled, roles)
+
+    def slot(self, stem: str, param: str = WEIGHT) -> Slot | None:
+        """The slot a key's stem (the key without its suffix) names, or None."""
+        for prefix, stems in self._stems:
+            if stem.startswith(prefix) and (match := stems.match(stem[len(prefix) :])) is not None:
+                return match[0].slot(match[1], param)
+        return None
+
+    def row(self, target: Target) -> Row | None:
+        """The table row that a target comes from."""
+        found = _rows(self.family.name).get(target.component, _NO_ROWS).match(target.module)
+        return found[0] if found else None
+
+    def spell(self, slot: Slot, algorithm: str, role: str) -> str:
+        """The key that holds this role of this slot; NotRepresentable where the format has no place for it."""
+        suffix = self.format.spelling.get(algorithm, {}).get(role) or algorithms()[algorithm].roles[role].spelling
+        return f"{self.stem(slot)}.{suffix}"
+
+    def stem(self, slot: Slot) -> str:
+        """The key of a slot without its suffix."""
+        part = self.family.component(slot.component)
+        known = prefixes(part, self.format)
+        if not known:
+            raise NotRepresentable(f"the {self.format.name} format has no place for the {part.title} of {self.family.title}")
+        found = _rows(self.family.name)[part.name].match(slot.target.module)
+        if found is None:
+            raise NotRepresentable(f"{slot} is no module of {self.family.title}")
+        name = next((n for n in self._written(part, found[0]) if n.rows == slot.rows), None)
+        if name is None:
+            raise NotRepresentable(f"the {self.format.name} format has no name for {slot}")
+        return known[0] + _fill(_joined(name.module, self.format.joiner), found[1])
+
+    def _written(self, part: Component, row: Row) -> tuple[Name, ...]:
+        return row.names.get(part.naming(self.format.style)) or row.names["diffusers"]
+
+    def slots(self, target: Target) -> tuple[Slot, ...]:
+        """The slots this format cuts a target into: itself, or its parts in order; none where it has no place for it."""
+        part = self.family.component(target.component)
+        row = self.row(target)
+        if row is None or not prefixes(part, self.format):
+            return ()
+        return tuple(Slot(target, name.rows) for name in self._written(part, row))
+
+
+@cache
+def _stems(family_name: str, component: str, joiner: str) -> Templates[_Reading]:
+    """Every name of a component's modules, words joined by `joiner`; shared by the formats that join alike."""
+    stems: Templates[_Reading] = Templates()
+    part = discover("adaptkit.families", "FAMILY")[family_name].component(component)
+    for row in part.rows:
+        for name in (name for names in row.names.values() for name in names if not name.transposed):
+            stems.add(_joined(name.module, joiner), _Reading(part.name, row.target, name.rows))
+    return stems
+
+
+@cache
+def _rows(family_name: str) -> Mapping[str, Templates[Row]]:
+    """The rows of each component, by target name."""
+    family: ModelFamily = discover("adaptkit.families", "FAMILY")[family_name]
+    found: dict[str, Templates[Row]] = {part.name: Templates() for part in family.components}
+    for part in family.components:
+        for row in part.rows:
+            found[part.name].add(row.target, row)
+    return found
+
+
+_NO_ROWS: Templates[Row] = Templates()
+
+
+def prefixes(part: Component, format: KeyFormat) -> tuple[str, ...]:
+    """Every prefix of this component in this format, the written one first; none where a tag is missing."""
+    found: list[str] = []
+    for template in format.prefixes:
+        tag = template.partition("{")[2].partition("}")[0]
+        found.extend(template.replace(f"{{{tag}}}", value) for value in part.tags.get(tag, ()))
+    return tuple(found)
+
+
+def _joined(module: str, joiner: str) -> str:
+    return module if joiner == "." else _DOTS.sub(joiner, module)
+
+
+def param_of(role: RoleName) -> str:
+    """The parameter (`weight`, `bias`) that a role adapts."""
+    algorithm, name = role
+    return algorithms()[algorithm].roles[name].param
+
+
+@cache
+def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
+    """Every key suffix that any algorithm or format spells, and the roles it may be."""
+    found: dict[str, list[RoleName]] = {}
+    overrides = [format.spelling for format in discover("adaptkit.formats", "FORMAT").values()]
+    for algorithm, kind in algorithms().items():
+        for name, role in kind.roles.items():
+            spelled = [spelling.get(algorithm, {}).get(name) for spelling in overrides]
+            for suffix in dict.fromkeys((role.spelling, *role.also, *filter(None, spelled))):
+                found.setdefault(suffix, []).append((algorithm, name))
+    return {suffix: tuple(roles) for suffix, roles in found.items()}
+
+
+@lru_cache(maxsize=65536)
+def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
+    """(stem, suffix, roles) of a key by the longest suffix that any algorithm knows; None where there is none."""
+    known = _suffixes()
+    for dot in _DOTS.finditer(key):
+        suffix = key[dot.end() :]
+        if suffix in known:
+            return key[: dot.start()], suffix, known[suffix]
+    return None
+
+
+@cache
+def compile_keys(family_name: str, format_name: str) -> KeyMap:
+    """The key map of a family in a format, by their names (cached)."""
+    return KeyMap(discover("adaptkit.families", "FAMILY")[family_name], discover("adaptkit.formats", "FORMAT")[format_name])
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a checkpoint key holds: a slot, in which naming, perhaps transposed."""
+
+    slot: Slot
+    kind: Kind
+    naming: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    reading: _Reading
+    param: str
+    naming: str = field(compare=False)  # where two namings spell a key alike, they mean the same
+    kind: Kind
+    transposed: bool
+
+
+class CheckpointMap:
+    """All checkpoint keys of one family, in every layout it knows."""
+
+    def __init__(self, family: ModelFamily) -> None:
+        self.family = family
+        self._keys: Templates[_Parameter] = Templates()
+        for part in family.components:
+            for naming, prefixes in part.checkpoints.items():
+                for row in part.rows:
+                    self._add(part, row, naming, prefixes)
+
+    def _add(self, part: Component, row: Row, naming: str, prefixes: tuple[str, ...]) -> None:
+        for name in row.names.get(naming) or row.names["diffusers"]:
+            reading = _Reading(part.name, row.target, name.rows)
+            for prefix in prefixes:
+                self._keys.add(prefix + name.weight, _Parameter(reading, WEIGHT, naming, row.kind, name.transposed))
+                self._keys.add(prefix + name.bias, _Parameter(reading, BIAS, naming, row.kind, False))
+
+    def parse(self, key: str) -> Place | None:
+        """What a checkpoint key holds, or None where the family does not know it."""
+        match = self._keys.match(key)
+        if match is None:
+            return None
+        found, indices = match
+        return Place(found.reading.slot(indices, found.param), found.kind, found.naming, found.transposed)
+
+    def other(self, key: str) -> str | None:
+        """The part of a checkpoint that no adapter holds which this key belongs to (`vae`, `ema`), if any."""
+        return next((part for part, prefixes in self.family.others.items() if key.startswith(prefixes)), None)
+
+
+@cache
+def compile_checkpoint(family_name: str) -> CheckpointMap:
+    """The checkpoint map of a family, by its name (cached)."""
+    return CheckpointMap(discover("adaptkit.families", "FAMILY")[family_name])
+
+
+def label(family_name: str, slot: Slot) -> str:
+    """What people call a slot: its component and its diffusers name, `text_encoder_2.….self_attn.q_proj`."""
+    found = _rows(family_name)[slot.component].match(slot.target.module)
+    if found is not None and slot.rows is not None:
+        row, indices = found
+        name = next((n for n in row.names["diffusers"] if n.rows == slot.rows), None)
+        if name is not None:
+            return str(Target(slot.component, _fill(name.module, indices), slot.param))
+    return str(slot)

@@ -1,0 +1,164 @@
+"""What every verb shares: naming outputs, selecting modules, the coverage contract, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.errors import NoSuchName, Unclaimed, UnreadableFile, WouldOverwrite
+
+if TYPE_CHECKING:
+    from torch import dtype as TorchDtype
+
+__all__ = [
+    "DTYPES",
+    "Progress",
+    "Unused",
+    "Shared",
+    "check_output",
+    "default_output",
+    "refuse_unused",
+    "selected",
+    "split_strength",
+    "stored_dtype",
+]
+
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Options of every verb that writes; field name = keyword = command-line option = JSON key."""
+
+    output: Path | None = None
+    family: str | None = None
+    format: str | None = None
+    dtype: str = "keep"
+    device: str = "auto"
+    memory: int | None = None
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    overwrite: bool = False
+    allow_unused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """A key that is not used, and why."""
+
+    key: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        """As the JSON reports have it."""
+        return {"key": self.key, "reason": self.reason}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterReport:
+    """What the reports of all writers carry (the JSON contract)."""
+
+    output: Path
+    bytes: int
+    modules: int
+    parameters: int
+    relative_error: float
+    unused: tuple[Unused, ...] = ()
+    seconds: float = 0.0
+    details: tuple[Mapping[str, Any], ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, field names as in the contract."""
+        return {
+            "output": str(self.output),
+            "bytes": self.bytes,
+            "modules": self.modules,
+            "parameters": self.parameters,
+            "relative_error": self.relative_error,
+            "unused": [item.to_dict() for item in self.unused],
+            "seconds": round(self.seconds, 3),
+            "details": [dict(item) for item in self.details],
+        }
+
+
+def matches(label: str, component: str, globs: Iterable[str]) -> bool:
+    """Whether a module is meant: a glob over its name with or without its component, or the component itself."""
+    bare = label.removeprefix(f"{component}.")
+    return any(glob == component or fnmatchcase(label, glob) or fnmatchcase(bare, glob) for glob in globs)
+
+
+def selected(label: str, component: str, options: Shared) -> bool:
+    """Whether `--only` and `--skip` leave this module in."""
+    if options.only and not matches(label, component, options.only):
+        return False
+    return not matches(label, component, options.skip)
+
+
+def split_strength(argument: str) -> tuple[Path, float]:
+    """`style.safetensors:0.8` → (path, 0.8). Only a number after the last colon counts, so `C:\\x.safetensors` is a path."""
+    path, colon, number = argument.rpartition(":")
+    if colon and path and not Path(argument).exists():
+        try:
+            strength = float(number)
+        except ValueError:
+            return Path(argument), 1.0
+        if strength == strength and abs(strength) != float("inf"):
+            return Path(path), strength
+    return Path(argument), 1.0
+
+
+def default_output(beside: Path, suffix: str) -> Path:
+    """`style.ckpt` → `style-<suffix>.safetensors`, in the same folder."""
+    stem = beside.name if beside.is_dir() else beside.name.removesuffix(".index.json").rpartition(".")[0] or beside.name
+    return beside.parent / f"{stem.removesuffix('.safetensors')}-{suffix}.safetensors"
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse an output that exists or cannot be, before any work."""
+    if path.exists() and not overwrite:
+        raise WouldOverwrite("the output exists already", hint="pass --overwrite to replace it, or another --output", file=path)
+    if path.is_dir():
+        raise WouldOverwrite("the output is a folder", hint="name a file, for example out.safetensors", file=path)
+    if not path.parent.is_dir():
+        raise UnreadableFile(f"no such folder: {path.parent}", hint="create it first", file=path)
+
+
+def refuse_unused(unused: Sequence[Unused], allowed: bool, file: object) -> None:
+    """The coverage contract: what would be lost fails the run unless it is allowed."""
+    if not unused or allowed:
+        return
+    shown = "; ".join(f"{item.key} ({item.reason})" for item in unused[:3])
+    more = f"; and {len(unused) - 3} more" if len(unused) > 3 else ""
+    raise Unclaimed(
+        f"{len(unused)} keys would be lost: {shown}{more}",
+        hint="pass --allow-unused to go on without them; they are then listed in the report",
+        file=file,
+    )
+
+
+def stored_dtype(option: str, kept: str) -> str:
+    """The safetensors dtype to write: that of the input for `keep`."""
+    if option == "keep":
+        return kept
+    if option not in DTYPES:
+        raise NoSuchName.among("dtype", option, ["keep", *DTYPES])
+    return DTYPES[option]
+
+
+def torch_dtype(name: str) -> TorchDtype:
+    """`F16` → torch.float16."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }[name]

@@ -1,0 +1,540 @@
+"""extract: the adapter that turns one checkpoint into another, as nearly as its kind and rank allow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptkit import __version__
+from adaptkit.algorithms._weights import ALPHA, FitSpec
+from adaptkit.checkpoint import Checkpoint, Piece
+from adaptkit.errors import AdaptkitError, NonFinite, NoSuchName, NothingToDo, ShapeMismatch
+from adaptkit.families._family import Kind
+from adaptkit.keymap import KeyMap, algorithms, compile_keys
+from adaptkit.names import BIAS, Slot, Target
+from adaptkit.ops._common import (
+    Progress,
+    Shared,
+    Unused,
+    WriterReport,
+    check_output,
+    default_output,
+    refuse_unused,
+    selected,
+    stored_dtype,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptkit.algorithms._weights import Weights
+    from adaptkit.engine import Resources, Step
+
+__all__ = ["Options", "Plan", "Report", "plan", "run"]
+
+DEFAULT_RANK = 32
+SPOOL = 256_000_000  # bytes of results held in memory before they go to a temporary file
+FLOATS = ("F64", "F32", "F16", "BF16")
+LITTLE = 0.5  # a LoKr that keeps less of ‖ΔW‖² than this is worth a word
+
+
+@dataclass(frozen=True)
+class Options(Shared):
+    """What to fit. `rank` None: 32 for LoRA, a full w2 for LoKr. `vectors`: carry changed biases and norms exactly."""
+
+    algo: str = "lora"
+    rank: int | None = None
+    conv_rank: int | None = None
+    factor: int = 8
+    to: str = "kohya"
+    svd: str = "auto"
+    vectors: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slot to fit, or (`algorithm` None) only to compare: then `why` says why an adapter cannot hold it."""
+
+    slot: Slot | None
+    label: str
+    base: tuple[Piece, ...]
+    tuned: tuple[Piece, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    algorithm: str | None = None
+    role: str = "diff"
+    why: str = ""
+    counted: bool = True  # whether its difference counts in the total: the model's own layers do, a VAE does not
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of the slot as a matrix."""
+        columns = 1
+        for n in self.shape[1:]:
+            columns *= n
+        return (self.shape[0] if self.shape else 1), columns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything known before a weight is read."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    options: Options
+    output: Path
+    jobs: tuple[Job, ...]
+    unused: tuple[Unused, ...]
+    steps: tuple[Step[Job], ...]
+    resources: Resources
+    keys: KeyMap
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--dry-run` prints; sizes are upper bounds, since unchanged layers are left out."""
+        fitted = [job for job in self.jobs if job.algorithm]
+        return {
+            "output": str(self.output),
+            "family": self.base.family.name,
+            "format": self.keys.format.name,
+            "algorithm": self.options.algo,
+            "modules": len(fitted),
+            "bytes_in": sum(self.base.nbytes(j.base) + self.tuned.nbytes(j.tuned) for j in self.jobs),
+            "bytes_out_at_most": sum(_stored_bytes(job, self.options) for job in fitted),
+            "peak_memory": 3 * max((step.bytes for step in self.steps), default=0),
+            "device": self.resources.device,
+            "unused": [item.to_dict() for item in self.unused],
+            "details": [
+                {"module": j.label, "algorithm": j.algorithm, "rank": _rank(j, self.options), "shape": list(j.shape)}
+                for j in fitted
+            ],
+        }
+
+    def close(self) -> None:
+        """Close both checkpoints."""
+        self.base.close()
+        self.tuned.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(WriterReport):
+    """What was written, how much of the difference it captures, and what a user should know."""
+
+    family: str
+    format: str
+    algorithm: str
+    captured: float
+    unchanged: int
+    lora_same_size: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        extra = {
+            "family": self.family,
+            "format": self.format,
+            "algorithm": self.algorithm,
+            "captured": self.captured,
+            "unchanged": self.unchanged,
+            "notes": list(self.notes),
+        }
+        if self.lora_same_size is not None:
+            extra["captured_by_lora_of_same_size"] = self.lora_same_size
+        return {**super().to_dict(), **extra}
+
+
+@dataclass
+class _Measured:
+    """What the engine found for one job."""
+
+    norm: float  # ‖Δ‖²
+    residual: float  # ‖Δ − stored‖²
+    rank: int | None = None
+    parameters: int = 0
+    lora: float | None = None  # energy that a LoRA with as many parameters keeps
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def plan(base: Path, tuned: Path, options: Options) -> Plan:
+    """Pair the checkpoints by target and decide what is fitted; reads headers only, and fails here if anything can."""
+    from adaptkit.engine import Resources
+
+    _check(options)
+    resources = Resources.choose(options.device, options.memory)
+    output = options.output or default_output(tuned, options.algo)
+    check_output(output, options.overwrite)
+    first, second = _open_pair(base, tuned, options)
+    keys = compile_keys(first.family.name, options.to)
+    pairing = _Pairing(first, second, options, keys)
+    jobs = tuple(pairing.jobs())
+    if not any(job.algorithm for job in jobs):
+        raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
+    refuse_unused(pairing.lost, options.allow_unused, tuned)
+    steps = tuple(_step(job, first, second, options) for job in jobs)
+    return Plan(first, second, options, output, jobs, tuple(pairing.lost + pairing.left), steps, resources, keys)
+
+
+def _check(options: Options) -> None:
+    kinds = {name for name, kind in algorithms().items() if kind.extractable}
+    if options.algo not in kinds:
+        raise NoSuchName.among("algorithm for extraction", options.algo, kinds)
+    stored_dtype(options.dtype, "F32")
+
+
+def _open_pair(base: Path, tuned: Path, options: Options) -> tuple[Checkpoint, Checkpoint]:
+    first = Checkpoint.open(base, family=options.family)
+    try:
+        second = Checkpoint.open(tuned, family=options.family)
+        if second.family is not first.family and first.family.name in second.detection.alternatives:
+            second.close()
+            second = Checkpoint.open(tuned, family=first.family.name)
+    except AdaptkitError:
+        first.close()
+        raise
+    if first.family is not second.family:
+        raise ShapeMismatch(
+            f"the base is {first.family.title}, the tuned checkpoint {second.family.title}",
+            hint="extract needs two checkpoints of one family; see `adaptkit inspect`",
+        )
+    return first, second
+
+
+class _Pairing:
+    """Finds each target in both checkpoints; what has no partner goes to `lost`, what an adapter cannot hold to `left`."""
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, options: Options, keys: KeyMap) -> None:
+        self.base, self.tuned, self.options, self.keys = base, tuned, options, keys
+        self.lost: list[Unused] = []
+        self.left: list[Unused] = []
+
+    def jobs(self) -> Iterator[Job]:
+        ours, theirs = self.base.targets(), self.tuned.targets()
+        for target, held in theirs.items():
+            if target not in ours:
+                self._lose(held, target, "not in the base checkpoint")
+            else:
+                yield from self._target(target, ours[target], held)
+        for target in ours.keys() - theirs.keys():
+            self._lose(ours[target], target, "not in the tuned checkpoint")
+        yield from self._others()
+
+    def _lose(self, held: Mapping[Slot, str], target: Target, reason: str) -> None:
+        if selected(self.base.label(Slot(target)), target.component, self.options):
+            self.lost.extend(Unused(name, reason) for name in held.values())
+
+    def _target(self, target: Target, ours: Mapping[Slot, str], theirs: Mapping[Slot, str]) -> Iterator[Job]:
+        for slot in self.keys.slots(target) or (Slot(target),):
+            label = self.base.label(slot)
+            if not selected(label, target.component, self.options):
+                continue
+            base, tuned = self.base.locate(slot, ours), self.tuned.locate(slot, theirs)
+            if base is None or tuned is None:
+                self.lost.append(Unused(label, "stored in parts that do not make this layer"))
+                continue
+            yield from self._pair(slot, label, base, tuned)
+
+    def _pair(self, slot: Slot, label: str, base: tuple[Piece, ...], tuned: tuple[Piece, ...]) -> Iterator[Job]:
+        first, second = self.base.slot_shape(base), self.tuned.slot_shape(tuned)
+        if _squeezed(first) != _squeezed(second):
+            self.lost.append(Unused(tuned[0].name, f"shape {list(first)} in the base, {list(second)} in the tuned checkpoint"))
+            return
+        dtypes = {self.base.source.infos[p.name].dtype for p in base} | {self.tuned.source.infos[p.name].dtype for p in tuned}
+        if not dtypes <= set(FLOATS):
+            self.lost.append(Unused(tuned[0].name, f"stored as {', '.join(sorted(dtypes - set(FLOATS)))}, not as plain floats"))
+            return
+        kept = self.tuned.source.infos[tuned[0].name].dtype
+        dtype = stored_dtype(self.options.dtype, "F32" if kept == "F64" else kept)
+        yield self._choose(Job(slot, label, base, tuned, second, dtype))
+
+    def _choose(self, job: Job) -> Job:
+        """Which algorithm holds this slot."""
+        slot = job.slot
+        assert slot is not None
+        if not self.keys.slots(slot.target):
+            return replace(job, why=f"the {self.keys.format.name} format has no place for it")
+        row = self.keys.row(slot.target)
+        kind = row.kind if row else Kind.MATRIX
+        vector = slot.param == BIAS or kind is Kind.NORM
+        if vector and not self.options.vectors:
+            return replace(job, why="biases and norms are left out (--no-vectors)")
+        if vector:
+            role = ("b_norm" if slot.param == BIAS else "w_norm") if kind is Kind.NORM else "diff_b"
+            return replace(job, algorithm="full", role=role)
+        if kind is Kind.EMBEDDING and self.options.algo != "full":
+            return replace(job, why=f"hosts load no {self.options.algo} for embeddings")
+        return replace(job, algorithm=self.options.algo)
+
+    def _others(self) -> Iterator[Job]:
+        """The parts no adapter holds: compared, so that a difference there is not passed over in silence."""
+        for name, part in self.tuned.others.items():
+            info, partner = self.tuned.source.infos[name], self.base.source.infos.get(name)
+            if part == "ema" or not selected(name, part, self.options):
+                self.left.append(Unused(name, f"{part}: not compared"))
+            elif partner is None:
+                self.left.append(Unused(name, f"{part}: not in the base checkpoint"))
+            elif partner.shape != info.shape or {partner.dtype, info.dtype} - set(FLOATS):
+                if (partner.shape, partner.dtype) != (info.shape, info.dtype):
+                    self.left.append(Unused(name, f"{part}: other shape or dtype in the base checkpoint"))
+            else:
+                piece = (Piece(name),)
+                yield Job(None, name, piece, piece, info.shape, info.dtype, why=f"{part}: no adapter holds it", counted=False)
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1×1 convolution and a linear layer are the same matrix."""
+    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
+
+
+def _rank(job: Job, options: Options) -> int | None:
+    """The rank asked for; the layer may allow less."""
+    if job.algorithm == "full":
+        return None
+    convolution = any(n > 1 for n in job.shape[2:])
+    chosen = options.conv_rank if convolution and options.conv_rank is not None else options.rank
+    if chosen is None:
+        return DEFAULT_RANK if job.algorithm == "lora" else None
+    return min(chosen, *job.matrix)
+
+
+def _stored_bytes(job: Job, options: Options) -> int:
+    """At most how many bytes this slot takes in the output."""
+    size = 4 if job.dtype == "F32" else 2
+    rows, columns = job.matrix
+    rank = _rank(job, options)
+    if job.algorithm == "lora" and rank is not None:
+        return rank * (rows + columns) * size + 4
+    return rows * columns * size + 4
+
+
+def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options) -> Step[Job]:
+    from adaptkit.engine import Step
+
+    rows, columns = job.matrix
+    dense = 4 * rows * columns
+    # ΔW in float32, a second matrix of its size for LoKr (rearranged, then reconstructed), and the factors
+    working = dense * (2 if job.algorithm == "lokr" else 1) + 4 * (rows + columns) * 8 * (_rank(job, options) or 8)
+    stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
+    shape = (job.shape, job.dtype, job.algorithm, job.role, base.source.infos[job.base[0].name].dtype)
+    return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))
+
+
+def run(plan: Plan, progress: Progress | None = None) -> Report:
+    """Fit every changed slot and write the adapter; the only part that reads weights."""
+    from adaptkit import engine
+    from adaptkit.files.sink import Spool
+
+    started = time.perf_counter()
+    found: dict[int, _Measured] = {}
+    fitter = _Fitter(plan)
+    with Spool(SPOOL, plan.output.parent) as spool:
+
+        def store(job: Job, result: _Measured) -> None:
+            for key, tensor in result.tensors.items():
+                spool.append(key, tensor)
+            result.tensors = {key: None for key in result.tensors}  # type: ignore[misc]
+            found[id(job)] = result
+
+        total = len(plan.steps)
+        engine.run(
+            plan.steps,
+            engine.Work(fitter.load, fitter.fit, store),
+            plan.resources,
+            None if progress is None else lambda done: progress(done, total),
+        )
+        measured = [(job, found[id(job)]) for job in plan.jobs]
+        draft = _report(plan, measured)
+        size = _write(plan, spool, [key for _, result in measured for key in result.tensors], draft)
+    return replace(draft, bytes=size, seconds=time.perf_counter() - started)
+
+
+class _Fitter:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.options = plan.options
+
+    def load(self, job: Job) -> dict[str, Tensor]:
+        return {"base": self.plan.base.read(job.base), "tuned": self.plan.tuned.read(job.tuned)}
+
+    def fit(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[_Measured]:
+        """ΔW in float32 (subtracting in bf16 changes one entry in nine), its fit as it will be stored, and what is left."""
+        import torch
+
+        from adaptkit.linalg.precision import norm_squared
+
+        tuned, base = tensors.pop("tuned"), tensors.pop("base")
+        delta = tuned.to(torch.float64 if tuned.dtype == torch.float64 else torch.float32, copy=True).sub_(base)
+        norms = norm_squared(delta).tolist()
+        for job, norm, ours, theirs in zip(jobs, norms, base, tuned, strict=True):
+            if norm != norm or norm == float("inf"):
+                raise self._non_finite(job, ours, theirs)
+        del tuned, base
+        return [self._member(job, delta[n], norm) for n, (job, norm) in enumerate(zip(jobs, norms, strict=True))]
+
+    def _non_finite(self, job: Job, base: Tensor, tuned: Tensor) -> NonFinite:
+        import torch
+
+        for checkpoint, tensor, pieces in ((self.plan.base, base, job.base), (self.plan.tuned, tuned, job.tuned)):
+            if not bool(torch.isfinite(tensor).all()):
+                return NonFinite("holds NaN or infinity", file=checkpoint.source.path, tensor=pieces[0].name)
+        return NonFinite("the difference of the two checkpoints overflows", file=self.plan.tuned.source.path, tensor=job.label)
+
+    def _member(self, job: Job, delta: Tensor, norm: float) -> _Measured:
+        if norm == 0.0 or job.algorithm is None:
+            return _Measured(norm, norm)
+        kind = algorithms()[job.algorithm]
+        spec = FitSpec(_rank(job, self.options), job.shape[2:], self.options.factor, self.options.svd)
+        weights = kind.fit(delta, spec)
+        lora = self._lora_of_size(job, delta, weights) if job.algorithm == "lokr" else None
+        return self._stored(job, weights.trimmed(), delta, _Measured(norm, 0.0, lora=lora))
+
+    def _lora_of_size(self, job: Job, delta: Tensor, weights: Weights) -> float:
+        """The energy that the best LoRA with as many parameters as this LoKr keeps."""
+        from adaptkit.linalg.lowrank import SvdSpec, energies
+
+        parameters = sum(t.numel() for role, t in weights.encode().items() if role != ALPHA)
+        rank = min(parameters // sum(job.matrix), *job.matrix)
+        return 0.0 if rank == 0 else float(energies(delta, rank, SvdSpec(rank)).sum())
+
+    def _stored(self, job: Job, weights: Weights, delta: Tensor, result: _Measured) -> _Measured:
+        """Round to what is written, and measure what that leaves of `delta` (which it overwrites)."""
+        from adaptkit.linalg.precision import cast, norm_squared
+
+        assert job.slot is not None
+        dtype = torch_dtype(job.dtype)
+        if job.algorithm == "full":
+            weights = replace(weights, role=job.role, vector=len(job.shape) == 1)  # type: ignore[type-var]
+        try:
+            encoded = {role: t if role == ALPHA else cast(t, dtype) for role, t in weights.encode().items()}
+        except NonFinite as error:
+            error.hint = "write with --dtype bf16 or fp32"
+            raise error.at(file=self.plan.output, tensor=job.label) from None
+        shapes = {role: tuple(t.shape) for role, t in encoded.items() if role != ALPHA}
+        alpha = float(encoded[ALPHA]) if ALPHA in encoded else None
+        facts = type(weights).facts(shapes, alpha)
+        rounded = type(weights).decode({role: encoded[role] for role in shapes}, facts)
+        result.residual = float(norm_squared(rounded.apply(delta, -1.0)))
+        result.rank = facts.rank
+        result.parameters = sum(encoded[role].numel() for role in shapes)
+        spell = self.plan.keys.spell
+        result.tensors = {spell(job.slot, weights.name, role): t.cpu().contiguous() for role, t in encoded.items()}
+        return result
+
+
+def _report(plan: Plan, measured: Sequence[tuple[Job, _Measured]]) -> Report:
+    written = [(job, result) for job, result in measured if result.tensors]
+    changed = [(job, result) for job, result in measured if result.norm > 0]
+    if not written:
+        raise NothingToDo(_nothing(changed), hint="are these the two files you meant?", file=plan.tuned.source.path)
+    norm = sum(result.norm for job, result in changed if job.counted)
+    residual = sum(result.residual for job, result in changed if job.counted)
+    left = [Unused(job.label, f"differs, but {job.why}") for job, _ in changed if job.algorithm is None]
+    captured = max(0.0, 1.0 - residual / norm)
+    same_size = _same_size(written)
+    return Report(
+        output=plan.output,
+        bytes=0,
+        modules=len(written),
+        parameters=sum(result.parameters for _, result in written),
+        relative_error=(residual / norm) ** 0.5,
+        unused=(*plan.unused, *left),
+        details=tuple(_detail(job, result) for job, result in written),
+        family=plan.base.family.name,
+        format=plan.keys.format.name,
+        algorithm=plan.options.algo,
+        captured=captured,
+        unchanged=sum(1 for job, result in measured if result.norm == 0 and job.algorithm),
+        lora_same_size=same_size and same_size[1],
+        notes=tuple(_notes(same_size, left)),
+    )
+
+
+def _nothing(changed: Sequence[tuple[Job, _Measured]]) -> str:
+    if not changed:
+        return "nothing differs between the base and the tuned checkpoint"
+    return f"no layer that an adapter can hold differs; {len(changed)} other tensors do, first {changed[0][0].label}"
+
+
+def _same_size(written: Sequence[tuple[Job, _Measured]]) -> tuple[float, float] | None:
+    """Shares of ‖ΔW‖² that LoKr, and LoRA with as many parameters, keep of the layers that were fitted by LoKr."""
+    fitted = [result for _, result in written if result.lora is not None]
+    norm = sum(result.norm for result in fitted)
+    if not norm:
+        return None
+    kept = 1.0 - sum(result.residual for result in fitted) / norm
+    return max(0.0, kept), sum(result.lora or 0.0 for result in fitted) / norm
+
+
+def _detail(job: Job, result: _Measured) -> dict[str, Any]:
+    detail: dict[str, Any] = {
+        "module": job.label,
+        "algorithm": job.algorithm,
+        "rank": result.rank,
+        "relative_error": (result.residual / result.norm) ** 0.5,
+        "captured": max(0.0, 1.0 - result.residual / result.norm),
+        "norm": result.norm**0.5,
+    }
+    if result.lora is not None:
+        detail["captured_by_lora_of_same_size"] = min(1.0, result.lora / result.norm)
+    return detail
+
+
+def _notes(same_size: tuple[float, float] | None, left: Sequence[Unused]) -> Iterator[str]:
+    if same_size is not None:
+        kept, lora = same_size
+        if kept < LITTLE and lora > kept:
+            yield (
+                f"This LoKr keeps only {kept:.1%} of the difference, where a LoRA of the same size would keep {lora:.1%}: "
+                "a difference that no LoKr made is usually far from any LoKr. Use --algo lora here."
+            )
+        elif lora > kept:
+            yield f"This LoKr keeps {kept:.1%} of the difference, a LoRA of the same size would keep {lora:.1%}."
+    if left:
+        parts = ", ".join(dict.fromkeys(item.key for item in left[:3]))
+        yield f"{len(left)} changed tensors are not in the adapter ({parts}{', …' if len(left) > 3 else ''}); see `unused`."
+
+
+def _write(plan: Plan, spool: Any, keys: Sequence[str], draft: Report) -> int:  # noqa: ANN401
+    from adaptkit.files.sink import TensorSink
+
+    specs = {spec.name: spec for spec in spool.specs()}
+    with TensorSink(plan.output, [specs[key] for key in keys], _metadata(plan, draft), overwrite=plan.options.overwrite) as sink:
+        spool.write_to(sink)
+        plan.close()
+        sink.commit()
+    return plan.output.stat().st_size
+
+
+def _metadata(plan: Plan, draft: Report) -> dict[str, str]:
+    """What hosts show, and one record of what was done. No date: equal inputs give equal bytes."""
+    from adaptkit.files.provenance import updated
+
+    family, options = plan.base.family, plan.options
+    ranks = {item["rank"] for item in draft.details if item["algorithm"] == options.algo and item["rank"] is not None}
+    module = {"lora": "networks.lora"}.get(options.algo, "lycoris.kohya")
+    hosts = {
+        "ss_base_model_version": family.architectures[1] if len(family.architectures) > 1 else family.name,
+        "ss_network_module": module,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family.modelspec}/lora",
+        "modelspec.title": plan.output.stem,
+    }
+    if ranks:
+        rank = str(max(ranks)) if len(ranks) == 1 else "Dynamic"
+        hosts |= {"ss_network_dim": rank, "ss_network_alpha": rank}
+    record = {
+        "adaptkit": __version__,
+        "command": "extract",
+        "base": plan.base.source.path.name,
+        "tuned": plan.tuned.source.path.name,
+        "algorithm": options.algo,
+        "rank": options.rank,
+        "conv_rank": options.conv_rank,
+        "factor": options.factor if options.algo == "lokr" else None,
+        "relative_error": float(f"{draft.relative_error:.6g}"),
+        "modules": draft.modules,
+    }
+    return updated(hosts, {key: value for key, value in record.items() if value is not None})
+

@@ -1,0 +1,36 @@
+"""Find the members of a plug-in package: one module, one named attribute, no list to edit."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["discover"]
+
+
+@cache
+def discover(package: str, attribute: str) -> Mapping[str, Any]:
+    """Import every public module of `package` and collect its `attribute` by that object's `name`.
+
+    Order is that of the module names. Raises TypeError where a module lacks the attribute, where its name and
+    the object's differ (so that a name on the command line can be found with `ls`), or where a name comes twice.
+    """
+    found: dict[str, Any] = {}
+    for info in sorted(pkgutil.iter_modules(importlib.import_module(package).__path__), key=lambda item: item.name):
+        if info.name.startswith("_"):
+            continue
+        member = getattr(importlib.import_module(f"{package}.{info.name}"), attribute, None)
+        if member is None:
+            raise TypeError(f"{package}.{info.name} has no {attribute}")
+        if member.name.replace("-", "_") != info.name:
+            raise TypeError(f"{package}.{info.name}.{attribute} calls itself {member.name!r}")
+        if member.name in found:
+            raise TypeError(f"{package} has two members named {member.name!r}")
+        found[member.name] = member
+    return MappingProxyType(found)
