@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.algorithms._weights import ALPHA
 from adaptkit.detect import Detection, detect_adapter, families, formats
-from adaptkit.errors import AdaptkitError, NonFinite, UnknownAdapter
+from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
 from adaptkit.keymap import KeyMap, RoleName, algorithms, compile_keys, label
 
@@ -211,13 +211,16 @@ class _Reader:
     def _entry(self, slot: Slot, group: Mapping[str, tuple[RoleName, ...]]) -> Entry | None:
         chosen = _whole(group)
         if chosen is None:
-            return self._refuse(slot, group, "incomplete or mixed: " + ", ".join(sorted({r[0][1] for r in group.values()})))
+            self._refuse(slot, group, "incomplete or mixed: " + ", ".join(sorted({r[0][1] for r in group.values()})))
+            return None
         kind, keys = chosen
         alpha, origin, rank_scaled = self._alpha(slot, keys)
         try:
-            facts = kind.facts({role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}, alpha, rank_scaled)
-        except (AdaptkitError, NonFinite) as error:
-            return self._refuse(slot, group, error.message)
+            shapes = {role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}
+            facts = kind.facts(shapes, alpha, rank_scaled)
+        except AdaptkitError as error:
+            self._refuse(slot, group, error.message)
+            return None
         return Entry(slot, kind, keys, facts, alpha, origin)
 
     def _alpha(self, slot: Slot, keys: Mapping[str, str]) -> tuple[float | None, str, bool]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families
@@ -15,6 +14,7 @@ from adaptkit.names import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -87,10 +87,14 @@ class Checkpoint:
         if whole is not None and slot.rows is not None:
             bounds = slot.rows.bounds(self.shape(whole)[0])
             return None if bounds is None else (self._piece(whole, bounds),)
-        parts = sorted((part for part in held if part.rows is not None), key=lambda part: part.rows or ())
-        if slot.rows is None and parts and sum(p.rows.stop - p.rows.start for p in parts if p.rows) == parts[0].rows.total:  # type: ignore[union-attr]
-            return tuple(self._piece(held[part]) for part in parts)
-        return None
+        return self._joined(held) if slot.rows is None else None
+
+    def _joined(self, held: Mapping[Slot, str]) -> tuple[Piece, ...] | None:
+        """All parts of a target in order, where they make it whole."""
+        parts = sorted((part.rows, name) for part, name in held.items() if part.rows is not None)
+        if not parts or sum(rows.stop - rows.start for rows, _ in parts) != parts[0][0].total:
+            return None
+        return tuple(self._piece(name) for _, name in parts)
 
     def _piece(self, name: str, rows: tuple[int, int] | None = None) -> Piece:
         return Piece(name, rows, self.places[name].transposed)

@@ -185,5 +185,7 @@ def _stem_facts(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[int, tuple[i
 def _checkpoint_marks(infos: Mapping[str, TensorInfo], score: _Score) -> int:
     keys = compile_checkpoint(score.family)
     shapes = ((place.slot, info.shape) for name, info in infos.items() if (place := keys.parse(name)) is not None)
-    matrices = ((slot, shape[1] if len(shape) > 1 else 0, shape[2:]) for slot, shape in shapes if slot.param == "weight")
+    matrices = (
+        (slot, shape[1] if len(shape) > 1 else 0, shape[2:]) for slot, shape in shapes if slot.param == "weight"
+    )
     return _sum_marks(families()[score.family], matrices)

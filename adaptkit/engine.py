@@ -20,6 +20,7 @@ __all__ = ["DEFAULT_MEMORY", "Bucket", "Resources", "Step", "buckets", "run"]
 
 P = TypeVar("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 DEFAULT_MEMORY = 1_000_000_000  # bytes of working memory, torch itself (about 250 MB) not counted
 ALIVE = 3  # buckets alive at once: being read, computed, written
@@ -135,7 +136,7 @@ def run(
     pipeline.run(list(buckets(steps, resources)))
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error: another thread has failed
+class _Stopped(Exception):
     pass
 
 
@@ -174,11 +175,11 @@ class _Pipeline(Generic[P, R]):
             body(*args)
         except _Stopped:
             pass
-        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+        except BaseException as error:
             self.failure.append(error)
             self.stop.set()
 
-    def _put(self, where: queue.Queue[R], item: R) -> None:
+    def _put(self, where: queue.Queue[T], item: T) -> None:
         while True:
             if self.stop.is_set():
                 raise _Stopped
@@ -187,7 +188,7 @@ class _Pipeline(Generic[P, R]):
             except queue.Full:
                 continue
 
-    def _get(self, where: queue.Queue[R]) -> R:
+    def _get(self, where: queue.Queue[T]) -> T:
         while True:
             if self.stop.is_set():
                 raise _Stopped
@@ -198,8 +199,8 @@ class _Pipeline(Generic[P, R]):
 
     def _read(self, todo: Sequence[Bucket[P]]) -> None:
         for bucket in todo:
-            self._put(self.loaded, (bucket, self._stack([self.work.load(p) for p in bucket.payloads])))  # type: ignore[arg-type]
-        self._put(self.loaded, None)  # type: ignore[arg-type]
+            self._put(self.loaded, (bucket, self._stack([self.work.load(p) for p in bucket.payloads])))
+        self._put(self.loaded, None)
 
     def _stack(self, loaded: list[Tensors]) -> dict[str, Tensor]:
         if len(loaded) == 1:
@@ -214,8 +215,8 @@ class _Pipeline(Generic[P, R]):
             del item, host
             results = self.work.kernel(bucket.payloads, tensors)
             del tensors
-            self._put(self.done, (bucket, results))  # type: ignore[arg-type]
-        self._put(self.done, None)  # type: ignore[arg-type]
+            self._put(self.done, (bucket, results))
+        self._put(self.done, None)
 
     def _write(self) -> None:
         finished = 0

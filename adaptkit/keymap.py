@@ -7,22 +7,35 @@ so that `to_out_0` or `context_block` cannot be misread.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.families._family import Kind
 from adaptkit.names import BIAS, WEIGHT, Rows, Slot, Target, tokenise
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from adaptkit.algorithms._weights import Weights
-    from adaptkit.families._family import Component, ModelFamily, Name, Row
+    from adaptkit.families._family import Component, Kind, ModelFamily, Name, Row
     from adaptkit.formats._format import KeyFormat
 
-__all__ = ["CheckpointMap", "KeyMap", "Parsed", "Place", "Templates", "algorithms", "compile_checkpoint", "compile_keys", "label", "param_of", "prefixes", "split_suffix"]
+__all__ = [
+    "CheckpointMap",
+    "KeyMap",
+    "Parsed",
+    "Place",
+    "Templates",
+    "algorithms",
+    "compile_checkpoint",
+    "compile_keys",
+    "label",
+    "param_of",
+    "prefixes",
+    "split_suffix",
+]
 
 P = TypeVar("P")
 _FIELD = re.compile(r"\{(\w+)(?::(\d+))?\}")
@@ -167,7 +180,9 @@ class KeyMap:
         part = self.family.component(slot.component)
         known = prefixes(part, self.format)
         if not known:
-            raise NotRepresentable(f"the {self.format.name} format has no place for the {part.title} of {self.family.title}")
+            raise NotRepresentable(
+                f"the {self.format.name} format has no place for the {part.title} of {self.family.title}"
+            )
         found = _rows(self.family.name)[part.name].match(slot.target.module)
         if found is None:
             raise NotRepresentable(f"{slot} is no module of {self.family.title}")
@@ -259,7 +274,9 @@ def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
 @cache
 def compile_keys(family_name: str, format_name: str) -> KeyMap:
     """The key map of a family in a format, by their names (cached)."""
-    return KeyMap(discover("adaptkit.families", "FAMILY")[family_name], discover("adaptkit.formats", "FORMAT")[format_name])
+    return KeyMap(
+        discover("adaptkit.families", "FAMILY")[family_name], discover("adaptkit.formats", "FORMAT")[format_name]
+    )
 
 
 @dataclass(frozen=True, slots=True)

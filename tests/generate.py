@@ -84,7 +84,11 @@ def model_shapes() -> dict[str, Shapes]:
     return {
         "sd1": {"unet": sd1, "text_encoder": clip(**CLIP_L)},
         "sd2": {"unet": sd2, "text_encoder": clip(**CLIP_H)},
-        "sdxl": {"unet": unet(**SDXL), "text_encoder": clip(**CLIP_L), "text_encoder_2": clip(projection=True, **CLIP_G)},
+        "sdxl": {
+            "unet": unet(**SDXL),
+            "text_encoder": clip(**CLIP_L),
+            "text_encoder_2": clip(projection=True, **CLIP_G),
+        },
     }
 
 
@@ -153,7 +157,10 @@ def write_key_lists(folder: Path) -> None:
         listing = checkpoint_listing(family, found)
         extra = vae_listing()
         save_listing(folder / "checkpoints" / f"{family}.tsv", listing | extra, note)
-    unets = {family: {part: names if part == "unet" else {} for part, names in found.items()} for family, found in shapes.items()}
+    unets = {
+        family: {part: names if part == "unet" else {} for part, names in found.items()}
+        for family, found in shapes.items()
+    }
     lists = {
         "sd1-kohya": adapter_listing("sd1", "kohya", shapes["sd1"], only=KOHYA),
         "sd1-kohya-locon": adapter_listing("sd1", "kohya", shapes["sd1"], only=LOCON),
@@ -224,7 +231,11 @@ class Tiny:
     def _matrices(self, ending: tuple[str, ...], component: str = "unet") -> list[Parameter]:
         part = self.family.component(component)
         found = parameters(part, self.shapes[component])
-        return [p for p in found if p.target.param == "weight" and p.target.module.endswith(ending) and p.kind is Kind.MATRIX]
+        return [
+            p
+            for p in found
+            if p.target.param == "weight" and p.target.module.endswith(ending) and p.kind is Kind.MATRIX
+        ]
 
     def _lora(self, format: str) -> dict[str, torch.Tensor]:
         random, keys = np.random.default_rng(7), compile_keys("sd1", format)

@@ -72,8 +72,17 @@ class AlgorithmLaws:
         for layout in each:
             delta = self.decoded(layout, torch.float16).delta()
             assert delta.dtype == torch.float32, layout.name
-            expected = self.oracle(Layout(layout.name, {r: t.astype(np.float16).astype(np.float64) for r, t in layout.tensors.items()}, layout.alpha, layout.kernel))
-            np.testing.assert_allclose(delta.numpy(), expected.reshape(delta.shape), rtol=2e-5, atol=2e-5, err_msg=layout.name)
+            expected = self.oracle(
+                Layout(
+                    layout.name,
+                    {r: t.astype(np.float16).astype(np.float64) for r, t in layout.tensors.items()},
+                    layout.alpha,
+                    layout.kernel,
+                )
+            )
+            np.testing.assert_allclose(
+                delta.numpy(), expected.reshape(delta.shape), rtol=2e-5, atol=2e-5, err_msg=layout.name
+            )
 
     def test_a2_decode_encode_is_the_identity(self, each: list[Layout]) -> None:
         for layout in each:

@@ -61,7 +61,11 @@ def parameters(component: Component, shapes: Mapping[str, tuple[int, ...]]) -> I
 
 
 def _key(name: Name, param: str, indices: Mapping[str, int]) -> tuple[str, Rows | None, bool]:
-    return fill(name.weight if param == "weight" else name.bias, indices), name.rows, name.transposed and param == "weight"
+    return (
+        fill(name.weight if param == "weight" else name.bias, indices),
+        name.rows,
+        name.transposed and param == "weight",
+    )
 
 
 def _parameter(
@@ -75,7 +79,9 @@ def _parameter(
     return Parameter(Target(component.name, fill(row.target, indices), param), row.kind, shape, names)
 
 
-def checkpoint_listing(family: str, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], layout: str = "native") -> Listing:
+def checkpoint_listing(
+    family: str, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], layout: str = "native"
+) -> Listing:
     """A checkpoint's header: `shapes` per component, by diffusers name; `layout` native (single file) or diffusers."""
     listing: Listing = {}
     for part in families()[family].components:
@@ -151,7 +157,9 @@ def corpus_listing(path: Path) -> Listing:
     return {key: ("F16" if shape else "F32", tuple(shape)) for key, shape in keys.items()}
 
 
-def write_header_only(path: Path, listing: Listing, alpha: float = 4.0, metadata: Mapping[str, str] | None = None) -> Path:
+def write_header_only(
+    path: Path, listing: Listing, alpha: float = 4.0, metadata: Mapping[str, str] | None = None
+) -> Path:
     """A safetensors file of this header, its data all zeros (sparse on disk), every alpha set."""
     specs = [TensorSpec(key, dtype, shape) for key, (dtype, shape) in listing.items()]
     head, infos = build_header(specs, metadata or {})

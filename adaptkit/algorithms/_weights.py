@@ -18,7 +18,20 @@ from adaptkit.names import WEIGHT
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ALPHA", "Dense", "Facts", "Factor", "FitSpec", "Product", "Role", "Shapes", "Tucker", "Weights", "flat", "scaling"]
+__all__ = [
+    "ALPHA",
+    "Dense",
+    "Factor",
+    "Facts",
+    "FitSpec",
+    "Product",
+    "Role",
+    "Shapes",
+    "Tucker",
+    "Weights",
+    "flat",
+    "scaling",
+]
 
 ALPHA = "alpha"
 
@@ -123,8 +136,8 @@ class Weights:
 
 
 def _pick(value: object, index: int) -> object:
-    if isinstance(value, Factor):
-        return type(value)(*(_pick(getattr(value, f.name), index) for f in fields(value)))
+    if isinstance(value, Dense | Product | Tucker):
+        return type(value)(*(_pick(getattr(value, f.name), index) for f in fields(value)))  # type: ignore[arg-type]
     return value[index] if hasattr(value, "ndim") else value  # type: ignore[index]
 
 
@@ -168,13 +181,13 @@ class Dense(Factor):
 
     matrix: Tensor
 
-    def dense(self) -> Tensor:  # noqa: D102
+    def dense(self) -> Tensor:
         from adaptkit.linalg.precision import upcast
 
         return upcast(self.matrix)
 
     @property
-    def rows(self) -> int:  # noqa: D102
+    def rows(self) -> int:
         return int(self.matrix.shape[-2])
 
 
@@ -185,13 +198,13 @@ class Product(Factor):
     left: Tensor
     right: Tensor
 
-    def dense(self) -> Tensor:  # noqa: D102
+    def dense(self) -> Tensor:
         from adaptkit.linalg.precision import upcast
 
         return upcast(self.left) @ upcast(self.right)
 
     @property
-    def rows(self) -> int:  # noqa: D102
+    def rows(self) -> int:
         return int(self.left.shape[-2])
 
 
@@ -203,13 +216,13 @@ class Tucker(Factor):
     left: Tensor
     right: Tensor
 
-    def dense(self) -> Tensor:  # noqa: D102
+    def dense(self) -> Tensor:
         from adaptkit.linalg.precision import upcast
 
         return upcast(self.left) @ spread(upcast(self.core), upcast(self.right))
 
     @property
-    def rows(self) -> int:  # noqa: D102
+    def rows(self) -> int:
         return int(self.left.shape[-2])
 
 

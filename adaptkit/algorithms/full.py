@@ -39,7 +39,7 @@ class Full(Weights):
     vector: bool = False
 
     @classmethod
-    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:  # noqa: ARG003
+    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:
         ((_, shape),) = shapes.items()
         matched(len(shape) >= 1, " ".join(shapes), shapes)
         return Facts(shape[0], math.prod(shape[1:]), shape[2:], None, 1.0, vector=len(shape) == 1)

@@ -49,7 +49,9 @@ class Lokr(Weights):
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{role: Role(f"lokr_{role}") for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}, alpha=Role(ALPHA)
     )
-    forms: ClassVar[tuple[frozenset[str], ...]] = tuple(frozenset(one + two) for one, two in product(W1_FORMS, W2_FORMS))
+    forms: ClassVar[tuple[frozenset[str], ...]] = tuple(
+        frozenset(one + two) for one, two in product(W1_FORMS, W2_FORMS)
+    )
 
     w1: Factor
     w2: Factor

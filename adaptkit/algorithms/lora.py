@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import ALPHA, Facts, FitSpec, Role, Shapes, Weights, flat, matched, roles, scaling, spread
+from adaptkit.algorithms._weights import (
+    ALPHA,
+    Facts,
+    FitSpec,
+    Role,
+    Shapes,
+    Weights,
+    flat,
+    matched,
+    roles,
+    scaling,
+    spread,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +40,10 @@ class Lora(Weights):
     title: ClassVar[str] = "LoRA / LoCon"
     extractable: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
-        up=Role("lora_up.weight", ("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_linear_layer.up.weight")),
+        up=Role(
+            "lora_up.weight",
+            ("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_linear_layer.up.weight"),
+        ),
         down=Role(
             "lora_down.weight",
             ("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_linear_layer.down.weight"),

@@ -27,10 +27,10 @@ _COMMANDS = {
 class _Lazy(click.Group):
     """Commands in the order of the table, each module imported when its command is looked up."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         from importlib import import_module
 
         home = _COMMANDS.get(cmd_name)

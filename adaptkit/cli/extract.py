@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit.cli.options import PATH, writer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
 @click.option("--algo", default="lora", show_default=True, metavar="lora|lokr|full", help="Kind of adapter to fit.")
-@click.option("--rank", type=click.IntRange(1), help="Rank everywhere, clipped to what a layer allows.  [default: lora 32, lokr full]")
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    help="Rank everywhere, clipped to what a layer allows.  [default: lora 32, lokr full]",
+)
 @click.option("--conv-rank", type=click.IntRange(1), help="Rank of convolutions larger than 1×1.  [default: as --rank]")
 @click.option("--factor", type=click.IntRange(1), default=8, show_default=True, help="LoKr: size of the small factor.")
-@click.option("--to", default="kohya", show_default=True, metavar="FORMAT", help="Key format to write; see `adaptkit formats`.")
+@click.option(
+    "--to", default="kohya", show_default=True, metavar="FORMAT", help="Key format to write; see `adaptkit formats`."
+)
 @click.option(
     "--svd",
     type=click.Choice(["auto", "exact"]),
@@ -25,7 +33,9 @@ from adaptkit.cli.options import PATH, writer
     show_default=True,
     help="auto is within 0.1 % of the optimum; exact takes far longer.",
 )
-@click.option("--vectors/--no-vectors", default=True, show_default=True, help="Carry changed biases and norms, exactly.")
+@click.option(
+    "--vectors/--no-vectors", default=True, show_default=True, help="Carry changed biases and norms, exactly."
+)
 @writer
 def extract(base: Path, tuned: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any) -> None:
     """Write the adapter that turns checkpoint BASE into checkpoint TUNED.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adaptkit.cli.options import PATH, inputs, talk
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()
@@ -16,7 +19,7 @@ from adaptkit.cli.options import PATH, inputs, talk
 @click.option("--hash", is_flag=True, help="Add the SHA-256 of the file.")
 @inputs
 @talk
-def inspect(  # noqa: PLR0913 - one parameter per option
+def inspect(
     files: tuple[Path, ...],
     keys: bool,
     modules: bool,

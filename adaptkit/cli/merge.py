@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit.cli.options import PATH, STRENGTH, writer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()

@@ -20,7 +20,7 @@ _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """`500KB`, `64MB`, `1.5GB` (powers of 1000) or `64MiB` (of 1024), in bytes."""
 
     name = "size"
@@ -38,12 +38,12 @@ class Size(click.ParamType):
         return int(float(number) * factor)
 
 
-class Strength(click.ParamType):
+class Strength(click.ParamType):  # type: ignore[type-arg]
     """`style.safetensors:0.8`: a path, and what its ΔW is multiplied by."""
 
     name = "adapter[:strength]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, float]:  # noqa: ARG002
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, float]:
         return value if isinstance(value, tuple) else split_strength(value)
 
 
@@ -94,9 +94,18 @@ def writer(function: F) -> F:
                 show_default=True,
                 help="Number format of what is written.",
             ),
-            click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute."),
-            click.option("--memory", type=SIZE, metavar="SIZE", help="Bound on working memory, torch not counted.  [default: 1GB]"),
-            click.option("--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable)."),
+            click.option(
+                "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute."
+            ),
+            click.option(
+                "--memory",
+                type=SIZE,
+                metavar="SIZE",
+                help="Bound on working memory, torch not counted.  [default: 1GB]",
+            ),
+            click.option(
+                "--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable)."
+            ),
             click.option("--skip", multiple=True, metavar="GLOB", help="Not these modules or components (repeatable)."),
             click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
             click.option("--overwrite", is_flag=True, help="Replace an existing output."),

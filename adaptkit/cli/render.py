@@ -87,9 +87,7 @@ def _percent(share: float) -> str:
 # inspect ---------------------------------------------------------------------------------------------------------
 
 
-def inspected(
-    reports: Sequence[inspect.Report], *, keys: bool, modules: bool, as_json: bool, quiet: bool
-) -> None:
+def inspected(reports: Sequence[inspect.Report], *, keys: bool, modules: bool, as_json: bool, quiet: bool) -> None:
     """Show what `inspect` found: one file in full, several as a table; errors on stderr."""
     if as_json:
         document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
@@ -175,7 +173,13 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _metadata(metadata: Mapping[str, str]) -> str:
-    shown = ("modelspec.title", "modelspec.architecture", "ss_base_model_version", "ss_network_module", "ss_network_dim")
+    shown = (
+        "modelspec.title",
+        "modelspec.architecture",
+        "ss_base_model_version",
+        "ss_network_module",
+        "ss_network_dim",
+    )
     found = [f"{name} = {metadata[name]}" for name in shown if name in metadata]
     rest = len(metadata) - len(found)
     return "\n".join([*found, *([f"and {rest} more (see --json)"] if rest else [])])
@@ -249,7 +253,11 @@ class Talk:
             columns = list(plan["details"][0])
             out.print(table(columns, ([_cell(d[c]) for c in columns] for d in plan["details"])))
         out.print("would write", plan["output"])
-        out.print(facts((name.replace("_", " "), _shown(name, value)) for name, value in plan.items() if _summary(name, value)))
+        out.print(
+            facts(
+                (name.replace("_", " "), _shown(name, value)) for name, value in plan.items() if _summary(name, value)
+            )
+        )
         _unused(out, plan["unused"])
 
     def extracted(self, report: extract.Report) -> None:
@@ -259,23 +267,33 @@ class Talk:
             ("adapter", f"{report.algorithm} for {report.family}, {report.format} keys, {human(report.bytes)}"),
             ("modules", f"{report.modules} written, {report.unchanged} unchanged and left out"),
             ("captured", f"{_percent(report.captured)} of ‖ΔW‖², relative error {report.relative_error:.3g}"),
-            ("same size", "" if same is None else f"a LoRA of as many parameters would capture {_percent(min(1.0, same))}"),
+            (
+                "same size",
+                "" if same is None else f"a LoRA of as many parameters would capture {_percent(min(1.0, same))}",
+            ),
         ]
         columns = ("module", "algorithm", "rank", "captured", "relative_error")
         self._written(report, rows, columns, report.notes)
 
     def merged(self, report: merge.Report) -> None:
         """Summary of a merge."""
-        each = "\n".join(f"{PurePath(a['path']).name} × {a['strength']:g}: {a['modules']} modules" for a in report.adapters)
+        each = "\n".join(
+            f"{PurePath(a['path']).name} × {a['strength']:g}: {a['modules']} modules" for a in report.adapters
+        )
         rows = [
             ("adapters", each),
-            ("tensors", f"{report.changed} of {report.tensors} changed, ‖ΔW‖/‖W‖ = {report.relative_change:.3g} over them"),
+            (
+                "tensors",
+                f"{report.changed} of {report.tensors} changed, ‖ΔW‖/‖W‖ = {report.relative_change:.3g} over them",
+            ),
             ("rounding", f"{report.relative_error:.3g} of ‖ΔW‖ lost to the number format"),
             ("size", human(report.bytes)),
         ]
         self._written(report, rows, ("module", "algorithm", "rank", "relative_change"), ())
 
-    def _written(self, report: Any, rows: Sequence[tuple[str, str]], columns: Sequence[str], notes: Sequence[str]) -> None:
+    def _written(
+        self, report: Any, rows: Sequence[tuple[str, str]], columns: Sequence[str], notes: Sequence[str]
+    ) -> None:
         if self.as_json:
             return document(self.command, report.to_dict())
         click.echo(str(report.output))

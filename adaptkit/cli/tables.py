@@ -15,7 +15,7 @@ def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
 
 @click.command()
 @talk
-def formats(as_json: bool, quiet: bool, verbose: bool) -> None:  # noqa: ARG001
+def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
     """List the key formats: how each spells a module, and who writes it."""
     from adaptkit.detect import formats as known
 
@@ -35,7 +35,7 @@ def formats(as_json: bool, quiet: bool, verbose: bool) -> None:  # noqa: ARG001
 
 @click.command()
 @talk
-def families(as_json: bool, quiet: bool, verbose: bool) -> None:  # noqa: ARG001
+def families(as_json: bool, quiet: bool, verbose: bool) -> None:
     """List the model families and their parts."""
     from adaptkit.detect import families as known
 
@@ -48,7 +48,7 @@ def families(as_json: bool, quiet: bool, verbose: bool) -> None:  # noqa: ARG001
 
 @click.command()
 @talk
-def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:  # noqa: ARG001
+def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:
     """List the algorithms, the tensors each stores, and which can be extracted."""
     from adaptkit.keymap import algorithms as known
 

@@ -7,13 +7,16 @@ an index. Free indices carry over between the namings of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from adaptkit.names import Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Component", "Kind", "Mark", "ModelFamily", "Name", "Row", "named", "row", "split"]
 

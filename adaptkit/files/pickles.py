@@ -209,9 +209,7 @@ def _open_legacy(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
     return root, _legacy_blobs(file, keys, {storage.key: storage for storage in storages}, at, size)
 
 
-def _legacy_blobs(
-    file: BinaryIO, keys: Iterable[str], storages: Mapping[str, _Storage], at: int, size: int
-) -> _Blobs:
+def _legacy_blobs(file: BinaryIO, keys: Iterable[str], storages: Mapping[str, _Storage], at: int, size: int) -> _Blobs:
     """Each storage: its number of elements (int64), then its bytes."""
     blobs: _Blobs = {}
     for key in keys:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,19 @@ from torch import Tensor
 from adaptkit.linalg.lowrank import SvdSpec, eigh, gram_columns, truncated_svd
 from adaptkit.linalg.precision import norm_squared, upcast
 
-__all__ = ["Kron", "KronLowRank", "factorization", "kron", "nearest_kron", "nearest_kron_lowrank", "rearrange", "unarrange"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "Kron",
+    "KronLowRank",
+    "factorization",
+    "kron",
+    "nearest_kron",
+    "nearest_kron_lowrank",
+    "rearrange",
+    "unarrange",
+]
 
 GRAM_SIDE = 256  # up to this many blocks (or entries a block) the Gram matrix is the cheapest way
 SWEEP_TOL = 1e-5  # alternating least squares stops where the residual drops by less than this share
@@ -83,7 +96,7 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     """
     x = upcast(x)
     if x.ndim > 2:
-        return _stack([nearest_kron(member, a, b) for member in x.reshape(-1, *x.shape[-2:])], x.shape[:-2], Kron)
+        return _each(x, lambda member: nearest_kron(member, a, b))
     c, d = x.shape[0] // a, x.shape[1] // b
     r = rearrange(x, a, b)
     left = _leading(r)
@@ -106,14 +119,14 @@ def _leading(r: Tensor) -> Tensor | None:
     p, q = r.shape
     if min(p, q) > GRAM_SIDE:
         svd = truncated_svd(r, SvdSpec(1, method="lanczos"))
-        return None if float(svd.s[0]) == 0.0 else svd.u[:, 0] / svd.u[:, 0].norm()
+        return None if float(svd.s[0]) == 0.0 else svd.u[:, 0].div(svd.u[:, 0].norm())
     values, vectors = eigh(gram_columns(r.mT if p <= q else r))
     if float(values[0]) <= 0.0:
         return None
     if p <= q:
         return vectors[:, 0].to(r.dtype)
-    left = r @ vectors[:, 0].to(r.dtype)
-    return left / left.norm()
+    left: Tensor = r @ vectors[:, 0].to(r.dtype)
+    return left.div_(left.norm())
 
 
 def _gauged(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +146,7 @@ def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = 10)
     """
     x = upcast(x)
     if x.ndim > 2:
-        members = [nearest_kron_lowrank(member, a, b, rank, sweeps) for member in x.reshape(-1, *x.shape[-2:])]
-        return _stack(members, x.shape[:-2], KronLowRank)
+        return _each(x, lambda member: nearest_kron_lowrank(member, a, b, rank, sweeps))
     c, d = x.shape[0] // a, x.shape[1] // b
     rank = min(rank, c, d)
     r = rearrange(x, a, b)
@@ -177,6 +189,12 @@ def _three(w1: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Ten
     return w1, left * ratio, right / ratio
 
 
-def _stack(members, batch, kind):  # type: ignore[no-untyped-def]
-    fields = {name: torch.stack([getattr(one, name) for one in members]) for name in kind.__dataclass_fields__}
-    return kind(**{name: whole.reshape(*batch, *whole.shape[1:]) for name, whole in fields.items()})
+K = TypeVar("K", Kron, KronLowRank)
+
+
+def _each(x: Tensor, fit: Callable[[Tensor], K]) -> K:
+    """`fit` on every member of a batch, stacked again."""
+    batch = x.shape[:-2]
+    members = [fit(member) for member in x.reshape(-1, *x.shape[-2:])]
+    found = {f.name: torch.stack([getattr(one, f.name) for one in members]) for f in fields(members[0])}
+    return type(members[0])(**{name: whole.reshape(*batch, *whole.shape[1:]) for name, whole in found.items()})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from adaptkit.errors import NonFinite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["accumulate_dtype", "cast", "compute_dtype", "dot", "norm_squared", "supports_float64", "upcast"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.errors import NoSuchName, Unclaimed, UnreadableFile, WouldOverwrite
 
 if TYPE_CHECKING:
-    from torch import dtype as TorchDtype
+    import torch
 
 __all__ = [
     "DTYPES",
     "Progress",
-    "Unused",
     "Shared",
+    "Unused",
     "check_output",
     "default_output",
     "refuse_unused",
@@ -107,7 +108,7 @@ def split_strength(argument: str) -> tuple[Path, float]:
             strength = float(number)
         except ValueError:
             return Path(argument), 1.0
-        if strength == strength and abs(strength) != float("inf"):
+        if math.isfinite(strength):
             return Path(path), strength
     return Path(argument), 1.0
 
@@ -121,7 +122,9 @@ def default_output(beside: Path, suffix: str) -> Path:
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse an output that exists or cannot be, before any work."""
     if path.exists() and not overwrite:
-        raise WouldOverwrite("the output exists already", hint="pass --overwrite to replace it, or another --output", file=path)
+        raise WouldOverwrite(
+            "the output exists already", hint="pass --overwrite to replace it, or another --output", file=path
+        )
     if path.is_dir():
         raise WouldOverwrite("the output is a folder", hint="name a file, for example out.safetensors", file=path)
     if not path.parent.is_dir():
@@ -150,7 +153,7 @@ def stored_dtype(option: str, kept: str) -> str:
     return DTYPES[option]
 
 
-def torch_dtype(name: str) -> TorchDtype:
+def torch_dtype(name: str) -> torch.dtype:
     """`F16` → torch.float16."""
     import torch
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__
@@ -29,6 +28,9 @@ from adaptkit.ops._common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
     from torch import Tensor
 
     from adaptkit.algorithms._weights import Weights
@@ -156,6 +158,7 @@ class _Measured:
     parameters: int = 0
     lora: float | None = None  # energy that a LoRA with as many parameters keeps
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()  # of `tensors`, kept when these have gone to the spool
 
 
 def plan(base: Path, tuned: Path, options: Options) -> Plan:
@@ -239,11 +242,17 @@ class _Pairing:
     def _pair(self, slot: Slot, label: str, base: tuple[Piece, ...], tuned: tuple[Piece, ...]) -> Iterator[Job]:
         first, second = self.base.slot_shape(base), self.tuned.slot_shape(tuned)
         if _squeezed(first) != _squeezed(second):
-            self.lost.append(Unused(tuned[0].name, f"shape {list(first)} in the base, {list(second)} in the tuned checkpoint"))
+            self.lost.append(
+                Unused(tuned[0].name, f"shape {list(first)} in the base, {list(second)} in the tuned checkpoint")
+            )
             return
-        dtypes = {self.base.source.infos[p.name].dtype for p in base} | {self.tuned.source.infos[p.name].dtype for p in tuned}
+        dtypes = {self.base.source.infos[p.name].dtype for p in base} | {
+            self.tuned.source.infos[p.name].dtype for p in tuned
+        }
         if not dtypes <= set(FLOATS):
-            self.lost.append(Unused(tuned[0].name, f"stored as {', '.join(sorted(dtypes - set(FLOATS)))}, not as plain floats"))
+            self.lost.append(
+                Unused(tuned[0].name, f"stored as {', '.join(sorted(dtypes - set(FLOATS)))}, not as plain floats")
+            )
             return
         kept = self.tuned.source.infos[tuned[0].name].dtype
         dtype = stored_dtype(self.options.dtype, "F32" if kept == "F64" else kept)
@@ -280,7 +289,9 @@ class _Pairing:
                     self.left.append(Unused(name, f"{part}: other shape or dtype in the base checkpoint"))
             else:
                 piece = (Piece(name),)
-                yield Job(None, name, piece, piece, info.shape, info.dtype, why=f"{part}: no adapter holds it", counted=False)
+                yield Job(
+                    None, name, piece, piece, info.shape, info.dtype, why=f"{part}: no adapter holds it", counted=False
+                )
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -334,7 +345,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         def store(job: Job, result: _Measured) -> None:
             for key, tensor in result.tensors.items():
                 spool.append(key, tensor)
-            result.tensors = {key: None for key in result.tensors}  # type: ignore[misc]
+            result.keys, result.tensors = tuple(result.tensors), {}
             found[id(job)] = result
 
         total = len(plan.steps)
@@ -346,7 +357,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         )
         measured = [(job, found[id(job)]) for job in plan.jobs]
         draft = _report(plan, measured)
-        size = _write(plan, spool, [key for _, result in measured for key in result.tensors], draft)
+        size = _write(plan, spool, [key for _, result in measured for key in result.keys], draft)
     return replace(draft, bytes=size, seconds=time.perf_counter() - started)
 
 
@@ -368,7 +379,7 @@ class _Fitter:
         delta = tuned.to(torch.float64 if tuned.dtype == torch.float64 else torch.float32, copy=True).sub_(base)
         norms = norm_squared(delta).tolist()
         for job, norm, ours, theirs in zip(jobs, norms, base, tuned, strict=True):
-            if norm != norm or norm == float("inf"):
+            if not math.isfinite(norm):
                 raise self._non_finite(job, ours, theirs)
         del tuned, base
         return [self._member(job, delta[n], norm) for n, (job, norm) in enumerate(zip(jobs, norms, strict=True))]
@@ -379,7 +390,9 @@ class _Fitter:
         for checkpoint, tensor, pieces in ((self.plan.base, base, job.base), (self.plan.tuned, tuned, job.tuned)):
             if not bool(torch.isfinite(tensor).all()):
                 return NonFinite("holds NaN or infinity", file=checkpoint.source.path, tensor=pieces[0].name)
-        return NonFinite("the difference of the two checkpoints overflows", file=self.plan.tuned.source.path, tensor=job.label)
+        return NonFinite(
+            "the difference of the two checkpoints overflows", file=self.plan.tuned.source.path, tensor=job.label
+        )
 
     def _member(self, job: Job, delta: Tensor, norm: float) -> _Measured:
         if norm == 0.0 or job.algorithm is None:
@@ -424,7 +437,7 @@ class _Fitter:
 
 
 def _report(plan: Plan, measured: Sequence[tuple[Job, _Measured]]) -> Report:
-    written = [(job, result) for job, result in measured if result.tensors]
+    written = [(job, result) for job, result in measured if result.keys]
     changed = [(job, result) for job, result in measured if result.norm > 0]
     if not written:
         raise NothingToDo(_nothing(changed), hint="are these the two files you meant?", file=plan.tuned.source.path)
@@ -496,11 +509,13 @@ def _notes(same_size: tuple[float, float] | None, left: Sequence[Unused]) -> Ite
         yield f"{len(left)} changed tensors are not in the adapter ({parts}{', …' if len(left) > 3 else ''}); see `unused`."
 
 
-def _write(plan: Plan, spool: Any, keys: Sequence[str], draft: Report) -> int:  # noqa: ANN401
+def _write(plan: Plan, spool: Any, keys: Sequence[str], draft: Report) -> int:
     from adaptkit.files.sink import TensorSink
 
     specs = {spec.name: spec for spec in spool.specs()}
-    with TensorSink(plan.output, [specs[key] for key in keys], _metadata(plan, draft), overwrite=plan.options.overwrite) as sink:
+    with TensorSink(
+        plan.output, [specs[key] for key in keys], _metadata(plan, draft), overwrite=plan.options.overwrite
+    ) as sink:
         spool.write_to(sink)
         plan.close()
         sink.commit()
@@ -537,4 +552,3 @@ def _metadata(plan: Plan, draft: Report) -> dict[str, str]:
         "modules": draft.modules,
     }
     return updated(hosts, {key: value for key, value in record.items() if value is not None})
-

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import PEFT_CONFIG, Adapter, Problem, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
-from adaptkit.files.header import TensorInfo
 from adaptkit.files.provenance import sha256
-from adaptkit.files.source import TensorSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from adaptkit.files.header import TensorInfo
+    from adaptkit.files.source import TensorSource
 
 __all__ = ["Options", "Report", "expand", "run"]
 

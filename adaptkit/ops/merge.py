@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__
@@ -13,7 +11,6 @@ from adaptkit.adapter import Adapter, Entry
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
-from adaptkit.names import Slot
 from adaptkit.ops._common import (
     Progress,
     Shared,
@@ -28,10 +25,14 @@ from adaptkit.ops._common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
     from torch import Tensor
 
     from adaptkit.engine import Resources, Step
     from adaptkit.files.sink import TensorSink
+    from adaptkit.names import Slot
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
@@ -102,7 +103,9 @@ class Plan:
 
     def described(self) -> list[dict[str, Any]]:
         """The adapters: path, format, strength, how many of their modules apply."""
-        counts = [sum(c.adapter == n for job in self.jobs for c in job.contributions) for n in range(len(self.adapters))]
+        counts = [
+            sum(c.adapter == n for job in self.jobs for c in job.contributions) for n in range(len(self.adapters))
+        ]
         return [
             {"path": str(a.source.path), "format": a.format.name, "strength": s, "modules": n}
             for a, s, n in zip(self.adapters, self.strengths, counts, strict=True)
@@ -110,8 +113,9 @@ class Plan:
 
     def close(self) -> None:
         """Close all inputs."""
-        for source in (self.base, *self.adapters):
-            source.close()
+        self.base.close()
+        for adapter in self.adapters:
+            adapter.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +161,12 @@ def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -
     opened = _open_adapters(checkpoint, [path for path, _ in adapters], options)
     places = _Places(checkpoint, opened, options)
     jobs = places.jobs()
-    for adapter, unused in zip(opened, places.unused, strict=True):
-        refuse_unused(unused, options.allow_unused, adapter.source.path)
+    for adapter, lost in zip(opened, places.unused, strict=True):
+        refuse_unused(lost, options.allow_unused, adapter.source.path)
     if not jobs:
-        raise NothingToDo("no module of these adapters applies to this checkpoint", hint="see --only and --skip", file=base)
+        raise NothingToDo(
+            "no module of these adapters applies to this checkpoint", hint="see --only and --skip", file=base
+        )
     touched = {job.name: job for job in jobs}
     specs = tuple(
         TensorSpec(info.name, touched[info.name].dtype if info.name in touched else info.dtype, info.shape)
@@ -284,13 +290,22 @@ def _step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job]:
 
     info = base.source.infos[job.name]
     infos = [
-        (c.adapter, role, adapters[c.adapter].source.infos[key]) for c in job.contributions for role, key in c.entry.tensors()
+        (c.adapter, role, adapters[c.adapter].source.infos[key])
+        for c in job.contributions
+        for role, key in c.entry.tensors()
     ]
     # W stored, W in float32, the merged tensor; a kind without factors needs its dense ΔW beside them
     dense = max(0 if c.entry.facts.rank and c.entry.kind.name == "lora" else 4 * info.numel for c in job.contributions)
     size = info.nbytes + 4 * info.numel + info.nbytes + dense + 3 * sum(i.nbytes for _, _, i in infos)
     contents = tuple((c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter) for c in job.contributions)
-    shape = (info.shape, info.dtype, job.dtype, base.places[job.name].transposed, contents, tuple((a, role, i.shape, i.dtype) for a, role, i in infos))
+    shape = (
+        info.shape,
+        info.dtype,
+        job.dtype,
+        base.places[job.name].transposed,
+        contents,
+        tuple((a, role, i.shape, i.dtype) for a, role, i in infos),
+    )
     return Step(job, shape, size, base.source.order(job.name))
 
 
@@ -459,4 +474,3 @@ def _metadata(plan: Plan) -> dict[str, str]:
         ],
     }
     return updated(plan.base.source.metadata, record)
-

@@ -40,7 +40,9 @@ class TestLokr(AlgorithmLaws):
             for one, first in _w1().items():
                 for two, second in _w2(kernel).items():
                     for alpha in (None, 3.0):
-                        yield Layout(f"{one}, {two}, kernel {kernel}, alpha {alpha}", {**first, **second}, alpha, kernel)
+                        yield Layout(
+                            f"{one}, {two}, kernel {kernel}, alpha {alpha}", {**first, **second}, alpha, kernel
+                        )
         # ai-toolkit writes alpha ≈ 1e10, which is infinite in fp16, beside two full factors
         for alpha in (9999220736.0, float("inf")):
             yield Layout(f"full factors, alpha {alpha}", {"w1": array(4, 2), "w2": array(3, 5)}, alpha)
@@ -88,7 +90,11 @@ def test_fit_is_the_nearest_kronecker_product(kernel: tuple[int, ...]) -> None:
     fitted = Lokr.fit(delta, FitSpec(None, kernel, factor=4))
     assert isinstance(fitted.w1, Dense)
     assert fitted.w1.matrix.shape == (4, 4)
-    assert {role: tuple(t.shape) for role, t in fitted.encode().items()} == {"w1": (4, 4), "w2": (6, 10, *kernel), "alpha": ()}
+    assert {role: tuple(t.shape) for role, t in fitted.encode().items()} == {
+        "w1": (4, 4),
+        "w2": (6, 10, *kernel),
+        "alpha": (),
+    }
     assert float((fitted.delta() - delta).norm()) == pytest.approx(oracle.best_kron(delta.numpy(), 4, 4), rel=1e-6)
 
 
@@ -100,7 +106,12 @@ def test_fit_recovers_a_low_rank_lokr(kernel: tuple[int, ...]) -> None:
     fitted = Lokr.fit(delta, FitSpec(2, kernel, factor=4))
     stored = fitted.encode()
     # what LyCORIS and ComfyUI both load: w2_b flat, alpha = rank
-    assert {role: tuple(t.shape) for role, t in stored.items()} == {"w1": (4, 4), "w2_a": (16, 2), "w2_b": (2, 20 * window), "alpha": ()}
+    assert {role: tuple(t.shape) for role, t in stored.items()} == {
+        "w1": (4, 4),
+        "w2_a": (16, 2),
+        "w2_b": (2, 20 * window),
+        "alpha": (),
+    }
     assert float(stored["alpha"]) == 2.0
     torch.testing.assert_close(fitted.delta(), delta, rtol=1e-5, atol=1e-5)
 

@@ -30,7 +30,9 @@ class TestLora(AlgorithmLaws):
         yield Layout("conv 1×1", {"up": array(12, 2, 1, 1), "down": array(2, 5, 1, 1)}, 4.0, (1, 1))
         yield Layout("conv 1-D", {"up": array(12, 2, 1), "down": array(2, 5, 3)}, 4.0, (3,))
         yield Layout("conv 3-D, not cubic", {"up": array(12, 2, 1, 1, 1), "down": array(2, 5, 1, 2, 3)}, 4.0, (1, 2, 3))
-        yield Layout("tucker", {"up": array(12, 3, 1, 1), "down": array(3, 5, 1, 1), "mid": array(3, 3, 3, 3)}, 2.0, (3, 3))
+        yield Layout(
+            "tucker", {"up": array(12, 3, 1, 1), "down": array(3, 5, 1, 1), "mid": array(3, 3, 3, 3)}, 2.0, (3, 3)
+        )
         yield Layout("tucker 1-D", {"up": array(12, 3, 1), "down": array(3, 5, 1), "mid": array(3, 3, 5)}, 2.0, (5,))
         yield Layout("negative alpha", {"up": array(12, 3), "down": array(3, 10)}, -1.5)
 

@@ -82,7 +82,8 @@ def test_views_shared_storage_and_parameters_read_as_torch_reads_them(tmp_path, 
     assert source.span("expanded") is None
     assert source.span("view.a") is not None
     assert source.span("one by one") is not None  # its odd strides belong to dimensions of size 1
-    assert source.scalar("number") == 0.5
+    with source:
+        assert source.scalar("number") == 0.5
 
 
 @FORMATS
@@ -143,7 +144,8 @@ def test_compressed_entries(tmp_path):
             new.writestr(name, old.read(name))
     source = assert_same(tmp_path / "y.pt", state)
     assert source.span("a") is None
-    assert source.scalar("n") == 2.5
+    with source:
+        assert source.scalar("n") == 2.5
 
 
 # --- hostile and damaged files ---------------------------------------------------------------------------------------

@@ -175,9 +175,11 @@ def test_sub_byte_dtypes_are_listed_but_not_read(tmp_path):
 @pytest.mark.parametrize("name", ["a.safetensors", "a.sft", "a.ckpt", "a", "b.bin"])
 def test_content_decides_not_the_extension(tmp_path, name):
     save_file({"a": ones()}, tmp_path / name)
-    assert open_source(tmp_path / name).read("a").tolist() == [1, 1]
+    with open_source(tmp_path / name) as source:
+        assert source.read("a").tolist() == [1, 1]
     torch.save({"a": ones(3)}, tmp_path / name)
-    assert open_source(str(tmp_path / name)).read("a").tolist() == [1, 1, 1]
+    with open_source(str(tmp_path / name)) as source:
+        assert source.read("a").tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0480, 0x04034B50])
