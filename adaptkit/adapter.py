@@ -145,6 +145,7 @@ class Adapter:
 
 
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:
+    """An adapter's file, and PEFT's adapter_config.json where the path is a folder that has one."""
     config = path / PEFT_CONFIG
     if not config.is_file():
         return open_source(path), None

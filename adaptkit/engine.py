@@ -29,7 +29,7 @@ _POLL = 0.2  # seconds between looks at the stop flag while a queue is full or e
 
 @dataclass(frozen=True)
 class Step(Generic[P]):
-    """One unit of work: steps of equal `shape` may be stacked; `bytes` is its peak working memory; `order` its place on disk."""
+    """One unit of work: steps of equal `shape` may be stacked; `bytes` is peak working memory; `order` the place on disk."""
 
     payload: P
     shape: Hashable

@@ -56,6 +56,7 @@ TINY_CLIP: dict[str, Any] = dict(
 KOHYA_UNET = r"unet\..*attentions\..*(attn[12]\.to_\w+(\.0)?|ff\.net\.\d(\.proj)?|proj_in|proj_out)"
 KOHYA_TE = r"text_encoder(_2)?\.text_model\.encoder\..*(self_attn\.\w+|mlp\.\w+)"
 KOHYA = f"({KOHYA_UNET}|{KOHYA_TE})"
+KOHYA_SD2 = KOHYA.replace(r"encoder\.", r"encoder\.layers\.(?!23)\d+\.")  # trainers leave the last layer out, as hosts do
 LOCON = f"({KOHYA}|" + r"unet\..*(conv1|conv2|conv_shortcut|time_emb_proj|samplers\.0\.conv))"
 
 
@@ -167,7 +168,7 @@ def write_key_lists(folder: Path) -> None:
         "sd1-comfy": adapter_listing("sd1", "comfy", shapes["sd1"], only=KOHYA, alpha=False),
         "sd1-diffusers": adapter_listing("sd1", "diffusers", shapes["sd1"], only=KOHYA, alpha=False),
         "sd1-peft": adapter_listing("sd1", "peft", unets["sd1"], only=KOHYA, alpha=False),
-        "sd2-kohya": adapter_listing("sd2", "kohya", shapes["sd2"], only=KOHYA),
+        "sd2-kohya": adapter_listing("sd2", "kohya", shapes["sd2"], only=KOHYA_SD2),
         "sdxl-kohya": adapter_listing("sdxl", "kohya", shapes["sdxl"], only=KOHYA),
         "sdxl-comfy": adapter_listing("sdxl", "comfy", unets["sdxl"], alpha=False),
         "sdxl-lycoris": adapter_listing("sdxl", "lycoris", unets["sdxl"]),

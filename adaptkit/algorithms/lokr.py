@@ -70,7 +70,7 @@ class Lokr(Weights):
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         w1: Factor = Dense(tensors["w1"]) if "w1" in tensors else Product(tensors["w1_a"], tensors["w1_b"])
-        return cls(w1, _decoded(tensors, facts), facts.scale, facts.kernel)
+        return cls(w1, _decoded(tensors), facts.scale, facts.kernel)
 
     def encode(self) -> dict[str, Tensor]:
         import torch
@@ -171,7 +171,7 @@ def _second(shapes: Shapes) -> tuple[tuple[int, int, tuple[int, ...] | None], in
     return (left[0], math.prod(right[1:]), kernel), right[0]
 
 
-def _decoded(tensors: Mapping[str, Tensor], facts: Facts) -> Factor:
+def _decoded(tensors: Mapping[str, Tensor]) -> Factor:
     batch = _batch(tensors)
     if "w2" in tensors:
         w2 = tensors["w2"]

@@ -235,6 +235,7 @@ def _scan(data: bytes, start: int) -> int:
     """Check a pickle's opcodes without running it; where it ends. Keeps the unpickler from being made to allocate."""
     stream = io.BytesIO(data)
     stream.seek(start)
+    nesting = _Nesting()
     for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in _REFUSED_OPCODES:
             raise UnsafePickle(f"uses the opcode {opcode.name}, which torch.save never writes", hint=_CONVERT)
@@ -242,7 +243,47 @@ def _scan(data: bytes, start: int) -> int:
             raise CorruptFile("damaged pickle: a memo index beyond what it has stored")  # the memo is an array
         if opcode.name == "BYTEARRAY8":
             raise CorruptFile("damaged pickle: a bytearray among the weights")
+        nesting.follow(opcode, arg)
     return stream.tell()
+
+
+class _Nesting:
+    """How deep tuples nest. As a key a deep one is hashed by unguarded C recursion: 2 000 000 levels crash Python."""
+
+    _NESTING_OPCODES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
+    _LIMIT = 1000
+    _MARK = -1
+
+    def __init__(self) -> None:
+        self._stack: list[int] = []  # depth of each object on the unpickler's stack
+        self._memo: dict[int, int] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, arg: Any) -> None:
+        name = opcode.name
+        if name == "MARK":
+            self._stack.append(self._MARK)
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            self._stack.append(self._memo.get(arg, 0))
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            self._memo[arg] = self._stack[-1]
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = self._stack[-1]
+        else:
+            depth = self._pop(opcode) + (name in self._NESTING_OPCODES)
+            if depth > self._LIMIT:
+                raise CorruptFile(f"damaged pickle: nested more than {self._LIMIT} deep")
+            self._stack.extend([depth] * len(opcode.stack_after))
+
+    def _pop(self, opcode: pickletools.OpcodeInfo) -> int:
+        """Take what an opcode takes; the greatest depth among it."""
+        count, depth = len(opcode.stack_before), 0
+        if pickletools.markobject in opcode.stack_before:
+            count = opcode.stack_before.index(pickletools.markobject)
+            while (top := self._stack.pop()) != self._MARK:
+                depth = max(depth, top)
+        for _ in range(count):
+            depth = max(depth, self._stack.pop())
+        return depth
 
 
 def _unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[_Storage]]:

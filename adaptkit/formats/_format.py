@@ -18,7 +18,7 @@ class Alpha(Enum):
 
     TENSOR = "tensor"  # one scalar tensor per module
     METADATA = "metadata"  # in the file's metadata or a config beside it; without it, alpha = rank
-    NONE = "none"
+    OPTIONAL = "optional"  # a scalar tensor where alpha differs from rank, none where it does not
 
 
 # PEFT and diffusers call the factors A (down) and B (up).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.formats._format import Alpha, KeyFormat
+from adaptkit.formats._format import PEFT_SPELLING, Alpha, KeyFormat
 
 FORMAT = KeyFormat(
     name="comfy",
@@ -10,7 +10,8 @@ FORMAT = KeyFormat(
     prefixes=("{comfy}.",),
     joiner=".",
     style="comfy",
-    alpha=Alpha.TENSOR,
+    alpha=Alpha.OPTIONAL,
+    spelling=PEFT_SPELLING,
     written_by="ComfyUI, ai-toolkit, diffusion-pipe",
     note="the one spelling that ComfyUI loads completely for every family",
 )

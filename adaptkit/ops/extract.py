@@ -12,6 +12,7 @@ from adaptkit.algorithms._weights import ALPHA, FitSpec
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import AdaptkitError, NonFinite, NoSuchName, NothingToDo, ShapeMismatch
 from adaptkit.families._family import Kind
+from adaptkit.formats._format import Alpha
 from adaptkit.keymap import KeyMap, algorithms, compile_keys
 from adaptkit.names import BIAS, Slot, Target
 from adaptkit.ops._common import (
@@ -432,6 +433,8 @@ class _Fitter:
         result.rank = facts.rank
         result.parameters = sum(encoded[role].numel() for role in shapes)
         spell = self.plan.keys.spell
+        if self.plan.keys.format.alpha is not Alpha.TENSOR:
+            encoded.pop(ALPHA, None)  # alpha = rank, which such formats say by leaving it out
         result.tensors = {spell(job.slot, weights.name, role): t.cpu().contiguous() for role, t in encoded.items()}
         return result
 

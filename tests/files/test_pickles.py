@@ -247,11 +247,14 @@ FLOAT = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ"
         (b"", "damaged pickle"),
         (b"K\x01", "damaged pickle"),
         (b"h\x05.", "damaged pickle"),
+        (b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s.", "nested more than 1000 deep"),
+        (b"\x80\x02})" + b"q\x00h\x00\x86" * 2000 + b"K\x01s.", "nested more than 1000 deep"),
         (b"}]K\x01s.", "damaged pickle"),
         (b"]" * 2 + b"a.", "holds a list"),
         (V2 + b"(" + FLOAT + b"K\x00(K\x04t(K\x01ttR.", "holds a single tensor"),
         (b"}.", "no table of tensors"),
     ],
+    ids=lambda value: None if isinstance(value, str) else repr(value[-24:]),
 )
 def test_misused_stand_ins_and_damage(tmp_path, raw, reason):
     path = zip_of(tmp_path / "x.ckpt", raw, [("data/0", bytes(16))])

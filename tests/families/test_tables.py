@@ -1,0 +1,78 @@
+"""The tables against the mappings in ../shared/corpus, and against the fixtures' headers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adaptkit.detect import detect_checkpoint, families
+from adaptkit.files.header import TensorInfo
+from adaptkit.keymap import compile_checkpoint
+from tests.synth import FIXTURES, load_listing
+
+MAPS = {
+    "sd1": {"unet": "sd15_unet", "text_encoder": "te_clip_l@sd15"},
+    "sd2": {"unet": "sd21_unet", "text_encoder": "te_openclip_h@sd21"},
+    "sdxl": {"unet": "sdxl_unet", "text_encoder": "te_clip_l@sdxl", "text_encoder_2": "te_openclip_bigg@sdxl"},
+}
+
+
+@pytest.mark.parametrize("family", MAPS)
+def test_diffusers_and_native_names_mean_the_same_slot(family: str, corpus: Path) -> None:
+    keys = compile_checkpoint(family)
+    for component, name in MAPS[family].items():
+        for ours, theirs in json.loads((corpus / "ckpt" / f"{name}.json").read_text()).items():
+            place = keys.parse(f"{component}.{ours}")
+            assert place is not None, ours
+            if isinstance(theirs, str):
+                assert keys.parse(theirs).slot == place.slot
+            elif isinstance(theirs, dict):
+                other = keys.parse(theirs["key"])
+                assert other.slot == place.slot
+                assert other.transposed
+                assert not place.transposed
+            else:
+                ((key, start, stop),) = theirs
+                whole = keys.parse(key).slot
+                assert (whole.target, whole.rows) == (place.slot.target, None)
+                assert place.slot.rows.bounds(3 * (stop - start)) == (start, stop)
+
+
+@pytest.mark.parametrize("family", MAPS)
+def test_every_parameter_of_the_model_is_in_the_table(family: str, corpus: Path) -> None:
+    keys = compile_checkpoint(family)
+    for component, name in MAPS[family].items():
+        stem = name.partition("@")[0]
+        for ours, shape in json.loads((corpus / "modules" / f"{stem}.json").read_text()).items():
+            assert shape
+            assert keys.parse(f"{component}.{ours}.weight"), ours
+
+
+@pytest.mark.parametrize("family", list(families()))
+def test_the_fixture_header_is_recognised(family: str) -> None:
+    listing = load_listing(FIXTURES / "checkpoints" / f"{family}.tsv")
+    infos = {key: TensorInfo(key, dtype, shape, 0, 0) for key, (dtype, shape) in listing.items()}
+    found = detect_checkpoint(infos, {})
+    assert found.family == family
+    assert found.alternatives == ()
+    keys = compile_checkpoint(family)
+    assert {keys.other(key) for key in listing if keys.parse(key) is None} == {"vae"}
+
+
+@pytest.mark.parametrize(("family", "unet"), [("sd1", "sd15_unet"), ("sd2", "sd21_unet"), ("sdxl", "sdxl_unet")])
+def test_fixture_shapes_are_those_of_the_model(family: str, unet: str, corpus: Path) -> None:
+    listing = load_listing(FIXTURES / "checkpoints" / f"{family}.tsv")
+    native = json.loads((corpus / "ckpt" / f"{unet}.json").read_text())
+    for module, (o, i, *kernel) in json.loads((corpus / "modules" / f"{unet}.json").read_text()).items():
+        _, shape = listing[native[f"{module}.weight"]]
+        assert shape == (o, i, *kernel), module
+
+
+def test_the_table_claims_nothing_it_should_not() -> None:
+    keys = compile_checkpoint("sd1")
+    for foreign in ("model.diffusion_model.input_blocks.12.0.in_layers.2.weight", "first_stage_model.conv.weight", "x"):
+        assert keys.parse(foreign) is None
+    assert keys.other("first_stage_model.decoder.conv_in.weight") == "vae"
+    assert keys.other("model_ema.decay") == "ema"

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.keymap import Templates
+from adaptkit.names import Rows, Slot, Target, tokenise
+
+
+@given(st.text(alphabet="ab_.#0123456789", max_size=40))
+def test_tokenise_loses_nothing(text: str) -> None:
+    skeleton, numbers = tokenise(text)
+    assert len(numbers) == len(re.findall(r"\d+", text))
+    assert not re.search(r"\d", skeleton)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 500))
+def test_rows_cut_exactly_or_not_at_all(one: int, two: int, three: int, unit: int) -> None:
+    total = one + two + three
+    cut = Rows(one, one + two, total)
+    assert cut.bounds(total * unit) == (one * unit, (one + two) * unit)
+    assert cut.whole(two * unit) == total * unit
+    if total > 1:
+        assert cut.bounds(total * unit + 1) is None
+
+
+def test_names_read_as_people_write_them() -> None:
+    target = Target("unet", "conv_in")
+    assert str(Slot(target)) == "unet.conv_in"
+    assert str(Target("unet", "conv_in", "bias")) == "unet.conv_in.bias"
+    assert str(Slot(target, Rows(0, 1, 3))) == "unet.conv_in[0:1/3]"
+
+
+class TestTemplates:
+    def test_literals_bounds_and_repeats(self) -> None:
+        table: Templates[str] = Templates()
+        table.add("layers.{i:12}.fc1", "one")
+        table.add("layers.{i:12}.fc2", "two")
+        table.add("pair.{n}.{n}", "pair")
+        assert table.match("layers.11.fc1") == ("one", {"i": 11})
+        assert table.match("layers.3.fc2") == ("two", {"i": 3})
+        assert table.match("layers.12.fc1") is None
+        assert table.match("layers.3.fc3") is None
+        assert table.match("pair.4.4") == ("pair", {"n": 4})
+        assert table.match("pair.4.5") is None
+
+    def test_two_meanings_of_one_name_are_refused(self) -> None:
+        table: Templates[str] = Templates()
+        table.add("a.{i}", "one")
+        table.add("a.{i}", "one")
+        with pytest.raises(TypeError, match="means both"):
+            table.add("a.{i}", "two")
