@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adaptkit.formats._format import KeyFormat
     from adaptkit.names import Slot
 
-__all__ = ["Detection", "detect_adapter", "detect_checkpoint", "families", "formats", "is_adapter"]
+__all__ = ["Detection", "chosen", "detect_adapter", "detect_checkpoint", "families", "formats", "is_adapter"]
 
 ENOUGH = 0.5  # of the keys: fewer claimed, and it is some other family that shares a few names
 
@@ -58,7 +58,8 @@ def is_adapter(names: Iterable[str]) -> bool:
     return 2 * sum(split_suffix(name) is not None for name in names) > len(names) > 0
 
 
-def _chosen(kind: str, known: Mapping[str, object], name: str | None) -> tuple[str, ...]:
+def chosen(kind: str, known: Mapping[str, object], name: str | None) -> tuple[str, ...]:
+    """The names to consider: all, or the one given; NoSuchName where nobody knows it."""
     if name is None:
         return tuple(known)
     if name not in known:
@@ -80,8 +81,8 @@ def detect_adapter(
     splits = [found for name in infos if (found := split_suffix(name)) is not None]
     stems = Counter(stem for stem, _, _ in splits)
     scores: list[_Score] = []
-    for format_name in _chosen("format", formats(), format):
-        for family_name in _chosen("family", families(), family):
+    for format_name in chosen("format", formats(), format):
+        for family_name in chosen("family", families(), family):
             scores.append(_Score(_claimed(stems, family_name, format_name), family_name, format_name))
     return _decide(scores, len(infos), metadata, _adapter_shapes(infos), bool(family))
 
@@ -98,7 +99,7 @@ def detect_checkpoint(
 ) -> Detection:
     """Score every family by claimed checkpoint keys; `format` of the answer is None."""
     scores, others = [], 0
-    for family_name in _chosen("family", families(), family):
+    for family_name in chosen("family", families(), family):
         keys = compile_checkpoint(family_name)
         scores.append(_Score(sum(keys.parse(name) is not None for name in infos), family_name, None))
         others = max(others, sum(keys.other(name) is not None for name in infos))

@@ -206,6 +206,8 @@ class _Pipeline(Generic[P, R]):
         if len(loaded) == 1:
             return {key: tensor.unsqueeze(0) for key, tensor in loaded[0].items()}
         stacked = {key: torch.stack([tensors[key] for tensors in loaded]) for key in loaded[0]}
+        if torch.device(self.resources.device).type != "cuda":
+            return stacked
         return {key: tensor.pin_memory() for key, tensor in stacked.items()}
 
     def _compute(self) -> None:

@@ -157,6 +157,11 @@ def corpus_listing(path: Path) -> Listing:
     return {key: ("F16" if shape else "F32", tuple(shape)) for key, shape in keys.items()}
 
 
+def shrink(listing: Listing, by: int = 32) -> Listing:
+    """The same model with every width divided: channels, not kernels (a row count divisible by 3 stays so)."""
+    return {key: (dtype, tuple(n if n <= 16 else max(1, n // by) for n in shape)) for key, (dtype, shape) in listing.items()}
+
+
 def write_header_only(
     path: Path, listing: Listing, alpha: float = 4.0, metadata: Mapping[str, str] | None = None
 ) -> Path:

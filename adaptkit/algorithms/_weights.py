@@ -126,7 +126,7 @@ class Weights:
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """The nearest weights of this kind to `delta` (..., rows, columns), in Frobenius norm."""
+        """The nearest weights of this kind to `delta` (..., rows, columns), in Frobenius norm; shares no memory with it."""
         raise NotRepresentable(f"{cls.name} cannot be fitted to a difference")
 
     def member(self, index: int) -> Self:

@@ -68,8 +68,8 @@ class Full(Weights):
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """The difference itself."""
-        return cls(delta, spec.kernel)
+        """The difference itself (a copy: the caller may overwrite `delta`)."""
+        return cls(delta.clone(), spec.kernel)
 
 
 ALGORITHM = Full

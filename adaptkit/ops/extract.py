@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__
 from adaptkit.algorithms._weights import ALPHA, FitSpec
+from adaptkit.detect import chosen, formats
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import AdaptkitError, NonFinite, NoSuchName, NothingToDo, ShapeMismatch
 from adaptkit.families._family import Kind
@@ -186,6 +187,7 @@ def _check(options: Options) -> None:
     if options.algo not in kinds:
         raise NoSuchName.among("algorithm for extraction", options.algo, kinds)
     stored_dtype(options.dtype, "F32")
+    chosen("format", formats(), options.to)
 
 
 def _open_pair(base: Path, tuned: Path, options: Options) -> tuple[Checkpoint, Checkpoint]:
@@ -326,8 +328,8 @@ def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options) -> St
 
     rows, columns = job.matrix
     dense = 4 * rows * columns
-    # ΔW in float32, a second matrix of its size for LoKr (rearranged, then reconstructed), and the factors
-    working = dense * (2 if job.algorithm == "lokr" else 1) + 4 * (rows + columns) * 8 * (_rank(job, options) or 8)
+    # ΔW in float32, a second matrix of its size (LoKr rearranges it, full copies it), and the factors
+    working = dense * (1 if job.algorithm == "lora" else 2) + 4 * (rows + columns) * 8 * (_rank(job, options) or 8)
     stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
     shape = (job.shape, job.dtype, job.algorithm, job.role, base.source.infos[job.base[0].name].dtype)
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))
