@@ -1,6 +1,8 @@
-"""The one engine: planned steps, in buckets of equal shape, read ahead, computed on the device, written behind.
+"""The one engine: steps in buckets of equal shape, read ahead, computed on the device, written behind.
 
-Bounded queues of one bucket each: at most three buckets are alive, so peak memory is a number the plan can print.
+Planning (`Step`, `check_memory`) needs no torch.
+
+At most three buckets are alive at any time, so peak memory is a number the plan can print.
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from adaptkit.errors import AdaptkitError, NotEnoughMemory
 
-__all__ = ["DEFAULT_MEMORY", "Bucket", "Resources", "Step", "buckets", "run"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DEFAULT_MEMORY", "Bucket", "Resources", "Step", "Work", "buckets", "check_memory", "peak_memory", "run"]
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -59,6 +61,8 @@ class Resources:
     @classmethod
     def choose(cls, device: str = "auto", memory: int | None = None) -> Resources:
         """Resolve `auto` and check that the device is there."""
+        import torch
+
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -72,7 +76,23 @@ class Resources:
     @property
     def on_cpu(self) -> bool:
         """Whether tensors stay in host memory."""
-        return torch.device(self.device).type == "cpu"
+        return self.device.partition(":")[0] == "cpu"
+
+
+def check_memory(steps: Iterable[Step[P]], memory: int | None) -> None:
+    """NotEnoughMemory where a single step does not fit the bound (None: the default)."""
+    bound = DEFAULT_MEMORY if memory is None else memory
+    largest = max((step.bytes for step in steps), default=0)
+    if largest > bound:
+        raise NotEnoughMemory(
+            f"one layer needs {largest / 1e6:.1f} MB of working memory; the bound is {bound / 1e6:.1f} MB",
+            hint="raise --memory",
+        )
+
+
+def peak_memory(steps: Iterable[Step[P]]) -> int:
+    """At most how many bytes are in use at once on a CPU: the buckets that may be alive, each the largest step."""
+    return sum(sorted((step.bytes for step in steps), reverse=True)[:ALIVE])
 
 
 def buckets(steps: Iterable[Step[P]], resources: Resources) -> Iterator[Bucket[P]]:
@@ -82,12 +102,7 @@ def buckets(steps: Iterable[Step[P]], resources: Resources) -> Iterator[Bucket[P
     fill the memory bound. NotEnoughMemory where a single step does not fit.
     """
     ordered = sorted(steps, key=lambda step: step.order)
-    for step in ordered:
-        if step.bytes > resources.memory:
-            raise NotEnoughMemory(
-                f"one layer needs {step.bytes / 1e6:.0f} MB of working memory; the bound is {resources.memory / 1e6:.0f} MB",
-                hint="raise --memory",
-            )
+    check_memory(ordered, resources.memory)
     if resources.on_cpu:
         return iter([Bucket((step,)) for step in ordered])
     return _stacked(ordered, resources.memory // ALIVE)
@@ -107,7 +122,7 @@ def _stacked(ordered: Sequence[Step[P]], room: int) -> Iterator[Bucket[P]]:
         yield Bucket(tuple(held))
 
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,7 @@ class _Pipeline(Generic[P, R]):
         self.progress = progress
         self.stop = threading.Event()
         self.failure: list[BaseException] = []
+        self.room = threading.Semaphore(ALIVE)
         self.loaded: queue.Queue[tuple[Bucket[P], dict[str, Tensor]] | None] = queue.Queue(1)
         self.done: queue.Queue[tuple[Bucket[P], Sequence[R]] | None] = queue.Queue(1)
 
@@ -199,12 +215,20 @@ class _Pipeline(Generic[P, R]):
 
     def _read(self, todo: Sequence[Bucket[P]]) -> None:
         for bucket in todo:
+            self._wait_for_room()
             self._put(self.loaded, (bucket, self._stack([self.work.load(p) for p in bucket.payloads])))
         self._put(self.loaded, None)
+
+    def _wait_for_room(self) -> None:
+        while not self.room.acquire(timeout=_POLL):
+            if self.stop.is_set():
+                raise _Stopped
 
     def _stack(self, loaded: list[Tensors]) -> dict[str, Tensor]:
         if len(loaded) == 1:
             return {key: tensor.unsqueeze(0) for key, tensor in loaded[0].items()}
+        import torch
+
         stacked = {key: torch.stack([tensors[key] for tensors in loaded]) for key in loaded[0]}
         if torch.device(self.resources.device).type != "cuda":
             return stacked
@@ -229,3 +253,4 @@ class _Pipeline(Generic[P, R]):
                 finished += 1
                 self.progress(finished)
             del item, results
+            self.room.release()

@@ -56,7 +56,9 @@ TINY_CLIP: dict[str, Any] = dict(
 KOHYA_UNET = r"unet\..*attentions\..*(attn[12]\.to_\w+(\.0)?|ff\.net\.\d(\.proj)?|proj_in|proj_out)"
 KOHYA_TE = r"text_encoder(_2)?\.text_model\.encoder\..*(self_attn\.\w+|mlp\.\w+)"
 KOHYA = f"({KOHYA_UNET}|{KOHYA_TE})"
-KOHYA_SD2 = KOHYA.replace(r"encoder\.", r"encoder\.layers\.(?!23)\d+\.")  # trainers leave the last layer out, as hosts do
+KOHYA_SD2 = KOHYA.replace(
+    r"encoder\.", r"encoder\.layers\.(?!23)\d+\."
+)  # trainers leave the last layer out, as hosts do
 LOCON = f"({KOHYA}|" + r"unet\..*(conv1|conv2|conv_shortcut|time_emb_proj|samplers\.0\.conv))"
 
 

@@ -159,7 +159,9 @@ def corpus_listing(path: Path) -> Listing:
 
 def shrink(listing: Listing, by: int = 32) -> Listing:
     """The same model with every width divided: channels, not kernels (a row count divisible by 3 stays so)."""
-    return {key: (dtype, tuple(n if n <= 16 else max(1, n // by) for n in shape)) for key, (dtype, shape) in listing.items()}
+    return {
+        key: (dtype, tuple(n if n <= 16 else max(1, n // by) for n in shape)) for key, (dtype, shape) in listing.items()
+    }
 
 
 def write_header_only(

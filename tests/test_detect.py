@@ -96,14 +96,20 @@ def test_look_alikes_are_named_and_told_apart_by_shape_and_metadata() -> None:
     cross = stem.replace("attn1_to_q", "attn2_to_k")
     for columns, family in ((768, "sd1"), (1024, "sd2")):
         shapes = {f"{cross}.lora_up.weight": ("F16", (320, 4)), f"{cross}.lora_down.weight": ("F16", (4, columns))}
-        assert (detect_adapter(infos(shapes), {}).family, detect_adapter(infos(shapes), {}).alternatives) == (family, ())
+        assert (detect_adapter(infos(shapes), {}).family, detect_adapter(infos(shapes), {}).alternatives) == (
+            family,
+            (),
+        )
     # a LoKr hides its sizes in products; they are worked out
     lokr = {f"{cross}.lokr_w1": ("F16", (8, 8)), f"{cross}.lokr_w2": ("F16", (40, 128))}
     assert detect_adapter(infos(lokr), {}).family == "sd2"
 
 
 def test_sdxl_in_either_naming() -> None:
-    stems = ["lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q", "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k"]
+    stems = [
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q",
+        "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k",
+    ]
     for stem in stems:
         shapes = {f"{stem}.lora_up.weight": ("F16", (640, 4)), f"{stem}.lora_down.weight": ("F16", (4, 640))}
         assert detect_adapter(infos(shapes), {}).family == "sdxl"

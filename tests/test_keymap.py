@@ -55,7 +55,12 @@ def test_every_naming_is_read(family: str, format: str) -> None:
                 for name in names:
                     if name.transposed or not keys.slots(target):
                         continue
-                    found = {slot for p, stems in keys._stems if (m := stems.match(_stem(name.module, target, row, keys.format.joiner))) and (slot := m[0].slot(m[1], "weight")).component == part.name}
+                    found = {
+                        slot
+                        for p, stems in keys._stems
+                        if (m := stems.match(_stem(name.module, target, row, keys.format.joiner)))
+                        and (slot := m[0].slot(m[1], "weight")).component == part.name
+                    }
                     assert Slot(target, name.rows) in found
 
 

@@ -22,6 +22,7 @@ __all__ = ["Talk", "human", "inspected", "listed"]
 
 _MANY = 12  # of a thing are listed, then "and n more"
 LABEL = "bold cyan"
+_UNWRAPPED = 10_000  # columns: what goes into a pipe is not broken into lines
 
 
 def document(command: str, body: Mapping[str, Any]) -> None:
@@ -39,10 +40,11 @@ def human(count: float) -> str:
 
 
 def console(stderr: bool = False) -> Console:
-    """A rich console; colour only on a terminal, no markup or emoji read out of key names."""
+    """A rich console; colour and wrapping only on a terminal, no markup or emoji read out of key names."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else _UNWRAPPED)
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Any:
@@ -126,7 +128,6 @@ def _overview(reports: Sequence[inspect.Report]) -> None:
         return
     rows = [
         (
-            PurePath(r["path"]).name,
             human(r["bytes"]),
             r["kind"],
             r["family"] or "?",
@@ -134,10 +135,11 @@ def _overview(reports: Sequence[inspect.Report]) -> None:
             _counts(r["algorithms"]),
             " ".join(list(r["ranks"])[:4]) + (" …" if len(r["ranks"]) > 4 else ""),
             f"{len(r['problems'])}" if r["problems"] else "",
+            PurePath(r["path"]).name,
         )
         for r in (report.record for report in reports)
     ]
-    columns = ("file", "size", "kind", "family", "format", "modules", "rank", "problems")
+    columns = ("size", "kind", "family", "format", "modules", "rank", "problems", "file")
     console().print(table(columns, rows, right=("size",)))
 
 
@@ -188,8 +190,13 @@ def _metadata(metadata: Mapping[str, str]) -> str:
 def _modules(report: inspect.Report) -> None:
     if not report.modules:
         return
-    columns = list(report.modules[0])
+    columns = _last(list(report.modules[0]), "module")
     console().print(table(columns, ([_cell(m[c]) for c in columns] for m in report.modules)))
+
+
+def _last(columns: list[str], name: str) -> list[str]:
+    """The long column goes last: where a terminal is narrow, only that one folds."""
+    return [*(c for c in columns if c != name), name]
 
 
 def _cell(value: object) -> object:
@@ -199,8 +206,8 @@ def _cell(value: object) -> object:
 
 
 def _keys(report: inspect.Report) -> None:
-    rows = ((k["key"], k["dtype"], "×".join(map(str, k["shape"])) or "scalar", k["note"]) for k in report.keys)
-    console().print(table(("key", "dtype", "shape", "note"), rows))
+    rows = ((k["dtype"], "×".join(map(str, k["shape"])) or "scalar", k["key"], k["note"]) for k in report.keys)
+    console().print(table(("dtype", "shape", "key", "note"), rows))
 
 
 # formats, families, algorithms -----------------------------------------------------------------------------------
@@ -250,7 +257,7 @@ class Talk:
             return document(self.command, {"dry_run": True, **plan})
         out = console()
         if self.verbose:
-            columns = list(plan["details"][0])
+            columns = _last(list(plan["details"][0]), "module")
             out.print(table(columns, ([_cell(d[c]) for c in columns] for d in plan["details"])))
         out.print("would write", plan["output"])
         out.print(
@@ -272,7 +279,7 @@ class Talk:
                 "" if same is None else f"a LoRA of as many parameters would capture {_percent(min(1.0, same))}",
             ),
         ]
-        columns = ("module", "algorithm", "rank", "captured", "relative_error")
+        columns = ("algorithm", "rank", "captured", "relative_error", "module")
         self._written(report, rows, columns, report.notes)
 
     def merged(self, report: merge.Report) -> None:
@@ -289,7 +296,7 @@ class Talk:
             ("rounding", f"{report.relative_error:.3g} of ‖ΔW‖ lost to the number format"),
             ("size", human(report.bytes)),
         ]
-        self._written(report, rows, ("module", "algorithm", "rank", "relative_change"), ())
+        self._written(report, rows, ("algorithm", "rank", "relative_change", "module"), ())
 
     def _written(
         self, report: Any, rows: Sequence[tuple[str, str]], columns: Sequence[str], notes: Sequence[str]

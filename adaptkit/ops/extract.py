@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adaptkit import __version__
+from adaptkit import __version__, engine
 from adaptkit.algorithms._weights import ALPHA, FitSpec
-from adaptkit.detect import chosen, formats
 from adaptkit.checkpoint import Checkpoint, Piece
+from adaptkit.detect import chosen, formats
+from adaptkit.engine import Step, check_memory, peak_memory
 from adaptkit.errors import AdaptkitError, NonFinite, NoSuchName, NothingToDo, ShapeMismatch
 from adaptkit.families._family import Kind
 from adaptkit.formats._format import Alpha
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms._weights import Weights
-    from adaptkit.engine import Resources, Step
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
@@ -94,7 +94,6 @@ class Plan:
     jobs: tuple[Job, ...]
     unused: tuple[Unused, ...]
     steps: tuple[Step[Job], ...]
-    resources: Resources
     keys: KeyMap
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,8 +107,8 @@ class Plan:
             "modules": len(fitted),
             "bytes_in": sum(self.base.nbytes(j.base) + self.tuned.nbytes(j.tuned) for j in self.jobs),
             "bytes_out_at_most": sum(_stored_bytes(job, self.options) for job in fitted),
-            "peak_memory": 3 * max((step.bytes for step in self.steps), default=0),
-            "device": self.resources.device,
+            "peak_memory": peak_memory(self.steps),
+            "device": self.options.device,
             "unused": [item.to_dict() for item in self.unused],
             "details": [
                 {"module": j.label, "algorithm": j.algorithm, "rank": _rank(j, self.options), "shape": list(j.shape)}
@@ -165,10 +164,7 @@ class _Measured:
 
 def plan(base: Path, tuned: Path, options: Options) -> Plan:
     """Pair the checkpoints by target and decide what is fitted; reads headers only, and fails here if anything can."""
-    from adaptkit.engine import Resources
-
     _check(options)
-    resources = Resources.choose(options.device, options.memory)
     output = options.output or default_output(tuned, options.algo)
     check_output(output, options.overwrite)
     first, second = _open_pair(base, tuned, options)
@@ -179,7 +175,8 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
         raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
     refuse_unused(pairing.lost, options.allow_unused, tuned)
     steps = tuple(_step(job, first, second, options) for job in jobs)
-    return Plan(first, second, options, output, jobs, tuple(pairing.lost + pairing.left), steps, resources, keys)
+    check_memory(steps, options.memory)
+    return Plan(first, second, options, output, jobs, tuple(pairing.lost + pairing.left), steps, keys)
 
 
 def _check(options: Options) -> None:
@@ -324,8 +321,6 @@ def _stored_bytes(job: Job, options: Options) -> int:
 
 
 def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options) -> Step[Job]:
-    from adaptkit.engine import Step
-
     rows, columns = job.matrix
     dense = 4 * rows * columns
     # ΔW in float32, a second matrix of its size (LoKr rearranges it, full copies it), and the factors
@@ -337,7 +332,6 @@ def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options) -> St
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Fit every changed slot and write the adapter; the only part that reads weights."""
-    from adaptkit import engine
     from adaptkit.files.sink import Spool
 
     started = time.perf_counter()
@@ -355,7 +349,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         engine.run(
             plan.steps,
             engine.Work(fitter.load, fitter.fit, store),
-            plan.resources,
+            engine.Resources.choose(plan.options.device, plan.options.memory),
             None if progress is None else lambda done: progress(done, total),
         )
         measured = [(job, found[id(job)]) for job in plan.jobs]

@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adaptkit import __version__
+from adaptkit import __version__, engine
 from adaptkit.adapter import Adapter, Entry
 from adaptkit.checkpoint import Checkpoint, Piece
+from adaptkit.engine import Step, check_memory, peak_memory
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
 from adaptkit.ops._common import (
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.engine import Resources, Step
     from adaptkit.files.sink import TensorSink
     from adaptkit.names import Slot
 
@@ -78,7 +78,6 @@ class Plan:
     specs: tuple[TensorSpec, ...]
     unused: tuple[Unused, ...]
     steps: tuple[Step[Job], ...]
-    resources: Resources
 
     def to_dict(self) -> dict[str, Any]:
         """What `--dry-run` prints."""
@@ -90,8 +89,8 @@ class Plan:
             "tensors_copied": len(self.specs) - len(self.jobs),
             "bytes_in": self.base.source.size + sum(adapter.source.size for adapter in self.adapters),
             "bytes_out": sum(_spec_bytes(spec) for spec in self.specs),
-            "peak_memory": 3 * max((step.bytes for step in self.steps), default=0),
-            "device": self.resources.device,
+            "peak_memory": peak_memory(self.steps),
+            "device": self.options.device,
             "adapters": self.described(),
             "unused": [item.to_dict() for item in self.unused],
             "details": [
@@ -152,9 +151,6 @@ class _Merged:
 
 def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
     """Find the place of every adapter module in the base; reads headers only, and fails here if anything can."""
-    from adaptkit.engine import Resources
-
-    resources = Resources.choose(options.device, options.memory)
     output = options.output or default_output(base, "merged")
     check_output(output, options.overwrite)
     checkpoint = Checkpoint.open(base, family=options.family)
@@ -173,9 +169,10 @@ def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -
         for info in checkpoint.source.infos.values()
     )
     steps = tuple(_step(job, checkpoint, opened) for job in jobs)
+    check_memory(steps, options.memory)
     strengths = tuple(strength for _, strength in adapters)
     unused = tuple(item for items in places.unused for item in items)
-    return Plan(checkpoint, opened, strengths, options, output, jobs, specs, unused, steps, resources)
+    return Plan(checkpoint, opened, strengths, options, output, jobs, specs, unused, steps)
 
 
 def _open_adapters(base: Checkpoint, paths: Sequence[Path], options: Options) -> tuple[Adapter, ...]:
@@ -286,8 +283,6 @@ def _spec_bytes(spec: TensorSpec) -> int:
 
 
 def _step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job]:
-    from adaptkit.engine import Step
-
     info = base.source.infos[job.name]
     infos = [
         (c.adapter, role, adapters[c.adapter].source.infos[key])
@@ -311,7 +306,6 @@ def _step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job]:
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Merge and write; the only part that reads weights."""
-    from adaptkit import engine
     from adaptkit.files.sink import TensorSink
 
     started = time.perf_counter()
@@ -328,7 +322,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         engine.run(
             plan.steps,
             engine.Work(merger.load, merger.merge, store),
-            plan.resources,
+            engine.Resources.choose(plan.options.device, plan.options.memory),
             None if progress is None else lambda done: progress(done, total),
         )
         plan.close()

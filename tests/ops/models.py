@@ -33,10 +33,14 @@ def small(family: str, dtype: torch.dtype = torch.float32, by: int = 32) -> Stat
 
 
 def matrices(state: Mapping[str, torch.Tensor], *parts: str) -> list[str]:
-    return [key for key, t in state.items() if t.ndim >= 2 and any(part in key for part in parts) and "embedding" not in key]
+    return [
+        key for key, t in state.items() if t.ndim >= 2 and any(part in key for part in parts) and "embedding" not in key
+    ]
 
 
-def changed(state: State, keys: Iterable[str], delta: Callable[[tuple[int, ...], np.random.Generator], np.ndarray]) -> tuple[State, State]:
+def changed(
+    state: State, keys: Iterable[str], delta: Callable[[tuple[int, ...], np.random.Generator], np.ndarray]
+) -> tuple[State, State]:
     """(tuned, ΔW): `delta(shape)` added in float64 to each of `keys`, then rounded to the state's dtype."""
     random = np.random.default_rng(3)
     deltas = {key: torch.from_numpy(delta(tuple(state[key].shape), random)) for key in keys}
@@ -55,7 +59,9 @@ def lora_delta(rank: int, size: float = 0.05) -> Callable[[tuple[int, ...], np.r
     return make
 
 
-def lokr_delta(factor: int, rank: int | None = None, size: float = 0.05) -> Callable[[tuple[int, ...], np.random.Generator], np.ndarray]:
+def lokr_delta(
+    factor: int, rank: int | None = None, size: float = 0.05
+) -> Callable[[tuple[int, ...], np.random.Generator], np.ndarray]:
     def make(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
         o, i, *kernel = shape
         (a, c), (b, d) = oracle.factorization(o, factor), oracle.factorization(i, factor)

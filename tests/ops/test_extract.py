@@ -77,7 +77,9 @@ def test_the_merge_is_off_by_exactly_the_reported_error(tmp_path: Path, algo: st
 
 
 def test_e2_nothing_differs(tmp_path: Path, tiny: Path) -> None:
-    plan = extract.plan(tiny / "base.ckpt", tiny / "base.safetensors", extract.Options(output=tmp_path / "o.safetensors"))
+    plan = extract.plan(
+        tiny / "base.ckpt", tiny / "base.safetensors", extract.Options(output=tmp_path / "o.safetensors")
+    )
     with pytest.raises(NothingToDo, match="nothing differs"):
         extract.run(plan)
     assert not list(tmp_path.iterdir())
@@ -161,8 +163,12 @@ def test_layers_without_a_partner_fail_unless_allowed(tmp_path: Path) -> None:
 def test_only_and_skip_choose_modules(tmp_path: Path) -> None:
     base = tiny_base()
     tuned, _ = changed(base, matrices(base, "attn1.to_q", "self_attn.q_proj"), noise_delta())
-    assert {d["module"].partition(".")[0] for d in run(tmp_path, base, tuned, only=("text_encoder",)).details} == {"text_encoder"}
-    assert {d["module"].partition(".")[0] for d in run(tmp_path, base, tuned, skip=("text_encoder",)).details} == {"unet"}
+    assert {d["module"].partition(".")[0] for d in run(tmp_path, base, tuned, only=("text_encoder",)).details} == {
+        "text_encoder"
+    }
+    assert {d["module"].partition(".")[0] for d in run(tmp_path, base, tuned, skip=("text_encoder",)).details} == {
+        "unet"
+    }
     assert run(tmp_path, base, tuned, only=("*mid_block*",)).modules == 1
     with pytest.raises(NothingToDo, match="selected"):
         run(tmp_path, base, tuned, only=("nothing.like.this",))
@@ -222,14 +228,18 @@ def test_equal_inputs_give_equal_bytes_in_any_container(tmp_path: Path, tiny: Pa
     for n, suffix in enumerate(("ckpt", "safetensors", "ckpt")):
         output = tmp_path / str(n) / "out.safetensors"
         output.parent.mkdir()
-        extract.run(extract.plan(tiny / f"base.{suffix}", tiny / f"tuned.{suffix}", extract.Options(output=output, algo=algo)))
+        extract.run(
+            extract.plan(tiny / f"base.{suffix}", tiny / f"tuned.{suffix}", extract.Options(output=output, algo=algo))
+        )
         contents.append(output.read_bytes())
     assert contents[0] == contents[2]
     assert load_file(tmp_path / "0" / "out.safetensors").keys() == load_file(tmp_path / "1" / "out.safetensors").keys()
 
 
 @pytest.mark.parametrize("algo", ["lora", "lokr"])
-def test_s1_stacked_buckets_give_the_same_adapter(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, algo: str) -> None:
+def test_s1_stacked_buckets_give_the_same_adapter(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, algo: str
+) -> None:
     """The path a GPU takes, run on the CPU: many layers of one shape at once."""
     found = []
     for stacked in (False, True):
@@ -279,11 +289,15 @@ def test_a_diffusers_folder_pairs_with_a_single_file(tmp_path: Path) -> None:
     for part in ("unet", "text_encoder"):
         folder = tmp_path / "tuned" / part
         folder.mkdir(parents=True)
-        names = {key: label("sd1", p.slot).removeprefix(f"{part}.") for key, p in places.items() if p.slot.component == part}
+        names = {
+            key: label("sd1", p.slot).removeprefix(f"{part}.") for key, p in places.items() if p.slot.component == part
+        }
         state = {name if name.endswith("bias") else f"{name}.weight": tuned[key] for key, name in names.items()}
         save_file(state, folder / ("diffusion_pytorch_model.safetensors" if part == "unet" else "model.safetensors"))
     save(tmp_path / "base.safetensors", base)
-    plan = extract.plan(tmp_path / "base.safetensors", tmp_path / "tuned", extract.Options(output=tmp_path / "o.safetensors", rank=64))
+    plan = extract.plan(
+        tmp_path / "base.safetensors", tmp_path / "tuned", extract.Options(output=tmp_path / "o.safetensors", rank=64)
+    )
     report = extract.run(plan)
     assert report.modules == len(matrices(base, "attn1.to_q"))
     assert report.relative_error < 1e-5
@@ -295,14 +309,21 @@ def test_metadata_says_what_was_done(tmp_path: Path, tiny: Path) -> None:
     with safe_open(output, "pt") as file:
         metadata = file.metadata()
     (record,) = json.loads(metadata["adaptkit"])
-    assert (record["command"], record["base"], record["tuned"], record["rank"]) == ("extract", "base.ckpt", "tuned.ckpt", 4)
+    assert (record["command"], record["base"], record["tuned"], record["rank"]) == (
+        "extract",
+        "base.ckpt",
+        "tuned.ckpt",
+        4,
+    )
     assert record["relative_error"] == pytest.approx(report.relative_error, rel=1e-5)
     assert metadata["ss_network_dim"] in ("4", "Dynamic")
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
 
 
 def test_the_plan_is_made_without_reading_weights(tmp_path: Path, tiny: Path) -> None:
-    plan = extract.plan(tiny / "base.ckpt", tiny / "tuned.ckpt", extract.Options(output=tmp_path / "o.safetensors", rank=4))
+    plan = extract.plan(
+        tiny / "base.ckpt", tiny / "tuned.ckpt", extract.Options(output=tmp_path / "o.safetensors", rank=4)
+    )
     described = plan.to_dict()
     report = extract.run(plan)
     assert described["modules"] >= report.modules

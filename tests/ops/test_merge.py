@@ -32,7 +32,9 @@ def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
     stems: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in load_file(adapter).items():
         stem, _, suffix = key.partition(".")
-        stems.setdefault(stem, {})[suffix.removesuffix(".weight").removeprefix("lora_").removeprefix("lokr_")] = tensor.numpy()
+        stems.setdefault(stem, {})[suffix.removesuffix(".weight").removeprefix("lora_").removeprefix("lokr_")] = (
+            tensor.numpy()
+        )
     found = {}
     for stem, tensors in stems.items():
         slot = keys.slot(stem)
@@ -43,7 +45,9 @@ def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
             delta = tensors["diff"].astype(np.float64)
         elif "up" in tensors:
             rank = tensors["down"].shape[0]
-            delta = oracle.lora(tensors["up"], tensors["down"], 1.0 if alpha is None else alpha / rank, tensors.get("mid"))
+            delta = oracle.lora(
+                tensors["up"], tensors["down"], 1.0 if alpha is None else alpha / rank, tensors.get("mid")
+            )
         else:
             delta = oracle.lokr_stored(tensors, alpha, shape[2:])
         found[names[slot]] = scale * delta.reshape(shape)
@@ -52,9 +56,13 @@ def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["lora-kohya", "lokr-kohya", "lokr-factored-kohya", "tucker-kohya", "full-kohya"])
-def test_the_merged_weight_is_the_oracles_within_one_rounding(tmp_path: Path, tiny: Path, name: str, dtype: torch.dtype) -> None:
+def test_the_merged_weight_is_the_oracles_within_one_rounding(
+    tmp_path: Path, tiny: Path, name: str, dtype: torch.dtype
+) -> None:
     base = tiny_base(dtype)
-    report = run(tmp_path / "out.safetensors", save(tmp_path / "base.safetensors", base), (tiny / f"{name}.safetensors", -0.7))
+    report = run(
+        tmp_path / "out.safetensors", save(tmp_path / "base.safetensors", base), (tiny / f"{name}.safetensors", -0.7)
+    )
     found, expected = load_file(tmp_path / "out.safetensors"), deltas(tiny / f"{name}.safetensors", -0.7)
     assert len(expected) == report.changed == report.modules
     for key, tensor in found.items():
@@ -97,7 +105,11 @@ def test_m1_m2_strength_zero_and_untouched_tensors_are_identical(tmp_path: Path,
 
 
 def test_m3_the_order_of_additive_adapters_does_not_matter(tmp_path: Path, tiny: Path) -> None:
-    adapters = [(tiny / "lora-kohya.safetensors", 0.5), (tiny / "lokr-kohya.safetensors", -1.0), (tiny / "full-kohya.safetensors", 0.3)]
+    adapters = [
+        (tiny / "lora-kohya.safetensors", 0.5),
+        (tiny / "lokr-kohya.safetensors", -1.0),
+        (tiny / "full-kohya.safetensors", 0.3),
+    ]
     base = save(tmp_path / "base.safetensors", tiny_base())
     run(tmp_path / "a.safetensors", base, *adapters)
     run(tmp_path / "b.safetensors", base, *reversed(adapters))
@@ -170,7 +182,11 @@ def test_a_module_without_a_place_fails_unless_allowed(tmp_path: Path, tiny: Pat
 def test_keys_nobody_understands_fail_unless_allowed(tmp_path: Path, tiny: Path) -> None:
     state = load_file(tiny / "lora-kohya.safetensors")
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    extra = {f"{stem}.dora_scale": torch.ones(4), "mystery": torch.ones(1), "lora_unet_nowhere.lora_up.weight": torch.ones(2, 2)}
+    extra = {
+        f"{stem}.dora_scale": torch.ones(4),
+        "mystery": torch.ones(1),
+        "lora_unet_nowhere.lora_up.weight": torch.ones(2, 2),
+    }
     save_file(state | extra, tmp_path / "a.safetensors")
     with pytest.raises(Unclaimed, match="keys would be lost"):
         run(tmp_path / "out.safetensors", tiny / "base.safetensors", tmp_path / "a.safetensors")
@@ -184,12 +200,21 @@ def test_keys_nobody_understands_fail_unless_allowed(tmp_path: Path, tiny: Path)
 
 def test_zero_matches_is_always_an_error(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(NothingToDo, match="no module"):
-        run(tmp_path / "o.safetensors", tiny / "base.safetensors", tiny / "lora-kohya.safetensors", only=("x.*",), allow_unused=True)
+        run(
+            tmp_path / "o.safetensors",
+            tiny / "base.safetensors",
+            tiny / "lora-kohya.safetensors",
+            only=("x.*",),
+            allow_unused=True,
+        )
 
 
 def test_an_adapter_for_another_family_or_size_is_refused(tmp_path: Path, tiny: Path) -> None:
     stem = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
-    save_file({f"{stem}.lora_up.weight": torch.ones(8, 2), f"{stem}.lora_down.weight": torch.ones(2, 8)}, tmp_path / "xl.safetensors")
+    save_file(
+        {f"{stem}.lora_up.weight": torch.ones(8, 2), f"{stem}.lora_down.weight": torch.ones(2, 8)},
+        tmp_path / "xl.safetensors",
+    )
     with pytest.raises(ShapeMismatch, match=r"Stable Diffusion XL.*Stable Diffusion 1"):
         run(tmp_path / "o.safetensors", tiny / "base.safetensors", tmp_path / "xl.safetensors")
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -207,7 +232,10 @@ def test_a_look_alike_adapter_follows_the_checkpoint(tmp_path: Path) -> None:
     key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
     rows, columns = base[key].shape
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    save_file({f"{stem}.lora_up.weight": torch.ones(rows, 1), f"{stem}.lora_down.weight": torch.ones(1, columns)}, tmp_path / "a.safetensors")
+    save_file(
+        {f"{stem}.lora_up.weight": torch.ones(rows, 1), f"{stem}.lora_down.weight": torch.ones(1, columns)},
+        tmp_path / "a.safetensors",
+    )
     report = run(tmp_path / "o.safetensors", save(tmp_path / "base.safetensors", base), tmp_path / "a.safetensors")
     assert (report.family, report.changed) == ("sd2", 1)
 
@@ -215,7 +243,11 @@ def test_a_look_alike_adapter_follows_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["base", "adapter"])
 def test_nan_names_the_file_and_the_tensor(tmp_path: Path, tiny: Path, where: str) -> None:
     base, adapter = load_file(tiny / "base.safetensors"), load_file(tiny / "lora-kohya.safetensors")
-    key = _to_q() if where == "base" else "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
+    key = (
+        _to_q()
+        if where == "base"
+        else "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
+    )
     (base if where == "base" else adapter)[key].view(-1)[3] = float("nan")
     save_file(base, tmp_path / "base.safetensors")
     save_file(adapter, tmp_path / "adapter.safetensors")
@@ -256,8 +288,14 @@ def test_writing_over_the_base_is_safe(tmp_path: Path, tiny: Path) -> None:
     assert all(torch.equal(apart[key], over[key]) for key in apart)
 
 
-def test_s1_stacked_buckets_give_the_same_checkpoint(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters = (tiny / "lora-kohya.safetensors", tiny / "lokr-factored-kohya.safetensors", tiny / "full-kohya.safetensors")
+def test_s1_stacked_buckets_give_the_same_checkpoint(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = (
+        tiny / "lora-kohya.safetensors",
+        tiny / "lokr-factored-kohya.safetensors",
+        tiny / "full-kohya.safetensors",
+    )
     run(tmp_path / "one.safetensors", tiny / "base.safetensors", *adapters)
     monkeypatch.setattr(engine.Resources, "on_cpu", property(lambda _: False))
     run(tmp_path / "two.safetensors", tiny / "base.safetensors", *adapters)
@@ -286,13 +324,23 @@ def test_alpha_from_a_peft_folder_and_from_diffusers_metadata(tmp_path: Path, ti
     (folder / "adapter_config.json").write_text(json.dumps(config))
     run(tmp_path / "peft.safetensors", tiny / "base.safetensors", folder)
     run(tmp_path / "plain.safetensors", tiny / "base.safetensors", tiny / "lora-peft.safetensors")
-    base, plain, scaled = (load_file(p) for p in (tiny / "base.safetensors", tmp_path / "plain.safetensors", tmp_path / "peft.safetensors"))
-    ratio = (scaled[_to_q()].double() - base[_to_q()].double()).norm() / (plain[_to_q()].double() - base[_to_q()].double()).norm()
+    base, plain, scaled = (
+        load_file(p) for p in (tiny / "base.safetensors", tmp_path / "plain.safetensors", tmp_path / "peft.safetensors")
+    )
+    ratio = (scaled[_to_q()].double() - base[_to_q()].double()).norm() / (
+        plain[_to_q()].double() - base[_to_q()].double()
+    ).norm()
     assert float(ratio) == pytest.approx(4.0, rel=1e-2)
     fixed = "model.diffusion_model.middle_block.1.proj_in.weight"
     assert torch.equal(plain[fixed], scaled[fixed])
     state = load_file(tiny / "lora-diffusers.safetensors")
-    stored = {"unet.r": 2, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 8, "text_encoder.use_rslora": True}
+    stored = {
+        "unet.r": 2,
+        "unet.lora_alpha": 8,
+        "text_encoder.r": 2,
+        "text_encoder.lora_alpha": 8,
+        "text_encoder.use_rslora": True,
+    }
     save_file(state, tmp_path / "d.safetensors", metadata={"lora_adapter_metadata": json.dumps(stored)})
     from adaptkit.adapter import Adapter
 
