@@ -17,7 +17,7 @@ __all__ = ["LowRank", "Method", "SvdSpec", "energies", "factored_svd", "truncate
 Method = Literal["auto", "exact", "lanczos", "gram"]
 
 SMALL = 128  # up to this smaller side the Gram matrix costs nothing
-EXPLICIT = 1e-4  # a residual below this share of ‖A‖² is recomputed: float32 products limit the difference to 1e-7‖A‖²
+EXPLICIT = 1e-2  # a residual below this share of ‖A‖² is recomputed: float32 σ limit the difference to 3e-7‖A‖²
 BLOCK = 1 << 22  # elements of A widened to float64 at a time
 STALL = 1e-5  # stop where the error would change by less than this share of ‖A‖, whatever its relative change
 

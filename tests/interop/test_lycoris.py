@@ -105,7 +105,7 @@ def test_lycoris_loads_what_extract_writes(sd1: Sd1, layers: dict[str, nn.Module
         # and the way a host merges: alpha is the rank, so the scale that LyCORIS applies twice to a LoKr is 1
         # (without a shape it cannot merge a convolution of low rank: LyCORIS 4.1.3)
         weight = module.get_merged_weight(shape=layer.weight.shape)[0]
-        assert float((weight - merged[name].double()).norm()) <= 2e-7 * float(weight.norm()), name
+        assert close(merged[name], weight, 2e-7), name
         low += kind is lycoris_modules.LokrModule and not module.use_w2
     assert not ours
     assert (low > 100) == ("rank" in options and kind is lycoris_modules.LokrModule)
@@ -310,7 +310,8 @@ def test_a_file_that_lycoris_saves_is_opened_whole(sd1: Sd1, tmp_path: Path, pre
     assert len(network.loras) == len(ours) > 250
     assert {module.scale for module in network.loras} == {0.5, 1.0}
     merged = unet_names(sd1.merge(path, tmp_path / "merged.safetensors"))
-    network.restore()
+    for module in network.loras:
+        module.restore()
     labels = {name.replace(".", "_"): name for name in ours}
     for module in network.loras:
         name = labels["unet_" + module.lora_name.removeprefix(f"{prefix}_")]
@@ -373,7 +374,7 @@ def test_lycoris_guesses_the_factor(family: str, factor: int) -> None:
 def test_lycoris_misreads_some_shapes_of_large_factors() -> None:
     """From 32 on it does not: 320 × 640 is cut as (10 · 32) × (20 · 32), which it takes for a factor of 20."""
     assert sorted({shape[:2] for shape in misread("sd1", 32)}) == [(320, 640), (320, 960), (640, 320)]
-    assert {shape[:2] for shape in misread("sd1", 40)} >= {(2560, 320)}
+    assert (2560, 320, None, 32) in misread("sd1", 33)
 
 
 def misread(family: str, factor: int) -> list[tuple[Any, ...]]:

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.linalg import kron as module
+from adaptkit.linalg.kron import factorization, kron, nearest_kron, nearest_kron_lowrank, rearrange, unarrange
+from tests import oracle
+
+RANDOM = np.random.default_rng(0)
+
+
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(RANDOM.standard_normal(shape))
+
+
+@pytest.mark.parametrize(
+    ("dim", "factor", "expected"),
+    [(320, 8, (8, 40)), (128, -1, (8, 16)), (127, -1, (1, 127)), (250, 2, (2, 125)), (1024, 4, (4, 256)), (4, 8, (2, 2)), (8, 8, (1, 8))],
+)
+def test_factorization(dim: int, factor: int, expected: tuple[int, int]) -> None:
+    """The values of LyCORIS' docstring, and the ones that surprise (tests/interop compares all)."""
+    assert factorization(dim, factor) == expected
+
+
+def test_kron_is_numpys() -> None:
+    w1, w2 = tensor(2, 3, 4), tensor(2, 5, 6)
+    for n in range(2):
+        np.testing.assert_array_equal(kron(w1, w2)[n].numpy(), np.kron(w1[n].numpy(), w2[n].numpy()))
+
+
+def test_rearrange_turns_a_kronecker_product_into_an_outer_one() -> None:
+    w1, w2 = tensor(3, 4), tensor(5, 6)
+    r = rearrange(kron(w1, w2), 3, 4)
+    torch.testing.assert_close(r, torch.outer(w1.flatten(), w2.flatten()))
+    x = tensor(2, 15, 24)
+    assert torch.equal(unarrange(rearrange(x, 3, 4), 3, 4, 5, 6), x)
+
+
+@pytest.mark.parametrize(("a", "b", "c", "d"), [(4, 4, 10, 12), (8, 2, 3, 50), (1, 1, 6, 7), (6, 7, 1, 1), (1, 5, 9, 2)])
+def test_nearest_is_the_leading_singular_pair(a: int, b: int, c: int, d: int) -> None:
+    x = tensor(a * c, b * d)
+    found = nearest_kron(x, a, b)
+    error = float((x - kron(found.w1, found.w2)).norm())
+    assert error == pytest.approx(oracle.best_kron(x.numpy(), a, b), rel=1e-9, abs=1e-9)
+    assert float(found.captured) == pytest.approx(float(x.square().sum()) - error**2, rel=1e-9)
+    assert float(found.w1.square().mean()) == pytest.approx(float(found.w2.square().mean()), rel=1e-9)
+    assert found.w1.flatten()[found.w1.abs().argmax()] > 0
+
+
+def test_many_blocks_go_through_lanczos(monkeypatch: pytest.MonkeyPatch) -> None:
+    w1, w2 = tensor(6, 6), tensor(8, 8)
+    x = kron(w1, w2) + 0.01 * tensor(48, 48)
+    monkeypatch.setattr(module, "GRAM_SIDE", 8)
+    error = float((x - kron(*(lambda k: (k.w1, k.w2))(nearest_kron(x, 6, 6)))).norm())
+    assert error <= oracle.best_kron(x.numpy(), 6, 6) * 1.001
+
+
+def test_a_true_kronecker_product_is_recovered_in_float32() -> None:
+    w1, w2 = tensor(8, 8).float(), tensor(40, 45).float()
+    x = kron(w1, w2)
+    found = nearest_kron(x, 8, 8)
+    assert float((x - kron(found.w1, found.w2)).norm() / x.norm()) < 1e-6
+
+
+def test_zero_and_batches() -> None:
+    x = torch.stack([torch.zeros(12, 10, dtype=torch.float64), tensor(12, 10)])
+    found = nearest_kron(x, 3, 2)
+    assert float(found.captured[0]) == 0.0
+    assert torch.equal(kron(found.w1, found.w2)[0], torch.zeros(12, 10, dtype=torch.float64))
+    alone = nearest_kron(x[1], 3, 2)
+    assert torch.equal(found.w1[1], alone.w1)
+    low = nearest_kron_lowrank(x, 3, 2, 2)
+    assert torch.isfinite(low.left).all()
+    assert float(low.captured[0]) == 0.0
+
+
+class TestLowRank:
+    def test_recovers_a_low_rank_second_factor(self) -> None:
+        w1, left, right = tensor(4, 4), tensor(16, 3), tensor(3, 20)
+        x = kron(w1, left @ right)
+        found = nearest_kron_lowrank(x, 4, 4, 3)
+        torch.testing.assert_close(kron(found.w1, found.left @ found.right), x, rtol=1e-6, atol=1e-6)
+
+    def test_never_worse_than_truncating_and_never_better_than_full(self) -> None:
+        x = tensor(48, 60)
+        full = nearest_kron(x, 4, 4)
+        u, s, vh = np.linalg.svd(full.w2.numpy())
+        cut = torch.from_numpy((u[:, :3] * s[:3]) @ vh[:3])
+        truncated = float((x - kron(full.w1, cut)).norm())
+        found = nearest_kron_lowrank(x, 4, 4, 3)
+        error = float((x - kron(found.w1, found.left @ found.right)).norm())
+        assert error <= truncated + 1e-9
+        assert error >= oracle.best_kron(x.numpy(), 4, 4) - 1e-9
+        assert float(found.captured) == pytest.approx(float(x.square().sum()) - error**2, rel=1e-6)
+
+    def test_more_sweeps_never_capture_less(self) -> None:
+        x = tensor(48, 60)
+        captured = [float(nearest_kron_lowrank(x, 4, 4, 2, sweeps).captured) for sweeps in range(6)]
+        assert captured == sorted(captured)
+        assert captured[-1] > captured[0]
+
+    def test_full_rank_equals_the_nearest_product(self) -> None:
+        x = tensor(24, 30)
+        low, full = nearest_kron_lowrank(x, 4, 3, 99), nearest_kron(x, 4, 3)
+        assert float(low.captured) == pytest.approx(float(full.captured), rel=1e-6)
+
+    def test_factors_are_balanced(self) -> None:
+        found = nearest_kron_lowrank(tensor(48, 60), 4, 4, 3)
+        assert float(found.left.norm()) == pytest.approx(float(found.right.norm()), rel=1e-6)

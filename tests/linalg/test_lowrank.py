@@ -1,0 +1,181 @@
+"""Low-rank approximation against NumPy's float64 SVD, on the families of differences the reference measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.linalg import lowrank
+from adaptkit.linalg.lowrank import SvdSpec, energies, factored_svd, truncated_svd
+
+Array = np.ndarray
+
+
+def family(name: str, m: int, n: int, seed: int = 0) -> Array:
+    """`plA`: power law σᵢ ~ i^-A carrying 70 % of the energy, the rest white; `steep`, `slow`: pure; `lora`: rank 24, rounded."""
+    random = np.random.default_rng(seed)
+    small = min(m, n)
+    u, _ = np.linalg.qr(random.standard_normal((m, small)))
+    v, _ = np.linalg.qr(random.standard_normal((n, small)))
+    noise = random.standard_normal((m, n))
+    i = np.arange(1, small + 1)
+    if name == "lora":
+        base = random.standard_normal((m, n)).astype(np.float16)
+        delta = random.standard_normal((m, 24)) @ random.standard_normal((24, n)) * 0.03 / 24**0.5
+        return ((base + delta).astype(np.float16).astype(np.float64) - base) / 1.0
+    if name == "qkv":
+        scales = np.repeat([1.0, 0.3, 3.0], [m // 3, m // 3, m - 2 * (m // 3)])[:, None]
+        return scales * family("pl1", m, n, seed)
+    power = {"steep": 2.0, "slow": 0.25}.get(name) or float(name.removeprefix("pl"))
+    a = (u * i**-power) @ v.T
+    a /= np.linalg.norm(a)
+    return a if name in ("steep", "slow") else 0.7**0.5 * a + 0.3**0.5 * noise / np.linalg.norm(noise)
+
+
+def reconstructed(found: lowrank.LowRank) -> Array:
+    return ((found.u * found.s.unsqueeze(-2)) @ found.vh).double().numpy()
+
+
+@pytest.mark.parametrize("name", ["pl0.5", "pl1", "pl1.5", "steep", "slow", "lora", "qkv"])
+@pytest.mark.parametrize(("m", "n", "k"), [(320, 640, 8), (640, 320, 32), (448, 448, 16), (300, 900, 24)])
+def test_within_a_thousandth_of_the_optimum(name: str, m: int, n: int, k: int) -> None:
+    a = family(name, m, n)
+    best = float(np.sqrt((np.linalg.svd(a, compute_uv=False)[k:] ** 2).sum()))
+    for method in ("lanczos", "gram", "auto"):
+        found = truncated_svd(torch.from_numpy(a).float(), SvdSpec(k, method=method))
+        error = np.linalg.norm(a - reconstructed(found))
+        assert error <= best * 1.001 + 3e-7 * np.linalg.norm(a), method
+        # the reported residual is the real one
+        assert float(found.residual) ** 0.5 == pytest.approx(error, rel=1e-4, abs=2e-7 * np.linalg.norm(a))
+
+
+@pytest.mark.parametrize("method", ["gram", "lanczos", "exact"])
+def test_exactly_low_rank_input_is_exact(method: str) -> None:
+    random = np.random.default_rng(1)
+    a = random.standard_normal((400, 12)) @ random.standard_normal((12, 500))
+    found = truncated_svd(torch.from_numpy(a).float(), SvdSpec(20, method=method))
+    assert np.linalg.norm(a - reconstructed(found)) <= 1e-6 * np.linalg.norm(a)
+    assert (found.s[12:] < 1e-5 * found.s[0]).all()
+    sigma = np.linalg.svd(a, compute_uv=False)[:12]
+    np.testing.assert_allclose(found.s[:12].numpy(), sigma, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gram", "lanczos", "exact", "auto"])
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 3, 9), (1, 40, 4), (40, 1, 4), (7, 200, 3), (200, 200, 200), (150, 4, 2)])
+def test_odd_shapes(method: str, m: int, n: int, k: int) -> None:
+    a = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = truncated_svd(a, SvdSpec(k, method=method))
+    rank = min(k, m, n)
+    assert found.u.shape == (m, rank)
+    assert found.vh.shape == (rank, n)
+    best = float(np.sqrt((np.linalg.svd(a.numpy(), compute_uv=False)[rank:] ** 2).sum()))
+    assert np.linalg.norm(a.numpy() - reconstructed(found)) <= best * 1.001 + 1e-6
+
+
+@pytest.mark.parametrize("method", ["gram", "lanczos", "exact"])
+def test_zero_gives_zeros(method: str) -> None:
+    found = truncated_svd(torch.zeros(200, 300), SvdSpec(5, method=method))
+    assert not found.s.any()
+    assert torch.isfinite(found.u).all()
+    assert torch.isfinite(found.vh).all()
+    assert float(found.residual) == 0.0
+
+
+def test_factors_are_orthonormal_signed_and_descending() -> None:
+    found = truncated_svd(torch.from_numpy(family("pl1", 300, 400)).float(), SvdSpec(16, method="lanczos"))
+    eye = torch.eye(16)
+    torch.testing.assert_close(found.u.mT @ found.u, eye, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.vh @ found.vh.mT, eye, atol=1e-5, rtol=0)
+    assert (found.s.diff() <= 0).all()
+    top = found.u.gather(0, found.u.abs().argmax(0, keepdim=True))
+    assert (top > 0).all()
+    left, right = found.balanced()
+    torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))
+
+
+def test_equal_bits_alone_and_in_any_batch() -> None:
+    stack = torch.stack([torch.from_numpy(family("pl1", 200, 300, seed)).float() for seed in range(3)])
+    alone = truncated_svd(stack[1], SvdSpec(8, method="lanczos"))
+    for batch in (stack, stack.flip(0), stack.reshape(3, 1, 200, 300)):
+        found = truncated_svd(batch, SvdSpec(8, method="lanczos"))
+        member = found.u.reshape(3, 200, 8)[1]
+        assert torch.equal(member, alone.u)
+    again = truncated_svd(stack[1].clone(), SvdSpec(8, method="lanczos"))
+    assert torch.equal(again.vh, alone.vh)
+    assert truncated_svd(torch.zeros(0, 4, 5), SvdSpec(2)).u.shape == (0, 4, 2)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    a = torch.from_numpy(family("pl1", 200, 300)).half()
+    found = truncated_svd(a, SvdSpec(8))
+    assert found.u.dtype == torch.float32
+    assert found.residual.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["pl0.5", "pl1", "lora", "steep"])
+def test_energies_are_what_a_rank_keeps(name: str) -> None:
+    a = family(name, 400, 500)
+    sigma = np.linalg.svd(a, compute_uv=False)
+    for k in (4, 24):
+        found = energies(torch.from_numpy(a).float(), k)
+        kept, whole = float(found.sum()), (sigma**2).sum()
+        assert kept <= (sigma[:k] ** 2).sum() * (1 + 1e-6)
+        assert whole - kept <= ((sigma[k:] ** 2).sum()) * 1.002 + 1e-6 * whole
+    assert energies(torch.zeros(2, 30, 40), 3).shape == (2, 3)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
+def test_factored_svd_is_exact_without_the_product(condition: float) -> None:
+    random = np.random.default_rng(2)
+    left = random.standard_normal((120, 16)) * np.geomspace(1, 1 / condition, 16)
+    right = random.standard_normal((16, 90))
+    found = factored_svd(torch.from_numpy(left), torch.from_numpy(right))
+    sigma = np.linalg.svd(left @ right, compute_uv=False)[:16]
+    np.testing.assert_allclose(found.s.numpy(), sigma, rtol=1e-7)
+    np.testing.assert_allclose(reconstructed(found), left @ right, atol=1e-10)
+    for k in (4, 12):
+        kept = ((found.u[:, :k] * found.s[:k]) @ found.vh[:k]).numpy()
+        best = np.sqrt((sigma[k:] ** 2).sum())
+        assert np.linalg.norm(left @ right - kept) == pytest.approx(best, rel=1e-7)
+
+
+def test_factored_svd_reveals_rank_and_survives_zeros() -> None:
+    left, right = torch.randn(50, 4), torch.randn(4, 60)
+    twice = factored_svd(torch.cat([left, left, torch.zeros(50, 2)], 1), torch.cat([right, right, torch.randn(2, 60)]))
+    assert int((twice.s > 1e-6 * twice.s[0]).sum()) == 4
+    torch.testing.assert_close(torch.from_numpy(reconstructed(twice)).float(), 2 * left @ right, rtol=1e-4, atol=1e-4)
+    nothing = factored_svd(torch.zeros(3, 5, 2), torch.randn(3, 2, 6))
+    assert not nothing.s.any()
+    assert torch.isfinite(nothing.u).all()
+
+
+def test_factored_svd_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's MPS has none: then by QR in float32."""
+    left, right = torch.randn(50, 4), torch.randn(4, 60)
+    expected = factored_svd(left, right).s
+    monkeypatch.setattr(lowrank, "supports_float64", lambda _: False)
+    torch.testing.assert_close(factored_svd(left, right).s, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_eigh_that_does_not_converge_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = torch.randn(60, 40, dtype=torch.float64)
+    expected = truncated_svd(a, SvdSpec(5)).s
+
+    def fail(_: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    torch.testing.assert_close(truncated_svd(a, SvdSpec(5)).s, expected)
+
+
+def test_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown SVD method"):
+        truncated_svd(torch.zeros(3, 3), SvdSpec(1, method="magic"))  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_cuda_agrees() -> None:
+    a = torch.from_numpy(family("pl1", 400, 500)).float()
+    one, two = truncated_svd(a, SvdSpec(16)), truncated_svd(a.cuda(), SvdSpec(16))
+    torch.testing.assert_close(one.residual.sqrt(), two.residual.sqrt().cpu(), rtol=1e-3, atol=1e-6)
