@@ -271,6 +271,13 @@ class Tiny:
         return state
 
 
+def write_foreign(folder: Path) -> None:
+    """An SDXL adapter of one module, to be refused by everything for SD 1."""
+    stem = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
+    state = {f"{stem}.lora_up.weight": torch.ones(8, 2).half(), f"{stem}.lora_down.weight": torch.ones(2, 8).half()}
+    save_file(state | {f"{stem}.alpha": torch.tensor(2.0)}, folder / "sdxl.safetensors", metadata={"format": "pt"})
+
+
 def _role_shapes(algorithm: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
     o, i, *kernel = shape
     (a, c), (b, d) = oracle.factorization(o, 4), oracle.factorization(i, 4)
@@ -292,6 +299,7 @@ def main() -> None:
     tiny = Tiny()
     tiny.write(folder / "tiny")
     tiny.write_adapters(folder / "tiny")
+    write_foreign(folder / "tiny")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def added(module: Any, layer: nn.Module, delta: torch.Tensor) -> tuple[torch.Ten
         x = torch.randn(layer.in_features + 3, layer.in_features, generator=generator, dtype=torch.float64)
         return module(x) - layer(x), nn.functional.linear(x, delta.reshape(layer.weight.shape))
     spatial = len(layer.kernel_size)
-    samples = 1 + layer.weight[0].numel() // 2**spatial
+    samples = 1 + layer.weight[0].numel() // 3**spatial  # a stride of 2 leaves 3 places a side
     x = torch.randn(samples, layer.in_channels, *([6] * spatial), generator=generator, dtype=torch.float64)
     op = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[spatial - 1]
     geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
@@ -301,10 +301,10 @@ def test_a_file_that_lycoris_saves_is_opened_whole(sd1: Sd1, tmp_path: Path, pre
         )
     finally:
         LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
+    path = tmp_path / "lycoris.safetensors"
+    network.apply_to()  # before, the network has no parameters and saves none
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
-    path = tmp_path / "lycoris.safetensors"
-    network.apply_to()  # without it, LyCORIS saves nothing
     network.save_weights(str(path), torch.float32, {"who": "LyCORIS"})
     ours = deltas(path)
     assert len(network.loras) == len(ours) > 250
