@@ -61,15 +61,17 @@ def facts(rows: Iterable[tuple[str, str]]) -> Any:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Any:
-    """A plain table: header, no borders, so that it can be cut and pasted."""
+    """A plain table: header, no borders, so that it can be cut and pasted; columns without content are left out."""
     from rich.table import Table
     from rich.text import Text
 
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    used = [n for n in range(len(columns)) if any(row[n] for row in cells)]
     built = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=LABEL)
-    for name in columns:
+    for name in (columns[n] for n in used):
         built.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
-    for row in rows:
-        built.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    for row in cells:
+        built.add_row(*(Text(row[n]) for n in used))
     return built
 
 
@@ -166,7 +168,9 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parts", _counts(record["components"])
     yield "ranks", _counts(record["ranks"], "{0} (×{1})")
     if record["scales"]:
-        yield "scales", f"{_counts(record['scales'], '{0} (×{1})')}, alpha from {record['alpha_source']}"
+        origin = {"none": "no alpha stored", "tensor": "alpha from tensors", "metadata": "alpha from metadata"}
+        stated = origin.get(record["alpha_source"], "alpha from tensors and metadata")
+        yield "scales", f"{_counts(record['scales'], '{0} (×{1})')}" + (f", {stated}" if record["ranks"] else "")
     yield "parameters", f"{record['parameters']:,}"
     yield "dtypes", _counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
@@ -183,8 +187,8 @@ def _metadata(metadata: Mapping[str, str]) -> str:
         "ss_network_dim",
     )
     found = [f"{name} = {metadata[name]}" for name in shown if name in metadata]
-    rest = len(metadata) - len(found)
-    return "\n".join([*found, *([f"and {rest} more (see --json)"] if rest else [])])
+    rest = len(metadata) - len(found) - ("format" in metadata)  # format=pt says nothing
+    return "\n".join([*found, *([f"{'and ' if found else ''}{rest} more (see --json)"] if rest else [])])
 
 
 def _modules(report: inspect.Report) -> None:

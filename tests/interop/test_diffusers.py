@@ -143,8 +143,8 @@ def test_diffusers_refuses_vectors_under_kohya_names(sd1: Sd1, tmp_path: Path) -
     sd1.extract(tuned, output, rank=4)
     with pytest.raises(ValueError, match=r"not been correctly renamed(?s:.*)\.(diff_b|w_norm|b_norm)"):
         load(sd1, output)
-    report = sd1.extract(tuned, output, rank=4, vectors=False)
-    assert len(in_layers(*load(sd1, output))) == report.modules == len(sd1.matrices())
+    report = sd1.extract(tuned, output, rank=4, vectors=False, only=("unet.mid_block.*", "text_encoder.*.0.*"))
+    assert len(in_layers(*load(sd1, output))) == report.modules > 20
 
 
 def test_diffusers_drops_vectors_under_its_own_names(sd1: Sd1, tmp_path: Path) -> None:
@@ -168,14 +168,14 @@ def test_diffusers_misscales_attention_where_alphas_differ(sd1: Sd1, noisy: Path
     diffusers spells the alpha of an attention layer so that its own pattern never matches, and takes the commonest
     alpha of the file instead: ×4, ×2 and ×4/3. Its own format, without alphas, comes out right.
     """
-    output = tmp_path / "out.safetensors"
-    sd1.extract(noisy, output, rank=32)
+    output, only = tmp_path / "out.safetensors", ("unet.*.attentions.*",)
+    sd1.extract(noisy, output, rank=32, only=only)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # peft does say that patterns match nothing
         off = wrong(in_layers(*load(sd1, output)), deltas(output))
     assert {round(factor, 3) for factor in off.values()} == {4.0, 2.0, 1.333}
     assert all(".attn" in name for name in off)
-    sd1.extract(noisy, output, rank=32, to="diffusers")
+    sd1.extract(noisy, output, rank=32, to="diffusers", only=only)
     assert not wrong(in_layers(*load(sd1, output)), deltas(output))
 
 
@@ -186,16 +186,17 @@ def test_diffusers_refuses_lokr_under_kohya_names(sd1: Sd1, tmp_path: Path) -> N
         load(sd1, output)
 
 
-@pytest.mark.parametrize(("factor", "rank"), [(8, None), (4, None), (4, 2)])
+@pytest.mark.parametrize("rank", [None, 2])
 def test_diffusers_loads_lokr_of_linear_layers_under_its_own_names(
-    sd1: Sd1, noisy: Path, tmp_path: Path, factor: int, rank: int | None
+    sd1: Sd1, noisy: Path, tmp_path: Path, rank: int | None
 ) -> None:
+    """Where every side is at least the square of the factor: PEFT cuts 8 by 4 as (4, 2), LyCORIS as (2, 4)."""
     output = tmp_path / "out.safetensors"
-    only = ("unet.*.attn?.*", "unet.*.ff.*")
-    report = sd1.extract(noisy, output, algo="lokr", to="diffusers", factor=factor, rank=rank, only=only)
+    only = ("unet.mid_block.*.attn?.*", "unet.mid_block.*.ff.*")
+    report = sd1.extract(noisy, output, algo="lokr", to="diffusers", factor=4, rank=rank, only=only)
     ours, theirs = deltas(output), in_layers(*load(sd1, output))
     assert theirs.keys() == ours.keys()
-    assert report.modules == len(ours) == 160
+    assert report.modules == len(ours) == 10
     assert not wrong(theirs, ours)
 
 
