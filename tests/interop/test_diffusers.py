@@ -42,9 +42,8 @@ def in_layers(unet: Any, clip: Any) -> dict[str, torch.Tensor]:
         for name, module in model.named_modules():
             if isinstance(module, BaseTunerLayer):
                 (adapter,) = module.active_adapters
-                if part == "text_encoder":  # transformers 5 leaves `text_model.` out
-                    name = f"text_model.{name.removeprefix('text_model.')}"
-                found[f"{part}.{name}"] = module.get_delta_weight(adapter).detach()
+                root = "text_encoder.text_model." if part == "text_encoder" else "unet."  # transformers 5 leaves it out
+                found[root + name.removeprefix("text_model.")] = module.get_delta_weight(adapter).detach()
     return found
 
 
@@ -64,7 +63,9 @@ def noisy(sd1: Sd1) -> Path:
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 @pytest.mark.parametrize("rank", [{"rank": 6, "conv_rank": 2}])
-def test_every_layer_is_loaded_with_its_delta(sd1: Sd1, noisy: Path, tmp_path: Path, to: str, rank: dict[str, int]) -> None:
+def test_every_layer_is_loaded_with_its_delta(
+    sd1: Sd1, noisy: Path, tmp_path: Path, to: str, rank: dict[str, int]
+) -> None:
     output = tmp_path / "out.safetensors"
     report = sd1.extract(noisy, output, to=to, **rank)
     ours = deltas(output)
@@ -78,7 +79,8 @@ def test_every_layer_is_loaded_with_its_delta(sd1: Sd1, noisy: Path, tmp_path: P
 def test_a_fused_model_is_the_merged_checkpoint(sd1: Sd1, tmp_path: Path, to: str) -> None:
     """`fuse_lora` against `adaptkit merge`; with no change in biases and norms, --vectors writes nothing more."""
     output = tmp_path / "out.safetensors"
-    sd1.extract(sd1.tuned("lora-3", lora(3)), output, to=to, rank=3)
+    tuned = sd1.tuned("lora-3", lora(3))
+    sd1.extract(tuned, output, to=to, rank=3)
     merged = sd1.merge(output, tmp_path / "merged.safetensors")
     unet, clip = load(sd1, output)
     unet.fuse_lora()
@@ -86,6 +88,7 @@ def test_a_fused_model_is_the_merged_checkpoint(sd1: Sd1, tmp_path: Path, to: st
     fused, expected = unet.state_dict(), unet_names(merged)
     assert fused.keys() == expected.keys()
     assert all(close(fused[name], tensor, 5e-7) for name, tensor in expected.items())
+    assert all(close(fused[name], tensor, 1e-6) for name, tensor in unet_names(load_file(tuned)).items())
     texts = clip_names(merged)
     theirs = in_layers(sd1.unet(), clip)
     for label, delta in theirs.items():
@@ -111,7 +114,9 @@ def test_a_whole_pipeline_loads_it(sd1: Sd1, noisy: Path, tmp_path: Path, to: st
     merged = sd1.merge(output, tmp_path / "merged.safetensors", strength=0.5)
     for name, tensor in unet_names(merged).items():
         assert close(pipe.unet.state_dict()[name], tensor, 5e-7), name
-    found = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in pipe.text_encoder.state_dict().items()}
+    found = {
+        n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in pipe.text_encoder.state_dict().items()
+    }
     for name, tensor in clip_names(merged).items():
         assert close(found[name], tensor, 5e-7), name
 
@@ -166,14 +171,14 @@ def test_diffusers_misscales_attention_where_alphas_differ(sd1: Sd1, noisy: Path
     """A kohya file whose ranks differ (here: rank 32 clipped by small layers), each alpha equal to its rank.
 
     diffusers spells the alpha of an attention layer so that its own pattern never matches, and takes the commonest
-    alpha of the file instead: ×4, ×2 and ×4/3. Its own format, without alphas, comes out right.
+    alpha of the file instead. Its own format, without alphas, comes out right.
     """
     output, only = tmp_path / "out.safetensors", ("unet.*.attentions.*",)
     sd1.extract(noisy, output, rank=32, only=only)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # peft does say that patterns match nothing
         off = wrong(in_layers(*load(sd1, output)), deltas(output))
-    assert {round(factor, 3) for factor in off.values()} == {4.0, 2.0, 1.333}
+    assert {round(factor, 3) for factor in off.values()} == {0.25, 0.333, 0.5}  # the commonest alpha here is 8
     assert all(".attn" in name for name in off)
     sd1.extract(noisy, output, rank=32, to="diffusers", only=only)
     assert not wrong(in_layers(*load(sd1, output)), deltas(output))

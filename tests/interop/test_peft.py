@@ -45,7 +45,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_rslora": True,
         "rank_pattern": {"conv1": 2},
     },
-    "regular-expression": {"r": 4, "lora_alpha": 2, "target_modules": r".*attn1\.to_[qk]", "alpha_pattern": {r".*\.to_k": 8}},
+    "regular-expression": {
+        "r": 4,
+        "lora_alpha": 2,
+        "target_modules": r".*attn1\.to_[qk]",
+        "alpha_pattern": {r".*\.to_k": 8},
+    },
 }
 
 
