@@ -179,7 +179,7 @@ class KeyMap:
         """The key of a slot without its suffix."""
         part = self.family.component(slot.component)
         known = prefixes(part, self.format)
-        if not known:
+        if not self.writes(part):
             raise NotRepresentable(
                 f"the {self.format.name} format has no place for the {part.title} of {self.family.title}"
             )
@@ -194,11 +194,17 @@ class KeyMap:
     def _written(self, part: Component, row: Row) -> tuple[Name, ...]:
         return row.names.get(part.naming(self.format.style)) or row.names["diffusers"]
 
+    def writes(self, part: Component) -> bool:
+        """Whether this component can be written; where names carry no component, only the first one that shares a prefix."""
+        mine = prefixes(part, self.format)[:1]
+        same = [other for other in self.family.components if mine and prefixes(other, self.format)[:1] == mine]
+        return bool(same) and same[0] is part
+
     def slots(self, target: Target) -> tuple[Slot, ...]:
         """The slots this format cuts a target into: itself, or its parts in order; none where it has no place for it."""
         part = self.family.component(target.component)
         row = self.row(target)
-        if row is None or not prefixes(part, self.format):
+        if row is None or not self.writes(part):
             return ()
         return tuple(Slot(target, name.rows) for name in self._written(part, row))
 

@@ -93,7 +93,9 @@ def test_the_setup_commands_are_those_that_ci_runs() -> None:
     assert len(setup) == 2
     for line in setup:
         for command in line.split(" && "):
-            words = [word for word in shlex.split(command) if word != "-o" and not word.endswith("tuned-lokr.safetensors")]
+            words = [
+                word for word in shlex.split(command) if word != "-o" and not word.endswith("tuned-lokr.safetensors")
+            ]
             assert all(word in script for word in words), command
 
 

@@ -120,10 +120,6 @@ class Weights:
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
 
-    def trimmed(self) -> Self:
-        """Without ranks that carry nothing (numerically null); one unbatched member only."""
-        return self
-
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
         """The nearest weights of this kind to `delta` (..., rows, columns), in Frobenius norm; shares no memory with it."""

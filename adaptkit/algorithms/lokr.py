@@ -128,7 +128,8 @@ class Lokr(Weights):
         """Nearest Kronecker product (Van Loan and Pitsianis 1993), w2 full, or of low rank by alternating least squares.
 
         Written so that LyCORIS and ComfyUI both load it: one factor for both sides, w2 full once the rank reaches half of
-        its larger side, `w2_b` two-dimensional, no Tucker, alpha = rank (reference §3.5).
+        its larger side, `w2_b` two-dimensional, no Tucker, alpha = rank (reference §3.5); factors from 32 on only ComfyUI
+        always reads.
         """
         from adaptkit.linalg.kron import factorization, nearest_kron, nearest_kron_lowrank
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-NULL = 1e-6  # σ below this share of σ₁ is float32 noise (reference §2.2: about 1e-7), not rank
-
 
 @dataclass(frozen=True, eq=False)
 class Lora(Weights):
@@ -121,14 +119,6 @@ class Lora(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
-
-    def trimmed(self) -> Self:
-        """Drop trailing ranks whose share is float32 noise; fitted factors are balanced, so row norms of `down` are √σ."""
-        norms = self.down.float().norm(dim=-1).square()
-        kept = max(1, int((norms > NULL * norms.max()).sum()))
-        if self.mid is not None or kept == norms.numel():
-            return self
-        return replace(self, up=self.up[..., :kept], down=self.down[..., :kept, :])
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:

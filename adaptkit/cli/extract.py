@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     help="auto is within 0.1 % of the optimum; exact takes far longer.",
 )
 @click.option(
-    "--vectors/--no-vectors", default=True, show_default=True, help="Carry changed biases and norms, exactly."
+    "--vectors/--no-vectors",
+    default=None,
+    help="Carry changed biases and norms, exactly; not every host reads them.  [default: with --algo full only]",
 )
 @writer
 def extract(base: Path, tuned: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any) -> None:

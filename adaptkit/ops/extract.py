@@ -42,13 +42,15 @@ __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
 DEFAULT_RANK = 32
 SPOOL = 256_000_000  # bytes of results held in memory before they go to a temporary file
+GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: every factor below is guessed right
 FLOATS = ("F64", "F32", "F16", "BF16")
 LITTLE = 0.5  # a LoKr that keeps less of ‖ΔW‖² than this is worth a word
 
 
 @dataclass(frozen=True)
 class Options(Shared):
-    """What to fit. `rank` None: 32 for LoRA, a full w2 for LoKr. `vectors`: carry changed biases and norms exactly."""
+    """What to fit. `rank` None: 32 for LoRA, a full w2 for LoKr. `vectors`: carry changed
+    biases and norms exactly (None: with `full` only; several hosts refuse such keys beside a LoRA or LoKr)."""
 
     algo: str = "lora"
     rank: int | None = None
@@ -56,7 +58,7 @@ class Options(Shared):
     factor: int = 8
     to: str = "kohya"
     svd: str = "auto"
-    vectors: bool = True
+    vectors: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -267,8 +269,8 @@ class _Pairing:
         row = self.keys.row(slot.target)
         kind = row.kind if row else Kind.MATRIX
         vector = slot.param == BIAS or kind is Kind.NORM
-        if vector and not self.options.vectors:
-            return replace(job, why="biases and norms are left out (--no-vectors)")
+        if vector and not _carries_vectors(self.options):
+            return replace(job, why="biases and norms are left out; --vectors carries them")
         if vector:
             role = ("b_norm" if slot.param == BIAS else "w_norm") if kind is Kind.NORM else "diff_b"
             return replace(job, algorithm="full", role=role)
@@ -292,6 +294,10 @@ class _Pairing:
                 yield Job(
                     None, name, piece, piece, info.shape, info.dtype, why=f"{part}: no adapter holds it", counted=False
                 )
+
+
+def _carries_vectors(options: Options) -> bool:
+    return options.algo == "full" if options.vectors is None else options.vectors
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -368,12 +374,10 @@ class _Fitter:
 
     def fit(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[_Measured]:
         """ΔW in float32 (subtracting in bf16 changes one entry in nine), its fit as it will be stored, and what is left."""
-        import torch
-
-        from adaptkit.linalg.precision import norm_squared
+        from adaptkit.linalg.precision import difference, norm_squared
 
         tuned, base = tensors.pop("tuned"), tensors.pop("base")
-        delta = tuned.to(torch.float64 if tuned.dtype == torch.float64 else torch.float32, copy=True).sub_(base)
+        delta = difference(tuned, base)
         norms = norm_squared(delta).tolist()
         for job, norm, ours, theirs in zip(jobs, norms, base, tuned, strict=True):
             if not math.isfinite(norm):
@@ -398,7 +402,7 @@ class _Fitter:
         spec = FitSpec(_rank(job, self.options), job.shape[2:], self.options.factor, self.options.svd)
         weights = kind.fit(delta, spec)
         lora = self._lora_of_size(job, delta, weights) if job.algorithm == "lokr" else None
-        return self._stored(job, weights.trimmed(), delta, _Measured(norm, 0.0, lora=lora))
+        return self._stored(job, weights, delta, _Measured(norm, 0.0, lora=lora))
 
     def _lora_of_size(self, job: Job, delta: Tensor, weights: Weights) -> float:
         """The energy that the best LoRA with as many parameters as this LoKr keeps."""
@@ -459,7 +463,7 @@ def _report(plan: Plan, measured: Sequence[tuple[Job, _Measured]]) -> Report:
         captured=captured,
         unchanged=sum(1 for job, result in measured if result.norm == 0 and job.algorithm),
         lora_same_size=same_size and same_size[1],
-        notes=tuple(_notes(same_size, left)),
+        notes=tuple(_notes(plan.options, same_size, left)),
     )
 
 
@@ -493,7 +497,7 @@ def _detail(job: Job, result: _Measured) -> dict[str, Any]:
     return detail
 
 
-def _notes(same_size: tuple[float, float] | None, left: Sequence[Unused]) -> Iterator[str]:
+def _notes(options: Options, same_size: tuple[float, float] | None, left: Sequence[Unused]) -> Iterator[str]:
     if same_size is not None:
         kept, lora = same_size
         if kept < LITTLE and lora > kept:
@@ -503,6 +507,10 @@ def _notes(same_size: tuple[float, float] | None, left: Sequence[Unused]) -> Ite
             )
         elif lora > kept:
             yield f"This LoKr keeps {kept:.1%} of the difference, a LoRA of the same size would keep {lora:.1%}."
+    if options.algo == "lokr" and options.factor >= GUESSED:
+        yield (
+            f"LyCORIS guesses the factor from the shapes and fails on some layers from {GUESSED} on; ComfyUI loads them."
+        )
     if left:
         parts = ", ".join(dict.fromkeys(item.key for item in left[:3]))
         yield f"{len(left)} changed tensors are not in the adapter ({parts}{', …' if len(left) > 3 else ''}); see `unused`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-ROW_CHUNK = 8_000_000  # elements compared at a time when measuring what a merge changed
+ROW_CHUNK = 1 << 20  # elements compared at a time when measuring what a merge changed
 
 
 @dataclass(frozen=True)
@@ -371,21 +372,22 @@ class _Merger:
             rows.copy_(applied)
 
     def _finished(self, job: Job, merged: Tensor, stored: Tensor) -> _Merged:
-        from adaptkit.linalg.precision import cast
-
-        dtype = torch_dtype(job.dtype)
+        rounded = merged.to(torch_dtype(job.dtype))
         weight, delta, rounding = 0.0, 0.0, 0.0
-        try:
-            rounded = cast(merged, dtype)
-        except NonFinite as error:
-            error.hint = "lower the strength, or write with --dtype bf16 or fp32"
-            raise error.at(file=self.plan.output, tensor=job.name) from None
         for old, new, out in _chunks(stored, merged, rounded):
             weight += _square(old)
             delta += _square(new - old)
             rounding += _square(out.to(new.dtype) - new)
-        if not delta < float("inf"):
+        if not math.isfinite(delta):
             raise self._non_finite(job, stored)
+        if not math.isfinite(rounding):
+            largest = float(merged.abs().max())
+            raise NonFinite(
+                f"the merged weight, {largest:.4g} at most, does not fit {str(rounded.dtype).removeprefix('torch.')}",
+                hint="lower the strength, or write with --dtype bf16 or fp32",
+                file=self.plan.output,
+                tensor=job.name,
+            )
         return _Merged(rounded.cpu(), weight, delta, rounding)
 
     def _non_finite(self, job: Job, stored: Tensor) -> NonFinite:
@@ -402,9 +404,9 @@ class _Merger:
 
 
 def _square(x: Tensor) -> float:
-    import torch
+    from adaptkit.linalg.precision import norm_squared
 
-    return float(torch.linalg.vector_norm(x, dtype=x.dtype).double().square()) if x.numel() else 0.0
+    return float(norm_squared(x.unsqueeze(0)))
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

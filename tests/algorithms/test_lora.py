@@ -82,10 +82,3 @@ def test_fit_is_the_best_of_its_rank(rows: int, columns: int, rank: int) -> None
     error = float((fitted.delta() - delta).norm())
     assert error == pytest.approx(oracle.best_rank(delta.numpy(), min(rank, rows, columns)), rel=1e-6, abs=1e-6)
     assert fitted.up.norm(dim=0).numpy() == pytest.approx(fitted.down.norm(dim=1).numpy(), rel=1e-5)  # balanced
-
-
-def test_trimmed_drops_only_null_ranks() -> None:
-    delta = torch.from_numpy(RANDOM.standard_normal((40, 3)) @ RANDOM.standard_normal((3, 30)))
-    fitted = Lora.fit(delta, FitSpec(16, kernel=())).trimmed()
-    assert fitted.down.shape[0] == 3
-    torch.testing.assert_close(fitted.delta(), delta, rtol=1e-5, atol=1e-5)

@@ -303,7 +303,7 @@ class TestBadInput:
         )
         run = lambda **env: subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | env
-        )  # noqa: E731
+        )
         refused(run(), "planted", "ADAPTKIT_DEBUG=1")
         assert "Traceback" in run(ADAPTKIT_DEBUG="1").stderr
 
@@ -361,7 +361,7 @@ def test_options_are_the_fields_of_the_library(name: str, options: type) -> None
         if field is not None and not parameter.multiple:
             context = click.Context(command)
             default = parameter.get_default(context)
-            assert default == field.default or not parameter.required and field.default is None, parameter.name
+            assert default == field.default or (not parameter.required and field.default is None), parameter.name
 
 
 def test_every_option_has_a_help_text() -> None:

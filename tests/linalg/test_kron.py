@@ -17,7 +17,15 @@ def tensor(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("dim", "factor", "expected"),
-    [(320, 8, (8, 40)), (128, -1, (8, 16)), (127, -1, (1, 127)), (250, 2, (2, 125)), (1024, 4, (4, 256)), (4, 8, (2, 2)), (8, 8, (1, 8))],
+    [
+        (320, 8, (8, 40)),
+        (128, -1, (8, 16)),
+        (127, -1, (1, 127)),
+        (250, 2, (2, 125)),
+        (1024, 4, (4, 256)),
+        (4, 8, (2, 2)),
+        (8, 8, (1, 8)),
+    ],
 )
 def test_factorization(dim: int, factor: int, expected: tuple[int, int]) -> None:
     """The values of LyCORIS' docstring, and the ones that surprise (tests/interop compares all)."""
@@ -38,7 +46,9 @@ def test_rearrange_turns_a_kronecker_product_into_an_outer_one() -> None:
     assert torch.equal(unarrange(rearrange(x, 3, 4), 3, 4, 5, 6), x)
 
 
-@pytest.mark.parametrize(("a", "b", "c", "d"), [(4, 4, 10, 12), (8, 2, 3, 50), (1, 1, 6, 7), (6, 7, 1, 1), (1, 5, 9, 2)])
+@pytest.mark.parametrize(
+    ("a", "b", "c", "d"), [(4, 4, 10, 12), (8, 2, 3, 50), (1, 1, 6, 7), (6, 7, 1, 1), (1, 5, 9, 2)]
+)
 def test_nearest_is_the_leading_singular_pair(a: int, b: int, c: int, d: int) -> None:
     x = tensor(a * c, b * d)
     found = nearest_kron(x, a, b)

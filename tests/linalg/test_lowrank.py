@@ -62,7 +62,9 @@ def test_exactly_low_rank_input_is_exact(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["gram", "lanczos", "exact", "auto"])
-@pytest.mark.parametrize(("m", "n", "k"), [(5, 3, 9), (1, 40, 4), (40, 1, 4), (7, 200, 3), (200, 200, 200), (150, 4, 2)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(5, 3, 9), (1, 40, 4), (40, 1, 4), (7, 200, 3), (200, 200, 200), (150, 4, 2)]
+)
 def test_odd_shapes(method: str, m: int, n: int, k: int) -> None:
     a = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = truncated_svd(a, SvdSpec(k, method=method))

