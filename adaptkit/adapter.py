@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptkit.algorithms._weights import ALPHA
+from adaptkit.algorithms._weights import ALPHA, Stated
 from adaptkit.detect import Detection, detect_adapter, families, formats
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
@@ -176,16 +176,22 @@ class _Configs:
             parts.setdefault(component, {})[key] = value
         return cls(parts)
 
-    def alpha(self, component: str, module: str) -> tuple[float | None, bool]:
-        """(alpha, rsLoRA?) of a module, named as the file names it; patterns match as PEFT's do (the name's end)."""
+    def alpha(self, component: str, module: str) -> Stated | None:
+        """Alpha of a module, named as the file names it; None where no configuration states one."""
         config = self.configs.get(component) or self.configs.get("") or {}
-        patterns = config.get("alpha_pattern") or {}
-        alpha = config.get("lora_alpha", config.get("alpha"))
-        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-                break
-        return (float(alpha) if isinstance(alpha, int | float) else None), bool(config.get("use_rslora"))
+        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
+        if not isinstance(alpha, int | float):
+            return None
+        rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
+        return Stated(float(alpha), rank if isinstance(rank, int) else None, bool(config.get("use_rslora")))
+
+
+def _pattern(patterns: object, module: str, default: object) -> object:
+    """The value of the first pattern that matches the end of the module's name, as PEFT's `get_pattern_key` finds it."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
 
 
 class _Reader:
@@ -215,21 +221,21 @@ class _Reader:
             self._refuse(slot, group, "incomplete or mixed: " + ", ".join(sorted({r[0][1] for r in group.values()})))
             return None
         kind, keys = chosen
-        alpha, origin, rank_scaled = self._alpha(slot, keys)
+        alpha, origin = self._alpha(slot, keys)
         try:
             shapes = {role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}
-            facts = kind.facts(shapes, alpha, rank_scaled)
+            facts = kind.facts(shapes, alpha)
         except AdaptkitError as error:
             self._refuse(slot, group, error.message)
             return None
-        return Entry(slot, kind, keys, facts, alpha, origin)
+        return Entry(slot, kind, keys, facts, alpha.value if alpha else None, origin)
 
-    def _alpha(self, slot: Slot, keys: Mapping[str, str]) -> tuple[float | None, str, bool]:
+    def _alpha(self, slot: Slot, keys: Mapping[str, str]) -> tuple[Stated | None, str]:
         if ALPHA in keys:
-            return self.source.scalar(keys[ALPHA]), "tensor", False
+            return Stated(self.source.scalar(keys[ALPHA])), "tensor"
         module = label(self.keys.family.name, slot).removeprefix(f"{slot.component}.")
-        alpha, rank_scaled = self.configs.alpha(slot.component, module)
-        return alpha, "none" if alpha is None else "metadata", rank_scaled
+        alpha = self.configs.alpha(slot.component, module)
+        return alpha, "none" if alpha is None else "metadata"
 
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
         self.problems.append(Problem("error", label(self.keys.family.name, slot), what))

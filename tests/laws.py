@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import ALPHA, Weights
+from adaptkit.algorithms._weights import ALPHA, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 Array = np.ndarray
@@ -27,6 +27,9 @@ class Layout:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {role: tuple(array.shape) for role, array in self.tensors.items()}
+
+    def stated(self) -> Stated | None:
+        return None if self.alpha is None else Stated(self.alpha)
 
     def torch(self, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
         return {role: torch.from_numpy(array).to(dtype) for role, array in self.tensors.items()}
@@ -56,7 +59,7 @@ class AlgorithmLaws:
         return found
 
     def decoded(self, layout: Layout, dtype: torch.dtype = torch.float64) -> Weights:
-        return self.kind.decode(layout.torch(dtype), self.kind.facts(layout.shapes(), layout.alpha))
+        return self.kind.decode(layout.torch(dtype), self.kind.facts(layout.shapes(), layout.stated()))
 
     def test_a1_delta_equals_the_oracle(self, each: list[Layout]) -> None:
         for layout in each:
@@ -94,7 +97,7 @@ class AlgorithmLaws:
             if ALPHA in stored:
                 assert stored[ALPHA].dtype == torch.float32
                 assert stored[ALPHA].shape == ()
-            alpha = float(stored[ALPHA]) if ALPHA in stored else None
+            alpha = Stated(float(stored[ALPHA])) if ALPHA in stored else None
             again = self.kind.facts(layout.shapes(), alpha)
             assert again.scale == pytest.approx(weights.scale if hasattr(weights, "scale") else 1.0, rel=1e-6)
 
@@ -124,7 +127,7 @@ class AlgorithmLaws:
 
     def test_a5_a_batch_equals_its_members(self, each: list[Layout]) -> None:
         for layout in each:
-            facts = self.kind.facts(layout.shapes(), layout.alpha)
+            facts = self.kind.facts(layout.shapes(), layout.stated())
             first, second = layout.torch(), {role: 2 * t + 1 for role, t in layout.torch().items()}
             batch = self.kind.decode({role: torch.stack([first[role], second[role]]) for role in first}, facts)
             singles = torch.stack([self.kind.decode(one, facts).delta() for one in (first, second)])
@@ -140,13 +143,13 @@ class AlgorithmLaws:
             applied = weights.apply(base.clone(), 0.25) - base
             torch.testing.assert_close(applied, 0.25 * weights.delta())
             assert torch.equal(weights.apply(base.clone(), 0.0), base)
-            if layout.alpha is not None and self.kind.facts(layout.shapes(), layout.alpha).rank:
-                doubled = self.kind.decode(layout.torch(), self.kind.facts(layout.shapes(), 2 * layout.alpha))
+            if layout.alpha is not None and self.kind.facts(layout.shapes(), layout.stated()).rank:
+                doubled = self.kind.decode(layout.torch(), self.kind.facts(layout.shapes(), Stated(2 * layout.alpha)))
                 torch.testing.assert_close(doubled.delta(), 2 * weights.delta())
 
     def test_a7_facts_tell_the_size(self, each: list[Layout]) -> None:
         for layout in each:
-            facts = self.kind.facts(layout.shapes(), layout.alpha)
+            facts = self.kind.facts(layout.shapes(), layout.stated())
             expected = self.oracle(layout)
             assert (facts.rows, facts.columns) == (expected.shape[0], int(np.prod(expected.shape[1:]))), layout.name
             assert facts.kernel is None or facts.kernel == layout.kernel

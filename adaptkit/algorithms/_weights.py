@@ -27,6 +27,7 @@ __all__ = [
     "Product",
     "Role",
     "Shapes",
+    "Stated",
     "Tucker",
     "Weights",
     "flat",
@@ -48,6 +49,19 @@ class Role:
     spelling: str
     also: tuple[str, ...] = ()
     param: str = WEIGHT
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """Alpha as a file states it.
+
+    `rank` is the one a PEFT configuration states beside it, which the shapes of some kinds do not tell; `rank_scaled`
+    says that alpha is divided by √rank (rsLoRA, arXiv:2312.03732).
+    """
+
+    value: float
+    rank: int | None = None
+    rank_scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +102,8 @@ class Weights:
     extractable: ClassVar[bool] = False
 
     @classmethod
-    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:
-        """Rank, size, kernel and scale from stored shapes; ShapeMismatch where they do not fit together.
-
-        `rank_scaled`: alpha is divided by √rank (rsLoRA, arXiv:2312.03732) instead of rank.
-        """
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        """Rank, size, kernel and scale from stored shapes; ShapeMismatch where they do not fit together."""
         raise NotImplementedError
 
     @classmethod
@@ -142,13 +153,13 @@ def flat(tensor: Tensor, ndim: int) -> Tensor:
     return tensor.reshape(*tensor.shape[: tensor.ndim - ndim + 1], -1)
 
 
-def scaling(alpha: float | None, rank: int, rank_scaled: bool = False) -> float:
+def scaling(alpha: Stated | None, rank: int) -> float:
     """alpha / rank, 1 where there is no alpha (kohya, LyCORIS and PEFT agree; rsLoRA divides by √rank)."""
     if alpha is None:
         return 1.0
-    if not math.isfinite(alpha):
-        raise NonFinite(f"alpha is {alpha}")
-    return alpha / (math.sqrt(rank) if rank_scaled else rank)
+    if not math.isfinite(alpha.value):
+        raise NonFinite(f"alpha is {alpha.value}")
+    return alpha.value / (math.sqrt(rank) if alpha.rank_scaled else rank)
 
 
 def matched(condition: bool, roles: str, shapes: Shapes) -> None:

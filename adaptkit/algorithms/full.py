@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import Facts, FitSpec, Role, Shapes, Weights, matched, roles
+from adaptkit.algorithms._weights import Facts, FitSpec, Role, Shapes, Stated, Weights, matched, roles
 from adaptkit.names import BIAS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Full(Weights):
     vector: bool = False
 
     @classmethod
-    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
         ((_, shape),) = shapes.items()
         matched(len(shape) >= 1, " ".join(shapes), shapes)
         return Facts(shape[0], math.prod(shape[1:]), shape[2:], None, 1.0, vector=len(shape) == 1)

@@ -16,6 +16,7 @@ from adaptkit.algorithms._weights import (
     Product,
     Role,
     Shapes,
+    Stated,
     Tucker,
     Weights,
     matched,
@@ -39,8 +40,10 @@ class Lokr(Weights):
 
     scale is alpha / rank if a factor is stored as a product, the rank being that factor's; otherwise 1, whatever alpha
     says: files exist with alpha = 1e10 there (source: LyCORIS `modules/lokr.py`, ComfyUI and InvokeAI agree; PEFT alone
-    multiplies by alpha / r always). With `t2`, W2[c, d, k] = Σ w2_a[p, c] t2[p, q, k] w2_b[q, d] (`w2_a` is stored
-    transposed). The kernel of a convolution flattens as `flatten(1)` does, so kron(W1, W2.flatten(1)) is exact.
+    multiplies by alpha / r always, so a PEFT configuration that states r is taken at its word).
+
+    With `t2`, W2[c, d, k] = Σ w2_a[p, c] t2[p, q, k] w2_b[q, d] (`w2_a` is stored transposed). The kernel of a
+    convolution flattens as `flatten(1)` does, so kron(W1, W2.flatten(1)) is exact.
     """
 
     name: ClassVar[str] = "lokr"
@@ -59,12 +62,14 @@ class Lokr(Weights):
     kernel: tuple[int, ...] | None = ()
 
     @classmethod
-    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
         (a, b), rank1 = _first(shapes)
         (c, columns, kernel), rank2 = _second(shapes)
         # LyCORIS, ComfyUI and InvokeAI take the rank of w2 where it is a product, else that of w1
         rank = rank2 or rank1
-        scale = scaling(alpha, rank, rank_scaled) if rank else 1.0
+        # only a PEFT configuration gives two full factors a scale: PEFT multiplies by alpha / r whatever the form
+        divisor = rank or (alpha.rank if alpha else None)
+        scale = scaling(alpha, divisor) if divisor else 1.0
         return Facts(a * c, b * columns, kernel, rank, scale)
 
     @classmethod
@@ -79,10 +84,12 @@ class Lokr(Weights):
         if isinstance(self.w1, Product):
             stored |= {"w1_a": self.w1.left, "w1_b": self.w1.right}
         elif isinstance(self.w1, Dense):
-            stored["w1"] = self.w1.matrix
+            # readers give two full factors scale 1, so another scale goes into w1
+            folded = self.rank is None and self.scale != 1.0
+            stored["w1"] = self.w1.dense() * self.scale if folded else self.w1.matrix
         stored |= self._second_stored()
-        # both full: scale is 1 for every reader that ignores alpha, and with rank 1 for those that do not
-        stored[ALPHA] = torch.tensor(self.scale * (self.rank or 1), dtype=torch.float32)
+        # both full: 1 is right for readers that ignore alpha, and with rank 1 for those that do not
+        stored[ALPHA] = torch.tensor(1.0 if self.rank is None else self.scale * self.rank, dtype=torch.float32)
         return stored
 
     def _second_stored(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from adaptkit.algorithms._weights import (
     FitSpec,
     Role,
     Shapes,
+    Stated,
     Weights,
     flat,
     matched,
@@ -58,7 +59,7 @@ class Lora(Weights):
     mid: Tensor | None = None
 
     @classmethod
-    def facts(cls, shapes: Shapes, alpha: float | None = None, rank_scaled: bool = False) -> Facts:
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
         up, down, mid = shapes["up"], shapes["down"], shapes.get("mid")
         matched(len(up) >= 2 and len(down) >= 2 and all(n == 1 for n in up[2:]), "up down", shapes)
         rank = down[0]
@@ -67,7 +68,7 @@ class Lora(Weights):
         if mid is not None:
             matched(len(mid) > 2 and mid[1] == rank and all(n == 1 for n in kernel), "up mid down", shapes)
             kernel = mid[2:]
-        return Facts(up[0], _columns(down[1], kernel), kernel, rank, scaling(alpha, rank, rank_scaled))
+        return Facts(up[0], _columns(down[1], kernel), kernel, rank, scaling(alpha, rank))
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:

@@ -60,6 +60,7 @@ def norm_squared(x: Tensor) -> Tensor:
     Runs of 1024 entries are summed in float32, the runs in float64: measured within 2e-9 of the float64 sum and fifteen
     times faster. Entries of a float32 x below 1e-19 are lost; above 1e19 the result is infinite.
     """
+    x = x.mT if x.mT.is_contiguous() else x  # read memory in order, without a copy
     wide = accumulate_dtype(x.device)
     total = torch.zeros(x.shape[:-2], dtype=wide, device=x.device)
     for (piece,) in _pieces(x):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "FLOATS",
     "Progress",
     "Shared",
     "Unused",
@@ -29,6 +30,7 @@ __all__ = [
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # what can be computed with as it is stored
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 

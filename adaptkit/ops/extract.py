@@ -8,15 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__, engine
-from adaptkit.algorithms._weights import ALPHA, FitSpec
-from adaptkit.checkpoint import Checkpoint, Piece
+from adaptkit.algorithms._weights import ALPHA, FitSpec, Stated
 from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory, peak_memory
-from adaptkit.errors import AdaptkitError, NonFinite, NoSuchName, NothingToDo, ShapeMismatch
-from adaptkit.families._family import Kind
+from adaptkit.errors import NonFinite, NoSuchName, NothingToDo
 from adaptkit.formats._format import Alpha
 from adaptkit.keymap import KeyMap, algorithms, compile_keys
-from adaptkit.names import BIAS, Slot, Target
 from adaptkit.ops._common import (
     Progress,
     Shared,
@@ -25,25 +22,25 @@ from adaptkit.ops._common import (
     check_output,
     default_output,
     refuse_unused,
-    selected,
     stored_dtype,
     torch_dtype,
 )
+from adaptkit.ops._pairing import Job, Pairing, Wanted, open_pair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from adaptkit.algorithms._weights import Weights
+    from adaptkit.checkpoint import Checkpoint
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
 DEFAULT_RANK = 32
 SPOOL = 256_000_000  # bytes of results held in memory before they go to a temporary file
 GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: every factor below is guessed right
-FLOATS = ("F64", "F32", "F16", "BF16")
 LITTLE = 0.5  # a LoKr that keeps less of ‖ΔW‖² than this is worth a word
 
 
@@ -59,30 +56,6 @@ class Options(Shared):
     to: str = "kohya"
     svd: str = "auto"
     vectors: bool | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One slot to fit, or (`algorithm` None) only to compare: then `why` says why an adapter cannot hold it."""
-
-    slot: Slot | None
-    label: str
-    base: tuple[Piece, ...]
-    tuned: tuple[Piece, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    algorithm: str | None = None
-    role: str = "diff"
-    why: str = ""
-    counted: bool = True  # whether its difference counts in the total: the model's own layers do, a VAE does not
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(rows, columns) of the slot as a matrix."""
-        columns = 1
-        for n in self.shape[1:]:
-            columns *= n
-        return (self.shape[0] if self.shape else 1), columns
 
 
 @dataclass(frozen=True)
@@ -169,9 +142,10 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     _check(options)
     output = options.output or default_output(tuned, options.algo)
     check_output(output, options.overwrite)
-    first, second = _open_pair(base, tuned, options)
+    first, second = open_pair(base, tuned, options.family)
     keys = compile_keys(first.family.name, options.to)
-    pairing = _Pairing(first, second, options, keys)
+    vectors = options.algo == "full" if options.vectors is None else options.vectors
+    pairing = Pairing(first, second, keys, Wanted(options.algo, vectors, options))
     jobs = tuple(pairing.jobs())
     if not any(job.algorithm for job in jobs):
         raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
@@ -187,122 +161,6 @@ def _check(options: Options) -> None:
         raise NoSuchName.among("algorithm for extraction", options.algo, kinds)
     stored_dtype(options.dtype, "F32")
     chosen("format", formats(), options.to)
-
-
-def _open_pair(base: Path, tuned: Path, options: Options) -> tuple[Checkpoint, Checkpoint]:
-    first = Checkpoint.open(base, family=options.family)
-    try:
-        second = Checkpoint.open(tuned, family=options.family)
-        if second.family is not first.family and first.family.name in second.detection.alternatives:
-            second.close()
-            second = Checkpoint.open(tuned, family=first.family.name)
-    except AdaptkitError:
-        first.close()
-        raise
-    if first.family is not second.family:
-        raise ShapeMismatch(
-            f"the base is {first.family.title}, the tuned checkpoint {second.family.title}",
-            hint="extract needs two checkpoints of one family; see `adaptkit inspect`",
-        )
-    return first, second
-
-
-class _Pairing:
-    """Finds each target in both checkpoints; what has no partner goes to `lost`, what an adapter cannot hold to `left`."""
-
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, options: Options, keys: KeyMap) -> None:
-        self.base, self.tuned, self.options, self.keys = base, tuned, options, keys
-        self.lost: list[Unused] = []
-        self.left: list[Unused] = []
-
-    def jobs(self) -> Iterator[Job]:
-        ours, theirs = self.base.targets(), self.tuned.targets()
-        for target, held in theirs.items():
-            if target not in ours:
-                self._lose(held, target, "not in the base checkpoint")
-            else:
-                yield from self._target(target, ours[target], held)
-        for target in ours.keys() - theirs.keys():
-            self._lose(ours[target], target, "not in the tuned checkpoint")
-        yield from self._others()
-
-    def _lose(self, held: Mapping[Slot, str], target: Target, reason: str) -> None:
-        if selected(self.base.label(Slot(target)), target.component, self.options):
-            self.lost.extend(Unused(name, reason) for name in held.values())
-
-    def _target(self, target: Target, ours: Mapping[Slot, str], theirs: Mapping[Slot, str]) -> Iterator[Job]:
-        for slot in self.keys.slots(target) or (Slot(target),):
-            label = self.base.label(slot)
-            if not selected(label, target.component, self.options):
-                continue
-            base, tuned = self.base.locate(slot, ours), self.tuned.locate(slot, theirs)
-            if base is None or tuned is None:
-                self.lost.append(Unused(label, "stored in parts that do not make this layer"))
-                continue
-            yield from self._pair(slot, label, base, tuned)
-
-    def _pair(self, slot: Slot, label: str, base: tuple[Piece, ...], tuned: tuple[Piece, ...]) -> Iterator[Job]:
-        first, second = self.base.slot_shape(base), self.tuned.slot_shape(tuned)
-        if _squeezed(first) != _squeezed(second):
-            self.lost.append(
-                Unused(tuned[0].name, f"shape {list(first)} in the base, {list(second)} in the tuned checkpoint")
-            )
-            return
-        dtypes = {self.base.source.infos[p.name].dtype for p in base} | {
-            self.tuned.source.infos[p.name].dtype for p in tuned
-        }
-        if not dtypes <= set(FLOATS):
-            self.lost.append(
-                Unused(tuned[0].name, f"stored as {', '.join(sorted(dtypes - set(FLOATS)))}, not as plain floats")
-            )
-            return
-        kept = self.tuned.source.infos[tuned[0].name].dtype
-        dtype = stored_dtype(self.options.dtype, "F32" if kept == "F64" else kept)
-        yield self._choose(Job(slot, label, base, tuned, second, dtype))
-
-    def _choose(self, job: Job) -> Job:
-        """Which algorithm holds this slot."""
-        slot = job.slot
-        assert slot is not None
-        if not self.keys.slots(slot.target):
-            return replace(job, why=f"the {self.keys.format.name} format has no place for it")
-        row = self.keys.row(slot.target)
-        kind = row.kind if row else Kind.MATRIX
-        vector = slot.param == BIAS or kind is Kind.NORM
-        if vector and not _carries_vectors(self.options):
-            return replace(job, why="biases and norms are left out; --vectors carries them")
-        if vector:
-            role = ("b_norm" if slot.param == BIAS else "w_norm") if kind is Kind.NORM else "diff_b"
-            return replace(job, algorithm="full", role=role)
-        if kind is Kind.EMBEDDING and self.options.algo != "full":
-            return replace(job, why=f"hosts load no {self.options.algo} for embeddings")
-        return replace(job, algorithm=self.options.algo)
-
-    def _others(self) -> Iterator[Job]:
-        """The parts no adapter holds: compared, so that a difference there is not passed over in silence."""
-        for name, part in self.tuned.others.items():
-            info, partner = self.tuned.source.infos[name], self.base.source.infos.get(name)
-            if part == "ema" or not selected(name, part, self.options):
-                self.left.append(Unused(name, f"{part}: not compared"))
-            elif partner is None:
-                self.left.append(Unused(name, f"{part}: not in the base checkpoint"))
-            elif partner.shape != info.shape or {partner.dtype, info.dtype} - set(FLOATS):
-                if (partner.shape, partner.dtype) != (info.shape, info.dtype):
-                    self.left.append(Unused(name, f"{part}: other shape or dtype in the base checkpoint"))
-            else:
-                piece = (Piece(name),)
-                yield Job(
-                    None, name, piece, piece, info.shape, info.dtype, why=f"{part}: no adapter holds it", counted=False
-                )
-
-
-def _carries_vectors(options: Options) -> bool:
-    return options.algo == "full" if options.vectors is None else options.vectors
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1×1 convolution and a linear layer are the same matrix."""
-    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
 
 
 def _rank(job: Job, options: Options) -> int | None:
@@ -426,7 +284,7 @@ class _Fitter:
             error.hint = "write with --dtype bf16 or fp32"
             raise error.at(file=self.plan.output, tensor=job.label) from None
         shapes = {role: tuple(t.shape) for role, t in encoded.items() if role != ALPHA}
-        alpha = float(encoded[ALPHA]) if ALPHA in encoded else None
+        alpha = Stated(float(encoded[ALPHA])) if ALPHA in encoded else None
         facts = type(weights).facts(shapes, alpha)
         rounded = type(weights).decode({role: encoded[role] for role in shapes}, facts)
         result.residual = float(norm_squared(rounded.apply(delta, -1.0)))

@@ -14,6 +14,7 @@ from adaptkit.engine import Step, check_memory, peak_memory
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
 from adaptkit.ops._common import (
+    FLOATS,
     Progress,
     Shared,
     Unused,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 ROW_CHUNK = 1 << 20  # elements compared at a time when measuring what a merge changed
 
 

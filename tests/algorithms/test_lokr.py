@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import Dense, FitSpec, Product
+from adaptkit.algorithms._weights import Dense, FitSpec, Product, Stated
 from adaptkit.algorithms.lokr import Lokr
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from tests import oracle
@@ -54,7 +54,7 @@ class TestLokr(AlgorithmLaws):
 
 def test_w2_b_with_kernel_dimensions_is_read() -> None:
     tensors = {"w1": array(2, 2), "w2_a": array(3, 2), "w2_b": array(2, 5, 3, 3)}
-    facts = Lokr.facts({role: t.shape for role, t in tensors.items()}, 2.0)
+    facts = Lokr.facts({role: t.shape for role, t in tensors.items()}, Stated(2.0))
     assert facts.kernel == (3, 3)
     weights = Lokr.decode({role: torch.from_numpy(t) for role, t in tensors.items()}, facts)
     expected = oracle.lokr_stored(tensors, 2.0, (3, 3))
@@ -121,3 +121,14 @@ def test_w2_is_written_full_once_the_rank_reaches_half_of_its_larger_side() -> N
     delta = torch.from_numpy(array(64, 80))
     assert isinstance(Lokr.fit(delta, FitSpec(9, factor=4)).w2, Product)
     assert isinstance(Lokr.fit(delta, FitSpec(10, factor=4)).w2, Dense)
+
+
+def test_two_full_factors_take_a_scale_only_from_a_peft_configuration() -> None:
+    tensors = {"w1": torch.ones(2, 2), "w2": torch.ones(3, 5)}
+    shapes = {role: tuple(t.shape) for role, t in tensors.items()}
+    assert Lokr.facts(shapes, Stated(8.0)).scale == 1.0
+    facts = Lokr.facts(shapes, Stated(32.0, rank=64))
+    assert facts.scale == 0.5
+    stored = Lokr.decode(tensors, facts).encode()
+    assert torch.equal(stored["w1"], torch.full((2, 2), 0.5))  # where every reader finds it
+    assert float(stored["alpha"]) == 1.0

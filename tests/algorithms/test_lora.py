@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import FitSpec
+from adaptkit.algorithms._weights import FitSpec, Stated
 from adaptkit.algorithms.lora import Lora
 from adaptkit.errors import NonFinite, ShapeMismatch
 from tests import oracle
@@ -60,7 +60,7 @@ def test_shapes_that_do_not_fit_are_refused(shapes: dict[str, tuple[int, ...]]) 
 
 
 def test_a_1x1_convolution_may_store_a_flat_up() -> None:
-    facts = Lora.facts({"up": (12, 2), "down": (2, 5, 1, 1)}, 2.0)
+    facts = Lora.facts({"up": (12, 2), "down": (2, 5, 1, 1)}, Stated(2.0))
     weights = Lora.decode({"up": torch.ones(12, 2), "down": torch.ones(2, 5, 1, 1)}, facts)
     assert torch.equal(weights.delta(), torch.full((12, 5), 2.0))
 
@@ -68,11 +68,11 @@ def test_a_1x1_convolution_may_store_a_flat_up() -> None:
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_non_finite_alpha_is_refused(alpha: float) -> None:
     with pytest.raises(NonFinite, match="alpha"):
-        Lora.facts({"up": (12, 3), "down": (3, 10)}, alpha)
+        Lora.facts({"up": (12, 3), "down": (3, 10)}, Stated(alpha))
 
 
 def test_rank_scaled_alpha_divides_by_the_root() -> None:
-    assert Lora.facts({"up": (12, 4), "down": (4, 10)}, 8.0, rank_scaled=True).scale == 4.0
+    assert Lora.facts({"up": (12, 4), "down": (4, 10)}, Stated(8.0, rank_scaled=True)).scale == 4.0
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 24, 5), (24, 40, 5), (40, 24, 99), (7, 7, 7)])

@@ -23,7 +23,7 @@ LOADED = (
 
 def write_kohya(path: Path, keys: int = KEYS) -> Path:
     """A LoRA file of exactly so many keys: SDXL in kohya's names, cut."""
-    listing: Listing = dict(list(load_listing(FIXTURES / "keys" / "sdxl-kohya.tsv").items()))
+    listing: Listing = load_listing(FIXTURES / "keys" / "sdxl-kohya.tsv")
     assert len(listing) >= keys
     return write_header_only(path, dict(list(listing.items())[:keys]), metadata={"ss_network_module": "networks.lora"})
 
@@ -46,7 +46,10 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     ):
         peaks = [m.peak for m in runs if m.peak is not None]
         table.add_row(
-            name, seconds(value), measure.megabytes(max(peaks, default=None)), ratio(value, second)  # type: ignore[type-var]
+            name,
+            seconds(value),
+            measure.megabytes(max(peaks, default=None)),
+            ratio(value, second),  # type: ignore[type-var]
         )
     console.print(table)
     console.print(f"torch imported by inspect: {'yes' if loaded == 'True' else 'no'}")

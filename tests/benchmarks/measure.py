@@ -36,8 +36,9 @@ class Measured:
     output: str
 
     def json(self) -> Any:
-        """The last line of the output, which our own children write as JSON."""
-        return json.loads(self.output.strip().splitlines()[-1])
+        """The output, from its first brace or bracket on: warnings may stand before it."""
+        start = min(found for found in (self.output.find("{"), self.output.find("[")) if found >= 0)
+        return json.loads(self.output[start:])
 
 
 class ChildFailed(Exception):

@@ -77,7 +77,7 @@ def test_every_layer_is_loaded_with_its_delta(
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_a_fused_model_is_the_merged_checkpoint(sd1: Sd1, tmp_path: Path, to: str) -> None:
-    """`fuse_lora` against `adaptkit merge`; with no change in biases and norms, --vectors writes nothing more."""
+    """`fuse_lora` against `adaptkit merge`; biases and norms did not change."""
     output = tmp_path / "out.safetensors"
     tuned = sd1.tuned("lora-3", lora(3))
     sd1.extract(tuned, output, to=to, rank=3)
@@ -145,10 +145,10 @@ def test_the_merged_checkpoint_predicts_what_the_loaded_lora_does(sd1: Sd1, nois
 def test_diffusers_refuses_vectors_under_kohya_names(sd1: Sd1, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     tuned = sd1.tuned("noise-vectors", noise, vectors=True)
-    sd1.extract(tuned, output, rank=4)
+    sd1.extract(tuned, output, rank=4, vectors=True)
     with pytest.raises(ValueError, match=r"not been correctly renamed(?s:.*)\.(diff_b|w_norm|b_norm)"):
         load(sd1, output)
-    report = sd1.extract(tuned, output, rank=4, vectors=False, only=("unet.mid_block.*", "text_encoder.*.0.*"))
+    report = sd1.extract(tuned, output, rank=4, only=("unet.mid_block.*", "text_encoder.*.0.*"))
     assert len(in_layers(*load(sd1, output))) == report.modules > 20
 
 
@@ -156,7 +156,7 @@ def test_diffusers_drops_vectors_under_its_own_names(sd1: Sd1, tmp_path: Path) -
     """No error: the low-rank part is loaded, biases and norms stay those of the base."""
     output = tmp_path / "out.safetensors"
     tuned = sd1.tuned("noise-vectors", noise, vectors=True)
-    report = sd1.extract(tuned, output, rank=4, to="diffusers")
+    report = sd1.extract(tuned, output, rank=4, to="diffusers", vectors=True)
     vectors = [key for key in load_file(output) if key.endswith((".diff_b", ".w_norm", ".b_norm"))]
     unet, clip = load(sd1, output)
     assert len(in_layers(unet, clip)) == len(sd1.matrices()) == report.modules - len(vectors)

@@ -19,6 +19,7 @@ from torch import nn
 
 from adaptkit.algorithms import lokr as ours_lokr
 from adaptkit.algorithms import lora as ours_lora
+from adaptkit.algorithms._weights import Stated
 from adaptkit.linalg.kron import factorization
 from tests import oracle
 from tests.interop.conftest import Sd1, clip_names, close, deltas, lokr, lora, noise, unet_names
@@ -144,9 +145,11 @@ def test_create_lycoris_from_weights_on_a_whole_unet(sd1: Sd1, tmp_path: Path, a
 def test_lycoris_applies_vectors_only_beside_their_own_weight(
     sd1: Sd1, layers: dict[str, nn.Module], tmp_path: Path
 ) -> None:
-    """What hosts on LyCORIS make of `diff_b`, `w_norm` and `b_norm`: the README's reason for --no-vectors."""
+    """What hosts on LyCORIS make of `diff_b`, `w_norm` and `b_norm`: the README's reason for leaving them out unless --vectors."""
     output = tmp_path / "out.safetensors"
-    sd1.extract(sd1.tuned("noise-vectors", noise, vectors=True), output, rank=4, only=("unet.mid_block.*",))
+    sd1.extract(
+        sd1.tuned("noise-vectors", noise, vectors=True), output, rank=4, only=("unet.mid_block.*",), vectors=True
+    )
     state, ours = load_file(output), labelled(deltas(output))
     norm = "lora_unet_mid_block_resnets_0_norm1"
     kind, params = lycoris_modules.get_module(state, norm)
@@ -276,7 +279,7 @@ def test_adaptkit_reads_what_lycoris_writes(case: str) -> None:
     named = {spelled[key]: tensor for key, tensor in stored.items()}
     alpha = float(named.pop("alpha"))
     assert set(named) == roles
-    facts = ours.facts({role: tuple(t.shape) for role, t in named.items()}, alpha)
+    facts = ours.facts({role: tuple(t.shape) for role, t in named.items()}, None if alpha is None else Stated(alpha))
     delta = ours.decode({role: t.double() for role, t in named.items()}, facts).delta()
     out, result = added(module.double(), layer.double(), delta)
     assert close(result, out, 1e-7 if "rs_lora" in options else 1e-9)  # LyCORIS stores alpha·√rank, in float32
@@ -404,6 +407,6 @@ def test_the_file_is_read_from_disk_as_lycoris_does(tmp_path: Path) -> None:
     save_file({k: t.detach().contiguous() for k, t in module.state_dict().items()}, tmp_path / "m.safetensors")
     stored = load_file(tmp_path / "m.safetensors")
     named = {key.removeprefix("lokr_"): t.double() for key, t in stored.items() if key != "alpha"}
-    wrong = ours_lokr.Lokr.facts({k: tuple(t.shape) for k, t in named.items()}, 2 * float(stored["alpha"]))
+    wrong = ours_lokr.Lokr.facts({k: tuple(t.shape) for k, t in named.items()}, Stated(2 * float(stored["alpha"])))
     out, result = added(module.double(), layer.double(), ours_lokr.Lokr.decode(named, wrong).delta())
     assert not close(result, out, 0.5)

@@ -145,10 +145,7 @@ LOKR: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(
-            "both-full",
-            marks=pytest.mark.xfail(strict=True, reason="PEFT scales two full factors by alpha / r, adaptkit by 1"),
-        ),
+        "both-full",
         "low-rank",
         "both-low-rank",
         "tucker",

@@ -1,0 +1,69 @@
+"""Time and memory: `python -m tests.benchmarks [NAME...]`.
+
+Not tests: timings depend on the machine and on what else it does, so compare ratios of one run. Exit status 1 where the
+peak memory of `sd15` or a bound of `inspect` is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.benchmarks import inspecting, linalg, measure, sd15
+
+BENCHMARKS = {
+    "inspect": (inspecting.run, "a 2,000-key file against the start of torch"),
+    "linalg": (linalg.run, "truncated_svd and nearest_kron against LAPACK"),
+    "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 9 GB of disk"),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks to run (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks and stop")
+    parser.add_argument("--folder", type=Path, help="where scratch files go (default: the system's temporary folder)")
+    parser.add_argument("--keep", action="store_true", help="keep the scratch files")
+    parser.add_argument("--small", action="store_true", help="small inputs, single runs: does everything work?")
+    options = parser.parse_args()
+    if unknown := set(options.names) - BENCHMARKS.keys():
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
+    if options.list:
+        for name, (_, what) in BENCHMARKS.items():
+            console.print(f"{name:8} {what}")
+        return 0
+    if options.small:  # two threads that wait for each other on a busy machine take ten times as long
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="adaptkit-bench-", dir=options.folder))
+    missed: list[str] = []
+    try:
+        console.print(measure.facts(), highlight=False)
+        for name in options.names or BENCHMARKS:
+            console.print()
+            missed += BENCHMARKS[name][0](scratch, console, options.small)
+    finally:
+        if options.keep:
+            console.print(f"kept: {scratch}", highlight=False)
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+    for line in missed:
+        console.print(f"missed: {line}", style="bold red")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What a plain script does, to compare with: `python -m tests.benchmarks.obvious extract|merge …`. Written for this purpose.
+
+Both state dicts whole in memory, a full SVD of every difference in float32, cut to the rank. `extract` decomposes one layer
+of every shape and multiplies its time by the number of such layers (the whole takes minutes); the files are really loaded,
+so the peak memory is that of the whole run less the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.benchmarks.pair import is_tuned_matrix
+
+
+def extract(base: Path, tuned: Path, rank: int) -> dict[str, float]:
+    started = time.perf_counter()
+    first, second = load_file(base), load_file(tuned)
+    shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, tensor in second.items():
+        if is_tuned_matrix(name, tuple(tensor.shape)):
+            shapes[tuple(tensor.shape)].append(name)
+    loading = time.perf_counter() - started
+    total, kept, norm = 0.0, 0.0, 0.0
+    for names in shapes.values():
+        started = time.perf_counter()
+        delta = second[names[0]].float() - first[names[0]].float()
+        u, s, vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
+        up = (u[:, :rank] * s[:rank].sqrt()).half().contiguous()
+        down = (s[:rank].sqrt().unsqueeze(1) * vh[:rank]).half().contiguous()
+        del up, down
+        total += len(names) * (time.perf_counter() - started)
+        kept += len(names) * float(s[:rank].double().square().sum())
+        norm += len(names) * float(s.double().square().sum())
+    layers = sum(map(len, shapes.values()))
+    return {
+        "loading": loading,
+        "estimate": loading + total,
+        "layers": layers,
+        "sampled": len(shapes),
+        "captured": kept / norm,
+    }
+
+
+def merge(base: Path, adapter: Path, output: Path) -> dict[str, float]:
+    """Every layer of the adapter (kohya's names) added in float32; the whole of it, nothing extrapolated."""
+    from adaptkit.adapter import Adapter
+    from adaptkit.checkpoint import Checkpoint
+
+    checkpoint, held = Checkpoint.open(base), load_file(base)
+    places, entries, merged = checkpoint.targets(), Adapter.open(adapter).entries, 0
+    state = load_file(adapter)
+    for slot, entry in entries.items():
+        pieces = checkpoint.locate(slot, places[slot.target])
+        assert pieces is not None
+        (piece,) = pieces
+        roles = dict(entry.tensors())
+        if {"up", "down"} - set(roles):
+            continue  # a bias or norm
+        weight = held[piece.name].float()
+        up, down = state[roles["up"]].float().flatten(1), state[roles["down"]].float().flatten(1)
+        held[piece.name] = (weight + entry.facts.scale * (up @ down).reshape(weight.shape)).half()
+        merged += 1
+    save_file(held, output, metadata={"format": "pt"})
+    return {"layers": merged}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["extract", "merge"])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--rank", type=int, default=32)
+    options = parser.parse_args()
+    found = extract(*options.files, options.rank) if options.what == "extract" else merge(*options.files)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

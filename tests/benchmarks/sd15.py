@@ -1,0 +1,139 @@
+"""`sd15`: extraction and merge of full-size SD 1.5 checkpoints (fp16, 2.1 GB each), time and peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks import measure
+from tests.benchmarks.measure import PYTHON, Measured, child, megabytes, module, ratio, seconds
+
+LIMIT = 1_200_000_000  # bytes resident, torch included
+COPY = (
+    "import os, shutil, sys; shutil.copyfile(*sys.argv[1:]); file = open(sys.argv[2], 'r+b'); os.fsync(file.fileno())"
+)
+
+
+@dataclass
+class Row:
+    what: str
+    measured: Measured
+    limited: bool = False
+    against: str = ""  # the obvious way to do the same
+    estimate: float | None = None  # seconds, where `measured` ran only a sample
+    note: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return self.measured.seconds if self.estimate is None else self.estimate
+
+    @property
+    def missed(self) -> bool:
+        return self.limited and self.measured.peak is not None and self.measured.peak > LIMIT
+
+
+class Runs:
+    def __init__(self, folder: Path, console: Console, small: bool) -> None:
+        self.folder, self.console, self.small = folder, console, small
+        self.rows: dict[str, Row] = {}
+
+    def path(self, name: str) -> Path:
+        path = self.folder / f"{name}.safetensors"
+        if name not in ("base", "tuned"):
+            path.unlink(missing_ok=True)
+        return path
+
+    def add(
+        self, name: str, what: str, run: Callable[[], Measured], *, limited: bool = False, against: str = ""
+    ) -> Row:
+        measure.settle()
+        self.rows[name] = row = Row(what, run(), limited, against)
+        self.console.print(f"  {what}: {seconds(row.measured.seconds)} s, {megabytes(row.measured.peak)} MB")
+        return row
+
+    def everything(self) -> None:
+        base, tuned, lora, lokr = (self.folder / f"{n}.safetensors" for n in ("base", "tuned", "lora", "lokr"))
+        merged, copy, plain = self.path("merged"), self.path("copy"), self.path("plain")
+        made = module("pair", self.folder, *(["--small"] if self.small else []))
+        sizes = made.json()["sizes"]
+        self.console.print(
+            f"  pair of {sizes[0] / 1e6:.0f} MB each: {seconds(made.seconds)} s, {megabytes(made.peak)} MB"
+        )
+        self.add("cp", "cp of the base", lambda: self._cp(base, copy))
+        self.add("sync", "copy of the base, synced to disk", lambda: child(PYTHON, "-c", COPY, base, copy))
+        copy.unlink()
+        self.add("torch", 'python -c "import torch"', measure.torch_start)
+        self.add(
+            "lora",
+            "extract --algo lora --rank 32",
+            lambda: measure.adaptkit("extract", base, tuned, "--rank", "32", "-o", lora, "--overwrite", "--json"),
+            limited=True,
+            against="plain extract",
+        )
+        self.add(
+            "lokr",
+            "extract --algo lokr --factor 8",
+            lambda: measure.adaptkit("extract", base, tuned, "--algo", "lokr", "-o", lokr, "--overwrite", "--json"),
+            limited=True,
+        )
+        self.add(
+            "merge",
+            "merge of that LoRA",
+            lambda: measure.adaptkit("merge", base, lora, "-o", merged, "--json"),
+            limited=True,
+            against="plain merge",
+        )
+        merged.unlink()
+        row = self.add("plain extract", "obvious LoRA extraction", lambda: module("obvious", "extract", base, tuned))
+        found = row.measured.json()
+        row.estimate = found["estimate"]
+        row.note = f"extrapolated: SVD of {found['sampled']:.0f} of {found['layers']:.0f} layers, one of each shape"
+        self.add("plain merge", "obvious merge", lambda: module("obvious", "merge", base, lora, plain))
+        plain.unlink()
+
+    def _cp(self, base: Path, copy: Path) -> Measured:
+        import shutil
+
+        if shutil.which("cp"):
+            return child("cp", base, copy)
+        return child(PYTHON, "-c", "import shutil, sys; shutil.copyfile(*sys.argv[1:])", base, copy)
+
+    def table(self) -> Table:
+        table = Table(title="SD 1.5, fp16" + (", widths divided by 16" if self.small else ""))
+        for name in ("what", "seconds", "CPU s", "peak MB", "× cp", "of obvious", "note"):
+            table.add_column(name, justify="left" if name in ("what", "note") else "right")
+        copied = self.rows["cp"].seconds
+        for row in self.rows.values():
+            against = self.rows.get(row.against)
+            note = row.note
+            if row.limited:
+                note = f"peak {'over' if row.missed else 'within'} {LIMIT / 1e9:.1f} GB"
+            table.add_row(
+                row.what,
+                ("~" if row.estimate else "") + seconds(row.seconds),
+                "–" if row.estimate else seconds(row.measured.cpu),
+                megabytes(row.measured.peak),
+                ratio(row.seconds, copied),
+                ratio(row.seconds, against.seconds if against else None),
+                note,
+            )
+        return table
+
+
+def run(folder: Path, console: Console, small: bool) -> list[str]:
+    """Returns what was missed."""
+    runs = Runs(folder, console, small)
+    console.print("sd15:")
+    runs.everything()
+    console.print(runs.table())
+    for name in ("lora", "lokr"):
+        console.print(f"captured by {name}: {runs.rows[name].measured.json()['captured']:.4f} of ‖ΔW‖²")
+    return [
+        f"{row.what}: peak of {megabytes(row.measured.peak)} MB, limit {LIMIT / 1e6:.0f} MB"
+        for row in runs.rows.values()
+        if row.missed
+    ]

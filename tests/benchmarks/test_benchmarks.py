@@ -1,0 +1,37 @@
+"""The benchmarks run; what they measure is no test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.synth import ROOT
+
+
+def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+
+
+def test_small(tmp_path: Path) -> None:
+    done = benchmarks("--small", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in ("torch imported by inspect: no", "truncated_svd 320 × 320", "within 1.2 GB", "obvious merge"):
+        assert words in done.stdout, done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_list_and_names() -> None:
+    assert "sd15" in benchmarks("--list").stdout
+    refused = benchmarks("nonesuch")
+    assert refused.returncode == 2
+    assert "nonesuch" in refused.stderr
