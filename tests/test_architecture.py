@@ -38,7 +38,7 @@ LEVELS = {
 # inside these packages modules build on one another in this order; everywhere else siblings never meet
 CHAINS = {
     "files": ("header", "provenance", "pickles", "source", "sink"),
-    "linalg": ("precision", "lowrank", "kron"),
+    "linalg": ("precision", "krylov", "lowrank", "kron"),
     "cli": ("options", "render", "*"),
 }
 CHAIN_L3 = ("keymap", "policy", "detect", "adapter", "checkpoint")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.lowrank import SvdSpec, eigh, gram_columns, truncated_svd
+from adaptkit.linalg.krylov import eigh, gram_columns
+from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 from adaptkit.linalg.precision import norm_squared, upcast
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, gram_columns
 from adaptkit.linalg.precision import accumulate_dtype, compute_dtype, norm_squared, supports_float64, upcast
 
 __all__ = ["LowRank", "Method", "SvdSpec", "energies", "factored_svd", "truncated_svd"]
@@ -18,8 +18,6 @@ Method = Literal["auto", "exact", "lanczos", "gram"]
 
 SMALL = 128  # up to this smaller side the Gram matrix costs nothing
 EXPLICIT = 1e-2  # a residual below this share of ‖A‖² is recomputed: float32 σ limit the difference to 3e-7‖A‖²
-BLOCK = 1 << 22  # elements of A widened to float64 at a time
-STALL = 1e-5  # stop where the error would change by less than this share of ‖A‖, whatever its relative change
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
     """
     a = upcast(a)
     if a.ndim > 2:
-        return _batched(a, spec)
+        return _stacked(a, spec) if a.device.type == "cuda" and a.numel() else _each(a, spec)
     rank = min(spec.rank, *a.shape)
     wide = a if a.shape[0] >= a.shape[1] else a.mT  # (M, N), N the smaller side
     u, s, v = _solver(spec.method, rank, wide.shape[1])(wide, rank, spec)
@@ -69,7 +67,35 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
     return _finish(a, u, s, v)
 
 
-def _batched(a: Tensor, spec: SvdSpec) -> LowRank:
+def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
+    """All members of a (..., m, n) at once, for accelerators: the same dispatch, of fixed size, in stacked products."""
+    flat = a.reshape(-1, *a.shape[-2:])
+    rank = min(spec.rank, *a.shape[-2:])
+    wide = flat if a.shape[-2] >= a.shape[-1] else flat.mT
+    solver = _solver(spec.method, rank, wide.shape[-1])
+    if solver is _lanczos:
+        v, s, u = _stacked_half_step(wide.mT, fixed_basis(wide, rank, spec.seed))
+    elif solver is _gram:
+        u, s, v = _stacked_half_step(wide, eigh(gram_columns(wide))[1][..., :rank].to(a.dtype))
+    else:
+        return _each(a, spec)
+    found = _finish(flat, *((u, s, v) if wide is flat else (v, s, u)))
+    batch = a.shape[:-2]
+    return LowRank(*(t.reshape(*batch, *t.shape[1:]) for t in (found.u, found.s, found.vh, found.residual)))
+
+
+def _stacked_half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_half_step`, on a stack, by the float64 Gram matrix of A·v: right for σ above 1e-7 σ₁, zero below."""
+    thin = a @ v
+    squares, y = eigh(gram_columns(thin))
+    s = squares.sqrt()
+    kept = s > 1e-7 * s.amax(-1, keepdim=True)
+    scale = torch.where(kept, 1.0 / torch.where(kept, s, 1.0), 0.0)
+    u = thin.to(y.dtype) @ (y * scale.unsqueeze(-2))
+    return u.to(a.dtype), torch.where(kept, s, 0.0).to(a.dtype), (v.to(y.dtype) @ y).to(a.dtype)
+
+
+def _each(a: Tensor, spec: SvdSpec) -> LowRank:
     """Member by member: on a CPU that is faster than stacking, and results cannot depend on the batch."""
     batch = a.shape[:-2]
     found = [truncated_svd(member, spec) for member in a.reshape(-1, *a.shape[-2:])]
@@ -104,44 +130,17 @@ def _finish(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> LowRank:
     u, vh = u * sign, (v * sign).mT
     total = norm_squared(a)
     residual = total - s.to(total.dtype).square().sum(dim=-1)
-    if bool(residual < EXPLICIT * total):
+    if bool((residual < EXPLICIT * total).any()):
         residual = _explicit(a, u * s.unsqueeze(-2), vh)
     return LowRank(u, s, vh.contiguous(), residual.clamp_min(0.0))
 
 
 def _explicit(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=accumulate_dtype(a.device), device=a.device)
-    step = max(1, BLOCK // a.shape[1])
-    for start in range(0, a.shape[0], step):
+    total = torch.zeros(a.shape[:-2], dtype=accumulate_dtype(a.device), device=a.device)
+    step = max(1, BLOCK // a.shape[-1])
+    for start in range(0, a.shape[-2], step):
         rows = slice(start, start + step)
-        total = total + norm_squared(torch.addmm(a[rows], left[rows], right, alpha=-1.0))
-    return total
-
-
-def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending and clamped to ≥ 0, and eigenvectors of a symmetric matrix, in its dtype.
-
-    Done on the CPU: CUDA's looped eigh costs as much for these sizes (pytorch#175585). Where LAPACK does not converge, a
-    float64 SVD decides.
-    """
-    host = gram.cpu()
-    try:
-        values, vectors = torch.linalg.eigh(host)
-        values, vectors = values.flip(-1), vectors.flip(-1)
-    except RuntimeError:  # torch.linalg.LinAlgError: did not converge
-        u, values, _ = torch.linalg.svd(host.double())
-        values, vectors = values.to(host.dtype), u.to(host.dtype)
-    return values.clamp_min(0.0).to(gram.device), vectors.to(gram.device)
-
-
-def gram_columns(a: Tensor) -> Tensor:
-    """AᵀA (N, N) of a (M, N) in float64, A widened a block of rows at a time."""
-    wide = accumulate_dtype(a.device)
-    total = torch.zeros(a.shape[1], a.shape[1], dtype=wide, device=a.device)
-    step = max(1, BLOCK // max(1, a.shape[1]))
-    for start in range(0, a.shape[0], step):
-        block = a[start : start + step].to(wide)
-        total.addmm_(block.mT, block)
+        total = total + norm_squared(a[..., rows, :] - left[..., rows, :] @ right)
     return total
 
 
@@ -168,96 +167,12 @@ def _exact(a: Tensor, rank: int, spec: SvdSpec) -> tuple[Tensor, Tensor, Tensor]
     return u[:, :rank].to(a.dtype), s[:rank].to(a.dtype), vh[:rank].mT.to(a.dtype)
 
 
-class _Krylov:
-    """Block Lanczos on AᵀA with full reorthogonalisation on the small side: v spans, w = A·v, gram = wᵀw = vᵀAᵀA v."""
-
-    def __init__(self, a: Tensor, rank: int, seed: int) -> None:
-        m, n = a.shape
-        self.a, self.rank = a, rank
-        self.width = min(n, 8 if rank <= 8 else 16 if rank <= 64 else 32)
-        self.limit = min(n, 6 * rank + 64)
-        self.v = a.new_empty(n, self.limit)
-        self.w = a.new_empty(self.limit, m).mT  # columns contiguous, so that growing it moves nothing
-        self.gram = torch.zeros(self.limit, self.limit, dtype=accumulate_dtype(a.device), device=a.device)
-        self.size = 0
-        draw = torch.Generator().manual_seed(seed)
-        start = torch.randn(m, self.width, generator=draw, dtype=torch.float32).to(a)
-        self.next = a.mT @ start
-
-    def grow(self) -> bool:
-        """One block more; False where the space is exhausted (invariant: then it holds the answer) or the limit reached."""
-        room = self.limit - self.size
-        x = self._orthonormal(self.next[:, :room])
-        if x.shape[1] == 0:
-            return False
-        old, new = slice(0, self.size), slice(self.size, self.size + x.shape[1])
-        y = self.a @ x
-        self.v[:, new], self.w[:, new] = x, y
-        # products in the compute dtype, sums by BLAS; the polish step removes what that costs
-        self.gram[new, new] = (y.mT @ y).to(self.gram.dtype)
-        if self.size:
-            border = (self.w[:, old].mT @ y).to(self.gram.dtype)
-            self.gram[old, new], self.gram[new, old] = border, border.mT
-        self.size = new.stop
-        self.next = self.a.mT @ y
-        return self.size < self.limit
-
-    def _orthonormal(self, x: Tensor) -> Tensor:
-        """x made orthonormal, and orthogonal to the space; directions that are already in it are dropped."""
-        before = x.norm(dim=0).max()
-        if not bool(before > 0):
-            return x[:, :0]
-        old = self.v[:, : self.size]
-        for _ in range(2):
-            x = x - old @ (old.mT @ x)
-            x, r = torch.linalg.qr(x)
-            kept = r.diagonal().abs() > 1e-6 * before
-            x = x[:, kept]
-            before = before.new_ones(())
-            if x.shape[1] == 0:
-                break
-        return x
-
-    def ritz(self) -> tuple[Tensor, Tensor]:
-        """Leading Ritz values (k,) and vectors (size, k): λ of AᵀA in the space, never above the true ones."""
-        values, vectors = eigh(self.gram[: self.size, : self.size])
-        return values[: self.rank], vectors[:, : self.rank]
-
-
-def _explored(a: Tensor, rank: int, spec: SvdSpec) -> _Krylov:
-    """Grow the space until the predicted further gain is below `tol` of the error (reference §2.2)."""
-    space = _Krylov(a, rank, spec.seed)
-    total = float(norm_squared(a))
-    pace, errors, looked = max(space.width, rank // 4), [], 0
-    while space.grow():
-        if space.size < 1.5 * rank or space.size - looked < pace:
-            continue
-        looked = space.size
-        errors.append(max(0.0, total - float(space.ritz()[0].sum())))
-        if _settled(errors, total, spec.tol):
-            break
-    return space
-
-
-def _settled(errors: list[float], total: float, tol: float) -> bool:
-    """Whether the geometric extrapolation of the last two decrements of the squared error promises less than `tol`."""
-    error = errors[-1]
-    if error <= 1e-12 * total:
-        return True
-    if len(errors) < 3:
-        return False
-    before, last = errors[-3] - errors[-2], errors[-2] - errors[-1]
-    rho = min(0.9, max(0.4, last / before if before > 0 else 0.4))
-    gain = 1.5 * last * rho / (1 - rho) / 2
-    return gain < tol * error or gain / math.sqrt(error) < STALL * math.sqrt(total)
-
-
 def _lanczos(a: Tensor, rank: int, spec: SvdSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Block Lanczos, then the polish: one half-step of subspace iteration from the left Ritz vectors.
 
     The polish makes exactly low-rank inputs accurate (1.8e-5 → 2.7e-7 in the reference) and halves the excess.
     """
-    space = _explored(a, rank, spec)
+    space = explored(a, rank, spec.tol, spec.seed)
     if space.size < rank:  # the space is invariant: A has no more rank than this
         return _padded(a, space, rank)
     _, vectors = space.ritz()
@@ -266,7 +181,7 @@ def _lanczos(a: Tensor, rank: int, spec: SvdSpec) -> tuple[Tensor, Tensor, Tenso
     return u, s, v
 
 
-def _padded(a: Tensor, space: _Krylov, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(a: Tensor, space: Krylov, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """All of A's rank, and zeros for the rest that was asked for."""
     u, s, v = _half_step(a, space.v[:, : space.size])
     missing = rank - s.shape[0]
@@ -291,7 +206,7 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     wide = a if a.shape[0] >= a.shape[1] else a.mT
     if _solver(spec.method, rank, wide.shape[1]) is not _lanczos:
         return eigh(gram_columns(wide))[0][:rank]
-    found = _explored(wide, rank, spec).ritz()[0]
+    found = explored(wide, rank, spec.tol, spec.seed).ritz()[0]
     return torch.nn.functional.pad(found, (0, rank - found.shape[0]))
 
 

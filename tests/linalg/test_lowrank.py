@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.linalg import lowrank
+from adaptkit.linalg import krylov, lowrank
 from adaptkit.linalg.lowrank import SvdSpec, energies, factored_svd, truncated_svd
 
 Array = np.ndarray
@@ -106,6 +106,36 @@ def test_equal_bits_alone_and_in_any_batch() -> None:
     again = truncated_svd(stack[1].clone(), SvdSpec(8, method="lanczos"))
     assert torch.equal(again.vh, alone.vh)
     assert truncated_svd(torch.zeros(0, 4, 5), SvdSpec(2)).u.shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize("k", [6, 24, 90])
+@pytest.mark.parametrize(("m", "n"), [(300, 420), (420, 300)])
+def test_the_stacked_form_of_accelerators_is_as_good(m: int, n: int, k: int) -> None:
+    """What a GPU runs, run here: one stack of easy, hard, zero and low-rank members."""
+    names = ("pl0.5", "pl1", "steep", "lora", "qkv")
+    members = [family(name, m, n) for name in names] + [np.zeros((m, n)), np.outer(np.arange(m), np.ones(n))]
+    stack = torch.from_numpy(np.stack(members)).float()
+    for method in ("lanczos", "gram", "auto"):
+        found = lowrank._stacked(stack.reshape(7, 1, m, n), SvdSpec(k, method=method))
+        assert found.u.shape == (7, 1, m, k)
+        assert torch.isfinite(found.u).all()
+        assert torch.isfinite(found.vh).all()
+        for i, a in enumerate(members):
+            best = float(np.sqrt((np.linalg.svd(a, compute_uv=False)[k:] ** 2).sum()))
+            error = np.linalg.norm(a - reconstructed(found)[i, 0])
+            assert error <= best * 1.001 + 3e-6 * np.linalg.norm(a), (method, i)
+            assert float(found.residual[i, 0]) ** 0.5 == pytest.approx(error, rel=1e-3, abs=3e-6 * np.linalg.norm(a))
+        assert not found.s[5].any()
+
+
+def test_stacked_orthonormal_survives_dependent_columns() -> None:
+    x = torch.randn(2, 50, 4)
+    x[0, :, 3] = x[0, :, 2]
+    space = torch.linalg.qr(torch.randn(2, 50, 6))[0]
+    found = krylov.stacked_orthonormal(x, space)
+    assert torch.isfinite(found).all()
+    assert float((space.mT @ found).abs().max()) < 1e-5
+    torch.testing.assert_close(found[1].mT @ found[1], torch.eye(4), atol=1e-5, rtol=0)
 
 
 def test_half_precision_is_computed_in_float32() -> None:
