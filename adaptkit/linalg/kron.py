@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.linalg.krylov import eigh, gram_columns
-from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
+from adaptkit.linalg.lowrank import LowRank, SvdSpec, truncated_svd
 from adaptkit.linalg.precision import norm_squared, upcast
 
 if TYPE_CHECKING:
@@ -93,48 +93,51 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
 
     The leading singular pair of R(X), from the float64 Gram matrix of its smaller side, formed once: exact,
     deterministic, no iteration (power iteration stalls on the small gaps of real differences). rms(w1) = rms(w2), the
-    largest entry of w1 is positive; a zero x gives w1 = e₁, w2 = 0.
+    largest entry of w1 is positive; a zero x gives w1 = e₁, w2 = 0. Stacks are computed together on CUDA, one by one
+    elsewhere.
     """
     x = upcast(x)
-    if x.ndim > 2:
+    if _apart(x):
         return _each(x, lambda member: nearest_kron(member, a, b))
-    c, d = x.shape[0] // a, x.shape[1] // b
+    c, d = x.shape[-2] // a, x.shape[-1] // b
     r = rearrange(x, a, b)
     left = _leading(r)
-    if left is None:
-        return Kron(_unit(x, a, b), x.new_zeros(c, d), norm_squared(x) * 0)
-    right = left @ r
-    captured = right.double().square().sum()
-    w1, w2 = _gauged(left.reshape(a, b), right.reshape(c, d))
-    return Kron(w1, w2, captured)
+    right = (left.unsqueeze(-2) @ r).squeeze(-2)
+    captured = norm_squared(right.unsqueeze(-2))
+    return Kron(*_gauged(_folded(left, a, b), _folded(right, c, d)), captured)
 
 
-def _unit(x: Tensor, a: int, b: int) -> Tensor:
-    w1 = x.new_zeros(a, b)
-    w1[0, 0] = 1.0
-    return w1
+def _folded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(..., rows·columns) → (..., rows, columns)."""
+    return x.reshape(*x.shape[:-1], rows, columns)
 
 
-def _leading(r: Tensor) -> Tensor | None:
-    """The leading left singular vector of r (p, q), unit length; None for a zero matrix."""
-    p, q = r.shape
+def _apart(x: Tensor) -> bool:
+    """Whether a stack is better taken one by one: everywhere but on CUDA, so that results cannot depend on it."""
+    return x.ndim > 2 and x.device.type != "cuda"
+
+
+def _leading(r: Tensor) -> Tensor:
+    """The leading left singular vector of r (..., p, q), (..., p), unit length; e₁ for a zero matrix."""
+    p, q = r.shape[-2:]
     if min(p, q) > GRAM_SIDE:
-        svd = truncated_svd(r, SvdSpec(1, method="lanczos"))
-        return None if float(svd.s[0]) == 0.0 else svd.u[:, 0].div(svd.u[:, 0].norm())
-    values, vectors = eigh(gram_columns(r.mT if p <= q else r))
-    if float(values[0]) <= 0.0:
-        return None
-    if p <= q:
-        return vectors[:, 0].to(r.dtype)
-    left: Tensor = r @ vectors[:, 0].to(r.dtype)
-    return left.div_(left.norm())
+        found = truncated_svd(r, SvdSpec(1, method="lanczos")).u[..., 0]
+    else:
+        vector = eigh(gram_columns(r.mT if p <= q else r))[1][..., :1].to(r.dtype)
+        found = (vector if p <= q else r @ vector).squeeze(-1)
+    size = found.norm(dim=-1, keepdim=True)
+    unit = torch.zeros_like(found)
+    unit[..., 0] = 1.0
+    dead = (size == 0) | ~torch.isfinite(size)
+    return torch.where(dead, unit, found / torch.where(dead, 1.0, size))
 
 
 def _gauged(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with equal root mean squares, the largest entry of w1 positive."""
-    one, two = w1.square().mean().sqrt(), w2.square().mean().sqrt()
-    ratio = (two / one).sqrt() if float(two) > 0 else one.new_ones(())
-    top = w1.flatten()[w1.abs().argmax()]
+    one, two = (w.square().mean((-2, -1), keepdim=True).sqrt() for w in (w1, w2))
+    ratio = torch.where(two > 0, (two / one).sqrt(), 1.0)
+    flat = w1.flatten(-2)
+    top = flat.gather(-1, flat.abs().argmax(-1, keepdim=True)).unsqueeze(-1)
     ratio = torch.where(top < 0, -ratio, ratio)
     return w1 * ratio, w2 / ratio
 
@@ -146,48 +149,64 @@ def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = 10)
     it. Captured energy never falls; no restart ever gained more than 3e-4 (reference §3.2). Balanced factors.
     """
     x = upcast(x)
-    if x.ndim > 2:
+    if _apart(x):
         return _each(x, lambda member: nearest_kron_lowrank(member, a, b, rank, sweeps))
-    c, d = x.shape[0] // a, x.shape[1] // b
-    rank = min(rank, c, d)
+    c, d = x.shape[-2] // a, x.shape[-1] // b
     r = rearrange(x, a, b)
-    w1 = _leading(r)
-    if w1 is None:
-        return KronLowRank(_unit(x, a, b), x.new_zeros(c, rank), x.new_zeros(rank, d), norm_squared(x) * 0)
-    return _alternate(r, w1, (a, b, c, d), rank, sweeps)
-
-
-def _alternate(r: Tensor, w1: Tensor, shape: tuple[int, int, int, int], rank: int, sweeps: int) -> KronLowRank:
-    a, b, c, d = shape
-    total = float(norm_squared(r))
-    low = truncated_svd((w1 @ r).reshape(c, d), SvdSpec(rank))
-    captured = float(low.s.double().square().sum())
-    for _ in range(sweeps):
-        better = r @ (low.u @ (low.s.unsqueeze(-1) * low.vh)).flatten()
-        size = better.norm()
-        if not bool(size > 0):
-            break
-        trial = better / size
-        next_low = truncated_svd((trial @ r).reshape(c, d), SvdSpec(rank))
-        gained = float(next_low.s.double().square().sum()) - captured
-        if gained <= 0:
-            break
-        w1, low, captured = trial, next_low, captured + gained
-        if gained < SWEEP_TOL * max(total - captured, 1e-30 * total):
-            break
+    w1, low, captured = _alternate(r, _leading(r), (c, d), SvdSpec(min(rank, c, d)), sweeps)
     left, right = low.balanced()
-    small, scaled = _gauged(w1.reshape(a, b), left)
-    # three balanced factors: what w1 took from `left` is shared with `right`
-    return KronLowRank(*_three(small, scaled, right), torch.tensor(captured, dtype=torch.float64, device=r.device))
+    small, scaled = _gauged(_folded(w1, a, b), left)
+    return KronLowRank(small, *_even(scaled, right), captured)
 
 
-def _three(w1: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same triple product with left and right of equal norm (w1 keeps its share)."""
-    one, two = left.norm(), right.norm()
-    if not (bool(one > 0) and bool(two > 0)):
-        return w1, left, right
-    ratio = (two / one).sqrt()
-    return w1, left * ratio, right / ratio
+def _alternate(
+    r: Tensor, w1: Tensor, shape: tuple[int, int], spec: SvdSpec, sweeps: int
+) -> tuple[Tensor, LowRank, Tensor]:
+    """Alternating least squares on r (..., a·b, c·d) from w1 (..., a·b): w1, the second factor, the energy captured.
+
+    Each member of a stack stops by itself: where a sweep gains less than 1e-5 of the residual.
+    """
+    total = norm_squared(r)
+    low, captured = _second(r, w1, shape, spec)
+    active = torch.ones_like(captured, dtype=torch.bool)
+    for _ in range(sweeps):
+        better = (r @ (low.u @ (low.s.unsqueeze(-1) * low.vh)).flatten(-2).unsqueeze(-1)).squeeze(-1)
+        trial = better / better.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(better.dtype).tiny)
+        found, energy = _second(r, trial, shape, spec)
+        gained = energy - captured
+        accepted = active & (gained > 0)
+        w1 = torch.where(accepted.unsqueeze(-1), trial, w1)
+        low = _chosen(accepted, found, low)
+        captured = torch.where(accepted, energy, captured)
+        active = accepted & (gained >= SWEEP_TOL * (total - captured))
+        if not bool(active.any()):
+            break
+    return w1, low, captured
+
+
+def _second(r: Tensor, w1: Tensor, shape: tuple[int, int], spec: SvdSpec) -> tuple[LowRank, Tensor]:
+    """The best low-rank second factor for w1, and the energy the two capture."""
+    low = truncated_svd((w1.unsqueeze(-2) @ r).squeeze(-2).reshape(*r.shape[:-2], *shape), spec)
+    return low, low.s.to(low.residual.dtype).square().sum(-1)
+
+
+def _chosen(mask: Tensor, one: LowRank, two: LowRank) -> LowRank:
+    """Member by member, `one` where the mask holds, else `two`."""
+    matrix, vector = mask[..., None, None], mask[..., None]
+    return LowRank(
+        torch.where(matrix, one.u, two.u),
+        torch.where(vector, one.s, two.s),
+        torch.where(matrix, one.vh, two.vh),
+        torch.where(mask, one.residual, two.residual),
+    )
+
+
+def _even(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with factors of equal norm."""
+    one, two = (t.flatten(-2).norm(dim=-1)[..., None, None] for t in (left, right))
+    alive = (one > 0) & (two > 0)
+    ratio = torch.where(alive, (two / torch.where(alive, one, 1.0)).sqrt(), 1.0)
+    return left * ratio, right / ratio
 
 
 K = TypeVar("K", Kron, KronLowRank)

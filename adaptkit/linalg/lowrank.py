@@ -198,6 +198,9 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     Ritz values: never above the true ones, and near enough that the error they leave is within `tol` of the least.
     """
     a = upcast(a)
+    if a.ndim > 2 and a.device.type == "cuda":
+        svd = truncated_svd(a, spec or SvdSpec(rank))
+        return svd.s.to(svd.residual.dtype).square()
     if a.ndim > 2:
         members = [energies(member, rank, spec) for member in a.reshape(-1, *a.shape[-2:])]
         return torch.stack(members).reshape(*a.shape[:-2], -1)

@@ -231,7 +231,10 @@ class _Fitter:
         return {"base": self.plan.base.read(job.base), "tuned": self.plan.tuned.read(job.tuned)}
 
     def fit(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[_Measured]:
-        """ΔW in float32 (subtracting in bf16 changes one entry in nine), its fit as it will be stored, and what is left."""
+        """ΔW of a stack of equal layers, its fit as it will be stored, and what that leaves of it.
+
+        Subtracted in float32: in bf16 one entry in nine would change.
+        """
         from adaptkit.linalg.precision import difference, norm_squared
 
         tuned, base = tensors.pop("tuned"), tensors.pop("base")
@@ -241,7 +244,25 @@ class _Fitter:
             if not math.isfinite(norm):
                 raise self._non_finite(job, ours, theirs)
         del tuned, base
-        return [self._member(job, delta[n], norm) for n, (job, norm) in enumerate(zip(jobs, norms, strict=True))]
+        changed = [n for n, norm in enumerate(norms) if norm > 0 and jobs[0].algorithm is not None]
+        results = [_Measured(norm, norm) for norm in norms]
+        if changed:
+            # a copy is made only of a stack in which some layers did not change
+            self._fit_changed(delta if len(changed) == len(jobs) else delta[changed], jobs, changed, results)
+        return results
+
+    def _fit_changed(
+        self, delta: Tensor, jobs: Sequence[Job], changed: Sequence[int], results: Sequence[_Measured]
+    ) -> None:
+        first = jobs[0]
+        kind = algorithms()[first.algorithm or ""]
+        spec = FitSpec(_rank(first, self.options), first.shape[2:], self.options.factor, self.options.svd)
+        weights = kind.fit(delta, spec)
+        lora = self._lora_of_size(first, delta, weights.member(0)) if first.algorithm == "lokr" else None
+        for place, n in enumerate(changed):
+            if lora is not None:
+                results[n].lora = float(lora[place])
+            self._store(jobs[n], weights.member(place), delta[place], results[n])
 
     def _non_finite(self, job: Job, base: Tensor, tuned: Tensor) -> NonFinite:
         import torch
@@ -253,24 +274,15 @@ class _Fitter:
             "the difference of the two checkpoints overflows", file=self.plan.tuned.source.path, tensor=job.label
         )
 
-    def _member(self, job: Job, delta: Tensor, norm: float) -> _Measured:
-        if norm == 0.0 or job.algorithm is None:
-            return _Measured(norm, norm)
-        kind = algorithms()[job.algorithm]
-        spec = FitSpec(_rank(job, self.options), job.shape[2:], self.options.factor, self.options.svd)
-        weights = kind.fit(delta, spec)
-        lora = self._lora_of_size(job, delta, weights) if job.algorithm == "lokr" else None
-        return self._stored(job, weights, delta, _Measured(norm, 0.0, lora=lora))
-
-    def _lora_of_size(self, job: Job, delta: Tensor, weights: Weights) -> float:
-        """The energy that the best LoRA with as many parameters as this LoKr keeps."""
+    def _lora_of_size(self, job: Job, delta: Tensor, weights: Weights) -> Tensor:
+        """The energies (B,) that the best LoRA with as many parameters as this LoKr keeps of each delta (B, m, n)."""
         from adaptkit.linalg.lowrank import SvdSpec, energies
 
         parameters = sum(t.numel() for role, t in weights.encode().items() if role != ALPHA)
         rank = min(parameters // sum(job.matrix), *job.matrix)
-        return 0.0 if rank == 0 else float(energies(delta, rank, SvdSpec(rank)).sum())
+        return delta.new_zeros(len(delta)) if rank == 0 else energies(delta, rank, SvdSpec(rank)).sum(-1)
 
-    def _stored(self, job: Job, weights: Weights, delta: Tensor, result: _Measured) -> _Measured:
+    def _store(self, job: Job, weights: Weights, delta: Tensor, result: _Measured) -> None:
         """Round to what is written, and measure what that leaves of `delta` (which it overwrites)."""
         from adaptkit.linalg.precision import cast, norm_squared
 
@@ -294,7 +306,6 @@ class _Fitter:
         if self.plan.keys.format.alpha is not Alpha.TENSOR:
             encoded.pop(ALPHA, None)  # alpha = rank, which such formats say by leaving it out
         result.tensors = {spell(job.slot, weights.name, role): t.cpu().contiguous() for role, t in encoded.items()}
-        return result
 
 
 def _report(plan: Plan, measured: Sequence[tuple[Job, _Measured]]) -> Report:

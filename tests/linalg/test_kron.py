@@ -86,6 +86,18 @@ def test_zero_and_batches() -> None:
     assert float(low.captured[0]) == 0.0
 
 
+def test_the_stacked_form_of_accelerators_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.stack([torch.zeros(48, 60, dtype=torch.float64), *(tensor(48, 60) for _ in range(3))])
+    x[3] = kron(tensor(4, 4), tensor(12, 2) @ tensor(2, 15))
+    full, low = nearest_kron(x, 4, 4), nearest_kron_lowrank(x, 4, 4, 2)
+    monkeypatch.setattr(module, "_apart", lambda _: False)
+    for one, two in ((full, nearest_kron(x, 4, 4)), (low, nearest_kron_lowrank(x, 4, 4, 2))):
+        torch.testing.assert_close(one.captured, two.captured)
+        for name in ("w1", "w2", "left", "right"):
+            if hasattr(one, name):
+                torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-7)
+
+
 class TestLowRank:
     def test_recovers_a_low_rank_second_factor(self) -> None:
         w1, left, right = tensor(4, 4), tensor(16, 3), tensor(3, 20)
