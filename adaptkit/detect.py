@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
 
 __all__ = ["Detection", "chosen", "detect_adapter", "detect_checkpoint", "families", "formats", "is_adapter"]
+
+# spellings of adapters in general, so that one adaptkit cannot read yet is not called a checkpoint
+_FOREIGN = re.compile(
+    r"lora|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude|\.alpha$|\.[ab][12]\.weight$"
+)
 
 ENOUGH = 0.5  # of the keys: fewer claimed, and it is some other family that shares a few names
 
@@ -53,9 +59,9 @@ def formats() -> Mapping[str, KeyFormat]:
 
 
 def is_adapter(names: Iterable[str]) -> bool:
-    """Whether most of these keys end as an adapter's do."""
+    """Whether most of these keys are spelled as an adapter's, of a kind adaptkit reads or of another."""
     names = list(names)
-    return 2 * sum(split_suffix(name) is not None for name in names) > len(names) > 0
+    return 2 * sum(split_suffix(name) is not None or _FOREIGN.search(name) is not None for name in names) > len(names)
 
 
 def chosen(kind: str, known: Mapping[str, object], name: str | None) -> tuple[str, ...]:

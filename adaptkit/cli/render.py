@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Talk", "human", "inspected", "listed"]
 
+_NARROW = 76  # characters in one cell of a table; longer ones get lines of their own
 _MANY = 12  # of a thing are listed, then "and n more"
 LABEL = "bold cyan"
 _UNWRAPPED = 10_000  # columns: what goes into a pipe is not broken into lines
@@ -219,18 +220,26 @@ def _keys(report: inspect.Report) -> None:
 
 def listed(kind: str, rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
     """Show one of the tables of what this version knows."""
+    from rich.text import Text
+
     if as_json:
         return document(kind, {kind: [dict(row) for row in rows]})
     columns = list(rows[0])
-    console().print(table([c.replace("_", " ") for c in columns], ([_plain(row[c]) for c in columns] for row in rows)))
+    shown = [[_plain(row[c]) for c in columns] for row in rows]
+    if all(len(cell) <= _NARROW for row in shown for cell in row):
+        console().print(table([c.replace("_", " ") for c in columns], shown))
+        return
+    for name, title, *rest in shown:
+        console().print(Text(name, style="bold"), Text(title))
+        console().print(facts((c.replace("_", " "), cell) for c, cell in zip(columns[2:], rest, strict=True)))
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
     if isinstance(value, Mapping):
         return "\n".join(f"{name}: {title}" for name, title in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # writers ---------------------------------------------------------------------------------------------------------

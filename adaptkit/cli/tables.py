@@ -5,6 +5,9 @@ from __future__ import annotations
 import click
 
 from adaptkit.cli.options import talk
+from adaptkit.names import Slot, Target
+
+EXAMPLE = Slot(Target("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"))
 
 
 def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
@@ -18,12 +21,13 @@ def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
 def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
     """List the key formats: how each spells a module, and who writes it."""
     from adaptkit.detect import formats as known
+    from adaptkit.keymap import compile_keys
 
     rows: list[dict[str, object]] = [
         {
             "name": f.name,
             "title": f.title,
-            "prefixes": list(f.prefixes),
+            "example": compile_keys("sd1", f.name).spell(EXAMPLE, "lora", "up"),
             "alpha": f.alpha.value,
             "written_by": f.written_by,
             "note": f.note,

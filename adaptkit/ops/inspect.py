@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Report", "expand", "run"]
 
+_STRANGER = "an adapter whose model family, key format or algorithm adaptkit does not know yet"
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -175,9 +176,7 @@ def _stranger(source: TensorSource) -> Report:
     """An adapter whose family or format nobody knows."""
     record = _plain(source, "adapter", Detection(None, None, 0, len(source.infos)))
     record["unclaimed"] = list(source.infos)
-    record["problems"] = [
-        {"severity": "error", "module": None, "what": "an adapter of a model family that adaptkit does not know yet"}
-    ]
+    record["problems"] = [{"severity": "error", "module": None, "what": _STRANGER}]
     return Report(record, _keys(source, {}))
 
 
