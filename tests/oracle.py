@@ -65,6 +65,20 @@ def lokr_stored(tensors: Mapping[str, Array], alpha: float | None, kernel: tuple
     return lokr(w1, w2, scale)
 
 
+def loha(tensors: Mapping[str, Array], alpha: float | None, kernel: tuple[int, ...] = ()) -> Array:
+    """ΔW from stored LoHa tensors, as LyCORIS `modules/loha.py` builds it in its forward pass."""
+    t = {role: value.astype(np.float64) for role, value in tensors.items()}
+    sides = []
+    for n in "12":
+        if f"t{n}" in t:
+            sides.append(np.einsum("pq...,po,qi->oi...", t[f"t{n}"], t[f"w{n}_a"], t[f"w{n}_b"]))
+        else:
+            flat = t[f"w{n}_a"] @ t[f"w{n}_b"]
+            sides.append(flat.reshape(flat.shape[0], -1, *kernel))
+    scale = 1.0 if alpha is None else alpha / t["w1_b"].shape[0]
+    return scale * sides[0] * sides[1]
+
+
 def best_rank(matrix: Array, rank: int) -> float:
     """‖M − M_k‖_F of the best rank-k approximation (Eckart–Young)."""
     sigma = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)

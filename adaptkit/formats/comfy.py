@@ -13,5 +13,5 @@ FORMAT = KeyFormat(
     alpha=Alpha.OPTIONAL,
     spelling=PEFT_SPELLING,
     written_by="ComfyUI, ai-toolkit, diffusion-pipe",
-    note="the one spelling that ComfyUI loads completely for every family",
+    note="ComfyUI loads it completely; alpha is written only where it differs from the rank",
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.krylov import eigh, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, truncated_svd
 from adaptkit.linalg.precision import norm_squared, upcast
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 GRAM_SIDE = 256  # up to this many blocks (or entries a block) the Gram matrix is the cheapest way
+LEADING_TOL = 1e-5  # of the whole error: a product often captures 1 % of ‖X‖², and 1e-3 would lose a twentieth of that
+STACK_RANK = 8  # what a stack of fixed size looks for to get the first vector as well: 0.1 % lost on noise, 2 % with 1
 SWEEP_TOL = 1e-5  # alternating least squares stops where the residual drops by less than this share
 
 
@@ -75,8 +78,10 @@ def kron(w1: Tensor, w2: Tensor) -> Tensor:
 def rearrange(x: Tensor, a: int, b: int) -> Tensor:
     """R(X): x (..., a·c, b·d) → (..., a·b, c·d), row i·b + j being block (i, j) flattened. One copy.
 
-    ‖X − w1 ⊗ w2‖_F = ‖R(X) − vec(w1) vec(w2)ᵀ‖_F (Van Loan and Pitsianis 1993).
+    ‖X − w1 ⊗ w2‖_F = ‖R(X) − vec(w1) vec(w2)ᵀ‖_F (Van Loan and Pitsianis 1993). ShapeMismatch where a or b does not divide.
     """
+    if x.shape[-2] % a or x.shape[-1] % b:
+        raise ShapeMismatch(f"{x.shape[-2]} × {x.shape[-1]} does not divide into {a} × {b} blocks")
     c, d = x.shape[-2] // a, x.shape[-1] // b
     blocks = x.reshape(*x.shape[:-2], a, c, b, d).transpose(-3, -2)
     return blocks.reshape(*x.shape[:-2], a * b, c * d)
@@ -92,9 +97,10 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     """The nearest w1 (..., a, b) ⊗ w2 to x (..., a·c, b·d) in Frobenius norm.
 
     The leading singular pair of R(X), from the float64 Gram matrix of its smaller side, formed once: exact,
-    deterministic, no iteration (power iteration stalls on the small gaps of real differences). rms(w1) = rms(w2), the
-    largest entry of w1 is positive; a zero x gives w1 = e₁, w2 = 0. Stacks are computed together on CUDA, one by one
-    elsewhere.
+    deterministic, no iteration (power iteration stalls on the small gaps of real differences). Where both sides of R
+    exceed 256, by block Lanczos: captured within 0.3 % of the optimum on white noise, the worst case. rms(w1) = rms(w2),
+    the largest entry of w1 is positive; a zero x gives w1 = e₁, w2 = 0. Factors in the compute dtype of x. Stacks are
+    computed together on CUDA, one by one elsewhere.
     """
     x = upcast(x)
     if _apart(x):
@@ -121,14 +127,16 @@ def _leading(r: Tensor) -> Tensor:
     """The leading left singular vector of r (..., p, q), (..., p), unit length; e₁ for a zero matrix."""
     p, q = r.shape[-2:]
     if min(p, q) > GRAM_SIDE:
-        found = truncated_svd(r, SvdSpec(1, method="lanczos")).u[..., 0]
+        spec = SvdSpec(STACK_RANK if r.ndim > 2 else 1, method="lanczos", tol=LEADING_TOL)
+        found = truncated_svd(r, spec).u[..., 0]
     else:
         vector = eigh(gram_columns(r.mT if p <= q else r))[1][..., :1].to(r.dtype)
         found = (vector if p <= q else r @ vector).squeeze(-1)
     size = found.norm(dim=-1, keepdim=True)
     unit = torch.zeros_like(found)
     unit[..., 0] = 1.0
-    dead = (size == 0) | ~torch.isfinite(size)
+    # the Gram matrix of a zero matrix has unit eigenvectors like any other, the last one first
+    dead = (size == 0) | ~torch.isfinite(size) | ~r.any(-1).any(-1, keepdim=True)
     return torch.where(dead, unit, found / torch.where(dead, 1.0, size))
 
 
@@ -146,7 +154,8 @@ def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = 10)
     """The nearest w1 (..., a, b) ⊗ (left·right), rank of the second factor at most `rank`, to x (..., a·c, b·d).
 
     Starts from `nearest_kron`, truncated, then alternates exactly: the best low-rank second factor for w1, the best w1 for
-    it. Captured energy never falls; no restart ever gained more than 3e-4 (reference §3.2). Balanced factors.
+    it. Captured energy never falls; no restart ever gained more than 3e-4 (reference §3.2). Equal root mean squares of all
+    three factors (reference §3.5), in the compute dtype of x.
     """
     x = upcast(x)
     if _apart(x):
@@ -154,9 +163,7 @@ def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = 10)
     c, d = x.shape[-2] // a, x.shape[-1] // b
     r = rearrange(x, a, b)
     w1, low, captured = _alternate(r, _leading(r), (c, d), SvdSpec(min(rank, c, d)), sweeps)
-    left, right = low.balanced()
-    small, scaled = _gauged(_folded(w1, a, b), left)
-    return KronLowRank(small, *_even(scaled, right), captured)
+    return KronLowRank(*_evened(_folded(w1, a, b), *low.balanced()), captured)
 
 
 def _alternate(
@@ -201,20 +208,24 @@ def _chosen(mask: Tensor, one: LowRank, two: LowRank) -> LowRank:
     )
 
 
-def _even(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with factors of equal norm."""
-    one, two = (t.flatten(-2).norm(dim=-1)[..., None, None] for t in (left, right))
-    alive = (one > 0) & (two > 0)
-    ratio = torch.where(alive, (two / torch.where(alive, one, 1.0)).sqrt(), 1.0)
-    return left * ratio, right / ratio
+def _evened(w1: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same triple product with equal root mean squares, the largest entry of w1 positive; unscaled where one is 0."""
+    sizes = torch.stack([t.square().mean((-2, -1), keepdim=True).sqrt() for t in (w1, left, right)])
+    alive = (sizes > 0).all(0)
+    logs = torch.where(alive, sizes, 1.0).log()
+    scales = (logs.mean(0) - logs).exp()
+    flat = w1.flatten(-2)
+    top = flat.gather(-1, flat.abs().argmax(-1, keepdim=True)).unsqueeze(-1)
+    sign = torch.where(top < 0, -1.0, 1.0).to(w1.dtype)
+    return w1 * (sign * scales[0]), left * (sign * scales[1]), right * scales[2]
 
 
 K = TypeVar("K", Kron, KronLowRank)
 
 
 def _each(x: Tensor, fit: Callable[[Tensor], K]) -> K:
-    """`fit` on every member of a batch, stacked again."""
-    batch = x.shape[:-2]
-    members = [fit(member) for member in x.reshape(-1, *x.shape[-2:])]
-    found = {f.name: torch.stack([getattr(one, f.name) for one in members]) for f in fields(members[0])}
+    """`fit` on every member of a batch, stacked again; an empty batch gives empty stacks of the same shapes."""
+    batch, flat = x.shape[:-2], x.flatten(0, -3)
+    members = [fit(member) for member in flat] or [fit(x.new_zeros(x.shape[-2:]))]
+    found = {f.name: torch.stack([getattr(one, f.name) for one in members])[: len(flat)] for f in fields(members[0])}
     return type(members[0])(**{name: whole.reshape(*batch, *whole.shape[1:]) for name, whole in found.items()})

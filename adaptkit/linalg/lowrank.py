@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, gram_columns
 from adaptkit.linalg.precision import accumulate_dtype, compute_dtype, norm_squared, supports_float64, upcast
 
-__all__ = ["LowRank", "Method", "SvdSpec", "energies", "factored_svd", "truncated_svd"]
+__all__ = ["LowRank", "Method", "SvdSpec", "energies", "factored_svd", "numerical_rank", "truncated_svd"]
 
 Method = Literal["auto", "exact", "lanczos", "gram"]
 
@@ -125,14 +125,20 @@ def _solver(method: Method, rank: int, smaller: int) -> Solver:
 
 def _finish(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> LowRank:
     """Fix signs, and state what is left of A exactly."""
-    top = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
-    sign = torch.where(top < 0, -1.0, 1.0).to(u.dtype)
-    u, vh = u * sign, (v * sign).mT
+    u, v = _signed(u, v)
+    vh = v.mT
     total = norm_squared(a)
     residual = total - s.to(total.dtype).square().sum(dim=-1)
     if bool((residual < EXPLICIT * total).any()):
         residual = _explicit(a, u * s.unsqueeze(-2), vh)
     return LowRank(u, s, vh.contiguous(), residual.clamp_min(0.0))
+
+
+def _signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """u (..., m, k) and v (..., n, k) with the largest entry of each column of u positive."""
+    top = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
+    sign = torch.where(top < 0, -1.0, 1.0).to(u.dtype)
+    return u * sign, v * sign
 
 
 def _explicit(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -195,12 +201,15 @@ _SOLVERS: dict[str, Solver] = {"gram": _gram, "exact": _exact, "lanczos": _lancz
 def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     """The `rank` leading squared singular values of a (..., m, n), (..., k), in float64: what a LoRA of each rank keeps.
 
-    Ritz values: never above the true ones, and near enough that the error they leave is within `tol` of the least.
+    Ritz values, without vectors or the polish step: never above the true ones, up to rounding of ‖A‖² by 1e-7. What they leave
+    exceeds the least error by at most about `tol`, or by 3e-5 of ‖A‖ where that error is small itself.
     """
     a = upcast(a)
     if a.ndim > 2 and a.device.type == "cuda":
         svd = truncated_svd(a, spec or SvdSpec(rank))
         return svd.s.to(svd.residual.dtype).square()
+    if a.ndim > 2 and not a.numel():
+        return torch.zeros(*a.shape[:-2], min(rank, *a.shape[-2:]), dtype=accumulate_dtype(a.device), device=a.device)
     if a.ndim > 2:
         members = [energies(member, rank, spec) for member in a.reshape(-1, *a.shape[-2:])]
         return torch.stack(members).reshape(*a.shape[:-2], -1)
@@ -213,11 +222,20 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     return torch.nn.functional.pad(found, (0, rank - found.shape[0]))
 
 
+def numerical_rank(s: Tensor, rtol: float = 1e-6) -> Tensor:
+    """How many of s (..., k), descending, exceed rtol · σ₁: (...,), int64.
+
+    1e-6 is above what float32 leaves of an exact low rank (1e-7 σ₁, reference §2.2) and below any rounded checkpoint's noise.
+    """
+    return (s > rtol * s[..., :1]).sum(-1)
+
+
 def factored_svd(left: Tensor, right: Tensor) -> LowRank:
     """Exact SVD of left (..., m, r) · right (..., r, n), k = r, without forming the product.
 
     Gram matrices and eigendecompositions of r × r cores in float64: rank-revealing, as accurate as float64 QR down to
-    σ/σ₁ of about 1e-7, as cheap as float32 QR (reference §1.1). Without float64 (MPS), by QR in float32.
+    σ/σ₁ of about 1e-7, as cheap as float32 QR (reference §1.1). Dead directions have σ = 0 and a zero row of vh. Without
+    float64 (MPS), by QR in float32. u, s, vh in the compute dtype of both; residual 0, as the product is met exactly.
     """
     dtype = compute_dtype(left, right)
     if not supports_float64(left.device):
@@ -235,11 +253,15 @@ def factored_svd(left: Tensor, right: Tensor) -> LowRank:
     u = up @ (vectors * inverse.unsqueeze(-2)) @ y
     vh = s_inverse.unsqueeze(-1) * (y.mT @ b.mT @ down)
     s = torch.where(kept, s, 0.0)
-    return LowRank(u.to(dtype), s.to(dtype), vh.to(dtype), torch.zeros(s.shape[:-1], dtype=s.dtype, device=s.device))
+    u, v = _signed(u, vh.mT)
+    return LowRank(u.to(dtype), s.to(dtype), v.mT.to(dtype), torch.zeros(s.shape[:-1], dtype=s.dtype, device=s.device))
 
 
 def _factored_qr(left: Tensor, right: Tensor) -> LowRank:
     q1, r1 = torch.linalg.qr(left)
     q2, r2 = torch.linalg.qr(right.mT)
     u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
-    return LowRank(q1 @ u, s, vh @ q2.mT, torch.zeros(s.shape[:-1], dtype=s.dtype, device=s.device))
+    u, v = _signed(q1 @ u, q2 @ vh.mT)
+    missing = left.shape[-1] - s.shape[-1]  # k = r also where r exceeds a side of the product
+    u, s, v = (torch.nn.functional.pad(t, (0, missing)) for t in (u, s, v))
+    return LowRank(u, s, v.mT, torch.zeros(s.shape[:-1], dtype=s.dtype, device=s.device))

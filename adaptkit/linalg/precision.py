@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "compute_dtype",
     "difference",
     "dot",
+    "fold_scale",
     "norm_squared",
     "supports_float64",
     "upcast",
@@ -99,12 +101,41 @@ def difference(x: Tensor, y: Tensor) -> Tensor:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to nearest; NonFinite where a finite number would become infinite (fp16 ends at 65504)."""
+    """Round to nearest; NonFinite where a finite number would become infinite (fp16 ends at 65504) or clamped (float8_e4m3)."""
     if tensor.dtype == dtype:
         return tensor
-    rounded = tensor.to(dtype)
-    if tensor.numel() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-        largest = tensor.abs().max()
-        if bool(torch.isfinite(largest)) and not bool(torch.isfinite(rounded.abs().max())):
-            raise NonFinite(f"{float(largest):.4g} does not fit {str(dtype).removeprefix('torch.')}")
-    return rounded
+    if tensor.numel() and _narrows(tensor.dtype, dtype):
+        _refuse_overflow(upcast(tensor), dtype)
+    return tensor.to(dtype)
+
+
+def _narrows(source: torch.dtype, target: torch.dtype) -> bool:
+    return not source.is_floating_point or torch.finfo(target).max < torch.finfo(source).max
+
+
+def _refuse_overflow(wide: Tensor, dtype: torch.dtype) -> None:
+    if not _within(wide, torch.finfo(dtype).max):
+        # a NaN or infinity of the input hides an overflow from the extremes: look at each entry
+        lost = wide[torch.isfinite(wide) & (wide.abs() >= _overflow(dtype))]
+        if lost.numel():
+            raise NonFinite(f"{float(lost.abs().max()):.4g} does not fit {str(dtype).removeprefix('torch.')}")
+
+
+def _within(x: Tensor, bound: float) -> bool:
+    """Whether every entry is in [-bound, bound]; False with a NaN. One pass and no copy."""
+    low, high = torch.aminmax(x)
+    return -bound <= float(low) and float(high) <= bound
+
+
+def _overflow(dtype: torch.dtype) -> float:
+    """The least magnitude that rounds past the largest finite number: half a step beyond it (65520 for fp16).
+
+    Asked of the format, not of the result: torch clamps to float8_e4m3fn's 448 without a word.
+    """
+    info = torch.finfo(dtype)
+    return info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2)
+
+
+def fold_scale(tensor: Tensor, scale: float) -> Tensor:
+    """tensor · scale, same shape, in the compute dtype (never in half precision); exact where scale is a power of two."""
+    return upcast(tensor) * scale

@@ -1,8 +1,8 @@
 """What a plain script does, to compare with: `python -m tests.benchmarks.obvious extract|merge …`. Written for this purpose.
 
-Both state dicts whole in memory, a full SVD of every difference in float32, cut to the rank. `extract` decomposes one layer
-of every shape and multiplies its time by the number of such layers (the whole takes minutes); the files are really loaded,
-so the peak memory is that of the whole run less the results.
+Both state dicts whole in memory in float32, a full SVD of every difference, cut to the rank. `extract` decomposes one layer
+of every shape and multiplies its time by the number of such layers (the whole takes minutes). Both files are loaded as a
+whole, so the peak memory is that of the whole run less its results, which are small.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from safetensors.torch import load_file, save_file
 from tests.benchmarks.pair import is_tuned_matrix
 
 
+def load(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
+
+
 def extract(base: Path, tuned: Path, rank: int) -> dict[str, float]:
     started = time.perf_counter()
-    first, second = load_file(base), load_file(tuned)
+    first, second = load(base), load(tuned)
     shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, tensor in second.items():
         if is_tuned_matrix(name, tuple(tensor.shape)):
@@ -30,7 +34,7 @@ def extract(base: Path, tuned: Path, rank: int) -> dict[str, float]:
     total, kept, norm = 0.0, 0.0, 0.0
     for names in shapes.values():
         started = time.perf_counter()
-        delta = second[names[0]].float() - first[names[0]].float()
+        delta = second[names[0]] - first[names[0]]
         u, s, vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
         up = (u[:, :rank] * s[:rank].sqrt()).half().contiguous()
         down = (s[:rank].sqrt().unsqueeze(1) * vh[:rank]).half().contiguous()
@@ -53,7 +57,7 @@ def merge(base: Path, adapter: Path, output: Path) -> dict[str, float]:
     from adaptkit.adapter import Adapter
     from adaptkit.checkpoint import Checkpoint
 
-    checkpoint, held = Checkpoint.open(base), load_file(base)
+    checkpoint, held = Checkpoint.open(base), load(base)
     places, entries, merged = checkpoint.targets(), Adapter.open(adapter).entries, 0
     state = load_file(adapter)
     for slot, entry in entries.items():
@@ -63,11 +67,11 @@ def merge(base: Path, adapter: Path, output: Path) -> dict[str, float]:
         roles = dict(entry.tensors())
         if {"up", "down"} - set(roles):
             continue  # a bias or norm
-        weight = held[piece.name].float()
+        weight = held[piece.name]
         up, down = state[roles["up"]].float().flatten(1), state[roles["down"]].float().flatten(1)
-        held[piece.name] = (weight + entry.facts.scale * (up @ down).reshape(weight.shape)).half()
+        held[piece.name] = weight + entry.facts.scale * (up @ down).reshape(weight.shape)
         merged += 1
-    save_file(held, output, metadata={"format": "pt"})
+    save_file({name: tensor.half() for name, tensor in held.items()}, output, metadata={"format": "pt"})
     return {"layers": merged}
 
 

@@ -63,7 +63,8 @@ class Runs:
         self.console.print(
             f"  pair of {sizes[0] / 1e6:.0f} MB each: {seconds(made.seconds)} s, {megabytes(made.peak)} MB"
         )
-        self.add("cp", "cp of the base", lambda: self._cp(base, copy))
+        self.add("cp", "cp of the base", lambda: self._cp(base, copy))  # the first finds no free pages, the second does
+        self.add("cp", "cp of the base, again", lambda: self._cp(base, copy))
         self.add("sync", "copy of the base, synced to disk", lambda: child(PYTHON, "-c", COPY, base, copy))
         copy.unlink()
         self.add("torch", 'python -c "import torch"', measure.torch_start)

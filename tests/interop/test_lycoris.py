@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adaptkit.algorithms import lokr as ours_lokr
-from adaptkit.algorithms import lora as ours_lora
 from adaptkit.algorithms._weights import Stated
+from adaptkit.keymap import algorithms
 from adaptkit.linalg.kron import factorization
 from tests import oracle
 from tests.interop.conftest import Sd1, clip_names, close, deltas, lokr, lora, noise, unet_names
@@ -180,6 +180,7 @@ def conv(out: int, inputs: int, *kernel: int) -> nn.Module:
     return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1](inputs, out, kernel, padding=1)
 
 
+HADAMARD = {"w1_a", "w1_b", "w2_a", "w2_b"}
 SAVED: dict[str, tuple[nn.Module, str, dict[str, Any], set[str]]] = {
     "both-full": (linear(32, 24), "lokr", {"full_matrix": True, "factor": 8}, {"w1", "w2"}),
     "both-full-conv": (conv(16, 12, 3, 3), "lokr", {"full_matrix": True, "factor": 4}, {"w1", "w2"}),
@@ -257,6 +258,22 @@ SAVED: dict[str, tuple[nn.Module, str, dict[str, Any], set[str]]] = {
         {"lora_dim": 4, "alpha": 2, "use_tucker": True},
         {"up", "mid", "down"},
     ),
+    "loha": (linear(32, 24), "loha", {"lora_dim": 3, "alpha": 2}, HADAMARD),
+    "loha-rank-scaled": (linear(32, 24), "loha", {"lora_dim": 4, "alpha": 3, "rs_lora": True}, HADAMARD),
+    "loha-conv": (conv(32, 24, 3, 3), "loha", {"lora_dim": 3, "alpha": 1}, HADAMARD),
+    "loha-conv1d": (conv(32, 24, 3), "loha", {"lora_dim": 3, "alpha": 1}, HADAMARD),
+    "loha-tucker": (
+        conv(32, 24, 3, 3),
+        "loha",
+        {"lora_dim": 3, "alpha": 1, "use_tucker": True},
+        HADAMARD | {"t1", "t2"},
+    ),
+    "loha-tucker-conv3d": (
+        conv(16, 24, 1, 3, 3),
+        "loha",
+        {"lora_dim": 3, "alpha": 1, "use_tucker": True},
+        HADAMARD | {"t1", "t2"},
+    ),
 }
 
 
@@ -271,8 +288,12 @@ def randomised(kind: type[Any], layer: nn.Module, options: Mapping[str, Any]) ->
 @pytest.mark.parametrize("case", SAVED)
 def test_adaptkit_reads_what_lycoris_writes(case: str) -> None:
     layer, algo, options, roles = SAVED[case]
-    theirs = {"lokr": lycoris_modules.LokrModule, "lora": lycoris_modules.LoConModule}[algo]
-    ours = {"lokr": ours_lokr.Lokr, "lora": ours_lora.Lora}[algo]
+    theirs = {
+        "lokr": lycoris_modules.LokrModule,
+        "lora": lycoris_modules.LoConModule,
+        "loha": lycoris_modules.LohaModule,
+    }[algo]
+    ours = algorithms()[algo]
     module = randomised(theirs, layer, options)
     stored = {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
     spelled = {role.spelling: name for name, role in ours.roles.items()}

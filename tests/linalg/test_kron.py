@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg import kron as module
+from adaptkit.linalg import lowrank
 from adaptkit.linalg.kron import factorization, kron, nearest_kron, nearest_kron_lowrank, rearrange, unarrange
+from adaptkit.linalg.lowrank import SvdSpec
 from tests import oracle
 
 RANDOM = np.random.default_rng(0)
@@ -30,6 +33,13 @@ def tensor(*shape: int) -> torch.Tensor:
 def test_factorization(dim: int, factor: int, expected: tuple[int, int]) -> None:
     """The values of LyCORIS' docstring, and the ones that surprise (tests/interop compares all)."""
     assert factorization(dim, factor) == expected
+
+
+def test_factorization_is_lycoris() -> None:
+    theirs = pytest.importorskip("lycoris.functional.general").factorization
+    for dim in range(1, 2001):
+        for factor in (-1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32, 64):
+            assert factorization(dim, factor) == theirs(dim, factor), (dim, factor)
 
 
 def test_kron_is_numpys() -> None:
@@ -67,6 +77,24 @@ def test_many_blocks_go_through_lanczos(monkeypatch: pytest.MonkeyPatch) -> None
     assert error <= oracle.best_kron(x.numpy(), 6, 6) * 1.001
 
 
+@pytest.mark.parametrize("a", [18, 30])  # more blocks than entries a block, and fewer
+def test_lanczos_captures_what_the_gram_matrix_does(a: int) -> None:
+    """White noise is the worst case: a product captures under 1 % of it, behind a flat spectrum."""
+    x = tensor(540, 540).float()
+    sigma = np.linalg.svd(rearrange(x, a, a).double().numpy(), compute_uv=False)[0]
+    assert min(a * a, (540 // a) ** 2) > module.GRAM_SIDE
+    captured = float(nearest_kron(x, a, a).captured)
+    assert sigma**2 * 0.995 <= captured <= sigma**2 * (1 + 1e-6)
+    r = rearrange(x, a, a)[None]
+    stacked = lowrank._stacked(r, SvdSpec(module.STACK_RANK, method="lanczos")).u[0, :, 0]  # what a GPU runs
+    assert float((stacked @ r[0]).norm()) ** 2 >= sigma**2 * 0.995
+
+
+def test_shapes_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ShapeMismatch, match=r"5 × 6 does not divide into 2 × 2 blocks"):
+        nearest_kron(tensor(5, 6), 2, 2)
+
+
 def test_a_true_kronecker_product_is_recovered_in_float32() -> None:
     w1, w2 = tensor(8, 8).float(), tensor(40, 45).float()
     x = kron(w1, w2)
@@ -84,6 +112,13 @@ def test_zero_and_batches() -> None:
     low = nearest_kron_lowrank(x, 3, 2, 2)
     assert torch.isfinite(low.left).all()
     assert float(low.captured[0]) == 0.0
+    unit = torch.zeros(3, 2, dtype=torch.float64)
+    unit[0, 0] = 1.0
+    assert torch.equal(found.w1[0], unit)
+    assert torch.equal(low.w1[0], unit)
+    none = nearest_kron_lowrank(x[:0], 3, 2, 2)
+    assert (none.w1.shape, none.left.shape, none.right.shape) == ((0, 3, 2), (0, 4, 2), (0, 2, 5))
+    assert nearest_kron(x[:0], 3, 2).captured.shape == (0,)
 
 
 def test_the_stacked_form_of_accelerators_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +163,10 @@ class TestLowRank:
         low, full = nearest_kron_lowrank(x, 4, 3, 99), nearest_kron(x, 4, 3)
         assert float(low.captured) == pytest.approx(float(full.captured), rel=1e-6)
 
-    def test_factors_are_balanced(self) -> None:
-        found = nearest_kron_lowrank(tensor(48, 60), 4, 4, 3)
-        assert float(found.left.norm()) == pytest.approx(float(found.right.norm()), rel=1e-6)
+    def test_factors_have_equal_root_mean_squares(self) -> None:
+        """Reference §3.5; the sign goes to the largest entry of w1."""
+        for _ in range(4):
+            found = nearest_kron_lowrank(tensor(48, 60), 4, 4, 3)
+            sizes = [float(f.square().mean().sqrt()) for f in (found.w1, found.left, found.right)]
+            assert sizes == pytest.approx([sizes[0]] * 3, rel=1e-6)
+            assert found.w1.flatten()[found.w1.abs().argmax()] > 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adaptkit.linalg import krylov, lowrank
-from adaptkit.linalg.lowrank import SvdSpec, energies, factored_svd, truncated_svd
+from adaptkit.linalg.lowrank import SvdSpec, energies, factored_svd, numerical_rank, truncated_svd
 
 Array = np.ndarray
 
@@ -155,6 +155,7 @@ def test_energies_are_what_a_rank_keeps(name: str) -> None:
         assert kept <= (sigma[:k] ** 2).sum() * (1 + 1e-6)
         assert whole - kept <= ((sigma[k:] ** 2).sum()) * 1.002 + 1e-6 * whole
     assert energies(torch.zeros(2, 30, 40), 3).shape == (2, 3)
+    assert energies(torch.zeros(0, 30, 40), 50).shape == (0, 30)
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
@@ -204,6 +205,36 @@ def test_eigh_that_does_not_converge_falls_back(monkeypatch: pytest.MonkeyPatch)
 def test_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown SVD method"):
         truncated_svd(torch.zeros(3, 3), SvdSpec(1, method="magic"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40])
+@pytest.mark.parametrize("method", ["gram", "exact"])
+def test_scale_does_not_matter(method: str, scale: float) -> None:
+    a = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
+    one = truncated_svd(a, SvdSpec(4, method=method))
+    two = truncated_svd(a * scale, SvdSpec(4, method=method))
+    torch.testing.assert_close(two.s / scale, one.s, rtol=1e-5, atol=0)
+    assert float(two.residual) == pytest.approx(float(one.residual) * scale**2, rel=1e-6)
+
+
+def test_numerical_rank() -> None:
+    s = torch.tensor([[3.0, 1.0, 1e-5, 1e-7], [0.0, 0.0, 0.0, 0.0]])
+    assert numerical_rank(s).tolist() == [3, 0]
+    assert numerical_rank(s, rtol=1e-2).tolist() == [2, 0]
+    assert int(numerical_rank(torch.zeros(0))) == 0
+    a = torch.randn(200, 6) @ torch.randn(6, 300)
+    assert int(numerical_rank(truncated_svd(a, SvdSpec(16, method="lanczos")).s)) == 6
+
+
+def test_factored_svd_fixes_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = torch.randn(3, 50, 6), torch.randn(3, 6, 40)
+    for float64 in (True, False):
+        monkeypatch.setattr(lowrank, "supports_float64", lambda _, float64=float64: float64)
+        found = factored_svd(left, right)
+        assert (found.u.gather(-2, found.u.abs().argmax(-2, keepdim=True)) > 0).all()
+        torch.testing.assert_close(torch.from_numpy(reconstructed(found)).float(), left @ right, rtol=1e-4, atol=1e-4)
+        wide = factored_svd(torch.randn(3, 8), torch.randn(8, 5))
+        assert (wide.u.shape, wide.s.shape, wide.vh.shape) == ((3, 8), (8,), (8, 5))
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import torch
 
 from adaptkit.errors import NonFinite
 from adaptkit.linalg import precision
-from adaptkit.linalg.precision import cast, compute_dtype, difference, dot, norm_squared, upcast
+from adaptkit.linalg.precision import cast, compute_dtype, difference, dot, fold_scale, norm_squared, upcast
 
 
 def test_compute_dtype() -> None:
@@ -54,3 +54,37 @@ def test_cast_rounds_to_nearest_and_refuses_overflow() -> None:
         cast(torch.tensor([70000.0]), torch.float16)
     assert torch.equal(cast(torch.tensor([65504.0]), torch.float16), torch.tensor([65504.0]).half())
     assert cast(torch.zeros(0), torch.float16).numel() == 0
+
+
+@pytest.mark.parametrize("other", [float("nan"), float("inf"), -float("inf"), 1.0])
+@pytest.mark.parametrize("value", [7e4, -7e4])
+def test_cast_sees_overflow_beside_what_is_not_finite(other: float, value: float) -> None:
+    with pytest.raises(NonFinite, match="7e\\+04 does not fit float16"):
+        cast(torch.tensor([other, value, 1.0]), torch.float16)
+
+
+def test_cast_lets_through_what_was_not_finite_and_what_rounds_down() -> None:
+    x = torch.tensor([float("inf"), float("nan"), 65519.0])  # 65520 is the first to round to infinity
+    found = cast(x, torch.float16)
+    assert torch.isinf(found[0])
+    assert torch.isnan(found[1])
+    assert float(found[2]) == 65504.0
+
+
+def test_cast_to_and_from_float8_and_integers() -> None:
+    narrow = cast(torch.tensor([1.0, -448.0]), torch.float8_e4m3fn)
+    assert narrow.dtype == torch.float8_e4m3fn
+    assert torch.equal(cast(narrow, torch.float16).float(), torch.tensor([1.0, -448.0]))
+    with pytest.raises(NonFinite, match="1000 does not fit float8_e4m3fn"):
+        cast(torch.tensor([1000.0]), torch.float8_e4m3fn)
+    assert torch.equal(cast(torch.tensor([1, 2]), torch.float16), torch.tensor([1.0, 2.0]).half())
+    with pytest.raises(NonFinite, match="does not fit"):
+        cast(torch.tensor([70000]), torch.float16)
+
+
+def test_fold_scale_works_in_float32_and_powers_of_two_are_exact() -> None:
+    x = torch.randn(7, 5).half()
+    assert fold_scale(x, 0.75).dtype == torch.float32
+    assert torch.equal(fold_scale(x, 0.75), x.float() * 0.75)
+    assert torch.equal(fold_scale(fold_scale(x, 2.0**-9), 2.0**9), x.float())
+    assert fold_scale(x.double(), 3.0).dtype == torch.float64

@@ -1,0 +1,117 @@
+"""LoHa: the Hadamard product of two low-rank products, each with a Tucker core for convolutions where one is stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._weights import (
+    ALPHA,
+    Factor,
+    Facts,
+    Product,
+    Role,
+    Shapes,
+    Stated,
+    Tucker,
+    Weights,
+    matched,
+    roles,
+    scaling,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+PLAIN = frozenset({"w1_a", "w1_b", "w2_a", "w2_b"})
+
+
+@dataclass(frozen=True, eq=False)
+class Loha(Weights):
+    """ΔW = scale · (W1 ∘ W2), entry by entry.   W1 = w1_a · w1_b: (..., m, n)   W2 = w2_a · w2_b: (..., m, n)
+
+    scale is alpha / rank (FedPara, arXiv:2108.06098; LyCORIS `modules/loha.py`, its forward pass). With `t1` and `t2`,
+    W[o, i, k] = Σ w_a[p, o] t[p, q, k] w_b[q, i] (`w_a` is stored transposed; LyCORIS `functional/loha.py`).
+    """
+
+    name: ClassVar[str] = "loha"
+    title: ClassVar[str] = "LoHa"
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        **{role: Role(f"hada_{role}") for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}, alpha=Role(ALPHA)
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = (PLAIN, PLAIN | {"t1", "t2"})
+
+    w1: Factor
+    w2: Factor
+    scale: float
+    kernel: tuple[int, ...] | None = ()
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        one, two = (_sizes(shapes, side) for side in "12")
+        matched(one == two, " ".join(cls.roles), shapes)
+        rows, columns, kernel = one
+        rank = shapes["w1_b"][0]
+        return Facts(rows, columns, kernel, rank, scaling(alpha, rank))
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        batch = tensors["w1_b"].ndim - 2
+        return cls(_side(tensors, "1", batch), _side(tensors, "2", batch), facts.scale, facts.kernel)
+
+    def encode(self) -> dict[str, Tensor]:
+        import torch
+
+        stored: dict[str, Tensor] = {}
+        for side, factor in (("1", self.w1), ("2", self.w2)):
+            match factor:
+                case Tucker(core, left, right):
+                    shape = (*core.shape[:-1], *(self.kernel or ()))
+                    stored[f"t{side}"] = core.reshape(shape)
+                    stored |= {f"w{side}_a": left.transpose(-1, -2), f"w{side}_b": right}
+                case Product(left, right):
+                    stored |= {f"w{side}_a": left, f"w{side}_b": right}
+        rank = stored["w1_b"].shape[-2]
+        stored[ALPHA] = torch.tensor(self.scale * rank, dtype=torch.float32)
+        return stored
+
+    def delta(self) -> Tensor:
+        return self.w1.dense().mul_(self.scale).mul_(self.w2.dense())
+
+    def part(self, start: int, stop: int) -> Self:
+        one, two = (_rows(factor, slice(start, stop)) for factor in (self.w1, self.w2))
+        return replace(self, w1=one, w2=two)
+
+
+def _sizes(shapes: Shapes, side: str) -> tuple[int, int, tuple[int, ...] | None]:
+    """(rows, columns, kernel) of one product; a flat `w_b` does not tell the kernel of a convolution."""
+    a, b, core = shapes[f"w{side}_a"], shapes[f"w{side}_b"], shapes.get(f"t{side}")
+    names = f"t{side} w{side}_a w{side}_b"
+    matched(len(a) == len(b) == 2 and b[0] > 0, names, shapes)
+    if core is None:
+        matched(a[1] == b[0], names, shapes)
+        return a[0], b[1], None
+    matched(len(core) > 2 and core[0] == a[0] and core[1] == b[0], names, shapes)
+    return a[1], b[1] * math.prod(core[2:]), core[2:]
+
+
+def _side(tensors: Mapping[str, Tensor], side: str, batch: int) -> Factor:
+    a, b, core = tensors[f"w{side}_a"], tensors[f"w{side}_b"], tensors.get(f"t{side}")
+    if core is None:
+        return Product(a, b)
+    return Tucker(core.reshape(*core.shape[: batch + 2], -1), a.transpose(-1, -2), b)
+
+
+def _rows(factor: Factor, cut: slice) -> Factor:
+    match factor:
+        case Product(left, right):
+            return Product(left[..., cut, :], right)
+        case Tucker(core, left, right):
+            return Tucker(core, left[..., cut, :], right)
+    raise TypeError(type(factor).__name__)
+
+
+ALGORITHM = Loha
