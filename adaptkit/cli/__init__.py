@@ -54,6 +54,8 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line and exit as the contract says: 0 done, 1 refused, 2 wrong usage, 130 interrupted."""
     _utf8()
+    # torch's threads spin while they wait for one another: beside one other busy process that made an SVD 13 times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = cli.main(prog_name="adaptkit", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

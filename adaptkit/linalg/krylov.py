@@ -53,6 +53,12 @@ def gram_columns(a: Tensor) -> Tensor:
     return total
 
 
+def power_of_two(total: Tensor) -> Tensor:
+    """About 1/‖A‖ from ‖A‖² (...,): AᵀA x squares σ, which leaves float32's range beyond 3e9 or below 3e-10. Exact factors."""
+    exponent = total.clamp_min(torch.finfo(torch.float32).tiny).log2().mul(-0.5).round()
+    return exponent.clamp(-120, 120).exp2()
+
+
 class Krylov:
     """Block Lanczos on AᵀA with full reorthogonalisation on the small side: v spans, w = A·v, gram = wᵀw = vᵀAᵀA v."""
 
@@ -65,6 +71,8 @@ class Krylov:
         self.w = a.new_empty(self.limit, m).mT  # columns contiguous, so that growing it moves nothing
         self.gram = torch.zeros(self.limit, self.limit, dtype=accumulate_dtype(a.device), device=a.device)
         self.size = 0
+        self.total = norm_squared(a)
+        self.scale = power_of_two(self.total).to(a.dtype)
         self.next = a.mT @ start_block(m, self.width, seed).to(a)
 
     def grow(self) -> bool:
@@ -82,7 +90,7 @@ class Krylov:
             border = (self.w[:, old].mT @ y).to(self.gram.dtype)
             self.gram[old, new], self.gram[new, old] = border, border.mT
         self.size = new.stop
-        self.next = self.a.mT @ y
+        self.next = self.a.mT @ (y * self.scale)
         return self.size < self.limit
 
     def _orthonormal(self, x: Tensor) -> Tensor:
@@ -110,7 +118,7 @@ class Krylov:
 def explored(a: Tensor, rank: int, tol: float, seed: int) -> Krylov:
     """Grow the space until the predicted further gain is below `tol` of the error (reference §2.2)."""
     space = Krylov(a, rank, seed)
-    total = float(norm_squared(a))
+    total = float(space.total)
     pace, errors, looked = max(space.width, rank // 4), [], 0
     while space.grow():
         if space.size < 1.5 * rank or space.size - looked < pace:
@@ -145,6 +153,7 @@ def fixed_basis(a: Tensor, rank: int, seed: int) -> Tensor:
     width, limit = block_width(n, rank), min(n, 4 * rank + 32)
     v, w = a.new_zeros(*a.shape[:-2], n, limit), a.new_zeros(*a.shape[:-2], m, limit)
     following = a.mT @ start_block(m, width, seed).to(a)
+    scale = power_of_two(norm_squared(a)).to(a.dtype)[..., None, None]
     size = 0
     while size < limit:
         x = stacked_orthonormal(following[..., : limit - size], v[..., :size])
@@ -152,7 +161,7 @@ def fixed_basis(a: Tensor, rank: int, seed: int) -> Tensor:
         new = slice(size, size + x.shape[-1])
         v[..., new], w[..., new] = x, y
         size = new.stop
-        following = a.mT @ y
+        following = a.mT @ (y * scale)
     _, vectors = eigh(gram_columns(w))
     left = w @ vectors[..., :rank].to(a.dtype)
     return stacked_orthonormal(left, left[..., :0])

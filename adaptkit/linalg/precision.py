@@ -27,6 +27,7 @@ __all__ = [
 
 CHUNK = 1 << 20  # elements widened in one piece: no full-size copy is ever made
 RUN = 1024  # elements summed in float32 before float64 takes over
+FEW = 16 * RUN  # up to here roundings of single runs show (3e-7 measured), and float64 throughout costs nothing
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -59,20 +60,19 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def norm_squared(x: Tensor) -> Tensor:
     """‖x‖_F² over the last two dimensions, (..., m, n) → (...,), in float64 (float32 on MPS).
 
-    Runs of 1024 entries are summed in float32, the runs in float64: measured within 2e-9 of the float64 sum and fifteen
-    times faster. Entries of a float32 x below 1e-19 are lost; above 1e19 the result is infinite.
+    Runs of 1024 entries are summed in float32, the runs in float64: measured within 7e-8 of the float64 sum from 17,000
+    entries on and 6e-9 at a million, fifteen times faster. Short stretches and tails are summed in float64 throughout.
+    Entries of a float32 x below 1e-19 may be lost; above 1e19 the result may be infinite.
     """
     x = x.mT if x.mT.is_contiguous() else x  # read memory in order, without a copy
     wide = accumulate_dtype(x.device)
     total = torch.zeros(x.shape[:-2], dtype=wide, device=x.device)
     for (piece,) in _pieces(x):
-        full = piece.shape[-1] // RUN * RUN
-        for part in (
-            upcast(piece[..., :full]).reshape(*piece.shape[:-1], -1, RUN),
-            upcast(piece[..., full:]).unsqueeze(-2),
-        ):
-            if part.numel():
-                total += torch.linalg.vector_norm(part, dim=-1).to(wide).square().sum(-1)
+        full = piece.shape[-1] // RUN * RUN if piece.shape[-1] > FEW else 0
+        if full:
+            runs = upcast(piece[..., :full]).reshape(*piece.shape[:-1], -1, RUN)
+            total += torch.linalg.vector_norm(runs, dim=-1).to(wide).square().sum(-1)
+        total += piece[..., full:].to(wide).square().sum(-1)
     return total
 
 

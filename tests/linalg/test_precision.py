@@ -30,6 +30,13 @@ def test_sums_are_accurate_at_size() -> None:
     assert float(norm_squared(torch.zeros(0, 5))) == 0.0
 
 
+def test_small_sums_are_as_accurate() -> None:
+    """A single float32 run errs by up to 3e-7; nothing averages that out."""
+    draw = torch.Generator().manual_seed(0)
+    x = 1e3 * torch.randn(200, 5, 11, generator=draw)
+    torch.testing.assert_close(norm_squared(x), x.double().square().sum((-1, -2)), rtol=1e-12, atol=0)
+
+
 def test_difference_is_widened_first(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(3, 17, 9).bfloat16(), torch.randn(3, 17, 9).half()
     monkeypatch.setattr(precision, "CHUNK", 20)
@@ -69,6 +76,8 @@ def test_cast_lets_through_what_was_not_finite_and_what_rounds_down() -> None:
     assert torch.isinf(found[0])
     assert torch.isnan(found[1])
     assert float(found[2]) == 65504.0
+    with pytest.raises(NonFinite, match="6.552e\\+04"):
+        cast(torch.tensor([65520.0]), torch.float16)
 
 
 def test_cast_to_and_from_float8_and_integers() -> None:
