@@ -39,7 +39,7 @@ def test_small_sums_are_as_accurate() -> None:
 
 def test_difference_is_widened_first(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(3, 17, 9).bfloat16(), torch.randn(3, 17, 9).half()
-    monkeypatch.setattr(precision, "CHUNK", 20)
+    monkeypatch.setattr(precision, "SCRATCH", 20)
     assert torch.equal(difference(x, y), x.float() - y.float())
     assert torch.equal(difference(x, y.double()), x.double() - y.double())
     assert not torch.equal(difference(x, y.bfloat16()), (x - y.bfloat16()).float())
