@@ -49,11 +49,6 @@ class Rows:
         unit = rows // self.total
         return self.start * unit, self.stop * unit
 
-    def whole(self, part_rows: int) -> int | None:
-        """How many rows the whole target has when this cut has `part_rows`; None where that is no integer."""
-        total = part_rows * self.total
-        return total // (self.stop - self.start) if total % (self.stop - self.start) == 0 else None
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class Slot:

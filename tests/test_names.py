@@ -22,7 +22,6 @@ def test_rows_cut_exactly_or_not_at_all(one: int, two: int, three: int, unit: in
     total = one + two + three
     cut = Rows(one, one + two, total)
     assert cut.bounds(total * unit) == (one * unit, (one + two) * unit)
-    assert cut.whole(two * unit) == total * unit
     if total > 1:
         assert cut.bounds(total * unit + 1) is None
 

@@ -25,7 +25,6 @@ __all__ = [
     "nearest_kron",
     "nearest_kron_lowrank",
     "rearrange",
-    "unarrange",
 ]
 
 GRAM_SIDE = 256  # up to this many blocks (or entries a block) the Gram matrix is the cheapest way
@@ -85,12 +84,6 @@ def rearrange(x: Tensor, a: int, b: int) -> Tensor:
     c, d = x.shape[-2] // a, x.shape[-1] // b
     blocks = x.reshape(*x.shape[:-2], a, c, b, d).transpose(-3, -2)
     return blocks.reshape(*x.shape[:-2], a * b, c * d)
-
-
-def unarrange(r: Tensor, a: int, b: int, c: int, d: int) -> Tensor:
-    """The inverse of `rearrange`: r (..., a·b, c·d) → (..., a·c, b·d)."""
-    blocks = r.reshape(*r.shape[:-2], a, b, c, d).transpose(-3, -2)
-    return blocks.reshape(*r.shape[:-2], a * c, b * d)
 
 
 def nearest_kron(x: Tensor, a: int, b: int) -> Kron:

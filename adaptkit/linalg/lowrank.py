@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, gram_columns
 from adaptkit.linalg.precision import accumulate_dtype, compute_dtype, norm_squared, supports_float64, upcast
 
-__all__ = ["LowRank", "Method", "SvdSpec", "energies", "factored_svd", "numerical_rank", "truncated_svd"]
+__all__ = ["LowRank", "Method", "SvdSpec", "energies", "factored_svd", "truncated_svd"]
 
 Method = Literal["auto", "exact", "lanczos", "gram"]
 
@@ -220,14 +220,6 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
         return eigh(gram_columns(wide))[0][:rank]
     found = explored(wide, rank, spec.tol, spec.seed).ritz()[0]
     return torch.nn.functional.pad(found, (0, rank - found.shape[0]))
-
-
-def numerical_rank(s: Tensor, rtol: float = 1e-6) -> Tensor:
-    """How many of s (..., k), descending, exceed rtol · σ₁: (...,), int64.
-
-    1e-6 is above what float32 leaves of an exact low rank (1e-7 σ₁, reference §2.2) and below any rounded checkpoint's noise.
-    """
-    return (s > rtol * s[..., :1]).sum(-1)
 
 
 def factored_svd(left: Tensor, right: Tensor) -> LowRank:

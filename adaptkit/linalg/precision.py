@@ -18,8 +18,6 @@ __all__ = [
     "cast",
     "compute_dtype",
     "difference",
-    "dot",
-    "fold_scale",
     "norm_squared",
     "supports_float64",
     "upcast",
@@ -51,11 +49,11 @@ def accumulate_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float64 if supports_float64(device) else torch.float32
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching stretches, (..., up to CHUNK), of (..., m, n) tensors read row by row."""
-    flat = [t.flatten(-2) for t in tensors]
-    for start in range(0, flat[0].shape[-1], CHUNK):
-        yield tuple(t[..., start : start + CHUNK] for t in flat)
+def _pieces(x: Tensor) -> Iterator[Tensor]:
+    """Stretches, (..., up to CHUNK), of x (..., m, n) read row by row."""
+    flat = x.flatten(-2)
+    for start in range(0, flat.shape[-1], CHUNK):
+        yield flat[..., start : start + CHUNK]
 
 
 def norm_squared(x: Tensor) -> Tensor:
@@ -68,21 +66,12 @@ def norm_squared(x: Tensor) -> Tensor:
     x = x.mT if x.mT.is_contiguous() else x  # read memory in order, without a copy
     wide = accumulate_dtype(x.device)
     total = torch.zeros(x.shape[:-2], dtype=wide, device=x.device)
-    for (piece,) in _pieces(x):
+    for piece in _pieces(x):
         full = piece.shape[-1] // RUN * RUN if piece.shape[-1] > FEW else 0
         if full:
             runs = upcast(piece[..., :full]).reshape(*piece.shape[:-1], -1, RUN)
             total += torch.linalg.vector_norm(runs, dim=-1).to(wide).square().sum(-1)
         total += piece[..., full:].to(wide).square().sum(-1)
-    return total
-
-
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩ over the last two dimensions, (..., m, n) → (...,), in float64 (float32 on MPS)."""
-    wide = accumulate_dtype(x.device)
-    total = torch.zeros(x.shape[:-2], dtype=wide, device=x.device)
-    for one, two in _pieces(x, y):
-        total += (one.to(wide) * two.to(wide)).sum(-1)
     return total
 
 
@@ -137,8 +126,3 @@ def _overflow(dtype: torch.dtype) -> float:
     """
     info = torch.finfo(dtype)
     return info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2)
-
-
-def fold_scale(tensor: Tensor, scale: float) -> Tensor:
-    """tensor · scale, same shape, in the compute dtype (never in half precision); exact where scale is a power of two."""
-    return upcast(tensor) * scale

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adaptkit.linalg import krylov, lowrank
-from adaptkit.linalg.lowrank import SvdSpec, energies, factored_svd, numerical_rank, truncated_svd
+from adaptkit.linalg.lowrank import SvdSpec, energies, factored_svd, truncated_svd
 
 Array = np.ndarray
 
@@ -215,15 +215,6 @@ def test_scale_does_not_matter(method: str, scale: float) -> None:
     two = truncated_svd(a * scale, SvdSpec(4, method=method))
     torch.testing.assert_close(two.s / scale, one.s, rtol=1e-5, atol=0)
     assert float(two.residual) == pytest.approx(float(one.residual) * scale**2, rel=1e-6)
-
-
-def test_numerical_rank() -> None:
-    s = torch.tensor([[3.0, 1.0, 1e-5, 1e-7], [0.0, 0.0, 0.0, 0.0]])
-    assert numerical_rank(s).tolist() == [3, 0]
-    assert numerical_rank(s, rtol=1e-2).tolist() == [2, 0]
-    assert int(numerical_rank(torch.zeros(0))) == 0
-    a = torch.randn(200, 6) @ torch.randn(6, 300)
-    assert int(numerical_rank(truncated_svd(a, SvdSpec(16, method="lanczos")).s)) == 6
 
 
 def test_factored_svd_fixes_signs(monkeypatch: pytest.MonkeyPatch) -> None:
