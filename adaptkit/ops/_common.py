@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.errors import NoSuchName, Unclaimed, UnreadableFile, WouldOverwrite
+from adaptkit.errors import CannotWrite, NoSuchName, Unclaimed, WouldOverwrite
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +117,7 @@ def split_strength(argument: str) -> tuple[Path, float]:
 
 def default_output(beside: Path, suffix: str) -> Path:
     """`style.ckpt` → `style-<suffix>.safetensors`, in the same folder."""
+    beside = beside if beside.name else beside.resolve()  # the folder `.` has a name only when resolved
     stem = beside.name if beside.is_dir() else beside.name.removesuffix(".index.json").rpartition(".")[0] or beside.name
     return beside.parent / f"{stem.removesuffix('.safetensors')}-{suffix}.safetensors"
 
@@ -130,7 +131,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise WouldOverwrite("the output is a folder", hint="name a file, for example out.safetensors", file=path)
     if not path.parent.is_dir():
-        raise UnreadableFile(f"no such folder: {path.parent}", hint="create it first", file=path)
+        raise CannotWrite(f"no such folder: {path.parent}", hint="create it first", file=path)
 
 
 def refuse_unused(unused: Sequence[Unused], allowed: bool, file: object) -> None:
