@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Talk", "human", "inspected", "listed"]
 
 _NARROW = 76  # characters in one cell of a table; longer ones get lines of their own
+_FEW = 2  # keys named per reason
 _MANY = 12  # of a thing are listed, then "and n more"
 LABEL = "bold cyan"
 _UNWRAPPED = 10_000  # columns: what goes into a pipe is not broken into lines
@@ -341,10 +342,14 @@ def _shown(name: str, value: object) -> str:
 
 
 def _unused(out: Console, unused: Sequence[Mapping[str, str]]) -> None:
-    if not unused:
-        return
-    out.print(f"  {len(unused)} keys not used:", style="yellow")
-    for item in unused[:_MANY]:
-        out.print(f"    {item['key']}: {item['reason']}")
-    if len(unused) > _MANY:
-        out.print(f"    and {len(unused) - _MANY} more (see --json)")
+    """Keys not used, by reason: how many, and which come first."""
+    groups: dict[str, list[str]] = {}
+    for item in unused:
+        groups.setdefault(item["reason"], []).append(item["key"])
+    for reason, keys in list(groups.items())[:_MANY]:
+        count = "1 key" if len(keys) == 1 else f"{len(keys)} keys"
+        out.print(f"  {count} not used: {reason}", style="yellow")
+        more = f", and {len(keys) - _FEW} more (see --json)" if len(keys) > _FEW else ""
+        out.print("    " + ", ".join(keys[:_FEW]) + more)
+    if len(groups) > _MANY:
+        out.print(f"  and {len(groups) - _MANY} more reasons (see --json)", style="yellow")

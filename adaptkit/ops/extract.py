@@ -381,8 +381,8 @@ def _notes(options: Options, same_size: tuple[float, float] | None, left: Sequen
             f"LyCORIS guesses the factor from the shapes and fails on some layers from {GUESSED} on; ComfyUI loads them."
         )
     if left:
-        parts = ", ".join(dict.fromkeys(item.key for item in left[:3]))
-        yield f"{len(left)} changed tensors are not in the adapter ({parts}{', …' if len(left) > 3 else ''}); see `unused`."
+        count = "1 changed tensor is" if len(left) == 1 else f"{len(left)} changed tensors are"
+        yield f"{count} not in the adapter, and counted in the error; `unused` says which and why."
 
 
 def _write(plan: Plan, spool: Any, keys: Sequence[str], draft: Report) -> int:
