@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,25 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.adapter import Adapter
 from adaptkit.ops import extract, merge
-from tests import oracle
+from tests.ops.models import Delta, lokr_delta, lora_delta, noise_delta
 
 State = dict[str, torch.Tensor]
-Delta = Callable[[tuple[int, ...], np.random.Generator], np.ndarray]
 
 UNET, CLIP = "model.diffusion_model.", "cond_stage_model.transformer."
 
 
-def lora(rank: int) -> Delta:
-    def make(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-        k = min(rank, shape[0], int(np.prod(shape[1:])))
-        up, down = random.standard_normal((shape[0], k)), random.standard_normal((k, *shape[1:]))
-        return 0.1 / np.sqrt(k * np.prod(shape[1:])) * oracle.lora(up, down, 1.0)
+SIZE = 0.1  # of the differences, beside weights of unit gain
 
-    return make
+
+def lora(rank: int) -> Delta:
+    return lora_delta(rank, SIZE)
 
 
 def lokr(factor: int, rank: int | None = None) -> Delta:
-    def make(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-        o, i, *kernel = shape
-        (a, c), (b, d) = oracle.factorization(o, factor), oracle.factorization(i, factor)
-        w2 = random.standard_normal((c, d, *kernel))
-        if rank is not None:
-            w2 = (random.standard_normal((c, rank)) @ random.standard_normal((rank, w2[0].size))).reshape(w2.shape)
-        return 0.1 / np.sqrt(np.prod(shape[1:])) * oracle.lokr(random.standard_normal((a, b)), w2)
-
-    return make
+    return lokr_delta(factor, rank, SIZE)
 
 
-def noise(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-    return 0.1 / np.sqrt(max(1, np.prod(shape[1:]))) * random.standard_normal(shape)
+noise = noise_delta(SIZE)
 
 
 class Sd1:

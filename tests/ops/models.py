@@ -14,6 +14,7 @@ from tests import oracle
 from tests.synth import FIXTURES, load_listing, shrink
 
 State = dict[str, torch.Tensor]
+Delta = Callable[[tuple[int, ...], np.random.Generator], np.ndarray]  # (shape, generator) -> ΔW
 
 
 def tiny_base(dtype: torch.dtype = torch.float32) -> State:
@@ -38,9 +39,7 @@ def matrices(state: Mapping[str, torch.Tensor], *parts: str) -> list[str]:
     ]
 
 
-def changed(
-    state: State, keys: Iterable[str], delta: Callable[[tuple[int, ...], np.random.Generator], np.ndarray]
-) -> tuple[State, State]:
+def changed(state: State, keys: Iterable[str], delta: Delta) -> tuple[State, State]:
     """(tuned, ΔW): `delta(shape)` added in float64 to each of `keys`, then rounded to the state's dtype."""
     random = np.random.default_rng(3)
     deltas = {key: torch.from_numpy(delta(tuple(state[key].shape), random)) for key in keys}
@@ -50,7 +49,7 @@ def changed(
     return tuned, deltas
 
 
-def lora_delta(rank: int, size: float = 0.05) -> Callable[[tuple[int, ...], np.random.Generator], np.ndarray]:
+def lora_delta(rank: int, size: float = 0.05) -> Delta:
     def make(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
         k = min(rank, shape[0], int(np.prod(shape[1:])))
         up, down = random.standard_normal((shape[0], k)), random.standard_normal((k, *shape[1:]))
@@ -59,9 +58,7 @@ def lora_delta(rank: int, size: float = 0.05) -> Callable[[tuple[int, ...], np.r
     return make
 
 
-def lokr_delta(
-    factor: int, rank: int | None = None, size: float = 0.05
-) -> Callable[[tuple[int, ...], np.random.Generator], np.ndarray]:
+def lokr_delta(factor: int, rank: int | None = None, size: float = 0.05) -> Delta:
     def make(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
         o, i, *kernel = shape
         (a, c), (b, d) = oracle.factorization(o, factor), oracle.factorization(i, factor)
@@ -73,7 +70,7 @@ def lokr_delta(
     return make
 
 
-def noise_delta(size: float = 0.05) -> Callable[[tuple[int, ...], np.random.Generator], np.ndarray]:
+def noise_delta(size: float = 0.05) -> Delta:
     return lambda shape, random: size / np.sqrt(max(1, np.prod(shape[1:]))) * random.standard_normal(shape)
 
 
