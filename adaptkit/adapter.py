@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms._weights import ALPHA, Stated
-from adaptkit.detect import Detection, detect_adapter, families, formats
+from adaptkit.detect import Detection, detect_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
-from adaptkit.keymap import KeyMap, RoleName, algorithms, compile_keys, label
+from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label
+from adaptkit.unknown import fallback
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.algorithms._weights import Facts, Weights
     from adaptkit.families._family import ModelFamily
+    from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
     from adaptkit.formats._format import KeyFormat
     from adaptkit.names import Slot
@@ -31,6 +33,7 @@ __all__ = ["Adapter", "Entry", "Problem", "open_adapter_source"]
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+CARRIED = ("bundle_emb.", "_aux.")  # OneTrainer's embeddings, and tensors other tools leave beside an adapter
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
 
 
@@ -53,15 +56,25 @@ class Entry:
     facts: Facts
     alpha: float | None = None
     alpha_source: str = "none"  # tensor | metadata | none
+    naming: str = "diffusers"
+    swapped: bool = False  # stored with the halves of its rows exchanged
 
     def tensors(self) -> Iterator[tuple[str, str]]:
         """(role, key) of the tensors that hold weights: all but alpha."""
         return ((role, key) for role, key in self.keys.items() if role != ALPHA)
 
+    def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
+        """Stored tensors (perhaps stacked) to weights, in the order of rows that the target has."""
+        weights = self.kind.decode(tensors, self.facts)
+        return weights.swapped() if self.swapped else weights
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter file, understood. `unclaimed` lists the keys that nobody claims, each with the reason."""
+    """An adapter file, understood. `unclaimed` lists the keys that nobody claims, each with the reason.
+
+    `carried` are tensors beside the adapter that other tools put there (embeddings): no weights, but not to be lost.
+    """
 
     source: TensorSource
     family: ModelFamily
@@ -71,6 +84,7 @@ class Adapter:
     problems: tuple[Problem, ...]
     detection: Detection
     metadata: Mapping[str, str] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: str | Path, *, family: str | None = None, format: str | None = None) -> Adapter:
@@ -92,24 +106,35 @@ class Adapter:
         format: str | None = None,
     ) -> Adapter:
         """The adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
-        found = detect_adapter(source.infos, source.metadata, family=family, format=format)
-        if found.family is None or found.format is None:
-            raise UnknownAdapter(
-                "no family and key format adaptkit knows claims these keys",
-                hint=f"it begins with {next(iter(source.infos), 'nothing')!r}; see `adaptkit families` and `adaptkit formats`",
-            )
-        reader = _Reader(source, compile_keys(found.family, found.format), _Configs.of(source.metadata, config))
-        entries = reader.entries()
+        infos = {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+        found = detect_adapter(infos, source.metadata, family=family, format=format)
+        if found.family is not None and found.format is not None:
+            keys = compile_keys(found.family, found.format)
+        else:
+            keys, found = _unknown(infos, found, family, format)
+        reader = _Reader(source, keys, _Configs.of(source.metadata, config))
+        entries = reader.entries(infos)
         return cls(
             source,
-            families()[found.family],
-            formats()[found.format],
+            keys.family,
+            keys.format,
             entries,
             reader.unclaimed,
             tuple(reader.problems),
             found,
             source.metadata,
+            tuple(name for name in source.infos if name not in infos),
         )
+
+    @property
+    def known(self) -> bool:
+        """Whether the family is one that adaptkit has a table for."""
+        return self.detection.family is not None
+
+    @cached_property
+    def keys(self) -> KeyMap:
+        """The key map of this file's own family and format."""
+        return KeyMap(self.family, self.format)
 
     @cached_property
     def alpha_source(self) -> str:
@@ -118,8 +143,9 @@ class Adapter:
         return sources.pop() if len(sources) == 1 else ("mixed" if sources else "none")
 
     def label(self, slot: Slot) -> str:
-        """What people call a slot."""
-        return label(self.family.name, slot)
+        """What people call a slot: in the file's own naming."""
+        entry = self.entries.get(slot)
+        return label(self.family, slot, entry.naming if entry else "diffusers")
 
     def algorithms(self) -> dict[str, int]:
         """How many slots each algorithm has."""
@@ -131,7 +157,7 @@ class Adapter:
 
     def weights(self, entry: Entry) -> Weights:
         """The weights of an entry, decoded, in their stored dtype."""
-        return entry.kind.decode(self.read(entry), entry.facts)
+        return entry.decode(self.read(entry))
 
     def close(self) -> None:
         """Close the file."""
@@ -142,6 +168,20 @@ class Adapter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _unknown(
+    infos: Mapping[str, TensorInfo], found: Detection, family: str | None, format: str | None
+) -> tuple[KeyMap, Detection]:
+    """The key map of a family made of the file's own module names; UnknownAdapter where no format fits either."""
+    made = None if family else fallback(infos, format)
+    if made is None:
+        raise UnknownAdapter(
+            "no family and key format adaptkit knows claims these keys",
+            hint=f"it begins with {next(iter(infos), 'nothing')!r}; see `adaptkit families` and `adaptkit formats`",
+        )
+    stranger, key_format, claimed = made
+    return KeyMap(stranger, key_format), Detection(None, key_format.name, claimed, found.total)
 
 
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:
@@ -204,49 +244,49 @@ class _Reader:
         self.unclaimed: dict[str, str] = {}
         self.problems: list[Problem] = []
 
-    def entries(self) -> dict[Slot, Entry]:
-        groups: dict[Slot, dict[str, tuple[RoleName, ...]]] = {}
-        for key in self.source.infos:
+    def entries(self, names: Iterable[str]) -> dict[Slot, Entry]:
+        groups: dict[Slot, dict[str, Parsed]] = {}
+        for key in names:
             parsed = self.keys.parse(key)
             if parsed is None:
                 self.unclaimed[key] = "no such module or tensor in this family and format"
             else:
-                groups.setdefault(parsed.slot, {})[key] = parsed.roles
+                groups.setdefault(parsed.slot, {})[key] = parsed
         found = ((slot, self._entry(slot, group)) for slot, group in groups.items())
         return {slot: entry for slot, entry in found if entry is not None}
 
-    def _entry(self, slot: Slot, group: Mapping[str, tuple[RoleName, ...]]) -> Entry | None:
-        chosen = _whole(group)
-        if chosen is None:
-            self._refuse(slot, group, "incomplete or mixed: " + ", ".join(sorted({r[0][1] for r in group.values()})))
-            return None
-        kind, keys = chosen
-        alpha, origin = self._alpha(slot, keys)
-        try:
-            shapes = {role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}
-            facts = kind.facts(shapes, alpha)
-        except AdaptkitError as error:
-            self._refuse(slot, group, error.message)
-            return None
-        return Entry(slot, kind, keys, facts, alpha.value if alpha else None, origin)
+    def _entry(self, slot: Slot, group: Mapping[str, Parsed]) -> Entry | None:
+        first = next(iter(group.values()))
+        failures: list[str] = []
+        for kind, keys in _whole({key: parsed.roles for key, parsed in group.items()}):
+            alpha, origin = self._alpha(slot, keys, first.module)
+            try:
+                shapes = {role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}
+                facts = kind.facts(shapes, alpha)
+            except AdaptkitError as error:
+                failures.append(error.message)
+            else:
+                value = alpha.value if alpha else None
+                return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
+        found = ", ".join(sorted({parsed.roles[0][1] for parsed in group.values()}))
+        self._refuse(slot, group, failures[0] if failures else f"incomplete or mixed: {found}")
+        return None
 
-    def _alpha(self, slot: Slot, keys: Mapping[str, str]) -> tuple[Stated | None, str]:
+    def _alpha(self, slot: Slot, keys: Mapping[str, str], module: str) -> tuple[Stated | None, str]:
         if ALPHA in keys:
             return Stated(self.source.scalar(keys[ALPHA])), "tensor"
-        module = label(self.keys.family.name, slot).removeprefix(f"{slot.component}.")
         alpha = self.configs.alpha(slot.component, module)
         return alpha, "none" if alpha is None else "metadata"
 
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
-        self.problems.append(Problem("error", label(self.keys.family.name, slot), what))
+        self.problems.append(Problem("error", label(self.keys.family, slot), what))
         self.unclaimed |= dict.fromkeys(group, what)
 
 
-def _whole(group: Mapping[str, tuple[RoleName, ...]]) -> tuple[type[Weights], dict[str, str]] | None:
-    """The algorithm that all tensors of a slot belong to, and its keys by role; None where there is none."""
+def _whole(group: Mapping[str, tuple[RoleName, ...]]) -> Iterator[tuple[type[Weights], dict[str, str]]]:
+    """The algorithms that all tensors of a slot can belong to, each with its keys by role."""
     for name in dict.fromkeys(algorithm for roles in group.values() for algorithm, _ in roles):
         kind = algorithms()[name]
         keys = {role: key for key, roles in group.items() for algorithm, role in roles if algorithm == name}
         if len(keys) == len(group) and frozenset(keys) - {ALPHA} in kind.forms:
-            return kind, keys
-    return None
+            yield kind, keys

@@ -22,16 +22,27 @@ if TYPE_CHECKING:
     from adaptkit.files.source import TensorSource
     from adaptkit.names import Target
 
-__all__ = ["Checkpoint", "Piece"]
+__all__ = ["Checkpoint", "Piece", "exchanged"]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of one tensor: all of it where `rows` is None. `transposed`: the file stores the target's transpose."""
+    """Rows of one tensor: all of it where `rows` is None.
+
+    `transposed`: the file stores the target's transpose; `swapped`: it has the two halves of the rows exchanged.
+    """
 
     name: str
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    swapped: bool = False
+
+
+def exchanged(tensor: Tensor, dim: int = 0) -> Tensor:
+    """A copy with the two halves of a dimension exchanged; its own inverse."""
+    import torch
+
+    return torch.cat(tensor.tensor_split(2, dim)[::-1], dim)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Checkpoint:
 
     def label(self, slot: Slot) -> str:
         """What people call a slot."""
-        return label(self.family.name, slot)
+        return label(self.family, slot)  # the same for every layout, so that `--only` is too
 
     def locate(self, slot: Slot, held: Mapping[Slot, str]) -> tuple[Piece, ...] | None:
         """Where a slot lies, given the tensors that hold its target; None where they do not cover it."""
@@ -97,7 +108,8 @@ class Checkpoint:
         return tuple(self._piece(name) for _, name in parts)
 
     def _piece(self, name: str, rows: tuple[int, int] | None = None) -> Piece:
-        return Piece(name, rows, self.places[name].transposed)
+        place = self.places[name]
+        return Piece(name, rows, place.transposed, place.swapped)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor as its target has it (the reverse where the file stores the transpose)."""
@@ -121,6 +133,9 @@ class Checkpoint:
         if piece.transposed:
             whole = self.source.read(piece.name).T
             return whole if piece.rows is None else whole[slice(*piece.rows)]
+        if piece.swapped:
+            whole = exchanged(self.source.read(piece.name))
+            return whole.reshape(len(whole), -1)
         part = self.source.read(piece.name, None if piece.rows is None else slice(*piece.rows))
         return part.reshape(part.shape[0] if part.ndim else 1, -1)
 

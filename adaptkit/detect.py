@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
+from adaptkit.algorithms._weights import ALPHA
 from adaptkit.errors import NoSuchName, ShapeMismatch
 from adaptkit.keymap import algorithms, compile_checkpoint, compile_keys, prefixes, split_suffix
+from adaptkit.names import WEIGHT
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
     from adaptkit.families._family import Mark, ModelFamily
     from adaptkit.files.header import TensorInfo
@@ -23,9 +26,12 @@ __all__ = ["Detection", "chosen", "detect_adapter", "detect_checkpoint", "famili
 
 # spellings of adapters in general, so that one adaptkit cannot read yet is not called a checkpoint
 _FOREIGN = re.compile(
-    r"lora|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude|\.alpha$|\.[ab][12]\.weight$"
+    r"lora|_lora\d?\.|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude|\.alpha$|\.[ab][12]\.weight$"
 )
 
+_PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})  # checkpoints have such names too
+
+SAMPLE = 48  # names that every family is tried on first
 ENOUGH = 0.5  # of the keys: fewer claimed, and it is some other family that shares a few names
 
 
@@ -61,7 +67,16 @@ def formats() -> Mapping[str, KeyFormat]:
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether most of these keys are spelled as an adapter's, of a kind adaptkit reads or of another."""
     names = list(names)
-    return 2 * sum(split_suffix(name) is not None or _FOREIGN.search(name) is not None for name in names) > len(names)
+    gates = {name.removesuffix("on_input") for name in names if name.endswith(".on_input")}
+    return 2 * sum(_is_adapters(name, gates) for name in names) > len(names)
+
+
+def _is_adapters(name: str, gates: Set[str]) -> bool:
+    """Whether a key is spelled as an adapter's; IA³ calls its vector `weight`, which tells only beside an `on_input`."""
+    found = split_suffix(name)
+    if found is not None and found[1] in _PLAIN:
+        return f"{found[0]}." in gates
+    return found is not None or _FOREIGN.search(name) is not None
 
 
 def chosen(kind: str, known: Mapping[str, object], name: str | None) -> tuple[str, ...]:
@@ -88,16 +103,33 @@ def detect_adapter(
     stems = Counter(stem for stem, _, _ in splits)
     scores: list[_Score] = []
     for format_name in chosen("format", formats(), format):
-        for family_name in chosen("family", families(), family):
-            scores.append(_Score(_claimed(stems, family_name, format_name), family_name, format_name))
+        near = {stem: n for stem, n in stems.items() if stem.startswith(_starts(format_name))}
+        for family_name in _likely(near, format_name, chosen("family", families(), family)):
+            scores.append(_Score(_claimed(near, family_name, format_name), family_name, format_name))
     return _decide(scores, len(infos), metadata, _adapter_shapes(infos), bool(family))
 
 
+@cache
+def _starts(format: str) -> tuple[str, ...]:
+    """Every prefix of a format, over all families."""
+    parts = (part for family in families().values() for part in family.components)
+    return tuple(dict.fromkeys(p for part in parts for p in prefixes(part, formats()[format])))
+
+
+def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> list[str]:
+    """The families worth counting: those that claim a share of a sample of the stems."""
+    if not stems or len(names) == 1:
+        return list(names) if stems else []
+    sample = list(stems)[:: max(1, len(stems) // SAMPLE)]
+    found = {name: sum(compile_keys(name, format).slot(stem) is not None for stem in sample) for name in names}
+    most = max(found.values())
+    return [name for name, n in found.items() if n and n >= ENOUGH / 2 * most]
+
+
 def _claimed(stems: Mapping[str, int], family: str, format: str) -> int:
-    """How many keys a pair claims; the tables are compiled only where a prefix occurs at all."""
-    starts = tuple(p for part in families()[family].components for p in prefixes(part, formats()[format]))
-    near = [(stem, n) for stem, n in stems.items() if stem.startswith(starts)]
-    return sum(n for stem, n in near if compile_keys(family, format).slot(stem) is not None)
+    """How many keys a pair claims."""
+    keys = compile_keys(family, format)
+    return sum(n for stem, n in stems.items() if keys.slot(stem) is not None)
 
 
 def detect_checkpoint(
@@ -120,17 +152,24 @@ def _decide(
     forced: bool,
 ) -> Detection:
     ranked = sorted(scores, key=lambda score: -score.claimed)
-    best = ranked[0]
+    best = ranked[0] if ranked else _Score(0, "", None)
     if best.claimed == 0 or (best.claimed < ENOUGH * total and not forced):
         return Detection(None, None, best.claimed, total)
     tied = [score for score in ranked if score.claimed == best.claimed]
     marks = {score: (_named_in(metadata, score.family), evidence(score) if len(tied) > 1 else 0) for score in tied}
     tied.sort(key=lambda score: marks[score], reverse=True)  # stable: else the order of the tables
+    leaders = [score for score in tied if marks[score] == marks[tied[0]]]
+    tied = sorted(leaders, key=lambda score: _yields(score, leaders)) + tied[len(leaders) :]
     winner = tied[0]
     alike = tuple(score.family for score in tied[1:] if marks[score] == marks[winner] and score.family != winner.family)
     other = next((s for s in ranked if s != winner and s.claimed), None)
     runner_up = (other.family, other.format, other.claimed) if other else None
     return Detection(winner.family, winner.format, winner.claimed, total, runner_up, alike)
+
+
+def _yields(score: _Score, tied: Sequence[_Score]) -> bool:
+    """Whether another of the tied families is the likelier one."""
+    return bool({other.family for other in tied} & set(families()[score.family].yields_to))
 
 
 def _named_in(metadata: Mapping[str, str], family: str) -> bool:
@@ -140,59 +179,87 @@ def _named_in(metadata: Mapping[str, str], family: str) -> bool:
     return any(value.lower().removesuffix("/lora").startswith(marks) for value in values if value)
 
 
-def _score_mark(mark: Mark, columns: int, kernel: tuple[int, ...] | None) -> int:
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What is known of one module's weight; None where the stored shapes do not tell."""
+
+    rows: int | None
+    columns: int
+    kernel: tuple[int, ...] | None
+
+
+def _score_mark(mark: Mark, size: _Size) -> int:
     """+1 where a shape is as the mark says, -1 where it is not, 0 where it does not tell."""
     if mark.columns is not None:
-        return 1 if columns == mark.columns else -1
-    return 0 if kernel is None else (1 if kernel == mark.kernel else -1)
+        return 1 if _among(size.columns, mark.columns) else -1
+    if mark.rows is not None:
+        return 0 if size.rows is None else (1 if _among(size.rows, mark.rows) else -1)
+    return 0 if size.kernel is None else (1 if size.kernel == mark.kernel else -1)
 
 
-def _sum_marks(family: ModelFamily, shapes: Iterable[tuple[Slot, int, tuple[int, ...] | None]]) -> int:
+def _among(value: int, known: int | tuple[int, ...]) -> bool:
+    return value == known if isinstance(known, int) else value in known
+
+
+def _sum_marks(family: ModelFamily, sizes: Iterable[tuple[Slot, _Size]]) -> int:
     """Marks that hold minus marks that do not, each mark counted once by the first module that shows it."""
     seen: dict[Mark, int] = {}
-    for slot, columns, kernel in shapes:
+    for slot, size in sizes:
         for mark in family.marks:
             if mark.component == slot.component and slot.target.module.endswith(mark.suffix):
-                seen.setdefault(mark, _score_mark(mark, columns, kernel))
+                seen.setdefault(mark, _score_mark(mark, _whole(slot, size)))
     return sum(seen.values())
+
+
+def _whole(slot: Slot, part: _Size) -> _Size:
+    """The size of the target that a slot is a part of."""
+    if slot.rows is None or part.rows is None:
+        return part
+    return replace(part, rows=part.rows * slot.rows.total // (slot.rows.stop - slot.rows.start))
 
 
 def _adapter_shapes(infos: Mapping[str, TensorInfo]) -> Callable[[_Score], int]:
     """A function from a score to its marks, over the facts of every stem (worked out only when there is a tie)."""
+    sizes: dict[str, _Size] = {}
 
     def evidence(score: _Score) -> int:
+        if not sizes:
+            sizes.update(_stem_sizes(infos))
         keys = compile_keys(score.family, score.format or "")
-        found = ((slot, *facts) for stem, facts in _stem_facts(infos).items() if (slot := keys.slot(stem)) is not None)
+        found = ((slot, size) for stem, size in sizes.items() if (slot := keys.slot(stem)) is not None)
         return _sum_marks(families()[score.family], found)
 
     return evidence
 
 
-def _stem_facts(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[int, tuple[int, ...] | None]]:
+def _stem_sizes(infos: Mapping[str, TensorInfo]) -> dict[str, _Size]:
     groups: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
     for name, info in infos.items():
         if (found := split_suffix(name)) is not None:
             for algorithm, role in found[2]:
                 groups.setdefault(found[0], {}).setdefault(algorithm, {})[role] = info.shape
-    facts: dict[str, tuple[int, tuple[int, ...] | None]] = {}
+    sizes: dict[str, _Size] = {}
     for stem, by_algorithm in groups.items():
         for algorithm, shapes in by_algorithm.items():
             kind = algorithms()[algorithm]
-            given = {role: shape for role, shape in shapes.items() if role != "alpha"}
+            given = {role: shape for role, shape in shapes.items() if role != ALPHA}
             if frozenset(given) not in kind.forms:
                 continue
             try:
                 said = kind.facts(given)
             except ShapeMismatch:
                 continue
-            facts[stem] = (said.columns, said.kernel)
-    return facts
+            if said.columns and not said.vector:
+                sizes[stem] = _Size(said.rows or None, said.columns, said.kernel)
+    return sizes
 
 
 def _checkpoint_marks(infos: Mapping[str, TensorInfo], score: _Score) -> int:
     keys = compile_checkpoint(score.family)
     shapes = ((place.slot, info.shape) for name, info in infos.items() if (place := keys.parse(name)) is not None)
     matrices = (
-        (slot, shape[1] if len(shape) > 1 else 0, shape[2:]) for slot, shape in shapes if slot.param == "weight"
+        (slot, _Size(shape[0], shape[1], shape[2:]))
+        for slot, shape in shapes
+        if slot.param == WEIGHT and len(shape) > 1
     )
     return _sum_marks(families()[score.family], matrices)

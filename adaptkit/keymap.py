@@ -7,8 +7,10 @@ so that `to_out_0` or `context_block` cannot be misread.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from adaptkit.errors import NotRepresentable
@@ -40,13 +42,20 @@ __all__ = [
 P = TypeVar("P")
 _FIELD = re.compile(r"\{(\w+)(?::(\d+))?\}")
 _DOTS = re.compile(r"\.")
+_PEFT = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_")  # what PEFT writes an adapter's name behind
 
 RoleName = tuple[str, str]  # (algorithm, role)
 
 
+@cache
 def algorithms() -> Mapping[str, type[Weights]]:
-    """Every algorithm by name."""
-    return discover("adaptkit.algorithms", "ALGORITHM")
+    """Every algorithm by name; one that wraps others appears once around each of them (`lora+dora`)."""
+    kinds: Mapping[str, type[Weights]] = discover("adaptkit.algorithms", "ALGORITHM")
+    found = {name: kind for name, kind in kinds.items() if not kind.wraps}
+    for kind in kinds.values():
+        composed = [kind.over(kinds[inner]) for inner in kind.wraps]
+        found |= {one.name: one for one in composed}
+    return MappingProxyType(found)
 
 
 class Templates(Generic[P]):
@@ -117,11 +126,13 @@ def _fill(template: str, indices: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What one template means: a target of a component, or a cut of its rows."""
+    """What one template means: a target of a component, or a cut of its rows, perhaps with its halves exchanged."""
 
     component: str
     target: str
     rows: Rows | None
+    swapped: bool
+    naming: str = field(compare=False)  # where two namings spell a module alike, they mean the same
 
     def slot(self, indices: Mapping[str, int], param: str) -> Slot:
         return Slot(Target(self.component, _fill(self.target, indices), param), self.rows)
@@ -129,11 +140,18 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What an adapter key says: the slot, and what the tensor may be to which algorithm."""
+    """What an adapter key says: the slot, and what the tensor may be to which algorithm.
+
+    `module` is the module's name as the file has it, without the format's prefix; `naming` the naming it belongs to;
+    `swapped` whether that naming holds the target's rows with their halves exchanged.
+    """
 
     slot: Slot
     spelled: str
     roles: tuple[RoleName, ...]
+    module: str
+    naming: str
+    swapped: bool
 
 
 class KeyMap:
@@ -142,12 +160,15 @@ class KeyMap:
     def __init__(self, family: ModelFamily, format: KeyFormat) -> None:
         self.family = family
         self.format = format
+        own = format.style if format.private else ""
         found = [
-            (prefix, _stems(family.name, part.name, format.joiner))
+            (prefix, _stems(part, format.joiner, own))
             for part in family.components
             for prefix in prefixes(part, format)
         ]
         self._stems = sorted(found, key=lambda item: -len(item[0]))  # `lora_unet__` before `lora_unet_`
+        self._prefixes = _written_prefixes(family, format)
+        self._spelled: dict[Slot, str] = {}
 
     def parse(self, key: str) -> Parsed | None:
         """The slot and roles of a key, or None where this family and format do not know it."""
@@ -155,50 +176,79 @@ class KeyMap:
         if found is None:
             return None
         stem, spelled, roles = found
-        slot = self.slot(stem, param_of(roles[0]))
-        return None if slot is None else Parsed(slot, spelled, roles)
+        roles = tuple(role for role in roles if self.holds(role[0]))
+        match = self._match(stem) if roles else None
+        if match is None:
+            return None
+        reading, indices, module = match
+        slot = reading.slot(indices, param_of(roles[0]))
+        return Parsed(slot, spelled, roles, module, reading.naming, reading.swapped)
+
+    def holds(self, algorithm: str) -> bool:
+        """Whether this format spells this algorithm at all."""
+        return algorithm in self.format.owns if self.format.owns else algorithm not in _owned()
 
     def slot(self, stem: str, param: str = WEIGHT) -> Slot | None:
         """The slot a key's stem (the key without its suffix) names, or None."""
+        match = self._match(stem)
+        return None if match is None else match[0].slot(match[1], param)
+
+    def _match(self, stem: str) -> tuple[_Reading, dict[str, int], str] | None:
         for prefix, stems in self._stems:
             if stem.startswith(prefix) and (match := stems.match(stem[len(prefix) :])) is not None:
-                return match[0].slot(match[1], param)
+                return *match, stem[len(prefix) :]
         return None
 
     def row(self, target: Target) -> Row | None:
         """The table row that a target comes from."""
-        found = _rows(self.family.name).get(target.component, _NO_ROWS).match(target.module)
+        found = _rows(self.family).get(target.component, _NO_ROWS).match(target.module)
         return found[0] if found else None
 
     def spell(self, slot: Slot, algorithm: str, role: str) -> str:
         """The key that holds this role of this slot; NotRepresentable where the format has no place for it."""
+        if not self.holds(algorithm):
+            raise NotRepresentable(f"the {self.format.name} format has no names for {algorithm}")
         suffix = self.format.spelling.get(algorithm, {}).get(role) or algorithms()[algorithm].roles[role].spelling
         return f"{self.stem(slot)}.{suffix}"
 
     def stem(self, slot: Slot) -> str:
         """The key of a slot without its suffix."""
+        key = slot if slot.param == WEIGHT else Slot(replace(slot.target, param=WEIGHT), slot.rows)
+        if key not in self._spelled:
+            self._spelled[key] = self._prefixes.get(slot.component, "") + self.module(key)
+        return self._spelled[key]
+
+    def module(self, slot: Slot, naming: str | None = None) -> str:
+        """The name of a slot's module as this format writes it, or in a given naming, without the prefix."""
         part = self.family.component(slot.component)
-        known = prefixes(part, self.format)
-        if not self.writes(part):
+        if naming is None and not self.writes(part):
             raise NotRepresentable(
                 f"the {self.format.name} format has no place for the {part.title} of {self.family.title}"
             )
-        found = _rows(self.family.name)[part.name].match(slot.target.module)
+        found = _rows(self.family)[part.name].match(slot.target.module)
         if found is None:
             raise NotRepresentable(f"{slot} is no module of {self.family.title}")
-        name = next((n for n in self._written(part, found[0]) if n.rows == slot.rows), None)
+        names = self._written(part, found[0]) if naming is None else found[0].names.get(naming, ())
+        name = next((n for n in names if n.rows == slot.rows), None)
         if name is None:
-            raise NotRepresentable(f"the {self.format.name} format has no name for {slot}")
-        return known[0] + _fill(_joined(name.module, self.format.joiner), found[1])
+            raise NotRepresentable(f"the {self.format.name} format has no name for {label(self.family, slot)}")
+        return _fill(_joined(name.module, self.format.joiner), found[1])
+
+    def swapped(self, slot: Slot) -> bool:
+        """Whether this format writes a slot's rows with their halves exchanged."""
+        row = self.row(slot.target)
+        names = () if row is None else self._written(self.family.component(slot.component), row)
+        return any(name.swapped for name in names if name.rows == slot.rows)
 
     def _written(self, part: Component, row: Row) -> tuple[Name, ...]:
-        return row.names.get(part.naming(self.format.style)) or row.names["diffusers"]
+        if self.format.private:
+            return row.names.get(self.format.style, ())
+        naming = part.naming(self.format.style)
+        return row.names[naming] if naming in row.names else row.names["diffusers"]
 
     def writes(self, part: Component) -> bool:
         """Whether this component can be written; where names carry no component, only the first one that shares a prefix."""
-        mine = prefixes(part, self.format)[:1]
-        same = [other for other in self.family.components if mine and prefixes(other, self.format)[:1] == mine]
-        return bool(same) and same[0] is part
+        return part.name in self._prefixes
 
     def slots(self, target: Target) -> tuple[Slot, ...]:
         """The slots this format cuts a target into: itself, or its parts in order; none where it has no place for it."""
@@ -210,20 +260,36 @@ class KeyMap:
 
 
 @cache
-def _stems(family_name: str, component: str, joiner: str) -> Templates[_Reading]:
-    """Every name of a component's modules, words joined by `joiner`; shared by the formats that join alike."""
+def _stems(part: Component, joiner: str, own: str) -> Templates[_Reading]:
+    """Every name of a component's modules, words joined by `joiner`; shared by the formats that join alike.
+
+    `own` is the naming of a format that reads no other; without it, all namings that no format keeps to itself.
+    """
     stems: Templates[_Reading] = Templates()
-    part = discover("adaptkit.families", "FAMILY")[family_name].component(component)
     for row in part.rows:
-        for name in (name for names in row.names.values() for name in names if not name.transposed):
-            stems.add(_joined(name.module, joiner), _Reading(part.name, row.target, name.rows))
+        for naming, names in row.names.items():
+            if naming == own or (not own and naming not in _private()):
+                for name in (name for name in names if not name.transposed):
+                    reading = _Reading(part.name, row.target, name.rows, name.swapped, naming)
+                    stems.add(_joined(name.module, joiner), reading)
     return stems
 
 
 @cache
-def _rows(family_name: str) -> Mapping[str, Templates[Row]]:
+def _private() -> frozenset[str]:
+    """The namings that a format keeps to itself."""
+    return frozenset(f.style for f in discover("adaptkit.formats", "FORMAT").values() if f.private)
+
+
+@cache
+def _owned() -> frozenset[str]:
+    """The algorithms that only one format spells."""
+    return frozenset(name for f in discover("adaptkit.formats", "FORMAT").values() for name in f.owns)
+
+
+@cache
+def _rows(family: ModelFamily) -> Mapping[str, Templates[Row]]:
     """The rows of each component, by target name."""
-    family: ModelFamily = discover("adaptkit.families", "FAMILY")[family_name]
     found: dict[str, Templates[Row]] = {part.name: Templates() for part in family.components}
     for part in family.components:
         for row in part.rows:
@@ -232,6 +298,16 @@ def _rows(family_name: str) -> Mapping[str, Templates[Row]]:
 
 
 _NO_ROWS: Templates[Row] = Templates()
+
+
+def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
+    """The prefix that each component is written with; the first component where two have the same."""
+    found: dict[str, str] = {}
+    for part in family.components:
+        mine = prefixes(part, format)[:1]
+        if mine and mine[0] not in found.values():
+            found[part.name] = mine[0]
+    return found
 
 
 def prefixes(part: Component, format: KeyFormat) -> tuple[str, ...]:
@@ -274,7 +350,18 @@ def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
         suffix = key[dot.end() :]
         if suffix in known:
             return key[: dot.start()], suffix, known[suffix]
+        plain = _unnamed(suffix)
+        if plain in known:
+            return key[: dot.start()], plain, known[plain]
     return None
+
+
+def _unnamed(suffix: str) -> str:
+    """A suffix without the adapter's name that PEFT writes into it: `lora_A.default.weight` → `lora_A.weight`."""
+    first, *rest = suffix.split(".")
+    if not first.startswith(_PEFT) or not rest or rest[0] in (WEIGHT, BIAS) or len(rest) > 2:
+        return ""
+    return ".".join((first, *rest[1:]))
 
 
 @cache
@@ -287,19 +374,19 @@ def compile_keys(family_name: str, format_name: str) -> KeyMap:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a checkpoint key holds: a slot, in which naming, perhaps transposed."""
+    """What a checkpoint key holds: a slot, in which naming, perhaps transposed or with the halves of its rows exchanged."""
 
     slot: Slot
     kind: Kind
     naming: str
     transposed: bool = False
+    swapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Parameter:
     reading: _Reading
     param: str
-    naming: str = field(compare=False)  # where two namings spell a key alike, they mean the same
     kind: Kind
     transposed: bool
 
@@ -309,30 +396,47 @@ class CheckpointMap:
 
     def __init__(self, family: ModelFamily) -> None:
         self.family = family
-        self._keys: Templates[_Parameter] = Templates()
-        for part in family.components:
-            for naming, prefixes in part.checkpoints.items():
-                for row in part.rows:
-                    self._add(part, row, naming, prefixes)
-
-    def _add(self, part: Component, row: Row, naming: str, prefixes: tuple[str, ...]) -> None:
-        for name in row.names.get(naming) or row.names["diffusers"]:
-            reading = _Reading(part.name, row.target, name.rows)
-            for prefix in prefixes:
-                self._keys.add(prefix + name.weight, _Parameter(reading, WEIGHT, naming, row.kind, name.transposed))
-                self._keys.add(prefix + name.bias, _Parameter(reading, BIAS, naming, row.kind, False))
+        found: dict[str, Templates[_Parameter]] = {}
+        shared: dict[tuple[str, str], Templates[_Parameter]] = {}
+        tables = [
+            (prefix, part, naming)
+            for part in family.components
+            for naming, p in part.checkpoints.items()
+            for prefix in p
+        ]
+        alone = {prefix for prefix, n in Counter(prefix for prefix, _, _ in tables).items() if n == 1}
+        for prefix, part, naming in tables:
+            if prefix in alone:
+                if (part.name, naming) not in shared:
+                    shared[part.name, naming] = _parameters(Templates(), part, naming)
+                found[prefix] = shared[part.name, naming]
+            else:
+                _parameters(found.setdefault(prefix, Templates()), part, naming)
+        self._keys = sorted(found.items(), key=lambda item: -len(item[0]))
 
     def parse(self, key: str) -> Place | None:
         """What a checkpoint key holds, or None where the family does not know it."""
-        match = self._keys.match(key)
-        if match is None:
-            return None
-        found, indices = match
-        return Place(found.reading.slot(indices, found.param), found.kind, found.naming, found.transposed)
+        for prefix, keys in self._keys:
+            if key.startswith(prefix) and (match := keys.match(key[len(prefix) :])) is not None:
+                found, indices = match
+                reading = found.reading
+                slot = reading.slot(indices, found.param)
+                return Place(slot, found.kind, reading.naming, found.transposed, reading.swapped)
+        return None
 
     def other(self, key: str) -> str | None:
         """The part of a checkpoint that no adapter holds which this key belongs to (`vae`, `ema`), if any."""
         return next((part for part, prefixes in self.family.others.items() if key.startswith(prefixes)), None)
+
+
+def _parameters(keys: Templates[_Parameter], part: Component, naming: str) -> Templates[_Parameter]:
+    """Add the weights and biases of a component in one naming."""
+    for row in part.rows:
+        for name in row.names.get(naming) or row.names["diffusers"]:
+            reading = _Reading(part.name, row.target, name.rows, name.swapped, naming)
+            keys.add(name.weight, _Parameter(reading, WEIGHT, row.kind, name.transposed))
+            keys.add(name.bias, _Parameter(reading, BIAS, row.kind, False))
+    return keys
 
 
 @cache
@@ -341,12 +445,13 @@ def compile_checkpoint(family_name: str) -> CheckpointMap:
     return CheckpointMap(discover("adaptkit.families", "FAMILY")[family_name])
 
 
-def label(family_name: str, slot: Slot) -> str:
-    """What people call a slot: its component and its diffusers name, `text_encoder_2.….self_attn.q_proj`."""
-    found = _rows(family_name)[slot.component].match(slot.target.module)
-    if found is not None and slot.rows is not None:
+def label(family: ModelFamily, slot: Slot, naming: str = "diffusers") -> str:
+    """What people call a slot: its component and its name in `naming`, `text_encoder_2.….self_attn.q_proj`."""
+    found = _rows(family)[slot.component].match(slot.target.module)
+    if found is not None:
         row, indices = found
-        name = next((n for n in row.names["diffusers"] if n.rows == slot.rows), None)
-        if name is not None:
-            return str(Target(slot.component, _fill(name.module, indices), slot.param))
+        for names in (row.names.get(naming, ()), row.names.get("diffusers", ())):
+            name = next((n for n in names if n.rows == slot.rows), None)
+            if name is not None:
+                return str(Target(slot.component, _fill(name.module, indices), slot.param))
     return str(slot)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -127,6 +128,25 @@ def adapter_listing(
 def lora_shapes(shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
     ones = (1,) * (len(shape) - 2)
     return {"down": (rank, *shape[1:]), "up": (shape[0], rank, *ones)}
+
+
+def shares(row: Row) -> int:
+    """How many equal shares the rows of a target fall into, over all namings."""
+    return math.lcm(*(name.rows.total for names in row.names.values() for name in names if name.rows is not None))
+
+
+def tiny_slots(family: str, format: str) -> Iterator[tuple[Slot, int]]:
+    """The matrices of the first and the last block of every kind that a format has a name for, each with its rows."""
+    keys = compile_keys(family, format)
+    for part in families()[family].components:
+        for row in part.rows:
+            if row.kind is Kind.MATRIX:
+                every = list(expand(row))
+                for indices in every[:1] + every[1:][-1:]:
+                    for slot in keys.slots(Target(part.name, fill(row.target, indices))):
+                        rows = 8 * shares(row)
+                        start, stop = (0, rows) if slot.rows is None else slot.rows.bounds(rows)  # type: ignore[misc]
+                        yield slot, stop - start
 
 
 def slots_of(family: str, format: str, targets: Iterable[Target]) -> Iterator[Slot]:

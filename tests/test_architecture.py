@@ -30,6 +30,8 @@ LEVELS = {
     "detect": 3,
     "adapter": 3,
     "checkpoint": 3,
+    "unknown": 3,
+    "suggest": 3,
     "policy": 3,
     "engine": 4,
     "ops": 5,
@@ -41,7 +43,7 @@ CHAINS = {
     "linalg": ("precision", "krylov", "lowrank", "kron"),
     "cli": ("options", "render", "*"),
 }
-CHAIN_L3 = ("keymap", "policy", "detect", "adapter", "checkpoint")
+CHAIN_L3 = ("keymap", "suggest", "policy", "detect", "unknown", "adapter", "checkpoint")
 TORCH = {"linalg"}  # everything else imports it inside functions: plans, dry runs and refusals never load it
 
 

@@ -9,7 +9,7 @@ import pytest
 from adaptkit.detect import families, formats
 from adaptkit.errors import NotRepresentable
 from adaptkit.families._family import Component, Row
-from adaptkit.keymap import algorithms, compile_keys, label, param_of, split_suffix
+from adaptkit.keymap import algorithms, compile_keys, label, param_of, prefixes, split_suffix
 from adaptkit.names import Slot, Target
 from tests.synth import expand, fill
 
@@ -22,51 +22,81 @@ def all_targets(component: Component) -> Iterator[tuple[Target, Row]]:
             yield Target(component.name, fill(row.target, indices)), row
 
 
-@pytest.mark.parametrize(("family", "format"), PAIRS)
-def test_n1_to_n3(family: str, format: str) -> None:
+def written(family: str, format: str) -> Iterator[Slot]:
+    """Every slot that a format has a name for."""
     keys = compile_keys(family, format)
-    spelled: dict[str, tuple[Slot, str, str]] = {}
     for part in families()[family].components:
         for target, _ in all_targets(part):
-            for slot in keys.slots(target):
-                for algorithm, kind in algorithms().items():
-                    for role in kind.roles:
-                        here = Slot(Target(target.component, target.module, param_of((algorithm, role))), slot.rows)
-                        key = keys.spell(here, algorithm, role)
-                        parsed = keys.parse(key)
-                        assert parsed is not None, key
-                        assert parsed.slot == here, key  # parse ∘ spell = id
-                        assert (algorithm, role) in parsed.roles
-                        if role != "alpha":  # alpha is shared by the algorithms; whose it is, the others say
-                            assert spelled.setdefault(key, (here, algorithm, role)) == (here, algorithm, role)
+            yield from keys.slots(target)
+
+
+@pytest.mark.parametrize(("family", "format"), PAIRS)
+def test_n1_to_n3_stems(family: str, format: str) -> None:
+    keys = compile_keys(family, format)
+    spelled: dict[str, Slot] = {}
+    for slot in written(family, format):
+        stem = keys.stem(slot)
+        assert keys.slot(stem) == slot, stem  # parse ∘ spell = id
+        assert spelled.setdefault(stem, slot) == slot  # no two slots share a key
+    if not spelled:
+        parts = families()[family].components
+        names = {name for part in parts for row in part.rows for name in row.names}
+        private = keys.format.private and keys.format.style not in names
+        assert private or not any(prefixes(part, keys.format) for part in parts)
+
+
+@pytest.mark.parametrize("format", list(formats()))
+def test_n1_to_n3_roles(format: str) -> None:
+    """Suffixes do not depend on the module: every role of every algorithm, on a plain module and on a part of one."""
+    for family in ("sd1", "flux"):
+        keys = compile_keys(family, format)
+        for slot in [slot for slot in written(family, format) if "0" in slot.target.module][:9]:
+            _check_roles(family, format, slot)
+    assert keys
+
+
+def _check_roles(family: str, format: str, slot: Slot) -> None:
+    keys = compile_keys(family, format)
+    spelled: dict[str, set[str]] = {}
+    for algorithm, kind in algorithms().items():
+        if not keys.holds(algorithm):
+            with pytest.raises(NotRepresentable, match="no names for"):
+                keys.spell(slot, algorithm, next(iter(kind.roles)))
+            continue
+        mine: set[str] = set()
+        for role in kind.roles:
+            here = Slot(Target(slot.component, slot.target.module, param_of((algorithm, role))), slot.rows)
+            key = keys.spell(here, algorithm, role)
+            parsed = keys.parse(key)
+            assert parsed is not None, key
+            assert parsed.slot == here, key
+            assert (algorithm, role) in parsed.roles
+            assert key not in mine, f"{algorithm} spells two roles {key}"
+            mine.add(key)
+            spelled.setdefault(key, set()).add(role)
     assert spelled
+    assert all(len(roles) == 1 or "." in key for key, roles in spelled.items())
 
 
 @pytest.mark.parametrize(("family", "format"), PAIRS)
 def test_every_naming_is_read(family: str, format: str) -> None:
     """Files in the other naming (SDXL with diffusers' block names, SD 1 with ldm's) are read too."""
     keys = compile_keys(family, format)
+    own = {f.style for f in formats().values() if f.private}
     for part in families()[family].components:
-        prefix = next((p for p, _ in keys._stems if keys.slots(next(all_targets(part))[0])), None)
-        if prefix is None:
+        known = prefixes(part, keys.format)
+        if not known:
             continue
-        for target, row in all_targets(part):
-            for names in row.names.values():
-                for name in names:
-                    if name.transposed or not keys.slots(target):
-                        continue
-                    found = {
-                        slot
-                        for p, stems in keys._stems
-                        if (m := stems.match(_stem(name.module, target, row, keys.format.joiner)))
-                        and (slot := m[0].slot(m[1], "weight")).component == part.name
-                    }
-                    assert Slot(target, name.rows) in found
-
-
-def _stem(module: str, target: Target, row: Row, joiner: str) -> str:
-    indices = next(i for i in expand(row) if fill(row.target, i) == target.module)
-    return fill(module, indices).replace(".", joiner)
+        for row in part.rows:
+            indices = next(expand(row))
+            target = Target(part.name, fill(row.target, indices))
+            for naming, names in row.names.items():
+                if (naming not in own) if not keys.format.private else naming == keys.format.style:
+                    for name in (name for name in names if not name.transposed):
+                        stem = known[0] + fill(name.module, indices).replace(".", keys.format.joiner)
+                        found = keys.slot(stem)
+                        assert found is not None, stem
+                        assert (found.target.module, found.rows) == (target.module, name.rows), stem
 
 
 def test_underscored_names_are_never_guessed() -> None:
@@ -97,7 +127,7 @@ def test_a_fused_projection_is_shown_by_its_parts() -> None:
     keys = compile_keys("sdxl", "kohya")
     target = Target("text_encoder_2", "text_model.encoder.layers.7.self_attn.in_proj")
     q, _, v = keys.slots(target)
-    assert label("sdxl", q) == "text_encoder_2.text_model.encoder.layers.7.self_attn.q_proj"
+    assert label(families()["sdxl"], q) == "text_encoder_2.text_model.encoder.layers.7.self_attn.q_proj"
     assert keys.spell(v, "lora", "up") == "lora_te2_text_model_encoder_layers_7_self_attn_v_proj.lora_up.weight"
     with pytest.raises(NotRepresentable, match="no name for"):
         keys.spell(Slot(target), "lora", "up")

@@ -7,7 +7,7 @@ dimensions, `(..., m, n)`: a convolution is its kernel flattened to (out, in·K)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -68,8 +68,8 @@ class Stated:
 class Facts:
     """What the shapes (and alpha) of one adapted weight say, before any tensor is read.
 
-    `rows` × `columns` is the matrix it adapts; `kernel` its kernel size, `()` for a linear layer, None where the stored
-    shapes do not tell. `rank` is None for dense kinds. `scale` multiplies the product.
+    `rows` × `columns` is the matrix it adapts, 0 where the stored shapes do not tell; `kernel` its kernel size, `()` for
+    a linear layer, None where the stored shapes do not tell. `rank` is None for dense kinds. `scale` multiplies the product.
     """
 
     rows: int
@@ -99,6 +99,8 @@ class Weights:
     roles: ClassVar[Mapping[str, Role]]
     forms: ClassVar[tuple[frozenset[str], ...]]  # the sets of roles that make a whole, alpha aside
     additive: ClassVar[bool] = True
+    wraps: ClassVar[tuple[str, ...]] = ()  # the algorithms this one is put around; see `over`
+    bounded: ClassVar[bool] = False  # alpha bounds a rotation and is part of the weights, not a scale
     extractable: ClassVar[bool] = False
 
     @classmethod
@@ -130,6 +132,53 @@ class Weights:
     def part(self, start: int, stop: int) -> Self:
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        """The weights whose output rows are those of the parts, one after the other, exactly.
+
+        Parts that came from a `part` of one thing give that thing back, at its own rank.
+        """
+        raise NotRepresentable(f"{len(parts)} {cls.name} cannot be stacked into one")
+
+    @classmethod
+    def zeros(cls, like: Self, rows: int) -> Self:
+        """Weights of ΔW = 0 with `rows` output rows that `fuse` can stack with `like`."""
+        raise NotRepresentable(f"a missing part cannot be filled up in a {cls.name}")
+
+    def swapped(self) -> Self:
+        """The weights with the two halves of their output rows exchanged (a scale and shift in the other order)."""
+        rows = self.rows
+        return self.fuse([self.part(rows // 2, rows), self.part(0, rows // 2)])
+
+    @property
+    def rows(self) -> int:
+        """How many output rows ΔW has."""
+        return int(self.delta().shape[-2])
+
+    def folded(self) -> Self:
+        """The same ΔW with scale 1, in float32: the scale multiplied into one factor, for formats without alpha."""
+        raise NotRepresentable(f"the scale of a {self.name} cannot be folded into its tensors")
+
+    @classmethod
+    def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:
+        """These weights in this kind, ΔW unchanged; NotRepresentable where the kind has no exact form of them.
+
+        `kernel` is the kernel size of the layer, None where nobody knows it.
+        """
+        raise NotRepresentable(
+            f"a {weights.name} is no {cls.name} exactly", hint="--algo lora or --algo full can hold it"
+        )
+
+    @classmethod
+    def laid_out(cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool) -> tuple[int, ...]:
+        """The stored shape of a role as PEFT (or, not `peft`, LyCORIS) lays it out; NotRepresentable where it cannot."""
+        return shape
+
+    @classmethod
+    def over(cls, inner: type[Weights]) -> type[Self]:
+        """This algorithm put around another, as a kind of its own named `<inner>+<this>`."""
+        raise NotRepresentable(f"{cls.name} is not put around other algorithms")
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._weights import Facts, FitSpec, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.errors import NotRepresentable
 from adaptkit.names import BIAS
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ class Full(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, diff=self.diff[..., start:stop, :])
+
+    @classmethod
+    def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:
+        """ΔW itself, in float32."""
+        if kernel is None:
+            raise NotRepresentable("the stored shapes do not tell the kernel size that a full difference has to state")
+        return cls(weights.delta(), kernel)
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:

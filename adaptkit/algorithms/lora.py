@@ -19,6 +19,7 @@ from adaptkit.algorithms._weights import (
     scaling,
     spread,
 )
+from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -120,6 +121,14 @@ class Lora(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
+
+    @classmethod
+    def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:
+        """Through exact low-rank factors, in float32."""
+        if kernel is None:
+            raise NotRepresentable("the stored shapes do not tell the kernel size that a LoRA has to state")
+        left, right = weights.factors()
+        return cls(left, right, 1.0, kernel)
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:

@@ -16,6 +16,7 @@ __all__ = ["cli", "main"]
 _INTERRUPTED = 130
 _COMMANDS = {
     "inspect": "adaptkit.cli.inspect",
+    "convert": "adaptkit.cli.convert",
     "extract": "adaptkit.cli.extract",
     "merge": "adaptkit.cli.merge",
     "formats": "adaptkit.cli.tables",
@@ -40,12 +41,13 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
-    """Inspect, extract and merge diffusion-model adapters (LoRA, LoKr, …).
+    """Inspect, convert, extract and merge diffusion-model adapters (LoRA, LoKr, …).
 
     Every key is accounted for, every lossy step reports its exact error, and no file appears half-written.
 
     \b
     adaptkit inspect style.safetensors
+    adaptkit convert style.safetensors --for comfyui
     adaptkit extract base.ckpt tuned.ckpt --algo lokr
     adaptkit merge base.safetensors style.safetensors:0.8
     """

@@ -16,7 +16,7 @@ from adaptkit import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from adaptkit.ops import extract, inspect, merge
+    from adaptkit.ops import convert, extract, inspect, merge
 
 __all__ = ["Talk", "human", "inspected", "listed"]
 
@@ -295,6 +295,16 @@ class Talk:
         ]
         columns = ("algorithm", "rank", "captured", "relative_error", "module")
         self._written(report, rows, columns, report.notes)
+
+    def converted(self, report: convert.Report) -> None:
+        """Summary of a conversion."""
+        error = "exact" if report.relative_error == 0 else f"relative error {report.relative_error:.3g}"
+        rows = [
+            ("adapter", f"{report.family}, {report.source_format} → {report.format} keys, {human(report.bytes)}"),
+            ("modules", f"{report.modules}: {_counts(report.changes, '{1} {0}')}"),
+            ("weights", error),
+        ]
+        self._written(report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes)
 
     def merged(self, report: merge.Report) -> None:
         """Summary of a merge."""

@@ -8,14 +8,47 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Kind, Name, Row, named, row, split
+from adaptkit.families._family import Component, Kind, Name, Row, named, row, split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["clip_rows", "openclip_rows"]
+__all__ = ["clip_g", "clip_l", "clip_rows", "openclip_rows"]
 
 ROOT = "text_model."
+
+
+def clip_l(*, kohya: tuple[str, ...] = ("te1",), prefixes: tuple[str, ...] = ()) -> Component:
+    """CLIP-L as a pipeline's first text encoder; `prefixes` are those of single-file checkpoints."""
+    comfy = "text_encoders.clip_l.transformer"
+    checkpoints = (*prefixes, f"{comfy}.", "text_encoder.")
+    return Component(
+        name="text_encoder",
+        title="CLIP-L",
+        rows=clip_rows(12),
+        checkpoints={"diffusers": checkpoints, "flat": checkpoints},
+        tags={"kohya": kohya, "onetrainer": kohya, "comfy": (comfy,), "root": ("",), "diffusers": ("text_encoder",)},
+    )
+
+
+def clip_g(*, prefixes: tuple[str, ...] = ("conditioner.embedders.1.model.",), native: str = "native") -> Component:
+    """OpenCLIP-G as a pipeline's second text encoder; `prefixes` those of single-file checkpoints, in `native` names."""
+    comfy = "text_encoders.clip_g.transformer"
+    theirs = (f"{comfy}.", "text_encoder_2.")
+    ours = {"native": prefixes, "diffusers": theirs} if native == "native" else {"diffusers": (*prefixes, *theirs)}
+    return Component(
+        name="text_encoder_2",
+        title="OpenCLIP-G",
+        rows=openclip_rows(32, projection=True),
+        checkpoints=ours,
+        tags={
+            "kohya": ("te2",),
+            "onetrainer": ("te2",),
+            "comfy": (comfy,),
+            "root": ("",),
+            "diffusers": ("text_encoder_2",),
+        },
+    )
 
 
 def clip_rows(layers: int) -> tuple[Row, ...]:
@@ -31,7 +64,13 @@ def clip_rows(layers: int) -> tuple[Row, ...]:
 
 
 def _flat(module: str, kind: Kind) -> Row:
-    return row(ROOT + module, flat=module, kind=kind)
+    return row(ROOT + module, flat=module, kind=kind, **_processor(ROOT + module))
+
+
+def _processor(module: str) -> dict[str, str]:
+    """What diffusers before 0.20 called the adapters of attention layers: `self_attn.to_q_lora`, `to_out_lora`."""
+    stem, _, name = module.rpartition(".")
+    return {"processor": f"{stem}.to_{name.partition('_')[0]}_lora"} if stem.endswith("self_attn") else {}
 
 
 def openclip_rows(layers: int, *, projection: bool) -> tuple[Row, ...]:
@@ -54,8 +93,9 @@ def _openclip_layer(layers: int) -> Iterator[Row]:
     ours = f"{ROOT}encoder.layers.{{i:{layers}}}."
     theirs = f"transformer.resblocks.{{i:{layers}}}."
     qkv = split(f"{ours}self_attn.", "q_proj", "k_proj", "v_proj")
-    yield row(f"{ours}self_attn.in_proj", diffusers=qkv, native=_in_proj(f"{theirs}attn.in_proj"))
-    yield row(f"{ours}self_attn.out_proj", native=f"{theirs}attn.out_proj")
+    old = split(f"{ours}self_attn.", "to_q_lora", "to_k_lora", "to_v_lora")
+    yield row(f"{ours}self_attn.in_proj", diffusers=qkv, native=_in_proj(f"{theirs}attn.in_proj"), processor=old)
+    yield row(f"{ours}self_attn.out_proj", native=f"{theirs}attn.out_proj", processor=f"{ours}self_attn.to_out_lora")
     yield row(f"{ours}mlp.fc1", native=f"{theirs}mlp.c_fc")
     yield row(f"{ours}mlp.fc2", native=f"{theirs}mlp.c_proj")
     yield row(f"{ours}layer_norm1", native=f"{theirs}ln_1", kind=Kind.NORM)

@@ -18,7 +18,21 @@ from adaptkit.names import Rows
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Component", "Kind", "Mark", "ModelFamily", "Name", "Row", "named", "row", "split"]
+__all__ = [
+    "Component",
+    "Kind",
+    "Mark",
+    "ModelFamily",
+    "Name",
+    "Row",
+    "named",
+    "pair",
+    "row",
+    "scaled",
+    "split",
+    "swapped",
+    "transformer",
+]
 
 
 class Kind(Enum):
@@ -34,7 +48,8 @@ class Name:
     """What one naming calls a module, and how its tensors relate to the target's.
 
     `rows` is the cut of the target's output rows this name covers (None: all); `transposed` says that the checkpoint
-    stores the transpose of the target.
+    stores the transpose of the target; `swapped` that the two halves of the output rows stand in the other order (the
+    scale and shift of a modulation, which the original models and diffusers write in opposite orders).
     """
 
     module: str
@@ -42,11 +57,22 @@ class Name:
     bias: str
     rows: Rows | None = None
     transposed: bool = False
+    swapped: bool = False
+
+
+def swapped(module: str) -> Name:
+    """A name whose tensors hold the target's rows with their halves exchanged."""
+    return Name(module, f"{module}.weight", f"{module}.bias", swapped=True)
 
 
 def named(module: str, *, weight: str | None = None, bias: str | None = None, transposed: bool = False) -> Name:
     """A name whose parameters are not spelled `<module>.weight` and `<module>.bias`."""
     return Name(module, weight or f"{module}.weight", bias or f"{module}.bias", None, transposed)
+
+
+def scaled(module: str) -> Name:
+    """A norm whose weight is called `scale` (FLUX and its kin)."""
+    return Name(module, f"{module}.scale", f"{module}.bias")
 
 
 def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple[Name, ...]:
@@ -75,6 +101,18 @@ def row(target: str, *, kind: Kind = Kind.MATRIX, **namings: str | Name | tuple[
     return Row(target, MappingProxyType({naming: _names(value) for naming, value in namings.items()}), kind)
 
 
+def pair(
+    native: str | Name,
+    diffusers: str | Name | tuple[Name, ...],
+    *,
+    kind: Kind = Kind.MATRIX,
+    **namings: str | Name | tuple[Name, ...],
+) -> Row:
+    """A row whose target has the original checkpoint's name, and what diffusers calls it."""
+    target = native if isinstance(native, str) else native.module
+    return row(target, kind=kind, native=native, diffusers=diffusers, **namings)
+
+
 def _names(value: str | Name | tuple[Name, ...]) -> tuple[Name, ...]:
     if isinstance(value, str):
         return (named(value),)
@@ -85,7 +123,7 @@ def _frozen() -> Mapping[str, tuple[str, ...]]:
     return MappingProxyType({})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Component:
     """A part of a model that adapters can hold weights for.
 
@@ -107,26 +145,56 @@ class Component:
         return self.namings.get(style, "diffusers")
 
 
+NATIVE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
+
+
+def transformer(
+    title: str,
+    rows: tuple[Row, ...],
+    *,
+    kohya: str = "native",
+    comfy: str = "native",
+    native_prefixes: tuple[str, ...] = NATIVE_PREFIXES,
+) -> Component:
+    """The denoiser of a family that is a transformer; `kohya` and `comfy` are the namings those formats write."""
+    return Component(
+        name="transformer",
+        title=title,
+        rows=rows,
+        checkpoints={"native": native_prefixes, "comfy": native_prefixes, "diffusers": ("transformer.", "")},
+        tags={
+            "kohya": ("unet",),
+            "comfy": ("diffusion_model", "model.diffusion_model"),
+            "root": ("",),
+            "diffusers": ("transformer",),
+            "onetrainer": ("transformer",),
+        },
+        namings={"kohya": kohya, "comfy": comfy},
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """A shape that tells this family from those that share its names.
 
-    `columns` is the input width of modules whose name ends in `suffix` in `component`; `kernel` their kernel size
-    (`()` for a linear layer).
+    It is about the modules of `component` whose target name ends in `suffix`: `columns` their input width (any of those
+    given), `rows` their output width, `kernel` their kernel size (`()` for a linear layer).
     """
 
     component: str
     suffix: str
-    columns: int | None = None
+    columns: int | tuple[int, ...] | None = None
     kernel: tuple[int, ...] | None = None
+    rows: int | tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelFamily:
     """A model family: its components, what tells it from look-alikes, and what metadata calls it.
 
     `others` names the parts of a checkpoint that no adapter holds, by their key prefixes. `architectures` are the
     values of `modelspec.architecture` and `ss_base_model_version` that mean this family (lower case, prefixes).
+    `yields_to` names the look-alikes that a file which could be either more likely is.
     """
 
     name: str
@@ -135,6 +203,7 @@ class ModelFamily:
     marks: tuple[Mark, ...] = ()
     architectures: tuple[str, ...] = ()
     modelspec: str = ""
+    yields_to: tuple[str, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(
             {"vae": ("first_stage_model.", "vae."), "ema": ("model_ema.",), "safety_checker": ("safety_checker.",)}

@@ -95,4 +95,11 @@ def _attention(diffusers: str, native: str, depth: int) -> Iterator[Row]:
     inner = f"transformer_blocks.{{k:{depth}}}"
     for name in (*PROJECTIONS, *NORMS):
         kind = Kind.NORM if name in NORMS else Kind.MATRIX
-        yield row(f"{diffusers}.{inner}.{name}", native=f"{native}.{inner}.{name}", kind=kind)
+        ours = f"{diffusers}.{inner}.{name}"
+        yield row(ours, native=f"{native}.{inner}.{name}", kind=kind, **_processor(ours))
+
+
+def _processor(module: str) -> dict[str, str]:
+    """What diffusers before 0.20 called the adapters of attention layers: `attn1.processor.to_q_lora`."""
+    stem, found, name = module.removesuffix(".0").rpartition(".to_")
+    return {"processor": f"{stem}.processor.to_{name}_lora"} if found else {}

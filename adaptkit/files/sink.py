@@ -17,7 +17,7 @@ from adaptkit.files.header import TORCH_NAMES, TensorSpec, build_header, unreada
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
     from types import TracebackType
     from typing import Self
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
 
-__all__ = ["Spool", "TensorSink"]
+__all__ = ["Spool", "TensorSink", "check_folder", "publish_folder"]
 
 HAS_PWRITE = hasattr(os, "pwrite")
 HAS_COPY_FILE_RANGE = hasattr(os, "copy_file_range")
@@ -96,6 +96,7 @@ class TensorSink:
         self.path = Path(path)
         self.overwrite = overwrite
         header, self.infos = build_header(specs, metadata)
+        self._header = len(header)
         self.size = max((info.stop for info in self.infos.values()), default=len(header))
         self._claimed: set[str] = set()
         self._written: set[str] = set()
@@ -130,8 +131,15 @@ class TensorSink:
         self._write(data, info.start)
         self._written.add(name)
 
+    def restate(self, metadata: Mapping[str, str]) -> None:
+        """Replace the metadata by other values of the same length: hashes that are known once the tensors are written."""
+        header, _ = build_header(self.infos.values(), metadata)
+        if len(header) != self._header:
+            raise RuntimeError("the header would change its length")
+        self._write(memoryview(header), 0)
+
     def copy(self, name: str, source: TensorSource, source_name: str | None = None) -> None:
-        """Copy one tensor's bytes unchanged; dtype and shape must agree with the spec."""
+        """Copy one tensor's bytes unchanged; dtype and number of elements must agree with the spec."""
         self.copy_many([(name, source, name if source_name is None else source_name)])
 
     def copy_many(self, items: Iterable[tuple[str, TensorSource, str]]) -> None:
@@ -140,8 +148,9 @@ class TensorSink:
         claimed: list[str] = []
         loose: list[tuple[str, TensorSource, str]] = []  # strided or compressed: no raw bytes to copy
         for name, source, source_name in items:
-            info, span = self._info(name), source.span(source_name)
-            self._check(info, source.infos[source_name])
+            info, span, given = self._info(name), source.span(source_name), source.infos[source_name]
+            if given.numel != info.numel or given.dtype != info.dtype:
+                self._check(info, given)
             if span is None:
                 loose.append((name, source, source_name))
             else:
@@ -152,10 +161,13 @@ class TensorSink:
             self._copy_file(path, group)
         self._written.update(claimed)
         for name, source, source_name in loose:
-            self.put(name, source.read(source_name))
+            self.put(name, source.read(source_name).reshape(self.infos[name].shape))
 
-    def commit(self) -> None:
-        """Check that nothing is missing, sync, and let the file appear under its name."""
+    def commit(self, *, sync: bool = True) -> None:
+        """Check that nothing is missing, sync, and let the file appear under its name.
+
+        Without `sync` a power cut in the next seconds may leave a damaged file: for what can be made again at once.
+        """
         missing = [name for name in self.infos if name not in self._written]
         try:
             if missing or self._file is None:
@@ -164,7 +176,8 @@ class TensorSink:
             file = self._close()
             assert file is not None
             with self._os_errors(), file:
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             if not self.overwrite:
                 _refuse_existing(self.path)
             with self._os_errors():
@@ -172,7 +185,8 @@ class TensorSink:
         except BaseException:
             self.abort()
             raise
-        _sync_folder(self.path.parent)
+        if sync:
+            _sync_folder(self.path.parent)
 
     def abort(self) -> None:
         """Remove what was written; waits for writes under way. Does nothing after `commit`."""
@@ -364,6 +378,48 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+@contextmanager
+def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which appears as `path` when the block ends well, and vanishes when it does not.
+
+    An existing folder is replaced (`overwrite`) only if it holds nothing but files of the `known` names.
+    """
+    check_folder(path, known, overwrite)
+    token = f"{os.getpid()}-{secrets.token_hex(4)}"
+    made, old = (path.with_name(f".{path.name[:48]}.{token}.{end}") for end in ("part", "old"))
+    try:
+        made.mkdir()
+        yield made
+        if path.exists():
+            path.rename(old)
+        made.rename(path)
+    except OSError as error:
+        raise _cannot_write(path, error, 0) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(path.parent)
+
+
+def check_folder(path: Path, known: Set[str], overwrite: bool) -> None:
+    """Refuse an output folder that cannot be made, or whose replacement would destroy something else."""
+    if not path.parent.is_dir():
+        raise CannotWrite(f"there is no folder {str(path.parent)!r}", file=path, hint="create it first")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise WouldOverwrite("this format is a folder, and a file of that name exists", file=path, hint="name another")
+    if not overwrite:
+        _refuse_existing(path)
+    strange = sorted(item.name for item in path.iterdir() if item.name not in known)
+    if strange:
+        raise WouldOverwrite(
+            f"the folder holds other things, {strange[0]!r}: it is not replaced", file=path, hint="name another folder"
+        )
+
+
 class Spool:
     """Results whose specs are known only at the end: kept in memory up to `limit` bytes, then in a temporary file.
 
@@ -396,16 +452,21 @@ class Spool:
         """What was appended, in that order."""
         return [spec for spec, _, _ in self._places.values()]
 
+    def read(self, name: str) -> memoryview:
+        """The bytes kept under a name."""
+        _, start, length = self._places[name]
+        buffer = bytearray(length)
+        with self._lock, self._os_errors():
+            self._file.seek(start)
+            done = self._file.readinto(buffer)
+        if done != length:
+            raise CorruptFile("the temporary file was cut short", file=self.folder, tensor=name)
+        return memoryview(buffer)
+
     def write_to(self, sink: TensorSink) -> None:
         """Put everything into a sink that was opened with (at least) these specs."""
-        for name, (_, start, length) in self._places.items():
-            buffer = bytearray(length)
-            with self._lock, self._os_errors():
-                self._file.seek(start)
-                done = self._file.readinto(buffer)
-            if done != length:
-                raise CorruptFile("the temporary file was cut short", file=self.folder, tensor=name)
-            sink.put_bytes(name, memoryview(buffer))
+        for name in self._places:
+            sink.put_bytes(name, self.read(name))
 
     def close(self) -> None:
         """Free memory and file."""

@@ -123,6 +123,10 @@ class TensorSource(ABC):
         """File, start and stop of the tensor's raw bytes; None where they are strided or compressed."""
 
     @abstractmethod
+    def raw(self, name: str) -> memoryview:
+        """The tensor's bytes in row-major order."""
+
+    @abstractmethod
     def order(self, name: str) -> tuple[int, int]:
         """File index and offset: reading in this order reads every file forwards."""
 
@@ -183,6 +187,16 @@ class _FileSource(TensorSource):
     def span(self, name: str) -> tuple[Path, int, int] | None:
         info = self.info(name)
         return self.path, info.start, info.stop
+
+    def raw(self, name: str) -> memoryview:
+        info = self.info(name)
+        if self.span(name) is None:
+            import torch
+
+            return _view(self.read(name).reshape(-1).view(torch.uint8))
+        view = memoryview(bytearray(info.nbytes))
+        self._fill(info, view, 0)
+        return view
 
     def order(self, name: str) -> tuple[int, int]:
         return 0, self.info(name).start
@@ -280,6 +294,10 @@ class _JoinedSource(TensorSource):
     def span(self, name: str) -> tuple[Path, int, int] | None:
         part, inner, _ = self._find(name)
         return part.span(inner)
+
+    def raw(self, name: str) -> memoryview:
+        part, inner, _ = self._find(name)
+        return part.raw(inner)
 
     def order(self, name: str) -> tuple[int, int]:
         part, inner, index = self._find(name)

@@ -10,20 +10,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["PEFT_SPELLING", "Alpha", "KeyFormat"]
+__all__ = ["COMFY_SPELLING", "PEFT_SPELLING", "Alpha", "KeyFormat"]
 
 
 class Alpha(Enum):
     """Where a format keeps alpha."""
 
     TENSOR = "tensor"  # one scalar tensor per module
-    METADATA = "metadata"  # in the file's metadata or a config beside it; without it, alpha = rank
+    CONFIG = "config"  # in adapter_config.json beside the file
+    NONE = "none"  # nowhere that every host looks: the scale is folded into the weights
     OPTIONAL = "optional"  # a scalar tensor where alpha differs from rank, none where it does not
 
 
 # PEFT and diffusers call the factors A (down) and B (up).
 PEFT_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {"lora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"})}
+    {
+        "lora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
+        "lora+dora": MappingProxyType(
+            {"up": "lora_B.weight", "down": "lora_A.weight", "magnitude": "lora_magnitude_vector"}
+        ),
+    }
+)
+# ComfyUI reads either spelling of the factors, and the magnitude only as `dora_scale`.
+COMFY_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    dict.fromkeys(("lora", "lora+dora"), PEFT_SPELLING["lora"])
 )
 
 
@@ -33,8 +43,10 @@ class KeyFormat:
 
     `prefixes` are templates filled with the tags of each component (`lora_{kohya}_`): the first is written, all are
     read. `joiner` joins the words of a module name. `style` picks the naming that is written (see
-    `Component.namings`). `spelling` overrides the algorithms' default suffixes, by algorithm and role; whatever
-    spelling an algorithm knows is read in every format.
+    `Component.namings`); a `private` format reads and writes that naming alone, and no other format does. `spelling`
+    overrides the algorithms' default suffixes, by algorithm and role; whatever spelling an algorithm knows is read in
+    every format. `owns` are the algorithms it holds where it holds only those, and no other format does. `peft` says
+    that DoRA magnitudes are laid out as PEFT has them, `[out]` or `[1, out, 1, 1]`, not as LyCORIS, `[out, 1, …]`.
     """
 
     name: str
@@ -44,5 +56,8 @@ class KeyFormat:
     style: str
     alpha: Alpha
     spelling: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
+    private: bool = False
+    owns: tuple[str, ...] = ()
+    peft: bool = False
     written_by: str = ""
     note: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.formats._format import PEFT_SPELLING, Alpha, KeyFormat
+from adaptkit.formats._format import COMFY_SPELLING, Alpha, KeyFormat
 
 FORMAT = KeyFormat(
     name="comfy",
@@ -11,7 +11,7 @@ FORMAT = KeyFormat(
     joiner=".",
     style="comfy",
     alpha=Alpha.OPTIONAL,
-    spelling=PEFT_SPELLING,
+    spelling=COMFY_SPELLING,
     written_by="ComfyUI, ai-toolkit, diffusion-pipe",
     note="ComfyUI loads it completely; alpha is written only where it differs from the rank",
 )

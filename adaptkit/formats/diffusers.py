@@ -1,4 +1,4 @@
-"""diffusers: dotted names under the pipeline's parts, `unet.….lora_A.weight`; alpha in the file's metadata."""
+"""diffusers: dotted names under the pipeline's parts, `unet.….lora_A.weight`; alpha folded into the weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ FORMAT = KeyFormat(
     prefixes=("{diffusers}.",),
     joiner=".",
     style="diffusers",
-    alpha=Alpha.METADATA,
+    alpha=Alpha.NONE,
     spelling=PEFT_SPELLING,
+    peft=True,
     written_by="diffusers, SimpleTuner",
-    note="alpha stands in the metadata key lora_adapter_metadata; hosts other than diffusers assume alpha = rank",
+    note="alpha is folded into lora_B: every reader of these names takes alpha = rank",
 )

@@ -10,8 +10,9 @@ FORMAT = KeyFormat(
     prefixes=("base_model.model.{root}",),
     joiner=".",
     style="peft",
-    alpha=Alpha.METADATA,
+    alpha=Alpha.CONFIG,
     spelling=PEFT_SPELLING,
+    peft=True,
     written_by="peft (save_pretrained)",
     note="one model a file; alpha stands in adapter_config.json beside it",
 )

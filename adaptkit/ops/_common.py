@@ -115,11 +115,11 @@ def split_strength(argument: str) -> tuple[Path, float]:
     return Path(argument), 1.0
 
 
-def default_output(beside: Path, suffix: str) -> Path:
-    """`style.ckpt` → `style-<suffix>.safetensors`, in the same folder."""
+def default_output(beside: Path, suffix: str, *, folder: bool = False) -> Path:
+    """`style.ckpt` → `style-<suffix>.safetensors`, or the folder `style-<suffix>`, in the same folder."""
     beside = beside if beside.name else beside.resolve()  # the folder `.` has a name only when resolved
     stem = beside.name if beside.is_dir() else beside.name.removesuffix(".index.json").rpartition(".")[0] or beside.name
-    return beside.parent / f"{stem.removesuffix('.safetensors')}-{suffix}.safetensors"
+    return beside.parent / f"{stem.removesuffix('.safetensors')}-{suffix}{'' if folder else '.safetensors'}"
 
 
 def check_output(path: Path, overwrite: bool) -> None:

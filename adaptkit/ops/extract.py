@@ -19,13 +19,13 @@ from adaptkit.ops._common import (
     Shared,
     Unused,
     WriterReport,
-    check_output,
     default_output,
     refuse_unused,
     stored_dtype,
     torch_dtype,
 )
 from adaptkit.ops._pairing import Job, Pairing, Wanted, open_pair
+from adaptkit.ops._peft import Module, adapter_file, check_adapter_output, factor_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -135,13 +135,16 @@ class _Measured:
     lora: float | None = None  # energy that a LoRA with as many parameters keeps
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: tuple[str, ...] = ()  # of `tensors`, kept when these have gone to the spool
+    roles: tuple[str, ...] = ()
+    factors: tuple[int, int] | None = None  # LoKr: rows of its two factors
 
 
 def plan(base: Path, tuned: Path, options: Options) -> Plan:
     """Pair the checkpoints by target and decide what is fitted; reads headers only, and fails here if anything can."""
     _check(options)
-    output = options.output or default_output(tuned, options.algo)
-    check_output(output, options.overwrite)
+    folder = formats()[options.to].alpha is Alpha.CONFIG
+    output = options.output or default_output(tuned, options.algo, folder=folder)
+    check_adapter_output(output, folder=folder, overwrite=options.overwrite)
     first, second = open_pair(base, tuned, options.family)
     keys = compile_keys(first.family.name, options.to)
     vectors = options.algo == "full" if options.vectors is None else options.vectors
@@ -218,7 +221,8 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         )
         measured = [(job, found[id(job)]) for job in plan.jobs]
         draft = _report(plan, measured)
-        size = _write(plan, spool, [key for _, result in measured for key in result.keys], draft)
+        keys = [key for _, result in measured for key in result.keys]
+        size = _write(plan, spool, keys, draft, _peft_modules(plan, measured))
     return replace(draft, bytes=size, seconds=time.perf_counter() - started)
 
 
@@ -301,6 +305,7 @@ class _Fitter:
         rounded = type(weights).decode({role: encoded[role] for role in shapes}, facts)
         result.residual = float(norm_squared(rounded.apply(delta, -1.0)))
         result.rank = facts.rank
+        result.roles, result.factors = tuple(shapes), factor_rows(shapes)
         result.parameters = sum(encoded[role].numel() for role in shapes)
         spell = self.plan.keys.spell
         if self.plan.keys.format.alpha is not Alpha.TENSOR:
@@ -385,17 +390,30 @@ def _notes(options: Options, same_size: tuple[float, float] | None, left: Sequen
         yield f"{count} not in the adapter, and counted in the error; `unused` says which and why."
 
 
-def _write(plan: Plan, spool: Any, keys: Sequence[str], draft: Report) -> int:
+def _peft_modules(plan: Plan, measured: Sequence[tuple[Job, _Measured]]) -> list[Module] | None:
+    """What a PEFT configuration has to say, where the format has one: alpha = rank everywhere."""
+    if plan.keys.format.alpha is not Alpha.CONFIG:
+        return None
+    found: list[Module] = []
+    for job, result in measured:
+        if result.keys and job.slot is not None and job.algorithm is not None:
+            name = plan.keys.module(job.slot)
+            rank = result.rank or 1
+            found.append(Module(name, job.algorithm, rank, rank, frozenset(result.roles), result.factors))
+    return found
+
+
+def _write(plan: Plan, spool: Any, keys: Sequence[str], draft: Report, modules: list[Module] | None) -> int:
     from adaptkit.files.sink import TensorSink
 
     specs = {spec.name: spec for spec in spool.specs()}
-    with TensorSink(
-        plan.output, [specs[key] for key in keys], _metadata(plan, draft), overwrite=plan.options.overwrite
-    ) as sink:
-        spool.write_to(sink)
-        plan.close()
-        sink.commit()
-    return plan.output.stat().st_size
+    chosen_specs, metadata = [specs[key] for key in keys], _metadata(plan, draft)
+    with adapter_file(plan.output, modules, plan.options.overwrite) as (path, overwrite):
+        with TensorSink(path, chosen_specs, metadata, overwrite=overwrite) as sink:
+            spool.write_to(sink)
+            plan.close()
+            sink.commit()
+        return sink.size
 
 
 def _metadata(plan: Plan, draft: Report) -> dict[str, str]:

@@ -118,7 +118,7 @@ def _adapter(source: TensorSource, config: Mapping[str, object] | None, options:
     record = {
         "bytes": source.size,
         "kind": "adapter",
-        "family": adapter.family.name,
+        "family": adapter.family.name if adapter.known else None,
         "format": adapter.format.name,
         "evidence": _evidence(adapter.detection),
         "algorithms": adapter.algorithms(),

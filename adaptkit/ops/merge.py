@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__, engine
 from adaptkit.adapter import Adapter, Entry
-from adaptkit.checkpoint import Checkpoint, Piece
+from adaptkit.checkpoint import Checkpoint, Piece, exchanged
 from adaptkit.engine import Step, check_memory, peak_memory
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
@@ -355,15 +355,19 @@ class _Merger:
         stored = tensors.pop("base")
         wide = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32, copy=True)
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
-        view = matrix.transpose(-1, -2) if self.plan.base.places[jobs[0].name].transposed else matrix
+        place = self.plan.base.places[jobs[0].name]
+        view = matrix.transpose(-1, -2) if place.transposed else matrix
+        view = exchanged(matrix, -2) if place.swapped else view
         for n, c in enumerate(jobs[0].contributions):
             self._apply(view, n, c, tensors)
+        if place.swapped:
+            matrix.copy_(exchanged(view, -2))
         # a batch is of equal shapes and contributions; each member is finished on its own
         return [self._finished(job, wide[n], stored[n]) for n, job in enumerate(jobs)]
 
     def _apply(self, view: Tensor, n: int, c: Contribution, tensors: Mapping[str, Tensor]) -> None:
         roles = {role: tensors[f"{n}/{role}"] for role, _ in c.entry.tensors()}
-        weights = c.entry.kind.decode(roles, c.entry.facts)
+        weights = c.entry.decode(roles)
         if c.cut is not None:
             weights = weights.part(*c.cut)
         rows = view if c.rows is None else view[..., slice(*c.rows), :]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit import engine
 from adaptkit.adapter import Adapter
+from adaptkit.detect import families
 from adaptkit.errors import AdaptkitError, NonFinite, NoSuchName, NothingToDo, ShapeMismatch, Unclaimed, WouldOverwrite
 from adaptkit.ops import extract, merge
 from tests.ops.models import changed, distance, lokr_delta, lora_delta, matrices, noise_delta, save, small, tiny_base
@@ -290,7 +291,7 @@ def test_a_diffusers_folder_pairs_with_a_single_file(tmp_path: Path) -> None:
         folder = tmp_path / "tuned" / part
         folder.mkdir(parents=True)
         names = {
-            key: label("sd1", p.slot).removeprefix(f"{part}.") for key, p in places.items() if p.slot.component == part
+            key: label(families()["sd1"], p.slot).removeprefix(f"{part}.") for key, p in places.items() if p.slot.component == part
         }
         state = {name if name.endswith("bias") else f"{name}.weight": tuned[key] for key, name in names.items()}
         save_file(state, folder / ("diffusion_pytorch_model.safetensors" if part == "unet" else "model.safetensors"))

@@ -1,0 +1,49 @@
+"""adaptkit convert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit.cli.options import PATH, writer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HOSTS = ("comfyui", "diffusers", "kohya", "invokeai")
+
+
+@click.command()
+@click.argument("adapter", type=PATH)
+@click.option("--to", metavar="FORMAT", help="Key format to write; `adaptkit formats` lists them.")
+@click.option("--for", "host", type=click.Choice(HOSTS), help="Write what this host really loads for this family.")
+@click.option("--algo", metavar="NAME", help="Change the algorithm too, where that is exact: lora, full.")
+@writer
+def convert(adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any) -> None:
+    """Write ADAPTER in another key format, every key accounted for.
+
+    Keys are renamed and their tensors copied byte for byte. Where the formats cut layers differently, fused projections
+    are split or parts fused, exactly. Where the new format has no place for alpha, it is multiplied into the weights, and
+    the report says for how many modules and with what error. A key that would be lost fails the run.
+
+    \b
+    adaptkit convert style.safetensors --to comfy
+    adaptkit convert style.safetensors --for diffusers -o style-diffusers.safetensors
+    adaptkit convert style.safetensors --to peft -o style-peft
+    """
+    from adaptkit.cli.render import Talk
+    from adaptkit.ops import convert as op
+
+    if chosen["to"] and chosen["host"]:
+        raise click.UsageError("--to and --for exclude each other")
+    if not (chosen["to"] or chosen["host"] or chosen["algo"] or chosen["dtype"] != "keep"):
+        raise click.UsageError("say what to write: --to FORMAT or --for HOST")
+    talk = Talk("convert", as_json, quiet, verbose)
+    plan = op.plan(adapter, op.Options(**chosen))
+    if dry_run:
+        talk.plan(plan.to_dict())
+        return
+    with talk.progress("converting") as progress:
+        report = op.run(plan, progress)
+    talk.converted(report)

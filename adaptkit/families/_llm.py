@@ -1,0 +1,60 @@
+"""Rows of decoder language models used as text encoders (Gemma 2, Qwen 3, Llama), by transformers' names.
+
+Source: transformers' `Gemma2Model`, `Qwen3Model` and `LlamaModel`; checkpoints and adapters use no others, but for the
+`model.` that the models with a language head put before them.
+"""
+
+from __future__ import annotations
+
+from adaptkit.families._family import Component, Kind, Row, row
+
+__all__ = ["gemma2_2b", "llm", "llm_rows", "qwen3"]
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def llm_rows(layers: int, *, qk_norms: bool = False, feedforward_norms: bool = False) -> tuple[Row, ...]:
+    """A decoder; Qwen 3 normalises q and k (`qk_norms`), Gemma 2 also around the MLP (`feedforward_norms`)."""
+    layer = f"layers.{{i:{layers}}}."
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["self_attn.q_norm", "self_attn.k_norm"] * qk_norms
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * feedforward_norms
+    return (
+        row("embed_tokens", kind=Kind.EMBEDDING),
+        *(row(f"{layer}self_attn.{name}") for name in ATTENTION),
+        *(row(f"{layer}mlp.{name}") for name in MLP),
+        *(row(layer + name, kind=Kind.NORM) for name in norms),
+        row("norm", kind=Kind.NORM),
+    )
+
+
+def llm(title: str, rows: tuple[Row, ...], *, comfy: str, kohya: tuple[str, ...] = ("te",)) -> Component:
+    """A language model as a pipeline's only text encoder; `comfy` is what ComfyUI calls it.
+
+    ComfyUI holds it with its head, hence the `model.` there; files without it are read too.
+    """
+    ours, theirs = f"text_encoders.{comfy}.transformer", "text_encoder"
+    return Component(
+        name=theirs,
+        title=title,
+        rows=rows,
+        checkpoints={"diffusers": (f"{ours}.model.", f"{ours}.", f"{theirs}.model.", f"{theirs}.")},
+        tags={
+            "kohya": kohya,
+            "onetrainer": kohya,
+            "comfy": (f"{ours}.model", ours),
+            "root": ("",),
+            "diffusers": (theirs, f"{theirs}.model"),
+        },
+    )
+
+
+def gemma2_2b() -> Component:
+    """Gemma 2 2B, 2304 wide."""
+    return llm("Gemma 2 2B", llm_rows(26, feedforward_norms=True), comfy="gemma2_2b")
+
+
+def qwen3(size: str, layers: int, *, comfy: str, kohya: tuple[str, ...] = ("te",)) -> Component:
+    """Qwen 3 of a size: 0.6B has 28 layers and is 1024 wide, 4B has 36 and is 2560 wide."""
+    return llm(f"Qwen 3 {size}", llm_rows(layers, qk_norms=True), comfy=comfy, kohya=kohya)

@@ -1,0 +1,51 @@
+"""Rows that LTX-Video and LTX-2 share; diffusers renames little of the original.
+
+Source: Lightricks' checkpoints as diffusers' `convert_ltx_to_diffusers` and `convert_ltx2_to_diffusers` rename them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptkit.families._family import Kind, Row, named, pair, row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["adaln", "attention", "ends", "feed_forward", "table"]
+
+
+def table(native: str, diffusers: str | None = None) -> Row:
+    """A learnt scale and shift: a parameter that belongs to no module of its own."""
+    theirs = diffusers or native
+    return pair(named(native, weight=native), named(theirs, weight=theirs), kind=Kind.NORM)
+
+
+def adaln(native: str, diffusers: str) -> Iterator[Row]:
+    """A modulation computed from the time step."""
+    for name in ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear"):
+        yield pair(f"{native}.{name}", f"{diffusers}.{name}")
+
+
+def attention(attention: str) -> Iterator[Row]:
+    """q, k, v, the projection, and the norms of q and k."""
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        yield row(f"{attention}.{name}")
+    for letter in "qk":
+        yield pair(f"{attention}.{letter}_norm", f"{attention}.norm_{letter}", kind=Kind.NORM)
+
+
+def feed_forward(module: str) -> Iterator[Row]:
+    """The two layers of an MLP."""
+    yield row(f"{module}.net.0.proj")
+    yield row(f"{module}.net.2")
+
+
+def ends(stem: str = "") -> Iterator[Row]:
+    """What comes before and after the blocks, for the video or (`audio_`) the sound."""
+    yield pair(f"{stem}patchify_proj", f"{stem}proj_in")
+    yield from adaln(f"{stem}adaln_single", f"{stem}time_embed")
+    yield row(f"{stem}caption_projection.linear_1")
+    yield row(f"{stem}caption_projection.linear_2")
+    yield row(f"{stem}proj_out")
+    yield table(f"{stem}scale_shift_table")

@@ -1,0 +1,37 @@
+"""Rows of T5 encoders (T5-XXL, UMT5-XXL), by transformers' names; adapters and checkpoints use no others.
+
+Source: transformers' `T5EncoderModel` and `UMT5EncoderModel`.
+"""
+
+from __future__ import annotations
+
+from adaptkit.families._family import Component, Kind, Row, row
+
+__all__ = ["t5", "t5_rows"]
+
+
+def t5_rows(layers: int, *, bias_everywhere: bool = False) -> tuple[Row, ...]:
+    """A T5 encoder; UMT5 has a relative position bias in every layer (`bias_everywhere`), T5 in the first."""
+    block = f"encoder.block.{{i:{layers}}}."
+    first = block if bias_everywhere else "encoder.block.0."
+    return (
+        row("shared", kind=Kind.EMBEDDING),
+        row("encoder.embed_tokens", kind=Kind.EMBEDDING),
+        *(row(f"{block}layer.0.SelfAttention.{name}") for name in ("q", "k", "v", "o")),
+        *(row(f"{block}layer.1.DenseReluDense.{name}") for name in ("wi_0", "wi_1", "wo")),
+        row(f"{first}layer.0.SelfAttention.relative_attention_bias", kind=Kind.EMBEDDING),
+        row(f"{block}layer.0.layer_norm", kind=Kind.NORM),
+        row(f"{block}layer.1.layer_norm", kind=Kind.NORM),
+        row("encoder.final_layer_norm", kind=Kind.NORM),
+    )
+
+
+def t5(name: str, *, kohya: tuple[str, ...] = (), comfy: str = "text_encoders.t5xxl.transformer") -> Component:
+    """T5-XXL as diffusers' component `name`; `kohya` are the prefixes `lora_<tag>_` it goes by, the written one first."""
+    return Component(
+        name=name,
+        title="T5-XXL",
+        rows=t5_rows(24),
+        checkpoints={"diffusers": (f"{name}.", f"{comfy}.", "")},
+        tags={"kohya": kohya, "onetrainer": kohya, "comfy": (comfy,), "root": ("",), "diffusers": (name,)},
+    )

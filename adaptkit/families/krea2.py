@@ -1,0 +1,69 @@
+"""Krea 2: 28 blocks, 6144 wide, with a text fusion of four narrower blocks.
+
+Source: the original checkpoint's names against diffusers' `Krea2Transformer2DModel`, as its converter maps them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptkit.families._family import Kind, Mark, ModelFamily, Row, named, pair, scaled, transformer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ATTENTION = (("wq", "to_q"), ("wk", "to_k"), ("wv", "to_v"), ("wo", "to_out.0"), ("gate", "to_gate"))
+NORMS = (
+    ("prenorm", "norm1"),
+    ("postnorm", "norm2"),
+    ("attn.qknorm.qnorm", "attn.norm_q"),
+    ("attn.qknorm.knorm", "attn.norm_k"),
+)
+
+
+def _block(ours: str, theirs: str) -> Iterator[Row]:
+    for native, diffusers in ATTENTION:
+        yield pair(f"{ours}attn.{native}", f"{theirs}attn.{diffusers}")
+    for name in ("gate", "up", "down"):
+        yield pair(f"{ours}mlp.{name}", f"{theirs}ff.{name}")
+    for native, diffusers in NORMS:
+        yield pair(scaled(ours + native), theirs + diffusers, kind=Kind.NORM)
+
+
+def _modulation(native: str, diffusers: str) -> Row:
+    """A learnt scale and shift: a flat vector in a block of the original, a table (6, width) in diffusers."""
+    return pair(named(native, weight=native), named(diffusers, weight=diffusers), kind=Kind.NORM)
+
+
+ROWS = (
+    pair("first", "img_in"),
+    pair("tmlp.0", "time_embed.linear_1"),
+    pair("tmlp.2", "time_embed.linear_2"),
+    pair("tproj.1", "time_mod_proj"),
+    pair(scaled("txtmlp.0"), "txt_in.norm", kind=Kind.NORM),
+    pair("txtmlp.1", "txt_in.linear_1"),
+    pair("txtmlp.3", "txt_in.linear_2"),
+    *(
+        made
+        for part in ("layerwise", "refiner")
+        for made in _block(f"txtfusion.{part}_blocks.{{i:2}}.", f"text_fusion.{part}_blocks.{{i:2}}.")
+    ),
+    pair("txtfusion.projector", "text_fusion.projector"),
+    *_block("blocks.{i:28}.", "transformer_blocks.{i:28}."),
+    _modulation("blocks.{i:28}.mod.lin", "transformer_blocks.{i:28}.scale_shift_table"),
+    pair(scaled("last.norm"), "final_layer.norm", kind=Kind.NORM),
+    pair("last.linear", "final_layer.linear"),
+    _modulation("last.modulation.lin", "final_layer.scale_shift_table"),
+)
+
+FAMILY = ModelFamily(
+    name="krea2",
+    title="Krea 2",
+    components=(transformer("Krea 2 transformer", ROWS),),
+    marks=(
+        Mark("transformer", "attn.wq", columns=(6144, 2560)),  # 2560: the text fusion
+        Mark("transformer", "attn.wo", rows=(6144, 2560)),
+    ),
+    architectures=("krea-2", "krea2", "krea_2"),
+    modelspec="Krea-2",
+)

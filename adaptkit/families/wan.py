@@ -1,0 +1,83 @@
+"""Wan 2.1 and 2.2: text and image to video, 1.3B (30 blocks), 5B (30) and 14B (40); also the FLF2V and VACE models.
+
+Wan 2.2 A14B has two experts of 14B: their adapters are two files that do not say which they are for, except in
+diffusers, where `transformer_2` is the low-noise one.
+Source: Wan-AI `wan/modules/model.py` against diffusers' `WanTransformer3DModel` and `WanVACETransformer3DModel`, as
+diffusers' `convert_wan_to_diffusers` maps them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptkit.families._family import Component, Kind, Mark, ModelFamily, Row, named, pair, transformer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+IMAGE = (("k_img", "add_k_proj"), ("v_img", "add_v_proj"))  # image to video of Wan 2.1
+EMBEDDER = "condition_embedder."
+
+
+def _bare(native: str, diffusers: str) -> Row:
+    """A parameter that belongs to no module of its own."""
+    return pair(named(native, weight=native), named(diffusers, weight=diffusers), kind=Kind.NORM)
+
+
+def _block(block: str) -> Iterator[Row]:
+    """A block, whose stem both namings share."""
+    for ours, theirs, more in (("self_attn", "attn1", ()), ("cross_attn", "attn2", IMAGE)):
+        for native, diffusers in (*ATTENTION, *more):
+            yield pair(f"{block}{ours}.{native}", f"{block}{theirs}.{diffusers}")
+        for letter in "qk":
+            yield pair(f"{block}{ours}.norm_{letter}", f"{block}{theirs}.norm_{letter}", kind=Kind.NORM)
+    yield pair(f"{block}cross_attn.norm_k_img", f"{block}attn2.norm_added_k", kind=Kind.NORM)
+    yield pair(f"{block}ffn.0", f"{block}ffn.net.0.proj")
+    yield pair(f"{block}ffn.2", f"{block}ffn.net.2")
+    # the original counts its norms 1, 3, 2 in the order it calls them; only this one has parameters
+    yield pair(f"{block}norm3", f"{block}norm2", kind=Kind.NORM)
+    yield _bare(f"{block}modulation", f"{block}scale_shift_table")
+
+
+ROWS = (
+    pair("patch_embedding", "patch_embedding"),
+    *(
+        pair(f"{name}_embedding.{n}", f"{EMBEDDER}{name}_embedder.linear_{m}")
+        for name in ("text", "time")
+        for n, m in ((0, 1), (2, 2))
+    ),
+    pair("time_projection.1", f"{EMBEDDER}time_proj"),
+    pair("img_emb.proj.0", f"{EMBEDDER}image_embedder.norm1", kind=Kind.NORM),
+    pair("img_emb.proj.1", f"{EMBEDDER}image_embedder.ff.net.0.proj"),
+    pair("img_emb.proj.3", f"{EMBEDDER}image_embedder.ff.net.2"),
+    pair("img_emb.proj.4", f"{EMBEDDER}image_embedder.norm2", kind=Kind.NORM),
+    _bare("img_emb.emb_pos", f"{EMBEDDER}image_embedder.pos_embed"),  # FLF2V
+    *_block("blocks.{i:40}."),
+    pair("vace_patch_embedding", "vace_patch_embedding"),
+    *_block("vace_blocks.{i:15}."),
+    pair("vace_blocks.0.before_proj", "vace_blocks.0.proj_in"),
+    pair("vace_blocks.{i:15}.after_proj", "vace_blocks.{i:15}.proj_out"),
+    pair("head.head", "proj_out"),
+    _bare("head.modulation", "scale_shift_table"),
+)
+
+LOW_NOISE = Component(
+    name="transformer_2",
+    title="Wan transformer (low noise)",
+    rows=ROWS,
+    checkpoints={"diffusers": ("transformer_2.",)},
+    tags={"diffusers": ("transformer_2",)},
+)
+
+FAMILY = ModelFamily(
+    name="wan",
+    title="Wan",
+    components=(transformer("Wan transformer", ROWS), LOW_NOISE),
+    marks=(
+        Mark("transformer", "self_attn.q", columns=(1536, 3072, 5120)),
+        Mark("transformer", "cross_attn.k", columns=(1536, 3072, 5120)),
+    ),
+    architectures=("wan",),
+    modelspec="wan2.1",
+)

@@ -1,0 +1,17 @@
+"""bare: dotted module names with no prefix at all, as a model's own `state_dict` has them; FLUX control LoRAs are such."""
+
+from __future__ import annotations
+
+from adaptkit.formats._format import COMFY_SPELLING, Alpha, KeyFormat
+
+FORMAT = KeyFormat(
+    name="bare",
+    title="module names without a prefix",
+    prefixes=("{root}",),
+    joiner=".",
+    style="bare",
+    alpha=Alpha.OPTIONAL,
+    spelling=COMFY_SPELLING,
+    written_by="black-forest-labs (control LoRAs), custom scripts",
+    note="names carry no component; convert it before sharing",
+)

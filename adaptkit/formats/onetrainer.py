@@ -1,0 +1,16 @@
+"""onetrainer: `lora_transformer_…` over diffusers' names, underscores for dots, alpha as a tensor."""
+
+from __future__ import annotations
+
+from adaptkit.formats._format import Alpha, KeyFormat
+
+FORMAT = KeyFormat(
+    name="onetrainer",
+    title="OneTrainer (legacy)",
+    prefixes=("lora_{onetrainer}_",),
+    joiner="_",
+    style="onetrainer",
+    alpha=Alpha.TENSOR,
+    written_by="OneTrainer before August 2026",
+    note="for transformers; its U-Net files are kohya files",
+)

@@ -1,0 +1,135 @@
+"""Which slots of one format come from which entries of another: renamed, split or fused. Headers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from adaptkit.errors import NotRepresentable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.keymap import KeyMap
+    from adaptkit.names import Rows, Slot, Target
+
+__all__ = ["Job", "Part", "Respelling"]
+
+Span = tuple[Fraction, Fraction]
+WHOLE: Span = (Fraction(0), Fraction(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one entry gives to a slot: all of its rows, or those of `cut`. Without an entry: `rows` rows of zeros."""
+
+    entry: Entry | None
+    cut: tuple[int, int] | None = None
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One slot of the output and the parts that make it, in the order of its rows."""
+
+    slot: Slot
+    label: str
+    parts: tuple[Part, ...]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The entries that are read for it."""
+        return tuple(part.entry for part in self.parts if part.entry is not None)
+
+    @property
+    def whole(self) -> Entry | None:
+        """The entry that this slot holds as it is; None where it is cut out or put together."""
+        first = self.parts[0]
+        return first.entry if len(self.parts) == 1 and first.cut is None else None
+
+
+class Respelling:
+    """Finds the slots that a format has for an adapter's entries; what finds none goes to `lost`."""
+
+    def __init__(self, adapter: Adapter, keys: KeyMap) -> None:
+        self.adapter, self.keys = adapter, keys
+        self.lost: dict[str, str] = {}
+
+    def jobs(self, entries: Mapping[Slot, Entry]) -> Iterator[Job]:
+        """Every slot to write, in the order in which the file first names its target; fills `lost`."""
+        held: dict[Target, dict[Slot, Entry]] = {}
+        for slot, entry in entries.items():
+            held.setdefault(slot.target, {})[slot] = entry
+        for target, parts in held.items():
+            yield from self._target(target, parts)
+
+    def _target(self, target: Target, held: Mapping[Slot, Entry]) -> Iterator[Job]:
+        used: set[Slot] = set()
+        for slot in self.keys.slots(target):
+            found = self._parts(slot, held)
+            if found:
+                used.update(part.entry.slot for part in found if part.entry is not None)
+                yield Job(slot, self._label(slot, found), found)
+        for slot, entry in held.items():
+            if slot not in used:
+                reason = f"the {self.keys.format.name} format has no place for {self.adapter.label(slot)}"
+                self.lost |= dict.fromkeys(entry.keys.values(), reason)
+
+    def _label(self, slot: Slot, parts: Sequence[Part]) -> str:
+        only = parts[0].entry if len(parts) == 1 else None
+        return self.adapter.label(only.slot if only is not None and parts[0].cut is None else slot)
+
+    def _parts(self, slot: Slot, held: Mapping[Slot, Entry]) -> tuple[Part, ...]:
+        """What makes a slot: the entry of that slot, rows of a larger one, or smaller ones and the gaps between them."""
+        if slot in held:
+            return (Part(held[slot]),)
+        want = _span(slot.rows)
+        for theirs, entry in held.items():
+            have = _span(theirs.rows)
+            if have[0] <= want[0] and want[1] <= have[1]:
+                return (Part(entry, self._cut(entry, have, want)),)
+        inside = sorted((_span(t.rows), e) for t, e in held.items() if want[0] <= _span(t.rows)[0] < want[1])
+        return tuple(self._joined(want, inside)) if inside else ()
+
+    def _cut(self, entry: Entry, have: Span, want: Span) -> tuple[int, int]:
+        """The rows of an entry that a slot takes, counted from the entry's first."""
+        height = self._height(entry, have)
+        return (
+            self._row(entry, height * (want[0] - have[0])),
+            self._row(entry, height * (want[1] - have[0])),
+        )
+
+    def _joined(self, want: Span, inside: Sequence[tuple[Span, Entry]]) -> Iterator[Part]:
+        (first, entry), at = inside[0], want[0]
+        height = self._height(entry, first)
+        for (start, stop), member in inside:
+            if start > at:
+                yield Part(None, rows=self._row(member, height * (start - at)))
+            yield Part(member)
+            at = stop
+        if at < want[1]:
+            yield Part(None, rows=self._row(entry, height * (want[1] - at)))
+
+    def _height(self, entry: Entry, span: Span) -> Fraction:
+        """How many rows the whole target has."""
+        if not entry.facts.rows:
+            raise NotRepresentable(
+                f"the tensors of a {entry.kind.name} do not tell its rows, so it cannot be split or fused",
+                hint="merge it into a checkpoint instead",
+                tensor=self.adapter.label(entry.slot),
+            )
+        return Fraction(entry.facts.rows) / (span[1] - span[0])
+
+    def _row(self, entry: Entry, place: Fraction) -> int:
+        if place.denominator != 1:
+            raise NotRepresentable(
+                f"{entry.facts.rows} rows do not divide into the parts of this layer",
+                tensor=self.adapter.label(entry.slot),
+            )
+        return int(place)
+
+
+def _span(rows: Rows | None) -> Span:
+    return WHOLE if rows is None else (Fraction(rows.start, rows.total), Fraction(rows.stop, rows.total))
