@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from adaptkit.detect import Detection, detect_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label
+from adaptkit.unknown import NAME as UNKNOWN
 from adaptkit.unknown import fallback
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ class _Reader:
             alpha, origin = self._alpha(slot, keys, first.module)
             try:
                 shapes = {role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}
-                facts = kind.facts(shapes, alpha)
+                facts = self._with_kernel(slot, kind.facts(shapes, alpha))
             except AdaptkitError as error:
                 failures.append(error.message)
             else:
@@ -271,6 +272,13 @@ class _Reader:
         found = ", ".join(sorted({parsed.roles[0][1] for parsed in group.values()}))
         self._refuse(slot, group, failures[0] if failures else f"incomplete or mixed: {found}")
         return None
+
+    def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
+        """Where the stored shapes do not tell the kernel (flat factors), the family's table does."""
+        row = self.keys.row(slot.target)
+        if facts.kernel is not None or row is None or self.keys.family.name == UNKNOWN:
+            return facts
+        return replace(facts, kernel=row.kernel)
 
     def _alpha(self, slot: Slot, keys: Mapping[str, str], module: str) -> tuple[Stated | None, str]:
         if ALPHA in keys:

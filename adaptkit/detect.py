@@ -29,6 +29,7 @@ _FOREIGN = re.compile(
     r"lora|_lora\d?\.|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude|\.alpha$|\.[ab][12]\.weight$"
 )
 
+_BREAK = re.compile(r"[._{\d]")
 _PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})  # checkpoints have such names too
 
 SAMPLE = 48  # names that every family is tried on first
@@ -121,9 +122,22 @@ def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> list
     if not stems or len(names) == 1:
         return list(names) if stems else []
     sample = list(stems)[:: max(1, len(stems) // SAMPLE)]
-    found = {name: sum(compile_keys(name, format).slot(stem) is not None for stem in sample) for name in names}
-    most = max(found.values())
+    near = [name for name in names if any(stem.startswith(_heads(name, format)) for stem in sample)]
+    found = {name: sum(compile_keys(name, format).slot(stem) is not None for stem in sample) for name in near}
+    most = max(found.values(), default=0)
     return [name for name, n in found.items() if n and n >= ENOUGH / 2 * most]
+
+
+@cache
+def _heads(family: str, format: str) -> tuple[str, ...]:
+    """How the names of a family begin, up to the first sign: enough to pass over most families without compiling them."""
+    found: dict[str, None] = {}
+    for part in families()[family].components:
+        starts = prefixes(part, formats()[format])
+        modules = (name.module for row in part.rows for names in row.names.values() for name in names)
+        words = {_BREAK.split(module, maxsplit=1)[0] for module in modules}
+        found |= dict.fromkeys(start + word for start in starts for word in words)
+    return tuple(found)
 
 
 def _claimed(stems: Mapping[str, int], family: str, format: str) -> int:
@@ -148,7 +162,7 @@ def _decide(
     scores: list[_Score],
     total: int,
     metadata: Mapping[str, str],
-    evidence: Callable[[_Score], int],
+    evidence: Callable[[_Score], float],
     forced: bool,
 ) -> Detection:
     ranked = sorted(scores, key=lambda score: -score.claimed)
@@ -201,14 +215,15 @@ def _among(value: int, known: int | tuple[int, ...]) -> bool:
     return value == known if isinstance(known, int) else value in known
 
 
-def _sum_marks(family: ModelFamily, sizes: Iterable[tuple[Slot, _Size]]) -> int:
-    """Marks that hold minus marks that do not, each mark counted once by the first module that shows it."""
+def _sum_marks(family: ModelFamily, sizes: Iterable[tuple[Slot, _Size]]) -> float:
+    """The share of marks that hold, each judged by the first module that shows it; one half where none is shown."""
     seen: dict[Mark, int] = {}
     for slot, size in sizes:
         for mark in family.marks:
             if mark.component == slot.component and slot.target.module.endswith(mark.suffix):
                 seen.setdefault(mark, _score_mark(mark, _whole(slot, size)))
-    return sum(seen.values())
+    shown = [mark for mark in seen.values() if mark]
+    return shown.count(1) / len(shown) if shown else 0.5
 
 
 def _whole(slot: Slot, part: _Size) -> _Size:
@@ -218,11 +233,11 @@ def _whole(slot: Slot, part: _Size) -> _Size:
     return replace(part, rows=part.rows * slot.rows.total // (slot.rows.stop - slot.rows.start))
 
 
-def _adapter_shapes(infos: Mapping[str, TensorInfo]) -> Callable[[_Score], int]:
+def _adapter_shapes(infos: Mapping[str, TensorInfo]) -> Callable[[_Score], float]:
     """A function from a score to its marks, over the facts of every stem (worked out only when there is a tie)."""
     sizes: dict[str, _Size] = {}
 
-    def evidence(score: _Score) -> int:
+    def evidence(score: _Score) -> float:
         if not sizes:
             sizes.update(_stem_sizes(infos))
         keys = compile_keys(score.family, score.format or "")
@@ -254,7 +269,7 @@ def _stem_sizes(infos: Mapping[str, TensorInfo]) -> dict[str, _Size]:
     return sizes
 
 
-def _checkpoint_marks(infos: Mapping[str, TensorInfo], score: _Score) -> int:
+def _checkpoint_marks(infos: Mapping[str, TensorInfo], score: _Score) -> float:
     keys = compile_checkpoint(score.family)
     shapes = ((place.slot, info.shape) for name, info in infos.items() if (place := keys.parse(name)) is not None)
     matrices = (

@@ -31,7 +31,11 @@ __all__ = [
     "Tucker",
     "Weights",
     "flat",
+    "grouped",
+    "same",
     "scaling",
+    "stacked",
+    "unique",
 ]
 
 ALPHA = "alpha"
@@ -195,6 +199,50 @@ def _pick(value: object, index: int) -> object:
     if isinstance(value, Dense | Product | Tucker):
         return type(value)(*(_pick(getattr(value, f.name), index) for f in fields(value)))  # type: ignore[arg-type]
     return value[index] if hasattr(value, "ndim") else value  # type: ignore[index]
+
+
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are the same, bit for bit, or both not there."""
+    import torch
+
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+
+
+def stacked(parts: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
+    """Matrices (..., m, r) one below the other, those of each group in columns of its own: block-diagonal by group.
+
+    `groups` numbers the group of each part, from 0 in the order of first appearance; members of one have equal r.
+    """
+    import torch
+
+    widths = {group: part.shape[-1] for part, group in zip(parts, groups, strict=True)}
+    if len(widths) == 1:
+        return torch.cat(list(parts), -2)
+    rows = []
+    for part, group in zip(parts, groups, strict=True):
+        before = sum(width for other, width in widths.items() if other < group)
+        after = sum(widths.values()) - before - part.shape[-1]
+        rows.append(torch.nn.functional.pad(part, (before, after)))
+    return torch.cat(rows, -2)
+
+
+def grouped(parts: Sequence[Tensor]) -> list[int]:
+    """The number of each part's group, where equal tensors are one group."""
+    firsts: list[Tensor] = []
+    numbers: list[int] = []
+    for part in parts:
+        known = next((n for n, first in enumerate(firsts) if same(first, part)), None)
+        if known is None:
+            firsts.append(part)
+        numbers.append(len(firsts) - 1 if known is None else known)
+    return numbers
+
+
+def unique(parts: Sequence[Tensor], groups: Sequence[int]) -> list[Tensor]:
+    """The first part of each group, in order."""
+    return [parts[groups.index(group)] for group in range(max(groups) + 1)]
 
 
 def flat(tensor: Tensor, ndim: int) -> Tensor:

@@ -11,7 +11,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.names import BIAS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -66,6 +66,23 @@ class Full(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, diff=self.diff[..., start:stop, :])
+
+    @property
+    def rows(self) -> int:
+        return int(self.diff.shape[-2])
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        import torch
+
+        return replace(parts[0], diff=torch.cat([part.diff for part in parts], -2))
+
+    @classmethod
+    def zeros(cls, like: Self, rows: int) -> Self:
+        return replace(like, diff=like.diff.new_zeros(*like.diff.shape[:-2], rows, like.diff.shape[-1]))
+
+    def folded(self) -> Self:
+        return self
 
     @classmethod
     def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:

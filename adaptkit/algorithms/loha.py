@@ -16,13 +16,18 @@ from adaptkit.algorithms._weights import (
     Stated,
     Tucker,
     Weights,
+    grouped,
     matched,
     roles,
     scaling,
+    spread,
+    stacked,
+    unique,
 )
+from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -81,6 +86,48 @@ class Loha(Weights):
     def delta(self) -> Tensor:
         return self.w1.dense().mul_(self.scale).mul_(self.w2.dense())
 
+    @property
+    def rows(self) -> int:
+        return self.w1.rows
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A1 B1) ∘ (A2 B2) = (A1 • A2)(B1 ⊙ B2): products of all pairs of columns, and of rows; rank r²."""
+        (a1, b1), (a2, b2) = _sides(self.w1), _sides(self.w2)
+        left = (a1.unsqueeze(-1) * a2.unsqueeze(-2)).flatten(-2) * self.scale
+        right = (b1.unsqueeze(-2) * b2.unsqueeze(-3)).flatten(-3, -2)
+        return left, right
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        """Block-diagonal in both products, which keeps the parts apart; parts of one thing share its columns."""
+        import torch
+
+        if not all(isinstance(factor, Product) for part in parts for factor in (part.w1, part.w2)):
+            raise NotRepresentable("LoHa with Tucker cores cannot be fused", hint="use --algo full")
+        if len({part.scale for part in parts}) > 1:
+            parts = [part.folded() for part in parts]
+        rights = [torch.cat([part.w1.right, part.w2.right], -1) for part in parts]  # type: ignore[attr-defined]
+        groups = grouped(rights)
+        sides = []
+        for side in ("w1", "w2"):
+            factors = [getattr(part, side) for part in parts]
+            right = torch.cat(unique([factor.right for factor in factors], groups), -2)
+            sides.append(Product(stacked([factor.left for factor in factors], groups), right))
+        return replace(parts[0], w1=sides[0], w2=sides[1])
+
+    @classmethod
+    def zeros(cls, like: Self, rows: int) -> Self:
+        return replace(like, w1=_empty(like.w1, rows), w2=_empty(like.w2, rows))
+
+    def folded(self) -> Self:
+        """The scale in `w1_a`."""
+        from adaptkit.linalg.precision import upcast
+
+        if self.scale == 1.0:
+            return self
+        left = upcast(self.w1.left) * self.scale  # type: ignore[attr-defined]
+        return replace(self, w1=replace(self.w1, left=left), scale=1.0)  # type: ignore[type-var]
+
     def part(self, start: int, stop: int) -> Self:
         one, two = (_rows(factor, slice(start, stop)) for factor in (self.w1, self.w2))
         return replace(self, w1=one, w2=two)
@@ -103,6 +150,23 @@ def _side(tensors: Mapping[str, Tensor], side: str, batch: int) -> Factor:
     if core is None:
         return Product(a, b)
     return Tucker(core.reshape(*core.shape[: batch + 2], -1), a.transpose(-1, -2), b)
+
+
+def _sides(factor: Factor) -> tuple[Tensor, Tensor]:
+    """(left, right) with left · right = the factor, in float32 or wider."""
+    from adaptkit.linalg.precision import upcast
+
+    match factor:
+        case Product(left, right):
+            return upcast(left), upcast(right)
+        case Tucker(core, left, right):
+            return upcast(left), spread(upcast(core), upcast(right))
+    raise TypeError(type(factor).__name__)
+
+
+def _empty(factor: Factor, rows: int) -> Factor:
+    left = factor.left  # type: ignore[attr-defined]
+    return replace(factor, left=left.new_zeros(*left.shape[:-2], rows, left.shape[-1]))  # type: ignore[type-var]
 
 
 def _rows(factor: Factor, cut: slice) -> Factor:

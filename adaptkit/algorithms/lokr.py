@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -19,14 +19,17 @@ from adaptkit.algorithms._weights import (
     Stated,
     Tucker,
     Weights,
+    grouped,
     matched,
     roles,
+    same,
     scaling,
+    spread,
 )
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -130,6 +133,56 @@ class Lokr(Weights):
             return replace(self, w1=Product(self.w1.left[..., cut, :], self.w1.right))
         return replace(self, w1=Dense(self.w1.dense()[..., cut, :]))
 
+    @property
+    def rows(self) -> int:
+        return self.w1.rows * self.w2.rows
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        """Exact where all parts have the same W2: the rows of their W1, one below the other."""
+        import torch
+
+        first = parts[0]
+        if not all(_same_factor(part.w2, first.w2) for part in parts):
+            raise NotRepresentable(
+                "LoKr with different second factors cannot be fused", hint="convert with --algo lora or --algo full"
+            )
+        if len({part.scale for part in parts}) > 1:
+            parts = [part.folded() for part in parts]
+        rights = [part.w1.right for part in parts if isinstance(part.w1, Product)]
+        if len(rights) == len(parts) and max(grouped(rights)) == 0:
+            lefts = [part.w1.left for part in parts if isinstance(part.w1, Product)]
+            return replace(parts[0], w1=Product(torch.cat(lefts, -2), rights[0]))
+        return replace(parts[0], w1=Dense(torch.cat([_stored(part.w1) for part in parts], -2)))
+
+    @classmethod
+    def zeros(cls, like: Self, rows: int) -> Self:
+        if rows % like.w2.rows:
+            raise NotRepresentable(f"{rows} missing rows are no multiple of a Kronecker block of {like.w2.rows}")
+        height = rows // like.w2.rows
+        if isinstance(like.w1, Product):
+            left = like.w1.left
+            return replace(like, w1=Product(left.new_zeros(*left.shape[:-2], height, left.shape[-1]), like.w1.right))
+        w1 = _stored(like.w1)
+        return replace(like, w1=Dense(w1.new_zeros(*w1.shape[:-2], height, w1.shape[-1])))
+
+    def folded(self) -> Self:
+        """The scale in the first factor."""
+        from adaptkit.linalg.precision import upcast
+
+        if self.scale == 1.0:
+            return self
+        if isinstance(self.w1, Product):
+            return replace(self, w1=Product(upcast(self.w1.left) * self.scale, self.w1.right), scale=1.0)
+        return replace(self, w1=Dense(self.w1.dense() * self.scale), scale=1.0)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(L1 R1) ⊗ (L2 R2) = (L1 ⊗ L2)(R1 ⊗ R2); the rank is the product of the factors' ranks."""
+        from adaptkit.linalg.kron import kron
+
+        (left1, right1), (left2, right2) = _low_rank(self.w1), _low_rank(self.w2)
+        return kron(left1 * self.scale, left2), kron(right1, right2)
+
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
         """Nearest Kronecker product (Van Loan and Pitsianis 1993), w2 full, or of low rank by alternating least squares.
@@ -149,6 +202,32 @@ class Lokr(Weights):
             return cls(Dense(best.w1), Dense(best.w2), 1.0, spec.kernel)
         low = nearest_kron_lowrank(delta, a, b, spec.rank)
         return cls(Dense(low.w1), Product(low.left, low.right), 1.0, spec.kernel)
+
+
+def _stored(factor: Factor) -> Tensor:
+    return factor.matrix if isinstance(factor, Dense) else factor.dense()
+
+
+def _same_factor(one: Factor, other: Factor) -> bool:
+    if type(one) is not type(other):
+        return False
+    return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))  # type: ignore[arg-type]
+
+
+def _low_rank(factor: Factor) -> tuple[Tensor, Tensor]:
+    """(left, right) with left · right = the factor; for a dense one, itself and an identity on its smaller side."""
+    import torch
+
+    from adaptkit.linalg.precision import upcast
+
+    if isinstance(factor, Product):
+        return upcast(factor.left), upcast(factor.right)
+    if isinstance(factor, Tucker):
+        return upcast(factor.left), spread(upcast(factor.core), upcast(factor.right))
+    dense = factor.dense()
+    rows, columns = dense.shape[-2:]
+    eye = torch.eye(min(rows, columns), dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], -1, -1)
+    return (eye, dense) if rows <= columns else (dense, eye)
 
 
 def _first(shapes: Shapes) -> tuple[tuple[int, int], int | None]:

@@ -14,15 +14,19 @@ from adaptkit.algorithms._weights import (
     Stated,
     Weights,
     flat,
+    grouped,
     matched,
     roles,
+    same,
     scaling,
     spread,
+    stacked,
+    unique,
 )
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -121,6 +125,36 @@ class Lora(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
+
+    @property
+    def rows(self) -> int:
+        return int(self.up.shape[-2])
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        """Parts that share a `down` share its columns; others get columns of their own, so that ranks add up."""
+        import torch
+
+        if any(
+            not same(part.mid, parts[0].mid) or (part.mid is not None and not same(part.down, parts[0].down))
+            for part in parts
+        ):
+            raise NotRepresentable("LoRA with different Tucker cores cannot be fused", hint="use --algo full")
+        if len({part.scale for part in parts}) > 1:
+            parts = [part.folded() for part in parts]
+        groups = grouped([part.down for part in parts])
+        up = stacked([part.up for part in parts], groups)
+        return replace(parts[0], up=up, down=torch.cat(unique([part.down for part in parts], groups), -2))
+
+    @classmethod
+    def zeros(cls, like: Self, rows: int) -> Self:
+        return replace(like, up=like.up.new_zeros(*like.up.shape[:-2], rows, like.up.shape[-1]))
+
+    def folded(self) -> Self:
+        """The scale in `up`, which powers of two leave exact."""
+        from adaptkit.linalg.precision import upcast
+
+        return self if self.scale == 1.0 else replace(self, up=upcast(self.up) * self.scale, scale=1.0)
 
     @classmethod
     def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:

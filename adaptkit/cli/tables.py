@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
 import click
 
 from adaptkit.cli.options import talk
-from adaptkit.names import Slot, Target
+from adaptkit.errors import NotRepresentable
+from adaptkit.names import Rows, Slot, Target
 
-EXAMPLE = Slot(Target("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"))
+if TYPE_CHECKING:
+    from adaptkit.formats._format import KeyFormat
+
+# a module that some family has in every format
+EXAMPLES = (
+    ("sd1", Slot(Target("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"))),
+    ("flux", Slot(Target("transformer", "double_blocks.0.img_attn.proj"))),
+    ("flux", Slot(Target("transformer", "double_blocks.0.img_attn.qkv"), Rows(0, 1, 3))),
+)
+
+
+def _example(format: KeyFormat) -> str:
+    """A key as this format spells it."""
+    from adaptkit.keymap import algorithms, compile_keys
+
+    algorithm = format.owns[0] if format.owns else "lora"
+    role = next(iter(algorithms()[algorithm].roles))
+    for family, slot in EXAMPLES:
+        with suppress(NotRepresentable):
+            return compile_keys(family, format.name).spell(slot, algorithm, role)
+    return ""
 
 
 def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
@@ -21,13 +45,12 @@ def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
 def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
     """List the key formats: how each spells a module, and who writes it."""
     from adaptkit.detect import formats as known
-    from adaptkit.keymap import compile_keys
 
     rows: list[dict[str, object]] = [
         {
             "name": f.name,
             "title": f.title,
-            "example": compile_keys("sd1", f.name).spell(EXAMPLE, "lora", "up"),
+            "example": _example(f),
             "alpha": f.alpha.value,
             "written_by": f.written_by,
             "note": f.note,

@@ -6,7 +6,7 @@ Source: transformers' `CLIPTextModel` and open_clip's `TextTransformer`, related
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.families._family import Component, Kind, Name, Row, named, row, split
 
@@ -18,37 +18,40 @@ __all__ = ["clip_g", "clip_l", "clip_rows", "openclip_rows"]
 ROOT = "text_model."
 
 
-def clip_l(*, kohya: tuple[str, ...] = ("te1",), prefixes: tuple[str, ...] = ()) -> Component:
-    """CLIP-L as a pipeline's first text encoder; `prefixes` are those of single-file checkpoints."""
+def clip_l(
+    *,
+    name: str = "text_encoder",
+    kohya: tuple[str, ...] = ("te1",),
+    prefixes: tuple[str, ...] = (),
+    projection: bool = False,
+) -> Component:
+    """CLIP-L as the text encoder that diffusers calls `name`; `prefixes` are those of single-file checkpoints."""
     comfy = "text_encoders.clip_l.transformer"
-    checkpoints = (*prefixes, f"{comfy}.", "text_encoder.")
+    checkpoints = (*prefixes, f"{comfy}.", f"{name}.")
     return Component(
-        name="text_encoder",
+        name=name,
         title="CLIP-L",
-        rows=clip_rows(12),
+        rows=(*clip_rows(12), *([row("text_projection")] if projection else ())),
         checkpoints={"diffusers": checkpoints, "flat": checkpoints},
-        tags={"kohya": kohya, "onetrainer": kohya, "comfy": (comfy,), "root": ("",), "diffusers": ("text_encoder",)},
+        tags=_tags(name, kohya, comfy),
     )
 
 
-def clip_g(*, prefixes: tuple[str, ...] = ("conditioner.embedders.1.model.",), native: str = "native") -> Component:
-    """OpenCLIP-G as a pipeline's second text encoder; `prefixes` those of single-file checkpoints, in `native` names."""
-    comfy = "text_encoders.clip_g.transformer"
-    theirs = (f"{comfy}.", "text_encoder_2.")
-    ours = {"native": prefixes, "diffusers": theirs} if native == "native" else {"diffusers": (*prefixes, *theirs)}
+def clip_g(*, kohya: tuple[str, ...] = ("te2",), native: tuple[str, ...] = ()) -> Component:
+    """OpenCLIP-G as a pipeline's second text encoder; `native` are the prefixes of files that have OpenCLIP's names."""
+    comfy, name = "text_encoders.clip_g.transformer", "text_encoder_2"
+    checkpoints = {"diffusers": (f"{comfy}.", f"{name}.")}
     return Component(
-        name="text_encoder_2",
+        name=name,
         title="OpenCLIP-G",
         rows=openclip_rows(32, projection=True),
-        checkpoints=ours,
-        tags={
-            "kohya": ("te2",),
-            "onetrainer": ("te2",),
-            "comfy": (comfy,),
-            "root": ("",),
-            "diffusers": ("text_encoder_2",),
-        },
+        checkpoints=checkpoints | ({"native": native} if native else {}),
+        tags=_tags(name, kohya, comfy),
     )
+
+
+def _tags(name: str, kohya: tuple[str, ...], comfy: str) -> dict[str, tuple[str, ...]]:
+    return {"kohya": kohya, "onetrainer": kohya, "comfy": (comfy,), "root": ("",), "diffusers": (name,)}
 
 
 def clip_rows(layers: int) -> tuple[Row, ...]:
@@ -67,7 +70,7 @@ def _flat(module: str, kind: Kind) -> Row:
     return row(ROOT + module, flat=module, kind=kind, **_processor(ROOT + module))
 
 
-def _processor(module: str) -> dict[str, str]:
+def _processor(module: str) -> dict[str, Any]:
     """What diffusers before 0.20 called the adapters of attention layers: `self_attn.to_q_lora`, `to_out_lora`."""
     stem, _, name = module.rpartition(".")
     return {"processor": f"{stem}.to_{name.partition('_')[0]}_lora"} if stem.endswith("self_attn") else {}

@@ -88,17 +88,24 @@ def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One module (or a run of them): its target name and its names in each naming."""
+    """One module (or a run of them): its target name and its names in each naming; `kernel` of a convolution, else ()."""
 
     target: str
     names: Mapping[str, tuple[Name, ...]]
     kind: Kind = Kind.MATRIX
+    kernel: tuple[int, ...] = ()
 
 
-def row(target: str, *, kind: Kind = Kind.MATRIX, **namings: str | Name | tuple[Name, ...]) -> Row:
+def row(
+    target: str,
+    *,
+    kind: Kind = Kind.MATRIX,
+    kernel: tuple[int, ...] = (),
+    **namings: str | Name | tuple[Name, ...],
+) -> Row:
     """A row; the `diffusers` naming is the target's own name unless it is given."""
     namings.setdefault("diffusers", target)
-    return Row(target, MappingProxyType({naming: _names(value) for naming, value in namings.items()}), kind)
+    return Row(target, MappingProxyType({naming: _names(value) for naming, value in namings.items()}), kind, kernel)
 
 
 def pair(
@@ -106,11 +113,12 @@ def pair(
     diffusers: str | Name | tuple[Name, ...],
     *,
     kind: Kind = Kind.MATRIX,
+    kernel: tuple[int, ...] = (),
     **namings: str | Name | tuple[Name, ...],
 ) -> Row:
     """A row whose target has the original checkpoint's name, and what diffusers calls it."""
     target = native if isinstance(native, str) else native.module
-    return row(target, kind=kind, native=native, diffusers=diffusers, **namings)
+    return row(target, kind=kind, kernel=kernel, native=native, diffusers=diffusers, **namings)
 
 
 def _names(value: str | Name | tuple[Name, ...]) -> tuple[Name, ...]:

@@ -6,7 +6,8 @@ Source of the correspondence: CompVis/Stability `openaimodel.py` numbering again
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.families._family import Kind, Row, row
 
@@ -15,13 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["unet_rows"]
 
+CONV = (3, 3)
+POINT = (1, 1)
 RESNET = (
-    ("norm1", "in_layers.0", Kind.NORM),
-    ("conv1", "in_layers.2", Kind.MATRIX),
-    ("time_emb_proj", "emb_layers.1", Kind.MATRIX),
-    ("norm2", "out_layers.0", Kind.NORM),
-    ("conv2", "out_layers.3", Kind.MATRIX),
-    ("conv_shortcut", "skip_connection", Kind.MATRIX),
+    ("norm1", "in_layers.0", Kind.NORM, ()),
+    ("conv1", "in_layers.2", Kind.MATRIX, CONV),
+    ("time_emb_proj", "emb_layers.1", Kind.MATRIX, ()),
+    ("norm2", "out_layers.0", Kind.NORM, ()),
+    ("conv2", "out_layers.3", Kind.MATRIX, CONV),
+    ("conv_shortcut", "skip_connection", Kind.MATRIX, POINT),
 )
 NORMS = ("norm1", "norm2", "norm3")
 PROJECTIONS = (
@@ -31,12 +34,15 @@ PROJECTIONS = (
 )
 
 
-def unet_rows(depths: tuple[int, ...], *, middle: int, class_embedding: bool = False) -> tuple[Row, ...]:
+def unet_rows(
+    depths: tuple[int, ...], *, middle: int, class_embedding: bool = False, pointwise: bool = False
+) -> tuple[Row, ...]:
     """All rows of a U-Net with `depths[level]` transformer blocks per attention (0: none) and `middle` in the middle.
 
-    Levels are given from the outermost inwards; two residual blocks a level going down, three going up.
+    Levels are given from the outermost inwards; two residual blocks a level going down, three going up. `pointwise`: the
+    projections around attention are 1×1 convolutions (SD 1), not linear layers.
     """
-    return (
+    rows = (
         *_ends(class_embedding),
         *_down(depths),
         *_resnet("mid_block.resnets.0", "middle_block.0"),
@@ -44,17 +50,19 @@ def unet_rows(depths: tuple[int, ...], *, middle: int, class_embedding: bool = F
         *_resnet("mid_block.resnets.1", "middle_block.2"),
         *_up(depths),
     )
+    around = (".proj_in", ".proj_out")
+    return tuple(replace(row, kernel=POINT) if pointwise and row.target.endswith(around) else row for row in rows)
 
 
 def _ends(class_embedding: bool) -> Iterator[Row]:
-    yield row("conv_in", native="input_blocks.0.0")
+    yield row("conv_in", native="input_blocks.0.0", kernel=CONV)
     yield row("time_embedding.linear_1", native="time_embed.0")
     yield row("time_embedding.linear_2", native="time_embed.2")
     if class_embedding:
         yield row("add_embedding.linear_1", native="label_emb.0.0")
         yield row("add_embedding.linear_2", native="label_emb.0.2")
     yield row("conv_norm_out", native="out.0", kind=Kind.NORM)
-    yield row("conv_out", native="out.2")
+    yield row("conv_out", native="out.2", kernel=CONV)
 
 
 def _down(depths: tuple[int, ...]) -> Iterator[Row]:
@@ -65,7 +73,7 @@ def _down(depths: tuple[int, ...]) -> Iterator[Row]:
             yield from _attention(f"down_blocks.{level}.attentions.{n}", f"input_blocks.{block}.1", depth)
             block += 1
         if level + 1 < len(depths):
-            yield row(f"down_blocks.{level}.downsamplers.0.conv", native=f"input_blocks.{block}.0.op")
+            yield row(f"down_blocks.{level}.downsamplers.0.conv", native=f"input_blocks.{block}.0.op", kernel=CONV)
             block += 1
 
 
@@ -77,13 +85,15 @@ def _up(depths: tuple[int, ...]) -> Iterator[Row]:
             yield from _attention(f"up_blocks.{level}.attentions.{n}", f"output_blocks.{block}.1", depth)
             if n == 2 and level + 1 < len(depths):
                 place = 2 if depth else 1  # the upsampler follows the attention, where there is one
-                yield row(f"up_blocks.{level}.upsamplers.0.conv", native=f"output_blocks.{block}.{place}.conv")
+                yield row(
+                    f"up_blocks.{level}.upsamplers.0.conv", native=f"output_blocks.{block}.{place}.conv", kernel=CONV
+                )
             block += 1
 
 
 def _resnet(diffusers: str, native: str) -> Iterator[Row]:
-    for ours, theirs, kind in RESNET:
-        yield row(f"{diffusers}.{ours}", native=f"{native}.{theirs}", kind=kind)
+    for ours, theirs, kind, kernel in RESNET:
+        yield row(f"{diffusers}.{ours}", native=f"{native}.{theirs}", kind=kind, kernel=kernel)
 
 
 def _attention(diffusers: str, native: str, depth: int) -> Iterator[Row]:
@@ -99,7 +109,7 @@ def _attention(diffusers: str, native: str, depth: int) -> Iterator[Row]:
         yield row(ours, native=f"{native}.{inner}.{name}", kind=kind, **_processor(ours))
 
 
-def _processor(module: str) -> dict[str, str]:
+def _processor(module: str) -> dict[str, Any]:
     """What diffusers before 0.20 called the adapters of attention layers: `attn1.processor.to_q_lora`."""
     stem, found, name = module.removesuffix(".0").rpartition(".to_")
     return {"processor": f"{stem}.processor.to_{name}_lora"} if found else {}

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adaptkit.families._clip import clip_l
-from adaptkit.families._family import Mark, ModelFamily, pair, split, swapped, transformer
-from adaptkit.families._flux import double_attention, single_norms
+from adaptkit.families._family import ModelFamily, Row, named, pair, split, swapped, transformer
+from adaptkit.families._flux import SHARES, double_attention, double_mlps, embedder, marks, single_block
 from adaptkit.families._t5 import t5
 
 DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
 THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."
 
-ROWS = (
+PUBLIC = (
     pair("img_in", "x_embedder"),
     pair("txt_in", "context_embedder"),
-    *(
-        pair(f"{name}_in.{layer}_layer", f"time_text_embed.{theirs}.linear_{n}")
-        for name, theirs in (
-            ("time", "timestep_embedder"),
-            ("vector", "text_embedder"),
-            ("guidance", "guidance_embedder"),
-        )
-        for layer, n in (("in", 1), ("out", 2))
-    ),
+    *embedder("time_in", "time_text_embed.timestep_embedder"),
+    *embedder("vector_in", "time_text_embed.text_embedder"),
+    *embedder("guidance_in", "time_text_embed.guidance_embedder"),  # schnell has none
     *double_attention(DOUBLE, THEIRS),
     pair(f"{DOUBLE}img_mod.lin", f"{THEIRS}norm1.linear"),
     pair(f"{DOUBLE}txt_mod.lin", f"{THEIRS}norm1_context.linear"),
-    pair(f"{DOUBLE}img_mlp.0", f"{THEIRS}ff.net.0.proj"),
-    pair(f"{DOUBLE}img_mlp.2", f"{THEIRS}ff.net.2"),
-    pair(f"{DOUBLE}txt_mlp.0", f"{THEIRS}ff_context.net.0.proj"),
-    pair(f"{DOUBLE}txt_mlp.2", f"{THEIRS}ff_context.net.2"),
-    pair(
-        f"{SINGLE}linear1",
-        split(ALONE, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", ratio=(1, 1, 1, 4)),
-        omi=split(f"{SINGLE}linear1.", "0", "1", "2", "3", ratio=(1, 1, 1, 4)),
-    ),
-    pair(f"{SINGLE}linear2", f"{ALONE}proj_out"),
+    *double_mlps(DOUBLE, THEIRS),
+    *single_block(SINGLE, ALONE),
     pair(f"{SINGLE}modulation.lin", f"{ALONE}norm.linear"),
-    *single_norms(SINGLE, ALONE),
     pair("final_layer.linear", "proj_out"),
     pair("final_layer.adaLN_modulation.1", swapped("norm_out.linear")),
 )
+
+# what formats that exist for this family alone call the layers they have names for
+OMI = {
+    f"{SINGLE}linear1": split(f"{SINGLE}linear1.", "0", "1", "2", "3", ratio=SHARES),
+    **{f"{DOUBLE}{side}_attn.qkv": split(f"{DOUBLE}{side}_attn.qkv.", "0", "1", "2") for side in ("img", "txt")},
+}
+XLABS = {
+    f"{DOUBLE}{side}_attn.{name}": (named(f"{DOUBLE}processor.{name}_lora{n}"),)
+    for n, side in ((1, "img"), (2, "txt"))
+    for name in ("qkv", "proj")
+}
+
+
+def _with_private(public: Row) -> Row:
+    names = {"omi": OMI.get(public.target), "xlabs": XLABS.get(public.target)}
+    return replace(public, names={**public.names, **{naming: name for naming, name in names.items() if name}})
+
+
+ROWS = tuple(_with_private(public) for public in PUBLIC)
 
 FAMILY = ModelFamily(
     name="flux",
@@ -49,11 +55,7 @@ FAMILY = ModelFamily(
         clip_l(),
         t5("text_encoder_2", kohya=("te3", "te2")),
     ),
-    marks=(
-        Mark("transformer", "img_attn.qkv", columns=3072),
-        Mark("transformer", "img_mlp.0", rows=12288),
-        Mark("transformer", "linear1", rows=21504),
-    ),
-    architectures=("flux-1", "flux.1", "flux1"),
+    marks=marks(3072, mlp=4, single=7),
+    architectures=("flux-1", "flux.1", "flux1", "flux_1", "flux_kontext", "flux-kontext"),
     modelspec="flux-1-dev",
 )

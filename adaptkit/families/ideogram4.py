@@ -30,7 +30,6 @@ FAMILY = ModelFamily(
     components=(transformer("Ideogram 4 transformer", ROWS),),
     marks=(
         Mark("transformer", "attention.qkv", columns=4608),
-        Mark("transformer", "attention.qkv", rows=13824),
         Mark("transformer", "feed_forward.w1", columns=4608),
         Mark("transformer", "feed_forward.w2", rows=4608),
     ),

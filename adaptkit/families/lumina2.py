@@ -54,7 +54,6 @@ FAMILY = ModelFamily(
     components=(transformer("Lumina 2 transformer", ROWS), gemma2_2b()),
     marks=(
         Mark("transformer", "attention.qkv", columns=2304),
-        Mark("transformer", "attention.qkv", rows=3840),
         Mark("transformer", "feed_forward.w1", columns=2304),
         Mark("transformer", "feed_forward.w2", rows=2304),
         Mark("text_encoder", "self_attn.q_proj", columns=2304),

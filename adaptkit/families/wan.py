@@ -41,7 +41,7 @@ def _block(block: str) -> Iterator[Row]:
 
 
 ROWS = (
-    pair("patch_embedding", "patch_embedding"),
+    pair("patch_embedding", "patch_embedding", kernel=(1, 2, 2)),
     *(
         pair(f"{name}_embedding.{n}", f"{EMBEDDER}{name}_embedder.linear_{m}")
         for name in ("text", "time")

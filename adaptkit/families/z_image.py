@@ -60,7 +60,6 @@ FAMILY = ModelFamily(
     ),
     marks=(
         Mark("transformer", "attention.qkv", columns=3840),
-        Mark("transformer", "attention.qkv", rows=11520),
         Mark("transformer", "feed_forward.w1", columns=3840),
         Mark("transformer", "feed_forward.w2", rows=3840),
         Mark("text_encoder", "self_attn.q_proj", columns=2560),

@@ -153,7 +153,9 @@ def _original(mapping: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> di
         ("ideogram4", "layers.0.attention.qkv", 4608),
         ("lumina2", "layers.0.feed_forward.w1", 2304),
         ("ltx", "transformer_blocks.0.attn2.to_k", 2048),
+        ("anima", "transformer_blocks.0.attn2.to_k", 1024),
         ("ltx2", "transformer_blocks.0.attn2.to_k", 4096),
+        ("ltx2", "transformer_blocks.0.attn1.to_q", 4096),
     ],
 )
 def test_widths_tell_look_alikes_apart(family: str, module: str, columns: int) -> None:
@@ -162,6 +164,14 @@ def test_widths_tell_look_alikes_apart(family: str, module: str, columns: int) -
     shapes = {f"{stem}.lora_A.weight": (4, columns), f"{stem}.lora_B.weight": (columns, 4)}
     found = detect_adapter({key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {})
     assert (found.family, found.alternatives) == (family, ())
+
+
+def test_self_attention_of_ltx_could_be_anima() -> None:
+    """28 blocks, 2048 wide, in diffusers' names, which are LTX-Video's own too."""
+    stem = "transformer.transformer_blocks.0.attn1.to_q"
+    shapes = {f"{stem}.lora_A.weight": (4, 2048), f"{stem}.lora_B.weight": (2048, 4)}
+    found = detect_adapter({key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {})
+    assert (found.family, found.alternatives) == ("ltx", ("anima",))
 
 
 def test_an_excerpt_of_qwen_image_could_be_flux(corpus: Path) -> None:
@@ -179,7 +189,7 @@ def test_text_encoders_alone_are_told_by_their_width() -> None:
         stem = "lora_te_layers_0_self_attn_q_proj"
         shapes = {f"{stem}.lora_down.weight": (4, columns), f"{stem}.lora_up.weight": (2048, 4)}
         found = detect_adapter({key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {})
-        assert (found.family, found.alternatives) == (family, ())
+        assert (found.family, found.format, found.alternatives) == (family, "kohya", ())
 
 
 def test_z_image_is_fused_for_comfy_and_split_for_kohya() -> None:

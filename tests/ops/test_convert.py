@@ -69,10 +69,6 @@ def run(path: Path, output: Path, **options: object) -> convert.Report:
         plan.close()
 
 
-def places(family: str, format: str) -> list[str]:
-    return [str(slot) for slot, _ in tiny_slots(family, format)]
-
-
 def out(folder: Path, name: str, format: str) -> Path:
     return folder / (name if formats()[format].alpha is Alpha.CONFIG else f"{name}.safetensors")
 
@@ -82,7 +78,7 @@ PAIRS = [(family, a, b) for family in families() for a in ("kohya", "diffusers",
 
 @pytest.mark.parametrize(("family", "first", "second"), PAIRS)
 def test_c1_c2_there_and_back(family: str, first: str, second: str, tmp_path: Path) -> None:
-    if not places(family, first) or not places(family, second):
+    if not components(family, first) & components(family, second):
         return
     source = lora(family, first, tmp_path / "a.safetensors")
     options = {"family": family, "overwrite": True}
@@ -95,10 +91,10 @@ def test_c1_c2_there_and_back(family: str, first: str, second: str, tmp_path: Pa
     if not narrow:
         assert theirs.keys() == mine.keys()
     for target, delta in theirs.items():
-        np.testing.assert_array_equal(delta, mine[target])
+        equal(delta, mine[target], fused="fused" in report.changes)
     run(there, back, to=first, format=second, **options)
     for target, delta in deltas(back, family, first).items():
-        np.testing.assert_array_equal(delta, mine[target])
+        equal(delta, mine[target], fused="fused" in report.changes)
     if not narrow:
         ours, again = load_file(source), load_file(back)
         if formats()[first].alpha is not Alpha.OPTIONAL:
@@ -107,6 +103,14 @@ def test_c1_c2_there_and_back(family: str, first: str, second: str, tmp_path: Pa
         split = report.changes.keys() & {"split", "fused"}
         if not split or "split" in split:  # parts with a `down` each cannot come back from one
             assert all(torch.equal(tensor, again[key]) for key, tensor in kept.items())
+
+
+def equal(one: np.ndarray, other: np.ndarray, *, fused: bool) -> None:
+    """The same bits; where parts were fused, the same but for the order in which the product is summed up."""
+    if fused:
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(one, other)
 
 
 def components(family: str, format: str) -> set[str]:
@@ -132,13 +136,14 @@ def test_c1_folding(family: str, scale: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", list(families()))
 def test_c3_by_way_of_another(family: str, tmp_path: Path) -> None:
     source = lora(family, "diffusers", tmp_path / "a.safetensors")
-    run(source, tmp_path / "b.safetensors", to="comfy", family=family)
-    run(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya", family=family)
-    run(source, tmp_path / "d.safetensors", to="kohya", family=family)
+    options = {"family": family, "allow_unused": True}
+    run(source, tmp_path / "b.safetensors", to="comfy", **options)
+    run(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya", **options)
+    run(source, tmp_path / "d.safetensors", to="kohya", **options)
     one, two = deltas(tmp_path / "c.safetensors", family, "kohya"), deltas(tmp_path / "d.safetensors", family, "kohya")
     assert one.keys() == two.keys()
     for target, delta in one.items():
-        np.testing.assert_array_equal(delta, two[target])
+        equal(delta, two[target], fused=True)
 
 
 def test_missing_parts_become_rows_of_zeros(tmp_path: Path) -> None:
@@ -303,7 +308,7 @@ class TestRefusals:
     def test_over_its_own_input(self, tmp_path: Path) -> None:
         source = lora("sd1", "kohya", tmp_path / "a.safetensors")
         before = deltas(source, "sd1", "kohya")
-        run(source, source, to="comfy", overwrite=True)
+        run(source, source, to="comfy", overwrite=True, family="sd1")
         after = deltas(source, "sd1", "comfy")
         assert all(np.array_equal(after[target], delta) for target, delta in before.items())
 

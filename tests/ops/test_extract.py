@@ -291,7 +291,9 @@ def test_a_diffusers_folder_pairs_with_a_single_file(tmp_path: Path) -> None:
         folder = tmp_path / "tuned" / part
         folder.mkdir(parents=True)
         names = {
-            key: label(families()["sd1"], p.slot).removeprefix(f"{part}.") for key, p in places.items() if p.slot.component == part
+            key: label(families()["sd1"], p.slot).removeprefix(f"{part}.")
+            for key, p in places.items()
+            if p.slot.component == part
         }
         state = {name if name.endswith("bias") else f"{name}.weight": tuned[key] for key, name in names.items()}
         save_file(state, folder / ("diffusion_pytorch_model.safetensors" if part == "unet" else "model.safetensors"))

@@ -1,0 +1,42 @@
+"""Chroma: 8.9 G parameters, FLUX.1 (schnell) with its modulations replaced by one network; T5-XXL alone.
+
+Its blocks have FLUX.1's names and shapes: an adapter of blocks alone could be for either.
+Source: lodestone-rock's `flow` against diffusers' `ChromaTransformer2DModel`, as diffusers'
+`convert_chroma_transformer_checkpoint_to_diffusers` maps them.
+"""
+
+from __future__ import annotations
+
+from adaptkit.families._family import Kind, ModelFamily, pair, scaled, transformer
+from adaptkit.families._flux import double_attention, double_mlps, marks, single_block
+from adaptkit.families._t5 import t5
+
+DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
+THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."
+GUIDANCE = "distilled_guidance_layer."  # the network in place of the modulations, called the same in both namings
+
+ROWS = (
+    pair("img_in", "x_embedder"),
+    pair("txt_in", "context_embedder"),
+    *(pair(GUIDANCE + name, GUIDANCE + name) for name in ("in_proj", "out_proj")),
+    pair(f"{GUIDANCE}layers.{{i:5}}.in_layer", f"{GUIDANCE}layers.{{i:5}}.linear_1"),
+    pair(f"{GUIDANCE}layers.{{i:5}}.out_layer", f"{GUIDANCE}layers.{{i:5}}.linear_2"),
+    pair(scaled(f"{GUIDANCE}norms.{{i:5}}"), f"{GUIDANCE}norms.{{i:5}}", kind=Kind.NORM),
+    *double_attention(DOUBLE, THEIRS),
+    *double_mlps(DOUBLE, THEIRS),
+    *single_block(SINGLE, ALONE),
+    pair("final_layer.linear", "proj_out"),
+)
+
+FAMILY = ModelFamily(
+    name="chroma",
+    title="Chroma",
+    components=(
+        transformer("Chroma transformer", ROWS),
+        t5("text_encoder", kohya=("te3", "te")),  # sd-scripts keeps FLUX.1's numbers, OneTrainer counts one encoder
+    ),
+    marks=marks(3072, mlp=4, single=7),
+    architectures=("chroma",),
+    modelspec="chroma",
+    yields_to=("flux",),
+)

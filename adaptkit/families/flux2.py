@@ -1,0 +1,43 @@
+"""FLUX.2: dev (32 G parameters, 8 double and 48 single blocks), klein 9B (8 and 24) and klein 4B (5 and 20).
+
+The modulations are shared by all blocks, and diffusers keeps the single blocks' layers fused.
+Source: black-forest-labs `flux2/model.py` against diffusers' `Flux2Transformer2DModel`, as diffusers'
+`convert_flux2_transformer_checkpoint_to_diffusers` maps them.
+"""
+
+from __future__ import annotations
+
+from adaptkit.families._family import ModelFamily, pair, swapped, transformer
+from adaptkit.families._flux import double_attention, double_mlps, embedder, marks, single_norms
+
+DOUBLE, SINGLE = "double_blocks.{i:8}.", "single_blocks.{i:48}."
+THEIRS, ALONE = "transformer_blocks.{i:8}.", "single_transformer_blocks.{i:48}."
+
+ROWS = (
+    pair("img_in", "x_embedder"),
+    pair("txt_in", "context_embedder"),
+    *embedder("time_in", "time_guidance_embed.timestep_embedder"),
+    *embedder("guidance_in", "time_guidance_embed.guidance_embedder"),  # dev only
+    *(
+        pair(f"{name}.lin", f"{name}.linear")
+        for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+    ),
+    *double_attention(DOUBLE, THEIRS),
+    *double_mlps(DOUBLE, THEIRS, "linear_in", "linear_out"),
+    pair(f"{SINGLE}linear1", f"{ALONE}attn.to_qkv_mlp_proj"),
+    pair(f"{SINGLE}linear2", f"{ALONE}attn.to_out"),
+    *single_norms(SINGLE, ALONE),
+    pair("final_layer.linear", "proj_out"),
+    pair("final_layer.adaLN_modulation.1", swapped("norm_out.linear")),
+)
+
+FAMILY = ModelFamily(
+    name="flux2",
+    title="FLUX.2",
+    components=(transformer("FLUX.2 transformer", ROWS),),
+    # klein 4B is as wide as FLUX.1, but its MLPs are gated: twice three times as many rows, not four
+    marks=marks(3072, 4096, 6144, mlp=6, single=9),
+    architectures=("flux-2", "flux.2", "flux2", "flux_2"),
+    modelspec="Flux.2-dev",
+    yields_to=("flux",),
+)

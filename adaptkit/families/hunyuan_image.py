@@ -1,0 +1,33 @@
+"""HunyuanImage 2.1: 17 G parameters, 20 double and 40 single blocks; Qwen2.5-VL 7B, and a ByT5 no adapter is trained for.
+
+Source: Tencent-Hunyuan `HunyuanImage-2.1`, ComfyUI's layers and diffusers' `HunyuanImageTransformer2DModel`.
+"""
+
+from __future__ import annotations
+
+from adaptkit.families._family import ModelFamily, transformer
+from adaptkit.families._hunyuan import byt5, double_blocks, embedder, ends, marks, single_blocks
+from adaptkit.families._llm import llm, llm_rows
+
+ROWS = (
+    *ends((1, 1)),
+    *embedder("time_in", "time_guidance_embed.timestep_embedder"),
+    *embedder("time_r_in", "time_guidance_embed.timestep_embedder_r"),  # mean flow and guidance: the distilled model
+    *embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
+    *byt5(),
+    *double_blocks(20),
+    *single_blocks(40),
+)
+
+FAMILY = ModelFamily(
+    name="hunyuan-image",
+    title="HunyuanImage 2.1",
+    components=(
+        transformer("HunyuanImage transformer", ROWS, comfy="comfy"),
+        llm("Qwen2.5-VL 7B", llm_rows(28), comfy="qwen25_7b", kohya=()),
+    ),
+    marks=marks(3584),
+    architectures=("hunyuan-image", "hunyuan_image"),
+    modelspec="hunyuan-image-2.1",
+    yields_to=("flux",),  # where the shapes do not tell
+)

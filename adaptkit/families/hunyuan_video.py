@@ -1,0 +1,23 @@
+"""HunyuanVideo (text and image to video): 13 G parameters, 20 double and 40 single blocks; Llama 3 8B and CLIP-L."""
+
+from __future__ import annotations
+
+from adaptkit.families._clip import clip_l
+from adaptkit.families._family import ModelFamily, transformer
+from adaptkit.families._hunyuan import marks, video_rows
+from adaptkit.families._llm import llm, llm_rows
+
+FAMILY = ModelFamily(
+    name="hunyuan-video",
+    title="HunyuanVideo",
+    components=(
+        transformer("HunyuanVideo transformer", video_rows(), comfy="comfy"),
+        llm("Llama 3 8B", llm_rows(32), comfy="llama", kohya=()),
+        clip_l(name="text_encoder_2", kohya=()),
+    ),
+    marks=marks(3072),
+    # also the beginning of what HunyuanVideo 1.5 is called, which its width tells apart
+    architectures=("hunyuan-video", "hunyuan_video"),
+    modelspec="hunyuan-video",
+    yields_to=("flux",),  # fused attention alone, or everything in the first 19 and 38 blocks in ComfyUI's names
+)

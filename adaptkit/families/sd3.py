@@ -1,0 +1,16 @@
+"""Stable Diffusion 3 medium and 3.5 medium: 2 and 2.5 G parameters, 24 layers; CLIP-L, OpenCLIP-G and T5-XXL."""
+
+from __future__ import annotations
+
+from adaptkit.families._family import ModelFamily
+from adaptkit.families._sd3 import components, marks
+
+FAMILY = ModelFamily(
+    name="sd3",
+    title="Stable Diffusion 3 / 3.5 medium",
+    components=components("MMDiT", 24, dual=13),
+    marks=marks(1536),
+    architectures=("stable-diffusion-3-m", "stable-diffusion-3-5-m", "sd3_m", "sd3_5-m", "sd3.5-m", "sd3.5_m"),
+    modelspec="stable-diffusion-3-medium",
+    yields_to=("sdxl", "flux"),  # their text encoders alone
+)

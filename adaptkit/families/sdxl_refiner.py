@@ -1,0 +1,33 @@
+"""Stable Diffusion XL refiner: U-Net of 2.3 G parameters in four levels, and the base model's OpenCLIP-G."""
+
+from __future__ import annotations
+
+from adaptkit.families._clip import clip_g
+from adaptkit.families._family import Component, Mark, ModelFamily
+from adaptkit.families._unet import unet_rows
+
+FAMILY = ModelFamily(
+    name="sdxl-refiner",
+    title="Stable Diffusion XL refiner",
+    components=(
+        Component(
+            name="unet",
+            title="U-Net",
+            rows=unet_rows((0, 4, 4, 0), middle=4, class_embedding=True),
+            checkpoints={"native": ("model.diffusion_model.", "diffusion_model.", ""), "diffusers": ("unet.", "")},
+            tags={"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",), "diffusers": ("unet",)},
+            namings={"kohya": "native", "comfy": "native"},
+        ),
+        clip_g(native=("conditioner.embedders.0.model.",)),
+    ),
+    marks=(
+        Mark("unet", "attn1.to_q", columns=(768, 1536)),
+        Mark("unet", "attn2.to_q", columns=(768, 1536)),
+        Mark("unet", "attn2.to_k", columns=1280),
+        Mark("unet", "attn2.to_v", columns=1280),
+        Mark("unet", "ff.net.0.proj", columns=(768, 1536)),
+    ),
+    architectures=("stable-diffusion-xl-v1-refiner", "sdxl_refiner"),
+    modelspec="stable-diffusion-xl-v1-refiner",
+    yields_to=("sdxl", "sd1", "sd2"),
+)
