@@ -169,6 +169,7 @@ class KeyMap:
         self._stems = sorted(found, key=lambda item: -len(item[0]))  # `lora_unet__` before `lora_unet_`
         self._prefixes = _written_prefixes(family, format)
         self._spelled: dict[Slot, str] = {}
+        self._found: dict[str, tuple[_Reading, dict[str, int], str] | None] = {}  # a stem comes once per role
 
     def parse(self, key: str) -> Parsed | None:
         """The slot and roles of a key, or None where this family and format do not know it."""
@@ -194,6 +195,11 @@ class KeyMap:
         return None if match is None else match[0].slot(match[1], param)
 
     def _match(self, stem: str) -> tuple[_Reading, dict[str, int], str] | None:
+        if stem not in self._found:
+            self._found[stem] = self._matched(stem)
+        return self._found[stem]
+
+    def _matched(self, stem: str) -> tuple[_Reading, dict[str, int], str] | None:
         for prefix, stems in self._stems:
             if stem.startswith(prefix) and (match := stems.match(stem[len(prefix) :])) is not None:
                 return *match, stem[len(prefix) :]

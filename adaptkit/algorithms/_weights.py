@@ -175,6 +175,11 @@ class Weights:
         )
 
     @classmethod
+    def stored_as(cls, role: str, *, peft: bool) -> str:
+        """The role under which PEFT (or, not `peft`, LyCORIS) stores what this role holds."""
+        return role
+
+    @classmethod
     def laid_out(cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool) -> tuple[int, ...]:
         """The stored shape of a role as PEFT (or, not `peft`, LyCORIS) lays it out; NotRepresentable where it cannot."""
         return shape

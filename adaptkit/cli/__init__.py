@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -58,6 +59,9 @@ def main() -> NoReturn:
     _utf8()
     # torch's threads spin while they wait for one another: beside one other busy process that made an SVD 13 times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    gc.set_threshold(
+        200_000, 20, 20
+    )  # headers are many small objects that live to the end: looking for cycles cost 10 %
     try:
         code = cli.main(prog_name="adaptkit", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

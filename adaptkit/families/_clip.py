@@ -24,8 +24,12 @@ def clip_l(
     kohya: tuple[str, ...] = ("te1",),
     prefixes: tuple[str, ...] = (),
     projection: bool = False,
+    alone: bool = True,
 ) -> Component:
-    """CLIP-L as the text encoder that diffusers calls `name`; `prefixes` are those of single-file checkpoints."""
+    """CLIP-L as the text encoder that diffusers calls `name`; `prefixes` are those of single-file checkpoints.
+
+    `alone`: the pipeline has no other CLIP, so that names without a component can only mean this one.
+    """
     comfy = "text_encoders.clip_l.transformer"
     checkpoints = (*prefixes, f"{comfy}.", f"{name}.")
     return Component(
@@ -33,7 +37,7 @@ def clip_l(
         title="CLIP-L",
         rows=(*clip_rows(12), *([row("text_projection")] if projection else ())),
         checkpoints={"diffusers": checkpoints, "flat": checkpoints},
-        tags=_tags(name, kohya, comfy),
+        tags=_tags(name, kohya, comfy) | ({"root": ("",)} if alone else {}),
     )
 
 
@@ -51,7 +55,7 @@ def clip_g(*, kohya: tuple[str, ...] = ("te2",), native: tuple[str, ...] = ()) -
 
 
 def _tags(name: str, kohya: tuple[str, ...], comfy: str) -> dict[str, tuple[str, ...]]:
-    return {"kohya": kohya, "onetrainer": kohya, "comfy": (comfy,), "root": ("",), "diffusers": (name,)}
+    return {"kohya": kohya, "onetrainer": kohya, "comfy": (comfy,), "diffusers": (name,)}
 
 
 def clip_rows(layers: int) -> tuple[Row, ...]:

@@ -59,7 +59,7 @@ def single_norms(native: str, diffusers: str) -> Iterator[Row]:
 def marks(*widths: int, mlp: int, single: int) -> tuple[Mark, ...]:
     """Marks of a model of these widths; `mlp` and `single` are the rows of its MLPs' first layers and linear1, per width.
 
-    Look-alikes carry the same number of marks, about the same modules: else the one with more of them would win.
+    Look-alikes are marked by the same modules, so that a file whose shapes fit both fits them equally.
     """
     return (
         Mark("transformer", "img_attn.qkv", columns=widths),

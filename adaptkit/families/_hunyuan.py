@@ -125,7 +125,7 @@ def byt5() -> Iterator[Row]:
 
 
 def marks(width: int, *, qkv: str = "img_attn_qkv") -> tuple[Mark, ...]:
-    """The marks that FLUX.1 and its kin have, for a model of this width: equally many, so that none wins by their number."""
+    """Marks of a model of this width, by the same modules as those of FLUX.1 and its kin."""
     return (
         Mark("transformer", qkv, columns=width),
         Mark("transformer", "img_mlp.fc1", rows=4 * width),

@@ -24,7 +24,7 @@ def components(title: str, layers: int, *, dual: int = 0) -> tuple[Component, ..
     """Everything of a model with this many layers, the first `dual` of which have a second attention."""
     return (
         transformer(title, (*_ends(), *_layers(layers), *_dual(dual))),
-        clip_l(projection=True),
+        clip_l(projection=True, alone=False),
         clip_g(),
         t5("text_encoder_3", kohya=("te3",)),
     )

@@ -26,9 +26,7 @@ class Alpha(Enum):
 PEFT_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "lora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
-        "lora+dora": MappingProxyType(
-            {"up": "lora_B.weight", "down": "lora_A.weight", "magnitude": "lora_magnitude_vector"}
-        ),
+        "lora+dora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
     }
 )
 # ComfyUI reads either spelling of the factors, and the magnitude only as `dora_scale`.

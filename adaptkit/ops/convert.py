@@ -334,7 +334,7 @@ class _Planner:
             if role != ALPHA:
                 info = self.adapter.source.infos[key]
                 shape = self._shape(entry, role, info.shape)
-                name = spell(job.slot, kind.name, role)
+                name = spell(job.slot, kind.name, kind.stored_as(role, peft=self.keys.format.peft))
                 found.append(Copied(name, key, TensorSpec(name, info.dtype, shape)))
         alpha = self._alpha(job, entry)
         return tuple(found) if alpha is None else (*found, alpha)
@@ -506,7 +506,8 @@ class _Worker:
                 silent = "folded" in task.changes and place is not Alpha.TENSOR
                 if silent or place in (Alpha.NONE, Alpha.CONFIG) or (place is Alpha.OPTIONAL and scale == 1.0):
                     continue
-            found[keys.spell(slot, task.kind.name, role)] = self._laid_out(task, role, tensor, encoded)
+            stored = task.kind.stored_as(role, peft=keys.format.peft)
+            found[keys.spell(slot, task.kind.name, stored)] = self._laid_out(task, role, tensor, encoded)
         return found
 
     def _laid_out(self, task: Task, role: str, tensor: Tensor, encoded: Mapping[str, Tensor]) -> Tensor:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import inspecting, linalg, measure, sd15
+from tests.benchmarks import inspecting, linalg, measure, renaming, sd15
 
 BENCHMARKS = {
     "inspect": (inspecting.run, "a 2,000-key file against the start of torch"),
+    "convert": (renaming.run, "renaming a 340 MB LoRA against cp"),
     "linalg": (linalg.run, "truncated_svd and nearest_kron against LAPACK"),
     "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 9 GB of disk"),
 }

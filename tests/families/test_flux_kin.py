@@ -331,7 +331,46 @@ def test_what_a_family_writes_of_itself_it_recognises(family: str) -> None:
 
 
 def test_private_namings_are_flux_1_s_alone() -> None:
-    slot = Slot(Target("transformer", "double_blocks.0.img_attn.qkv"), Rows(1, 2, 3))
-    assert compile_keys("flux", "omi").stem(slot) == "transformer.double_blocks.0.img_attn.qkv.1"
+    qkv, linear = (Target("transformer", name) for name in ("double_blocks.3.txt_attn.qkv", "single_blocks.3.linear1"))
+    omi, xlabs = compile_keys("flux", "omi"), compile_keys("flux", "xlabs")
+    assert omi.stem(Slot(qkv, Rows(1, 2, 3))) == "transformer.double_blocks.3.txt_attn.qkv.1"
+    assert omi.slot("transformer.single_blocks.3.linear1.1") == Slot(linear, Rows(1, 2, 7))
+    assert omi.slot("transformer.single_blocks.3.linear1.3") == Slot(linear, Rows(3, 7, 7))
+    assert xlabs.slot("double_blocks.3.processor.qkv_lora2") == Slot(qkv)  # 1 is the image, 2 the text
+    assert (
+        xlabs.stem(Slot(Target("transformer", "double_blocks.3.img_attn.proj")))
+        == "double_blocks.3.processor.proj_lora1"
+    )
     for family in ("chroma", "flux2"):
         assert not any({"omi", "xlabs"} & set(row.names) for row in families()[family].components[0].rows)
+
+
+@pytest.mark.parametrize(
+    ("module", "columns", "family"),
+    [
+        ("input_blocks.4.1.transformer_blocks.1.attn1.to_q", 768, "sdxl-refiner"),
+        ("input_blocks.4.1.transformer_blocks.1.attn1.to_q", 640, "sdxl"),
+        ("input_blocks.4.1.transformer_blocks.0.attn2.to_k", 1280, "sdxl-refiner"),
+        ("input_blocks.4.1.transformer_blocks.0.attn2.to_k", 2048, "sdxl"),
+    ],
+)
+def test_the_refiner_is_told_from_the_base_model(module: str, columns: int, family: str) -> None:
+    found = detect_adapter(pair_of(f"diffusion_model.{module}", 640, columns), {})
+    assert (found.family, found.alternatives) == (family, ())
+
+
+def test_the_base_model_is_likelier_than_the_refiner() -> None:
+    found = detect_adapter(
+        pair_of("diffusion_model.input_blocks.7.1.transformer_blocks.2.attn1.to_out.0", 640, 640), {}
+    )
+    assert found.family == "sdxl"
+    assert "sdxl-refiner" in found.alternatives
+    found = detect_adapter(pair_of("lora_te2_text_model_encoder_layers_0_mlp_fc1", 5120, 1280), {})
+    assert found.family == "sdxl"
+
+
+def test_clip_l_and_clip_g_of_sd3_are_not_mixed_up() -> None:
+    """Names without a component could be either's, so formats that have only such names hold neither."""
+    for family in ("sd3", "sd35-large"):
+        assert compile_keys(family, "peft").slot("base_model.model.text_model.encoder.layers.0.mlp.fc1") is None
+        assert compile_keys(family, "peft").slot("base_model.model.joint_blocks.0.x_block.mlp.fc1") is not None

@@ -1,0 +1,187 @@
+"""DoRA: a LoRA, LoHa or LoKr whose result is brought to learnt magnitudes, row by row or column by column."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from adaptkit.algorithms._weights import Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.errors import NotRepresentable, ShapeMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+OUTPUT, INPUT = "output", "input"
+STORED = ("magnitude", "vector")
+
+
+@dataclass(frozen=True, eq=False)
+class Dora(Weights):
+    """W' = m · (W + ΔW) / ‖W + ΔW‖, the norm of every output row (`axis` output) or of every input column (input).
+
+    magnitude: (..., rows, 1) or (..., 1, inputs). Source: Liu et al., arXiv:2402.09353; LyCORIS
+    `modules/locon.py: apply_weight_decompose`, whose stored shape tells the axis: `[out, 1, …]` (its default) or
+    `[1, in, …]` (OneTrainer's); PEFT `tuners/lora/dora.py`: `[out]`, for convolutions `[1, out, 1, 1]`. ComfyUI and
+    InvokeAI divide by other norms on the output axis (reference, failures F11).
+    """
+
+    name: ClassVar[str] = "dora"
+    title: ClassVar[str] = "DoRA"
+    additive: ClassVar[bool] = False
+    wraps: ClassVar[tuple[str, ...]] = ("lora", "loha", "lokr")
+    own: ClassVar[Mapping[str, Role]] = roles(
+        magnitude=Role("dora_scale", ("magnitude",)),
+        vector=Role("lora_magnitude_vector", ("lora_magnitude_vector.weight",)),
+    )
+    roles: ClassVar[Mapping[str, Role]] = own
+    forms: ClassVar[tuple[frozenset[str], ...]] = ()
+    kind: ClassVar[type[Weights]]
+
+    inner: Weights
+    magnitude: Tensor
+    axis: str
+    kernel: tuple[int, ...] = ()
+
+    @classmethod
+    def over(cls, inner: type[Weights]) -> type[Self]:
+        return _over(cls, inner)  # type: ignore[return-value, arg-type]
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        facts = cls.kind.facts({role: shape for role, shape in shapes.items() if role not in STORED}, alpha)
+        _axis(shapes, facts)
+        return facts
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        inner = cls.kind.decode({role: t for role, t in tensors.items() if role not in STORED}, facts)
+        role = next(role for role in STORED if role in tensors)
+        stored, inputs = tensors[role], facts.columns // math.prod(facts.kernel or ())
+        for count in (facts.rows, inputs):
+            own = _own(stored, count, facts)
+            axis = _axis({role: tuple(stored.shape[-own:])}, facts) if own else ""
+            if axis == (OUTPUT if count == facts.rows else INPUT) or (own and facts.rows == inputs):
+                flat = stored.reshape(*stored.shape[:-own], count)
+                magnitude = flat.unsqueeze(-1) if axis == OUTPUT else flat.unsqueeze(-2)
+                return cls(inner, magnitude, axis, facts.kernel or ())
+        raise ShapeMismatch(f"magnitudes {list(stored.shape)} fit neither {facts.rows} rows nor {inputs} inputs")
+
+    def encode(self) -> dict[str, Tensor]:
+        ones = [1] * len(self.kernel)
+        shape = (*self.magnitude.shape, *ones)
+        return {**self.inner.encode(), "magnitude": self.magnitude.reshape(shape)}
+
+    def delta(self) -> Tensor:
+        raise NotRepresentable(
+            "what a DoRA changes depends on the weight it is applied to", hint="merge it into its checkpoint"
+        )
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        """W + strength · (W' − W): at strength 1 exactly W'."""
+        import torch
+
+        merged = self.inner.apply(base.clone(), 1.0)
+        window = math.prod(self.kernel)
+        wide = merged.reshape(*merged.shape[:-1], -1, window)  # (..., rows, inputs, K)
+        over = (-2, -1) if self.axis == OUTPUT else (-3, -1)
+        norm = torch.linalg.vector_norm(wide, dim=over, keepdim=True) + torch.finfo(base.dtype).eps
+        factor = self.magnitude.to(base.dtype).unsqueeze(-1) / norm
+        merged = (wide * factor).reshape(merged.shape)
+        return base.lerp_(merged, strength) if strength != 1.0 else base.copy_(merged)
+
+    @property
+    def rows(self) -> int:
+        return self.inner.rows
+
+    def part(self, start: int, stop: int) -> Self:
+        self._by_rows()
+        return replace(self, inner=self.inner.part(start, stop), magnitude=self.magnitude[..., start:stop, :])
+
+    def swapped(self) -> Self:
+        if self.axis == INPUT:  # the norm of a column does not mind the order of its rows
+            return replace(self, inner=self.inner.swapped())
+        return super().swapped()
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        import torch
+
+        for part in parts:
+            part._by_rows()
+        inner = cls.kind.fuse([part.inner for part in parts])
+        return replace(parts[0], inner=inner, magnitude=torch.cat([part.magnitude for part in parts], -2))
+
+    def folded(self) -> Self:
+        return replace(self, inner=self.inner.folded())
+
+    def _by_rows(self) -> None:
+        if self.axis == INPUT:
+            raise NotRepresentable(
+                "a DoRA with magnitudes on its input axis cannot be split or fused: every column's norm needs all rows",
+                hint="merge it into its checkpoint",
+            )
+
+    @classmethod
+    def stored_as(cls, role: str, *, peft: bool) -> str:
+        return ("vector" if peft else "magnitude") if role in STORED else cls.kind.stored_as(role, peft=peft)
+
+    @classmethod
+    def laid_out(cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool) -> tuple[int, ...]:
+        if role not in STORED:
+            return cls.kind.laid_out(role, shape, facts, peft=peft)
+        axis = _axis({role: shape}, facts)
+        ones = (1,) * len(facts.kernel or ())
+        if axis == INPUT and peft:
+            raise NotRepresentable(
+                "a DoRA with magnitudes on its input axis has no PEFT form", hint="write kohya or comfy keys"
+            )
+        if axis == INPUT:
+            return (1, math.prod(shape), *ones)
+        if peft:
+            return (1, facts.rows, *ones) if ones else (facts.rows,)
+        return (facts.rows, 1, *ones)
+
+
+@cache
+def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
+    fields: dict[str, Any] = {
+        "__doc__": cls.__doc__,
+        "name": f"{inner.name}+{cls.name}",
+        "title": f"{inner.title} with DoRA",
+        "kind": inner,
+        "wraps": (),
+        "roles": MappingProxyType({**inner.roles, **cls.own}),
+        "forms": tuple(form | {role} for form in inner.forms for role in STORED),
+    }
+    return type(f"{inner.__name__}{cls.__name__}", (cls,), fields)
+
+
+def _axis(shapes: Shapes, facts: Facts) -> str:
+    """The axis of the stored magnitudes; ShapeMismatch where they fit neither."""
+    role = next(role for role in STORED if role in shapes)
+    shape = shapes[role]
+    inputs = facts.columns // math.prod(facts.kernel or ())
+    if role == "vector" or len(shape) == 1:
+        matched(math.prod(shape) == facts.rows, role, shapes)
+        return OUTPUT
+    if shape[0] == facts.rows and math.prod(shape) == facts.rows:
+        return OUTPUT
+    if shape[0] == 1 and math.prod(shape) == inputs:
+        return INPUT
+    raise ShapeMismatch(f"magnitudes {list(shape)} fit neither {facts.rows} rows nor {inputs} inputs")
+
+
+def _own(stored: Tensor, count: int, facts: Facts) -> int:
+    """How many of the last dimensions are the magnitudes' own, before which stand those of a batch."""
+    for own in (2 + len(facts.kernel or ()), 1):
+        if stored.ndim >= own and math.prod(stored.shape[-own:]) == count:
+            return own
+    return 0
+
+
+ALGORITHM = Dora
