@@ -18,7 +18,7 @@ from adaptkit.names import BIAS, WEIGHT, Rows, Slot, Target, tokenise
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from adaptkit.algorithms._weights import Weights
     from adaptkit.families._family import Component, Kind, ModelFamily, Name, Row
@@ -209,6 +209,13 @@ class KeyMap:
         """The table row that a target comes from."""
         found = _rows(self.family).get(target.component, _NO_ROWS).match(target.module)
         return found[0] if found else None
+
+    def ends(self, target: Target) -> Iterator[str]:
+        """The runs of blocks (`double_blocks.{i:19}`) that a target stands in the last one of."""
+        found = _rows(self.family).get(target.component, _NO_ROWS).match(target.module)
+        for free in _FIELD.finditer(found[0].target) if found else ():
+            if found and found[1][free.group(1)] + 1 == int(free.group(2)) > 1:
+                yield found[0].target[: free.end()]
 
     def spell(self, slot: Slot, algorithm: str, role: str) -> str:
         """The key that holds this role of this slot; NotRepresentable where the format has no place for it."""

@@ -7,6 +7,7 @@ device; names from adaptkit's tables; numbers from a seeded generator. Nothing i
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,62 @@ SDXL: dict[str, Any] = dict(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
+REFINER: dict[str, Any] = dict(
+    block_out_channels=(384, 768, 1536, 1536),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=4,
+    cross_attention_dim=1280,
+    attention_head_dim=(6, 12, 24, 24),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2560,
+)
+SD35_MEDIUM: dict[str, Any] = dict(
+    num_layers=24,
+    num_attention_heads=24,
+    caption_projection_dim=1536,
+    pos_embed_max_size=384,
+    dual_attention_layers=tuple(range(13)),
+    qk_norm="rms_norm",
+)
+SD35_LARGE: dict[str, Any] = dict(
+    num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"
+)
+WAN_I2V: dict[str, Any] = dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+ANIMA: dict[str, Any] = dict(num_attention_heads=16, extra_pos_embed_type=None)
+# diffusers' class of each transformer, and the published configuration where it is not the class's own
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flux": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
+    "chroma": ("ChromaTransformer2DModel", {}),
+    "flux2": ("Flux2Transformer2DModel", {}),  # dev
+    "sd3": ("SD3Transformer2DModel", SD35_MEDIUM),
+    "sd35-large": ("SD3Transformer2DModel", SD35_LARGE),
+    "hunyuan-video": ("HunyuanVideoTransformer3DModel", {}),
+    "framepack": ("HunyuanVideoFramepackTransformer3DModel", dict(has_image_proj=True, has_clean_x_embedder=True)),
+    "hunyuan-video-15": ("HunyuanVideo15Transformer3DModel", {}),
+    "hunyuan-image": ("HunyuanImageTransformer2DModel", dict(text_embed_2_dim=1472)),
+    "qwen-image": ("QwenImageTransformer2DModel", {}),
+    "wan": ("WanTransformer3DModel", WAN_I2V),
+    "z-image": ("ZImageTransformer2DModel", {}),
+    "lumina2": ("Lumina2Transformer2DModel", dict(cap_feat_dim=2304)),
+    "anima": ("CosmosTransformer3DModel", ANIMA),
+    "krea2": ("Krea2Transformer2DModel", {}),
+    "ideogram4": ("Ideogram4Transformer2DModel", {}),
+    "auraflow": ("AuraFlowTransformer2DModel", {}),
+    "ltx": ("LTXVideoTransformer3DModel", {}),
+    "ltx2": ("LTX2VideoTransformer3DModel", {}),
+}
+# what the transformer's keys begin with in the published file, where it is not the first prefix of the table
+PREFIXES = {"auraflow": "model."} | dict.fromkeys(
+    set(TRANSFORMERS) - {"anima", "auraflow", "ltx", "ltx2", "sd3", "sd35-large"}, ""
+)
+# the format that a family's trainers write beside diffusers', where it is not kohya's
+TRAINED = {"auraflow": "lycoris", "ltx": "comfy", "ltx2": "comfy"}
+BLOCKS = r"(?:.*?\.)?\w*(?:blocks|layers|norms|refiner)"  # lists of equal blocks, in diffusers' and transformers' names
+UNET_BLOCKS = r".*transformer_blocks"
+
 # the SD 1 structure with widths divided: 320, 640, 1280, 1280 → 8, 16, 32, 32; CLIP-L 768 → 24
 TINY_UNET: dict[str, Any] = dict(
     **SD1_BLOCKS, block_out_channels=(8, 16, 32, 32), cross_attention_dim=24, attention_head_dim=2, norm_num_groups=4
@@ -59,6 +116,7 @@ KOHYA = f"({KOHYA_UNET}|{KOHYA_TE})"
 KOHYA_SD2 = KOHYA.replace(
     r"encoder\.", r"encoder\.layers\.(?!23)\d+\."
 )  # trainers leave the last layer out, as hosts do
+REFINED = KOHYA.replace("attentions", r"attentions\.0")
 LOCON = f"({KOHYA}|" + r"unet\..*(conv1|conv2|conv_shortcut|time_emb_proj|samplers\.0\.conv))"
 
 
@@ -78,6 +136,38 @@ def clip(projection: bool = False, **config: Any) -> dict[str, tuple[int, ...]]:
     named = {name: tuple(t.shape) for name, t in state.items() if not name.endswith("position_ids")}
     # transformers 5 leaves `text_model.` out of CLIPTextModel's names
     return {n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": s for n, s in named.items()}
+
+
+def blocks_of(
+    shapes: Mapping[str, tuple[int, ...]], *, last: bool = True, blocks: str = BLOCKS
+) -> dict[str, tuple[int, ...]]:
+    """Of every list of blocks only the first and (`last`) the last: a few kilobytes, with the real names and bounds."""
+    found = {name: re.match(rf"({blocks})\.(\d+)\.", name) for name in shapes}
+    kept = {match[1]: {0} for match in found.values() if match}
+    for match in filter(None, found.values() if last else ()):
+        kept[match[1]] = {0, max(int(match[2]), *kept[match[1]])}
+    return {n: s for n, s in shapes.items() if (m := found[n]) is None or int(m[2]) in kept[m[1]]}
+
+
+def transformer(name: str, **config: Any) -> dict[str, tuple[int, ...]]:
+    import diffusers
+
+    with torch.device("meta"):
+        return blocks_of({key: tuple(t.shape) for key, t in getattr(diffusers, name)(**config).state_dict().items()})
+
+
+def short_shapes() -> dict[str, Shapes]:
+    """Shapes of the families of which the fixtures hold the outer blocks only, with what their single files hold beside."""
+    shapes: dict[str, Shapes] = {
+        family: {"transformer": transformer(name, **config)} for family, (name, config) in TRANSFORMERS.items()
+    }
+    clip_g = clip(projection=True, **CLIP_G | {"num_hidden_layers": 1})
+    clip_l = clip(projection=True, **CLIP_L | {"num_hidden_layers": 1, "projection_dim": 768})
+    for family in ("sd3", "sd35-large"):
+        shapes[family] |= {"text_encoder": clip_l, "text_encoder_2": clip_g}
+    shapes["anima"]["text_conditioner"] = transformer("AnimaTextConditioner")
+    shapes["sdxl-refiner"] = {"unet": blocks_of(unet(**REFINER), last=False, blocks=UNET_BLOCKS), "text_encoder_2": clip_g}
+    return {family: {part.name: {} for part in families()[family].components} | s for family, s in shapes.items()}
 
 
 def model_shapes() -> dict[str, Shapes]:
@@ -178,6 +268,21 @@ def write_key_lists(folder: Path) -> None:
     }
     for name, listing in lists.items():
         save_listing(folder / "keys" / f"{name}.tsv", listing, note)
+
+
+def write_short_lists(folder: Path) -> None:
+    note = "written by `python -m tests.generate`: the first and last blocks, names from adaptkit, shapes from diffusers"
+    for family, shapes in short_shapes().items():
+        prefixes = {"transformer": PREFIXES[family]} if family in PREFIXES else {}
+        save_listing(
+            folder / "checkpoints" / f"{family}.tsv", checkpoint_listing(family, shapes, prefixes=prefixes), note
+        )
+        only = REFINED if family == "sdxl-refiner" else ".*"
+        if family not in ("sd3", "sd35-large", "sdxl-refiner"):  # the last block of Stable Diffusion 3 differs
+            shapes = {part: blocks_of(names, last=False) for part, names in shapes.items()}
+        for format in (TRAINED.get(family, "kohya"), "diffusers"):
+            adapter = adapter_listing(family, format, shapes, only=only, alpha=format in ("kohya", "lycoris"))
+            save_listing(folder / "keys" / f"{family}-{format}.tsv", adapter, note)
 
 
 class Tiny:
@@ -296,6 +401,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=FIXTURES)
     folder = parser.parse_args().into
     write_key_lists(folder)
+    write_short_lists(folder)
     tiny = Tiny()
     tiny.write(folder / "tiny")
     tiny.write_adapters(folder / "tiny")

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from adaptkit.detect import families
 from adaptkit.families._family import Component, Kind, Name, Row
@@ -81,13 +82,21 @@ def _parameter(
 
 
 def checkpoint_listing(
-    family: str, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], layout: str = "native"
+    family: str,
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    layout: str = "native",
+    *,
+    prefixes: Mapping[str, str] = MappingProxyType({}),
 ) -> Listing:
-    """A checkpoint's header: `shapes` per component, by diffusers name; `layout` native (single file) or diffusers."""
+    """A checkpoint's header: `shapes` per component, by diffusers name; `layout` native (single file) or diffusers.
+
+    `prefixes` says what a component's native keys begin with, where it is not the first prefix that the table knows.
+    """
     listing: Listing = {}
     for part in families()[family].components:
         naming = layout if layout in part.checkpoints else "diffusers"
-        prefix = part.checkpoints[naming][0] if layout == "native" else f"{part.name}."
+        native = prefixes.get(part.name, part.checkpoints[naming][0])
+        prefix = native if layout == "native" else f"{part.name}."
         for parameter in parameters(part, shapes[part.name]):
             for key, rows, transposed in parameter.names.get(naming, parameter.names["diffusers"]):
                 shape = parameter.shape
@@ -117,8 +126,9 @@ def adapter_listing(
             if not re.fullmatch(only, str(parameter.target)):
                 continue
             for slot in keys.slots(parameter.target):
-                rows = parameter.shape[0] if slot.rows is None else parameter.shape[0] // 3
-                for role, tensor in lora_shapes((rows, *parameter.shape[1:]), rank).items():
+                rows = parameter.shape[0]
+                start, stop = (0, rows) if slot.rows is None else slot.rows.bounds(rows)  # type: ignore[misc]
+                for role, tensor in lora_shapes((stop - start, *parameter.shape[1:]), rank).items():
                     listing[keys.spell(slot, "lora", role)] = ("F16", tensor)
                 if alpha:
                     listing[keys.spell(slot, "lora", "alpha")] = ("F32", ())
