@@ -7,6 +7,7 @@ device; names from adaptkit's tables; numbers from a seeded generator. Nothing i
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,7 +167,10 @@ def short_shapes() -> dict[str, Shapes]:
     for family in ("sd3", "sd35-large"):
         shapes[family] |= {"text_encoder": clip_l, "text_encoder_2": clip_g}
     shapes["anima"]["text_conditioner"] = transformer("AnimaTextConditioner")
-    shapes["sdxl-refiner"] = {"unet": blocks_of(unet(**REFINER), last=False, blocks=UNET_BLOCKS), "text_encoder_2": clip_g}
+    shapes["sdxl-refiner"] = {
+        "unet": blocks_of(unet(**REFINER), last=False, blocks=UNET_BLOCKS),
+        "text_encoder_2": clip_g,
+    }
     return {family: {part.name: {} for part in families()[family].components} | s for family, s in shapes.items()}
 
 
@@ -270,18 +274,26 @@ def write_key_lists(folder: Path) -> None:
         save_listing(folder / "keys" / f"{name}.tsv", listing, note)
 
 
+def as_published(family: str, listing: Listing) -> Listing:
+    """What the original has otherwise than diffusers: flat modulations in Krea 2, a norm nobody uses in Lumina 2."""
+    flat = re.compile(r"blocks\.\d+\.mod\.lin" if family == "krea2" else r"(?!)")
+    extra: Listing = {"norm_final.weight": ("F16", (2304,))} if family == "lumina2" else {}
+    return {k: (d, (math.prod(s),) if flat.fullmatch(k) else s) for k, (d, s) in listing.items()} | extra
+
+
 def write_short_lists(folder: Path) -> None:
-    note = "written by `python -m tests.generate`: the first and last blocks, names from adaptkit, shapes from diffusers"
+    note = "written by `python -m tests.generate`: some blocks, names from adaptkit's tables, shapes from diffusers"
     for family, shapes in short_shapes().items():
         prefixes = {"transformer": PREFIXES[family]} if family in PREFIXES else {}
-        save_listing(
-            folder / "checkpoints" / f"{family}.tsv", checkpoint_listing(family, shapes, prefixes=prefixes), note
-        )
+        listing = as_published(family, checkpoint_listing(family, shapes, prefixes=prefixes))
+        save_listing(folder / "checkpoints" / f"{family}.tsv", listing, note)
         only = REFINED if family == "sdxl-refiner" else ".*"
-        if family not in ("sd3", "sd35-large", "sdxl-refiner"):  # the last block of Stable Diffusion 3 differs
-            shapes = {part: blocks_of(names, last=False) for part, names in shapes.items()}
+        # the adapters have the first blocks alone, but for Stable Diffusion 3, whose last block differs
+        last = family in ("sd3", "sd35-large")
+        blocks = UNET_BLOCKS if family == "sdxl-refiner" else BLOCKS
+        adapted = {part: blocks_of(names, last=last, blocks=blocks) for part, names in shapes.items()}
         for format in (TRAINED.get(family, "kohya"), "diffusers"):
-            adapter = adapter_listing(family, format, shapes, only=only, alpha=format in ("kohya", "lycoris"))
+            adapter = adapter_listing(family, format, adapted, only=only, alpha=format in ("kohya", "lycoris"))
             save_listing(folder / "keys" / f"{family}-{format}.tsv", adapter, note)
 
 

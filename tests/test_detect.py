@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adaptkit.adapter import Adapter
-from adaptkit.detect import detect_adapter, detect_checkpoint
+from adaptkit.detect import detect_adapter, detect_checkpoint, families
 from adaptkit.errors import NoSuchName
 from adaptkit.files.header import TensorInfo
 from adaptkit.keymap import prefixes
@@ -53,12 +53,17 @@ def infos(listing: Listing) -> dict[str, TensorInfo]:
     return {key: TensorInfo(key, dtype, shape, 0, 0) for key, (dtype, shape) in listing.items()}
 
 
+# FramePack has every module of HunyuanVideo, by the same diffusers names and with the same shapes
+ALIKE_OURS = {"hunyuan-video-diffusers": ("framepack",)}
+
+
 @pytest.mark.parametrize("path", KEY_LISTS, ids=[path.stem for path in KEY_LISTS])
 def test_n4_our_key_lists_have_one_winner_and_no_unclaimed_key(path: Path, tmp_path: Path) -> None:
-    family, format = path.stem.split("-")[:2]
+    family = max((name for name in families() if path.stem.startswith(f"{name}-")), key=len)
+    format = path.stem.removeprefix(f"{family}-").split("-")[0]
     with Adapter.open(write_header_only(tmp_path / "a.safetensors", load_listing(path))) as adapter:
         assert (adapter.family.name, adapter.format.name) == (family, format)
-        assert adapter.detection.alternatives == ()
+        assert adapter.detection.alternatives == ALIKE_OURS.get(path.stem, ())
         assert not adapter.unclaimed
         assert adapter.algorithms() == {"lora": len(adapter.entries)}
         assert {entry.facts.rank for entry in adapter.entries.values()} == {4}
@@ -68,10 +73,12 @@ def test_n4_our_key_lists_have_one_winner_and_no_unclaimed_key(path: Path, tmp_p
 def test_n4_real_key_lists(name: str, corpus: Path, tmp_path: Path) -> None:
     """Each list is claimed completely by one (family, format), and every key is what its slot is spelled."""
     listing = corpus_listing(corpus / "adapters" / f"{name}.json")
-    family = family_of(json.loads((corpus / "adapters" / f"{name}.json").read_text())["family"])
+    described = json.loads((corpus / "adapters" / f"{name}.json").read_text())
+    family = family_of(described["family"])
     with Adapter.open(write_header_only(tmp_path / "a.safetensors", listing)) as adapter:
-        assert not adapter.unclaimed
-        assert not adapter.problems
+        if not described["shape_check"]["inconsistent"]:  # some made-up lists have shapes that fit nothing
+            assert not adapter.unclaimed
+            assert not adapter.problems
         assert adapter.format.name == format_of(listing)
         found = (adapter.family.name, *adapter.detection.alternatives)
         assert found[0] == ALIKE.get(name, family)

@@ -46,6 +46,7 @@ class Dora(Weights):
     magnitude: Tensor
     axis: str
     kernel: tuple[int, ...] = ()
+    ones: int = 0  # trailing dimensions of 1 that the stored magnitudes have, one per dimension of the kernel
 
     @classmethod
     def over(cls, inner: type[Weights]) -> type[Self]:
@@ -68,12 +69,11 @@ class Dora(Weights):
             if axis == (OUTPUT if count == facts.rows else INPUT) or (own and facts.rows == inputs):
                 flat = stored.reshape(*stored.shape[:-own], count)
                 magnitude = flat.unsqueeze(-1) if axis == OUTPUT else flat.unsqueeze(-2)
-                return cls(inner, magnitude, axis, facts.kernel or ())
+                return cls(inner, magnitude, axis, facts.kernel or (), max(own - 2, 0))
         raise ShapeMismatch(f"magnitudes {list(stored.shape)} fit neither {facts.rows} rows nor {inputs} inputs")
 
     def encode(self) -> dict[str, Tensor]:
-        ones = [1] * len(self.kernel)
-        shape = (*self.magnitude.shape, *ones)
+        shape = (*self.magnitude.shape, *(1,) * self.ones)
         return {**self.inner.encode(), "magnitude": self.magnitude.reshape(shape)}
 
     def delta(self) -> Tensor:
@@ -178,7 +178,7 @@ def _axis(shapes: Shapes, facts: Facts) -> str:
 
 def _own(stored: Tensor, count: int, facts: Facts) -> int:
     """How many of the last dimensions are the magnitudes' own, before which stand those of a batch."""
-    for own in (2 + len(facts.kernel or ()), 1):
+    for own in (2, 3, 4, 5, 1) if facts.kernel is None else (2 + len(facts.kernel), 1):
         if stored.ndim >= own and math.prod(stored.shape[-own:]) == count:
             return own
     return 0

@@ -28,7 +28,7 @@ class Full(Weights):
     extractable: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         diff=Role("diff"),
-        diff_b=Role("diff_b", param=BIAS),
+        diff_b=Role("diff_b", ("lora_B.bias",), param=BIAS),
         w_norm=Role("w_norm"),
         b_norm=Role("b_norm", param=BIAS),
     )

@@ -117,8 +117,10 @@ def test_adapters_are_recognised(name: str, family: str, format: str, corpus: Pa
     with Adapter.open(path) as adapter:
         assert (adapter.family.name, adapter.format.name) == (family, format)
         assert adapter.detection.alternatives == ()
-        assert not {key for key in adapter.unclaimed if not key.endswith(".dora_scale")}
-        assert len(adapter.entries) > 2
+        assert adapter.detection.claimed == adapter.detection.total
+        if name != "invokeai__anima_lora_lokr_format":  # whose made-up shapes fit nothing
+            assert not adapter.unclaimed
+            assert len(adapter.entries) > 2
 
 
 @pytest.mark.parametrize(("family", "component", "name"), DENOISERS)

@@ -1,0 +1,92 @@
+"""GLoRA: a low-rank difference, and another that the base weight is multiplied with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._weights import ALPHA, Facts, Role, Shapes, Stated, Weights, flat, matched, roles, scaling
+from adaptkit.errors import NotRepresentable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Glora(Weights):
+    """ΔW = scale · (b1 b2 + W a1 a2).   a1: (..., i, r)   a2: (..., r, i)   b1: (..., m, r)   b2: (..., r, i·K)
+
+    scale is alpha / rank. For a convolution a1 and a2 act on its inputs at every kernel position alike (Chavan et al.,
+    arXiv:2306.07967; LyCORIS `modules/glora.py`, its forward pass).
+    """
+
+    name: ClassVar[str] = "glora"
+    title: ClassVar[str] = "GLoRA"
+    additive: ClassVar[bool] = False
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        **{role: Role(f"{role}.weight") for role in ("a1", "a2", "b1", "b2")}, alpha=Role(ALPHA)
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"a1", "a2", "b1", "b2"}),)
+
+    a1: Tensor
+    a2: Tensor
+    b1: Tensor
+    b2: Tensor
+    scale: float
+    kernel: tuple[int, ...] = ()
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        a1, a2, b1, b2 = (shapes[role] for role in ("a1", "a2", "b1", "b2"))
+        matched(all(len(shape) >= 2 for shape in (a1, a2, b1, b2)), "a1 a2 b1 b2", shapes)
+        rank = b2[0]
+        fits = rank > 0 and b1[1] == rank and a1[1] == a2[0] and a1[0] == a2[1] == b2[1]
+        matched(fits and all(n == 1 for shape in (a1, a2, b1) for n in shape[2:]), "a1 a2 b1 b2", shapes)
+        return Facts(b1[0], math.prod(b2[1:]), b2[2:], rank, scaling(alpha, rank))
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        kernel = facts.kernel or ()
+        parts = {role: flat(tensors[role], 2 + len(kernel)) for role in ("a1", "a2", "b1", "b2")}
+        return cls(**parts, scale=facts.scale, kernel=kernel)
+
+    def encode(self) -> dict[str, Tensor]:
+        import torch
+
+        ones = [1] * len(self.kernel)
+        stored = {role: getattr(self, role) for role in ("a1", "a2", "b1")}
+        shaped = {role: tensor.reshape(*tensor.shape, *ones) for role, tensor in stored.items()}
+        shaped["b2"] = self.b2.reshape(*self.b2.shape[:-1], -1, *self.kernel)
+        return {**shaped, ALPHA: torch.tensor(self.scale * self.b2.shape[-2], dtype=torch.float32)}
+
+    @property
+    def rows(self) -> int:
+        return int(self.b1.shape[-2])
+
+    def delta(self) -> Tensor:
+        raise NotRepresentable("what a GLoRA adds depends on the weight", hint="merge it into its checkpoint")
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        """W + strength · ΔW: linear in the strength, as LyCORIS has it."""
+        a1, a2, b1, b2 = (tensor.to(base.dtype) for tensor in (self.a1, self.a2, self.b1, self.b2))
+        window = math.prod(self.kernel)
+        wide = base.reshape(*base.shape[:-1], -1, window).transpose(-1, -2)  # (..., m, K, i)
+        through = ((wide @ a1.unsqueeze(-3)) @ a2.unsqueeze(-3)).transpose(-1, -2).reshape(base.shape)
+        return base.add_(b1 @ b2 + through, alpha=strength * self.scale)
+
+    def part(self, start: int, stop: int) -> Self:
+        return replace(self, b1=self.b1[..., start:stop, :])
+
+    def folded(self) -> Self:
+        """The scale in `b1` and `a1`."""
+        from adaptkit.linalg.precision import upcast
+
+        if self.scale == 1.0:
+            return self
+        return replace(self, a1=upcast(self.a1) * self.scale, b1=upcast(self.b1) * self.scale, scale=1.0)
+
+
+ALGORITHM = Glora

@@ -1,0 +1,91 @@
+"""OFT as sd-scripts trains it: `oft_unet_` files, for FLUX.1 with blocks of their own for every part of a fused layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._rotation import cayley, toward
+from adaptkit.algorithms._weights import ALPHA, Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.errors import NotRepresentable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+PARTS = ("part0", "part1", "part2", "part3")
+
+
+@dataclass(frozen=True, eq=False)
+class KohyaOft(Weights):
+    """W' = blockdiag(R) W, part by part.   blocks of a part: (..., n, b, b), its rows = n·b
+
+    R = (I + Q)(I − Q)⁻¹, Q = B − Bᵀ, its norm over one part bounded by alpha · rows of that part (sd-scripts
+    `networks/oft.py` and `networks/oft_flux.py`).
+    """
+
+    name: ClassVar[str] = "kohya-oft"
+    title: ClassVar[str] = "OFT of sd-scripts"
+    additive: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        blocks=Role("oft_blocks"),
+        **{part: Role(f"oft_blocks.{n}") for n, part in enumerate(PARTS)},
+        alpha=Role(ALPHA),
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"blocks"}),
+        *(frozenset(PARTS[: n + 1]) for n in range(len(PARTS))),
+    )
+
+    blocks: tuple[Tensor, ...]
+    bound: float = 0.0
+    whole: bool = True  # stored without a number
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        rows = 0
+        for role, shape in shapes.items():
+            matched(len(shape) == 3 and shape[1] == shape[2], role, shapes)
+            rows += shape[0] * shape[1]
+        return Facts(rows, 0, None, None, alpha.value if alpha else 0.0)
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        parts = tuple(tensors[role] for role in ("blocks", *PARTS) if role in tensors)
+        return cls(parts, facts.scale, "blocks" in tensors)
+
+    def encode(self) -> dict[str, Tensor]:
+        import torch
+
+        names = ("blocks",) if self.whole else PARTS
+        stored = dict(zip(names, self.blocks, strict=False))
+        return {**stored, ALPHA: torch.tensor(self.bound, dtype=torch.float32)}
+
+    @property
+    def rows(self) -> int:
+        return sum(int(part.shape[-3] * part.shape[-1]) for part in self.blocks)
+
+    def delta(self) -> Tensor:
+        raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        import torch
+
+        merged, start = [], 0
+        for blocks in self.blocks:
+            n, b = blocks.shape[-3], blocks.shape[-1]
+            flat = blocks.reshape(-1, n, b, b)
+            turned = torch.stack([cayley(one, self.bound * n * b) for one in flat]).to(base.dtype)
+            rows = base[..., start : start + n * b, :]
+            cut = rows.reshape(*rows.shape[:-2], n, b, rows.shape[-1])
+            merged.append((turned.reshape(blocks.shape) @ cut).reshape(rows.shape))
+            start += n * b
+        return toward(base, torch.cat(merged, -2), strength)
+
+    def folded(self) -> Self:
+        return self
+
+
+ALGORITHM = KohyaOft
