@@ -116,11 +116,14 @@ def test_underscored_names_are_never_guessed() -> None:
 
 
 def test_suffixes_are_found_after_dotted_names() -> None:
-    assert split_suffix("unet.conv_in.lora_A.weight") == ("unet.conv_in", "lora_A.weight", (("lora", "down"),))
+    stem, suffix, roles = split_suffix("unet.conv_in.lora_A.weight") or ("", "", ())
+    assert (stem, suffix) == ("unet.conv_in", "lora_A.weight")
+    assert set(roles) == {("lora", "down"), ("lora+dora", "down")}
+    assert split_suffix("unet.conv_in.lora_A.style.weight") == (stem, suffix, roles)
     stem, suffix, roles = split_suffix("a.b.alpha") or ("", "", ())
     assert (stem, suffix) == ("a.b", "alpha")
     assert {role for _, role in roles} == {"alpha"}
-    assert split_suffix("unet.conv_in.weight") is None
+    assert split_suffix("unet.conv_in.something") is None
 
 
 def test_a_fused_projection_is_shown_by_its_parts() -> None:

@@ -63,10 +63,10 @@ class Dora(Weights):
         inner = cls.kind.decode({role: t for role, t in tensors.items() if role not in STORED}, facts)
         role = next(role for role in STORED if role in tensors)
         stored, inputs = tensors[role], facts.columns // math.prod(facts.kernel or ())
-        for count in (facts.rows, inputs):
-            own = _own(stored, count, facts)
-            axis = _axis({role: tuple(stored.shape[-own:])}, facts) if own else ""
-            if axis == (OUTPUT if count == facts.rows else INPUT) or (own and facts.rows == inputs):
+        for own in (2, 3, 4, 5, 1) if facts.kernel is None else (2 + len(facts.kernel), 1):
+            count = math.prod(stored.shape[-own:]) if stored.ndim >= own else 0
+            if count in (facts.rows, inputs):  # before a magnitude's own dimensions stand those of a batch
+                axis = _axis({role: tuple(stored.shape[-own:])}, facts)
                 flat = stored.reshape(*stored.shape[:-own], count)
                 magnitude = flat.unsqueeze(-1) if axis == OUTPUT else flat.unsqueeze(-2)
                 return cls(inner, magnitude, axis, facts.kernel or (), max(own - 2, 0))
@@ -171,17 +171,9 @@ def _axis(shapes: Shapes, facts: Facts) -> str:
         return OUTPUT
     if shape[0] == facts.rows and math.prod(shape) == facts.rows:
         return OUTPUT
-    if shape[0] == 1 and math.prod(shape) == inputs:
-        return INPUT
+    if shape[0] == 1 and (math.prod(shape) == inputs or (facts.kernel is None and inputs % math.prod(shape) == 0)):
+        return INPUT  # of a convolution whose flat factors do not tell its kernel, where that fits
     raise ShapeMismatch(f"magnitudes {list(shape)} fit neither {facts.rows} rows nor {inputs} inputs")
-
-
-def _own(stored: Tensor, count: int, facts: Facts) -> int:
-    """How many of the last dimensions are the magnitudes' own, before which stand those of a batch."""
-    for own in (2, 3, 4, 5, 1) if facts.kernel is None else (2 + len(facts.kernel), 1):
-        if stored.ndim >= own and math.prod(stored.shape[-own:]) == count:
-            return own
-    return 0
 
 
 ALGORITHM = Dora

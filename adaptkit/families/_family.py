@@ -202,7 +202,7 @@ class ModelFamily:
 
     `others` names the parts of a checkpoint that no adapter holds, by their key prefixes. `architectures` are the
     values of `modelspec.architecture` and `ss_base_model_version` that mean this family (lower case, prefixes).
-    `yields_to` names the look-alikes that a file which could be either more likely is.
+    `modelspec` and `base_version` are what adaptkit writes there. `yields_to` names the look-alikes that a file which could be either more likely is.
     """
 
     name: str
@@ -211,6 +211,7 @@ class ModelFamily:
     marks: tuple[Mark, ...] = ()
     architectures: tuple[str, ...] = ()
     modelspec: str = ""
+    base_version: str = ""  # where trainers write something else than `modelspec`
     yields_to: tuple[str, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(

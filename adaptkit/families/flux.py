@@ -58,4 +58,5 @@ FAMILY = ModelFamily(
     marks=marks(3072, mlp=4, single=7),
     architectures=("flux-1", "flux.1", "flux1", "flux_1", "flux_kontext", "flux-kontext"),
     modelspec="flux-1-dev",
+    base_version="flux1",
 )

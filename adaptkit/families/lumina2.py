@@ -60,4 +60,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("lumina-2", "lumina2", "lumina_2"),
     modelspec="lumina-2",
+    base_version="lumina2",
 )

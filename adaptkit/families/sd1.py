@@ -45,4 +45,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("stable-diffusion-v1", "sd_v1", "sd_1.5", "sd1"),
     modelspec="stable-diffusion-v1",
+    base_version="sd_v1",
 )

@@ -42,4 +42,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("stable-diffusion-v2", "sd_v2", "sd_2", "sd2"),
     modelspec="stable-diffusion-v2-768-v",
+    base_version="sd_v2",
 )

@@ -50,6 +50,7 @@ FAMILY = ModelFamily(
         Mark("text_encoder", "mlp.fc1", columns=768),
         Mark("text_encoder_2", "mlp.fc1", columns=1280),
     ),
-    architectures=("stable-diffusion-xl", "sdxl"),
+    architectures=("stable-diffusion-xl-v1-base", "stable-diffusion-xl-1", "sdxl_base", "sdxl_1", "sdxl"),
     modelspec="stable-diffusion-xl-v1-base",
+    base_version="sdxl_base_v1-0",
 )

@@ -691,8 +691,8 @@ def _for_diffusers(plan: Plan, results: Mapping[int, _Result]) -> dict[str, str]
 
 
 def _report(plan: Plan, results: Mapping[int, _Result], size: int, seconds: float) -> Report:
-    norm = sum(result.norm for result in results.values())
     error = sum(result.error for result in results.values())
+    norm = sum(result.norm for result in results.values()) + (_untouched(plan) if error else 0.0)
     infos = plan.adapter.source.infos
     ready = [item for task in plan.tasks for item in task.ready or () if isinstance(item, Copied)]
     scalars = sum(infos[item.source].numel for item in ready if not item.key.endswith(f".{ALPHA}"))
@@ -711,6 +711,17 @@ def _report(plan: Plan, results: Mapping[int, _Result], size: int, seconds: floa
         changes=plan.counts(),
         notes=plan.notes,
     )
+
+
+def _untouched(plan: Plan) -> float:
+    """‖ΔW‖² of what was copied, where an error is to be put in proportion to the whole."""
+    total = 0.0
+    for task in plan.tasks:
+        entry = task.job.whole
+        if task.ready is not None and entry is not None and entry.kind.additive:
+            weights = plan.adapter.weights(entry)
+            total += _distance(weights, weights)[0]
+    return total
 
 
 def _task_detail(task: Task, result: _Result | None) -> dict[str, Any]:

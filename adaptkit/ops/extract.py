@@ -424,7 +424,7 @@ def _metadata(plan: Plan, draft: Report) -> dict[str, str]:
     ranks = {item["rank"] for item in draft.details if item["algorithm"] == options.algo and item["rank"] is not None}
     module = {"lora": "networks.lora"}.get(options.algo, "lycoris.kohya")
     hosts = {
-        "ss_base_model_version": family.architectures[1] if len(family.architectures) > 1 else family.name,
+        "ss_base_model_version": family.base_version or family.modelspec,
         "ss_network_module": module,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family.modelspec}/lora",

@@ -254,9 +254,10 @@ class _Places:
         rows, columns = shape[0] if shape else 1, 1
         for n in shape[1:]:
             columns *= n
-        if (entry.facts.rows, entry.facts.columns) != (rows, columns):
+        known = entry.facts.rows or rows, entry.facts.columns or columns  # some kinds do not tell both
+        if known != (rows, columns):
             raise ShapeMismatch(
-                f"{label} is {rows} × {columns} in the checkpoint, {entry.facts.rows} × {entry.facts.columns} in the adapter",
+                f"{label} is {rows} × {columns} in the checkpoint, {known[0]} × {known[1]} in the adapter",
                 hint="the adapter was made for another model of this family, or another family",
                 file=adapter.source.path,
             )
