@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms._weights import ALPHA, Stated
-from adaptkit.detect import Detection, detect_adapter
+from adaptkit.detect import Detection, detect_adapter, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label
@@ -175,7 +175,7 @@ def _unknown(
     infos: Mapping[str, TensorInfo], found: Detection, family: str | None, format: str | None
 ) -> tuple[KeyMap, Detection]:
     """The key map of a family made of the file's own module names; UnknownAdapter where no format fits either."""
-    made = None if family else fallback(infos, format)
+    made = fallback(infos, format) if not family and is_adapter(infos) else None
     if made is None:
         raise UnknownAdapter(
             "no family and key format adaptkit knows claims these keys",

@@ -33,6 +33,7 @@ LEVELS = {
     "unknown": 3,
     "suggest": 3,
     "policy": 3,
+    "hosts": 4,
     "engine": 4,
     "ops": 5,
     "cli": 6,

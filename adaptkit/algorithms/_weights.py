@@ -133,6 +133,16 @@ class Weights:
         """(left, right) with left·right = ΔW exactly, (..., rows, r) and (..., r, columns)."""
         raise NotRepresentable(f"{self.name} has no exact low-rank factors")
 
+    def norm_squared(self) -> float:
+        """‖ΔW‖²_F in float64; NotRepresentable where ΔW depends on the weight."""
+        from adaptkit.linalg.lowrank import product_norm_squared
+
+        try:
+            left, right = self.factors()
+        except NotRepresentable:
+            return float(self.delta().double().square().sum())
+        return float(product_norm_squared(left.double(), right.double()).sum())
+
     def part(self, start: int, stop: int) -> Self:
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")

@@ -133,6 +133,11 @@ class Lokr(Weights):
             return replace(self, w1=Product(self.w1.left[..., cut, :], self.w1.right))
         return replace(self, w1=Dense(self.w1.dense()[..., cut, :]))
 
+    def norm_squared(self) -> float:
+        """‖W1 ⊗ W2‖ = ‖W1‖ ‖W2‖."""
+        one, two = (factor.dense().double().square().sum((-1, -2)) for factor in (self.w1, self.w2))
+        return float((self.scale**2 * one * two).sum())
+
     @property
     def rows(self) -> int:
         return self.w1.rows * self.w2.rows

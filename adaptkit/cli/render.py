@@ -176,8 +176,22 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{record['parameters']:,}"
     yield "dtypes", _counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
+    yield "loads in", _loads_in(record)
     yield "sha256", record.get("sha256", "")
     yield "metadata", _metadata(record["metadata"])
+
+
+def _loads_in(record: Mapping[str, Any]) -> str:
+    """One line a host: yes, or why not."""
+    words = {True: "yes", False: "no", None: "?"}
+    found = record.get("loads_in") or {}
+    lines = (f"{host}: {words[loads]}{_because(record, host)}" for host, loads in found.items())
+    return "\n".join(lines)
+
+
+def _because(record: Mapping[str, Any], host: str) -> str:
+    why = record.get("why", {}).get(host, "")
+    return f" – {why}" if why else ""
 
 
 def _metadata(metadata: Mapping[str, str]) -> str:

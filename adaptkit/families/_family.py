@@ -201,8 +201,9 @@ class ModelFamily:
     """A model family: its components, what tells it from look-alikes, and what metadata calls it.
 
     `others` names the parts of a checkpoint that no adapter holds, by their key prefixes. `architectures` are the
-    values of `modelspec.architecture` and `ss_base_model_version` that mean this family (lower case, prefixes).
-    `modelspec` and `base_version` are what adaptkit writes there. `yields_to` names the look-alikes that a file which could be either more likely is.
+    values of `modelspec.architecture` and `ss_base_model_version` that mean this family (lower case, prefixes);
+    `modelspec` and `base_version` are what adaptkit writes there. `yields_to` names the look-alikes that a file which
+    could be either more likely is.
     """
 
     name: str

@@ -213,7 +213,7 @@ def _target(adapter: Adapter, options: Options) -> tuple[_Target, tuple[str, ...
         return _Target(adapter.format.name, adapter.format.alpha is Alpha.NONE), ()
     from adaptkit.hosts import recipe
 
-    found = recipe(options.host, adapter)
+    found = recipe(options.host, adapter, options.algo)
     return _Target(found.format, found.fold_alpha or formats()[found.format].alpha is Alpha.NONE), found.warnings
 
 
@@ -533,7 +533,7 @@ def _distance(exact: Weights, stored: Weights) -> tuple[float, float]:
     except NotRepresentable:
         ours, delta = exact.delta().double(), stored.delta().double()
         return float(ours.square().sum()), float((ours - delta).square().sum())
-    norm = float(product_norm_squared(left, right))
+    norm = exact.norm_squared()
     if right.shape == theirs.shape and torch.equal(right, theirs):
         return norm, float(product_norm_squared(left - other, right))
     return norm, float(product_norm_squared(torch.cat([left, -other], -1), torch.cat([right, theirs], -2)))
@@ -719,8 +719,7 @@ def _untouched(plan: Plan) -> float:
     for task in plan.tasks:
         entry = task.job.whole
         if task.ready is not None and entry is not None and entry.kind.additive:
-            weights = plan.adapter.weights(entry)
-            total += _distance(weights, weights)[0]
+            total += plan.adapter.weights(entry).norm_squared()
     return total
 
 

@@ -7,11 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.adapter import PEFT_CONFIG, Adapter, Problem, open_adapter_source
+from adaptkit.adapter import PEFT_CONFIG, Adapter, Entry, Problem, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, is_adapter
-from adaptkit.errors import AdaptkitError, UnknownAdapter
+from adaptkit.errors import AdaptkitError, NotRepresentable, UnknownAdapter
 from adaptkit.files.provenance import sha256
+from adaptkit.formats._format import Alpha
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Report", "expand", "run"]
 
 _STRANGER = "an adapter whose model family, key format or algorithm adaptkit does not know yet"
+STRONG = 4.0  # alpha / rank beyond this is rarely meant
+HALF = 65504.0  # the largest float16
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -33,6 +36,7 @@ class Options:
     family: str | None = None
     format: str | None = None
     hash: bool = False
+    stats: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,14 +131,83 @@ def _adapter(source: TensorSource, config: Mapping[str, object] | None, options:
         "parameters": sum(source.infos[key].numel for entry in entries for _, key in entry.tensors()),
         "dtypes": _dtypes(source.infos.values()),
         "ranks": _counted(str(entry.facts.rank) for entry in entries if entry.facts.rank is not None),
-        "scales": _counted(f"{entry.facts.scale:g}" for entry in entries),
+        "scales": _counted(f"{entry.facts.scale:g}" for entry in entries if not entry.kind.bounded),
         "alpha_source": adapter.alpha_source,
         "unclaimed": list(adapter.unclaimed),
-        "problems": [_problem(problem) for problem in _problems(adapter)],
-        "loads_in": None,  # not assessed yet
+        "problems": [_problem(problem) for problem in (*_problems(adapter), *_traps(adapter))],
+        **_loads_in(adapter),
         "metadata": dict(source.metadata),
     }
-    return Report(record, _keys(source, adapter.unclaimed), tuple(_modules(adapter)))
+    modules = tuple(_modules(adapter))
+    if options.stats:
+        modules = _with_stats(adapter, record, modules)
+    return Report(record, _keys(source, adapter.unclaimed), modules)
+
+
+def _loads_in(adapter: Adapter) -> dict[str, Any]:
+    """What each host makes of the file (None: not measured), and why not."""
+    from adaptkit.hosts import judge
+
+    verdicts = judge(adapter)
+    return {
+        "loads_in": {name: verdict.loads for name, verdict in verdicts.items()},
+        "why": {name: verdict.why for name, verdict in verdicts.items() if verdict.why},
+    }
+
+
+def _traps(adapter: Adapter) -> Iterator[Problem]:
+    """What loads, but perhaps not as meant."""
+    ranked = [entry for entry in adapter.entries.values() if entry.facts.rank is not None]
+    silent = [entry for entry in ranked if entry.alpha is None]
+    if silent and adapter.format.alpha is Alpha.TENSOR:
+        yield Problem("warning", None, f"{len(silent)} modules have no alpha: every host takes alpha = rank")
+    for what, found in (
+        ("alpha is 0, so they do nothing", [e for e in ranked if e.facts.scale == 0]),
+        ("alpha is negative, so they work backwards", [e for e in ranked if e.facts.scale < 0]),
+        (f"alpha is more than {STRONG:g} times the rank", [e for e in ranked if e.facts.scale > STRONG]),
+    ):
+        if found:
+            yield Problem("warning", adapter.label(found[0].slot), f"{len(found)} modules: {what}")
+
+
+def _with_stats(
+    adapter: Adapter, record: dict[str, Any], modules: Iterable[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], ...]:
+    """‖ΔW‖ of every module; NaN, zeros and what overflows fp16 are added to the problems. Reads every tensor."""
+    problems, listed, total = record["problems"], [], 0.0
+    for entry, module in zip(adapter.entries.values(), modules, strict=True):
+        found = _stats(adapter, entry)
+        if found.what:
+            problems.append(_problem(Problem(found.severity, module["module"], found.what)))
+        total += found.norm**2 if found.norm is not None and math.isfinite(found.norm) else 0.0
+        listed.append({**module, "norm": found.norm})
+    record["norm"] = math.sqrt(total)
+    return tuple(listed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stats:
+    norm: float | None  # ‖ΔW‖; None where it depends on the base weight
+    severity: str = ""
+    what: str = ""
+
+
+def _stats(adapter: Adapter, entry: Entry) -> _Stats:
+    import torch
+
+    tensors = adapter.read(entry)
+    for role, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            return _Stats(None, "error", f"{entry.keys[role]} holds NaN or infinity")
+    try:
+        norm = math.sqrt(entry.decode(tensors).norm_squared())
+    except NotRepresentable:
+        return _Stats(None)
+    if norm == 0.0:
+        return _Stats(norm, "warning", "ΔW is zero: the module does nothing")
+    if norm > HALF:
+        return _Stats(norm, "warning", f"‖ΔW‖ is {norm:.3g}: merged into fp16 it may overflow")
+    return _Stats(norm)
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:
@@ -151,9 +224,6 @@ def _problems(adapter: Adapter) -> Iterator[Problem]:
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         yield Problem("error", None, f"{foreign[0]}{more}: {adapter.unclaimed[foreign[0]]}")
-    for entry in adapter.entries.values():
-        if not math.isfinite(entry.facts.scale):
-            yield Problem("error", adapter.label(entry.slot), f"alpha is {entry.alpha}")
 
 
 def _modules(adapter: Adapter) -> Iterator[Mapping[str, Any]]:
