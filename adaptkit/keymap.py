@@ -70,9 +70,10 @@ class Templates(Generic[P]):
         positions = tuple(position for position, _ in fixed)
         table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
         values = tuple(value for _, value in fixed)
-        if values in table and table[values].payload != payload:
+        if values not in table:  # the first reading of a name that two namings share
+            table[values] = _Entry(payload, free)
+        elif table[values].payload != payload:
             raise TypeError(f"{template!r} means both {table[values].payload} and {payload}")
-        table[values] = _Entry(payload, free)
 
     def match(self, text: str) -> tuple[P, dict[str, int]] | None:
         """The payload whose template gives this string, and the values of its free indices."""

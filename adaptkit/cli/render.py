@@ -253,7 +253,7 @@ def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
     if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {title}" for name, title in value.items())
+        return "\n".join(f"{name}: {_plain(title)}" for name, title in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -40,10 +40,20 @@ def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
     listed(kind, rows, as_json)
 
 
+def _loading(format: str) -> dict[str, list[str]]:
+    """The families that each host loads completely in this format, alpha and algorithm allowing."""
+    from adaptkit.hosts import hosts
+
+    return {name: found for name, host in hosts().items() if (found := host.complete(format))}
+
+
 @click.command()
 @talk
 def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the key formats: how each spells a module, and who writes it."""
+    """List the key formats: how each spells a module, who writes it, and which hosts load it for which families.
+
+    adaptkit reads all of them, in any mixture of names that real files have.
+    """
     from adaptkit.detect import formats as known
 
     rows: list[dict[str, object]] = [
@@ -52,6 +62,7 @@ def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
             "title": f.title,
             "example": _example(f),
             "alpha": f.alpha.value,
+            "loads_in": _loading(f.name),
             "written_by": f.written_by,
             "note": f.note,
         }

@@ -36,9 +36,9 @@ class Recipe:
 class Cell:
     """What a host makes of files of some families in one format; the first cell that fits a file counts.
 
-    `naming`: only files whose modules are named so. `lost` are patterns (`re.search` on `component.module`, target names)
-    of modules that the host drops or gets wrong, `note` says how; a `note` without `lost` says why nothing loads. `alpha`
-    False: a file with alpha tensors is refused or comes out wrong.
+    `naming`: only files whose denoiser's modules are named so. `lost` are patterns (`re.search` on `component.module`,
+    target names) of modules that the host drops or gets wrong (only those of `algorithms`, where given); `note` says how.
+    A `note` without `lost` says why nothing loads. `alpha` False: a file with alpha tensors is refused or comes out wrong.
     """
 
     format: str
@@ -47,6 +47,7 @@ class Cell:
     lost: tuple[str, ...] = ()
     note: str = ""
     alpha: bool = True
+    algorithms: tuple[str, ...] = ()
 
     @property
     def nothing(self) -> bool:
@@ -75,3 +76,12 @@ class Host:
     tucker: bool = True
     equal_scales: tuple[str, ...] = ()
     axes: tuple[str, ...] = ("input", "output")
+
+    def complete(self, format: str) -> list[str]:
+        """The families of which it loads every module in this format, as that format writes them."""
+        found: list[str] = []
+        for family in dict.fromkeys(family for cell in self.cells for family in cell.families):
+            cell = next((c for c in self.cells if c.format == format and family in c.families), None)
+            if cell is not None and not cell.note and family not in self.unsupported:
+                found.append(family)
+        return found

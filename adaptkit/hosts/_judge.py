@@ -52,11 +52,17 @@ def _reasons(host: Host, adapter: Adapter) -> Iterator[str]:
     entries = list(adapter.entries.values())
     yield from _algorithms(host, adapter)
     if cell is not None and cell.lost:
-        pattern = re.compile("|".join(cell.lost))
-        gone = [e for e in entries if pattern.search(f"{e.slot.component}.{e.slot.target.module}")]
+        gone = _lost(cell, entries)
         if gone:
             yield f"{len(gone)} of {len(entries)} modules {cell.note}: {_some([adapter.label(e.slot) for e in gone])}"
     yield from _alphas(host, adapter, cell)
+
+
+def _lost(cell: Cell, entries: Sequence[Entry]) -> list[Entry]:
+    """The modules that a cell says are dropped or come out wrong."""
+    pattern = re.compile("|".join(cell.lost))
+    meant = [e for e in entries if not cell.algorithms or e.kind.name in cell.algorithms]
+    return [e for e in meant if pattern.search(f"{e.slot.component}.{e.slot.target.module}")]
 
 
 def _algorithms(host: Host, adapter: Adapter) -> Iterator[str]:
@@ -96,7 +102,9 @@ def _alphas(host: Host, adapter: Adapter, cell: Cell | None) -> Iterator[str]:
 
 def _cell(host: Host, adapter: Adapter) -> Cell | None:
     """The first cell that fits the file's format, family and naming."""
-    namings = {entry.naming for entry in adapter.entries.values()}
+    # text encoders have Hugging Face's names in every format
+    denoiser = (e for e in adapter.entries.values() if not e.slot.component.startswith("text_encoder"))
+    namings = {entry.naming for entry in denoiser}
     for cell in host.cells:
         fits = cell.format == adapter.format.name and adapter.family.name in cell.families
         if fits and (not cell.naming or cell.naming in namings):
@@ -148,9 +156,8 @@ def _warnings(host: Host, adapter: Adapter, format: str) -> Iterator[str]:
     """What the host still does not load of what is written."""
     for cell in host.cells:
         if cell.format == format and adapter.family.name in cell.families and cell.lost and not cell.naming:
-            pattern = re.compile("|".join(cell.lost))
-            entries = adapter.entries.values()
-            gone = [e for e in entries if pattern.search(f"{e.slot.component}.{e.slot.target.module}")]
+            entries = list(adapter.entries.values())
+            gone = _lost(cell, entries)
             if gone:
                 names = _some([adapter.label(entry.slot) for entry in gone])
                 yield f"{len(gone)} of {len(entries)} modules {cell.note} in {host.title}: {names}"

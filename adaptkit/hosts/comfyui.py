@@ -20,19 +20,19 @@ HOST = Host(
         Cell("kohya", ("anima", "lumina2"), lost=TE, note=DROPPED),
         Cell("kohya", ("z-image",), "diffusers", (r"attention\.",), DROPPED),
         Cell("kohya", ("z-image",)),
-        Cell("kohya", ("hunyuan-video",), lost=(r"_mlp", r"img_in", r"individual_token_refiner.*mlp"), note=DROPPED),
+        Cell("kohya", ("hunyuan-video",), lost=(r"_mlp",), note=DROPPED),
         Cell("kohya", ("hunyuan-image",), lost=(r"_mlp", r"_mod", r"modulation"), note=DROPPED),
-        Cell("kohya", ("hunyuan-video-15",), lost=(r"_attn\.|_attn_", r"_mlp", r"_mod"), note=DROPPED),
+        Cell("kohya", ("hunyuan-video-15",), lost=(r"^(?!.*_attn[._]proj$)",), note=DROPPED),
         Cell("lycoris", ("sdxl", *SD)),
         Cell("comfy", HUNYUAN, "comfy"),
-        Cell("comfy", ("hunyuan-video",), lost=(r"individual_token_refiner.*mlp", r"guidance_in"), note=DROPPED),
+        Cell("comfy", ("hunyuan-video",), lost=(r"guidance_in", r"time_in", r"\.[ct]_embedder"), note=DROPPED),
         Cell(
             "comfy", (*UNETS, "sd3", "sd35-large", *FLUX, "flux2", "qwen-image", "wan", "z-image", "lumina2", "krea2")
         ),
         Cell("comfy", ("ideogram4", "anima", "auraflow", "ltx", "ltx2")),
         Cell("diffusers", UNETS, lost=(r"^unet\..*attn\d\.",), note=DROPPED),
         Cell("diffusers", ("sd3", "sd35-large", "flux", "qwen-image", "z-image")),
-        Cell("diffusers", ("flux2",), lost=(r"modulation", r"time_in", r"guidance_in"), note=DROPPED),
+        Cell("diffusers", ("flux2",), lost=(r"stream_modulation", r"time_in", r"guidance_in"), note=DROPPED),
         Cell(
             "diffusers",
             ("wan", *HUNYUAN, "framepack", "lumina2", "krea2", "ideogram4", "anima"),

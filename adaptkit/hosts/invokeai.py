@@ -23,7 +23,7 @@ HOST = Host(
             lost=(r"final_layer", r"^text_encoder_2\."),
             note="are skipped, or make the file unrecognised",
         ),
-        Cell("kohya", ("flux2",)),
+        Cell("kohya", ("flux2",), lost=(r"qkv$", r"linear1$"), note=PASSED_OVER, algorithms=("lokr", "loha")),
         Cell("kohya", ("wan",), lost=(r"_img$", OUTSIDE), note=PASSED_OVER),
         Cell("kohya", ("z-image",), note="it wants `lora_unet__` with two underscores: nothing loads"),
         Cell("kohya", ("anima",), lost=(r"llm_adapter|text_conditioner",), note=PASSED_OVER),

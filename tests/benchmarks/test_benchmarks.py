@@ -25,7 +25,13 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_small(tmp_path: Path) -> None:
     done = benchmarks("--small", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in ("torch imported by inspect: no", "torch imported by convert: no", "truncated_svd 320 × 320", "within 1.2 GB", "obvious merge"):
+    for words in (
+        "torch imported by inspect: no",
+        "torch imported by convert: no",
+        "truncated_svd 320 × 320",
+        "within 1.2 GB",
+        "obvious merge",
+    ):
         assert words in done.stdout, done.stdout
     assert not list(tmp_path.iterdir())
 

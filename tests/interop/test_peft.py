@@ -104,32 +104,17 @@ def test_the_configuration_matters(sd1: Sd1, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [{"rank": 6, "conv_rank": 2}])
 def test_peft_loads_what_extract_writes(sd1: Sd1, tmp_path: Path, rank: dict[str, int]) -> None:
-    """With an adapter_config.json beside it, which the user writes: alpha = rank, module by module."""
+    """The folder that `extract --to peft` makes loads as it is, module by module."""
     folder = tmp_path / "adapter"
-    folder.mkdir()
-    output = folder / "adapter_model.safetensors"
-    report = sd1.extract(sd1.tuned("noise", noise), output, to="peft", only=("unet",), **rank)
-    ranks = {
-        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): t.shape[0]
-        for key, t in load_file(output).items()
-        if key.endswith("lora_A.weight")
-    }
-    config = peft.LoraConfig(
-        r=1,
-        lora_alpha=1,
-        target_modules=sorted(ranks),
-        rank_pattern={f"^{n}": r for n, r in ranks.items()},
-        alpha_pattern={f"^{n}": r for n, r in ranks.items()},
-    )
-    config.save_pretrained(str(folder))
+    report = sd1.extract(sd1.tuned("noise", noise), folder, to="peft", only=("unet",), **rank)
     model = peft.PeftModel.from_pretrained(sd1.unet(), str(folder))
     theirs, ours = in_layers(model), deltas(folder)
     assert theirs.keys() == ours.keys()
     assert len(ours) == report.modules == 282
     assert all(close(theirs[name].reshape(d.shape), d, 1e-6) for name, d in ours.items())
     # and into a model that PEFT has prepared already: nothing missing, nothing left over
-    fresh = peft.get_peft_model(sd1.unet(), config)
-    loaded = peft.set_peft_model_state_dict(fresh, load_file(output))
+    fresh = peft.get_peft_model(sd1.unet(), peft.PeftConfig.from_pretrained(str(folder)))
+    loaded = peft.set_peft_model_state_dict(fresh, load_file(folder / "adapter_model.safetensors"))
     assert not loaded.unexpected_keys
     assert not [key for key in loaded.missing_keys if "lora_" in key]
 

@@ -355,10 +355,16 @@ def test_look_alikes_ask_only_where_the_names_differ(tmp_path: Path) -> None:
     with Adapter.open(tmp_path / "a.safetensors") as adapter:
         assert adapter.family.name == "flux"
         assert "chroma" in adapter.detection.alternatives
-    try:
-        run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy")
-    except AmbiguousAdapter as error:
-        assert "--family" in (error.hint or "")
+    run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy")  # named alike in both
+    q = keys.spell(slots[0][0], "lora", "up").replace("img_attn_proj", "img_attn_qkv")
+    # as diffusers names, FLUX.1 and HunyuanVideo differ in what kohya calls them
+    stem = "transformer.transformer_blocks.0.norm1.linear"
+    ff = {f"{stem}.lora_A.weight": torch.ones(2, 4), f"{stem}.lora_B.weight": torch.ones(16, 2)}
+    save_file(ff, tmp_path / "d.safetensors")
+    with pytest.raises(AmbiguousAdapter, match="may be") as caught:
+        run(tmp_path / "d.safetensors", tmp_path / "e.safetensors", to="kohya")
+    assert "--family" in (caught.value.hint or "")
+    assert q
 
 
 def test_not_representable_says_what_would_work(tmp_path: Path) -> None:
