@@ -115,6 +115,7 @@ class Adapter:
             keys, found = _unknown(infos, found, family, format)
         reader = _Reader(source, keys, _Configs.of(source.metadata, config))
         entries = reader.entries(infos)
+        reader.problems += _unusual(config or {})
         return cls(
             source,
             keys.family,
@@ -183,6 +184,15 @@ def _unknown(
         )
     stranger, key_format, claimed = made
     return KeyMap(stranger, key_format), Detection(None, key_format.name, claimed, found.total)
+
+
+def _unusual(config: Mapping[str, object]) -> list[Problem]:
+    """What a PEFT configuration asks for that the tensors do not show and adaptkit does not do."""
+    usual: dict[str, object] = {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": False}
+    if config.get("peft_type") != "OFT":
+        return []
+    wrong = [name for name, value in usual.items() if config.get(name, value) != value]
+    return [Problem("error", None, f"{name} = {config[name]}: this kind of OFT is not supported") for name in wrong]
 
 
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:

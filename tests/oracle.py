@@ -92,3 +92,89 @@ def best_kron(matrix: Array, a: int, b: int) -> float:
     blocks = [matrix[i * c : (i + 1) * c, j * d : (j + 1) * d].ravel() for i in range(a) for j in range(b)]
     sigma = np.linalg.svd(np.array(blocks, dtype=np.float64), compute_uv=False)
     return float(np.sqrt((sigma[1:] ** 2).sum()))
+
+
+# kinds that are no difference: W' from W, float64, one weight at a time
+
+
+def _rotation(block: np.ndarray) -> np.ndarray:
+    skew = block - block.T
+    eye = np.eye(len(block))
+    return (eye + skew) @ np.linalg.inv(eye - skew)
+
+
+def _bounded(blocks: np.ndarray, bound: float) -> np.ndarray:
+    """Blocks whose skew parts together have a norm of at most `bound` (0: as they are)."""
+    norm = np.sqrt(sum(((b - b.T) ** 2).sum() for b in blocks.reshape(-1, *blocks.shape[-2:])))
+    return blocks * min(1.0, bound / norm) if bound > 0 else blocks
+
+
+def oft(weight: np.ndarray, blocks: np.ndarray, bound: float, rescale: np.ndarray | None) -> np.ndarray:
+    """Every block of rows, turned: x -> R^T x (Qiu et al. 2023, as LyCORIS has it)."""
+    merged, size = weight.copy(), blocks.shape[-1]
+    for n, block in enumerate(_bounded(blocks, bound)):
+        rows = slice(n * size, (n + 1) * size)
+        merged[rows] = np.einsum("nm,n...->m...", _rotation(block), weight[rows])
+    return merged if rescale is None else merged * rescale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def boft(weight: np.ndarray, blocks: np.ndarray, bound: float, rescale: np.ndarray | None) -> np.ndarray:
+    """Butterfly stages (Liu et al. 2023): stage s turns the rows whose numbers differ by multiples of 2^s b/2."""
+    merged, size = weight.copy(), blocks.shape[-1]
+    for stage, turns in enumerate(_bounded(blocks, bound)):
+        apart = 2**stage * (size // 2)
+        order = np.arange(len(weight)).reshape(-1, 2, apart).transpose(0, 2, 1).reshape(-1, size)
+        new = merged.copy()
+        for rows, block in zip(order, turns, strict=True):
+            new[rows] = np.einsum("ij,j...->i...", _rotation(block), merged[rows])
+        merged = new
+    return merged if rescale is None else merged * rescale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def kohya_oft(weight: np.ndarray, parts: list[np.ndarray], alpha: float) -> np.ndarray:
+    """Every part of the rows turned by blocks of its own: x -> R x, bounded by alpha times the part's rows."""
+    merged, at = weight.copy(), 0
+    for blocks in parts:
+        size = blocks.shape[-1]
+        for block in _bounded(blocks, alpha * len(blocks) * size):
+            merged[at : at + size] = np.einsum("mn,n...->m...", _rotation(block), weight[at : at + size])
+            at += size
+    return merged
+
+
+def dora(weight: np.ndarray, delta: np.ndarray, magnitude: np.ndarray, axis: int) -> np.ndarray:
+    """m V / |V| with V = W + dW, the norm over everything but `axis` (Liu et al. 2024)."""
+    whole = weight + delta
+    others = tuple(n for n in range(weight.ndim) if n != axis)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return magnitude.reshape(shape) * whole / np.sqrt((whole**2).sum(axis=others, keepdims=True))
+
+
+def glora(weight: np.ndarray, tensors: dict[str, np.ndarray], scale: float) -> np.ndarray:
+    """W + s (b1 b2 + W a1 a2), a1 and a2 on the inputs at every kernel position (Chavan et al. 2023)."""
+    a1, a2, b1 = (tensors[name].reshape(tensors[name].shape[:2]) for name in ("a1", "a2", "b1"))
+    low = np.einsum("or,r...->o...", b1, tensors["b2"])
+    through = np.einsum("oi...,ir,rj->oj...", weight, a1, a2)
+    return weight + scale * (low + through)
+
+
+def ia3(weight: np.ndarray, added: np.ndarray, axis: int) -> np.ndarray:
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return weight * (1 + added.reshape(shape))
+
+
+def peft_oft(weight: np.ndarray, packed: np.ndarray, size: int) -> np.ndarray:
+    """Blocks of the inputs, turned by the series I + 2Q + 2Q^2 + 2Q^3 + Q^4 (PEFT)."""
+    flat = weight.reshape(len(weight), -1)
+    merged = flat.copy()
+    for n in range(flat.shape[1] // size):
+        skew = np.zeros((size, size))
+        skew[np.triu_indices(size, 1)] = packed[n if len(packed) > 1 else 0]
+        skew -= skew.T
+        powers = [np.linalg.matrix_power(skew, k) for k in range(5)]
+        turn = powers[0] + 2 * powers[1] + 2 * powers[2] + 2 * powers[3] + powers[4]
+        columns = slice(n * size, (n + 1) * size)
+        merged[:, columns] = flat[:, columns] @ turn.T
+    return merged.reshape(weight.shape)

@@ -1,0 +1,303 @@
+"""Kinds that are no difference: DoRA, OFT, BOFT, GLoRA, IA³ and replaced weights, against float64 oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.algorithms._weights import Facts, Stated, Weights
+from adaptkit.errors import NotRepresentable, ShapeMismatch
+from adaptkit.keymap import algorithms
+from tests import oracle
+
+ROWS, INPUTS = 16, 8
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stored layout: its tensors, alpha, the base's kernel, and W' as the oracle has it."""
+
+    name: str
+    algorithm: str
+    tensors: Tensors
+    merged: Callable[[np.ndarray], np.ndarray]
+    alpha: float | None = None
+    kernel: tuple[int, ...] = ()
+    cuts: bool = True  # whether rows can be cut out exactly
+
+
+def draw(*shape: int, seed: int = 0, scale: float = 0.3) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64) * scale
+
+
+def numpy(tensors: Tensors) -> dict[str, np.ndarray]:
+    return {role: tensor.numpy() for role, tensor in tensors.items()}
+
+
+def rotations() -> list[Case]:
+    found = []
+    for alpha in (0.0, 0.01):
+        for rescaled in (False, True):
+            for name, shape, function in (("oft", (4, 4, 4), oracle.oft), ("boft", (3, 4, 4, 4), oracle.boft)):
+                blocks, extra = draw(*shape), {"rescale": draw(ROWS, 1).abs() + 0.5} if rescaled else {}
+                scale = extra["rescale"].numpy() if rescaled else None
+                label = f"{name}-alpha{alpha}-{'rescaled' if rescaled else 'plain'}"
+
+                def merged(
+                    w: np.ndarray,
+                    f: Callable[..., np.ndarray] = function,
+                    b: torch.Tensor = blocks,
+                    a: float = alpha,
+                    s: np.ndarray | None = scale,
+                ) -> np.ndarray:
+                    return f(w, b.numpy(), a * ROWS, s)
+
+                found.append(
+                    Case(label, name, {"blocks": blocks, **extra}, merged, alpha, cuts=name == "oft" and not alpha)
+                )
+    parts = {"part0": draw(2, 4, 4), "part1": draw(2, 2, 2), "part2": draw(1, 4, 4)}
+    for alpha in (0.0, 0.01):
+        stored = [part.numpy() for part in parts.values()]
+        found.append(
+            Case(
+                f"kohya-oft-{alpha}",
+                "kohya-oft",
+                parts,
+                lambda w, s=stored, a=alpha: oracle.kohya_oft(w, s, a),
+                alpha,
+                cuts=False,
+            )
+        )
+        whole = draw(4, 4, 4)
+        found.append(
+            Case(
+                f"kohya-oft-whole-{alpha}",
+                "kohya-oft",
+                {"blocks": whole},
+                lambda w, b=whole, a=alpha: oracle.kohya_oft(w, [b.numpy()], a),
+                alpha,
+                cuts=False,
+            )
+        )
+    for kernel in ((), (3, 3)):
+        window = int(np.prod(kernel))
+        for count in (INPUTS * window // 4, 1):
+            packed = draw(count, 6, scale=0.1)
+            found.append(
+                Case(
+                    f"peft-oft-{kernel}-{count}",
+                    "peft-oft",
+                    {"packed": packed},
+                    lambda w, p=packed: oracle.peft_oft(w, p.numpy(), 4),
+                    kernel=kernel,
+                )
+            )
+    return found
+
+
+def doras() -> list[Case]:
+    found = []
+    for kernel in ((), (3, 3)):
+        ones = (1,) * len(kernel)
+        up, down = draw(ROWS, 2, *ones), draw(2, INPUTS, *kernel)
+        delta = np.einsum("or,r...->o...", up.reshape(ROWS, 2).numpy(), down.numpy()) * 0.5
+        for role, shape, axis in (
+            ("magnitude", (ROWS, 1, *ones), 0),
+            ("magnitude", (1, INPUTS, *ones), 1),
+            ("magnitude", (ROWS,), 0),
+            ("vector", (1, ROWS, *ones) if kernel else (ROWS,), 0),
+        ):
+            m = draw(*shape).abs() + 0.5
+
+            def merged(w: np.ndarray, d: np.ndarray = delta, m: torch.Tensor = m, a: int = axis) -> np.ndarray:
+                return oracle.dora(w, d, m.numpy().reshape(-1), a)
+
+            found.append(
+                Case(
+                    f"dora-{role}-{shape}",
+                    "lora+dora",
+                    {"up": up, "down": down, role: m},
+                    merged,
+                    1.0,
+                    kernel,
+                    axis == 0,
+                )
+            )
+    return found
+
+
+def others() -> list[Case]:
+    found = []
+    for kernel in ((), (3, 3)):
+        ones = (1,) * len(kernel)
+        glora = {
+            "a1": draw(INPUTS, 2, *ones),
+            "a2": draw(2, INPUTS, *ones),
+            "b1": draw(ROWS, 2, *ones),
+            "b2": draw(2, INPUTS, *kernel),
+        }
+        found.append(
+            Case(f"glora-{kernel}", "glora", glora, lambda w, t=glora: oracle.glora(w, numpy(t), 1.5), 3.0, kernel)
+        )
+        for on_input in (0, 1):
+            count = INPUTS if on_input else ROWS
+            weight = draw(1, count, *ones) if kernel else draw(count)
+            stored = {"weight": weight, "on_input": torch.tensor(on_input)}
+            found.append(
+                Case(
+                    f"ia3-{kernel}-{on_input}",
+                    "ia3",
+                    stored,
+                    lambda w, t=weight, a=on_input: oracle.ia3(w, t.numpy(), a),
+                    kernel=kernel,
+                )
+            )
+    for shape, axis in (((1, INPUTS), 1), ((ROWS, 1), 0)):
+        factor = draw(*shape) + 1
+        found.append(
+            Case(
+                f"ia3-peft-{axis}",
+                "ia3",
+                {"factor": factor},
+                lambda w, f=factor, a=axis: oracle.ia3(w, f.numpy() - 1, a),
+            )
+        )
+    value = draw(ROWS, INPUTS)
+    found.append(Case("set", "set", {"value": value}, lambda _, v=value: v.numpy()))
+    return found
+
+
+CASES = [*rotations(), *doras(), *others()]
+
+
+def opened(case: Case, tensors: Tensors | None = None) -> Weights:
+    kind = algorithms()[case.algorithm]
+    shapes = {role: tuple(t.shape) for role, t in case.tensors.items()}
+    assert frozenset(shapes) in kind.forms
+    facts = kind.facts(shapes, None if case.alpha is None else Stated(case.alpha))
+    if facts.kernel is None:
+        facts = replace(facts, kernel=case.kernel)  # as the family's table tells the reader
+    return kind.decode(tensors or case.tensors, facts)
+
+
+def base(case: Case) -> torch.Tensor:
+    return draw(ROWS, INPUTS, *case.kernel, seed=3, scale=1.0)
+
+
+def flat(weight: torch.Tensor) -> torch.Tensor:
+    return weight.reshape(ROWS, -1).clone()
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def test_a1_the_merged_weight_is_the_oracles(case: Case) -> None:
+    exact = case.merged(base(case).numpy())
+    merged = opened(case).apply(flat(base(case)), 1.0).reshape(base(case).shape)
+    np.testing.assert_allclose(merged.numpy(), exact, rtol=1e-6, atol=1e-7)
+    assert not np.allclose(exact, base(case).numpy(), atol=1e-3)
+
+
+def test_a2_stored_shapes_come_back(case: Case) -> None:
+    encoded = opened(case).encode()
+    stored = {
+        algorithms()[case.algorithm].stored_as(role, peft="vector" in case.tensors): t for role, t in encoded.items()
+    }
+    for role, tensor in case.tensors.items():
+        assert torch.equal(stored[role].reshape(-1).double(), tensor.reshape(-1).double()), role
+        if role not in ("magnitude", "vector"):
+            assert stored[role].shape == tensor.shape
+    if case.alpha is not None:
+        assert float(stored["alpha"]) == pytest.approx(case.alpha)
+
+
+def test_a4_parts_act_on_their_rows_alone(case: Case) -> None:
+    weights = opened(case)
+    if not case.cuts:
+        with pytest.raises(NotRepresentable):
+            weights.part(0, 8)
+        return
+    whole = weights.apply(flat(base(case)), 1.0)
+    part = weights.part(4, 12).apply(flat(base(case))[4:12].clone(), 1.0)
+    torch.testing.assert_close(part, whole[4:12])
+
+
+def test_a5_a_batch_is_its_members(case: Case) -> None:
+    stack = {
+        role: torch.stack([tensor, tensor * 0.9 if tensor.is_floating_point() else tensor])
+        for role, tensor in case.tensors.items()
+    }
+    two = opened(case, stack).apply(torch.stack([flat(base(case))] * 2), 1.0)
+    for n in range(2):
+        one = opened(case, {role: tensor[n] for role, tensor in stack.items()}).apply(flat(base(case)), 1.0)
+        torch.testing.assert_close(two[n], one)
+
+
+def test_strength_goes_from_the_base_to_the_merged_weight(case: Case) -> None:
+    before, after = flat(base(case)), opened(case).apply(flat(base(case)), 1.0)
+    torch.testing.assert_close(opened(case).apply(flat(base(case)), 0.0), before)
+    half = opened(case).apply(flat(base(case)), 0.5)
+    torch.testing.assert_close(half, (before + after) / 2)
+
+
+def test_a_difference_is_refused_with_a_hint(case: Case) -> None:
+    with pytest.raises(NotRepresentable) as caught:
+        opened(case).delta()
+    assert caught.value.hint
+
+
+def test_folding_keeps_what_it_does(case: Case) -> None:
+    folded = opened(case).folded()
+    torch.testing.assert_close(
+        folded.apply(flat(base(case)), 1.0), opened(case).apply(flat(base(case)), 1.0), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_doras_fuse_and_swap_by_rows(kernel: tuple[int, ...]) -> None:
+    output = next(c for c in doras() if c.kernel == kernel and "magnitude" in c.tensors)
+    weights, weight = opened(output), flat(base(output))
+    again = type(weights).fuse([weights.part(0, 6), weights.part(6, ROWS)])
+    torch.testing.assert_close(again.apply(weight.clone(), 1.0), weights.apply(weight.clone(), 1.0))
+    swapped = weights.swapped().apply(torch.cat([weight[8:], weight[:8]]), 1.0)
+    torch.testing.assert_close(torch.cat([swapped[8:], swapped[:8]]), weights.apply(weight.clone(), 1.0))
+    inputs = next(c for c in doras() if c.kernel == kernel and c.tensors.get("magnitude", draw(2, 2)).shape[0] == 1)
+    weights = opened(inputs)
+    swapped = weights.swapped().apply(torch.cat([weight[8:], weight[:8]]), 1.0)
+    torch.testing.assert_close(torch.cat([swapped[8:], swapped[:8]]), weights.apply(weight.clone(), 1.0))
+    with pytest.raises(NotRepresentable, match="input axis"):
+        type(weights).fuse([weights, weights])
+
+
+def test_shapes_that_do_not_fit() -> None:
+    for algorithm, shapes in (
+        ("oft", {"blocks": (2, 4, 4, 4)}),
+        ("boft", {"blocks": (4, 4, 4)}),
+        ("oft", {"blocks": (4, 4, 5)}),
+        ("oft", {"blocks": (4, 4, 4), "rescale": (8, 1)}),
+        ("lora+dora", {"up": (8, 2), "down": (2, 6), "magnitude": (7, 1)}),
+        ("glora", {"a1": (8, 2), "a2": (2, 8), "b1": (16, 3), "b2": (2, 8)}),
+        ("peft-oft", {"packed": (4, 7)}),
+        ("ia3", {"factor": (3, 4)}),
+    ):
+        with pytest.raises(ShapeMismatch):
+            algorithms()[algorithm].facts(shapes)
+
+
+def test_magnitudes_change_their_layout_between_lycoris_and_peft() -> None:
+    kind = algorithms()["lora+dora"]
+    linear, conv = Facts(16, 8, (), 2, 1.0), Facts(16, 72, (3, 3), 2, 1.0)
+    assert kind.laid_out("magnitude", (16, 1), linear, peft=True) == (16,)
+    assert kind.laid_out("vector", (16,), linear, peft=False) == (16, 1)
+    assert kind.laid_out("magnitude", (16, 1, 1, 1), conv, peft=True) == (1, 16, 1, 1)
+    assert kind.laid_out("magnitude", (1, 8, 1, 1), conv, peft=False) == (1, 8, 1, 1)
+    with pytest.raises(NotRepresentable, match="no PEFT form"):
+        kind.laid_out("magnitude", (1, 8, 1, 1), conv, peft=True)
+    assert (kind.stored_as("magnitude", peft=True), kind.stored_as("vector", peft=False)) == ("vector", "magnitude")
