@@ -19,6 +19,7 @@ from adaptkit.algorithms._weights import (
     grouped,
     matched,
     roles,
+    same,
     scaling,
     spread,
     stacked,
@@ -102,17 +103,19 @@ class Loha(Weights):
         """Block-diagonal in both products, which keeps the parts apart; parts of one thing share its columns."""
         import torch
 
-        if not all(isinstance(factor, Product) for part in parts for factor in (part.w1, part.w2)):
-            raise NotRepresentable("LoHa with Tucker cores cannot be fused", hint="use --algo full")
         if len({part.scale for part in parts}) > 1:
             parts = [part.folded() for part in parts]
-        rights = [torch.cat([part.w1.right, part.w2.right], -1) for part in parts]  # type: ignore[attr-defined]
-        groups = grouped(rights)
+        if all(_alike(part.w1, parts[0].w1) and _alike(part.w2, parts[0].w2) for part in parts):
+            groups = [0] * len(parts)
+        elif all(isinstance(factor, Product) for part in parts for factor in (part.w1, part.w2)):
+            groups = grouped([torch.cat([part.w1.right, part.w2.right], -1) for part in parts])  # type: ignore[attr-defined]
+        else:
+            raise NotRepresentable("LoHa with different Tucker cores cannot be fused", hint="use --algo full")
         sides = []
-        for side in ("w1", "w2"):
-            factors = [getattr(part, side) for part in parts]
-            right = torch.cat(unique([factor.right for factor in factors], groups), -2)
-            sides.append(Product(stacked([factor.left for factor in factors], groups), right))
+        for factors in ([part.w1 for part in parts], [part.w2 for part in parts]):
+            left = stacked([factor.left for factor in factors], groups)  # type: ignore[attr-defined]
+            right = torch.cat(unique([factor.right for factor in factors], groups), -2)  # type: ignore[attr-defined]
+            sides.append(replace(factors[0], left=left, right=right))  # type: ignore[type-var]
         return replace(parts[0], w1=sides[0], w2=sides[1])
 
     @classmethod
@@ -162,6 +165,14 @@ def _sides(factor: Factor) -> tuple[Tensor, Tensor]:
         case Tucker(core, left, right):
             return upcast(left), spread(upcast(core), upcast(right))
     raise TypeError(type(factor).__name__)
+
+
+def _alike(one: Factor, other: Factor) -> bool:
+    """Whether two factors differ in their rows alone."""
+    if type(one) is not type(other):
+        return False
+    parts = ("core", "right") if isinstance(one, Tucker) else ("right",)
+    return all(same(getattr(one, part), getattr(other, part)) for part in parts)
 
 
 def _empty(factor: Factor, rows: int) -> Factor:
