@@ -246,7 +246,7 @@ def listed(kind: str, rows: Sequence[Mapping[str, object]], as_json: bool) -> No
         return
     for name, title, *rest in shown:
         console().print(Text(name, style="bold"), Text(title))
-        console().print(facts((c.replace("_", " "), cell) for c, cell in zip(columns[2:], rest, strict=True)))
+        console().print(facts((c.replace("_", " "), cell) for c, cell in zip(columns[2:], rest, strict=True) if cell))
 
 
 def _plain(value: object) -> str:

@@ -42,9 +42,9 @@ def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
 
 def _loading(format: str) -> dict[str, list[str]]:
     """The families that each host loads completely in this format, alpha and algorithm allowing."""
-    from adaptkit.hosts import hosts
+    from adaptkit.hosts import complete, hosts
 
-    return {name: found for name, host in hosts().items() if (found := host.complete(format))}
+    return {name: found for name, host in hosts().items() if (found := complete(host, format))}
 
 
 @click.command()

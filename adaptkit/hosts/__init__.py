@@ -5,6 +5,6 @@ Measured by running the hosts' own loaders over real key lists; see each file fo
 
 from __future__ import annotations
 
-from adaptkit.hosts._judge import hosts, judge, recipe
+from adaptkit.hosts._judge import complete, hosts, judge, recipe
 
-__all__ = ["hosts", "judge", "recipe"]
+__all__ = ["complete", "hosts", "judge", "recipe"]

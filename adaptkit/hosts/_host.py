@@ -76,12 +76,3 @@ class Host:
     tucker: bool = True
     equal_scales: tuple[str, ...] = ()
     axes: tuple[str, ...] = ("input", "output")
-
-    def complete(self, format: str) -> list[str]:
-        """The families of which it loads every module in this format, as that format writes them."""
-        found: list[str] = []
-        for family in dict.fromkeys(family for cell in self.cells for family in cell.families):
-            cell = next((c for c in self.cells if c.format == format and family in c.families), None)
-            if cell is not None and not cell.note and family not in self.unsupported:
-                found.append(family)
-        return found

@@ -6,6 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+from adaptkit.detect import families, formats
 from adaptkit.errors import NoSuchName, NotRepresentable
 from adaptkit.hosts._host import Recipe, Verdict
 from adaptkit.registry import discover
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from adaptkit.adapter import Adapter, Entry
     from adaptkit.hosts._host import Cell, Host
 
-__all__ = ["hosts", "judge", "recipe"]
+__all__ = ["complete", "hosts", "judge", "recipe"]
 
 SHOWN = 3  # modules named per reason
 
@@ -29,6 +30,19 @@ def hosts() -> Mapping[str, Host]:
 def judge(adapter: Adapter) -> dict[str, Verdict]:
     """What each host makes of a file."""
     return {name: _verdict(host, adapter) for name, host in hosts().items()}
+
+
+def complete(host: Host, format: str) -> list[str]:
+    """The families of which a host loads every module in this format, as adaptkit writes it."""
+    style = formats()[format].style
+    found: list[str] = []
+    for name, family in families().items():
+        naming = family.components[0].naming(style)
+        cells = (c for c in host.cells if c.format == format and name in c.families and c.naming in ("", naming))
+        cell = next(cells, None)
+        if cell is not None and not cell.note and name not in host.unsupported:
+            found.append(name)
+    return found
 
 
 def _verdict(host: Host, adapter: Adapter) -> Verdict:
