@@ -5,6 +5,7 @@ Loaders report success with nothing loaded, so layers are counted, and their ΔW
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from functools import cache
@@ -90,6 +91,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 FIRST = {"auraflow": "comfy", "ltx": "comfy"}  # what no kohya trainer knows
 RANK = 2
+PIPELINES = {
+    "flux": "FluxPipeline", "chroma": "ChromaPipeline", "flux2": "Flux2Pipeline", "sd3": "StableDiffusion3Pipeline",
+    "qwen-image": "QwenImagePipeline", "wan": "WanPipeline", "hunyuan-video": "HunyuanVideoPipeline",
+    "z-image": "ZImagePipeline", "lumina2": "Lumina2Pipeline", "auraflow": "AuraFlowPipeline", "ltx": "LTXPipeline",
+}  # fmt: skip
 
 
 @cache
@@ -201,6 +207,27 @@ def test_diffusers_loads_what_convert_writes(family: str, tmp_path: Path, caplog
     assert len(found) == report.modules == len(layers(built(family)))
     compare(family, output, "diffusers", found)
     assert_same(deltas(path, family, first), deltas(output, family, "diffusers"), family)
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_the_pipelines_own_loader_takes_the_file(family: str, tmp_path: Path) -> None:
+    """`load_lora_weights` in its two steps: read and convert the keys, load them into the transformer."""
+    pipeline = getattr(diffusers, PIPELINES[family], None)
+    if pipeline is None:
+        pytest.skip(f"this diffusers has no {PIPELINES[family]}")
+    output = tmp_path / "b.safetensors"
+    converted(source(family, tmp_path / "a.safetensors"), output, family, "diffusers", FIRST.get(family, "kohya"))
+    state = pipeline.lora_state_dict(str(output))
+    state = state[0] if isinstance(state, tuple) else state
+    assert state.keys() == load_file(output).keys()
+    fresh = model(family)
+    alphas = (
+        {"network_alphas": None}
+        if "network_alphas" in inspect.signature(pipeline.load_lora_into_transformer).parameters
+        else {}
+    )
+    pipeline.load_lora_into_transformer(state, transformer=fresh, **alphas)
+    compare(family, output, "diffusers", loaded(fresh))
 
 
 def assert_same(
