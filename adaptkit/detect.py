@@ -125,7 +125,8 @@ def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> list
     if not stems or len(names) == 1:
         return list(names) if stems else []
     sample = list(stems)[:: max(1, len(stems) // SAMPLE)]
-    near = [name for name in names if any(stem.startswith(_heads(name, format)) for stem in sample)]
+    enough = ENOUGH / 2 * len(sample)
+    near = [name for name in names if sum(stem.startswith(_heads(name, format)) for stem in sample) >= enough]
     found = {name: sum(compile_keys(name, format).slot(stem) is not None for stem in sample) for name in near}
     most = max(found.values(), default=0)
     return [name for name, n in found.items() if n and n >= ENOUGH / 2 * most]

@@ -26,7 +26,6 @@ Deep code raises with the facts it knows; `ops` adds file and slot; the command 
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -111,6 +110,8 @@ class NoSuchName(AdaptkitError):
     @classmethod
     def among(cls, kind: str, name: str, known: Iterable[str]) -> NoSuchName:
         """Build the error for `name`, which is not one of the `known` names of this `kind`."""
+        from difflib import get_close_matches
+
         names = sorted(known)
         near = get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"

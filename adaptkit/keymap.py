@@ -170,6 +170,7 @@ class KeyMap:
         self._stems = sorted(found, key=lambda item: -len(item[0]))  # `lora_unet__` before `lora_unet_`
         self._prefixes = _written_prefixes(family, format)
         self._spelled: dict[Slot, str] = {}
+        self._row_of: dict[tuple[str, str], tuple[Row, dict[str, int]] | None] = {}
         self._found: dict[str, tuple[_Reading, dict[str, int], str] | None] = {}  # a stem comes once per role
 
     def parse(self, key: str) -> Parsed | None:
@@ -208,8 +209,14 @@ class KeyMap:
 
     def row(self, target: Target) -> Row | None:
         """The table row that a target comes from."""
-        found = _rows(self.family).get(target.component, _NO_ROWS).match(target.module)
+        found = self._row(target.component, target.module)
         return found[0] if found else None
+
+    def _row(self, component: str, module: str) -> tuple[Row, dict[str, int]] | None:
+        known = (component, module)
+        if known not in self._row_of:
+            self._row_of[known] = _rows(self.family).get(component, _NO_ROWS).match(module)
+        return self._row_of[known]
 
     def ends(self, target: Target) -> Iterator[str]:
         """The runs of blocks (`double_blocks.{i:19}`) that a target stands in the last one of."""
@@ -239,7 +246,7 @@ class KeyMap:
             raise NotRepresentable(
                 f"the {self.format.name} format has no place for the {part.title} of {self.family.title}"
             )
-        found = _rows(self.family)[part.name].match(slot.target.module)
+        found = self._row(part.name, slot.target.module)
         if found is None:
             raise NotRepresentable(f"{slot} is no module of {self.family.title}")
         names = self._written(part, found[0]) if naming is None else found[0].names.get(naming, ())

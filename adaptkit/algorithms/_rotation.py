@@ -5,6 +5,7 @@ Alpha of these kinds is no scale but a bound on the generator's norm, so `Facts.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
 __all__ = ["cayley", "toward"]
 
 
-def cayley(blocks: Tensor, bound: float) -> Tensor:
+def cayley(blocks: Tensor, bound: float = math.inf) -> Tensor:
     """R = (I + Q)(I − Q)⁻¹ with Q = B − Bᵀ for every block B of blocks (..., b, b), in float32 or wider.
 
-    Where `bound` is positive and the norm of Q over all blocks together is larger, Q is shortened to it (LyCORIS
-    `modules/diag_oft.py: get_r`, sd-scripts `networks/oft.py`). Blocks of a batch must not be mixed: (n, b, b) only.
+    Where the norm of Q over all blocks together is larger than `bound`, Q is shortened to it (LyCORIS
+    `modules/diag_oft.py: get_r`, sd-scripts `networks/oft.py`); so with a bound, the blocks must be those of one weight.
     """
     import torch
 
@@ -25,7 +26,7 @@ def cayley(blocks: Tensor, bound: float) -> Tensor:
 
     wide = upcast(blocks)
     generator = wide - wide.mT
-    if bound > 0:
+    if bound < math.inf:
         norm = torch.linalg.vector_norm(generator) + 1e-8
         generator = generator * torch.clamp(bound / norm, max=1.0)
     eye = torch.eye(blocks.shape[-1], dtype=wide.dtype, device=wide.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -64,6 +65,10 @@ class Boft(Weights):
     def rows(self) -> int:
         return int(self.blocks.shape[-3] * self.blocks.shape[-1])
 
+    def _bound(self) -> float:
+        """What the norm of all generators together may be: alpha times the rows, and anything where alpha is 0."""
+        return self.bound * self.rows if self.bound > 0 else math.inf
+
     def delta(self) -> Tensor:
         raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
 
@@ -81,7 +86,7 @@ class Boft(Weights):
     def _turned(self, blocks: Tensor, weight: Tensor) -> Tensor:
         """All stages over the rows of one weight (rows, columns)."""
         b = blocks.shape[-1]
-        turns = cayley(blocks, self.bound * self.rows).to(weight.dtype)
+        turns = cayley(blocks, self._bound()).to(weight.dtype)
         for stage, turn in enumerate(turns):
             apart = 2**stage * (b // 2)
             grouped = weight.reshape(-1, 2, apart, weight.shape[-1]).transpose(1, 2).reshape(-1, b, weight.shape[-1])

@@ -6,11 +6,23 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import ALPHA, Facts, Role, Shapes, Stated, Weights, flat, matched, roles, scaling
+from adaptkit.algorithms._weights import (
+    ALPHA,
+    Facts,
+    Role,
+    Shapes,
+    Stated,
+    Weights,
+    flat,
+    matched,
+    roles,
+    same,
+    scaling,
+)
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -79,6 +91,22 @@ class Glora(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, b1=self.b1[..., start:stop, :])
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        """Exact for the parts of one thing: what the rows are multiplied with is the same for all."""
+        import torch
+
+        first = parts[0]
+        for part in parts:
+            if part.scale != first.scale or not all(
+                same(getattr(part, n), getattr(first, n)) for n in ("a1", "a2", "b2")
+            ):
+                raise NotRepresentable(
+                    "GLoRA that multiply the weight differently cannot be fused",
+                    hint="merge them into their checkpoint",
+                )
+        return replace(first, b1=torch.cat([part.b1 for part in parts], -2))
 
     def folded(self) -> Self:
         """The scale in `b1` and `a1`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._rotation import cayley, toward
@@ -19,10 +19,11 @@ PARTS = ("part0", "part1", "part2", "part3")
 
 @dataclass(frozen=True, eq=False)
 class KohyaOft(Weights):
-    """W' = blockdiag(R) W, part by part.   blocks of a part: (..., n, b, b), its rows = n·b
+    """W' = blockdiag(R)ᵀ W, part by part.   blocks of a part: (..., n, b, b), its rows = n·b
 
     R = (I + Q)(I − Q)⁻¹, Q = B − Bᵀ, its norm over one part bounded by alpha · rows of that part (sd-scripts
-    `networks/oft.py` and `networks/oft_flux.py`).
+    `networks/oft.py` and `networks/oft_flux.py`, whose sum over `k n m, k n p` transposes R). An alpha of 0 lets nothing
+    turn, and there is always one.
     """
 
     name: ClassVar[str] = "kohya-oft"
@@ -49,7 +50,9 @@ class KohyaOft(Weights):
         for role, shape in shapes.items():
             matched(len(shape) == 3 and shape[1] == shape[2], role, shapes)
             rows += shape[0] * shape[1]
-        return Facts(rows, 0, None, None, alpha.value if alpha else 0.0)
+        if alpha is None:
+            raise NotRepresentable("an OFT of sd-scripts is bounded by its alpha, and this one has none")
+        return Facts(rows, 0, None, None, alpha.value)
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
@@ -80,12 +83,24 @@ class KohyaOft(Weights):
             turned = torch.stack([cayley(one, self.bound * n * b) for one in flat]).to(base.dtype)
             rows = base[..., start : start + n * b, :]
             cut = rows.reshape(*rows.shape[:-2], n, b, rows.shape[-1])
-            merged.append((turned.reshape(blocks.shape) @ cut).reshape(rows.shape))
+            merged.append((turned.reshape(blocks.shape).mT @ cut).reshape(rows.shape))
             start += n * b
         return toward(base, torch.cat(merged, -2), strength)
 
     def folded(self) -> Self:
         return self
+
+    def part(self, start: int, stop: int) -> Self:
+        """Exact for whole parts, each of which has a bound of its own."""
+        kept, ends, end = [], {0}, 0
+        for blocks in self.blocks:
+            end += int(blocks.shape[-3] * blocks.shape[-1])
+            ends.add(end)
+            if start < end <= stop:
+                kept.append(blocks)
+        if not {start, stop} <= ends:
+            raise NotRepresentable(f"rows {start} to {stop} cut through what is bounded together")
+        return replace(self, blocks=tuple(kept))
 
 
 ALGORITHM = KohyaOft

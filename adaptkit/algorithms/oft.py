@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -10,7 +11,7 @@ from adaptkit.algorithms._weights import ALPHA, Facts, Role, Shapes, Stated, Wei
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -63,6 +64,10 @@ class Oft(Weights):
     def rows(self) -> int:
         return int(self.blocks.shape[-3] * self.blocks.shape[-1])
 
+    def _bound(self) -> float:
+        """What the norm of all generators together may be: alpha times the rows, and anything where alpha is 0."""
+        return self.bound * self.rows if self.bound > 0 else math.inf
+
     def delta(self) -> Tensor:
         raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
 
@@ -71,7 +76,7 @@ class Oft(Weights):
 
         n, b = self.blocks.shape[-3], self.blocks.shape[-1]
         flat = self.blocks.reshape(-1, n, b, b)
-        turned = torch.stack([cayley(one, self.bound * self.rows) for one in flat]).to(base.dtype)
+        turned = torch.stack([cayley(one, self._bound()) for one in flat]).to(base.dtype)
         cut = base.reshape(*base.shape[:-2], n, b, base.shape[-1])
         merged = (turned.reshape(*self.blocks.shape).mT @ cut).reshape(base.shape)
         if self.rescale is not None:
@@ -89,6 +94,49 @@ class Oft(Weights):
         rescale = None if self.rescale is None else self.rescale[..., start:stop, :]
         stored = (stop - start, *self.stored[1:]) if self.stored else ()
         return replace(self, blocks=self.blocks[..., start // b : stop // b, :, :], rescale=rescale, stored=stored)
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        """Exact for blocks of one size that no bound ties together."""
+        import torch
+
+        if len({part.blocks.shape[-1] for part in parts}) > 1 or any(part.bound > 0 for part in parts):
+            raise NotRepresentable(
+                "OFT with blocks of different sizes, or with a bound on each, cannot be fused",
+                hint="merge them into their checkpoint",
+            )
+        blocks = torch.cat([part.blocks for part in parts], -3)
+        scaled = next((part for part in parts if part.rescale is not None), None)
+        if scaled is None:
+            return replace(parts[0], blocks=blocks)
+        rescale = torch.cat([part._factors(scaled.rescale) for part in parts], -2)
+        return replace(parts[0], blocks=blocks, rescale=rescale, stored=(rescale.shape[-2], *scaled.stored[1:]))
+
+    @classmethod
+    def zeros(cls, like: Self, rows: int) -> Self:
+        """Rows that are not turned."""
+        b = like.blocks.shape[-1]
+        if rows % b:
+            raise NotRepresentable(f"{rows} missing rows are no multiple of a block of {b}")
+        blocks = like.blocks.new_zeros(*like.blocks.shape[:-3], rows // b, b, b)
+        return replace(like, blocks=blocks, rescale=None, stored=())
+
+    def swapped(self) -> Self:
+        """Whole blocks change places, whatever bounds them together."""
+        rows, b = self.rows, self.blocks.shape[-1]
+        if rows // 2 % b:
+            raise NotRepresentable(
+                f"the middle of {rows} rows cuts through what is rotated together, {b} rows at a time"
+            )
+        rescale = None if self.rescale is None else self.rescale.roll(rows // 2, -2)
+        return replace(self, blocks=self.blocks.roll(rows // 2 // b, -3), rescale=rescale)
+
+    def _factors(self, like: Tensor | None) -> Tensor:
+        """The rescaling of every row, 1 where there is none."""
+        if self.rescale is not None:
+            return self.rescale
+        assert like is not None
+        return like.new_ones(*self.blocks.shape[:-3], self.rows, 1)
 
 
 ALGORITHM = Oft

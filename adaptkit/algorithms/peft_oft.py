@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._rotation import toward
-from adaptkit.algorithms._weights import Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._weights import Facts, Role, Shapes, Stated, Weights, matched, roles, same
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -24,16 +24,21 @@ class PeftOft(Weights):
     five terms that PEFT uses unless told otherwise (huggingface/peft `tuners/oft/layer.py`, checked with 0.21.2). The
     columns of a convolution are its inputs with their kernel positions, as `flatten(1)` has them: so PEFT merges it, while
     its own forward pass adds up overlapping windows, which no weight can do.
+
+    OneTrainer marks with `scaled_oft` that `packed` is to be divided by 2√(b − 1) first (`modules/module/oft_utils.py`).
     """
 
     name: ClassVar[str] = "peft-oft"
     title: ClassVar[str] = "OFT of PEFT"
     additive: ClassVar[bool] = False
-    roles: ClassVar[Mapping[str, Role]] = roles(packed=Role("oft_R.weight", ("oft_R",)))
-    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"packed"}),)
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        packed=Role("oft_R.weight", ("oft_R",)), scaled=Role("oft_R.scaled_oft")
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"packed"}), frozenset({"packed", "scaled"}))
 
     packed: Tensor
     size: int
+    scaled: Tensor | None = None  # OneTrainer's mark
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -45,10 +50,10 @@ class PeftOft(Weights):
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         packed = tensors["packed"]
-        return cls(packed, _size(packed.shape[-1]))
+        return cls(packed, _size(packed.shape[-1]), tensors.get("scaled"))
 
     def encode(self) -> dict[str, Tensor]:
-        return {"packed": self.packed}
+        return {"packed": self.packed} if self.scaled is None else {"packed": self.packed, "scaled": self.scaled}
 
     def delta(self) -> Tensor:
         raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
@@ -59,7 +64,7 @@ class PeftOft(Weights):
         b = self.size
         above = torch.triu_indices(b, b, 1, device=base.device)
         skew = base.new_zeros(*self.packed.shape[:-1], b, b)
-        skew[..., above[0], above[1]] = self.packed.to(base.dtype)
+        skew[..., above[0], above[1]] = self.folded().packed.to(base.dtype)
         skew = skew - skew.mT
         square = skew @ skew
         eye = torch.eye(b, dtype=base.dtype, device=base.device)
@@ -69,10 +74,27 @@ class PeftOft(Weights):
         return toward(base, merged, strength)
 
     def folded(self) -> Self:
-        return self
+        """Without OneTrainer's mark, as PEFT reads it."""
+        from adaptkit.linalg.precision import upcast
+
+        if self.scaled is None:
+            return self
+        return replace(self, packed=upcast(self.packed) / (2 * math.sqrt(self.size - 1)), scaled=None)
 
     def part(self, start: int, stop: int) -> Self:  # noqa: ARG002 the contract's names
         """The columns are turned alike in all rows."""
+        return self
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        """One rotation for all rows: the parts must have the same."""
+        if all(same(part.packed, parts[0].packed) and same(part.scaled, parts[0].scaled) for part in parts):
+            return parts[0]
+        raise NotRepresentable(
+            "rows whose columns are turned differently cannot be fused", hint="merge them into their checkpoint"
+        )
+
+    def swapped(self) -> Self:
         return self
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
-import shutil
-import tempfile
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +14,7 @@ from adaptkit.files.header import TORCH_NAMES, TensorSpec, build_header, unreada
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Iterable, Iterator, Mapping, Set
     from types import TracebackType
     from typing import Self
 
@@ -104,7 +101,7 @@ class TensorSink:
         self._writing = 0
         self._file: io.FileIO | None = None
         _check_target(self.path, self.size, overwrite)
-        self._temporary = self.path.with_name(f".{self.path.name[:48]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        self._temporary = self.path.with_name(f".{self.path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
         try:
             with self._os_errors():
                 self._file = self._temporary.open("xb", buffering=0)  # mode 0666 less the umask
@@ -267,7 +264,7 @@ class TensorSink:
             file.seek(at)
             return file.write(data) or 0
 
-    def _copy_file(self, path: Path, runs: Sequence[_Run]) -> None:
+    def _copy_file(self, path: Path, runs: Iterable[_Run]) -> None:
         try:
             source = path.open("rb", buffering=0)
         except OSError as error:
@@ -359,6 +356,8 @@ def _check_target(path: Path, needed: int, overwrite: bool) -> None:
 
 
 def _check_space(path: Path, needed: int) -> None:
+    import shutil
+
     try:
         usage = shutil.disk_usage(path.parent)
     except OSError:  # a file system that does not tell; the write itself will
@@ -384,8 +383,10 @@ def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> I
 
     An existing folder is replaced (`overwrite`) only if it holds nothing but files of the `known` names.
     """
+    import shutil
+
     check_folder(path, known, overwrite)
-    token = f"{os.getpid()}-{secrets.token_hex(4)}"
+    token = f"{os.getpid()}-{os.urandom(4).hex()}"
     made, old = (path.with_name(f".{path.name[:48]}.{token}.{end}") for end in ("part", "old"))
     try:
         made.mkdir()
@@ -428,6 +429,8 @@ class Spool:
     """
 
     def __init__(self, limit: int, folder: str | Path | None = None) -> None:
+        import tempfile
+
         self.limit = limit
         self.folder = Path(tempfile.gettempdir() if folder is None else folder)
         self._file = tempfile.SpooledTemporaryFile(dir=str(self.folder))  # noqa: SIM115 closed by `close`

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.errors import CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
 from adaptkit.files.header import TORCH_NAMES, TensorInfo, itemsize, nbytes, read_header, unreadable
-from adaptkit.files.pickles import looks_like_pickle, packed_bytes, read_catalogue
 
 if TYPE_CHECKING:
     import io
@@ -240,6 +239,8 @@ class _PickleSource(_FileSource):
         if packed is None:
             return super()._fill(info, view, skip)
         start = packed.start + skip
+        from adaptkit.files.pickles import packed_bytes
+
         data = packed_bytes(self.path, packed._replace(start=start, stop=start + len(view)))
         if len(data) != len(view):
             message = f"truncated: {len(view)} bytes expected in {packed.entry!r}, {len(data)} found"
@@ -412,8 +413,11 @@ def _open_file(path: Path) -> TensorSource:
         raise UnreadableFile("not a regular file", file=path)
     with path.open("rb") as file:
         head = file.read(512)
-    if head[8:9] != b"{" and looks_like_pickle(head):
-        return _PickleSource(path, read_catalogue(path))
+    if head[8:9] != b"{":
+        from adaptkit.files.pickles import looks_like_pickle, read_catalogue
+
+        if looks_like_pickle(head):
+            return _PickleSource(path, read_catalogue(path))
     return _SafetensorsSource(path, read_header(path))
 
 

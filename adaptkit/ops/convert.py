@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -267,11 +267,10 @@ class _Planner:
         self.unused: list[Unused] = [Unused(key, _why(adapter, key, why)) for key, why in adapter.unclaimed.items()]
 
     def tasks(self) -> tuple[Task, ...]:
-        entries = {
-            slot: entry
-            for slot, entry in self.adapter.entries.items()
-            if selected(self.adapter.label(slot), slot.component, self.options)
-        }
+        entries = self.adapter.entries
+        if self.options.only or self.options.skip:
+            label = self.adapter.label
+            entries = {s: e for s, e in entries.items() if selected(label(s), s.component, self.options)}
         respelling = Respelling(self.adapter, self.keys)
         tasks = tuple(self._task(job) for job in respelling.jobs(entries))
         self.unused += [Unused(key, why) for key, why in respelling.lost.items()]
@@ -560,33 +559,51 @@ def _write_file(plan: Plan, spool: Spool | None, sink: TensorSink, metadata: Map
     ready = [item for task in plan.tasks for item in task.ready or ()]
     copied = [item for item in (*ready, *plan.carried) if isinstance(item, Copied)]
     scalars = {item.key: _float32(item.value) for item in ready if isinstance(item, Written)}
-    with sink, ThreadPoolExecutor(1) as pool:
-        hashed = _hashed(plan, spool, sink, metadata, pool)
+    with sink:
+        hashing = _Hashing(plan, spool, sink, metadata)
         sink.copy_many([(item.key, plan.adapter.source, item.source) for item in copied])
         for key, data in scalars.items():
             sink.put_bytes(key, memoryview(data))
         if spool is not None:
             spool.write_to(sink)
-        if hashed is not None:
-            known = hashed.result()
-            sink.restate({name: known.get(name, value) for name, value in metadata.items()})
+        if hashing.needed:
+            sink.restate(hashing.result())
         # a conversion can be made again from its input, so nobody waits for the disk; unless it replaces that input
         sink.commit(sync=plan.output.exists())
     return sink.size
 
 
-def _hashed(
-    plan: Plan, spool: Spool | None, sink: TensorSink, metadata: Mapping[str, str], pool: ThreadPoolExecutor
-) -> Future[dict[str, str]] | None:
+class _Hashing:
     """sd-scripts' hashes, where the file had them, of what it will hold; worked out while the tensors are copied."""
-    from adaptkit.files.header import build_header
-    from adaptkit.files.provenance import SSHS, sshs_hashes
 
-    if not SSHS.keys() & metadata.keys():
-        return None
-    training = {name: value for name, value in metadata.items() if name.startswith("ss_")}
-    header, _ = build_header(sink.infos.values(), training)
-    return pool.submit(sshs_hashes, _data(plan, spool, list(sink.infos)), len(header))
+    def __init__(self, plan: Plan, spool: Spool | None, sink: TensorSink, metadata: Mapping[str, str]) -> None:
+        from adaptkit.files.provenance import SSHS
+
+        self.metadata = metadata
+        self.needed = bool(SSHS.keys() & metadata.keys())
+        self._found: dict[str, str] = {}
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(plan, spool, sink), daemon=True)
+        if self.needed:
+            self._thread.start()
+
+    def _run(self, plan: Plan, spool: Spool | None, sink: TensorSink) -> None:
+        from adaptkit.files.header import build_header
+        from adaptkit.files.provenance import sshs_hashes
+
+        try:
+            training = {name: value for name, value in self.metadata.items() if name.startswith("ss_")}
+            header, _ = build_header(sink.infos.values(), training)
+            self._found = sshs_hashes(_data(plan, spool, list(sink.infos)), len(header))
+        except BaseException as error:
+            self._failure = error
+
+    def result(self) -> dict[str, str]:
+        """The metadata with the hashes in their places."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return {name: self._found.get(name, value) for name, value in self.metadata.items()}
 
 
 def _data(plan: Plan, spool: Spool | None, names: Sequence[str]) -> Iterator[memoryview]:
