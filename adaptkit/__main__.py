@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.cli import main
+from adaptkit.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

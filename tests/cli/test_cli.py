@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.cli import cli
-from adaptkit.ops import extract, inspect, merge
+from adaptkit.ops import convert, extract, inspect, merge
 
 
 def adaptkit(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -347,13 +347,31 @@ def test_tables(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("extract", extract.Options), ("merge", merge.Options), ("inspect", inspect.Options)]
+    ("name", "options"),
+    [
+        ("convert", convert.Options),
+        ("extract", extract.Options),
+        ("merge", merge.Options),
+        ("inspect", inspect.Options),
+    ],
 )
 def test_options_are_the_fields_of_the_library(name: str, options: type) -> None:
     """Field name = keyword = command-line option; what the terminal half adds is only how to talk."""
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
-    terminal = {"as_json", "quiet", "verbose", "dry_run", "base", "tuned", "adapters", "files", "keys", "modules"}
+    terminal = {
+        "as_json",
+        "quiet",
+        "verbose",
+        "dry_run",
+        "base",
+        "tuned",
+        "adapter",
+        "adapters",
+        "files",
+        "keys",
+        "modules",
+    }
     parameters = {parameter.name for parameter in command.params} - terminal
     assert parameters == {field.name for field in dataclasses.fields(options)}
     for parameter in command.params:
