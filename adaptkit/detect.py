@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms._weights import ALPHA
-from adaptkit.errors import NoSuchName, ShapeMismatch
+from adaptkit.errors import AdaptkitError, NoSuchName
 from adaptkit.keymap import algorithms, compile_checkpoint, compile_keys, prefixes, split_suffix
 from adaptkit.names import WEIGHT
 from adaptkit.registry import discover
@@ -273,7 +273,7 @@ def _stem_sizes(infos: Mapping[str, TensorInfo]) -> dict[str, _Size]:
                 continue
             try:
                 said = kind.facts(given)
-            except ShapeMismatch:
+            except AdaptkitError:
                 continue
             if said.columns and not said.vector:
                 sizes[stem] = _Size(said.rows or None, said.columns, said.kernel)

@@ -132,12 +132,15 @@ def boft(weight: np.ndarray, blocks: np.ndarray, bound: float, rescale: np.ndarr
 
 
 def kohya_oft(weight: np.ndarray, parts: list[np.ndarray], alpha: float) -> np.ndarray:
-    """Every part of the rows turned by blocks of its own: x -> R x, bounded by alpha times the part's rows."""
+    """Every part of the rows turned by blocks of its own: x -> R^T x, bounded by alpha times the part's rows.
+
+    sd-scripts `networks/oft_flux.py`: `RW = einsum("k n m, k n p -> k m p", R, W)`.
+    """
     merged, at = weight.copy(), 0
     for blocks in parts:
         size = blocks.shape[-1]
-        for block in _bounded(blocks, alpha * len(blocks) * size):
-            merged[at : at + size] = np.einsum("mn,n...->m...", _rotation(block), weight[at : at + size])
+        for block in _bounded(blocks, alpha * len(blocks) * size) if alpha else np.zeros_like(blocks):
+            merged[at : at + size] = np.einsum("nm,n...->m...", _rotation(block), weight[at : at + size])
             at += size
     return merged
 
@@ -165,9 +168,10 @@ def ia3(weight: np.ndarray, added: np.ndarray, axis: int) -> np.ndarray:
     return weight * (1 + added.reshape(shape))
 
 
-def peft_oft(weight: np.ndarray, packed: np.ndarray, size: int) -> np.ndarray:
-    """Blocks of the inputs, turned by the series I + 2Q + 2Q^2 + 2Q^3 + Q^4 (PEFT)."""
+def peft_oft(weight: np.ndarray, packed: np.ndarray, size: int, *, scaled: bool = False) -> np.ndarray:
+    """Blocks of the inputs, turned by the series I + 2Q + 2Q^2 + 2Q^3 + Q^4 (PEFT); OneTrainer may scale Q."""
     flat = weight.reshape(len(weight), -1)
+    packed = packed / (2 * np.sqrt(size - 1)) if scaled else packed
     merged = flat.copy()
     for n in range(flat.shape[1] // size):
         skew = np.zeros((size, size))
@@ -178,3 +182,27 @@ def peft_oft(weight: np.ndarray, packed: np.ndarray, size: int) -> np.ndarray:
         columns = slice(n * size, (n + 1) * size)
         merged[:, columns] = flat[:, columns] @ turn.T
     return merged.reshape(weight.shape)
+
+
+def peft_boft(weight: np.ndarray, blocks: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """factor · W · rotᵀ, rot = Π P blockdiag(R) Pᵀ, with the permutation matrices PEFT builds."""
+    stages, count, size, _ = blocks.shape
+    n = count * size
+    flat = weight.reshape(len(weight), -1)
+    rotation = np.eye(n)
+    for stage in range(stages):
+        run = size // 2 if stages > 1 else size
+        group = size * 2**stage
+        order = np.arange(n)
+        if stages > 1:
+            for start in range(0, n, group):
+                runs = order[start : start + group].reshape(-1, run)
+                order[start : start + group] = np.concatenate([runs[::2], runs[1::2]]).reshape(-1)
+        permutation = np.zeros((n, n))
+        permutation[np.arange(n), order] = 1
+        diagonal = np.zeros((n, n))
+        for k, block in enumerate(blocks[stage]):
+            at = slice(k * size, (k + 1) * size)
+            diagonal[at, at] = _rotation(-0.5 * block)
+        rotation = permutation @ diagonal @ permutation.T @ rotation
+    return (factor.reshape(-1, 1) * (flat @ rotation.T)).reshape(weight.shape)

@@ -213,6 +213,10 @@ class Weights:
 def _pick(value: object, index: int) -> object:
     if isinstance(value, Dense | Product | Tucker):
         return type(value)(*(_pick(getattr(value, f.name), index) for f in fields(value)))  # type: ignore[arg-type]
+    if isinstance(value, Weights):
+        return value.member(index)
+    if isinstance(value, tuple):
+        return tuple(_pick(one, index) for one in value)
     return value[index] if hasattr(value, "ndim") else value  # type: ignore[index]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._weights import Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._weights import Dense, Facts, Product, Role, Shapes, Stated, Tucker, Weights, matched, roles
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Dora(Weights):
     inner: Weights
     magnitude: Tensor
     axis: str
-    kernel: tuple[int, ...] = ()
     ones: int = 0  # trailing dimensions of 1 that the stored magnitudes have, one per dimension of the kernel
 
     @classmethod
@@ -62,15 +61,12 @@ class Dora(Weights):
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         inner = cls.kind.decode({role: t for role, t in tensors.items() if role not in STORED}, facts)
         role = next(role for role in STORED if role in tensors)
-        stored, inputs = tensors[role], facts.columns // math.prod(facts.kernel or ())
-        for own in (2, 3, 4, 5, 1) if facts.kernel is None else (2 + len(facts.kernel), 1):
-            count = math.prod(stored.shape[-own:]) if stored.ndim >= own else 0
-            if count in (facts.rows, inputs):  # before a magnitude's own dimensions stand those of a batch
-                axis = _axis({role: tuple(stored.shape[-own:])}, facts)
-                flat = stored.reshape(*stored.shape[:-own], count)
-                magnitude = flat.unsqueeze(-1) if axis == OUTPUT else flat.unsqueeze(-2)
-                return cls(inner, magnitude, axis, facts.kernel or (), max(own - 2, 0))
-        raise ShapeMismatch(f"magnitudes {list(stored.shape)} fit neither {facts.rows} rows nor {inputs} inputs")
+        stored, batch = tensors[role], _leading(inner)
+        own = tuple(stored.shape[batch:])
+        axis = _axis({role: own}, facts)
+        flat = stored.reshape(*stored.shape[:batch], -1)
+        magnitude = flat.unsqueeze(-1) if axis == OUTPUT else flat.unsqueeze(-2)
+        return cls(inner, magnitude, axis, max(len(own) - 2, 0))
 
     def encode(self) -> dict[str, Tensor]:
         shape = (*self.magnitude.shape, *(1,) * self.ones)
@@ -86,8 +82,9 @@ class Dora(Weights):
         import torch
 
         merged = self.inner.apply(base.clone(), 1.0)
-        window = math.prod(self.kernel)
-        wide = merged.reshape(*merged.shape[:-1], -1, window)  # (..., rows, inputs, K)
+        # an input's columns, one for every position of a convolution's kernel, share its magnitude
+        inputs = merged.shape[-1] if self.axis == OUTPUT else self.magnitude.shape[-1]
+        wide = merged.reshape(*merged.shape[:-1], inputs, -1)  # (..., rows, inputs, K)
         over = (-2, -1) if self.axis == OUTPUT else (-3, -1)
         norm = torch.linalg.vector_norm(wide, dim=over, keepdim=True) + torch.finfo(base.dtype).eps
         factor = self.magnitude.to(base.dtype).unsqueeze(-1) / norm
@@ -159,6 +156,15 @@ def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
         "forms": tuple(form | {role} for form in inner.forms for role in STORED),
     }
     return type(f"{inner.__name__}{cls.__name__}", (cls,), fields)
+
+
+def _leading(weights: Weights) -> int:
+    """How many batch dimensions stand before the matrices of these weights."""
+    match getattr(weights, fields(weights)[0].name):  # type: ignore[arg-type]
+        case Dense(matrix) | Product(matrix, _) | Tucker(_, matrix, _):
+            return int(matrix.ndim) - 2
+        case tensor:
+            return int(tensor.ndim) - 2
 
 
 def _axis(shapes: Shapes, facts: Facts) -> str:

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._weights import Facts, Role, Shapes, Stated, Weights, matched, roles, same
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -21,7 +21,7 @@ class Ia3(Weights):
 
     weight: (..., n), n the rows or the inputs. LyCORIS stores what is added to 1 (`modules/ia3.py`: `weight` `[n]` or
     `[1, n, 1, 1]`, and the flag `on_input`); PEFT the factor itself (`ia3_l`: `[1, in]` for the input, `[out, 1]` for
-    the output), which is taken as it is.
+    the output), which is taken as it is. PEFT multiplies the bias by an output factor too, which has no place here.
     """
 
     name: ClassVar[str] = "ia3"
@@ -32,7 +32,7 @@ class Ia3(Weights):
 
     weight: Tensor
     on_input: Tensor | None
-    stored: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()  # the weight's own shape in the file
     columns: bool = False  # PEFT's factor, on the input
 
     @classmethod
@@ -42,57 +42,92 @@ class Ia3(Weights):
         if role == "weight":
             matched(math.prod(shape) == max(shape, default=0), role, shapes)
             return Facts(0, 0, None, None, 1.0)
-        matched(len(shape) >= 2 and 1 in shape[:2], role, shapes)
+        if len(shape) > 2:  # [1, n, 1, 1] whichever side it multiplies (`tuners/ia3/layer.py`)
+            raise NotRepresentable("PEFT's IA³ of a convolution does not tell whether it multiplies inputs or outputs")
+        matched(len(shape) == 2 and 1 in shape, role, shapes)
         side = (0, shape[1]) if shape[0] == 1 else (shape[0], 0)
         return Facts(*side, None, None, 1.0)
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         if "factor" in tensors:
-            stored = tensors["factor"]
-            wide = facts.columns > 0
-            return cls(
-                stored.reshape(*_batch(stored, facts.columns or facts.rows), -1), None, tuple(stored.shape), wide
-            )
+            factor = tensors["factor"]
+            return cls(factor.flatten(-2), None, tuple(factor.shape[-2:]), facts.columns > 0)
         stored, flag = tensors["weight"], tensors["on_input"]
         return cls(stored.reshape(*flag.shape, -1), flag, tuple(stored.shape[flag.ndim :]))
 
     def encode(self) -> dict[str, Tensor]:
-        if self.on_input is None:
-            return {"factor": self.weight.reshape(self.stored)}
-        return {"weight": self.weight.reshape(*self.on_input.shape, *self.stored), "on_input": self.on_input}
+        weight = self.weight.reshape(*self.weight.shape[:-1], *self.stored)
+        return {"factor": weight} if self.on_input is None else {"weight": weight, "on_input": self.on_input}
 
     def delta(self) -> Tensor:
         raise NotRepresentable("what a factor changes depends on the weight", hint="merge it into its checkpoint")
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """W · (1 + strength · weight)."""
+        import torch
+
+        if self._mixed:
+            return torch.stack([self.member(n).apply(one, strength) for n, one in enumerate(base)])
         wide = self.weight.to(base.dtype)
         added = (wide if self.on_input is not None else wide - 1.0) * strength
-        columns = self.columns if self.on_input is None else bool(self.on_input.reshape(-1)[0])
-        if not columns:
+        if not self._wide:
             return base.mul_(1.0 + added.unsqueeze(-1))
         spread = (1.0 + added).repeat_interleave(base.shape[-1] // added.shape[-1], -1)
         return base.mul_(spread.unsqueeze(-2))
 
+    @property
+    def _wide(self) -> bool:
+        """Whether it multiplies columns."""
+        return self.columns if self.on_input is None else bool(self.on_input.reshape(-1)[0])
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether a batch has both: their flags are values, which shapes do not tell apart."""
+        flags = None if self.on_input is None else self.on_input.reshape(-1).bool()
+        return flags is not None and bool(flags.any()) and not bool(flags.all())
+
+    @property
+    def rows(self) -> int:
+        if self._wide:
+            raise NotRepresentable("a factor of the input does not tell the rows")
+        return int(self.weight.shape[-1])
+
     def part(self, start: int, stop: int) -> Self:
-        columns = self.columns if self.on_input is None else bool(self.on_input.reshape(-1)[0])
-        if columns:
-            return self
-        return replace(self, weight=self.weight[..., start:stop], stored=_resized(self.stored, stop - start))
+        return self if self._wide else self._of(self.weight[..., start:stop])
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        import torch
+
+        first = parts[0]
+        if not any(part._wide for part in parts):
+            return first._of(torch.cat([part.weight for part in parts], -1))
+        if all(part._wide and same(part.weight, first.weight) for part in parts):
+            return first
+        raise NotRepresentable(
+            "rows whose inputs are multiplied differently cannot be fused", hint="merge them into their checkpoint"
+        )
+
+    @classmethod
+    def zeros(cls, like: Self, rows: int) -> Self:
+        """Rows that are not multiplied."""
+        if like._wide:
+            return super().zeros(like, rows)
+        neutral = like.weight.new_zeros if like.on_input is not None else like.weight.new_ones
+        return like._of(neutral(*like.weight.shape[:-1], rows))
+
+    def swapped(self) -> Self:
+        return self if self._wide else replace(self, weight=self.weight.roll(self.rows // 2, -1))
 
     def folded(self) -> Self:
         return self
 
-
-def _batch(stored: Tensor, count: int) -> tuple[int, ...]:
-    return tuple(stored.shape[:-2]) if stored.numel() != count else ()
-
-
-def _resized(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The stored shape with another length in its one long dimension."""
-    longest = max(range(len(shape)), key=shape.__getitem__)
-    return (*shape[:longest], count, *shape[longest + 1 :])
+    def _of(self, weight: Tensor) -> Self:
+        """The same kind with other factors of the rows: only the one long dimension of the stored shape changes."""
+        longest = max(range(len(self.stored)), key=self.stored.__getitem__)
+        stored = (*self.stored[:longest], weight.shape[-1], *self.stored[longest + 1 :])
+        return replace(self, weight=weight, stored=stored)
 
 
 ALGORITHM = Ia3

@@ -46,13 +46,14 @@ class Lora(Weights):
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role(
             "lora_up.weight",
-            ("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_linear_layer.up.weight"),
+            ("lora_B.weight", "lora_B", "lora.up.weight", "lora_linear_layer.up.weight"),
         ),
         down=Role(
             "lora_down.weight",
-            ("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_linear_layer.down.weight"),
+            ("lora_A.weight", "lora_A", "lora.down.weight", "lora_linear_layer.down.weight"),
         ),
         mid=Role("lora_mid.weight"),
+        singular=Role("lora_E"),  # of AdaLoRA, in no form: without it the factors mean something else
         alpha=Role(ALPHA),
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"up", "down"}), frozenset({"up", "down", "mid"}))

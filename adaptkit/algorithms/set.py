@@ -27,13 +27,12 @@ class Set(Weights):
     name: ClassVar[str] = "set"
     title: ClassVar[str] = "replaced weight"
     additive: ClassVar[bool] = False
-    roles: ClassVar[Mapping[str, Role]] = roles(value=Role("set_weight"), scale=Role("scale"))
-    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"value"}), frozenset({"scale"}))
+    roles: ClassVar[Mapping[str, Role]] = roles(value=Role("set_weight", ("scale",)))
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"value"}),)
 
     value: Tensor
     kernel: tuple[int, ...] = ()
     vector: bool = False
-    role: str = "value"
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -43,14 +42,14 @@ class Set(Weights):
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
-        ((role, stored),) = tensors.items()
+        (stored,) = tensors.values()
         own = 1 if facts.vector else 2 + len(facts.kernel or ())
         matrix = stored.reshape(*stored.shape[: stored.ndim - own], facts.rows, facts.columns)
-        return cls(matrix, facts.kernel or (), facts.vector, role)
+        return cls(matrix, facts.kernel or (), facts.vector)
 
     def encode(self) -> dict[str, Tensor]:
         rows = self.value.shape[:-1]
-        return {self.role: self.value.reshape(rows if self.vector else (*rows, -1, *self.kernel))}
+        return {"value": self.value.reshape(rows if self.vector else (*rows, -1, *self.kernel))}
 
     @property
     def rows(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from adaptkit.formats._format import COMFY_SPELLING, Alpha, KeyFormat
 
 FORMAT = KeyFormat(
@@ -11,7 +13,7 @@ FORMAT = KeyFormat(
     joiner=".",
     style="bare",
     alpha=Alpha.OPTIONAL,
-    spelling=COMFY_SPELLING,
+    spelling=MappingProxyType({**COMFY_SPELLING, "set": MappingProxyType({"value": "scale"})}),
     written_by="black-forest-labs (control LoRAs), custom scripts",
     note="names carry no component; convert it before sharing",
 )

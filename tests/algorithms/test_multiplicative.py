@@ -61,7 +61,7 @@ def rotations() -> list[Case]:
                     Case(label, name, {"blocks": blocks, **extra}, merged, alpha, cuts=name == "oft" and not alpha)
                 )
     parts = {"part0": draw(2, 4, 4), "part1": draw(2, 2, 2), "part2": draw(1, 4, 4)}
-    for alpha in (0.0, 0.01):
+    for alpha in (1.0, 0.01):
         stored = [part.numpy() for part in parts.values()]
         found.append(
             Case(
@@ -94,6 +94,28 @@ def rotations() -> list[Case]:
                     "peft-oft",
                     {"packed": packed},
                     lambda w, p=packed: oracle.peft_oft(w, p.numpy(), 4),
+                    kernel=kernel,
+                )
+            )
+        packed = draw(INPUTS * window // 4, 6, scale=0.3)
+        found.append(
+            Case(
+                f"onetrainer-oft-{kernel}",
+                "peft-oft",
+                {"packed": packed, "scaled": torch.tensor(True)},
+                lambda w, p=packed: oracle.peft_oft(w, p.numpy(), 4, scaled=True),
+                kernel=kernel,
+            )
+        )
+        for stages, size in ((1, 1), (1, 4), (2, 4), (3, 2)):
+            blocks = draw(stages, INPUTS * window // size, size, size)
+            factor = draw(1, ROWS) if kernel else draw(ROWS, 1)
+            found.append(
+                Case(
+                    f"peft-boft-{kernel}-{stages}-{size}",
+                    "peft-boft",
+                    {"blocks": blocks, "factor": factor},
+                    lambda w, b=blocks, f=factor: oracle.peft_boft(w, b.numpy(), f.numpy()),
                     kernel=kernel,
                 )
             )
@@ -222,7 +244,7 @@ def test_a4_parts_act_on_their_rows_alone(case: Case) -> None:
     weights = opened(case)
     if not case.cuts:
         with pytest.raises(NotRepresentable):
-            weights.part(0, 8)
+            weights.part(2, 10)
         return
     whole = weights.apply(flat(base(case)), 1.0)
     part = weights.part(4, 12).apply(flat(base(case))[4:12].clone(), 1.0)
@@ -238,6 +260,10 @@ def test_a5_a_batch_is_its_members(case: Case) -> None:
     for n in range(2):
         one = opened(case, {role: tensor[n] for role, tensor in stack.items()}).apply(flat(base(case)), 1.0)
         torch.testing.assert_close(two[n], one)
+        member = opened(case, stack).member(n)
+        torch.testing.assert_close(member.apply(flat(base(case)), 1.0), one)
+        for role, tensor in member.encode().items():
+            assert role == "alpha" or tensor.shape == opened(case).encode()[role].shape
 
 
 def test_strength_goes_from_the_base_to_the_merged_weight(case: Case) -> None:
@@ -286,6 +312,9 @@ def test_shapes_that_do_not_fit() -> None:
         ("glora", {"a1": (8, 2), "a2": (2, 8), "b1": (16, 3), "b2": (2, 8)}),
         ("peft-oft", {"packed": (4, 7)}),
         ("ia3", {"factor": (3, 4)}),
+        ("peft-boft", {"blocks": (2, 3, 4, 4), "factor": (8, 1)}),
+        ("peft-boft", {"blocks": (2, 4, 3, 3), "factor": (8, 1)}),
+        ("peft-boft", {"blocks": (1, 4, 3, 3), "factor": (8, 2)}),
     ):
         with pytest.raises(ShapeMismatch):
             algorithms()[algorithm].facts(shapes)
@@ -301,3 +330,115 @@ def test_magnitudes_change_their_layout_between_lycoris_and_peft() -> None:
     with pytest.raises(NotRepresentable, match="no PEFT form"):
         kind.laid_out("magnitude", (1, 8, 1, 1), conv, peft=True)
     assert (kind.stored_as("magnitude", peft=True), kind.stored_as("vector", peft=False)) == ("vector", "magnitude")
+
+
+def by_name(name: str) -> Weights:
+    return opened(next(c for c in CASES if c.name == name))
+
+
+BY_ROWS = ["oft-alpha0.0-plain", "oft-alpha0.0-rescaled", "ia3-()-0", "ia3-(3, 3)-0", "ia3-peft-0", "glora-()"]
+BY_COLUMNS = ["ia3-()-1", "ia3-(3, 3)-1", "ia3-peft-1", "peft-oft-()-2", "onetrainer-oft-()", "peft-boft-()-2-4"]
+
+
+@pytest.mark.parametrize("name", [*BY_ROWS, *BY_COLUMNS])
+def test_parts_fuse_back_to_the_thing_itself(name: str) -> None:
+    whole = by_name(name)
+    again = type(whole).fuse([whole.part(0, 4), whole.part(4, ROWS)])
+    ours, theirs = whole.encode(), again.encode()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[role]) for role, tensor in ours.items())
+
+
+@pytest.mark.parametrize("name", [*BY_ROWS, *BY_COLUMNS, "oft-alpha0.01-rescaled"])
+def test_swapped_exchanges_the_halves(name: str) -> None:
+    weights, weight = by_name(name), draw(ROWS, *((INPUTS * 9,) if "(3, 3)" in name else (INPUTS,)))
+    swapped = weights.swapped().apply(weight.roll(ROWS // 2, 0), 1.0).roll(ROWS // 2, 0)
+    torch.testing.assert_close(swapped, weights.apply(weight.clone(), 1.0))
+
+
+@pytest.mark.parametrize("name", BY_ROWS[:-1])
+def test_missing_parts_leave_their_rows_alone(name: str) -> None:
+    weight = draw(ROWS, INPUTS * 9 if "(3, 3)" in name else INPUTS)
+    part = by_name(name).part(4, 8)
+    filled = type(part).fuse([type(part).zeros(part, 4), part, type(part).zeros(part, 8)]).apply(weight.clone(), 1.0)
+    torch.testing.assert_close(filled[4:8], by_name(name).apply(weight.clone(), 1.0)[4:8])
+    assert torch.equal(filled[:4], weight[:4])
+    assert torch.equal(filled[8:], weight[8:])
+
+
+@pytest.mark.parametrize("name", ["glora-()", "ia3-()-1", "peft-oft-()-2", "peft-boft-()-2-4", "oft-alpha0.01-plain"])
+def test_what_acts_differently_on_its_rows_is_not_fused(name: str) -> None:
+    one = by_name(name)
+    case = next(c for c in CASES if c.name == name)
+    tensors = {role: t * 2 if t.is_floating_point() else t for role, t in case.tensors.items()}
+    with pytest.raises(NotRepresentable) as caught:
+        type(one).fuse([one, opened(case, tensors)])
+    assert caught.value.hint
+    if name != "oft-alpha0.01-plain":
+        with pytest.raises(NotRepresentable):
+            type(one).zeros(one, 4)
+
+
+def test_parts_of_an_sd_scripts_oft_stand_alone() -> None:
+    case = next(c for c in CASES if c.name == "kohya-oft-0.01")
+    weight = flat(base(case))
+    whole = opened(case).apply(weight.clone(), 1.0)
+    for start, stop in ((0, 8), (8, 12), (12, 16), (0, 12), (8, 16), (0, 16)):
+        part = opened(case).part(start, stop)
+        assert part.rows == stop - start
+        torch.testing.assert_close(part.apply(weight[start:stop].clone(), 1.0), whole[start:stop])
+
+
+def test_alpha_of_an_sd_scripts_oft_is_a_bound() -> None:
+    kind, blocks = algorithms()["kohya-oft"], draw(4, 4, 4)
+    weight = draw(ROWS, INPUTS)
+    still = kind.decode({"blocks": blocks}, kind.facts({"blocks": (4, 4, 4)}, Stated(0.0)))
+    torch.testing.assert_close(still.apply(weight.clone(), 1.0), weight)
+    with pytest.raises(NotRepresentable, match="none"):
+        kind.facts({"blocks": (4, 4, 4)})
+
+
+def test_a_batch_may_hold_factors_of_rows_and_of_columns() -> None:
+    """`on_input` is a value: two square layers of one shape may differ in it."""
+    kind, weight = algorithms()["ia3"], draw(2, 8)
+    stack = kind.decode(
+        {"weight": weight, "on_input": torch.tensor([0, 1])}, kind.facts({"weight": (8,), "on_input": ()})
+    )
+    square = draw(8, 8)
+    two = stack.apply(torch.stack([square, square]), 0.5)
+    torch.testing.assert_close(two[0], square * (1 + 0.5 * weight[0])[:, None])
+    torch.testing.assert_close(two[1], square * (1 + 0.5 * weight[1]))
+
+
+def test_a_peft_factor_of_a_convolution_is_refused() -> None:
+    with pytest.raises(NotRepresentable, match="inputs or outputs"):
+        algorithms()["ia3"].facts({"factor": (1, 8, 1, 1)})
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("role", ["magnitude", "vector"])
+def test_magnitudes_of_a_batch_of_square_layers(count: int, role: str) -> None:
+    """`[n]`, stacked, is no `[1, n]`: the axis is that of one member."""
+    kind, n = algorithms()["lora+dora"], 8
+    one = {"up": draw(n, 2), "down": draw(2, n), role: draw(n).abs() + 0.5}
+    facts = kind.facts({name: tuple(t.shape) for name, t in one.items()}, Stated(2.0))
+    stack = kind.decode({name: torch.stack([t] * count) for name, t in one.items()}, facts)
+    weight = draw(n, n, seed=5)
+    exact = oracle.dora(weight.numpy(), (one["up"] @ one["down"]).numpy(), one[role].numpy(), 0)
+    merged = stack.apply(torch.stack([weight] * count), 1.0)
+    np.testing.assert_allclose(merged[count - 1].numpy(), exact, rtol=1e-7)
+    torch.testing.assert_close(stack.member(count - 1).apply(weight.clone(), 1.0), merged[count - 1])
+
+
+def test_magnitudes_of_a_convolution_whose_factors_are_flat() -> None:
+    """LoHa and LoKr do not store the kernel; magnitudes of the inputs tell it where no table does."""
+    kind = algorithms()["loha+dora"]
+    stored = {"w1_a": draw(6, 2), "w1_b": draw(2, 36), "w2_a": draw(6, 2), "w2_b": draw(2, 36)}
+    m = draw(1, 4, 1, 1).abs() + 0.5
+    facts = kind.facts({name: tuple(t.shape) for name, t in {**stored, "magnitude": m}.items()})
+    assert facts.kernel is None
+    weight = draw(6, 4, 3, 3)
+    delta = (stored["w1_a"] @ stored["w1_b"]) * (stored["w2_a"] @ stored["w2_b"])
+    merged = kind.decode({**stored, "magnitude": m}, facts).apply(weight.reshape(6, -1).clone(), 1.0)
+    exact = oracle.dora(weight.numpy(), delta.reshape(6, 4, 3, 3).numpy(), m.numpy().reshape(-1), 1)
+    np.testing.assert_allclose(merged.numpy(), exact.reshape(6, -1), rtol=1e-7)
