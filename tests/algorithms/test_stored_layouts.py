@@ -3,45 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
 import torch
 
+from adaptkit.adapter import _whole
 from adaptkit.algorithms._weights import ALPHA, Facts, Stated, Weights
 from adaptkit.errors import AdaptkitError
-from adaptkit.keymap import algorithms, split_suffix
+from adaptkit.keymap import param_of, split_suffix
 
 OUT, IN = 128, 64
 KERNELS = {"lin": (), "conv1": (1, 1), "conv3": (3, 3), "conv1d": (3,), "conv3d": (3, 3, 3), "ln": (), "gn": ()}
 # what each holds; of PEFT's other tuners adaptkit knows nothing
 LYCORIS = {
-    "lora": {"lora"},
-    "locon": {"lora"},
-    "loha": {"loha"},
-    "lokr": {"lokr"},
-    "full": {"full"},
-    "diag-oft": {"oft", "kohya-oft"},  # told apart by the format of the file
-    "boft": {"boft"},
-    "glora": {"glora"},
-    "ia3": {"ia3"},
-    "dylora": {"lora"},
-    "locon dora": {"lora+dora"},
-    "loha dora": {"loha+dora"},
-    "lokr dora": {"lokr+dora"},
-    "locon train_norm": {"lora", "full"},
+    "lora": "lora",
+    "locon": "lora",
+    "loha": "loha",
+    "lokr": "lokr",
+    "full": "full",
+    "diag-oft": "oft",
+    "boft": "boft",
+    "glora": "glora",
+    "ia3": "ia3",
+    "dylora": "lora",
+    "locon dora": "lora+dora",
+    "loha dora": "loha+dora",
+    "lokr dora": "lokr+dora",
 }
 PEFT = {
-    "lora": {"lora"},
-    "lora+dora": {"lora+dora"},
-    "lora lora_bias": {"lora", "full"},
-    "loha": {"loha"},
-    "lokr": {"lokr"},
-    "oft": {"peft-oft"},
-    "boft": {"peft-boft"},
-    "ia3": {"ia3"},
+    "lora": "lora",
+    "lora+dora": "lora+dora",
+    "loha": "loha",
+    "lokr": "lokr",
+    "oft": "peft-oft",
+    "boft": "peft-boft",
+    "ia3": "ia3",
 }
 UNKNOWN = {
     *("vera", "AdaLoraConfig", "GraloraConfig", "HRAConfig", "FourierFTConfig", "RandLoraConfig", "WaveFTConfig"),
@@ -50,76 +49,64 @@ UNKNOWN = {
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def expected(table: Mapping[str, set[str]], name: str) -> set[str]:
+def expected(table: Mapping[str, str], name: str) -> str:
     """Of the longest name that this one begins with."""
     return table[max((known for known in table if name.startswith(known)), key=len)]
 
 
-def grouped(
-    tensors: Shapes, alphas: Mapping[str, float]
-) -> Iterator[tuple[str, Weights, dict[str, torch.Tensor], Facts]]:
-    """Every weight of a module that an algorithm makes a whole of, with what was decoded."""
-    roles: dict[str, dict[str, str]] = {}
-    for key in tensors:
+@dataclass(frozen=True)
+class Read:
+    """One weight of a module: its kind, its tensors' shapes by role, and what they say."""
+
+    kind: type[Weights]
+    shapes: Shapes
+    facts: Facts
+
+
+def read(shapes: Shapes, alpha: float | None) -> tuple[list[Read], set[str]]:
+    """The weights of a module as the reader of files groups them, and the keys that are left."""
+    groups: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {}
+    left, found = set(), []
+    for key in shapes:
         split = split_suffix(f"module.{key}")
-        for algorithm, role in split[2] if split else ():
-            param = algorithms()[algorithm].roles[role].param
-            roles.setdefault(f"{algorithm} {param}", {})[role] = key
-    for group, keys in roles.items():
-        kind = algorithms()[group.split()[0]]
-        shapes = {role: tensors[key] for role, key in keys.items() if role != ALPHA}
-        for form in {frozenset(shapes)} | ({frozenset({role}) for role in shapes} if kind.name == "full" else set()):
-            if form not in kind.forms:
-                continue
-            chosen = {role: shapes[role] for role in form}
-            stated = Stated(alphas["alpha"]) if "alpha" in alphas else None
+        # sd-scripts' OFT has the same tensors as LyCORIS', in a format of its own
+        roles = tuple(role for role in split[2] if role[0] != "kohya-oft") if split and split[0] == "module" else ()
+        if roles:
+            groups.setdefault(param_of(roles[0]), {})[key] = roles
+        else:
+            left.add(key)
+    for group in groups.values():
+        for kind, keys in _whole(group):
+            own = {role: shapes[key] for role, key in keys.items() if role != ALPHA}
             try:
-                facts = kind.facts(chosen, stated)
+                found.append(Read(kind, own, kind.facts(own, None if alpha is None else Stated(alpha))))
             except AdaptkitError:
                 continue
-            made = {
-                role: torch.tensor(0) if role == "on_input" else torch.rand(shape, dtype=torch.float64)
-                for role, shape in chosen.items()
-            }
-            yield kind.name, kind, made, facts  # type: ignore[misc]
-
-
-def check(name: str, module: str, tensors: Shapes, alphas: Mapping[str, float], wanted: set[str]) -> None:
-    kernel = KERNELS[module]
-    found = list(grouped(tensors, alphas))
-    names = {algorithm for algorithm, *_ in found}
-    # a part of the tensors may be a whole of something smaller: a DoRA is a LoRA too
-    claimed = {frozenset(made) for algorithm, _, made, _ in found if algorithm in wanted}
-    best = {algorithm for algorithm, _, made, _ in found if not any(frozenset(made) < other for other in claimed)}
-    assert best <= wanted, (name, module, names)
-    assert claimed, (name, module, names)
-    total = {key for key in tensors if key != "alpha"}
-    assert sum(len(made) for made in claimed) >= len(total), (name, module, claimed)
-    for algorithm, kind, made, facts in found:
-        if algorithm not in best:
-            continue
-        if facts.kernel is None:
-            facts = replace(facts, kernel=kernel)
-        if not facts.vector:
-            assert facts.kernel == kernel, (name, module)
-        width = IN * torch.Size(kernel).numel()
-        if facts.vector:
-            assert facts.columns == 1
+            break
         else:
-            assert facts.rows in (0, OUT), (name, module)
-            assert facts.columns in (0, width), (name, module)
-        weights = kind.decode(made, facts)
-        stored = weights.encode()
-        for role, tensor in made.items():
-            back = stored.get(role, stored.get("magnitude"))
-            assert back is not None
-            assert torch.equal(back.reshape(-1), tensor.reshape(-1)), (name, module, role)
-            if not (name == "dylora" and role == "up") and role != "vector":
-                assert back.shape == tensor.shape, (name, module, role)
-        rows, columns = (facts.rows or OUT), (facts.columns or width)
-        applied = weights.apply(torch.rand(rows, columns, dtype=torch.float64), 0.5)
-        assert applied.shape == (rows, columns)
-        assert bool(applied.isfinite().all())
+            left |= group.keys()
+    return found, left
+
+
+def check(one: Read, kernel: tuple[int, ...], label: str) -> None:
+    """Decoded, encoded and applied: the tensors come back, and what is known of the size is right."""
+    facts = one.facts if one.facts.kernel is not None else replace(one.facts, kernel=kernel)
+    rows, columns = (facts.rows, 1) if facts.vector else (OUT, IN * math.prod(kernel))
+    assert facts.rows in (0, rows), label
+    assert facts.columns in (0, columns), label
+    assert facts.vector or facts.kernel == kernel, label
+    stored = {role: torch.rand(shape, dtype=torch.float64) for role, shape in one.shapes.items()}
+    stored |= {"on_input": torch.tensor(0)} if "on_input" in stored else {}
+    weights = one.kind.decode(stored, facts)
+    encoded = weights.encode()
+    for role, tensor in stored.items():
+        back = encoded["magnitude" if role == "vector" else role]
+        assert torch.equal(back.reshape(-1), tensor.reshape(-1)), (label, role)
+        if role not in ("vector", "up"):  # DyLoRA stores a flat `up` for convolutions
+            assert back.shape == tensor.shape, (label, role)
+    applied = weights.apply(torch.rand(rows, columns, dtype=torch.float64), 0.5)
+    assert applied.shape == (rows, columns), label
+    assert bool(applied.isfinite().all()), label
 
 
 def test_every_module_of_lycoris(corpus: Path) -> None:
@@ -128,10 +115,13 @@ def test_every_module_of_lycoris(corpus: Path) -> None:
     for name, modules in matrix.items():
         for module, stored in modules.items():
             shapes = {key: tuple(shape) for key, (shape, _, _) in stored.items()}
-            alphas = {key: value for key, (_, _, value) in stored.items() if key == "alpha"}
-            kind = module.removeprefix("lycoris_")
-            wanted = {"full"} if kind in ("ln", "gn") else expected(LYCORIS, name)
-            check(name, kind, shapes, alphas, wanted)
+            found, left = read(shapes, stored["alpha"][2] if "alpha" in stored else None)
+            part = module.removeprefix("lycoris_")
+            wanted = {"full"} if part in ("ln", "gn") else {expected(LYCORIS, name)}
+            assert {one.kind.name for one in found} == wanted, (name, module)
+            assert not left
+            for one in found:
+                check(one, KERNELS[part], f"{name} {module}")
 
 
 def test_every_tuner_of_peft(corpus: Path) -> None:
@@ -143,8 +133,11 @@ def test_every_tuner_of_peft(corpus: Path) -> None:
             module, _, suffix = key.removeprefix("base_model.model.").partition(".")
             modules.setdefault(module, {})[suffix] = tuple(shape)
         for module, shapes in modules.items():
-            if name not in UNKNOWN:
-                check(name, module, shapes, {}, expected(PEFT, name))
+            found, left = read(shapes, None)
+            if name in UNKNOWN:
+                assert not found, name
                 continue
-            whole = [(algorithm, made) for algorithm, _, made, _ in grouped(shapes, {})]
-            assert not [algorithm for algorithm, made in whole if len(made) == len(shapes)], name
+            assert {one.kind.name for one in found} - {"full"} == {expected(PEFT, name)}, (name, module)
+            assert not left
+            for one in found:
+                check(one, KERNELS[module], f"{name} {module}")

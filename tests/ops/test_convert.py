@@ -73,7 +73,7 @@ def out(folder: Path, name: str, format: str) -> Path:
     return folder / (name if formats()[format].alpha is Alpha.CONFIG else f"{name}.safetensors")
 
 
-PAIRS = [(family, a, b) for family in families() for a in ("kohya", "diffusers", "comfy") for b in WRITTEN if a != b]
+PAIRS = [(family, a, b) for family in families() for a in ("kohya", "diffusers") for b in WRITTEN if a != b]
 
 
 @pytest.mark.parametrize(("family", "first", "second"), PAIRS)
