@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING
 
-from adaptkit.detect import families, formats
+from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, NotRepresentable
-from adaptkit.hosts._host import Recipe, Verdict
+from adaptkit.hosts._host import PARTIAL, Loss, Recipe, Verdict
+from adaptkit.hosts._pieces import common_alphas, examples, pieces_as, pieces_of
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from adaptkit.adapter import Adapter, Entry
-    from adaptkit.hosts._host import Cell, Host
+    from adaptkit.adapter import Adapter
+    from adaptkit.hosts._host import Host, Piece
 
 __all__ = ["complete", "hosts", "judge", "recipe"]
 
@@ -29,101 +29,65 @@ def hosts() -> Mapping[str, Host]:
 
 def judge(adapter: Adapter) -> dict[str, Verdict]:
     """What each host makes of a file."""
-    return {name: _verdict(host, adapter) for name, host in hosts().items()}
+    pieces = pieces_of(adapter) if adapter.known else ()
+    return {name: _verdict(host, adapter, pieces) for name, host in hosts().items()}
 
 
 def complete(host: Host, format: str) -> list[str]:
-    """The families of which a host loads every module in this format, as adaptkit writes it."""
-    style = formats()[format].style
+    """The families of whose denoiser a host loads every module in this format, as adaptkit writes it."""
     found: list[str] = []
-    for name, family in families().items():
-        naming = family.components[0].naming(style)
-        cells = (c for c in host.cells if c.format == format and name in c.families and c.naming in ("", naming))
-        cell = next(cells, None)
-        if cell is not None and not cell.note and name not in host.unsupported:
+    for name in families():
+        pieces = examples(name, format)
+        known = pieces and name not in host.unsupported and host.cell(format, name, pieces) is not None
+        if known and not _lost(host, format, name, pieces):
             found.append(name)
     return found
 
 
-def _verdict(host: Host, adapter: Adapter) -> Verdict:
+def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict:
     if not adapter.known:
         return Verdict(None, "not measured: the model family is unknown")
     if adapter.family.name in host.unsupported:
         return Verdict(False, host.unsupported[adapter.family.name])
     if adapter.unclaimed:
         return Verdict(False, f"{_some(list(adapter.unclaimed))} cannot be used")
-    for reason in _reasons(host, adapter):
-        return Verdict(False, reason)
-    cell = _cell(host, adapter)
-    return Verdict(None, "not measured") if cell is None else Verdict(True)
+    lost = _lost(host, adapter.format.name, adapter.family.name, pieces)
+    if lost:
+        return Verdict(False, "; ".join(_reasons(lost, len(pieces))))
+    if host.cell(adapter.format.name, adapter.family.name, pieces) is None:
+        return Verdict(None, "not measured")
+    return Verdict(True)
 
 
-def _reasons(host: Host, adapter: Adapter) -> Iterator[str]:
-    """Why the host does not load all of this file, the most important first."""
-    cell = _cell(host, adapter)
-    if cell is not None and cell.nothing:
-        yield cell.note
-    entries = list(adapter.entries.values())
-    yield from _algorithms(host, adapter)
-    if cell is not None and cell.lost:
-        gone = _lost(cell, entries)
-        if gone:
-            yield f"{len(gone)} of {len(entries)} modules {cell.note}: {_some([adapter.label(e.slot) for e in gone])}"
-    yield from _alphas(host, adapter, cell)
+def _lost(host: Host, format: str, family: str, pieces: tuple[Piece, ...]) -> dict[Loss, list[Piece]]:
+    """What a host does not load of these modules, each module under its first loss; a loss of the whole file alone."""
+    cell = host.cell(format, family, pieces)
+    if cell is not None and not all(any(re.search(p, str(x.slot.target)) for x in pieces) for p in cell.needs):
+        return {PARTIAL: list(pieces)}
+    common = common_alphas(pieces)
+    found: dict[Loss, list[Piece]] = {}
+    for piece in pieces:
+        losses = (loss for loss in (*(cell.losses if cell else ()), *host.always) if loss.holds(piece, common))
+        for loss in sorted(losses, key=lambda loss: not loss.whole)[:1]:
+            found.setdefault(loss, []).append(piece)
+    whole = next((loss for loss in found if loss.whole), None)
+    return found if whole is None else {whole: found[whole]}
 
 
-def _lost(cell: Cell, entries: Sequence[Entry]) -> list[Entry]:
-    """The modules that a cell says are dropped or come out wrong."""
-    pattern = re.compile("|".join(cell.lost))
-    meant = [e for e in entries if not cell.algorithms or e.kind.name in cell.algorithms]
-    return [e for e in meant if pattern.search(f"{e.slot.component}.{e.slot.target.module}")]
-
-
-def _algorithms(host: Host, adapter: Adapter) -> Iterator[str]:
-    for name, count in adapter.algorithms().items():
-        if not _loads(host, name, adapter.family.name):
-            yield f"{count} modules are {name}, which {host.title} does not load for {adapter.family.title}"
-    if not host.tucker and any("mid" in entry.keys for entry in adapter.entries.values()):
-        yield f"{host.title} does not load LoRA with Tucker cores"
-    wrong = [e for e in adapter.entries.values() if "dora" in e.kind.name and _axis(adapter, e) not in host.axes]
-    if wrong:
-        yield f"{host.title} divides by another norm on the {_axis(adapter, wrong[0])} axis of {len(wrong)} DoRA modules"
-
-
-def _loads(host: Host, algorithm: str, family: str) -> bool:
-    families = host.algorithms.get(algorithm)
-    return families is not None and (not families or family in families)
-
-
-def _axis(adapter: Adapter, entry: Entry) -> str:
-    key = entry.keys.get("magnitude")
-    shape = adapter.source.infos[key].shape if key else ()
-    return "input" if len(shape) > 1 and shape[0] == 1 and math.prod(shape) > 1 else "output"
-
-
-def _alphas(host: Host, adapter: Adapter, cell: Cell | None) -> Iterator[str]:
-    entries = adapter.entries.values()
-    scaled = [e for e in entries if e.facts.scale != 1.0 and not e.kind.bounded]
-    stated = [e for e in scaled if e.alpha_source == "metadata"]
-    if stated and not host.metadata:
-        yield f"the alpha of {len(stated)} modules stands in metadata, which {host.title} does not read"
-    if cell is not None and not cell.alpha and any(e.alpha_source == "tensor" for e in entries):
-        yield f"{host.title} refuses or ignores alpha tensors under these names"
-    scales = {e.facts.scale for e in entries if e.facts.rank is not None}
-    if adapter.format.name in host.equal_scales and len(scales) > 1:
-        yield f"{host.title} applies one alpha / rank to all attention layers; here there are {len(scales)}"
-
-
-def _cell(host: Host, adapter: Adapter) -> Cell | None:
-    """The first cell that fits the file's format, family and naming."""
-    # text encoders have Hugging Face's names in every format
-    denoiser = (e for e in adapter.entries.values() if not e.slot.component.startswith("text_encoder"))
-    namings = {entry.naming for entry in denoiser}
-    for cell in host.cells:
-        fits = cell.format == adapter.format.name and adapter.family.name in cell.families
-        if fits and (not cell.naming or cell.naming in namings):
-            return cell
-    return None
+def _reasons(lost: Mapping[Loss, Sequence[Piece]], total: int) -> Iterator[str]:
+    """One short sentence per way of losing modules, how many, and the first of them."""
+    by_text: dict[str, list[Piece]] = {}
+    for loss, pieces in lost.items():
+        kinds = " and ".join(sorted({piece.algorithm for piece in pieces}))
+        by_text.setdefault(loss.what.format(kinds=kinds), []).extend(pieces)
+        if loss == Loss(loss.what, whole=True):  # of any such file, whatever its modules
+            yield loss.what
+            return
+    for text, pieces in by_text.items():
+        if len(pieces) == total:
+            yield f"{total} modules {text}"
+        else:
+            yield f"{len(pieces)} of {total} modules {text}: {_some([piece.label for piece in pieces])}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -132,47 +96,50 @@ def _some(names: Sequence[str]) -> str:
 
 
 def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
-    """How to write an adapter for a host, perhaps in another algorithm; NotRepresentable where it loads no form of it."""
+    """How to write an adapter for a host, perhaps in another algorithm: the form of which it loads the most modules.
+
+    What it does not load even so is in the warnings; NotRepresentable where it loads nothing of any form.
+    """
     if host not in hosts():
         raise NoSuchName.among("host", host, hosts())
     target = hosts()[host]
-    family = adapter.family
+    path = adapter.source.path
     if not adapter.known:
         raise NotRepresentable(
-            f"what {target.title} loads is not known for an unknown family",
-            hint="say the format: --to",
-            file=adapter.source.path,
+            f"what {target.title} loads is not known for an unknown family", hint="say the format: --to", file=path
         )
-    format = target.writes.get(family.name, target.writes.get("", ""))
-    if family.name in target.unsupported or not format:
+    tried = [
+        made for format in target.formats(adapter.family.name) for made in _forms(target, adapter, format, algorithm)
+    ]
+    if not tried:
+        family = adapter.family
         why = target.unsupported.get(family.name, f"{target.title} loads no adapter for {family.title}")
-        raise NotRepresentable(why, hint="see `adaptkit inspect` for what does load it", file=adapter.source.path)
-    _check_algorithms(target, adapter, algorithm)
-    return Recipe(format, fold_alpha=format in target.equal_scales, warnings=tuple(_warnings(target, adapter, format)))
-
-
-def _check_algorithms(host: Host, adapter: Adapter, algorithm: str | None) -> None:
-    for name in adapter.algorithms():
-        written = algorithm if algorithm is not None and name != "full" else name
-        if not _loads(host, written, adapter.family.name):
-            raise NotRepresentable(
-                f"{host.title} loads no {written} for {adapter.family.title}",
-                hint="--algo lora writes a LoRA where that is exact; --skip leaves modules out",
-                file=adapter.source.path,
-            )
-    if not host.tucker and algorithm is None and any("mid" in entry.keys for entry in adapter.entries.values()):
+        raise NotRepresentable(why, hint="see `adaptkit inspect` for what does load it", file=path)
+    missing, form, lost, total = min(tried, key=lambda made: made[0])
+    reasons = tuple(_reasons(lost, total))
+    if missing == 1.0:  # of what the format has a place for, nothing is left
+        kinds = sorted({piece.algorithm for loss, pieces in lost.items() if loss.besides for piece in pieces})
+        what = f"{' and '.join(kinds)} for {adapter.family.title}" if kinds else f"form of this adapter: {reasons[0]}"
         raise NotRepresentable(
-            f"{host.title} does not load LoRA with Tucker cores", hint="--algo lora", file=adapter.source.path
+            f"{target.title} loads no {what}",
+            hint="--algo lora writes a LoRA where that is exact; --skip leaves modules out",
+            file=path,
         )
+    return Recipe(form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons))
 
 
-def _warnings(host: Host, adapter: Adapter, format: str) -> Iterator[str]:
-    """What the host still does not load of what is written."""
-    for cell in host.cells:
-        if cell.format == format and adapter.family.name in cell.families and cell.lost and not cell.naming:
-            entries = list(adapter.entries.values())
-            gone = _lost(cell, entries)
-            if gone:
-                names = _some([adapter.label(entry.slot) for entry in gone])
-                yield f"{len(gone)} of {len(entries)} modules {cell.note} in {host.title}: {names}"
-            return
+def _forms(
+    host: Host, adapter: Adapter, format: str, algorithm: str | None
+) -> Iterator[tuple[float, Recipe, dict[Loss, list[Piece]], int]]:
+    """The ways to write this format, alpha kept and folded: the share that is lost, the recipe, what is lost, of how many.
+
+    What the format has no place for is lost too; `convert` itself refuses or lists it.
+    """
+    for fold in (False, True):
+        pieces, homeless = pieces_as(adapter, format, fold, algorithm)
+        if not pieces or host.cell(format, adapter.family.name, pieces) is None:
+            continue
+        lost = _lost(host, format, adapter.family.name, pieces)
+        gone = len(pieces) if any(loss.whole for loss in lost) else sum(map(len, lost.values()))
+        share = (gone + homeless) / (len(pieces) + homeless)
+        yield share, Recipe(format, fold), lost, len(pieces)

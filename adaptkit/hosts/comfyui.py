@@ -1,52 +1,77 @@
-"""ComfyUI: reads most formats; drops in silence what its key maps do not name."""
+"""ComfyUI: reads most formats; drops what its key maps do not name, with a line in the log."""
 
 from __future__ import annotations
 
-from adaptkit.hosts._host import SD, UNETS, Cell, Host
+from adaptkit.hosts._host import DORA, NOTHING, SD, TE, UNETS, Cell, Host, Loss
 
 DROPPED = "are dropped with a line in the log"
-FLUX = ("flux", "chroma")
 HUNYUAN = ("hunyuan-video", "hunyuan-video-15", "hunyuan-image")
-TE = (r"^text_encoder",)
+GENERIC = (
+    "sd3", "sd35-large", "flux", "chroma", "flux2", "qwen-image", "wan", "z-image", "lumina2", "anima", "krea2",
+    "ideogram4", "auraflow", "ltx", "ltx2",
+)  # fmt: skip
+MAPPED = ("sd3", "sd35-large", "flux", "chroma", "flux2", "qwen-image", "z-image", "auraflow")
+UNMAPPED = ("wan", *HUNYUAN, "lumina2", "krea2", "ideogram4", "anima", "ltx", "ltx2")
+READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
+
+IN_MEMORY = Loss(DROPPED, unnamed="comfy")  # what a checkpoint's layers are called once they are loaded
+FUSED = Loss(DROPPED, unnamed="native")
+TEXT = Loss(DROPPED, modules=TE)
+PROJECTION = Loss(DROPPED, modules=rf"{TE}\w*\.text_projection")
+FLAT = Loss(DROPPED, named="flat", modules=TE)  # transformers 5 leaves out `text_model.`
+GUIDANCE = Loss(DROPPED, modules="distilled_guidance_layer")
+SHARED = Loss(DROPPED, modules="^transformer.*(stream_modulation|time_in|guidance_in)")
 
 HOST = Host(
     name="comfyui",
     title="ComfyUI",
     measured="January 2026",
     cells=(
+        Cell("kohya", ("sdxl-refiner", "lumina2", "anima", "chroma"), (TEXT,)),
+        Cell("kohya", HUNYUAN, (IN_MEMORY,)),
+        Cell("kohya", ("z-image",), (FUSED,)),
+        Cell("kohya", (*UNETS, *GENERIC)),
         Cell(
-            "kohya", (*UNETS, "sd3", "sd35-large", "flux", "chroma", "flux2", "qwen-image", "wan", "krea2", "ideogram4")
+            "comfy",
+            ("hunyuan-video", "hunyuan-image"),
+            (Loss(DROPPED, modules=r"guidance_in|time_in|\.[ct]_embedder", unnamed="comfy"),),
         ),
-        Cell("kohya", ("anima", "lumina2"), lost=TE, note=DROPPED),
-        Cell("kohya", ("z-image",), "diffusers", (r"attention\.",), DROPPED),
-        Cell("kohya", ("z-image",)),
-        Cell("kohya", ("hunyuan-video",), lost=(r"_mlp",), note=DROPPED),
-        Cell("kohya", ("hunyuan-image",), lost=(r"_mlp", r"_mod", r"modulation"), note=DROPPED),
-        Cell("kohya", ("hunyuan-video-15",), lost=(r"^(?!.*_attn[._]proj$)",), note=DROPPED),
-        Cell("lycoris", ("sdxl", *SD)),
-        Cell("comfy", HUNYUAN, "comfy"),
-        Cell("comfy", ("hunyuan-video",), lost=(r"guidance_in", r"time_in", r"\.[ct]_embedder"), note=DROPPED),
+        Cell("comfy", ("hunyuan-video-15",), (IN_MEMORY,)),
+        Cell("comfy", (*UNETS, *GENERIC)),
+        Cell("diffusers", UNETS, (Loss(DROPPED, modules=r"^unet\..*attn\d\."), FLAT, PROJECTION)),
+        Cell("diffusers", ("chroma",), (GUIDANCE, TEXT)),
+        Cell("diffusers", ("flux2",), (SHARED,)),
+        Cell("diffusers", ("z-image", "auraflow"), (TEXT,)),
+        Cell("diffusers", ("flux",), (FLAT, Loss(DROPPED, modules=r"^text_encoder_2\."))),
+        Cell("diffusers", ("sd3", "sd35-large"), (FLAT, PROJECTION, Loss(DROPPED, modules=r"^text_encoder_3\."))),
+        Cell("diffusers", ("qwen-image",)),
+        Cell("diffusers", UNMAPPED, (NOTHING,)),
+        Cell("diffusers-old", UNETS, (TEXT,)),
+        Cell("lycoris", (*UNETS, "flux", "sd3", "sd35-large", "qwen-image", "z-image"), (TEXT,)),
+        Cell("lycoris", ("chroma",), (GUIDANCE, TEXT)),
+        Cell("lycoris", ("flux2",), (SHARED,)),
+        Cell("lycoris", ("auraflow", *UNMAPPED), (NOTHING,)),
+        Cell("onetrainer", ("flux", "sd3", "sd35-large")),
+        Cell("onetrainer", ("chroma",), (GUIDANCE, TEXT)),
+        Cell("onetrainer", ("flux2",), (SHARED,)),
+        Cell("onetrainer", ("qwen-image", "z-image", "auraflow", *UNMAPPED), (NOTHING,)),
+        Cell("bare", ("flux",), having=r"single_blocks\.0\.norm\.key_norm"),  # black-forest-labs' control LoRAs
+        Cell("bare", ("qwen-image",)),
+        Cell("bare", ("z-image",), (Loss(DROPPED, unnamed="diffusers"),)),
+        Cell("bare", ("flux", "chroma", "flux2", "auraflow", *UNMAPPED), (NOTHING,)),
+        Cell("peft", (*UNETS, "flux", "chroma", "flux2", "qwen-image", "z-image", "auraflow", *UNMAPPED), (NOTHING,)),
         Cell(
-            "comfy", (*UNETS, "sd3", "sd35-large", *FLUX, "flux2", "qwen-image", "wan", "z-image", "lumina2", "krea2")
+            "xlabs", ("flux",), (Loss("it reads XLabs files only with all 19 double and 38 single blocks", whole=True),)
         ),
-        Cell("comfy", ("ideogram4", "anima", "auraflow", "ltx", "ltx2")),
-        Cell("diffusers", UNETS, lost=(r"^unet\..*attn\d\.",), note=DROPPED),
-        Cell("diffusers", ("sd3", "sd35-large", "flux", "qwen-image", "z-image")),
-        Cell("diffusers", ("flux2",), lost=(r"stream_modulation", r"time_in", r"guidance_in"), note=DROPPED),
-        Cell(
-            "diffusers",
-            ("wan", *HUNYUAN, "framepack", "lumina2", "krea2", "ideogram4", "anima"),
-            note="its key map has no diffusers names for this family: nothing loads, and no error is shown",
-        ),
-        Cell("onetrainer", ("flux",)),
-        Cell("bare", ("flux",)),
-        Cell("peft", ("flux",), note="`base_model.model.` is not read: nothing loads, and no error is shown"),
-        Cell("kohya-oft", ("sdxl", "flux"), note="`oft_unet_` is not read: nothing loads, and no error is shown"),
+        Cell("kohya-oft", ("sdxl", *SD, *GENERIC), (NOTHING,)),
+        Cell("omi", ("flux",), (NOTHING,)),
     ),
-    algorithms=dict.fromkeys(
-        ("lora", "loha", "lokr", "full", "lora+dora", "loha+dora", "lokr+dora", "glora", "set"), ()
+    writes={**dict.fromkeys(UNETS, ("kohya", "comfy")), "": ("comfy", "kohya")},
+    always=(
+        Loss("are {kinds}, which it does not read", besides=(*READ, "kohya-oft")),
+        Loss("have their alpha in metadata, which it does not read", stated=True),
+        Loss("lose their DoRA magnitudes under PEFT's name", algorithms=DORA, suffix="lora_magnitude_vector"),
+        Loss("are DoRA on the output axis, where it divides by another norm", algorithms=DORA, axis="output"),
     ),
-    writes={**dict.fromkeys(UNETS, "kohya"), "": "comfy"},
     unsupported={"framepack": "ComfyUI itself does not run FramePack; its wrapper nodes load kohya files"},
-    axes=("input",),
 )

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
-from adaptkit.hosts._host import SD, Cell, Host
+from adaptkit.hosts._host import DORA, SD, Cell, Host, Loss
 
-FOREIGN = "its tools read kohya keys; musubi-tuner and sd-scripts convert others with scripts of their own"
 FAMILIES = (
     *SD, "sdxl", "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "hunyuan-video-15",
     "hunyuan-image", "qwen-image", "wan", "z-image", "lumina2", "anima", "krea2", "ideogram4",
 )  # fmt: skip
-ANY = ("lora", "loha", "lokr", "full", "oft", "boft", "glora", "ia3", "kohya-oft")
-UNTRAINED = "neither sd-scripts nor musubi-tuner knows this family"
+FOREIGN = Loss(
+    "its tools read kohya keys; musubi-tuner and sd-scripts convert others with scripts of their own", whole=True
+)
+NOT_FOUND = "are not found under these names"
+READ = ("lora", "loha", "lokr", "full", "oft", "boft", "glora", "ia3", "kohya-oft", *DORA)
 
 HOST = Host(
     name="kohya",
     title="kohya (sd-scripts, musubi-tuner)",
     measured="read in the source, August 2026",
     cells=(
-        Cell("kohya", SD, "native", note="it wants diffusers' block names for this family"),
-        Cell("kohya", ("sdxl",), "diffusers", lost=(r"^unet\.",), note="are not found under diffusers' names"),
+        Cell("kohya", SD, (Loss(NOT_FOUND, unnamed="diffusers"),)),
+        Cell("kohya", ("sdxl",), (Loss(NOT_FOUND, unnamed="native"),)),
         Cell("kohya", FAMILIES),
         Cell("kohya-oft", ("sdxl", "flux")),
         *(
-            Cell(format, FAMILIES, note=FOREIGN)
-            for format in ("comfy", "diffusers", "peft", "lycoris", "bare", "onetrainer", "xlabs")
+            Cell(format, FAMILIES, (FOREIGN,))
+            for format in (
+                "comfy",
+                "diffusers",
+                "diffusers-old",
+                "peft",
+                "lycoris",
+                "bare",
+                "onetrainer",
+                "xlabs",
+                "omi",
+            )
         ),
     ),
-    algorithms=dict.fromkeys((*ANY, *(f"{name}+dora" for name in ("lora", "loha", "lokr"))), ()),
-    writes={**dict.fromkeys(FAMILIES, "kohya")},
-    unsupported=dict.fromkeys(("auraflow", "ltx", "ltx2", "sdxl-refiner"), UNTRAINED),
+    writes={"": ("kohya", "kohya-oft")},
+    always=(
+        Loss("are {kinds}, which its tools do not load", besides=READ),
+        Loss("have their alpha in metadata, which its tools do not read", stated=True),
+    ),
+    unsupported=dict.fromkeys(
+        ("auraflow", "ltx", "ltx2", "sdxl-refiner"), "neither sd-scripts nor musubi-tuner knows this family"
+    ),
 )

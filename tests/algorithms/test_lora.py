@@ -9,6 +9,7 @@ import torch
 from adaptkit.algorithms._weights import FitSpec, Stated
 from adaptkit.algorithms.lora import Lora
 from adaptkit.errors import NonFinite, ShapeMismatch
+from adaptkit.keymap import split_suffix
 from tests import oracle
 from tests.laws import AlgorithmLaws, Array, Layout
 
@@ -82,3 +83,22 @@ def test_fit_is_the_best_of_its_rank(rows: int, columns: int, rank: int) -> None
     error = float((fitted.delta() - delta).norm())
     assert error == pytest.approx(oracle.best_rank(delta.numpy(), min(rank, rows, columns)), rel=1e-6, abs=1e-6)
     assert fitted.up.norm(dim=0).numpy() == pytest.approx(fitted.down.norm(dim=1).numpy(), rel=1e-5)  # balanced
+
+
+@pytest.mark.parametrize(
+    ("suffix", "role"),
+    [
+        ("lora_A", "down"),
+        ("lora_B", "up"),
+        ("lora_A.default", "down"),
+        ("lora_B.default.weight", "up"),
+        ("lora.down.weight", "down"),
+        ("lora_linear_layer.up.weight", "up"),
+    ],
+)
+def test_spellings_of_its_factors(suffix: str, role: str) -> None:
+    """Mochi's trainer writes no `.weight`, PEFT perhaps the adapter's name (reference, formats §4)."""
+    split = split_suffix(f"blocks.0.attn1.to_q.{suffix}")
+    assert split is not None
+    assert split[0] == "blocks.0.attn1.to_q"
+    assert dict(split[2])["lora"] == role

@@ -442,3 +442,11 @@ def test_magnitudes_of_a_convolution_whose_factors_are_flat() -> None:
     merged = kind.decode({**stored, "magnitude": m}, facts).apply(weight.reshape(6, -1).clone(), 1.0)
     exact = oracle.dora(weight.numpy(), delta.reshape(6, 4, 3, 3).numpy(), m.numpy().reshape(-1), 1)
     np.testing.assert_allclose(merged.numpy(), exact.reshape(6, -1), rtol=1e-7)
+
+
+@pytest.mark.parametrize("changed", ["a1", "a2", "b2", "scale"])
+def test_gloras_that_differ_in_anything_but_rows_are_not_fused(changed: str) -> None:
+    one = by_name("glora-()")
+    other = replace(one, **{changed: getattr(one, changed) * 2})
+    with pytest.raises(NotRepresentable, match="differently"):
+        type(one).fuse([one, other])

@@ -1,0 +1,159 @@
+"""An adapter as a host meets it: as it stands in its file, or as a format would write it. Headers only."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from adaptkit.algorithms._weights import ALPHA
+from adaptkit.errors import NotRepresentable
+from adaptkit.families._family import Kind
+from adaptkit.formats._format import Alpha
+from adaptkit.hosts._host import Piece
+from adaptkit.keymap import algorithms, compile_keys
+from adaptkit.names import WEIGHT, Slot, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.algorithms._weights import Weights
+    from adaptkit.keymap import KeyMap
+
+__all__ = ["common_alphas", "examples", "pieces_as", "pieces_of"]
+
+
+_INDEX = re.compile(r"\{\w+:\d+\}")
+
+
+def pieces_of(adapter: Adapter) -> tuple[Piece, ...]:
+    """The modules of a file as they stand in it."""
+    return tuple(_found(adapter, entry) for entry in adapter.entries.values())
+
+
+def _found(adapter: Adapter, entry: Entry) -> Piece:
+    parsed = [adapter.keys.parse(key) for _, key in entry.tensors()]
+    modules = [found.module for found in parsed if found is not None]
+    scaled = entry.facts.scale != 1.0 and not entry.kind.bounded
+    rank = entry.facts.rank
+    return Piece(
+        slot=entry.slot,
+        label=adapter.label(entry.slot),
+        algorithm=entry.kind.name,
+        namings=_namings(adapter.keys, entry.slot, modules[0]) if modules else frozenset(),
+        suffixes=tuple(found.spelled for found in parsed if found is not None),
+        alpha=entry.alpha if entry.alpha is not None or rank is None else float(rank),
+        told=ALPHA in entry.keys and not entry.kind.bounded,
+        stated=scaled and entry.alpha_source == "metadata",
+        axis=_axis(adapter, entry),
+    )
+
+
+def pieces_as(adapter: Adapter, format: str, fold: bool, algorithm: str | None) -> tuple[tuple[Piece, ...], int]:
+    """The modules as `convert` writes them, and how many the format has no place for."""
+    keys = compile_keys(adapter.family.name, format)
+    fold = fold or keys.format.alpha is Alpha.NONE
+    made: dict[Slot, Piece] = {}
+    homeless = 0
+    for entry in adapter.entries.values():
+        try:
+            for slot in _written(keys, entry.slot):
+                made.setdefault(slot, _made(adapter, keys, slot, entry, fold, algorithm))
+        except NotRepresentable:
+            homeless += 1
+    return tuple(made.values()), homeless
+
+
+def _written(keys: KeyMap, slot: Slot) -> tuple[Slot, ...]:
+    """The slots a format holds this one in: itself, the parts it is cut into, or the whole that it is a part of."""
+    whole = tuple(replace(s, target=slot.target) for s in keys.slots(slot.target))
+    if not whole:
+        raise NotRepresentable(f"the {keys.format.name} format has no place for {slot}")
+    return (slot,) if slot in whole else whole
+
+
+def _made(adapter: Adapter, keys: KeyMap, slot: Slot, entry: Entry, fold: bool, algorithm: str | None) -> Piece:
+    changed = algorithm is not None and not entry.facts.vector
+    kind = algorithms()[algorithm] if changed and algorithm else entry.kind
+    scale, rank = (1.0 if fold else entry.facts.scale), entry.facts.rank
+    told = ALPHA in kind.roles and not fold and (
+        keys.format.alpha is Alpha.TENSOR or (keys.format.alpha is Alpha.OPTIONAL and scale != 1.0)
+    )  # fmt: skip
+    return Piece(
+        slot=slot,
+        label=adapter.label(entry.slot),
+        algorithm=kind.name,
+        namings=_namings(keys, slot, keys.module(_weight(slot))),
+        suffixes=tuple(_suffixes(keys, slot, entry, kind)),
+        alpha=None if rank is None else scale * rank,
+        told=told and not kind.bounded,
+        axis=_axis(adapter, entry),
+    )
+
+
+@cache
+def examples(family: str, format: str) -> tuple[Piece, ...]:
+    """One module of every row of the denoiser that a format has names for, as a LoRA with alpha = rank that it writes."""
+    keys = compile_keys(family, format)
+    part = keys.family.components[0]
+    targets = (Target(part.name, _INDEX.sub("0", row.target)) for row in part.rows if row.kind is Kind.MATRIX)
+    return tuple(_example(keys, slot) for target in targets for slot in keys.slots(target))
+
+
+def _example(keys: KeyMap, slot: Slot) -> Piece:
+    roles = [keys.spell(slot, "lora", role) for role in ("up", "down")] if keys.holds("lora") else []
+    return Piece(
+        slot=slot,
+        label=str(slot),
+        algorithm="lora" if roles else next(iter(keys.format.owns)),
+        namings=_namings(keys, slot, keys.module(slot)),
+        suffixes=tuple(key.removeprefix(f"{keys.stem(slot)}.") for key in roles),
+        alpha=1.0,
+        told=keys.format.alpha is Alpha.TENSOR and bool(roles),
+    )
+
+
+def _suffixes(keys: KeyMap, slot: Slot, entry: Entry, kind: type[Weights]) -> Iterator[str]:
+    roles = [role for role, _ in entry.tensors()] if kind is entry.kind else sorted(kind.forms[0])
+    for role in roles:
+        key = keys.spell(slot, kind.name, kind.stored_as(role, peft=keys.format.peft))
+        yield key.removeprefix(f"{keys.stem(slot)}.")
+
+
+def _weight(slot: Slot) -> Slot:
+    return replace(slot, target=replace(slot.target, param=WEIGHT))
+
+
+def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:
+    """The namings that call a slot's module so, words joined as the format joins them."""
+    row = keys.row(slot.target)
+    found = set()
+    for naming in () if row is None else row.names:
+        try:
+            if keys.module(_weight(slot), naming) == module:
+                found.add(naming)
+        except NotRepresentable:  # this naming cuts the module otherwise
+            continue
+    return frozenset(found)
+
+
+def _axis(adapter: Adapter, entry: Entry) -> str:
+    """Which axis DoRA's norm is taken over: LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1]."""
+    if "dora" not in entry.kind.name:
+        return ""
+    key = entry.keys.get("magnitude")
+    shape = adapter.source.infos[key].shape if key else ()
+    return "input" if len(shape) > 1 and shape[0] == 1 and math.prod(shape) > 1 else "output"
+
+
+def common_alphas(pieces: Sequence[Piece]) -> dict[str, float]:
+    """The most common alpha of each component, as diffusers' `get_peft_kwargs` counts them."""
+    counts: dict[str, Counter[float]] = {}
+    for piece in pieces:
+        if piece.told and piece.alpha is not None:
+            counts.setdefault(piece.slot.component, Counter())[piece.alpha] += 1
+    return {component: found.most_common(1)[0][0] for component, found in counts.items()}
