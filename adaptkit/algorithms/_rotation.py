@@ -6,12 +6,88 @@ Alpha of these kinds is no scale but a bound on the generator's norm, so `Facts.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._weights import ALPHA, Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
-__all__ = ["cayley", "toward"]
+__all__ = ["Rotation", "cayley", "toward"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation(Weights):
+    """Output rows turned by stored blocks, then perhaps rescaled: all of OFT and BOFT (LyCORIS) but how they turn.
+
+    blocks: (..., n, b, b), with a stage before it where `dims` is 4; rows = n·b   rescale: (..., rows, 1)
+    """
+
+    additive: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
+    dims: ClassVar[int]  # of the stored blocks, which is what tells the kinds apart
+    roles: ClassVar[Mapping[str, Role]] = roles(blocks=Role("oft_blocks"), rescale=Role("rescale"), alpha=Role(ALPHA))
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"blocks"}), frozenset({"blocks", "rescale"}))
+
+    blocks: Tensor
+    bound: float = 0.0
+    rescale: Tensor | None = None
+    stored: tuple[int, ...] = ()  # the shape of `rescale` in the file
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        blocks = shapes["blocks"]
+        matched(len(blocks) == cls.dims and blocks[-1] == blocks[-2], "blocks", shapes)
+        rows = blocks[-3] * blocks[-2]
+        matched("rescale" not in shapes or shapes["rescale"][0] == rows, "blocks rescale", shapes)
+        return Facts(rows, 0, None, None, alpha.value if alpha else 0.0)
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        blocks, rescale = tensors["blocks"], tensors.get("rescale")
+        batch = blocks.shape[: -cls.dims]
+        column = None if rescale is None else rescale.reshape(*batch, facts.rows, 1)
+        own = () if rescale is None else tuple(rescale.shape[len(batch) :])
+        return cls(blocks, facts.scale, column, own)
+
+    def encode(self) -> dict[str, Tensor]:
+        import torch
+
+        found = {"blocks": self.blocks, ALPHA: torch.tensor(self.bound, dtype=torch.float32)}
+        if self.rescale is not None:
+            found["rescale"] = self.rescale.reshape(*self.rescale.shape[:-2], *self.stored)
+        return found
+
+    @property
+    def rows(self) -> int:
+        return int(self.blocks.shape[-3] * self.blocks.shape[-1])
+
+    def delta(self) -> Tensor:
+        raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
+
+    def turned(self, blocks: Tensor, weight: Tensor, bound: float) -> Tensor:
+        """One weight (rows, columns), its rows turned by its blocks, whose generators are bounded."""
+        raise NotImplementedError
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        import torch
+
+        # what the norm of all generators together may be: alpha times the rows, and anything where alpha is 0
+        bound = self.bound * self.rows if self.bound > 0 else math.inf
+        many = self.blocks.reshape(-1, *self.blocks.shape[-self.dims :])
+        weights = base.reshape(-1, *base.shape[-2:])
+        merged = torch.stack([self.turned(one, weight, bound) for one, weight in zip(many, weights, strict=True)])
+        merged = merged.reshape(base.shape)
+        if self.rescale is not None:
+            merged = merged * self.rescale.to(base.dtype)
+        return toward(base, merged, strength)
+
+    def folded(self) -> Self:
+        return self
 
 
 def cayley(blocks: Tensor, bound: float = math.inf) -> Tensor:

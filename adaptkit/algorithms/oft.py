@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._rotation import cayley, toward
-from adaptkit.algorithms._weights import ALPHA, Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._rotation import Rotation, cayley
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Oft(Weights):
+class Oft(Rotation):
     """W' = rescale · blockdiag(R)ᵀ W.   blocks: (..., n, b, b), rows = n·b   rescale: (..., rows, 1)
 
     R = (I + Q)(I − Q)⁻¹, Q = B − Bᵀ, its norm bounded by alpha · rows where alpha is not 0 (Qiu et al.,
@@ -26,65 +24,11 @@ class Oft(Weights):
 
     name: ClassVar[str] = "oft"
     title: ClassVar[str] = "OFT (DiagOFT)"
-    additive: ClassVar[bool] = False
-    bounded: ClassVar[bool] = True
-    roles: ClassVar[Mapping[str, Role]] = roles(blocks=Role("oft_blocks"), rescale=Role("rescale"), alpha=Role(ALPHA))
-    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"blocks"}), frozenset({"blocks", "rescale"}))
+    dims: ClassVar[int] = 3
 
-    blocks: Tensor
-    bound: float = 0.0
-    rescale: Tensor | None = None
-    stored: tuple[int, ...] = ()  # the shape of `rescale` in the file
-
-    @classmethod
-    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
-        blocks = shapes["blocks"]
-        matched(len(blocks) == 3 and blocks[1] == blocks[2], "blocks", shapes)
-        rows = blocks[0] * blocks[1]
-        matched("rescale" not in shapes or shapes["rescale"][0] == rows, "blocks rescale", shapes)
-        return Facts(rows, 0, None, None, alpha.value if alpha else 0.0)
-
-    @classmethod
-    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
-        blocks, rescale = tensors["blocks"], tensors.get("rescale")
-        batch = blocks.shape[:-3]
-        column = None if rescale is None else rescale.reshape(*batch, facts.rows, 1)
-        own = () if rescale is None else tuple(rescale.shape[len(batch) :])
-        return cls(blocks, facts.scale, column, own)
-
-    def encode(self) -> dict[str, Tensor]:
-        import torch
-
-        found = {"blocks": self.blocks, ALPHA: torch.tensor(self.bound, dtype=torch.float32)}
-        if self.rescale is not None:
-            found["rescale"] = self.rescale.reshape(*self.rescale.shape[:-2], *self.stored)
-        return found
-
-    @property
-    def rows(self) -> int:
-        return int(self.blocks.shape[-3] * self.blocks.shape[-1])
-
-    def _bound(self) -> float:
-        """What the norm of all generators together may be: alpha times the rows, and anything where alpha is 0."""
-        return self.bound * self.rows if self.bound > 0 else math.inf
-
-    def delta(self) -> Tensor:
-        raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
-
-    def apply(self, base: Tensor, strength: float) -> Tensor:
-        import torch
-
-        n, b = self.blocks.shape[-3], self.blocks.shape[-1]
-        flat = self.blocks.reshape(-1, n, b, b)
-        turned = torch.stack([cayley(one, self._bound()) for one in flat]).to(base.dtype)
-        cut = base.reshape(*base.shape[:-2], n, b, base.shape[-1])
-        merged = (turned.reshape(*self.blocks.shape).mT @ cut).reshape(base.shape)
-        if self.rescale is not None:
-            merged = merged * self.rescale.to(base.dtype)
-        return toward(base, merged, strength)
-
-    def folded(self) -> Self:
-        return self
+    def turned(self, blocks: Tensor, weight: Tensor, bound: float) -> Tensor:
+        cut = weight.reshape(*blocks.shape[:2], weight.shape[-1])
+        return (cayley(blocks, bound).to(weight.dtype).mT @ cut).reshape(weight.shape)
 
     def part(self, start: int, stop: int) -> Self:
         """Exact where the cut falls between blocks and no bound ties them together."""

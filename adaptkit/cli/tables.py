@@ -12,6 +12,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.names import Rows, Slot, Target
 
 if TYPE_CHECKING:
+    from adaptkit.algorithms._weights import Weights
     from adaptkit.formats._format import KeyFormat
 
 # a module that some family has in every format
@@ -84,6 +85,11 @@ def families(as_json: bool, quiet: bool, verbose: bool) -> None:
     _show("families", rows, as_json)
 
 
+def _stored(kind: type[Weights], role: str) -> bool:
+    """Whether files that can be read hold this role; some are known only to be refused."""
+    return role == "alpha" or any(role in form for form in kind.forms)
+
+
 @click.command()
 @talk
 def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:
@@ -94,7 +100,7 @@ def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:
         {
             "name": a.name,
             "title": a.title,
-            "tensors": [role.spelling for role in a.roles.values()],
+            "tensors": [role.spelling for name, role in a.roles.items() if _stored(a, name)],
             "extract": a.extractable,
         }
         for a in known().values()

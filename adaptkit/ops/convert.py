@@ -477,7 +477,8 @@ class _Worker:
     def _dtype(self, task: Task) -> str:
         """The widest dtype among the parts, or the one asked for."""
         infos = self.plan.adapter.source.infos
-        kept = {infos[key].dtype for entry in task.job.entries for _, key in entry.tensors()}
+        dtypes = {infos[key].dtype for entry in task.job.entries for _, key in entry.tensors()}
+        kept = {dtype for dtype in dtypes if not dtype.startswith(("I", "U", "BOOL"))}
         if not kept <= set(FLOATS):
             raise NotRepresentable(
                 f"stored as {', '.join(sorted(kept - set(FLOATS)))}; only plain floats can be computed with"
@@ -490,6 +491,8 @@ class _Worker:
 
         if role == ALPHA:
             return tensor.float()
+        if not tensor.is_floating_point():  # a flag
+            return tensor
         try:
             return cast(tensor, dtype)
         except NonFinite as error:
