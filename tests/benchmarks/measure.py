@@ -48,9 +48,13 @@ class ChildFailed(Exception):
 def child(*command: str | Path) -> Measured:
     """Run a program to its end; ChildFailed, with its output, if it fails."""
     arguments = [str(part) for part in command]
+    # an installed package is compiled once, by pip: what is measured must not compile its sources at every start
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
-        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+        )
         cpu, peak = _wait(process)
         seconds = time.perf_counter() - started
         out.seek(0)
