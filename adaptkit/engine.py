@@ -1,15 +1,17 @@
 """The one engine: steps in buckets of equal shape, read ahead, computed on the device, written behind.
 
-Planning (`Step`, `check_memory`) needs no torch.
-
-At most three buckets are alive at any time, so peak memory is a number the plan can print.
+Planning (`Step`, `check_memory`) needs no torch. On a CPU every core works on a step of its own, with one thread: faster than
+all of them on one (factors are small), and results cannot depend on their number. What is read, computed and written at
+once never exceeds the memory bound, so peak memory is a number the plan can print.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -18,14 +20,27 @@ from adaptkit.errors import AdaptkitError, NotEnoughMemory
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DEFAULT_MEMORY", "Bucket", "Resources", "Step", "Work", "buckets", "check_memory", "peak_memory", "run"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "Bucket",
+    "Resources",
+    "Step",
+    "Work",
+    "bound",
+    "buckets",
+    "check_memory",
+    "peak_memory",
+    "run",
+]
 
 P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-DEFAULT_MEMORY = 1_000_000_000  # bytes of working memory, torch itself (about 250 MB) not counted
-ALIVE = 3  # buckets alive at once: being read, computed, written
+DEFAULT_MEMORY = (
+    640_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
+)
+BESIDE = 2  # buckets alive beside those that are computed: one being read, one being written
 _POLL = 0.2  # seconds between looks at the stop flag while a queue is full or empty
 
 
@@ -50,13 +65,19 @@ class Bucket(Generic[P]):
         """What the steps are about."""
         return tuple(step.payload for step in self.steps)
 
+    @property
+    def bytes(self) -> int:
+        """Working memory of all its steps."""
+        return sum(step.bytes for step in self.steps)
+
 
 @dataclass(frozen=True)
 class Resources:
-    """Where to compute and how much working memory (bytes) may be used."""
+    """Where to compute, how much working memory (bytes) may be used (None: the default), by how many workers."""
 
     device: str = "cpu"
-    memory: int = DEFAULT_MEMORY
+    memory: int | None = None
+    workers: int = 1
 
     @classmethod
     def choose(cls, device: str = "auto", memory: int | None = None) -> Resources:
@@ -71,7 +92,7 @@ class Resources:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise AdaptkitError(f"device {device!r} cannot be used: {error}") from None
-        return cls(device, DEFAULT_MEMORY if memory is None else memory)
+        return cls(device, memory, torch.get_num_threads() if device.startswith("cpu") else 1)
 
     @property
     def on_cpu(self) -> bool:
@@ -80,19 +101,25 @@ class Resources:
 
 
 def check_memory(steps: Iterable[Step[P]], memory: int | None) -> None:
-    """NotEnoughMemory where a single step does not fit the bound (None: the default)."""
-    bound = DEFAULT_MEMORY if memory is None else memory
+    """NotEnoughMemory where a single step does not fit the bound that was asked for."""
     largest = max((step.bytes for step in steps), default=0)
-    if largest > bound:
+    if memory is not None and largest > memory:
         raise NotEnoughMemory(
-            f"one layer needs {largest / 1e6:.1f} MB of working memory; the bound is {bound / 1e6:.1f} MB",
+            f"one layer needs {largest / 1e6:.1f} MB of working memory; the bound is {memory / 1e6:.1f} MB",
             hint="raise --memory",
         )
 
 
-def peak_memory(steps: Iterable[Step[P]]) -> int:
-    """At most how many bytes are in use at once on a CPU: the buckets that may be alive, each the largest step."""
-    return sum(sorted((step.bytes for step in steps), reverse=True)[:ALIVE])
+def bound(steps: Iterable[Step[P]], memory: int | None) -> int:
+    """The bound in bytes: what was asked for, else the default, or one step where that is larger."""
+    return max([DEFAULT_MEMORY, *(step.bytes for step in steps)]) if memory is None else memory
+
+
+def peak_memory(steps: Iterable[Step[P]], memory: int | None = None) -> int:
+    """At most how many bytes are in use at once on a CPU."""
+    listed = list(steps)
+    alive = (os.cpu_count() or 1) + BESIDE
+    return min(bound(listed, memory), sum(sorted((step.bytes for step in listed), reverse=True)[:alive]))
 
 
 def buckets(steps: Iterable[Step[P]], resources: Resources) -> Iterator[Bucket[P]]:
@@ -105,7 +132,7 @@ def buckets(steps: Iterable[Step[P]], resources: Resources) -> Iterator[Bucket[P
     check_memory(ordered, resources.memory)
     if resources.on_cpu:
         return iter([Bucket((step,)) for step in ordered])
-    return _stacked(ordered, resources.memory // ALIVE)
+    return _stacked(ordered, bound(ordered, resources.memory) // (1 + BESIDE))
 
 
 def _stacked(ordered: Sequence[Step[P]], room: int) -> Iterator[Bucket[P]]:
@@ -129,7 +156,8 @@ Tensors = Mapping[str, "Tensor"]
 class Work(Generic[P, R]):
     """What to do with a step: `load` its tensors (reader thread), compute a bucket's results, `store` one (writer thread).
 
-    `kernel` gets the payloads and the stacked tensors, each with one leading dimension, on the device.
+    `kernel` gets the payloads and the stacked tensors, each with one leading dimension, on the device; several threads call
+    it at once, each for a bucket of its own.
     """
 
     load: Callable[[P], Tensors]
@@ -147,42 +175,71 @@ def run(
 
     `progress` is called with the number of steps done. On return or error no thread is left running.
     """
-    pipeline = _Pipeline(work, resources, progress or (lambda _: None))
-    pipeline.run(list(buckets(steps, resources)))
+    listed = list(steps)
+    room = _Room(bound(listed, resources.memory), resources.workers + BESIDE)
+    _Pipeline(work, resources, room, progress or (lambda _: None)).run(list(buckets(listed, resources)))
 
 
 class _Stopped(Exception):
     pass
 
 
+class _Room:
+    """Admits buckets in order while their bytes and number stay within bounds; one is always admitted."""
+
+    def __init__(self, bytes: int, buckets: int) -> None:
+        self.bytes, self.buckets = bytes, buckets
+        self.changed = threading.Condition()
+        self.used, self.inside = 0, 0
+
+    def enter(self, size: int, stop: threading.Event) -> None:
+        with self.changed:
+            while self.inside and (self.used + size > self.bytes or self.inside >= self.buckets):
+                if stop.is_set():
+                    raise _Stopped
+                self.changed.wait(_POLL)
+            self.used += size
+            self.inside += 1
+
+    def leave(self, size: int) -> None:
+        with self.changed:
+            self.used -= size
+            self.inside -= 1
+            self.changed.notify_all()
+
+
+Loaded = tuple[int, "Bucket[P]", dict[str, "Tensor"]]
+Done = tuple[int, "Bucket[P]", Sequence[R]]
+
+
 class _Pipeline(Generic[P, R]):
-    def __init__(self, work: Work[P, R], resources: Resources, progress: Callable[[int], None]) -> None:
-        self.work = work
-        self.resources = resources
-        self.progress = progress
+    def __init__(self, work: Work[P, R], resources: Resources, room: _Room, progress: Callable[[int], None]) -> None:
+        self.work, self.resources, self.room, self.progress = work, resources, room, progress
         self.stop = threading.Event()
         self.failure: list[BaseException] = []
-        self.room = threading.Semaphore(ALIVE)
-        self.loaded: queue.Queue[tuple[Bucket[P], dict[str, Tensor]] | None] = queue.Queue(1)
-        self.done: queue.Queue[tuple[Bucket[P], Sequence[R]] | None] = queue.Queue(1)
+        self.loaded: queue.SimpleQueue[Loaded[P] | None] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[Done[P, R] | None] = queue.SimpleQueue()
+        self.working = resources.workers
+        self.lock = threading.Lock()
 
     def run(self, todo: Sequence[Bucket[P]]) -> None:
+        bodies = [("read", self._read, (todo,)), ("write", self._write, ())]
+        bodies += [(f"compute-{n}", self._compute, ()) for n in range(self.resources.workers)]
         threads = [
-            threading.Thread(target=self._guarded, args=(self._read, todo), name="adaptkit-read", daemon=True),
-            threading.Thread(target=self._guarded, args=(self._write,), name="adaptkit-write", daemon=True),
+            threading.Thread(target=self._guarded, args=(body, *args), name=f"adaptkit-{name}", daemon=True)
+            for name, body, args in bodies
         ]
-        for thread in threads:
-            thread.start()
-        try:
-            self._compute()
-        except _Stopped:
-            pass
-        except BaseException:
-            self.stop.set()
-            raise
-        finally:
+        with _own_threads(self.resources):
             for thread in threads:
-                thread.join()
+                thread.start()
+            try:
+                for thread in threads:
+                    while thread.is_alive():  # so that an interrupt is heard
+                        thread.join(_POLL)
+            finally:
+                self.stop.set()
+                for thread in threads:
+                    thread.join()
         if self.failure:
             raise self.failure[0]
 
@@ -195,16 +252,7 @@ class _Pipeline(Generic[P, R]):
             self.failure.append(error)
             self.stop.set()
 
-    def _put(self, where: queue.Queue[T], item: T) -> None:
-        while True:
-            if self.stop.is_set():
-                raise _Stopped
-            try:
-                return where.put(item, timeout=_POLL)
-            except queue.Full:
-                continue
-
-    def _get(self, where: queue.Queue[T]) -> T:
+    def _get(self, where: queue.SimpleQueue[T]) -> T:
         while True:
             if self.stop.is_set():
                 raise _Stopped
@@ -214,15 +262,13 @@ class _Pipeline(Generic[P, R]):
                 continue
 
     def _read(self, todo: Sequence[Bucket[P]]) -> None:
-        for bucket in todo:
-            self._wait_for_room()
-            self._put(self.loaded, (bucket, self._stack([self.work.load(p) for p in bucket.payloads])))
-        self._put(self.loaded, None)
-
-    def _wait_for_room(self) -> None:
-        while not self.room.acquire(timeout=_POLL):
+        for number, bucket in enumerate(todo):
+            self.room.enter(bucket.bytes, self.stop)
             if self.stop.is_set():
                 raise _Stopped
+            self.loaded.put((number, bucket, self._stack([self.work.load(p) for p in bucket.payloads])))
+        for _ in range(self.resources.workers):
+            self.loaded.put(None)
 
     def _stack(self, loaded: list[Tensors]) -> dict[str, Tensor]:
         if len(loaded) == 1:
@@ -235,22 +281,51 @@ class _Pipeline(Generic[P, R]):
         return {key: tensor.pin_memory() for key, tensor in stacked.items()}
 
     def _compute(self) -> None:
+        if self.resources.on_cpu:
+            import torch
+
+            torch.set_num_threads(1)
         while (item := self._get(self.loaded)) is not None:
-            bucket, host = item
+            number, bucket, host = item
             tensors = {key: tensor.to(self.resources.device, non_blocking=True) for key, tensor in host.items()}
             del item, host
             results = self.work.kernel(bucket.payloads, tensors)
             del tensors
-            self._put(self.done, (bucket, results))
-        self._put(self.done, None)
+            self.done.put((number, bucket, results))
+            del results
+        with self.lock:
+            self.working -= 1
+            if not self.working:
+                self.done.put(None)
 
     def _write(self) -> None:
-        finished = 0
+        """Store results in the order of the buckets, whichever is computed first."""
+        waiting: dict[int, Done[P, R]] = {}
+        following = finished = 0
         while (item := self._get(self.done)) is not None:
-            bucket, results = item
-            for payload, result in zip(bucket.payloads, results, strict=True):
-                self.work.store(payload, result)
-                finished += 1
-                self.progress(finished)
-            del item, results
-            self.room.release()
+            waiting[item[0]] = item
+            del item
+            while following in waiting:
+                _, bucket, results = waiting.pop(following)
+                following += 1
+                for payload, result in zip(bucket.payloads, results, strict=True):
+                    self.work.store(payload, result)
+                    finished += 1
+                    self.progress(finished)
+                del results
+                self.room.leave(bucket.bytes)
+
+
+@contextmanager
+def _own_threads(resources: Resources) -> Iterator[None]:
+    """torch's number of threads as it was, after workers have set it to one each."""
+    if not resources.on_cpu:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

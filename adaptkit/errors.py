@@ -16,9 +16,10 @@
     ├── NonFinite                     NaN or infinity where a number must stand
     ├── WouldOverwrite                the output exists
     ├── CannotWrite                   disk full, no permission, no such folder
-    └── NotEnoughMemory               one step needs more than the bound
+    ├── NotEnoughMemory               one step needs more than the bound
+    └── WrongUsage                    options that contradict one another: exit code 2, as Click's own
 
-Wrong usage is Click's own (exit 2); an interrupt exits 130.
+An interrupt exits 130.
 
 Deep code raises with the facts it knows; `ops` adds file and slot; the command line prints
 ``error:`` and ``hint:``.
@@ -47,6 +48,7 @@ __all__ = [
     "UnreadableFile",
     "UnsafePickle",
     "WouldOverwrite",
+    "WrongUsage",
 ]
 
 
@@ -148,3 +150,9 @@ class CannotWrite(AdaptkitError):
 
 class NotEnoughMemory(AdaptkitError):
     """One step needs more than the memory bound."""
+
+
+class WrongUsage(AdaptkitError):
+    """Options that contradict one another, or a value that an option does not take."""
+
+    exit_code = 2

@@ -1,4 +1,4 @@
-"""The laws every algorithm obeys (architecture §5, A1 to A7): a subclass gives `kind`, `layouts()` and `oracle()`."""
+"""The laws every algorithm obeys (architecture §5, A1 to A11): a subclass gives `kind`, `layouts()` and `oracle()`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import ALPHA, Stated, Weights
+from adaptkit.algorithms._algebra import distance_squared, inner
+from adaptkit.algorithms._weights import ALPHA, FitSpec, Stated, Weights
 from adaptkit.errors import NotRepresentable
+from adaptkit.keymap import algorithms
+from tests import oracle
 
 Array = np.ndarray
 
@@ -153,3 +156,79 @@ class AlgorithmLaws:
             expected = self.oracle(layout)
             assert (facts.rows, facts.columns) == (expected.shape[0], int(np.prod(expected.shape[1:]))), layout.name
             assert facts.kernel is None or facts.kernel == layout.kernel
+
+    def test_a8_spectrum_and_svd_are_those_of_delta(self, each: list[Layout]) -> None:
+        for layout in each:
+            weights, dense = self.decoded(layout), self.matrix(layout)
+            sigma = np.linalg.svd(dense, compute_uv=False)
+            found = weights.spectrum().numpy()
+            assert found.dtype == np.float64
+            assert (np.diff(found) <= 0).all(), layout.name
+            count = min(len(found), len(sigma))
+            np.testing.assert_allclose(found[:count], sigma[:count], atol=1e-6 * sigma[0], err_msg=layout.name)
+            assert (found[count:] <= 1e-6 * sigma[0]).all()
+            assert (sigma[count:] <= 1e-6 * sigma[0]).all(), "the spectrum leaves out energy"
+            for rank in {1, max(1, count // 2), count}:
+                svd = weights.svd(rank)
+                left = np.linalg.norm(dense - ((svd.u * svd.s) @ svd.vh).double().numpy())
+                assert left == pytest.approx(oracle.best_rank(dense, rank), rel=1e-5, abs=1e-6 * sigma[0]), layout.name
+                assert float(svd.residual) ** 0.5 == pytest.approx(left, rel=1e-4, abs=2e-4 * sigma[0]), layout.name
+
+    def test_a9_a_lora_of_it_is_the_optimum_at_every_rank(self, each: list[Layout]) -> None:
+        """Resized error = the dense SVD's, and what the energies say; the stored shapes are those foretold."""
+        for layout in each:
+            weights, dense = self.decoded(layout), self.matrix(layout)
+            if layout.shapes() and weights.delta().shape[-1] == 1:
+                continue  # a vector
+            size = np.linalg.norm(dense)
+            taken = algorithms()["lora"].decompose(weights, FitSpec(None, layout.kernel))
+            assert taken.norm == pytest.approx(size**2, rel=1e-6), layout.name
+            for rank in {1, (len(taken.energies) + 1) // 2, len(taken.energies)}:
+                least = oracle.best_rank(dense, rank)
+                for given in (taken, taken.lighter()):
+                    kept = given.keep(weights, rank)
+                    stored = kept.encode()
+                    shapes = {role: tuple(t.shape) for role, t in stored.items() if role != ALPHA}
+                    assert shapes == taken.shapes(rank), layout.name
+                    assert sum(int(np.prod(s)) for s in shapes.values()) == taken.elements()[rank]
+                    error = np.linalg.norm(dense - kept.delta().double().numpy())
+                    assert error == pytest.approx(least, rel=1e-5, abs=1e-6 * size), (layout.name, rank)
+                    assert distance_squared(weights, kept) ** 0.5 == pytest.approx(error, rel=1e-6, abs=1e-7 * size)
+                told = max(0.0, taken.norm - sum(taken.energies[:rank])) ** 0.5
+                assert told == pytest.approx(least, rel=1e-5, abs=1e-6 * size), (layout.name, rank)
+
+    def test_a10_a_number_of_times(self, each: list[Layout]) -> None:
+        for layout in each:
+            weights = self.decoded(layout)
+            for factor in (0.5, -1.0, -0.3, 3.0):
+                torch.testing.assert_close(weights.times(factor).delta(), factor * weights.delta())
+                stored = weights.times(factor).encode()
+                positive = (layout.alpha or 1.0) > 0
+                assert not positive or float(stored.get(ALPHA, 1.0)) >= 0, "a negative alpha is no scale to some readers"
+
+    def test_a11_inner_products_and_distances(self, each: list[Layout]) -> None:
+        random = np.random.default_rng(5)
+        for layout in each:
+            weights, dense = self.decoded(layout), self.matrix(layout)
+            size = np.linalg.norm(dense)
+            others = [weights.times(0.5), algorithms()["full"](torch.from_numpy(random.standard_normal(dense.shape)))]
+            rank = max(1, min(dense.shape) // 3)
+            others.append(
+                algorithms()["lora"](
+                    torch.from_numpy(random.standard_normal((dense.shape[0], rank))),
+                    torch.from_numpy(random.standard_normal((rank, dense.shape[1]))),
+                    0.7,
+                )
+            )
+            assert distance_squared(weights, weights) == 0.0
+            for other in others:
+                theirs = other.delta().double().numpy()
+                for one, two in ((weights, other), (other, weights)):
+                    scale = size * np.linalg.norm(theirs)
+                    assert inner(one, two) == pytest.approx((dense * theirs).sum(), rel=1e-9, abs=1e-9 * scale)
+                    expected = ((dense - theirs) ** 2).sum()
+                    assert distance_squared(one, two) == pytest.approx(expected, rel=1e-9, abs=1e-12 * scale)
+
+    def matrix(self, layout: Layout) -> Array:
+        found = self.oracle(layout)
+        return found.reshape(found.shape[0], -1)

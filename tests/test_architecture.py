@@ -41,7 +41,7 @@ LEVELS = {
 # inside these packages modules build on one another in this order; everywhere else siblings never meet
 CHAINS = {
     "files": ("header", "provenance", "pickles", "source", "sink"),
-    "linalg": ("precision", "krylov", "lowrank", "kron"),
+    "linalg": ("precision", "krylov", "lowrank", "factored", "kron", "noise", "kronscan", "mixing"),
     "cli": ("options", "render", "*"),
 }
 CHAIN_L3 = ("keymap", "suggest", "policy", "detect", "unknown", "adapter", "checkpoint")
@@ -113,6 +113,9 @@ def test_torch_click_and_rich_stay_where_they_belong(path: Path) -> None:
     anywhere = {name.partition(".")[0] for name in imports(path)}
     if home != "cli":
         assert not anywhere & {"click", "rich"}, relative
+    if "matplotlib" in anywhere:
+        assert relative == "cli/_plot.py", relative
+        assert "matplotlib" not in roots, "matplotlib is an extra: it is imported when a picture is drawn"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -55,7 +55,8 @@ def test_a_step_beyond_the_bound_is_refused_with_the_figure() -> None:
 
 @pytest.mark.parametrize("where", ["load", "kernel", "store"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_in_any_thread_ends_the_run(where: str, error: type[BaseException]) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_in_any_thread_ends_the_run(where: str, error: type[BaseException], workers: int) -> None:
     def fail(*_: object) -> None:
         raise error("here")
 
@@ -63,19 +64,20 @@ def test_an_error_in_any_thread_ends_the_run(where: str, error: type[BaseExcepti
     broken = Work(**{**{name: getattr(work, name) for name in ("load", "kernel", "store")}, where: fail})
     before = threading.active_count()
     with pytest.raises(error, match="here"):
-        run(steps(50), broken, Resources())
+        run(steps(50), broken, Resources(workers=workers))
     assert threading.active_count() == before
 
 
-def test_no_more_than_three_buckets_are_alive() -> None:
-    """One being read or waiting, one computed, one written or waiting: peak memory is a number, not a hope."""
-    alive, most, lock = 0, 0, threading.Lock()
+@pytest.mark.parametrize(("workers", "memory", "most"), [(1, None, 3), (3, None, 5), (3, 25, 2), (3, 5, 1)])
+def test_what_is_alive_stays_within_the_bound(workers: int, memory: int | None, most: int) -> None:
+    """One being read, one written, one for each worker, and never more bytes than the bound: a number, not a hope."""
+    alive, seen, lock = 0, 0, threading.Lock()
 
     def load(i: int) -> dict[str, Tensor]:
-        nonlocal alive, most
+        nonlocal alive, seen
         with lock:
             alive += 1
-            most = max(most, alive)
+            seen = max(seen, alive)
         return {"x": torch.zeros(1)}
 
     def store(i: int, result: Tensor) -> None:
@@ -84,8 +86,38 @@ def test_no_more_than_three_buckets_are_alive() -> None:
         with lock:
             alive -= 1
 
-    run(steps(40), Work(load, lambda payloads, tensors: [tensors["x"]], store), Resources())
-    assert most == engine.ALIVE
+    size = 5 if memory == 5 else 10
+    work = Work(load, lambda payloads, tensors: [tensors["x"]], store)
+    run(steps(40, size), work, Resources(memory=memory, workers=workers))
+    assert seen == most
+
+
+def test_workers_compute_at_once_and_results_are_stored_in_order() -> None:
+    met = threading.Barrier(3, timeout=20)
+    stored: list[int] = []
+    threads: set[int] = set()
+
+    def kernel(payloads: tuple[int, ...], tensors: dict[str, Tensor]) -> list[Tensor]:
+        met.wait()
+        threads.add(torch.get_num_threads())
+        time.sleep(0.02 * (payloads[0] % 3))
+        return [tensors["x"]]
+
+    before = torch.get_num_threads()
+    work = Work(lambda i: {"x": torch.zeros(1)}, kernel, lambda i, _: stored.append(i))
+    run(steps(30), work, Resources(workers=3))
+    assert stored == list(reversed(range(30)))
+    assert threads == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_the_default_bound_grows_with_the_largest_step() -> None:
+    big = Step(0, (), 3 * engine.DEFAULT_MEMORY)
+    assert engine.bound([big], None) == big.bytes
+    assert engine.bound(steps(3), None) == engine.DEFAULT_MEMORY
+    assert engine.bound([big], 5) == 5
+    assert engine.peak_memory(steps(3)) == 30
+    assert engine.peak_memory([big, big]) == big.bytes
 
 
 def test_unknown_devices_are_refused() -> None:

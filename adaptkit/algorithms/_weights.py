@@ -18,8 +18,11 @@ from adaptkit.names import WEIGHT
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adaptkit.linalg.lowrank import LowRank
+
 __all__ = [
     "ALPHA",
+    "Decomposition",
     "Dense",
     "Factor",
     "Facts",
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 ALPHA = "alpha"
+THIN = 0.5  # of the smaller side: factors of a higher rank are dearer than ΔW itself
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -106,6 +110,7 @@ class Weights:
     wraps: ClassVar[tuple[str, ...]] = ()  # the algorithms this one is put around; see `over`
     bounded: ClassVar[bool] = False  # alpha bounds a rotation and is part of the weights, not a scale
     extractable: ClassVar[bool] = False
+    resized: ClassVar[str | None] = None  # the algorithm it becomes where its rank is cut; None: it has no rank to cut
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -142,6 +147,65 @@ class Weights:
         except NotRepresentable:
             return float(self.delta().double().square().sum())
         return float(product_norm_squared(left.double(), right.double()).sum())
+
+    def kron_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(w1, w2) with w1 ⊗ w2 = ΔW, in float32 or wider; None for all but Kronecker products."""
+        return None
+
+    def spectrum(self) -> Tensor:
+        """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS); no vectors.
+
+        From the factors where they are thin, else from the Gram matrix of ΔW. NotRepresentable where ΔW depends on the weight.
+        """
+        from adaptkit.linalg.factored import factored_core
+        from adaptkit.linalg.lowrank import energies
+
+        thin = self.thin_factors()
+        if thin is not None:
+            return factored_core(*thin).s
+        delta = self.delta()
+        return energies(delta, min(delta.shape[-2:])).sqrt()
+
+    def svd(self, rank: int, method: str = "auto") -> LowRank:
+        """The leading `rank` singular triplets of ΔW; exact from the factors where they are thin."""
+        from adaptkit.linalg.factored import factored_svd
+        from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
+
+        thin = self.thin_factors()
+        if thin is not None:
+            return factored_svd(*thin).head(rank)
+        return truncated_svd(self.delta(), SvdSpec(rank, method=method))  # type: ignore[arg-type]
+
+    def thin_factors(self) -> tuple[Tensor, Tensor] | None:
+        """`factors` where their rank is so small that they are cheaper than ΔW itself; else None."""
+        try:
+            left, right = self.factors()
+        except NotRepresentable:
+            return None
+        return (left, right) if left.shape[-1] <= min(left.shape[-2], right.shape[-1]) * THIN else None
+
+    def widened(self) -> Weights:
+        """The same ΔW in float64, where that saves converting its factors again and again; else itself."""
+        return self
+
+    @classmethod
+    def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
+        """The rank of `factors`, from stored shapes: at most what ΔW has."""
+        return facts.rank or min(facts.rows, facts.columns)
+
+    @classmethod
+    def sum(cls, parts: Sequence[Self]) -> Self:
+        """The weights of the sum of all ΔW, exactly (no batch)."""
+        raise NotRepresentable(f"a sum of {cls.name} is no {cls.name}", hint="--algo lora or --algo full can hold it")
+
+    @classmethod
+    def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
+        """ΔW of `weights` (no batch), of any kind, taken apart by the ranks that this kind can keep of it."""
+        raise NotRepresentable(f"a {cls.name} has no rank to choose", hint="--algo lora has")
+
+    def times(self, factor: float) -> Self:
+        """The weights of factor · ΔW."""
+        raise NotRepresentable(f"a {self.name} cannot be multiplied by {factor:g}")
 
     def part(self, start: int, stop: int) -> Self:
         """The weights of output rows [start, stop), exactly."""
@@ -208,6 +272,33 @@ class Weights:
         """One member of a batch with a single leading dimension."""
         chosen = {f.name: _pick(getattr(self, f.name), index) for f in fields(self)}  # type: ignore[arg-type]
         return type(self)(**chosen)
+
+
+class Decomposition:
+    """ΔW by rank: `energies`, what each further rank adds to what is kept of ‖ΔW‖² = `norm`; all of it small.
+
+    The weights themselves are not held: `keep` is given them again.
+    """
+
+    energies: tuple[float, ...]
+    norm: float
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The stored shape of every role but alpha at this rank, 1 … len(energies)."""
+        raise NotImplementedError
+
+    def elements(self) -> list[int]:
+        """How many numbers are stored (alpha aside) at rank 0 (none), 1, …, len(energies)."""
+        ranks = range(1, len(self.energies) + 1)
+        return [0, *(sum(math.prod(shape) for shape in self.shapes(rank).values()) for rank in ranks)]
+
+    def keep(self, weights: Weights, rank: int) -> Weights:
+        """The nearest weights of this rank."""
+        raise NotImplementedError
+
+    def lighter(self) -> Decomposition:
+        """The same without what only saves time."""
+        return self
 
 
 def _pick(value: object, index: int) -> object:

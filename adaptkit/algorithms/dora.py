@@ -8,7 +8,20 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._weights import Dense, Facts, Product, Role, Shapes, Stated, Tucker, Weights, matched, roles
+from adaptkit.algorithms._weights import (
+    Decomposition,
+    Dense,
+    Facts,
+    FitSpec,
+    Product,
+    Role,
+    Shapes,
+    Stated,
+    Tucker,
+    Weights,
+    matched,
+    roles,
+)
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 
 if TYPE_CHECKING:
@@ -91,6 +104,13 @@ class Dora(Weights):
         merged = (wide * factor).reshape(merged.shape)
         return base.lerp_(merged, strength) if strength != 1.0 else base.copy_(merged)
 
+    @classmethod
+    def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
+        """The direction by rank, the magnitudes as they are (reference §5); energies are the direction's."""
+        if not isinstance(weights, Dora):
+            raise NotRepresentable(f"a {weights.name} has no magnitudes to make a {cls.name} of")
+        return _Direction(cls.kind.decompose(weights.inner, spec), tuple(weights.encode()["magnitude"].shape))
+
     @property
     def rows(self) -> int:
         return self.inner.rows
@@ -144,6 +164,29 @@ class Dora(Weights):
         return (facts.rows, 1, *ones)
 
 
+class _Direction(Decomposition):
+    """The inner weights' ranks; the magnitudes, stored in the shape given, go with each."""
+
+    def __init__(self, inner: Decomposition, magnitude: tuple[int, ...]) -> None:
+        self.inner, self.magnitude = inner, magnitude
+        self.energies, self.norm = inner.energies, inner.norm
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        return {**self.inner.shapes(rank), "magnitude": self.magnitude}
+
+    def elements(self) -> list[int]:
+        extra = math.prod(self.magnitude)
+        return [n and n + extra for n in self.inner.elements()]
+
+    def keep(self, weights: Weights, rank: int) -> Weights:
+        assert isinstance(weights, Dora)
+        inner = self.inner.keep(weights.inner, rank)
+        return Dora.over(type(inner))(inner, weights.magnitude, weights.axis, weights.ones)
+
+    def lighter(self) -> Decomposition:
+        return _Direction(self.inner.lighter(), self.magnitude)
+
+
 @cache
 def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
     fields: dict[str, Any] = {
@@ -152,6 +195,7 @@ def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
         "title": f"{inner.title} with DoRA",
         "kind": inner,
         "wraps": (),
+        "resized": inner.resized and f"{inner.resized}+{cls.name}",
         "roles": MappingProxyType({**inner.roles, **cls.own}),
         "forms": tuple(form | {role} for form in inner.forms for role in STORED),
     }

@@ -26,6 +26,7 @@ class Full(Weights):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full difference"
     extractable: ClassVar[bool] = True
+    resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
         diff=Role("diff"),
         diff_b=Role("diff_b", ("lora_B.bias",), param=BIAS),
@@ -64,6 +65,9 @@ class Full(Weights):
     def apply(self, base: Tensor, strength: float) -> Tensor:
         return base.add_(self.diff, alpha=strength)
 
+    def times(self, factor: float) -> Self:
+        return replace(self, diff=self.delta() * factor)
+
     def part(self, start: int, stop: int) -> Self:
         return replace(self, diff=self.diff[..., start:stop, :])
 
@@ -83,6 +87,13 @@ class Full(Weights):
 
     def folded(self) -> Self:
         return self
+
+    @classmethod
+    def sum(cls, parts: Sequence[Self]) -> Self:
+        total = parts[0].delta()
+        for part in parts[1:]:
+            total = total + part.delta()
+        return replace(parts[0], diff=total)
 
     @classmethod
     def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:

@@ -45,6 +45,7 @@ class Loha(Weights):
 
     name: ClassVar[str] = "loha"
     title: ClassVar[str] = "LoHa"
+    resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{role: Role(f"hada_{role}") for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}, alpha=Role(ALPHA)
     )
@@ -99,6 +100,10 @@ class Loha(Weights):
         return left, right
 
     @classmethod
+    def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
+        return (facts.rank or 1) ** 2
+
+    @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
         """Block-diagonal in both products, which keeps the parts apart; parts of one thing share its columns."""
         import torch
@@ -130,6 +135,12 @@ class Loha(Weights):
             return self
         left = upcast(self.w1.left) * self.scale  # type: ignore[attr-defined]
         return replace(self, w1=replace(self.w1, left=left), scale=1.0)  # type: ignore[type-var]
+
+    def times(self, factor: float) -> Self:
+        """The number in the scale, its sign in `w1_a`."""
+        left = self.w1.left  # type: ignore[attr-defined]
+        w1 = replace(self.w1, left=-left if factor < 0 else left)  # type: ignore[type-var]
+        return replace(self, w1=w1, scale=self.scale * abs(factor))
 
     def part(self, start: int, stop: int) -> Self:
         one, two = (_rows(factor, slice(start, stop)) for factor in (self.w1, self.w2))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._weights import (
     ALPHA,
+    Decomposition,
     Dense,
     Factor,
     Facts,
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from adaptkit.linalg.lowrank import LowRank
+
+SMALL_PART = 0.25  # of a module: up to so much a full first factor costs less than the error of cutting its rank
+NOTHING = 1e-14  # of the first energy: what lies below is no rank but the rounding of float64
 W1_FORMS = (("w1",), ("w1_a", "w1_b"))
 W2_FORMS = (("w2",), ("w2_a", "w2_b"), ("t2", "w2_a", "w2_b"))
 
@@ -52,6 +57,7 @@ class Lokr(Weights):
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
     extractable: ClassVar[bool] = True
+    resized: ClassVar[str | None] = "lokr"
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{role: Role(f"lokr_{role}") for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}, alpha=Role(ALPHA)
     )
@@ -189,6 +195,54 @@ class Lokr(Weights):
         return kron(left1 * self.scale, left2), kron(right1, right2)
 
     @classmethod
+    def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
+        (a, b), one = _first(shapes)
+        (c, columns, _), two = _second(shapes)
+        return min(one or a, a, b) * min(two or c, c, columns)
+
+    def times(self, factor: float) -> Self:
+        """The number in the scale, its sign in the first factor."""
+        match self.w1:
+            case Product(left, right) if factor < 0:
+                w1: Factor = Product(-left, right)
+            case _ if factor < 0:
+                w1 = Dense(-_stored(self.w1))
+            case _:
+                w1 = self.w1
+        return replace(self, w1=w1, scale=self.scale * abs(factor))
+
+    def kron_factors(self) -> tuple[Tensor, Tensor]:
+        return self.w1.dense() * self.scale, self.w2.dense()
+
+    def spectrum(self) -> Tensor:
+        """All products of the singular values of the two factors."""
+        one, two = (_svd(factor).s.double() for factor in (self.w1, self.w2))
+        return (abs(self.scale) * one.unsqueeze(-1) * two.unsqueeze(-2)).flatten(-2).sort(-1, descending=True).values
+
+    def svd(self, rank: int, method: str = "auto") -> LowRank:
+        """σᵢ τⱼ with uᵢ ⊗ u'ⱼ and vᵢ ⊗ v'ⱼ, the largest products first: optimal (Eckart–Young), ΔW never formed."""
+        del method  # the factors are small: exact always
+        return _leading(_svd(self.w1), _svd(self.w2), self.scale, rank)
+
+    @classmethod
+    def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
+        """By the rank of the second factor, full from where readers expect it so.
+
+        Of a LoKr the factors are kept: its best approximation of that form. Anything else is first brought to the nearest
+        Kronecker product with factor `spec.factor`; then `energies` are those of its truncation, which `fit` only improves.
+        """
+        given = weights if isinstance(weights, Lokr) else None
+        lokr = given or cls.fit(weights.delta(), replace(spec, rank=None))
+        one, two = lokr.kron_factors()
+        sides = ((one.shape[-2], one.shape[-1]), (two.shape[-2], two.shape[-1]))
+        both = given is not None and isinstance(given.w1, Product)
+        ranks = _SecondRanks((), 0.0, sides, full_from(*sides[1], spec.kernel), spec, both)
+        energies = [_svd(factor).s.double().square() for factor in (lokr.w1, lokr.w2)]
+        kept = ranks.captured(energies[0] * lokr.scale**2, energies[1])[: spec.rank]
+        norm = float(energies[0].sum() * energies[1].sum()) * lokr.scale**2 if given else weights.norm_squared()
+        return replace(ranks, energies=tuple(b - a for a, b in pairwise((0.0, *kept))), norm=norm)
+
+    @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
         """Nearest Kronecker product (Van Loan and Pitsianis 1993), w2 full, or of low rank by alternating least squares.
 
@@ -202,11 +256,97 @@ class Lokr(Weights):
         window = math.prod(spec.kernel)
         a, c = factorization(rows, spec.factor)
         b, d = factorization(columns // window, spec.factor)
-        if spec.rank is None or spec.rank >= max(c, d) / 2 or spec.rank >= min(c, d * window):
+        if spec.rank is None or spec.rank >= full_from(c, d * window, spec.kernel):
             best = nearest_kron(delta, a, b)
             return cls(Dense(best.w1), Dense(best.w2), 1.0, spec.kernel)
         low = nearest_kron_lowrank(delta, a, b, spec.rank)
         return cls(Dense(low.w1), Product(low.left, low.right), 1.0, spec.kernel)
+
+
+def full_from(rows: int, columns: int, kernel: tuple[int, ...]) -> int:
+    """The rank from which a second factor of rows × columns is stored full: LyCORIS expects it so from half its larger side
+    (kernel not counted), and no product is smaller from its smaller side on."""
+    larger = max(rows, columns // math.prod(kernel))
+    return min(-(-larger // 2), rows, columns)
+
+
+@dataclass(frozen=True)
+class _SecondRanks(Decomposition):
+    """Kept ranks are those of the second factor, c × d·K; from `limit` on it is full.
+
+    `both`: the first factor is a product too. It stays one, of the same rank as readers want it, while it would be a good part
+    of the module's size; else it is stored full, without loss.
+    """
+
+    energies: tuple[float, ...]
+    norm: float
+    sides: tuple[tuple[int, int], tuple[int, int]]
+    limit: int
+    spec: FitSpec
+    both: bool
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        (a, b), (c, columns) = self.sides
+        kernel = self.spec.kernel
+        if rank >= self.limit:
+            return {"w1": (a, b), "w2": (c, columns // math.prod(kernel), *kernel)}
+        first = {"w1_a": (a, rank), "w1_b": (rank, b)} if self._first_too(rank) else {"w1": (a, b)}
+        return {**first, "w2_a": (c, rank), "w2_b": (rank, columns)}
+
+    def _first_too(self, rank: int) -> bool:
+        (a, b), (c, columns) = self.sides
+        return self.both and rank < full_from(a, b, ()) and a * b > SMALL_PART * rank * (c + columns)
+
+    def captured(self, one: Tensor, two: Tensor) -> list[float]:
+        """What is kept of ‖ΔW‖² at ranks 1, 2, … by the squared singular values of the factors: ‖w1‖² ‖w2‖²."""
+        real = int((two > NOTHING * two[:1]).sum())
+        ranks = range(1, max(1, min(real, self.limit - 1)) + 1) if self.limit > 1 else ()
+        found = [float((one[:k] if self._first_too(k) else one).sum() * two[:k].sum()) for k in ranks]
+        return [*found, float(one.sum() * two.sum())] if real >= self.limit or not found else found
+
+    def keep(self, weights: Weights, rank: int) -> Weights:
+        full = rank >= self.limit
+        if not isinstance(weights, Lokr):
+            return Lokr.fit(weights.delta(), replace(self.spec, rank=None if full else rank))
+        one, two = weights.kron_factors()
+        if full:
+            return Lokr(Dense(one), Dense(two), 1.0, self.spec.kernel)
+        w1: Factor = Dense(one)
+        if self._first_too(rank):
+            w1 = Product(*_svd(weights.w1).head(rank).balanced())
+            w1 = replace(w1, left=w1.left * weights.scale)
+        return Lokr(w1, Product(*_svd(weights.w2).head(rank).balanced()), 1.0, self.spec.kernel)
+
+
+def _svd(factor: Factor) -> LowRank:
+    """All singular triplets of one side, (…, m, n)."""
+    from adaptkit.linalg.factored import factored_svd
+    from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
+
+    if isinstance(factor, Dense):
+        dense = factor.dense()
+        return truncated_svd(dense, SvdSpec(min(dense.shape[-2:])))
+    found = factored_svd(*_low_rank(factor))
+    return found.head(min(found.s.shape[-1], found.u.shape[-2], found.vh.shape[-1]))
+
+
+def _leading(one: LowRank, two: LowRank, scale: float, rank: int) -> LowRank:
+    from adaptkit.linalg.lowrank import LowRank
+
+    products = (one.s.unsqueeze(-1) * two.s.unsqueeze(-2)).flatten(-2)
+    s, index = products.topk(min(rank, products.shape[-1]))
+    rest = products.double().square().sum(-1) - s.double().square().sum(-1)
+    i, j = index // two.s.shape[-1], index % two.s.shape[-1]
+    u = _paired(one.u, two.u, i, j)
+    v = _paired(one.vh.mT, two.vh.mT, i, j)
+    return LowRank(u * (-1.0 if scale < 0 else 1.0), abs(scale) * s, v.mT, (scale**2 * rest).clamp_min(0))
+
+
+def _paired(one: Tensor, two: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Columns i of one (..., a, ·) ⊗ columns j of two (..., c, ·), (..., a·c, k)."""
+    left = one.gather(-1, i.unsqueeze(-2).expand(*one.shape[:-1], -1))
+    right = two.gather(-1, j.unsqueeze(-2).expand(*two.shape[:-1], -1))
+    return (left.unsqueeze(-2) * right.unsqueeze(-3)).flatten(-3, -2)
 
 
 def _stored(factor: Factor) -> Tensor:

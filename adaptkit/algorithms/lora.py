@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._weights import (
     ALPHA,
+    Decomposition,
     Facts,
     FitSpec,
     Role,
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from adaptkit.linalg.factored import Core
+
+NOTHING = 1e-14  # of the first energy: what lies below is no rank but the rounding of float64
+
 
 @dataclass(frozen=True, eq=False)
 class Lora(Weights):
@@ -43,6 +48,7 @@ class Lora(Weights):
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA / LoCon"
     extractable: ClassVar[bool] = True
+    resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role(
             "lora_up.weight",
@@ -115,7 +121,17 @@ class Lora(Weights):
     def factors(self) -> tuple[Tensor, Tensor]:
         from adaptkit.linalg.precision import upcast
 
-        return upcast(self.up) * self.scale, self._right()
+        up = upcast(self.up)
+        return up if self.scale == 1.0 else up * self.scale, self._right()
+
+    def widened(self) -> Self:
+        from adaptkit.linalg.precision import accumulate_dtype
+
+        wide = accumulate_dtype(self.up.device)
+        right = self.down if self.mid is None else self._right()
+        up, down = self.up.to(wide, copy=True), right.to(wide, copy=True)
+        (up if up.numel() < down.numel() else down).mul_(self.scale)
+        return replace(self, up=up, down=down, scale=1.0, mid=None)
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         left, right = self.factors()
@@ -157,6 +173,26 @@ class Lora(Weights):
 
         return self if self.scale == 1.0 else replace(self, up=upcast(self.up) * self.scale, scale=1.0)
 
+    def times(self, factor: float) -> Self:
+        """The number in the scale, its sign in `up`: some readers take a negative alpha for a mistake."""
+        return replace(self, up=-self.up if factor < 0 else self.up, scale=self.scale * abs(factor))
+
+    @classmethod
+    def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
+        """By singular values: best approximations (Eckart–Young), factors balanced by √σ, alpha = rank."""
+        return _by_singular_values(weights, spec)
+
+    @classmethod
+    def sum(cls, parts: Sequence[Self]) -> Self:
+        """By concatenation, each with its own scale: ranks add up."""
+        import torch
+
+        if any(part.mid is not None for part in parts):
+            parts = [cls(*part.factors(), 1.0, part.kernel) for part in parts]
+        parts = [part.folded() for part in parts]
+        up, down = torch.cat([part.up for part in parts], -1), torch.cat([part.down for part in parts], -2)
+        return replace(parts[0], up=up, down=down)
+
     @classmethod
     def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:
         """Through exact low-rank factors, in float32."""
@@ -175,6 +211,61 @@ class Lora(Weights):
         svd = truncated_svd(delta, SvdSpec(rank, method=spec.svd, seed=spec.seed))  # type: ignore[arg-type]
         up, down = svd.balanced()
         return cls(up, down, 1.0, spec.kernel)
+
+
+@dataclass(frozen=True)
+class _SingularValues(Decomposition):
+    """Kept ranks are LoRAs of `rows` × `columns`; the core, where it is held, saves a second decomposition."""
+
+    energies: tuple[float, ...]
+    norm: float
+    rows: int
+    columns: int
+    spec: FitSpec
+    core: Core | None
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        kernel = self.spec.kernel
+        inputs = self.columns // _columns(1, kernel)
+        return {"up": (self.rows, rank, *(1 for _ in kernel)), "down": (rank, inputs, *kernel)}
+
+    def elements(self) -> list[int]:
+        return [rank * (self.rows + self.columns) for rank in range(len(self.energies) + 1)]
+
+    def keep(self, weights: Weights, rank: int) -> Weights:
+        thin = None if self.core is None else weights.thin_factors()
+        if self.core is None or thin is None:
+            up, down = weights.svd(rank, self.spec.svd).balanced()
+        else:
+            up, down = self.core.kept(*thin, rank)
+        return Lora(up, down, 1.0, self.spec.kernel)
+
+    def lighter(self) -> Decomposition:
+        return replace(self, core=None)
+
+
+def _by_singular_values(weights: Weights, spec: FitSpec) -> Decomposition:
+    from adaptkit.linalg.factored import factored_core
+    from adaptkit.linalg.lowrank import SvdSpec, energies
+
+    norm, core = None, None
+    if (kron := weights.kron_factors()) is not None:
+        values = weights.spectrum()
+        sides = kron[0].shape[-2] * kron[1].shape[-2], kron[0].shape[-1] * kron[1].shape[-1]
+    elif (thin := weights.thin_factors()) is not None:
+        core = factored_core(*thin)
+        values, sides = core.s, (thin[0].shape[-2], thin[1].shape[-1])
+        core = core.head(len(values) if spec.rank is None else spec.rank)
+    else:
+        delta = weights.delta()
+        sides = (delta.shape[-2], delta.shape[-1])
+        rank = min(sides) if spec.rank is None else min(spec.rank, *sides)
+        norm = weights.norm_squared()
+        values = energies(delta, rank, SvdSpec(rank, method=spec.svd)).sqrt()  # type: ignore[arg-type]
+    found = values.double().square()
+    total = float(found.sum()) if norm is None else norm
+    real = found[: max(1, int((found > NOTHING * found[:1]).sum()))][: spec.rank]
+    return _SingularValues(tuple(real.tolist()), total, *sides, spec, core)
 
 
 def _columns(inputs: int, kernel: tuple[int, ...]) -> int:

@@ -19,8 +19,11 @@ _INTERRUPTED = 130
 _COMMANDS = {
     "inspect": "adaptkit.cli.inspect",
     "convert": "adaptkit.cli.convert",
+    "resize": "adaptkit.cli.resize",
+    "combine": "adaptkit.cli.combine",
     "extract": "adaptkit.cli.extract",
     "merge": "adaptkit.cli.merge",
+    "compare": "adaptkit.cli.compare",
     "formats": "adaptkit.cli.tables",
     "families": "adaptkit.cli.tables",
     "algorithms": "adaptkit.cli.tables",

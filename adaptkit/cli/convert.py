@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, writer
+from adaptkit.cli.options import PATH, ranks, recasts, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,8 @@ HOSTS = ("comfyui", "diffusers", "kohya", "invokeai")
 @click.argument("adapter", type=PATH)
 @click.option("--to", metavar="FORMAT", help="Key format to write; `adaptkit formats` lists them.")
 @click.option("--for", "host", type=click.Choice(HOSTS), help="Write what this host really loads for this family.")
-@click.option("--algo", metavar="NAME", help="Change the algorithm too, where that is exact: lora, full.")
+@recasts
+@ranks
 @writer
 def convert(adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any) -> None:
     """Write ADAPTER in another key format, every key accounted for.
@@ -27,10 +28,14 @@ def convert(adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: b
     are split or parts fused, exactly. Where the new format has no place for alpha, it is multiplied into the weights, and
     the report says for how many modules and with what error. A key that would be lost fails the run.
 
+    --algo changes the algorithm too: exactly where that is possible, else to the nearest weights, with the error reported;
+    one of the rank rules cuts the rank on the way.
+
     \b
     adaptkit convert style.safetensors --to comfy
     adaptkit convert style.safetensors --for diffusers -o style-diffusers.safetensors
     adaptkit convert style.safetensors --to peft -o style-peft
+    adaptkit convert lokr.safetensors --to diffusers --algo lora --rank 32
     """
     from adaptkit.cli.render import Talk
     from adaptkit.ops import convert as op

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -9,14 +10,42 @@ import click
 from adaptkit.cli.options import PATH, inputs, talk
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from adaptkit.ops.inspect import Report
+
+
+def _picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a suffix that no picture has."""
+    from adaptkit.cli._plot import SUFFIXES
+
+    if path is not None and path.suffix.lower() not in SUFFIXES:
+        raise click.BadParameter(f"{path.name!r} ends in none of {', '.join(SUFFIXES)}", context, parameter)
+    return path
+
+
+def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
+    """Refuse what cannot be drawn before anything is read."""
+    from adaptkit.cli._plot import check
+
+    if len(files) != 1:
+        raise click.UsageError(f"--plot draws one file, not {len(files)}")
+    check(path, overwrite)
 
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
 @click.option("--keys", is_flag=True, help="List every tensor: key, dtype, shape.")
 @click.option("--modules", is_flag=True, help="List every adapted module: algorithm, rank, alpha, shape.")
-@click.option("--stats", is_flag=True, help="Read the weights too: ‖ΔW‖ per module, zeros, NaN, overflow.")
+@click.option("--stats", is_flag=True, help="Read the weights too: strengths and ranks by block; zeros, NaN, overflow.")
+@click.option(
+    "--plot",
+    type=PATH,
+    callback=_picture,
+    help="Draw what --stats finds: a .png, .svg or .html file (needs adaptkit[plot]).",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing picture.")
 @click.option("--hash", is_flag=True, help="Add the SHA-256 of the file.")
 @inputs
 @talk
@@ -25,6 +54,8 @@ def inspect(
     keys: bool,
     modules: bool,
     stats: bool,
+    plot: Path | None,
+    overwrite: bool,
     hash: bool,
     family: str | None,
     format: str | None,
@@ -35,14 +66,35 @@ def inspect(
     """Say what adapter files and checkpoints are, from their headers alone.
 
     FILE is a .safetensors file, a pickle (.ckpt, .pt, .bin), an index of shards, or a folder: a diffusers or PEFT folder
-    counts as one file, any other folder is searched for weight files. Without --stats no weights are read and torch is
-    not loaded.
+    counts as one file, any other folder is searched for weight files. Without --stats and --plot no weights are read
+    and torch is not loaded.
+
+    --stats computes ‖ΔW‖ and the singular values of every module, and shows them by block: a heat map of how much each
+    kind of layer changes, and how many singular values hold 90 and 99 % of it. --plot draws the same, with the spectra.
+
     Exits 1 if a file is corrupt or foreign, after reporting the others.
     """
-    from adaptkit.cli.render import inspected
+    from adaptkit.cli.render import Talk, inspected
     from adaptkit.ops import inspect as op
 
+    paths = list(op.expand(files))
+    stats = stats or plot is not None
+    if plot is not None:
+        _can_plot(plot, paths, overwrite)
     options = op.Options(family=family, format=format, hash=hash, stats=stats)
-    reports = [op.run(path, options) for path in op.expand(files)]
-    inspected(reports, keys=keys, modules=modules or verbose or stats, as_json=as_json, quiet=quiet)
-    return 1 if any(report.error for report in reports) else 0
+    with Talk("inspect", as_json, quiet, verbose).progress("reading weights") if stats else nullcontext() as bar:
+        reports = [op.run(path, options, bar) for path in paths]
+    inspected(reports, keys=keys, modules=modules or verbose or (stats and as_json), as_json=as_json, quiet=quiet)
+    if any(report.error for report in reports):
+        return 1
+    if plot is not None:
+        _plotted(reports[0], plot, overwrite, quiet)
+    return 0
+
+
+def _plotted(report: Report, path: Path, overwrite: bool, quiet: bool) -> None:
+    from adaptkit.cli._plot import draw
+
+    draw(report, path, overwrite)
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)

@@ -11,7 +11,7 @@ import click
 
 from adaptkit.ops._common import split_strength
 
-__all__ = ["PATH", "SIZE", "STRENGTH", "Size", "inputs", "talk", "writer"]
+__all__ = ["PATH", "SIZE", "STRENGTH", "Size", "inputs", "ranks", "recasts", "talk", "writer"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,6 +80,59 @@ def inputs(function: F) -> F:
     )
 
 
+SHARE = click.FloatRange(0.0, 1.0, min_open=True)
+
+
+def ranks(function: F) -> F:
+    """Which ranks to keep: one of the rules."""
+    return _apply(
+        function,
+        [
+            click.option("--rank", type=click.IntRange(1), help="This rank everywhere, as far as a layer allows."),
+            click.option(
+                "--conv-rank", type=click.IntRange(1), help="Rank of convolutions larger than 1×1, with --rank."
+            ),
+            click.option(
+                "--energy", type=SHARE, metavar="E", help="The least rank per module keeping this share of ‖ΔW‖²."
+            ),
+            click.option(
+                "--error",
+                type=click.FloatRange(0.0, 1.0),
+                metavar="E",
+                help="The smallest file with a relative error of at most E over the whole adapter.",
+            ),
+            click.option("--size", type=SIZE, metavar="SIZE", help="The least error in a file of at most SIZE."),
+            click.option("--sv-ratio", type=click.FloatRange(1.0), metavar="R", help="Keep σᵢ ≥ σ₁ / R, per module."),
+            click.option("--sv-fro", type=SHARE, metavar="F", help="Keep √(Σ kept σ² / Σ σ²) ≥ F, per module."),
+            click.option("--sv-cumulative", type=SHARE, metavar="C", help="Keep Σ kept σ / Σ σ ≥ C, per module."),
+            click.option("--max-rank", type=click.IntRange(1), help="No module gets a higher rank, whatever the rule."),
+        ],
+    )
+
+
+def recasts(function: F) -> F:
+    """--algo, --factor and --base of the commands that write adapters anew."""
+    return _apply(
+        function,
+        [
+            click.option("--algo", metavar="NAME", help="Change the algorithm: lora, lokr, full."),
+            click.option(
+                "--factor",
+                type=click.IntRange(1),
+                default=8,
+                show_default=True,
+                help="Size of the small factor, where something becomes a LoKr.",
+            ),
+            click.option(
+                "--base",
+                type=PATH,
+                metavar="CHECKPOINT",
+                help="The model it was trained on: for DoRA, OFT and others whose change depends on it.",
+            ),
+        ],
+    )
+
+
 def writer(function: F) -> F:
     """What every command that writes accepts."""
     return _apply(
@@ -101,7 +154,7 @@ def writer(function: F) -> F:
                 "--memory",
                 type=SIZE,
                 metavar="SIZE",
-                help="Bound on working memory, torch not counted.  [default: 1GB]",
+                help="Bound on working memory, torch not counted.  [default: 640MB, or what one layer needs]",
             ),
             click.option(
                 "--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable)."

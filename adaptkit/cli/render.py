@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
@@ -16,13 +17,23 @@ from adaptkit import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from adaptkit.ops import convert, extract, inspect, merge
+    from adaptkit.ops import combine, convert, extract, inspect, merge, resize
 
 __all__ = ["Talk", "human", "inspected", "listed"]
 
 _NARROW = 76  # characters in one cell of a table; longer ones get lines of their own
 _FEW = 2  # keys named per reason
 _MANY = 12  # of a thing are listed, then "and n more"
+_MEASURED = {
+    "algorithm": "algorithm",
+    "rank": "rank",
+    "norm": "‖ΔW‖",
+    "spectral_norm": "σ₁",
+    "stable_rank": "stable",
+    "rank_90": "r90",
+    "rank_99": "r99",
+    "module": "module",
+}
 LABEL = "bold cyan"
 _UNWRAPPED = 10_000  # columns: what goes into a pipe is not broken into lines
 
@@ -117,10 +128,12 @@ def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, 
 
 def _show(reports: Sequence[inspect.Report], keys: bool, modules: bool) -> None:
     good = [report for report in reports if report.error is None]
-    if len(reports) > 1 and not (keys or modules):
+    if len(reports) > 1 and not (keys or modules or any("blocks" in report.record for report in good)):
         return _overview(good)
     for report in good:
         _file(report)
+        if report.record.get("blocks"):
+            _blocks(report)
         if modules:
             _modules(report)
         if keys:
@@ -154,10 +167,12 @@ def _file(report: inspect.Report) -> None:
     out = console()
     out.print(Text(PurePath(record["path"]).name, style="bold"), Text(f"{record['kind']}, {human(record['bytes'])}"))
     out.print(facts((name, value) for name, value in _lines(record) if value))
-    for problem in record["problems"]:
+    for problem in record["problems"][:_MANY]:
         where = f"{problem['module']}: " if problem["module"] else ""
         style = "red" if problem["severity"] == "error" else "yellow"
         out.print(Text(f"  {problem['severity']}: ", style=style) + Text(f"{where}{problem['what']}"))
+    if len(record["problems"]) > _MANY:
+        out.print(f"  and {len(record['problems']) - _MANY} more problems (see --json)", style="yellow")
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -207,11 +222,34 @@ def _metadata(metadata: Mapping[str, str]) -> str:
     return "\n".join([*found, *([f"{'and ' if found else ''}{rest} more (see --json)"] if rest else [])])
 
 
+def _blocks(report: inspect.Report) -> None:
+    """Strength and rank of every block, as a heat map."""
+    from adaptkit.cli._heat import heat_map
+
+    out = console()
+    coloured = out.color_system in ("256", "truecolor") and not out.no_color
+    out.print()
+    for line in heat_map(report.record, report.modules, out.width, coloured):
+        if not coloured:
+            line.rstrip()
+        out.print(line, no_wrap=True, crop=False, overflow="ignore")
+
+
 def _modules(report: inspect.Report) -> None:
     if not report.modules:
         return
+    if "norm" in report.modules[0]:
+        return _measured(report.modules)
     columns = _last(list(report.modules[0]), "module")
     console().print(table(columns, ([_cell(m[c]) for c in columns] for m in report.modules)))
+
+
+def _measured(modules: Sequence[Mapping[str, Any]]) -> None:
+    rows = [[f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in _MEASURED] for m in modules]
+    columns = list(_MEASURED.values())
+    out = console()
+    out.print()
+    out.print(table(columns, rows, right=columns[1:-1]))
 
 
 def _last(columns: list[str], name: str) -> list[str]:
@@ -312,13 +350,40 @@ class Talk:
 
     def converted(self, report: convert.Report) -> None:
         """Summary of a conversion."""
-        error = "exact" if report.relative_error == 0 else f"relative error {report.relative_error:.3g}"
         rows = [
             ("adapter", f"{report.family}, {report.source_format} → {report.format} keys, {human(report.bytes)}"),
             ("modules", f"{report.modules}: {_counts(report.changes, '{1} {0}')}"),
-            ("weights", error),
+            ("weights", self._error(report.relative_error)),
         ]
         self._written(report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes)
+
+    def resized(self, report: resize.Report) -> None:
+        """Summary of a resize."""
+        ranks = Counter(str(d["rank"]) for d in report.details if d["rank"])
+        rows = [
+            ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
+            ("modules", f"{report.modules}: {_counts(report.changes, '{1} {0}')}"),
+            ("ranks", _counts(dict(sorted(ranks.items(), key=lambda item: int(item[0]))), "{0} (×{1})")),
+            ("weights", self._error(report.relative_error)),
+        ]
+        self._written(report, rows, ("algorithm", "rank_before", "rank", "relative_error", "module"), report.notes)
+
+    def combined(self, report: combine.Report, inputs: Sequence[tuple[str, float]]) -> None:
+        """Summary of a combination."""
+        ranks = Counter(str(d["rank"]) for d in report.details if d["rank"])
+        kinds = Counter(d["algorithm"] for d in report.details)
+        rows = [
+            ("inputs", "\n".join(f"{PurePath(path).name} × {weight:g}" for path, weight in inputs)),
+            ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
+            ("modules", f"{report.modules}: {_counts(kinds)}"),
+            ("ranks", _counts(dict(sorted(ranks.items(), key=lambda item: int(item[0]))), "{0} (×{1})")),
+            ("weights", self._error(report.relative_error)),
+        ]
+        self._written(report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes)
+
+    @staticmethod
+    def _error(error: float) -> str:
+        return "exact" if error == 0 else f"relative error {error:.3g}"
 
     def merged(self, report: merge.Report) -> None:
         """Summary of a merge."""
@@ -354,12 +419,14 @@ class Talk:
 
 
 def _summary(name: str, value: object) -> bool:
-    return name not in ("details", "unused", "output") and value not in ("", None)
+    return name not in ("details", "unused", "output") and value not in ("", None, [])
 
 
 def _shown(name: str, value: object) -> str:
     if isinstance(value, int) and ("bytes" in name or "memory" in name):
         return human(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "\n".join(value)
     if isinstance(value, list):
         return "\n".join(f"{item['path']} × {item['strength']:g}: {item['modules']} modules" for item in value)
     return str(value)

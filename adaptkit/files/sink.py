@@ -67,7 +67,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorSpec(name, _DTYPES.get(dtype, dtype), tuple(tensor.shape))
 
@@ -114,7 +114,7 @@ class TensorSink:
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor; `ShapeMismatch` if its dtype or shape is not the promised one."""
         info = self._info(name)
-        self._check(info, _spec_of(name, tensor))
+        self._check(info, spec_of(name, tensor))
         self._claim(name)
         self._write(tensor_bytes(tensor), info.start)
         self._written.add(name)
@@ -448,7 +448,7 @@ class Spool:
                 self._file.rollover()  # before, not after, memory holds more than the limit
             self._file.seek(self._end)
             self._file.write(data)
-            self._places[name] = _spec_of(name, tensor), self._end, len(data)
+            self._places[name] = spec_of(name, tensor), self._end, len(data)
             self._end += len(data)
 
     def specs(self) -> list[TensorSpec]:

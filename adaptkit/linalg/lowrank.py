@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, gram_columns
-from adaptkit.linalg.precision import accumulate_dtype, compute_dtype, norm_squared, supports_float64, upcast
+from adaptkit.linalg.precision import accumulate_dtype, norm_squared, upcast
 
-__all__ = ["LowRank", "Method", "SvdSpec", "energies", "factored_svd", "product_norm_squared", "truncated_svd"]
+__all__ = ["LowRank", "Method", "SvdSpec", "energies", "product_norm_squared", "signed", "truncated_svd"]
 
 Method = Literal["auto", "exact", "lanczos", "gram"]
 
@@ -31,6 +31,11 @@ class LowRank:
     s: Tensor
     vh: Tensor
     residual: Tensor
+
+    def head(self, rank: int) -> LowRank:
+        """The leading `rank` triplets; the residual counts what is left out."""
+        left = self.s[..., rank:].to(self.residual.dtype).square().sum(-1)
+        return LowRank(self.u[..., :rank], self.s[..., :rank], self.vh[..., :rank, :], self.residual + left)
 
     def balanced(self) -> tuple[Tensor, Tensor]:
         """(left (..., m, k), right (..., k, n)) with √s on both sides, which suits fp16 best (reference §6)."""
@@ -125,7 +130,7 @@ def _solver(method: Method, rank: int, smaller: int) -> Solver:
 
 def _finish(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> LowRank:
     """Fix signs, and state what is left of A exactly."""
-    u, v = _signed(u, v)
+    u, v = signed(u, v)
     vh = v.mT
     total = norm_squared(a)
     residual = total - s.to(total.dtype).square().sum(dim=-1)
@@ -134,7 +139,7 @@ def _finish(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> LowRank:
     return LowRank(u, s, vh.contiguous(), residual.clamp_min(0.0))
 
 
-def _signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """u (..., m, k) and v (..., n, k) with the largest entry of each column of u positive."""
     top = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
     sign = torch.where(top < 0, -1.0, 1.0).to(u.dtype)
@@ -220,43 +225,6 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
         return eigh(gram_columns(wide))[0][:rank]
     found = explored(wide, rank, spec.tol, spec.seed).ritz()[0]
     return torch.nn.functional.pad(found, (0, rank - found.shape[0]))
-
-
-def factored_svd(left: Tensor, right: Tensor) -> LowRank:
-    """Exact SVD of left (..., m, r) · right (..., r, n), k = r, without forming the product.
-
-    Gram matrices and eigendecompositions of r × r cores in float64: rank-revealing, as accurate as float64 QR down to
-    σ/σ₁ of about 1e-7, as cheap as float32 QR (reference §1.1). Dead directions have σ = 0 and a zero row of vh. Without
-    float64 (MPS), by QR in float32. u, s, vh in the compute dtype of both; residual 0, as the product is met exactly.
-    """
-    dtype = compute_dtype(left, right)
-    if not supports_float64(left.device):
-        return _factored_qr(left.to(dtype), right.to(dtype))
-    up, down = left.double(), right.double()
-    values, vectors = eigh(up.mT @ up)
-    h = values.sqrt()
-    alive = values > up.shape[-1] * torch.finfo(torch.float64).eps * values.amax(-1, keepdim=True)
-    inverse = torch.where(alive, 1.0 / torch.where(alive, h, 1.0), 0.0)
-    b = vectors * h.unsqueeze(-2)
-    squares, y = eigh(b.mT @ (down @ down.mT) @ b)
-    s = squares.sqrt()
-    kept = squares > up.shape[-1] * torch.finfo(torch.float64).eps * squares.amax(-1, keepdim=True)
-    s_inverse = torch.where(kept, 1.0 / torch.where(kept, s, 1.0), 0.0)
-    u = up @ (vectors * inverse.unsqueeze(-2)) @ y
-    vh = s_inverse.unsqueeze(-1) * (y.mT @ b.mT @ down)
-    s = torch.where(kept, s, 0.0)
-    u, v = _signed(u, vh.mT)
-    return LowRank(u.to(dtype), s.to(dtype), v.mT.to(dtype), torch.zeros(s.shape[:-1], dtype=s.dtype, device=s.device))
-
-
-def _factored_qr(left: Tensor, right: Tensor) -> LowRank:
-    q1, r1 = torch.linalg.qr(left)
-    q2, r2 = torch.linalg.qr(right.mT)
-    u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
-    u, v = _signed(q1 @ u, q2 @ vh.mT)
-    missing = left.shape[-1] - s.shape[-1]  # k = r also where r exceeds a side of the product
-    u, s, v = (torch.nn.functional.pad(t, (0, missing)) for t in (u, s, v))
-    return LowRank(u, s, v.mT, torch.zeros(s.shape[:-1], dtype=s.dtype, device=s.device))
 
 
 def product_norm_squared(left: Tensor, right: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptkit.ops import convert, extract, inspect, merge
+    from adaptkit.ops import combine, compare, convert, extract, inspect, merge, resize
 
-__all__ = ["convert", "extract", "inspect", "merge"]
+__all__ = ["combine", "compare", "convert", "extract", "inspect", "merge", "resize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NotRepresentable
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Module", "adapter_file", "check_adapter_output", "diffusers_metadata", "factor_rows", "peft_config"]
 
+TEXT_MODEL = "text_model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KNOWN = frozenset({WEIGHTS, CONFIG, "adapter_model.bin", "README.md"})  # what a PEFT folder holds
 
@@ -91,7 +92,19 @@ def _patterns(values: Iterable[tuple[str, float]]) -> tuple[float, dict[str, flo
     """
     listed = list(values)
     usual = Counter(value for _, value in listed).most_common(1)[0][0]
-    return _plain(usual), {f"^{name}": _plain(value) for name, value in listed if value != usual}
+    return _plain(usual), {_exactly(name): _plain(value) for name, value in listed if value != usual}
+
+
+def _exactly(name: str) -> str:
+    return name if name.startswith("encoder.layers.") else f"^{name}"  # of a text encoder, perhaps below `text_model.`
+
+
+def _anywhere(module: Module) -> Module:
+    """transformers 5 took `text_model.` out of its CLIP: diffusers takes it off the weights' names, but not off these.
+
+    Without it PEFT finds the module either way, as the ending of its name.
+    """
+    return replace(module, name=module.name.removeprefix(TEXT_MODEL))
 
 
 def _plain(value: float) -> float:
@@ -136,6 +149,6 @@ def diffusers_metadata(parts: Mapping[str, Sequence[Module]]) -> str:
     fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora")
     found: dict[str, Any] = {}
     for component, modules in parts.items():
-        config = peft_config(modules)
+        config = peft_config([_anywhere(module) for module in modules])
         found |= {f"{component}.{name}": config[name] for name in fields}
     return json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False)

@@ -82,7 +82,7 @@ class Plan:
             "modules": len(fitted),
             "bytes_in": sum(self.base.nbytes(j.base) + self.tuned.nbytes(j.tuned) for j in self.jobs),
             "bytes_out_at_most": sum(_stored_bytes(job, self.options) for job in fitted),
-            "peak_memory": peak_memory(self.steps),
+            "peak_memory": peak_memory(self.steps, self.options.memory),
             "device": self.options.device,
             "unused": [item.to_dict() for item in self.unused],
             "details": [

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.adapter import PEFT_CONFIG, Adapter, Entry, Problem, open_adapter_source
+from adaptkit.adapter import PEFT_CONFIG, Adapter, Problem, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, is_adapter
-from adaptkit.errors import AdaptkitError, NotRepresentable, UnknownAdapter
+from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats._format import Alpha
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
+    from adaptkit.ops._common import Progress
 
 __all__ = ["Options", "Report", "expand", "run"]
 
 _STRANGER = "an adapter whose model family, key format or algorithm adaptkit does not know yet"
 STRONG = 4.0  # alpha / rank beyond this is rarely meant
-HALF = 65504.0  # the largest float16
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -41,12 +40,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """One file: the record of the JSON contract, and what `--keys` and `--modules` show."""
+    """One file: the record of the JSON contract, and what `--keys` and `--modules` show.
+
+    `spectra` are the singular values of every module's ΔW, descending, none where it has none; empty without `stats`.
+    """
 
     record: Mapping[str, Any]
     keys: tuple[Mapping[str, Any], ...] = ()
     modules: tuple[Mapping[str, Any], ...] = ()
     error: AdaptkitError | None = None
+    spectra: tuple[Sequence[float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, field names as in the contract."""
@@ -69,8 +72,11 @@ def _is_one(folder: Path) -> bool:
     return any(folder.glob("*.index.json")) or any(folder.glob("unet/*.safetensors"))
 
 
-def run(path: Path, options: Options | None = None) -> Report:
-    """Report on one file; a file that cannot be understood gives a report with an error, not an exception."""
+def run(path: Path, options: Options | None = None, progress: Progress | None = None) -> Report:
+    """Report on one file; a file that cannot be understood gives a report with an error, not an exception.
+
+    `progress` is called with the number of modules read and of all, where `options.stats` asks to read them.
+    """
     options = options or Options()
     try:
         source, config = open_adapter_source(path)
@@ -78,11 +84,12 @@ def run(path: Path, options: Options | None = None) -> Report:
         return _failed(path, error)
     with source:
         try:
-            report = _adapter(source, config, options) if is_adapter(source.infos) else _checkpoint(source, options)
+            adapter = is_adapter(source.infos)
+            report = _adapter(source, config, options, progress) if adapter else _checkpoint(source, options)
         except AdaptkitError as error:
             return _failed(path, error)
     hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
-    return Report({"path": str(path), **report.record, **hashed}, report.keys, report.modules)
+    return replace(report, record={"path": str(path), **report.record, **hashed})
 
 
 def _failed(path: Path, error: AdaptkitError) -> Report:
@@ -111,7 +118,9 @@ def _keys(source: TensorSource, reasons: Mapping[str, str]) -> tuple[Mapping[str
     )
 
 
-def _adapter(source: TensorSource, config: Mapping[str, object] | None, options: Options) -> Report:
+def _adapter(
+    source: TensorSource, config: Mapping[str, object] | None, options: Options, progress: Progress | None
+) -> Report:
     try:
         adapter = Adapter.understand(source, config, family=options.family, format=options.format)
     except UnknownAdapter:
@@ -138,10 +147,8 @@ def _adapter(source: TensorSource, config: Mapping[str, object] | None, options:
         **_loads_in(adapter),
         "metadata": dict(source.metadata),
     }
-    modules = tuple(_modules(adapter))
-    if options.stats:
-        modules = _with_stats(adapter, record, modules)
-    return Report(record, _keys(source, adapter.unclaimed), modules)
+    report = Report(record, _keys(source, adapter.unclaimed), tuple(_modules(adapter)))
+    return _with_stats(adapter, report, progress) if options.stats else report
 
 
 def _loads_in(adapter: Adapter) -> dict[str, Any]:
@@ -170,44 +177,20 @@ def _traps(adapter: Adapter) -> Iterator[Problem]:
             yield Problem("warning", adapter.label(found[0].slot), f"{len(found)} modules: {what}")
 
 
-def _with_stats(
-    adapter: Adapter, record: dict[str, Any], modules: Iterable[Mapping[str, Any]]
-) -> tuple[Mapping[str, Any], ...]:
-    """‖ΔW‖ of every module; NaN, zeros and what overflows fp16 are added to the problems. Reads every tensor."""
-    problems, listed, total = record["problems"], [], 0.0
-    for entry, module in zip(adapter.entries.values(), modules, strict=True):
-        found = _stats(adapter, entry)
-        if found.what:
-            problems.append(_problem(Problem(found.severity, module["module"], found.what)))
-        total += found.norm**2 if found.norm is not None and math.isfinite(found.norm) else 0.0
-        listed.append({**module, "norm": found.norm})
-    record["norm"] = math.sqrt(total)
-    return tuple(listed)
+def _with_stats(adapter: Adapter, report: Report, progress: Progress | None) -> Report:
+    """The report with the numbers of every module, their sums by block, and what is wrong with them. Reads every tensor."""
+    from adaptkit.ops import _stats
 
-
-@dataclass(frozen=True, slots=True)
-class _Stats:
-    norm: float | None  # ‖ΔW‖; None where it depends on the base weight
-    severity: str = ""
-    what: str = ""
-
-
-def _stats(adapter: Adapter, entry: Entry) -> _Stats:
-    import torch
-
-    tensors = adapter.read(entry)
-    for role, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor.float()).all()):
-            return _Stats(None, "error", f"{entry.keys[role]} holds NaN or infinity")
-    try:
-        norm = math.sqrt(entry.decode(tensors).norm_squared())
-    except NotRepresentable:
-        return _Stats(None)
-    if norm == 0.0:
-        return _Stats(norm, "warning", "ΔW is zero: the module does nothing")
-    if norm > HALF:
-        return _Stats(norm, "warning", f"‖ΔW‖ is {norm:.3g}: merged into fp16 it may overflow")
-    return _Stats(norm)
+    found = _stats.measure(adapter, progress)
+    added = {
+        "problems": [*report.record["problems"], *map(_problem, _stats.problems(found))],
+        "norm": _stats.total_norm(found),
+        "blocks": _stats.rolled_up(found, [part.name for part in adapter.family.components]),
+    }
+    modules = tuple({**module, **one.to_dict()} for module, one in zip(report.modules, found, strict=True))
+    return replace(
+        report, record={**report.record, **added}, modules=modules, spectra=tuple(one.sigma for one in found)
+    )
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:

@@ -90,7 +90,7 @@ class Plan:
             "tensors_copied": len(self.specs) - len(self.jobs),
             "bytes_in": self.base.source.size + sum(adapter.source.size for adapter in self.adapters),
             "bytes_out": sum(_spec_bytes(spec) for spec in self.specs),
-            "peak_memory": peak_memory(self.steps),
+            "peak_memory": peak_memory(self.steps, self.options.memory),
             "device": self.options.device,
             "adapters": self.described(),
             "unused": [item.to_dict() for item in self.unused],

@@ -1,7 +1,7 @@
 """Time and memory: `python -m tests.benchmarks [NAME...]`.
 
 Not tests: timings depend on the machine and on what else it does, so compare ratios of one run. Exit status 1 where the
-peak memory of `sd15` or a bound of `inspect` is missed.
+peak memory of `sd15` or a bound of `inspect`, `convert` or `resize` is missed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import inspecting, linalg, measure, renaming, sd15
+from tests.benchmarks import inspecting, linalg, measure, renaming, resizing, sd15
 
 BENCHMARKS = {
     "inspect": (inspecting.run, "a 2,000-key file against the start of torch"),
     "convert": (renaming.run, "renaming a 340 MB LoRA against cp"),
+    "resize": (resizing.run, "a LoRA from its factors against dense SVDs; one of SDXL brought to a size"),
     "linalg": (linalg.run, "truncated_svd and nearest_kron against LAPACK"),
     "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 9 GB of disk"),
 }

@@ -39,7 +39,7 @@ def way(request, monkeypatch):
 
 
 def specs_of(state):
-    return [module._spec_of(name, tensor) for name, tensor in state.items()]
+    return [module.spec_of(name, tensor) for name, tensor in state.items()]
 
 
 def example():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adaptkit.linalg import krylov, lowrank
-from adaptkit.linalg.lowrank import SvdSpec, energies, factored_svd, truncated_svd
+from adaptkit.linalg.lowrank import SvdSpec, energies, truncated_svd
 
 Array = np.ndarray
 
@@ -158,39 +158,6 @@ def test_energies_are_what_a_rank_keeps(name: str) -> None:
     assert energies(torch.zeros(0, 30, 40), 50).shape == (0, 30)
 
 
-@pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
-def test_factored_svd_is_exact_without_the_product(condition: float) -> None:
-    random = np.random.default_rng(2)
-    left = random.standard_normal((120, 16)) * np.geomspace(1, 1 / condition, 16)
-    right = random.standard_normal((16, 90))
-    found = factored_svd(torch.from_numpy(left), torch.from_numpy(right))
-    sigma = np.linalg.svd(left @ right, compute_uv=False)[:16]
-    np.testing.assert_allclose(found.s.numpy(), sigma, rtol=1e-7)
-    np.testing.assert_allclose(reconstructed(found), left @ right, atol=1e-10)
-    for k in (4, 12):
-        kept = ((found.u[:, :k] * found.s[:k]) @ found.vh[:k]).numpy()
-        best = np.sqrt((sigma[k:] ** 2).sum())
-        assert np.linalg.norm(left @ right - kept) == pytest.approx(best, rel=1e-7)
-
-
-def test_factored_svd_reveals_rank_and_survives_zeros() -> None:
-    left, right = torch.randn(50, 4), torch.randn(4, 60)
-    twice = factored_svd(torch.cat([left, left, torch.zeros(50, 2)], 1), torch.cat([right, right, torch.randn(2, 60)]))
-    assert int((twice.s > 1e-6 * twice.s[0]).sum()) == 4
-    torch.testing.assert_close(torch.from_numpy(reconstructed(twice)).float(), 2 * left @ right, rtol=1e-4, atol=1e-4)
-    nothing = factored_svd(torch.zeros(3, 5, 2), torch.randn(3, 2, 6))
-    assert not nothing.s.any()
-    assert torch.isfinite(nothing.u).all()
-
-
-def test_factored_svd_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apple's MPS has none: then by QR in float32."""
-    left, right = torch.randn(50, 4), torch.randn(4, 60)
-    expected = factored_svd(left, right).s
-    monkeypatch.setattr(lowrank, "supports_float64", lambda _: False)
-    torch.testing.assert_close(factored_svd(left, right).s, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_eigh_that_does_not_converge_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     a = torch.randn(60, 40, dtype=torch.float64)
     expected = truncated_svd(a, SvdSpec(5)).s
@@ -215,17 +182,6 @@ def test_scale_does_not_matter(method: str, scale: float) -> None:
     two = truncated_svd(a * scale, SvdSpec(4, method=method))
     torch.testing.assert_close(two.s / scale, one.s, rtol=1e-5, atol=0)
     assert float(two.residual) == pytest.approx(float(one.residual) * scale**2, rel=1e-6)
-
-
-def test_factored_svd_fixes_signs(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, right = torch.randn(3, 50, 6), torch.randn(3, 6, 40)
-    for float64 in (True, False):
-        monkeypatch.setattr(lowrank, "supports_float64", lambda _, float64=float64: float64)
-        found = factored_svd(left, right)
-        assert (found.u.gather(-2, found.u.abs().argmax(-2, keepdim=True)) > 0).all()
-        torch.testing.assert_close(torch.from_numpy(reconstructed(found)).float(), left @ right, rtol=1e-4, atol=1e-4)
-        wide = factored_svd(torch.randn(3, 8), torch.randn(8, 5))
-        assert (wide.u.shape, wide.s.shape, wide.vh.shape) == ((3, 8), (8,), (8, 5))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,78 @@
+"""combine: several adapters in one, linear in ΔW, exact before any rank is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adaptkit.detect import chosen, formats
+from adaptkit.errors import AdaptkitError, NoSuchName, NothingToDo, WrongUsage
+from adaptkit.ops._common import default_output
+from adaptkit.ops._ranks import policy
+from adaptkit.ops._recast import Into, Mixing, Recast, RecastOptions, open_all, recast
+from adaptkit.ops._rewrite import Report, check_peft, run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = ["METHODS", "Options", "Plan", "Report", "plan", "run"]
+
+Plan = Recast
+
+METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
+
+
+@dataclass(frozen=True)
+class Options(RecastOptions):
+    """How to put them together: `sum` is exact; the others keep a share (`density`) of the entries of each ΔW.
+
+    `to`: the format to write, that of the first without it.
+    """
+
+    to: str | None = None
+    method: str = "sum"
+    density: float | None = None
+    seed: int = 0
+
+
+def plan(inputs: Sequence[tuple[Path, float]], options: Options) -> Recast:
+    """Every module of any input and what it may become; reads headers only, and fails here if anything can.
+
+    `inputs` are adapters with their weights: ΔW = Σ weight · ΔW of each.
+    """
+    mixing = _mixing(options)
+    if options.to is not None:
+        chosen("format", formats(), options.to)
+    counted = [(path, weight) for path, weight in inputs if weight != 0.0]
+    if not counted:
+        raise NothingToDo("every weight is 0", hint="write the weight after the name: a.safetensors:0.5")
+    paths, weights = [path for path, _ in counted], [weight for _, weight in counted]
+    adapters = open_all(paths, options)
+    try:
+        into = Into.plain(options.to or adapters[0].format.name)
+        output = options.output or default_output(inputs[-1][0], "combined", folder=into.config)
+        ranks = policy(options)
+        left = [f"{path}: its weight is 0, so it is not in the output." for path, weight in inputs if weight == 0.0]
+        made = recast(
+            "combine", adapters, into, output, options, weights=weights, policy=ranks, mixing=mixing, notes=left
+        )
+        check_peft(made)
+    except AdaptkitError:
+        for adapter in adapters:
+            adapter.close()
+        raise
+    return made
+
+
+def _mixing(options: Options) -> Mixing | None:
+    if options.method not in METHODS:
+        raise NoSuchName.among("method", options.method, METHODS)
+    if options.method == "sum":
+        if options.density is not None:
+            raise WrongUsage("--density has no meaning for a sum", hint="choose --method ties, dare or magnitude")
+        return None
+    density = 0.5 if options.density is None else options.density
+    if not 0.0 < density <= 1.0:
+        raise WrongUsage(f"--density must be above 0 and at most 1, not {density:g}")
+    return Mixing(options.method, density, options.seed)
