@@ -40,7 +40,7 @@ T = TypeVar("T")
 DEFAULT_MEMORY = (
     640_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
 )
-BESIDE = 2  # buckets alive beside those that are computed: one being read, one being written
+BESIDE = 2
 _POLL = 0.2  # seconds between looks at the stop flag while a queue is full or empty
 
 
@@ -281,15 +281,16 @@ class _Pipeline(Generic[P, R]):
         return {key: tensor.pin_memory() for key, tensor in stacked.items()}
 
     def _compute(self) -> None:
-        if self.resources.on_cpu:
-            import torch
+        import torch
 
+        if self.resources.on_cpu:
             torch.set_num_threads(1)
         while (item := self._get(self.loaded)) is not None:
             number, bucket, host = item
             tensors = {key: tensor.to(self.resources.device, non_blocking=True) for key, tensor in host.items()}
             del item, host
-            results = self.work.kernel(bucket.payloads, tensors)
+            with torch.inference_mode():
+                results = self.work.kernel(bucket.payloads, tensors)
             del tensors
             self.done.put((number, bucket, results))
             del results

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.errors import NonFinite, NotRepresentable, WrongUsage
 
@@ -87,6 +87,7 @@ def capped(modules: Sequence[Module], max_rank: int | None) -> Sequence[Module]:
 class Policy:
     """A way to choose ranks; `max_rank` caps every one of them."""
 
+    local: ClassVar[bool] = False  # whether the rank of a module depends on no other
     max_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +109,8 @@ class Policy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Local(Policy):
     """Module by module: at least rank 1 even where there is no energy, 0 only where there are no ranks."""
+
+    local: ClassVar[bool] = True
 
     def choose(self, modules: Sequence[Module], measure: Measure | None = None) -> list[int]:  # noqa: ARG002
         cap = math.inf if self.max_rank is None else self.max_rank

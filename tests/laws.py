@@ -204,7 +204,9 @@ class AlgorithmLaws:
                 torch.testing.assert_close(weights.times(factor).delta(), factor * weights.delta())
                 stored = weights.times(factor).encode()
                 positive = (layout.alpha or 1.0) > 0
-                assert not positive or float(stored.get(ALPHA, 1.0)) >= 0, "a negative alpha is no scale to some readers"
+                assert not positive or float(stored.get(ALPHA, 1.0)) >= 0, (
+                    "a negative alpha is no scale to some readers"
+                )
 
     def test_a11_inner_products_and_distances(self, each: list[Layout]) -> None:
         random = np.random.default_rng(5)

@@ -125,11 +125,12 @@ class Lora(Weights):
         return up if self.scale == 1.0 else up * self.scale, self._right()
 
     def widened(self) -> Self:
-        from adaptkit.linalg.precision import accumulate_dtype
+        from adaptkit.linalg.precision import accumulate_dtype, upcast
 
         wide = accumulate_dtype(self.up.device)
         right = self.down if self.mid is None else self._right()
-        up, down = self.up.to(wide, copy=True), right.to(wide, copy=True)
+        # by way of float32: straight from a half float takes torch three times as long
+        up, down = upcast(self.up).to(wide, copy=True), upcast(right).to(wide, copy=True)
         (up if up.numel() < down.numel() else down).mul_(self.scale)
         return replace(self, up=up, down=down, scale=1.0, mid=None)
 
@@ -235,9 +236,9 @@ class _SingularValues(Decomposition):
     def keep(self, weights: Weights, rank: int) -> Weights:
         thin = None if self.core is None else weights.thin_factors()
         if self.core is None or thin is None:
-            up, down = weights.svd(rank, self.spec.svd).balanced()
+            up, down = weights.widened().svd(rank, self.spec.svd).balanced()
         else:
-            up, down = self.core.kept(*thin, rank)
+            up, down = self.core.kept(thin[0].float(), thin[1].float(), rank)  # as precise as the core
         return Lora(up, down, 1.0, self.spec.kernel)
 
     def lighter(self) -> Decomposition:

@@ -46,7 +46,7 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
-    """Inspect, convert, extract and merge diffusion-model adapters (LoRA, LoKr, …).
+    """Inspect, convert, resize, combine, extract, merge and compare diffusion-model adapters (LoRA, LoKr, …).
 
     Every key is accounted for, every lossy step reports its exact error, and no file appears half-written.
 

@@ -14,6 +14,7 @@ from adaptkit.linalg.precision import accumulate_dtype, compute_dtype, supports_
 
 __all__ = ["Core", "factored_core", "factored_svd", "product_distance", "product_inner"]
 
+REGULAR = 1e-3  # of the largest pivot: a Gram matrix with none below is as good as its Cholesky factor
 CANCELLED = 1e-10  # below this share of the norms a difference of Gram matrices has lost digits that a QR keeps
 
 
@@ -23,8 +24,8 @@ class Core:
 
     u = left · `left`, vh = `right` · right.   left: (..., r, r)   s: (..., r), descending   right: (..., r, r)
 
-    In float64 (float32 on MPS); dead directions have s = 0 and no vectors. It is small: whoever has it may forget the
-    factors and read them again.
+    In float64 (float32 on MPS); dead directions have s = 0 and no vectors. The largest entry of each column of `left` is
+    positive. It is small: whoever has it may forget the factors and read them again.
     """
 
     left: Tensor
@@ -44,42 +45,49 @@ class Core:
     def kept(self, left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """(left (..., m, k), right (..., k, n)): the best approximation of rank k, √s on both sides.
 
-        Computed in the dtype of the factors given. The largest entry of each column of the left one is positive.
+        Computed in the dtype of the factors given.
         """
         root = self.s[..., :rank].sqrt()
         up = left @ (self.left[..., :rank] * root.unsqueeze(-2)).to(left.dtype)
         down = (root.unsqueeze(-1) * self.right[..., :rank, :]).to(right.dtype) @ right
-        up, across = signed(up, down.mT)
-        return up, across.mT
+        return up, down
 
 
 def factored_core(left: Tensor, right: Tensor) -> Core:
     """The core of left (..., m, r) · right (..., r, n).
 
-    Gram matrices and eigendecompositions of r × r in float64: rank-revealing, as accurate as float64 QR down to σ/σ₁ of
-    about 1e-7, as cheap as float32 QR (reference §1.1). Without float64 (MPS), by QR in float32. NonFinite for NaN and
-    infinity.
+    Gram matrices and decompositions of r × r in float64: rank-revealing, as accurate as float64 QR down to σ/σ₁ of about
+    1e-7, as cheap as float32 QR (reference §1.1). Without float64 (MPS), by QR in float32. NonFinite for NaN and infinity.
     """
-    wide = accumulate_dtype(left.device)
+    device = left.device
+    wide = accumulate_dtype(device)
     up, down = left.to(wide), right.to(wide)
-    if not supports_float64(left.device):
+    if not supports_float64(device):
         return _by_qr(up, down)
-    eps = up.shape[-1] * torch.finfo(wide).eps
-    gram = up.mT @ up
+    # r × r matrices belong on the CPU: see `eigh`
+    root, inverse = _root((up.mT @ up).cpu())
+    squares, y = eigh(root.mT @ (down @ down.mT).cpu() @ root)
+    kept = squares > up.shape[-1] * torch.finfo(wide).eps * squares[..., :1]
+    s = torch.where(kept, squares, 0.0).sqrt()
+    ours, theirs = signed(inverse @ y * kept.unsqueeze(-2), root @ y * _inverse(s, kept).unsqueeze(-2))
+    return Core(*(t.to(device) for t in (ours, s, theirs.mT)))
+
+
+def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """b with b bᵀ = gram (..., r, r), and the transposed pseudo-inverse of b.
+
+    By Cholesky decomposition where gram is far from singular, by eigenvectors (four times as long) elsewhere.
+    """
+    low, failed = torch.linalg.cholesky_ex(gram)
+    pivots = low.diagonal(dim1=-2, dim2=-1)
+    if not bool(failed.any()) and bool((pivots.amin(-1) > REGULAR * pivots.amax(-1)).all()):
+        return low, torch.linalg.inv(low).mT
     if not bool(torch.isfinite(gram).all()):
         raise NonFinite("holds NaN or infinity")
     values, vectors = eigh(gram)
+    alive = values > gram.shape[-1] * torch.finfo(gram.dtype).eps * values[..., :1]
     h = values.sqrt()
-    inverse = _inverse(h, values > eps * values.amax(-1, keepdim=True))
-    b = vectors * h.unsqueeze(-2)
-    squares, y = eigh(b.mT @ (down @ down.mT) @ b)
-    kept = squares > eps * squares.amax(-1, keepdim=True)
-    s = squares.sqrt()
-    return Core(
-        (vectors * inverse.unsqueeze(-2)) @ y * kept.unsqueeze(-2),
-        torch.where(kept, s, 0.0),
-        _inverse(s, kept).unsqueeze(-1) * (y.mT @ b.mT),
-    )
+    return vectors * h.unsqueeze(-2), vectors * _inverse(h, alive).unsqueeze(-2)
 
 
 def _inverse(x: Tensor, alive: Tensor) -> Tensor:
@@ -91,9 +99,9 @@ def _by_qr(up: Tensor, down: Tensor) -> Core:
     r1, r2 = torch.linalg.qr(up)[1], torch.linalg.qr(down.mT)[1]
     u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
     missing = up.shape[-1] - s.shape[-1]  # k = r also where r exceeds a side of the product
-    left, right = torch.linalg.pinv(r1) @ u, vh @ torch.linalg.pinv(r2.mT)
+    left, right = signed(torch.linalg.pinv(r1) @ u, (vh @ torch.linalg.pinv(r2.mT)).mT)
     pad = torch.nn.functional.pad
-    return Core(pad(left, (0, missing)), pad(s, (0, missing)), pad(right, (0, 0, 0, missing)))
+    return Core(pad(left, (0, missing)), pad(s, (0, missing)), pad(right.mT, (0, 0, 0, missing)))
 
 
 def factored_svd(left: Tensor, right: Tensor) -> LowRank:

@@ -36,7 +36,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def upcast(tensor: Tensor) -> Tensor:
     """The tensor in its compute dtype; no copy where it is there already."""
-    return tensor.to(compute_dtype(tensor))
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
 def supports_float64(device: torch.device | str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import Adapter, Entry
@@ -89,7 +90,7 @@ class Task:
     ranked: bool = False
     base: tuple[Piece, ...] | None = None
 
-    @property
+    @cached_property
     def entries(self) -> tuple[Entry, ...]:
         """All entries that are read for it."""
         return tuple(entry for term in self.terms for entry in term.job.entries)
@@ -99,7 +100,13 @@ class Task:
         """What people call it."""
         return self.terms[0].job.label
 
-    @property
+    @cached_property
+    def dtypes(self) -> frozenset[str]:
+        """The dtypes of all their tensors."""
+        terms = ((term.job.adapter.source.infos, entry) for term in self.terms for entry in term.job.entries)
+        return frozenset(infos[key].dtype for infos, entry in terms for _, key in entry.tensors())
+
+    @cached_property
     def kernel(self) -> tuple[int, ...] | None:
         """The kernel size of the layer, None where nobody knows it."""
         known = (entry.facts.kernel for entry in self.entries)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from adaptkit.files.sink import Spool, TensorSink
     from adaptkit.ops._common import Progress
     from adaptkit.ops._recast import Term
+    from adaptkit.policy import Module as Choice
 
 __all__ = ["Report", "check_peft", "run"]
 
@@ -152,24 +153,36 @@ class _State:
 # computing ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A module taken apart, its rank chosen; `stored` is None where it stays as it is."""
+
+    found: Decomposition
+    rank: int
+    stored: _Stored | None
+
+
 class _Computing:
-    """Two passes: what has no rank to choose is stored and what has is taken apart; then the chosen ranks are kept."""
+    """One pass, where the rank of a module depends on no other; else two: modules are taken apart, then ranks are kept."""
 
     def __init__(self, plan: Recast, state: _State, spool: Spool, progress: Progress | None) -> None:
         self.plan, self.state, self.spool, self.progress = plan, state, spool, progress
         self.worker = _Worker(plan, state)
         self.held = 0
-        self.total = len(plan.steps) + sum(1 for task in plan.tasks if task.ranked)
+        twice = plan.policy is not None and not plan.policy.local
+        self.total = len(plan.steps) + (sum(task.ranked for task in plan.tasks) if twice else 0)
 
     def run(self) -> None:
         """Fill `state`, and the spool with every computed tensor."""
         self._pass(self.plan.steps, self.worker.first, 0)
-        ranked = [task for task in self.plan.tasks if id(task) in self.state.taken]
+        ranked = [task for task in self.plan.tasks if id(task) in self.state.taken.keys() - self.state.ranks.keys()]
         if not ranked:
             return
         self._choose(ranked)
-        steps = [step for step in self.plan.steps if id(step.payload) in self.state.ranks and self._cuts(step.payload)]
-        self._pass(steps, self.worker.second, len(self.plan.steps))
+        cut = {id(task) for task in ranked if self._cuts(task)}
+        self._pass(
+            [step for step in self.plan.steps if id(step.payload) in cut], self.worker.second, len(self.plan.steps)
+        )
 
     def _pass(self, steps: Sequence[engine.Step[Task]], kernel: Any, done: int) -> None:
         report, total = self.progress, self.total
@@ -177,7 +190,12 @@ class _Computing:
         work: engine.Work[Task, Any] = engine.Work(self.worker.load, kernel, self._store)
         engine.run(steps, work, resources, None if report is None else lambda n: report(done + n, total))
 
-    def _store(self, task: Task, result: _Stored | Decomposition) -> None:
+    def _store(self, task: Task, result: _Stored | Decomposition | _Cut) -> None:
+        if isinstance(result, _Cut):
+            self.state.taken[id(task)], self.state.ranks[id(task)] = result.found, result.rank
+            if result.stored is not None:
+                self._store(task, result.stored)
+            return
         if not isinstance(result, _Stored):
             core = getattr(result, "core", None)
             self.held += 0 if core is None else core.nbytes
@@ -189,34 +207,32 @@ class _Computing:
         self.state.stored[id(task)] = replace(result, tensors={}, specs=specs)
 
     def _choose(self, ranked: Sequence[Task]) -> None:
-        from adaptkit.policy import Module as Choice
-
         assert self.plan.policy is not None
-        taken = [self.state.taken[id(task)] for task in ranked]
-        choices = [
-            Choice(found.energies, found.norm, self._sizes(task, found), task.convolution)
-            for task, found in zip(ranked, taken, strict=True)
-        ]
+        choices = [_choice(self.plan, task, self.state.taken[id(task)]) for task in ranked]
         measure = _Measure(self.plan, self.state, ranked, self.spool)
         for task, rank in zip(ranked, self.plan.policy.choose(choices, measure), strict=True):
             self.state.ranks[id(task)] = rank
 
-    def _sizes(self, task: Task, found: Decomposition) -> list[int]:
-        """Bytes in the file by rank, 0 first: data, and about what the header takes."""
-        width = WIDTHS[_dtype(self.plan, task)] // 8
-        name = len(self.plan.keys.stem(task.slot)) + HEADER
-        alpha = 1 if self.plan.keys.format.alpha is Alpha.TENSOR and ALPHA in task.kind.roles else 0
-        tensors = len(found.shapes(1)) + alpha
-        return [n and n * width + 4 * alpha + tensors * name for n in found.elements()]
-
     def _cuts(self, task: Task) -> bool:
         """Whether anything is to be computed: not where all of a module's rank stays in its own tensors, or none of it."""
-        return self.state.ranks[id(task)] > 0 and not _stays(self.state, task, self.state.ranks[id(task)])
+        rank = self.state.ranks[id(task)]
+        return rank > 0 and not _stays(self.state, task, self.state.taken[id(task)], rank)
 
 
-def _stays(state: _State, task: Task, rank: int) -> bool:
+def _choice(plan: Recast, task: Task, found: Decomposition) -> Choice:
+    """What a policy knows of a module: by rank, 0 first, the bytes of its data and about those it takes in the header."""
+    from adaptkit.policy import Module as Choice
+
+    width = WIDTHS[_dtype(plan, task)] // 8
+    name = len(plan.keys.stem(task.slot)) + HEADER
+    alpha = 1 if plan.keys.format.alpha is Alpha.TENSOR and ALPHA in task.kind.roles else 0
+    tensors = len(found.shapes(1)) + alpha
+    sizes = [n and n * width + 4 * alpha + tensors * name for n in found.elements()]
+    return Choice(found.energies, found.norm, sizes, task.convolution)
+
+
+def _stays(state: _State, task: Task, found: Decomposition, rank: int) -> bool:
     """Whether a module keeps all it has, in the tensors it has."""
-    found = state.taken[id(task)]
     return (
         task.ready is not None
         and rank == len(found.energies)
@@ -254,7 +270,8 @@ class _Measure:
         """What is stored at a rank, None where the module stays as it is; most keep their rank from one call to the next."""
         place = (id(task), rank)
         if place not in self.made:
-            self.made[place] = None if _stays(self.state, task, rank) else self._stored(task, rank)
+            stays = _stays(self.state, task, self.state.taken[id(task)], rank)
+            self.made[place] = None if stays else self._stored(task, rank)
         return self.made[place]
 
     def _stored(self, task: Task, rank: int) -> _Stored:
@@ -279,13 +296,7 @@ def _named(
 
 def _dtype(plan: Recast, task: Task) -> str:
     """The widest dtype among the parts, or the one asked for."""
-    found = {
-        term.job.adapter.source.infos[key].dtype
-        for term in task.terms
-        for entry in term.job.entries
-        for _, key in entry.tensors()
-    }
-    kept = {dtype for dtype in found if not dtype.startswith(("I", "U", "BOOL"))}
+    kept = {dtype for dtype in task.dtypes if not dtype.startswith(("I", "U", "BOOL"))}
     if not kept <= set(FLOATS):
         raise NotRepresentable(
             f"stored as {', '.join(sorted(kept - set(FLOATS)))}; only plain floats can be computed with"
@@ -311,8 +322,8 @@ class _Worker:
             found["base"] = self.plan.base.read(task.base)
         return found
 
-    def first(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> list[_Stored | Decomposition]:
-        """Take apart what has a rank to choose; store the rest."""
+    def first(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> list[_Stored | Decomposition | _Cut]:
+        """Take apart what has a rank to choose, and keep what can be known by itself; store the rest."""
         return [self._guarded(self._first, task, tensors, n) for n, task in enumerate(tasks)]
 
     def second(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> list[_Stored]:
@@ -325,12 +336,14 @@ class _Worker:
         except (NotRepresentable, NonFinite) as error:
             raise error.at(file=task.terms[0].job.adapter.source.path, tensor=task.label) from None
 
-    def _first(self, task: Task, tensors: Mapping[str, Tensor]) -> _Stored | Decomposition:
+    def _first(self, task: Task, tensors: Mapping[str, Tensor]) -> _Stored | Decomposition | _Cut:
         exact = self._exact(task, tensors)
         if len(task.terms) > 1 and exact.additive and self._cancel(task, exact, tensors):
             return self._nothing(task, exact)
         if task.ranked:
-            return self._taken(task, exact, tensors)
+            exact = exact.widened()
+            taken = self._taken(task, exact, tensors)
+            return self._cut(task, exact, taken, tensors) if self.plan.policy and self.plan.policy.local else taken
         whole = exact if isinstance(exact, task.kind) else self._changed(task, exact)
         found = self._store(task, exact if whole.additive else whole, whole, tensors)
         if found.norm is not None and not math.isfinite(found.norm):
@@ -340,7 +353,7 @@ class _Worker:
 
     def _taken(self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]) -> Decomposition:
         try:
-            found = task.kind.decompose(exact.widened(), self._spec(task))
+            found = task.kind.decompose(exact, self._spec(task))
         except (NonFinite, RuntimeError):  # LAPACK does not converge on NaN
             _finite(task, tensors)
             raise
@@ -348,6 +361,14 @@ class _Worker:
             _finite(task, tensors)
             raise NonFinite("ΔW overflows")
         return found
+
+    def _cut(self, task: Task, exact: Weights, found: Decomposition, tensors: Mapping[str, Tensor]) -> _Cut:
+        assert self.plan.policy is not None
+        (rank,) = self.plan.policy.choose([_choice(self.plan, task, found)])
+        stored = None
+        if rank > 0 and not _stays(self.state, task, found, rank):
+            stored = self._store(task, exact, found.keep(exact, rank), tensors, found)
+        return _Cut(found.lighter(), rank, stored)
 
     def _cancel(self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]) -> bool:
         """Whether the terms of a sum leave nothing but rounding."""
@@ -371,9 +392,9 @@ class _Worker:
             return task.kind.fit(weights.delta(), self._spec(task))
 
     def _second(self, task: Task, tensors: Mapping[str, Tensor]) -> _Stored:
-        exact = self._exact(task, tensors).widened()
-        kept = self.state.taken[id(task)].keep(exact, self.state.ranks[id(task)])
-        return self._store(task, exact, kept, tensors)
+        exact, found = self._exact(task, tensors), self.state.taken[id(task)]
+        kept = found.keep(exact, self.state.ranks[id(task)])
+        return self._store(task, exact.widened(), kept, tensors, found)
 
     def _spec(self, task: Task) -> FitSpec:
         options = self.plan.options
@@ -435,7 +456,10 @@ class _Worker:
         """The parts of one adapter, cut and put together."""
         found: list[Weights | None] = []
         entries = iter(enumerate(term.job.entries))
-        if not task.ranked and task.changes & {"summed", "changed"}:  # so that only the rounding of what is stored is lost
+        if not task.ranked and task.changes & {
+            "summed",
+            "changed",
+        }:  # so that only the rounding of what is stored is lost
             tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
         for part in term.job.parts:
             if part.entry is None:
@@ -459,7 +483,14 @@ class _Worker:
 
     # what is stored -------------------------------------------------------------------------------------------------
 
-    def _store(self, task: Task, exact: Weights, kept: Weights, tensors: Mapping[str, Tensor]) -> _Stored:
+    def _store(
+        self,
+        task: Task,
+        exact: Weights,
+        kept: Weights,
+        tensors: Mapping[str, Tensor],
+        taken: Decomposition | None = None,
+    ) -> _Stored:
         """Round to what is written, and measure what that leaves of the exact weights."""
         kind, place = type(kept), self.plan.keys.format.alpha
         folded = kept.folded() if "folded" in task.changes or (place is Alpha.NONE and not kept.bounded) else kept
@@ -469,7 +500,6 @@ class _Worker:
         shapes = {role: tuple(tensor.shape) for role, tensor in encoded.items() if role != ALPHA}
         alpha = None if ALPHA not in encoded else Stated(float(encoded[ALPHA]))
         facts = kind.facts(shapes, alpha)
-        taken = self.state.taken.get(id(task))
         rounded = kind.decode({role: encoded[role] for role in shapes}, facts)
         norm, error = _lost(exact, rounded, tensors.get("base"), None if taken is None else taken.norm)
         found = {
@@ -530,9 +560,12 @@ def _rounded(role: str, tensor: Tensor, dtype: Any) -> Tensor:
 
 def _vanished(before: Tensor, after: Tensor) -> int:
     """How many numbers rounding made zero."""
-    if before.dtype == after.dtype or not before.is_floating_point() or int(after.count_nonzero()) == after.numel():
+    from adaptkit.linalg.precision import upcast
+
+    if before.dtype == after.dtype or not before.is_floating_point():
         return 0
-    return int(before.count_nonzero()) - int(after.count_nonzero())
+    left = int(upcast(after).count_nonzero())
+    return 0 if left == after.numel() else int(before.count_nonzero()) - left
 
 
 def _lost(

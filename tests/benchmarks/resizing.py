@@ -35,6 +35,12 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     return missed
 
 
+def _fresh(target: Path) -> Path:
+    """A path with nothing there: a file that is replaced is waited for until the disk has it."""
+    target.unlink(missing_ok=True)
+    return target
+
+
 def _modules(path: Path) -> int:
     from safetensors import safe_open
 
@@ -48,7 +54,7 @@ def _against_dense(source: Path, folder: Path, console: Console, small: bool) ->
     dense = measure.module("dense_resize", source, folder / "dense.safetensors", str(kept))
     computing = float(dense.output.strip().splitlines()[-1])
     runs = [
-        measure.adaptkit("resize", source, "--rank", str(kept), "-o", target, "--overwrite", "--json")
+        measure.adaptkit("resize", source, "--rank", str(kept), "-o", _fresh(target), "--json")
         for _ in range(1 if small else 5)
     ]
     ours = median([r.seconds for r in runs])
@@ -76,7 +82,7 @@ def _to_size(source: Path, folder: Path, console: Console, small: bool) -> list[
     for _ in range(1 if small else 5):
         measure.settle()
         torches.append(child(measure.PYTHON, "-c", measure.TORCH))
-        ours.append(measure.adaptkit("resize", source, "--size", str(budget), "-o", target, "--overwrite", "--json"))
+        ours.append(measure.adaptkit("resize", source, "--size", str(budget), "-o", _fresh(target), "--json"))
     start, whole = median([r.seconds for r in torches]), median([r.seconds for r in ours])
     peak = max(r.peak or 0 for r in ours)
     size = target.stat().st_size

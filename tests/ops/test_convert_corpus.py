@@ -51,7 +51,7 @@ def test_names_are_those_of_real_files(source: str, target: str, format: str, co
         with Adapter.open(path) as adapter:
             family = adapter.family.name
     plan = convert.plan(path, convert.Options(to=format, family=family, output=tmp_path / "b.safetensors"))
-    ours = {plan.keys.stem(task.job.slot) for task in plan.tasks}
+    ours = {plan.keys.stem(task.slot) for task in plan.tasks}
     plan.close()
     theirs = {
         found[0] for key in corpus_listing(corpus / "adapters" / f"{target}.json") if (found := split_suffix(key))
