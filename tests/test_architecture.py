@@ -147,6 +147,8 @@ def test_the_error_tree_is_as_its_docstring_draws_it() -> None:
         ["--help"],
         ["convert", "{tiny}/lora-kohya.safetensors", "--to", "comfy", "-o", "{out}/renamed.safetensors"],
         ["convert", "{tiny}/lora-kohya.safetensors", "--to", "diffusers", "--dry-run"],
+        ["resize", "{tiny}/lora-kohya.safetensors", "--size", "40KB", "--dry-run"],
+        ["combine", "{tiny}/lora-kohya.safetensors", "{tiny}/lokr-kohya.safetensors:-1", "--rank", "2", "--dry-run"],
         ["extract", "{tiny}/base.ckpt", "{tiny}/tuned.ckpt", "--dry-run"],
         ["merge", "{tiny}/base.ckpt", "{tiny}/lora-kohya.safetensors", "--dry-run"],
     ],

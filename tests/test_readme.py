@@ -57,7 +57,7 @@ def run(command: str, folder: Path) -> str:
 def plain(text: str) -> str:
     for pattern, replacement in VARIES:
         text = pattern.sub(replacement, text)
-    return text.strip() + "\n"
+    return text.strip("\n") + "\n"
 
 
 @pytest.fixture

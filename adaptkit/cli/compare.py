@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 @click.option("--tolerance", type=click.FloatRange(0), metavar="T", help="Exit 1 if the relative error is larger.")
 @inputs
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
-@click.option("--memory", type=SIZE, metavar="SIZE", help="Bound on working memory, torch not counted.  [default: 1GB]")
+@click.option(
+    "--memory",
+    type=SIZE,
+    metavar="SIZE",
+    help="Bound on working memory, torch not counted.  [default: 640MB, or what one layer needs]",
+)
 @click.option(
     "--only", multiple=True, metavar="GLOB", help="Only these modules or components, by A's names (repeatable)."
 )

@@ -31,7 +31,19 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
     from adaptkit.policy import Policy
 
-__all__ = ["Copied", "Into", "Recast", "RecastOptions", "Task", "Term", "Written", "open_all", "product_rank", "recast"]
+__all__ = [
+    "CHANGES",
+    "Copied",
+    "Into",
+    "Recast",
+    "RecastOptions",
+    "Task",
+    "Term",
+    "Written",
+    "open_all",
+    "product_rank",
+    "recast",
+]
 
 SANE = 1e4  # an alpha above this, where it multiplies nothing, is a placeholder (ai-toolkit writes 9999999999)
 CHANGES = ("renamed", "split", "fused", "swapped", "folded", "scaled", "summed", "changed", "resized", "cast")

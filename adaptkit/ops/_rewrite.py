@@ -21,7 +21,7 @@ from adaptkit.keymap import algorithms
 from adaptkit.ops._common import FLOATS, WriterReport, stored_dtype, torch_dtype
 from adaptkit.ops._peft import Module, adapter_file, diffusers_metadata, factor_rows, peft_config
 from adaptkit.ops._ranks import largest
-from adaptkit.ops._recast import Copied, Recast, Task, Written, detail, product_rank
+from adaptkit.ops._recast import CHANGES, Copied, Recast, Task, Written, detail, product_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -790,9 +790,22 @@ def _report(plan: Recast, state: _State, size: int, seconds: float) -> Report:
         family=plan.adapter.family.name,
         source_format=plan.adapter.format.name,
         format=plan.keys.format.name,
-        changes=plan.counts(),
+        changes=_changes(plan, state),
         notes=(*plan.notes, *_notes(plan, state)),
     )
+
+
+def _changes(plan: Recast, state: _State) -> dict[str, int]:
+    """How many slots were renamed, resized, …; of those that might be resized also how many were not, or are left out."""
+    found: Counter[str] = Counter()
+    for task in plan.tasks:
+        changes = task.changes or {"renamed"}
+        if state.dropped(task):
+            changes = {"left out"}
+        elif task.ranked and id(task) not in state.stored:
+            changes = task.changes - {"resized"} or {"unchanged"}
+        found.update(changes)
+    return {name: found[name] for name in (*CHANGES, "unchanged", "left out") if found[name]}
 
 
 def _loss(state: _State, task: Task) -> tuple[float, float] | None:
@@ -830,7 +843,8 @@ def _detail(state: _State, task: Task, lost: tuple[float, float] | None) -> dict
 def _notes(plan: Recast, state: _State) -> Iterator[str]:
     dropped = sum(1 for task in plan.tasks if state.dropped(task))
     if dropped:
-        yield f"{dropped} of {len(plan.tasks)} modules are left out: their share of ΔW is not worth its bytes."
+        verb = "is" if dropped == 1 else "are"
+        yield f"{dropped} of {len(plan.tasks)} modules {verb} left out: their share of ΔW is not worth its bytes."
     zero = sum(1 for stored in state.stored.values() if stored.zero)
     if zero:
         yield f"ΔW is zero in {'every module' if zero == len(plan.tasks) else f'{zero} modules'}: the inputs cancel out."
