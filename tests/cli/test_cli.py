@@ -1,8 +1,11 @@
-"""The command-line contract: streams, exit codes, JSON, refusals. Every command is run as a user runs it, in a process."""
+"""The command-line contract: streams, exit codes, JSON, refusals. Commands run through `main`, some in processes of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+import io
 import json
 import os
 import pickle
@@ -19,11 +22,37 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.cli import cli
+from adaptkit.cli import cli, main
 from adaptkit.ops import combine, convert, extract, inspect, merge, resize
 
 
 def adaptkit(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What the command line does with these arguments: in this process, which has torch already, or in one of its own
+    where it needs an environment."""
+    if environment:
+        return process(*arguments, cwd=cwd, **environment)
+    command = ["adaptkit", *map(str, arguments)]
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    before, code = gc.get_threshold(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", command)
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        finally:
+            gc.set_threshold(*before)
+    shown = [stream.buffer.getvalue().decode("utf-8") for stream in (out, err)]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(command, code, *shown)
+
+
+def process(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "adaptkit", *map(str, arguments)],
         capture_output=True,
