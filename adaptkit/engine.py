@@ -38,7 +38,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 DEFAULT_MEMORY = (
-    640_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
+    560_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
 )
 BESIDE = 2
 _POLL = 0.2  # seconds between looks at the stop flag while a queue is full or empty

@@ -40,7 +40,7 @@ LEVELS = {
 }
 # inside these packages modules build on one another in this order; everywhere else siblings never meet
 CHAINS = {
-    "files": ("header", "provenance", "pickles", "source", "sink"),
+    "files": ("header", "provenance", "pickles", "source", "quantized", "sink"),
     "linalg": ("precision", "krylov", "lowrank", "factored", "kron", "noise", "kronscan", "mixing"),
     "cli": ("options", "render", "*"),
 }

@@ -22,6 +22,7 @@ _COMMANDS = {
     "resize": "adaptkit.cli.resize",
     "combine": "adaptkit.cli.combine",
     "extract": "adaptkit.cli.extract",
+    "advise": "adaptkit.cli.advise",
     "merge": "adaptkit.cli.merge",
     "compare": "adaptkit.cli.compare",
     "formats": "adaptkit.cli.tables",

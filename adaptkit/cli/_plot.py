@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import os
-import re
-import warnings
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli._heat import grouped, percent, short
-from adaptkit.errors import AdaptkitError, CannotWrite, NothingToDo, WouldOverwrite
-from adaptkit.ops._common import check_output
+from adaptkit.cli._picture import LINE, MUTED, PAPER, SMALL, TINY, publish, rendered, settings
+from adaptkit.errors import NothingToDo
 from adaptkit.ops._stats import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -27,28 +22,13 @@ if TYPE_CHECKING:
 
     from adaptkit.ops.inspect import Report
 
-__all__ = ["SUFFIXES", "check", "draw"]
+__all__ = ["draw"]
 
-SUFFIXES = (".png", ".svg", ".html")
-INK, MUTED, PAPER = "#1f2329", "#6e7681", "#fefefe"  # like nothing else in the drawing, so that HTML can exchange them
-LINE = "#3f7fbf"
 WEAK, STRONG = (0.96, 0.68, 0.28), (0.87, 0.17, 0.15)  # red, green, blue; weak cells let the paper through, be it dark
-SMALL, TINY = 7.5, 6.3  # points
 # inches: a row, a cell, the names, the bars, the ranks, a spectrum; the margins; the least and the most height of a spectrum
 ROW, CELL, NAMES, BARS, RANKS, SPECTRUM = 0.19, 0.42, 1.15, 1.45, 1.2, 3.2
 TOP, BOTTOM, SIDE, GAP, LEAST, MOST = 1.05, 0.62, 0.25, 0.22, 1.25, 2.4
 FLOOR, MANY, LONG = 1e-6, 8, 64  # the least σ/σ₁ drawn, the most spectra, the longest one on a linear axis
-
-
-def check(path: Path, overwrite: bool) -> None:
-    """Refuse what cannot be drawn or written, before any weights are read."""
-    _check_output(path, overwrite)
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise AdaptkitError(
-            f"--plot needs matplotlib: {error}", hint='install it with: pip install "adaptkit[plot]"'
-        ) from None
 
 
 def draw(report: Report, path: Path, overwrite: bool) -> None:
@@ -58,87 +38,11 @@ def draw(report: Report, path: Path, overwrite: bool) -> None:
         depends = "what its modules change depends on the weights they are applied to"
         why = depends if "blocks" in report.record else kinds[report.record["kind"]]
         raise NothingToDo(f"there is nothing to plot: {why}", file=report.record["path"])
-    data = _rendered(report, path.suffix.lower())
-    _check_output(path, overwrite)  # it may have come up in the meantime
-    temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise CannotWrite(f"cannot be written: {error.strerror or error}", file=path) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _check_output(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise WouldOverwrite("the picture exists already", hint="pass --overwrite to replace it", file=path)
-    check_output(path, overwrite)
-
-
-def _rendered(report: Report, suffix: str) -> bytes:
-    with _settings():
+    with settings():
         page = _Page.of(report)
         page.fill(report)
-        figure, out = page.figure, io.BytesIO()
-        if suffix == ".png":
-            figure.savefig(out, format="png", dpi=160, metadata={"Software": None})
-            return out.getvalue()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=suffix == ".html", metadata=nothing)
-    svg = out.getvalue()
-    return svg if suffix == ".svg" else _html(svg.decode(), page.title, page.tips).encode()
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """The same picture whatever the user's matplotlibrc says; no ids drawn at random."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # of a file's name in a script that the font lacks
-        mpl.rcdefaults()
-        mpl.rcParams.update(
-            {
-                "svg.hashsalt": "adaptkit",
-                "svg.fonttype": "none",
-                "font.size": SMALL,
-                "text.color": INK,
-                "axes.edgecolor": MUTED,
-                "axes.labelcolor": INK,
-                "axes.linewidth": 0.6,
-                "xtick.color": MUTED,
-                "ytick.color": MUTED,
-                "figure.facecolor": PAPER,
-                "axes.facecolor": "none",
-            }
-        )
-        yield
-
-
-def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
-    """One self-contained page: the drawing in line, its ink and paper after the reader's light or dark setting."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
-    for colour, name in ((INK, "ink"), (MUTED, "muted"), (PAPER, "paper")):
-        svg = svg.replace(colour, f"var(--{name})")
-    svg = re.sub(r'<g id="(cell\d+)">', lambda found: f"{found[0]}<title>{html.escape(tips[found[1]])}</title>", svg)
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: {INK}; --muted: {MUTED}; --paper: {PAPER}; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e8eb; --muted: #98a0aa; --paper: #16181d; }} }}
-body {{ margin: 1rem auto; max-width: 78rem; padding: 0 1rem; background: var(--paper); }}
-svg {{ width: 100%; height: auto; }}
-text {{ pointer-events: none; }}
-</style>
-{svg}</html>
-"""
+        data = rendered(page.figure, path.suffix.lower(), page.title, page.tips)
+    publish(path, data, overwrite)
 
 
 # the drawing -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adaptkit.cli._picture import option
 from adaptkit.cli.options import PATH, inputs, talk
 
 if TYPE_CHECKING:
@@ -16,18 +17,9 @@ if TYPE_CHECKING:
     from adaptkit.ops.inspect import Report
 
 
-def _picture(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a suffix that no picture has."""
-    from adaptkit.cli._plot import SUFFIXES
-
-    if path is not None and path.suffix.lower() not in SUFFIXES:
-        raise click.BadParameter(f"{path.name!r} ends in none of {', '.join(SUFFIXES)}", context, parameter)
-    return path
-
-
 def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
     """Refuse what cannot be drawn before anything is read."""
-    from adaptkit.cli._plot import check
+    from adaptkit.cli._picture import check
 
     if len(files) != 1:
         raise click.UsageError(f"--plot draws one file, not {len(files)}")
@@ -42,7 +34,7 @@ def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
 @click.option(
     "--plot",
     type=PATH,
-    callback=_picture,
+    callback=option,
     help="Draw what --stats finds: a .png, .svg or .html file (needs adaptkit[plot]).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing picture.")

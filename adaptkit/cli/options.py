@@ -154,7 +154,7 @@ def writer(function: F) -> F:
                 "--memory",
                 type=SIZE,
                 metavar="SIZE",
-                help="Bound on working memory, torch not counted.  [default: 640MB, or what one layer needs]",
+                help="Bound on working memory, torch not counted.  [default: 560MB, or what one layer needs]",
             ),
             click.option(
                 "--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable)."

@@ -21,7 +21,7 @@ from rich.color import Color
 from rich.style import Style
 from safetensors.torch import load_file, save_file
 
-from adaptkit.cli import _heat, _plot
+from adaptkit.cli import _heat, _picture, _plot
 from adaptkit.errors import AdaptkitError, CannotWrite, NothingToDo, WouldOverwrite
 from adaptkit.ops import inspect
 from tests.cli.test_cli import adaptkit, refused
@@ -201,7 +201,7 @@ class TestPlot:
         assert page.startswith("<!doctype html>")
         assert not re.search(r"http|<script|<link|<img|src=|@import|url\((?!#)|data:", page)
         assert "prefers-color-scheme: dark" in page
-        assert not re.search(rf"({_plot.INK}|{_plot.MUTED}|{_plot.PAPER})", page.partition("</style>")[2])
+        assert not re.search(rf"({_picture.INK}|{_picture.MUTED}|{_picture.PAPER})", page.partition("</style>")[2])
         cells = sum(len(block["kinds"]) for block in report.record["blocks"])
         assert page.count("<title>unet.") + page.count("<title>text_encoder.") == cells
 
@@ -289,7 +289,7 @@ class TestRefusals:
     def test_a_library_that_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(AdaptkitError, match="needs matplotlib"):
-            _plot.check(tmp_path / "a.svg", overwrite=False)
+            _picture.check(tmp_path / "a.svg", overwrite=False)
 
     def test_what_is_no_adapter(self, tiny: Path, tmp_path: Path) -> None:
         done = adaptkit("inspect", tiny / "base.safetensors", "--plot", tmp_path / "a.svg", "-q")

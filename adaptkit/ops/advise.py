@@ -1,0 +1,389 @@
+"""advise: what each kind of adapter would lose of a difference, for the bytes it takes, before a file is written."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adaptkit import engine
+from adaptkit.engine import Step, check_memory
+from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
+from adaptkit.files.header import DTYPES as WIDTHS
+from adaptkit.formats._format import Alpha
+from adaptkit.keymap import compile_keys
+from adaptkit.ops._common import Progress, Shared, Unused, refuse_unused
+from adaptkit.ops._pairing import Pairing, Wanted, open_pair
+from adaptkit.policy import Module, Size, least_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from adaptkit.checkpoint import Checkpoint
+    from adaptkit.keymap import KeyMap
+    from adaptkit.linalg.kronscan import Split
+    from adaptkit.ops._pairing import Job
+
+__all__ = ["Options", "Plan", "Report", "plan", "run"]
+
+MAX_RANK = 128
+USUAL = (2, 4, 8, 16, 32)  # factors of LoKr shown always; others where the difference was made with them
+HEADER = 76  # bytes that the file's header takes per tensor, beside its name
+MOST = 0.5  # of the layers: as many have to agree before a difference is called an adapter's
+BASIS = 3  # of Lanczos: columns kept, as a multiple of the rank
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure: ranks up to `max_rank`, in the key format `to`, stored as `dtype`."""
+
+    max_rank: int = MAX_RANK
+    to: str = "kohya"
+    family: str | None = None
+    dtype: str = "keep"
+    device: str = "auto"
+    memory: int | None = None
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    allow_unused: bool = False
+
+    @property
+    def shared(self) -> Shared:
+        """What pairs two checkpoints."""
+        return Shared(family=self.family, dtype=self.dtype, only=self.only, skip=self.skip)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything known before a weight is read."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    options: Options
+    keys: KeyMap
+    jobs: tuple[Job, ...]
+    steps: tuple[Step[Job], ...]
+    unused: tuple[Unused, ...]
+
+    def close(self) -> None:
+        """Close both checkpoints."""
+        self.base.close()
+        self.tuned.close()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store the difference: about `bytes`, losing `relative_error` of ‖ΔW‖ (before the stored numbers are rounded).
+
+    `mix` counts the layers by what they are stored as; `gap`: how far `relative_error` may be from the best there is.
+    """
+
+    bytes: int
+    relative_error: float
+    mix: Mapping[str, int] = field(default_factory=dict)
+    gap: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        found: dict[str, Any] = {"bytes": self.bytes, "relative_error": self.relative_error}
+        return found | ({"mix": dict(self.mix), "gap": self.gap} if self.mix else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The curves. By rank: `rank` (the same everywhere), and at the same bytes `size` (LoRA, each rank chosen) and `auto`.
+    By factor: `lokr`, and `beside`, LoRA at the same bytes.
+
+    `floor` is the rounding of the tuned checkpoint, relative to ‖ΔW‖: no error below it means anything. `left_out` is what
+    no adapter of this format holds (biases, norms, embeddings), as a relative error that every curve contains.
+    """
+
+    family: str
+    format: str
+    layers: int
+    unchanged: int
+    norm: float
+    floor: float
+    left_out: float
+    rank: Mapping[int, Choice]
+    size: Mapping[int, Choice]
+    auto: Mapping[int, Choice]
+    lokr: Mapping[int, Choice]
+    beside: Mapping[int, Choice]
+    made_by: Mapping[str, Any] | None = None
+    unused: tuple[Unused, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: one record per rank, and one per factor."""
+        ranks = [
+            {"rank": k, "lora_rank": c.to_dict(), "lora_size": self.size[k].to_dict(), "auto": self.auto[k].to_dict()}
+            for k, c in self.rank.items()
+        ]
+        factors = [
+            {"factor": f, "lokr": c.to_dict(), "lora_size": self.beside[f].to_dict()} for f, c in self.lokr.items()
+        ]
+        return {
+            "family": self.family,
+            "format": self.format,
+            "layers": self.layers,
+            "unchanged": self.unchanged,
+            "norm": self.norm,
+            "noise_floor": self.floor,
+            "left_out": self.left_out,
+            "made_by": None if self.made_by is None else dict(self.made_by),
+            "lora": ranks,
+            "lokr": factors,
+            "unused": [item.to_dict() for item in self.unused],
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+# planning --------------------------------------------------------------------------------------------------------
+
+
+def plan(base: Path, tuned: Path, options: Options) -> Plan:
+    """Pair the checkpoints; reads headers only, and fails here if anything can."""
+    if options.max_rank < 1:
+        raise WrongUsage(f"--max-rank must be at least 1, not {options.max_rank}")
+    first, second = open_pair(base, tuned, options.family)
+    keys = compile_keys(first.family.name, options.to)
+    pairing = Pairing(first, second, keys, Wanted("lora", False, options.shared))
+    jobs = tuple(job for job in pairing.jobs() if job.counted)
+    if not any(job.algorithm for job in jobs):
+        raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
+    refuse_unused(pairing.lost, options.allow_unused, tuned)
+    steps = tuple(_step(job, first, second, options.max_rank) for job in jobs)
+    check_memory(steps, options.memory)
+    return Plan(first, second, options, keys, jobs, steps, tuple(pairing.lost))
+
+
+def _step(job: Job, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Job]:
+    rows, columns = job.matrix
+    stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
+    # ΔW, whitened or rearranged, and squares of ulps, each in float32; the Krylov basis and its images
+    working = 4 * 4 * rows * columns + 8 * BASIS * min(rank, rows, columns) * (rows + columns)
+    return Step(job, id(job), stored + working, tuned.source.order(job.tuned[0].name))
+
+
+# measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What was measured of one layer; energies are squares."""
+
+    job: Job
+    norm: float
+    floor: float = 0.0
+    energies: tuple[float, ...] = ()
+    captured: Mapping[int, tuple[float, int]] = field(default_factory=dict)  # by factor: energy, and numbers stored
+    rank: int | None = None  # if the difference is this many directions and rounding
+    split: Split | None = None  # if it is a Kronecker product
+
+
+def run(plan: Plan, progress: Progress | None = None) -> Report:
+    """Measure every layer, and draw the curves; the only part that reads weights."""
+    started = time.perf_counter()
+    found: dict[int, _Layer] = {}
+    worker, total = _Worker(plan), len(plan.steps)
+
+    def store(job: Job, layer: _Layer) -> None:
+        found[id(job)] = layer
+
+    try:
+        engine.run(
+            plan.steps,
+            engine.Work(worker.load, worker.work, store),
+            engine.Resources.choose(plan.options.device, plan.options.memory),
+            None if progress is None else lambda done: progress(done, total),
+        )
+    finally:
+        plan.close()
+    return _report(plan, [found[id(job)] for job in plan.jobs], started)
+
+
+class _Worker:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def load(self, job: Job) -> dict[str, Tensor]:
+        return {"base": self.plan.base.read(job.base), "tuned": self.plan.tuned.read(job.tuned)}
+
+    def work(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[_Layer]:
+        (job,) = jobs
+        return [self._layer(job, tensors["base"][0], tensors["tuned"][0])]
+
+    def _layer(self, job: Job, base: Tensor, tuned: Tensor) -> _Layer:
+        from adaptkit.linalg.kronscan import FACTORS, scan_kron
+        from adaptkit.linalg.lowrank import SvdSpec, energies
+        from adaptkit.linalg.noise import WEAK, rank_above_noise, rounding_noise, zero_share
+        from adaptkit.linalg.precision import difference, norm_squared
+
+        delta = difference(tuned, base)
+        norm = float(norm_squared(delta))
+        if not math.isfinite(norm):
+            raise NonFinite("holds NaN or infinity", file=self.plan.tuned.source.path, tensor=job.tuned[0].name)
+        if norm == 0.0 or job.algorithm is None:
+            return _Layer(job, norm)
+        noise = rounding_noise(tuned)
+        rank = min(self.plan.options.max_rank, *delta.shape)
+        kept = tuple(energies(delta, rank, SvdSpec(rank)).tolist())
+        scan = scan_kron(delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0])
+        captured = {
+            factor: (energy, split.parameters)
+            for split, energy in zip(scan.splits, scan.captured.tolist(), strict=True)
+            for factor in split.factors
+        }
+        which = int(scan.recognised())
+        spikes = rank_above_noise(delta, noise) if float(zero_share(delta)) < WEAK else None
+        return _Layer(
+            job,
+            norm,
+            min(float(noise.floor), norm),
+            kept,
+            captured,
+            int(spikes.rank) if spikes is not None and bool(spikes.low_rank) else None,
+            scan.splits[which] if which >= 0 else None,
+        )
+
+
+# choosing --------------------------------------------------------------------------------------------------------
+
+
+def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
+    fitted = [layer for layer in layers if layer.energies]
+    if not fitted:
+        raise NothingToDo(
+            "no layer that an adapter can hold differs",
+            hint="are these the two files you meant?",
+            file=plan.tuned.source.path,
+        )
+    curves = _Curves(plan, fitted, sum(layer.norm for layer in layers))
+    ranks = [k for k in (2**n for n in range(20)) if k < plan.options.max_rank] + [plan.options.max_rank]
+    same = {k: curves.lora([min(k, len(layer.energies)) for layer in fitted]) for k in ranks}
+    made = _made_by(fitted)
+    factors = sorted({*USUAL, *([made["factor"]] if made and "factor" in made else [])})
+    lokr = _distinct({factor: curves.lokr(factor) for factor in factors})
+    left = sum(layer.norm for layer in layers if not layer.energies)
+    return Report(
+        family=plan.base.family.name,
+        format=plan.keys.format.name,
+        layers=len(fitted),
+        unchanged=sum(1 for layer in layers if layer.norm == 0.0 and layer.job.algorithm),
+        norm=math.sqrt(curves.total),
+        floor=math.sqrt(sum(layer.floor for layer in fitted) / curves.total),
+        left_out=math.sqrt(left / curves.total),
+        rank=same,
+        size={k: curves.lora_within(one.bytes) for k, one in same.items()},
+        auto={k: curves.auto(one.bytes) for k, one in same.items()},
+        lokr=lokr,
+        beside={f: curves.lora_within(one.bytes) for f, one in lokr.items()},
+        made_by=made,
+        unused=plan.unused,
+        notes=tuple(_notes(made)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Curves:
+    """Bytes and errors of the ways to store the layers that differ."""
+
+    def __init__(self, plan: Plan, layers: Sequence[_Layer], total: float) -> None:
+        self.plan, self.layers, self.total = plan, layers, total
+        self.rest = max(0.0, total - sum(layer.norm for layer in layers))  # of what no adapter holds
+        self.alpha = plan.keys.format.alpha is Alpha.TENSOR
+        self.modules = [self._module(layer) for layer in layers]
+        self.options = [list(self._options(n)) for n in range(len(layers))]
+
+    def _module(self, layer: _Layer) -> Module:
+        sizes = [k and self._bytes(layer, k * sum(layer.job.matrix), 2) for k in range(len(layer.energies) + 1)]
+        return Module(layer.energies, layer.norm, sizes)
+
+    def _bytes(self, layer: _Layer, numbers: int, tensors: int) -> int:
+        """In the file: the numbers, and about what its header takes."""
+        assert layer.job.slot is not None
+        name = len(self.plan.keys.stem(layer.job.slot)) + HEADER
+        return numbers * WIDTHS[layer.job.dtype] // 8 + (tensors + self.alpha) * name + 4 * self.alpha
+
+    def _options(self, n: int) -> Iterator[tuple[str, int, float]]:
+        """(kind, bytes, squared error) of a layer: nothing, LoRA of each rank, LoKr of each factor, full."""
+        layer, module = self.layers[n], self.modules[n]
+        for k, (size, error) in enumerate(zip(module.sizes, module.errors(), strict=True)):
+            yield "lora" if k else "nothing", size, error
+        for energy, numbers in layer.captured.values():
+            yield "lokr", self._bytes(layer, numbers, 2), max(0.0, layer.norm - energy)
+        rows, columns = layer.job.matrix
+        yield "full", self._bytes(layer, rows * columns, 1), 0.0
+
+    def _choice(self, bytes: int, left: float, mix: Mapping[str, int] | None = None, gap: float = 0.0) -> Choice:
+        return Choice(bytes, math.sqrt((left + self.rest) / self.total), mix or {}, gap)
+
+    def lora(self, ranks: Sequence[int]) -> Choice:
+        """LoRA with these ranks."""
+        picked = list(zip(self.modules, ranks, strict=True))
+        return self._choice(sum(m.sizes[k] for m, k in picked), sum(m.errors()[k] for m, k in picked))
+
+    def lora_within(self, bytes: int) -> Choice:
+        """LoRA with the best ranks within a size, at least that of the smallest layer at rank 1."""
+        least = min(module.sizes[1] for module in self.modules)
+        return self.lora(Size(max(bytes, least)).choose(self.modules))
+
+    def lokr(self, factor: int) -> Choice:
+        """LoKr everywhere, its second factor full."""
+        size, left = 0, 0.0
+        for layer in self.layers:
+            # a layer that the factor does not cut is stored whole
+            energy, numbers = layer.captured.get(factor, (layer.norm, math.prod(layer.job.matrix)))
+            size, left = size + self._bytes(layer, numbers, 2), left + max(0.0, layer.norm - energy)
+        return self._choice(size, left)
+
+    def auto(self, bytes: int) -> Choice:
+        """For each layer the best of everything."""
+        found = least_error([[(size, error) for _, size, error in one] for one in self.options], bytes)
+        mix: dict[str, int] = {}
+        for one, chosen in zip(self.options, found.chosen, strict=True):
+            mix[one[chosen][0]] = mix.get(one[chosen][0], 0) + 1
+        whole = self._choice(found.bytes, found.error, mix)
+        least = math.sqrt((max(0.0, found.bound) + self.rest) / self.total)
+        gap = 1.0 - least / whole.relative_error if whole.relative_error else 0.0
+        return self._choice(found.bytes, found.error, mix, max(0.0, gap))
+
+
+def _distinct(choices: Mapping[int, Choice]) -> dict[int, Choice]:
+    """Of factors that cut every layer alike, the first."""
+    first: dict[int, int] = {}
+    for factor, choice in choices.items():
+        first.setdefault(choice.bytes, factor)
+    return {factor: choices[factor] for factor in first.values()}
+
+
+def _made_by(layers: Sequence[_Layer]) -> dict[str, Any] | None:
+    """Which adapter was merged, where most layers agree: its kind and rank or factor, and how many say so."""
+    from adaptkit.linalg.noise import vote
+
+    # a factor is a vote of its own where layers of one size cannot tell it from another
+    factors = [factor for layer in layers if layer.split for factor in layer.split.factors]
+    if factors:
+        best = vote(factors)
+        if best.agree > MOST * len(layers):
+            return {"algorithm": "lokr", "factor": best.value, "layers": best.agree, "of": len(layers)}
+    ranks = [layer.rank for layer in layers if layer.rank]
+    if ranks:
+        best = vote(ranks)
+        if best.agree > MOST * len(layers):
+            return {"algorithm": "lora", "rank": best.value, "layers": best.agree, "of": len(layers)}
+    return None
+
+
+def _notes(made: Mapping[str, Any] | None) -> Iterator[str]:
+    if made is not None and made["algorithm"] == "lora":
+        yield f"this difference is a rank-{made['rank']} LoRA: --rank {made['rank']} keeps all of it but rounding."
+    elif made is not None:
+        yield f"this difference is a LoKr: --algo lokr --factor {made['factor']} keeps all of it but rounding."
