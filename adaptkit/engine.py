@@ -7,7 +7,6 @@ once never exceeds the memory bound, so peak memory is a number the plan can pri
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ T = TypeVar("T")
 DEFAULT_MEMORY = (
     560_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
 )
-BESIDE = 2
+BESIDE = 2  # buckets read ahead of those that are computed
 _POLL = 0.2  # seconds between looks at the stop flag while a queue is full or empty
 
 
@@ -118,8 +117,7 @@ def bound(steps: Iterable[Step[P]], memory: int | None) -> int:
 def peak_memory(steps: Iterable[Step[P]], memory: int | None = None) -> int:
     """At most how many bytes are in use at once on a CPU."""
     listed = list(steps)
-    alive = (os.cpu_count() or 1) + BESIDE
-    return min(bound(listed, memory), sum(sorted((step.bytes for step in listed), reverse=True)[:alive]))
+    return min(bound(listed, memory), sum(step.bytes for step in listed))
 
 
 def buckets(steps: Iterable[Step[P]], resources: Resources) -> Iterator[Bucket[P]]:
@@ -157,12 +155,14 @@ class Work(Generic[P, R]):
     """What to do with a step: `load` its tensors (reader thread), compute a bucket's results, `store` one (writer thread).
 
     `kernel` gets the payloads and the stacked tensors, each with one leading dimension, on the device; several threads call
-    it at once, each for a bucket of its own.
+    it at once, each for a bucket of its own. `held`: bytes of a result while it waits for those before it, without which
+    it counts as all of its step.
     """
 
     load: Callable[[P], Tensors]
     kernel: Callable[[tuple[P, ...], dict[str, Tensor]], Sequence[R]]
     store: Callable[[P, R], None]
+    held: Callable[[R], int] | None = None
 
 
 def run(
@@ -185,7 +185,7 @@ class _Stopped(Exception):
 
 
 class _Room:
-    """Admits buckets in order while their bytes and number stay within bounds; one is always admitted."""
+    """Admits buckets in order while their bytes, and the number of those not yet computed, stay within bounds; one always."""
 
     def __init__(self, bytes: int, buckets: int) -> None:
         self.bytes, self.buckets = bytes, buckets
@@ -194,22 +194,28 @@ class _Room:
 
     def enter(self, size: int, stop: threading.Event) -> None:
         with self.changed:
-            while self.inside and (self.used + size > self.bytes or self.inside >= self.buckets):
+            while self.used and (self.used + size > self.bytes or self.inside >= self.buckets):
                 if stop.is_set():
                     raise _Stopped
                 self.changed.wait(_POLL)
             self.used += size
             self.inside += 1
 
-    def leave(self, size: int) -> None:
+    def computed(self, size: int, held: int) -> None:
+        """A bucket became its results, which stay until `leave`."""
         with self.changed:
-            self.used -= size
+            self.used -= size - held
             self.inside -= 1
+            self.changed.notify_all()
+
+    def leave(self, held: int) -> None:
+        with self.changed:
+            self.used -= held
             self.changed.notify_all()
 
 
 Loaded = tuple[int, "Bucket[P]", dict[str, "Tensor"]]
-Done = tuple[int, "Bucket[P]", Sequence[R]]
+Done = tuple[int, "Bucket[P]", Sequence[R], int]
 
 
 class _Pipeline(Generic[P, R]):
@@ -292,12 +298,19 @@ class _Pipeline(Generic[P, R]):
             with torch.inference_mode():
                 results = self.work.kernel(bucket.payloads, tensors)
             del tensors
-            self.done.put((number, bucket, results))
+            held = self._held(bucket, results)
+            self.room.computed(bucket.bytes, held)
+            self.done.put((number, bucket, results, held))
             del results
         with self.lock:
             self.working -= 1
             if not self.working:
                 self.done.put(None)
+
+    def _held(self, bucket: Bucket[P], results: Sequence[R]) -> int:
+        """Bytes of results; at least one, as `used` tells whether anybody is inside."""
+        size = bucket.bytes if self.work.held is None else sum(map(self.work.held, results))
+        return max(1, min(size, bucket.bytes))
 
     def _write(self) -> None:
         """Store results in the order of the buckets, whichever is computed first."""
@@ -307,14 +320,14 @@ class _Pipeline(Generic[P, R]):
             waiting[item[0]] = item
             del item
             while following in waiting:
-                _, bucket, results = waiting.pop(following)
+                _, bucket, results, held = waiting.pop(following)
                 following += 1
                 for payload, result in zip(bucket.payloads, results, strict=True):
                     self.work.store(payload, result)
                     finished += 1
                     self.progress(finished)
                 del results
-                self.room.leave(bucket.bytes)
+                self.room.leave(held)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def test_an_error_in_any_thread_ends_the_run(where: str, error: type[BaseExcepti
 
 @pytest.mark.parametrize(("workers", "memory", "most"), [(1, None, 3), (3, None, 5), (3, 25, 2), (3, 5, 1)])
 def test_what_is_alive_stays_within_the_bound(workers: int, memory: int | None, most: int) -> None:
-    """One being read, one written, one for each worker, and never more bytes than the bound: a number, not a hope."""
+    """Two read ahead and one for each worker, and from reading to storing never more bytes than the bound."""
     alive, seen, lock = 0, 0, threading.Lock()
 
     def load(i: int) -> dict[str, Tensor]:
@@ -80,16 +80,40 @@ def test_what_is_alive_stays_within_the_bound(workers: int, memory: int | None, 
             seen = max(seen, alive)
         return {"x": torch.zeros(1)}
 
-    def store(i: int, result: Tensor) -> None:
+    def leave() -> None:
         nonlocal alive
         time.sleep(0.002)
         with lock:
             alive -= 1
 
+    def kernel(payloads: tuple[int, ...], tensors: dict[str, Tensor]) -> list[Tensor]:
+        if memory is None:
+            leave()
+        return [tensors["x"]]
+
+    def store(i: int, result: Tensor) -> None:
+        if memory is not None:
+            leave()
+
     size = 5 if memory == 5 else 10
-    work = Work(load, lambda payloads, tensors: [tensors["x"]], store)
-    run(steps(40, size), work, Resources(memory=memory, workers=workers))
+    run(steps(40, size), Work(load, kernel, store), Resources(memory=memory, workers=workers))
     assert seen == most
+
+
+def test_a_slow_step_keeps_nobody_waiting() -> None:
+    """Results that are ready wait for it as small as they are, and are stored in order all the same."""
+    others = threading.Semaphore(0)
+    stored: list[int] = []
+
+    def kernel(payloads: tuple[int, ...], tensors: dict[str, Tensor]) -> list[int]:
+        if payloads[0] == 29:  # the first on disk
+            assert all(others.acquire(timeout=20) for _ in range(25))
+        others.release()
+        return [1]
+
+    work = Work(lambda i: {"x": torch.zeros(1)}, kernel, lambda i, _: stored.append(i), held=lambda n: n)
+    run(steps(30, 10), work, Resources(memory=60, workers=2))
+    assert stored == list(reversed(range(30)))
 
 
 def test_workers_compute_at_once_and_results_are_stored_in_order() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.kron import factorization, nearest_kron, rearrange
-from adaptkit.linalg.krylov import start_block
-from adaptkit.linalg.noise import NoiseRank, RoundingNoise, eigenvalues, rank_above_noise
+from adaptkit.linalg.krylov import eigenvalues, start_block
+from adaptkit.linalg.noise import NoiseRank, RoundingNoise, rank_above_noise
 from adaptkit.linalg.precision import accumulate_dtype, norm_squared, upcast
 
 if TYPE_CHECKING:

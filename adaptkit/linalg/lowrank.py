@@ -66,10 +66,11 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
         return _stacked(a, spec) if a.device.type == "cuda" and a.numel() else _each(a, spec)
     rank = min(spec.rank, *a.shape)
     wide = a if a.shape[0] >= a.shape[1] else a.mT  # (M, N), N the smaller side
-    u, s, v = _solver(spec.method, rank, wide.shape[1])(wide, rank, spec)
+    total = norm_squared(a)
+    u, s, v = _solver(spec.method, rank, wide.shape[1])(wide, rank, spec, total)
     if wide is not a:
         u, v = v, u
-    return _finish(a, u, s, v)
+    return _finish(a, u, s, v, total)
 
 
 def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
@@ -84,7 +85,7 @@ def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
         u, s, v = _stacked_half_step(wide, eigh(gram_columns(wide))[1][..., :rank].to(a.dtype))
     else:
         return _each(a, spec)
-    found = _finish(flat, *((u, s, v) if wide is flat else (v, s, u)))
+    found = _finish(flat, *((u, s, v) if wide is flat else (v, s, u)), norm_squared(flat))
     batch = a.shape[:-2]
     return LowRank(*(t.reshape(*batch, *t.shape[1:]) for t in (found.u, found.s, found.vh, found.residual)))
 
@@ -117,7 +118,9 @@ def _each(a: Tensor, spec: SvdSpec) -> LowRank:
     return LowRank(stacked("u"), stacked("s"), stacked("vh"), stacked("residual"))
 
 
-Solver = Callable[[Tensor, int, SvdSpec], tuple[Tensor, Tensor, Tensor]]  # → u (M, k), s (k,), v (N, k)
+Solver = Callable[
+    [Tensor, int, SvdSpec, Tensor], tuple[Tensor, Tensor, Tensor]
+]  # (a, rank, spec, ‖a‖²) → u (M, k), s, v
 
 
 def _solver(method: Method, rank: int, smaller: int) -> Solver:
@@ -128,11 +131,10 @@ def _solver(method: Method, rank: int, smaller: int) -> Solver:
     return _SOLVERS[method]
 
 
-def _finish(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> LowRank:
-    """Fix signs, and state what is left of A exactly."""
+def _finish(a: Tensor, u: Tensor, s: Tensor, v: Tensor, total: Tensor) -> LowRank:
+    """Fix signs, and state what is left of A, ‖A‖² = `total`, exactly."""
     u, v = signed(u, v)
     vh = v.mT
-    total = norm_squared(a)
     residual = total - s.to(total.dtype).square().sum(dim=-1)
     if bool((residual < EXPLICIT * total).any()):
         residual = _explicit(a, u * s.unsqueeze(-2), vh)
@@ -155,7 +157,7 @@ def _explicit(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _gram(a: Tensor, rank: int, spec: SvdSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _gram(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvectors of the float64 AᵀA, then one half-step; float32 there would cost 4 % (reference §2.1)."""
     _, vectors = eigh(gram_columns(a))
     return _half_step(a, vectors[:, :rank].to(a.dtype))
@@ -173,17 +175,17 @@ def _half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (q @ left).to(a.dtype), s.to(a.dtype), (v.to(wide) @ right.mT).to(a.dtype)
 
 
-def _exact(a: Tensor, rank: int, spec: SvdSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(a.to(accumulate_dtype(a.device)), full_matrices=False)
     return u[:, :rank].to(a.dtype), s[:rank].to(a.dtype), vh[:rank].mT.to(a.dtype)
 
 
-def _lanczos(a: Tensor, rank: int, spec: SvdSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _lanczos(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Block Lanczos, then the polish: one half-step of subspace iteration from the left Ritz vectors.
 
     The polish makes exactly low-rank inputs accurate (1.8e-5 → 2.7e-7 in the reference) and halves the excess.
     """
-    space = explored(a, rank, spec.tol, spec.seed)
+    space = explored(a, rank, spec.tol, spec.seed, total)
     if space.size < rank:  # the space is invariant: A has no more rank than this
         return _padded(a, space, rank)
     _, vectors = space.ritz()
@@ -223,7 +225,7 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     wide = a if a.shape[0] >= a.shape[1] else a.mT
     if _solver(spec.method, rank, wide.shape[1]) is not _lanczos:
         return eigh(gram_columns(wide))[0][:rank]
-    found = explored(wide, rank, spec.tol, spec.seed).ritz()[0]
+    found = explored(wide, rank, spec.tol, spec.seed).values()
     return torch.nn.functional.pad(found, (0, rank - found.shape[0]))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.linalg.factored import factored_svd
-from adaptkit.linalg.krylov import eigh, gram_columns
+from adaptkit.linalg.krylov import eigenvalues, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, energies, truncated_svd
 from adaptkit.linalg.precision import SCRATCH, accumulate_dtype, norm_squared, upcast
 
@@ -25,7 +25,6 @@ __all__ = [
     "RoundingNoise",
     "Vote",
     "denoised",
-    "eigenvalues",
     "rank_above_noise",
     "rounding_noise",
     "vote",
@@ -254,15 +253,6 @@ def _squares(white: Tensor, k: int) -> list[float]:
     gram = gram_columns(white if m >= n else white.mT)
     found: list[float] = eigenvalues(gram)[:k].tolist()
     return found
-
-
-def eigenvalues(gram: Tensor) -> Tensor:
-    """As `eigh`, descending, without vectors: a third of the time."""
-    try:
-        values: Tensor = torch.linalg.eigvalsh(gram.cpu())
-    except RuntimeError:  # torch.linalg.LinAlgError: did not converge
-        return eigh(gram)[0]
-    return values.flip(-1).clamp_min(0.0).to(gram.device)
 
 
 def _edge(m: int, n: int, margin: float) -> float:

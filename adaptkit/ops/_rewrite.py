@@ -162,6 +162,15 @@ class _Cut:
     stored: _Stored | None
 
 
+def _held(result: _Stored | Decomposition | _Cut) -> int:
+    """Bytes of the tensors of a result."""
+    stored = result.stored if isinstance(result, _Cut) else result
+    if isinstance(stored, _Stored):
+        return sum(tensor.nbytes for tensor in stored.tensors.values())
+    core = getattr(result, "core", None)
+    return 0 if core is None else int(core.nbytes)
+
+
 class _Computing:
     """One pass, where the rank of a module depends on no other; else two: modules are taken apart, then ranks are kept."""
 
@@ -187,7 +196,7 @@ class _Computing:
     def _pass(self, steps: Sequence[engine.Step[Task]], kernel: Any, done: int) -> None:
         report, total = self.progress, self.total
         resources = engine.Resources.choose(self.plan.options.device, self.plan.options.memory)
-        work: engine.Work[Task, Any] = engine.Work(self.worker.load, kernel, self._store)
+        work: engine.Work[Task, Any] = engine.Work(self.worker.load, kernel, self._store, _held)
         engine.run(steps, work, resources, None if report is None else lambda n: report(done + n, total))
 
     def _store(self, task: Task, result: _Stored | Decomposition | _Cut) -> None:

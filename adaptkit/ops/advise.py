@@ -200,7 +200,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     try:
         engine.run(
             plan.steps,
-            engine.Work(worker.load, worker.work, store),
+            engine.Work(worker.load, worker.work, store, held=lambda _: 0),
             engine.Resources.choose(plan.options.device, plan.options.memory),
             None if progress is None else lambda done: progress(done, total),
         )
