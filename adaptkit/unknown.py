@@ -6,25 +6,34 @@ Names are carried between formats only where these name modules alike, and never
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import families, formats
-from adaptkit.families._family import Component, ModelFamily, Row, named
+from adaptkit.families._family import Component, Kind, ModelFamily, Row, named
+from adaptkit.files.source import COMPONENTS
 from adaptkit.keymap import prefixes, split_suffix
+from adaptkit.names import BIAS, WEIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from adaptkit.formats._format import KeyFormat
 
-__all__ = ["NAME", "fallback"]
+__all__ = ["NAME", "fallback", "family_of_weights"]
 
 NAME = "unknown"
 DENOISERS = ("transformer", "unet")
 ALIKE = (("kohya", "comfy"), ("diffusers", "onetrainer", "lycoris"), ("peft", "bare"))  # styles that name modules alike
 SOURCE, NOWHERE = "source", "nowhere"
+TITLE = "an unknown family"
+
+_DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")  # in single files
+_TABLES = re.compile(r"(^|[._])((word|token|token_type|position)_embeddings?|embed_tokens|wte|wpe|shared)$")
+_BESIDE = tuple(p for found in ModelFamily(name="", title="", components=()).others.values() for p in found)
+_ENCODERS = {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"}
 
 
 def fallback(names: Iterable[str], format: str | None = None) -> tuple[ModelFamily, KeyFormat, int] | None:
@@ -61,7 +70,7 @@ def _family(stems: Iterable[str], format: KeyFormat) -> ModelFamily:
         if prefix is not None:
             modules.setdefault(parts[prefix], {})[stem[len(prefix) :]] = None
     components = tuple(_component(name, found, format) for name, found in modules.items())
-    return ModelFamily(name=NAME, title="an unknown family", components=components)
+    return ModelFamily(name=NAME, title=TITLE, components=components)
 
 
 def _component(name: str, modules: Iterable[str], format: KeyFormat) -> Component:
@@ -99,3 +108,62 @@ def _tags(component: str, source: KeyFormat) -> dict[str, tuple[str, ...]]:
         for tag, groups in found.items()
         if len(groups) == 1 or tag in needed
     }
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def family_of_weights(*files: Mapping[str, tuple[int, ...]]) -> ModelFamily:
+    """A family of the modules that these files (key → shape) have weights or biases of, by their own names.
+
+    Every format spells these names behind its prefix, kohya's with underscores for dots. Modules that only those tell
+    apart are left out: no such key would say which is meant.
+    """
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}  # component → module → the shape of its weight
+    starts: dict[str, dict[str, None]] = {}
+    for shapes in files:
+        parts = _weight_parts(shapes)
+        for name, shape in shapes.items():
+            prefix = next((p for p in parts if name.startswith(p)), None)
+            if prefix is None or name.startswith(_BESIDE):
+                continue
+            module, _, param = name[len(prefix) :].rpartition(".")
+            if module and param in (WEIGHT, BIAS):
+                starts.setdefault(parts[prefix], {})[prefix] = None
+                known = modules.setdefault(parts[prefix], {})
+                known[module] = shape if param == WEIGHT else known.get(module, (1, 1))
+    components = tuple(_weighed(name, found, tuple(starts[name])) for name, found in modules.items())
+    return ModelFamily(name=NAME, title=TITLE, components=components)
+
+
+def _weight_parts(names: Iterable[str]) -> dict[str, str]:
+    """Prefix → component: the folders of a pipeline, or else one denoiser."""
+    names = list(names)
+    folders = {name.partition(".")[0] for name in names}
+    if folders <= set(COMPONENTS):
+        return {f"{folder}.": folder for folder in COMPONENTS if folder in folders}
+    return {next(p for p in _DENOISER_PREFIXES if any(name.startswith(p) for name in names)): DENOISERS[0]}
+
+
+def _weighed(name: str, modules: Mapping[str, tuple[int, ...]], starts: tuple[str, ...]) -> Component:
+    alike = Counter(module.replace(".", "_") for module in modules)
+    rows = [_row(module, shape) for module, shape in modules.items() if alike[module.replace(".", "_")] == 1]
+    tags = {"diffusers": (name,), "onetrainer": (name,)}
+    if name in _ENCODERS:
+        tags |= {"kohya": (_ENCODERS[name],)}
+    else:
+        tags |= {"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",)}
+    return Component(
+        name=name,
+        title="denoiser" if name in DENOISERS else name.replace("_", " "),
+        rows=tuple(rows),
+        checkpoints={SOURCE: starts},
+        tags=tags,
+        namings={format.style: SOURCE for format in formats().values()},
+    )
+
+
+def _row(module: str, shape: tuple[int, ...]) -> Row:
+    kind = Kind.NORM if len(shape) < 2 else (Kind.EMBEDDING if _TABLES.search(module) else Kind.MATRIX)
+    names = MappingProxyType({SOURCE: (named(module),), "diffusers": (named(module),)})
+    return Row(module, names, kind, shape[2:])

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable).")
 @click.option("--skip", multiple=True, metavar="GLOB", help="Not these modules or components (repeatable).")
+@click.option("--ema", is_flag=True, help="Read the averaged weights where a checkpoint holds them too.")
 @click.option("--allow-unused", is_flag=True, help="Go on where layers have no partner; the report lists them.")
 @talk
 def advise(

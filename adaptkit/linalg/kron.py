@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.krylov import eigh, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, truncated_svd
-from adaptkit.linalg.precision import norm_squared, upcast
+from adaptkit.linalg.precision import empty, norm_squared, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,8 +82,9 @@ def rearrange(x: Tensor, a: int, b: int) -> Tensor:
     if x.shape[-2] % a or x.shape[-1] % b:
         raise ShapeMismatch(f"{x.shape[-2]} × {x.shape[-1]} does not divide into {a} × {b} blocks")
     c, d = x.shape[-2] // a, x.shape[-1] // b
-    blocks = x.reshape(*x.shape[:-2], a, c, b, d).transpose(-3, -2)
-    return blocks.reshape(*x.shape[:-2], a * b, c * d)
+    whole = empty((*x.shape[:-2], a * b, c * d), x.dtype, x.device)
+    whole.view(*x.shape[:-2], a, b, c, d).copy_(x.reshape(*x.shape[:-2], a, c, b, d).transpose(-3, -2))
+    return whole
 
 
 def nearest_kron(x: Tensor, a: int, b: int) -> Kron:

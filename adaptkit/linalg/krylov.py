@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.precision import accumulate_dtype, norm_squared
+from adaptkit.linalg.precision import accumulate_dtype, empty, norm_squared
 
 __all__ = ["BLOCK", "Krylov", "eigenvalues", "eigh", "explored", "fixed_basis", "gram_columns"]
 
@@ -79,8 +79,8 @@ class Krylov:
         self.a, self.rank = a, rank
         self.width = block_width(n, rank)
         self.limit = min(n, 6 * rank + 64)
-        self.v = a.new_empty(n, self.limit)
-        self.w = a.new_empty(self.limit, m).mT  # columns contiguous, so that growing it moves nothing
+        self.v = empty((n, self.limit), a.dtype, a.device)
+        self.w = empty((self.limit, m), a.dtype, a.device).mT  # columns contiguous, so that growing it moves nothing
         self.gram = torch.zeros(self.limit, self.limit, dtype=accumulate_dtype(a.device), device=a.device)
         self.size = 0
         self.total = total

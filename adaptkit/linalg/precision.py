@@ -12,13 +12,14 @@ from adaptkit.errors import NonFinite
 from adaptkit.memory import huge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = [
     "accumulate_dtype",
     "cast",
     "compute_dtype",
     "difference",
+    "empty",
     "norm_squared",
     "supports_float64",
     "upcast",
@@ -83,7 +84,7 @@ def difference(x: Tensor, y: Tensor) -> Tensor:
     scratch, which stays in the cache: a quarter of the time of a subtraction of mixed dtypes, and no second full-size copy.
     """
     dtype = compute_dtype(x, y)
-    result = _empty(x.shape, dtype, x.device)
+    result = empty(x.shape, dtype, x.device)
     step = max(1, SCRATCH // max(1, x.shape[-1]))
     scratch = torch.empty_like(result[..., :step, :])
     for start in range(0, x.shape[-2], step):
@@ -93,7 +94,8 @@ def difference(x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised, on a CPU in huge pages where it is large."""
     block = huge(math.prod(shape) * dtype.itemsize) if device.type == "cpu" else None
     whole = torch.empty(shape, dtype=dtype, device=device) if block is None else torch.frombuffer(block, dtype=dtype)
     return whole.reshape(shape)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import KeyMap
 from adaptkit.names import Rows, Slot
-from adaptkit.ops._common import FLOATS, Shared, Unused, selected
+from adaptkit.ops._common import Shared, Unused, selected
 from adaptkit.ops._pairing import Pairing, Wanted
 from adaptkit.ops._respell import Part, Respelling
 
@@ -99,11 +99,10 @@ class Base:
                 file=self.checkpoint.source.path,
             )
         fits(self.checkpoint, adapter, entry, pieces)
-        dtypes = {self.checkpoint.source.infos[piece.name].dtype for piece in pieces}
-        if not dtypes <= set(FLOATS):
+        if (reason := self.checkpoint.refusal(piece.name for piece in pieces)) is not None:
             raise NotRepresentable(
-                f"stored as {', '.join(sorted(dtypes - set(FLOATS)))}, not as plain floats",
-                hint="use an fp16, bf16 or fp32 checkpoint as --base",
+                f"stored as {reason}, not as floats",
+                hint="use an fp8, fp16, bf16 or fp32 checkpoint as --base",
                 file=self.checkpoint.source.path,
                 tensor=pieces[0].name,
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import CannotWrite, NoSuchName, Unclaimed, WouldOverwrite
+from adaptkit.files.quantized import FLOATS
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ __all__ = [
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # what can be computed with as it is stored
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
+from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
 from adaptkit.files.header import DTYPES as WIDTHS
+from adaptkit.files.quantized import FP8
 from adaptkit.formats._format import Alpha
-from adaptkit.keymap import compile_keys
-from adaptkit.ops._common import Progress, Shared, Unused, refuse_unused
+from adaptkit.ops._common import Progress, Shared, Unused, refuse_unused, torch_dtype
 from adaptkit.ops._pairing import Pairing, Wanted, open_pair
 from adaptkit.policy import Module, Size, least_error
 
@@ -50,6 +51,7 @@ class Options:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     allow_unused: bool = False
+    ema: bool = False
 
     @property
     def shared(self) -> Shared:
@@ -68,6 +70,7 @@ class Plan:
     jobs: tuple[Job, ...]
     steps: tuple[Step[Job], ...]
     unused: tuple[Unused, ...]
+    notes: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Close both checkpoints."""
@@ -152,8 +155,9 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     """Pair the checkpoints; reads headers only, and fails here if anything can."""
     if options.max_rank < 1:
         raise WrongUsage(f"--max-rank must be at least 1, not {options.max_rank}")
-    first, second = open_pair(base, tuned, options.family)
-    keys = compile_keys(first.family.name, options.to)
+    chosen("format", formats(), options.to)
+    first, second = open_pair(base, tuned, options.family, ema=options.ema)
+    keys = first.keys(formats()[options.to])
     pairing = Pairing(first, second, keys, Wanted("lora", False, options.shared))
     jobs = tuple(job for job in pairing.jobs() if job.counted)
     if not any(job.algorithm for job in jobs):
@@ -161,7 +165,7 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     refuse_unused(pairing.lost, options.allow_unused, tuned)
     steps = tuple(_step(job, first, second, options.max_rank) for job in jobs)
     check_memory(steps, options.memory)
-    return Plan(first, second, options, keys, jobs, steps, tuple(pairing.lost))
+    return Plan(first, second, options, keys, jobs, steps, tuple(pairing.lost), pairing.notes)
 
 
 def _step(job: Job, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Job]:
@@ -232,7 +236,7 @@ class _Worker:
             raise NonFinite("holds NaN or infinity", file=self.plan.tuned.source.path, tensor=job.tuned[0].name)
         if norm == 0.0 or job.algorithm is None:
             return _Layer(job, norm)
-        noise = rounding_noise(tuned)
+        noise = rounding_noise(self._as_rounded(job, tuned))
         rank = min(self.plan.options.max_rank, *delta.shape)
         kept = tuple(energies(delta, rank, SvdSpec(rank)).tolist())
         scan = scan_kron(delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0])
@@ -252,6 +256,12 @@ class _Worker:
             int(spikes.rank) if spikes is not None and bool(spikes.low_rank) else None,
             scan.splits[which] if which >= 0 else None,
         )
+
+    def _as_rounded(self, job: Job, tuned: Tensor) -> Tensor:
+        """A weight in the dtype it was rounded to: plain fp8 is read as float32. Of scaled fp8 only that is known."""
+        dtypes = self.plan.tuned.dtypes(job.tuned)
+        scaled = any(piece.name in self.plan.tuned.quantization.scales for piece in job.tuned)
+        return tuned.to(torch_dtype(min(dtypes))) if dtypes <= set(FP8) and not scaled else tuned
 
 
 # choosing --------------------------------------------------------------------------------------------------------
@@ -287,7 +297,7 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
         beside={f: curves.lora_within(one.bytes) for f, one in lokr.items()},
         made_by=made,
         unused=plan.unused,
-        notes=tuple(_notes(made)),
+        notes=(*plan.notes, *_notes(made)),
         seconds=time.perf_counter() - started,
     )
 
@@ -348,8 +358,8 @@ class _Curves:
         """For each layer the best of everything."""
         found = least_error([[(size, error) for _, size, error in one] for one in self.options], bytes)
         mix: dict[str, int] = {}
-        for one, chosen in zip(self.options, found.chosen, strict=True):
-            mix[one[chosen][0]] = mix.get(one[chosen][0], 0) + 1
+        for one, which in zip(self.options, found.chosen, strict=True):
+            mix[one[which][0]] = mix.get(one[which][0], 0) + 1
         whole = self._choice(found.bytes, found.error, mix)
         least = math.sqrt((max(0.0, found.bound) + self.rest) / self.total)
         gap = 1.0 - least / whole.relative_error if whole.relative_error else 0.0

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import inspecting, linalg, measure, renaming, resizing, sd15
+from tests.benchmarks import finetuning, inspecting, linalg, measure, renaming, resizing, sd15
 
 BENCHMARKS = {
     "inspect": (inspecting.run, "a 2,000-key file against the start of torch"),
     "convert": (renaming.run, "renaming a 340 MB LoRA against cp"),
     "resize": (resizing.run, "a LoRA from its factors against dense SVDs; one of SDXL brought to a size"),
+    "finetune": (finetuning.run, "how near the fits of a real fine-tune come to the optimum; needs the extra `bench`"),
     "linalg": (linalg.run, "truncated_svd and nearest_kron against LAPACK"),
     "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 9 GB of disk"),
 }

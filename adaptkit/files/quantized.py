@@ -1,0 +1,151 @@
+"""Weights that are stored in fewer bits than they mean: which tensors hold their scales, and how they are widened.
+
+Read here: fp8 (e4m3, e5m2), alone or with a scale beside it, as ComfyUI writes them (`scale_weight`, since 2025-11
+`weight_scale`; its QUANTIZATION.md), musubi-tuner and diffusers: one number, one per row, or one per block of a row.
+Everything else is named and refused, never read as if it were the weight.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adaptkit.files.header import nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from adaptkit.files.header import TensorInfo
+    from adaptkit.files.source import TensorSource
+
+__all__ = ["FLOATS", "FP8", "Quantization", "read_widened"]
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # what can be computed with as it is stored
+FP8 = ("F8_E4M3", "F8_E5M2")
+
+_SCALES = ("scale_weight", "weight_scale")
+_UNUSED = ("scale_input", "input_scale", "comfy_quant")  # of the activations, and what the scales say already
+_FOREIGN = {  # each changes what the stored numbers mean
+    "weight_scale_2": "nvfp4",
+    "weight_scale_inv": "fp8 with a scale per block of rows and columns",
+    "pre_quant_scale": "weights with their input channels rescaled",
+    "weight_zero_point": "integers with a zero point",
+    "SCB": "int8 (bitsandbytes)",
+    "nf4": "nf4 (bitsandbytes)",
+    "fp4": "fp4 (bitsandbytes)",
+    "absmax": "integers (bitsandbytes)",
+}
+_BITSANDBYTES = re.compile(
+    r"(?P<weight>.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?P<kind>nf4|fp4))"
+)
+_MARK = "scaled_fp8"  # an empty tensor at the top, whose dtype is that of the weights
+_INTEGERS = {"I8": "int8", "U8": "packed integers"}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a file's weights are stored.
+
+    `scales` maps a weight to the key of its scale, `refused` one to the name of a scheme that is not read here; `extras`
+    are the keys that belong to such weights and are none themselves.
+    """
+
+    scales: Mapping[str, str]
+    refused: Mapping[str, str]
+    extras: frozenset[str]
+
+    @classmethod
+    def of(cls, infos: Mapping[str, TensorInfo]) -> Quantization:
+        """What the header tells."""
+        beside: dict[str, dict[str, str]] = {}
+        extras = {name for name in infos if name.rpartition(".")[2] == _MARK}
+        for name in infos:
+            if (found := _belongs(name, infos)) is not None:
+                beside.setdefault(found[0], {})[found[1]] = name
+                extras.add(name)
+        scales: dict[str, str] = {}
+        refused: dict[str, str] = {}
+        for weight, parts in beside.items():
+            scale = [parts[kind] for kind in _SCALES if kind in parts]
+            reason = _scheme(infos[weight], [infos[key] for key in scale], parts)
+            if reason is not None:
+                refused[weight] = reason
+            elif scale:
+                scales[weight] = scale[0]
+        return cls(scales, refused, frozenset(extras))
+
+    def refusal(self, info: TensorInfo) -> str | None:
+        """What the numbers of this tensor are, where they cannot be read as the weight; else None."""
+        if info.name in self.refused:
+            return self.refused[info.name]
+        return None if info.dtype in FLOATS + FP8 else _INTEGERS.get(info.dtype, info.dtype)
+
+    def widens(self, info: TensorInfo) -> bool:
+        """Whether a tensor is read wider than it is stored."""
+        return info.dtype in FP8 or info.name in self.scales
+
+    def wide_bytes(self, info: TensorInfo) -> int:
+        """Bytes of a tensor that `widens`, as it is read."""
+        return nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
+
+
+def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
+    """The weight that a key is beside, and as what; None for a tensor in its own right."""
+    if (match := _BITSANDBYTES.fullmatch(name)) is not None and match["weight"] in infos:
+        return match["weight"], match["kind"] or "absmax"
+    module, _, kind = name.rpartition(".")
+    known = kind in _SCALES or kind in _UNUSED or kind in _FOREIGN
+    return (f"{module}.weight", kind) if known and f"{module}.weight" in infos else None
+
+
+def _scheme(weight: TensorInfo, scales: list[TensorInfo], parts: Mapping[str, str]) -> str | None:
+    """The name of a scheme that is not read here; None for one that is."""
+    if foreign := next((name for kind, name in _FOREIGN.items() if kind in parts), None):
+        return foreign
+    if weight.dtype not in FLOATS + FP8:
+        return _INTEGERS.get(weight.dtype, weight.dtype)
+    if len(scales) > 1:
+        return "a weight with two scales"
+    if any(scale.dtype not in FLOATS for scale in scales):
+        return "mxfp8"
+    if not all(_fits(weight.shape, scale.shape) for scale in scales):
+        return f"{weight.dtype} {list(weight.shape)} with scales {list(scales[0].shape)}"
+    return None
+
+
+def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
+    """Whether these are scales of a whole tensor (), of its rows (m) or (m, 1, …), or of blocks of a row (m, blocks, 1)."""
+    if math.prod(scale) == 1 or (weight[:1] == scale[:1] and math.prod(scale) == scale[0]):
+        return True
+    blocks = len(weight) == 2 and len(scale) == 3 and (scale[0], scale[2]) == (weight[0], 1)
+    return blocks and scale[1] > 0 and weight[1] % scale[1] == 0
+
+
+def read_widened(
+    source: TensorSource, quantization: Quantization, name: str, rows: tuple[int, int] | None = None
+) -> Tensor:
+    """A tensor, or some of its rows, as the numbers it means.
+
+    fp8 and scaled weights come as float32 (a scaled float64 as float64), the rest in its stored dtype.
+    """
+    cut = None if rows is None else slice(*rows)
+    part = source.read(name, cut)
+    if not quantization.widens(source.infos[name]):
+        return part
+    import torch
+
+    wide = part.to(torch.float64 if part.dtype == torch.float64 else torch.float32)
+    if name not in quantization.scales:
+        return wide
+    key = quantization.scales[name]
+    by_row = source.infos[key].numel > 1
+    scale = source.read(key, cut if by_row else None).to(wide.dtype)
+    if not by_row:
+        return wide.mul_(scale.reshape(()))
+    # one number for each stretch of a row, or for all of it
+    wide.view(len(scale), scale[0].numel(), -1).mul_(scale.view(len(scale), -1, 1))
+    return wide
