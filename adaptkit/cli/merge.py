@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, STRENGTH, writer
+from adaptkit.cli.options import PATH, SIZE, STRENGTH, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=STRENGTH, metavar="ADAPTER[:STRENGTH]...")
+@click.option(
+    "--blocks",
+    multiple=True,
+    metavar="NAME=WEIGHT,…",
+    help="Weights of blocks, by name, glob or range, or a vector as LoRA Block Weight takes it (repeatable).",
+)
+@click.option("--verify", is_flag=True, help="Read the output back and check it against base + ΔW before it appears.")
+@click.option("--shard-size", type=SIZE, metavar="SIZE", help="Write a folder of shards of at most this size.")
 @writer
 def merge(
     base: Path,
@@ -31,8 +39,16 @@ def merge(
     are added in float32 and rounded once; layers no adapter touches are copied byte for byte. An adapter module that
     finds no place in BASE fails the run.
 
+    BASE may be a file, an index of shards or a folder; the output is of the same kind, with the same file names. Weights
+    stored as fp8, with or without scales, stay so unless --dtype says otherwise, and the report says what that costs.
+
+    --blocks multiplies the strength in parts of the model: `te=0`, `unet.down_blocks.*=0.5`, `double.0-5=0.3`, `IN04=0`,
+    or the 12, 17, 20 or 26 numbers (57 or 61 for FLUX) of the LoRA Block Weight extension. The last rule that matches
+    counts, what none matches keeps its strength, and a rule that matches nothing is an error.
+
     \b
     adaptkit merge base.safetensors style.safetensors:0.8 detail.safetensors -o merged.safetensors
+    adaptkit merge base.safetensors style.safetensors --blocks "te=0,unet.up_blocks.0-1=0.5" --verify
     """
     from adaptkit.cli.render import Talk
     from adaptkit.ops import merge as op

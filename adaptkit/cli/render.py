@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adaptkit.ops import combine, convert, extract, inspect, merge, resize
+    from adaptkit.ops._verify import Verified
 
 __all__ = ["Talk", "human", "inspected", "listed"]
 
 _NARROW = 76  # characters in one cell of a table; longer ones get lines of their own
 _FEW = 2  # keys named per reason
+_LOSSY = 0.1  # of ‖ΔW‖ lost to rounding: said aloud
 _MANY = 12  # of a thing are listed, then "and n more"
 _MEASURED = {
     "algorithm": "algorithm",
@@ -396,10 +399,19 @@ class Talk:
                 "tensors",
                 f"{report.changed} of {report.tensors} changed, ‖ΔW‖/‖W‖ = {report.relative_change:.3g} over them",
             ),
+            ("blocks", _strongest(report.blocks)),
+            ("weights", "\n".join(_weighted(report.block_weights))),
             ("rounding", f"{report.relative_error:.3g} of ‖ΔW‖ lost to the number format"),
+            ("verified", _verified(report.verified)),
+            ("files", _counts(dict.fromkeys(report.files, 0), "{0}")),
             ("size", human(report.bytes)),
         ]
-        self._written(report, rows, ("algorithm", "rank", "relative_change", "module"), ())
+        notes = [f"not in the output: {path} (weights once more, without the merge)" for path in report.left_out]
+        if report.relative_error > _LOSSY:
+            wider = "bf16 or fp16" if report.quantised else "fp32"
+            which = f" ({report.quantised} tensors are fp8)" if report.quantised else ""
+            notes.append(f"rounding is {report.relative_error:.0%} of ‖ΔW‖{which}: --dtype {wider} keeps more of it")
+        self._written(report, rows, ("algorithm", "rank", "strength", "relative_change", "module"), notes)
 
     def _written(
         self, report: Any, rows: Sequence[tuple[str, str]], columns: Sequence[str], notes: Sequence[str]
@@ -416,6 +428,29 @@ class Talk:
         _unused(err, [item.to_dict() for item in report.unused])
         for note in notes:
             err.print(f"note: {note}", style="yellow")
+
+
+def _strongest(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """The blocks that changed most: ‖ΔW‖/‖W‖ of each."""
+    changed = [block for block in blocks if block["tensors_changed"]]
+    first = sorted(changed, key=lambda block: -(block["relative_change"] or 0.0))[:3]
+    shown = " · ".join(f"{b['block']} {b['relative_change'] or 0.0:.3g}" for b in first)
+    return f"{len(changed)} of {len(blocks)} changed, most: {shown}" if changed else ""
+
+
+def _weighted(rules: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What each rule of --blocks got; the neighbours of a vector that have one weight on one line."""
+    for weight, group in groupby(rules, key=lambda rule: (rule["weight"], rule.get("vector"))):
+        held = list(group)
+        for part in [held] if weight[1] else [[rule] for rule in held]:
+            names = " ".join(rule["rule"] for rule in part)
+            yield f"{names} = {weight[0]:g}: {sum(rule['modules'] for rule in part)} modules"
+
+
+def _verified(found: Verified | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.merged} tensors are base + ΔW within one rounding, {found.copied} are the base's bytes"
 
 
 def _summary(name: str, value: object) -> bool:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__, engine
 from adaptkit.adapter import Adapter, Entry
 from adaptkit.checkpoint import Checkpoint, Piece, exchanged
-from adaptkit.engine import Step, check_memory, peak_memory
+from adaptkit.engine import Step, check_memory
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, ShapeMismatch
-from adaptkit.files.header import TensorSpec
+from adaptkit.files.header import TensorSpec, nbytes
+from adaptkit.ops._blocks import Blocks
 from adaptkit.ops._common import (
-    FLOATS,
     Progress,
-    Shared,
     Unused,
     WriterReport,
     check_output,
@@ -26,6 +27,10 @@ from adaptkit.ops._common import (
     stored_dtype,
     torch_dtype,
 )
+from adaptkit.ops._layout import as_single, opened, plan_layout
+from adaptkit.ops._merging import Contribution, Job, Options, Plan
+from adaptkit.ops._requantise import quantised, widened
+from adaptkit.ops._stats import block_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -33,100 +38,34 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.files.sink import TensorSink
     from adaptkit.names import Slot
+    from adaptkit.ops._layout import Layout, Output, Volume
+    from adaptkit.ops._verify import Verified
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
 ROW_CHUNK = 1 << 20  # elements compared at a time when measuring what a merge changed
 
 
-@dataclass(frozen=True)
-class Options(Shared):
-    """Options of a merge (those every verb shares)."""
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """One entry of one adapter, on all rows of a tensor (`rows` None) or some; `cut`: only these rows of the entry."""
-
-    adapter: int
-    entry: Entry
-    rows: tuple[int, int] | None
-    cut: tuple[int, int] | None
-    label: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """One tensor of the base and all that is added to it."""
-
-    name: str
-    dtype: str
-    contributions: tuple[Contribution, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything known before a weight is read. `strengths` go with `adapters`."""
-
-    base: Checkpoint
-    adapters: tuple[Adapter, ...]
-    strengths: tuple[float, ...]
-    options: Options
-    output: Path
-    jobs: tuple[Job, ...]
-    specs: tuple[TensorSpec, ...]
-    unused: tuple[Unused, ...]
-    steps: tuple[Step[Job], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `--dry-run` prints."""
-        return {
-            "output": str(self.output),
-            "family": self.base.family.name,
-            "modules": sum(len(job.contributions) for job in self.jobs),
-            "tensors_changed": len(self.jobs),
-            "tensors_copied": len(self.specs) - len(self.jobs),
-            "bytes_in": self.base.source.size + sum(adapter.source.size for adapter in self.adapters),
-            "bytes_out": sum(_spec_bytes(spec) for spec in self.specs),
-            "peak_memory": peak_memory(self.steps, self.options.memory),
-            "device": self.options.device,
-            "adapters": self.described(),
-            "unused": [item.to_dict() for item in self.unused],
-            "details": [
-                {"module": c.label, "tensor": job.name, "algorithm": c.entry.kind.name, "rank": c.entry.facts.rank}
-                for job in self.jobs
-                for c in job.contributions
-            ],
-        }
-
-    def described(self) -> list[dict[str, Any]]:
-        """The adapters: path, format, strength, how many of their modules apply."""
-        counts = [
-            sum(c.adapter == n for job in self.jobs for c in job.contributions) for n in range(len(self.adapters))
-        ]
-        return [
-            {"path": str(a.source.path), "format": a.format.name, "strength": s, "modules": n}
-            for a, s, n in zip(self.adapters, self.strengths, counts, strict=True)
-        ]
-
-    def close(self) -> None:
-        """Close all inputs."""
-        self.base.close()
-        for adapter in self.adapters:
-            adapter.close()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Report(WriterReport):
-    """What was merged: `changed` tensors that differ from the base, and ‖ΔW‖/‖W‖ over the touched ones."""
+    """What was merged: `changed` tensors that differ from the base, and ‖ΔW‖/‖W‖ over the touched ones.
+
+    `blocks`: the same for each block; `block_weights`: what each rule of `--blocks` got; `left_out`: files of the base's
+    folder that are not in the output, because they hold the weights that were merged into once more.
+    """
 
     family: str
     adapters: tuple[Mapping[str, Any], ...]
     tensors: int
     changed: int
     relative_change: float
+    blocks: tuple[Mapping[str, Any], ...] = ()
+    block_weights: tuple[Mapping[str, Any], ...] = ()
+    verified: Verified | None = None
+    files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    quantised: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -136,60 +75,115 @@ class Report(WriterReport):
             "tensors": self.tensors,
             "tensors_changed": self.changed,
             "relative_change": self.relative_change,
+            "blocks": [dict(item) for item in self.blocks],
+            "block_weights": [dict(item) for item in self.block_weights],
+            "verified": None if self.verified is None else self.verified.to_dict(),
+            "files": list(self.files),
+            "left_out": list(self.left_out),
+            "quantised": self.quantised,
         }
         return {**super().to_dict(), **extra}
 
 
 @dataclass(frozen=True)
 class _Merged:
-    """A merged tensor as stored, with ‖W‖², ‖ΔW‖² and the ‖·‖² lost to its rounding."""
+    """A merged tensor as stored (with its scale), ‖W‖², ‖ΔW‖² and the ‖·‖² lost to its rounding."""
 
     tensor: Tensor
+    scale: Tensor | None
     weight: float
     delta: float
     rounding: float
 
 
+UNCHANGED = _Merged(None, None, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
+
+
 def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
     """Find the place of every adapter module in the base; reads headers only, and fails here if anything can."""
-    output = options.output or default_output(base, "merged")
-    check_output(output, options.overwrite)
-    checkpoint = Checkpoint.open(base, family=options.family)
-    opened = _open_adapters(checkpoint, [path for path, _ in adapters], options)
-    places = _Places(checkpoint, opened, options)
+    with ExitStack() as failing:
+        checkpoint = failing.enter_context(Checkpoint.open(base, family=options.family))
+        opened = []
+        for path, _ in adapters:
+            opened.append(_open_adapter(checkpoint, path, options))
+            failing.callback(opened[-1].close)
+        made = _planned(base, checkpoint, tuple(opened), tuple(strength for _, strength in adapters), options)
+        failing.pop_all()
+        return made
+
+
+def _planned(
+    path: Path, base: Checkpoint, adapters: tuple[Adapter, ...], strengths: tuple[float, ...], options: Options
+) -> Plan:
+    single = as_single(base.source, options.output, options.shard_size)
+    output = options.output or default_output(path, "merged", folder=not single)
+    if single:
+        check_output(output, options.overwrite)
+    places = _Places(base, adapters, strengths, options)
     jobs = places.jobs()
-    for adapter, lost in zip(opened, places.unused, strict=True):
+    for adapter, lost in zip(adapters, places.unused, strict=True):
         refuse_unused(lost, options.allow_unused, adapter.source.path)
     if not jobs:
         raise NothingToDo(
-            "no module of these adapters applies to this checkpoint", hint="see --only and --skip", file=base
+            "no module of these adapters applies to this checkpoint", hint="see --only and --skip", file=path
         )
-    touched = {job.name: job for job in jobs}
-    specs = tuple(
-        TensorSpec(info.name, touched[info.name].dtype if info.name in touched else info.dtype, info.shape)
-        for info in checkpoint.source.infos.values()
+    places.blocks.check()
+    working = _working(base, jobs, options)
+    specs = tuple(_specs(base, {job.name: job for job in working}, options))
+    layout = plan_layout(
+        base.source, specs, {name for job in working for name in job.writes()}, single, options.shard_size
     )
-    steps = tuple(_step(job, checkpoint, opened) for job in jobs)
+    if layout.folder:
+        _check_folder(output, layout, options)
+    steps = tuple(_step(job, base, adapters) for job in working)
     check_memory(steps, options.memory)
-    strengths = tuple(strength for _, strength in adapters)
     unused = tuple(item for items in places.unused for item in items)
-    return Plan(checkpoint, opened, strengths, options, output, jobs, specs, unused, steps)
+    rules = tuple(places.blocks.records())
+    return Plan(base, adapters, strengths, options, output, jobs, specs, unused, steps, layout, rules)
 
 
-def _open_adapters(base: Checkpoint, paths: Sequence[Path], options: Options) -> tuple[Adapter, ...]:
-    if base.source.path.is_dir() and not _single_names(base):
+def _check_folder(output: Path, layout: Layout, options: Options) -> None:
+    from adaptkit.files.sink import check_folder
+
+    check_folder(output, layout.top, options.overwrite)
+
+
+def _working(base: Checkpoint, jobs: Sequence[Job], options: Options) -> tuple[Job, ...]:
+    """The jobs that make another tensor than the base has, in its order: those of other tensors only change the dtype."""
+    placed = {job.name: job for job in jobs}
+    if options.dtype != "keep" and base.quantization.refused:
+        name, scheme = next(iter(base.quantization.refused.items()))
         raise NotRepresentable(
-            "merging into a diffusers folder is not supported yet",
-            hint="merge into one of its parts (for example its unet folder) or a single-file checkpoint",
+            f"stored as {scheme}, which cannot be converted",
+            hint="leave --dtype away",
             file=base.source.path,
+            tensor=name,
         )
-    return tuple(_open_adapter(base, path, options) for path in paths)
+    found = []
+    for info in base.source.infos.values():
+        job = placed.get(info.name)
+        if job is not None and job.changes:
+            found.append(job)
+        elif options.dtype != "keep" and info.name not in base.quantization.extras:
+            dtype = _new_dtype(base, info.name, options)
+            if dtype != info.dtype or info.name in base.quantization.scales:
+                found.append(Job(info.name, dtype, ()))
+    return tuple(found)
 
 
-def _single_names(base: Checkpoint) -> bool:
-    """Whether the names are those inside the files: not prefixed with the folders of a pipeline."""
-    folders = tuple(f"{part.name}." for part in base.family.components)
-    return not any(name.startswith(folders) for name in base.source.infos)
+def _new_dtype(base: Checkpoint, name: str, options: Options) -> str:
+    """The dtype a tensor gets: numbers are converted when asked for, indices and what cannot be read stay."""
+    info = base.source.infos[name]
+    return info.dtype if base.quantization.refusal(info) else stored_dtype(options.dtype, info.dtype)
+
+
+def _specs(base: Checkpoint, working: Mapping[str, Job], options: Options) -> Iterator[TensorSpec]:
+    """All tensors of the output in the base's order; those that describe scaled weights go when nothing is scaled any more."""
+    stored = base.quantization
+    dropped = stored.extras if options.dtype != "keep" else frozenset[str]()
+    for info in base.source.infos.values():
+        if info.name not in dropped:
+            yield TensorSpec(info.name, working[info.name].dtype if info.name in working else info.dtype, info.shape)
 
 
 def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
@@ -211,8 +205,11 @@ def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
 class _Places:
     """Finds where each entry applies; what finds no place goes to `unused`, per adapter."""
 
-    def __init__(self, base: Checkpoint, adapters: Sequence[Adapter], options: Options) -> None:
-        self.base, self.adapters, self.options = base, adapters, options
+    def __init__(
+        self, base: Checkpoint, adapters: Sequence[Adapter], strengths: Sequence[float], options: Options
+    ) -> None:
+        self.base, self.adapters, self.strengths, self.options = base, adapters, strengths, options
+        self.blocks = Blocks(options.blocks, base.family)
         self.held = base.targets()
         self.unused: list[list[Unused]] = [
             [Unused(key, reason) for key, reason in adapter.unclaimed.items()] for adapter in adapters
@@ -228,15 +225,17 @@ class _Places:
         return tuple(self._job(name, self.found[name]) for name in order if name in self.found)
 
     def _job(self, name: str, contributions: Sequence[Contribution]) -> Job:
-        dtype = self.base.source.infos[name].dtype
-        if dtype not in FLOATS:
+        info, stored = self.base.source.infos[name], self.base.quantization
+        if (reason := stored.refusal(info)) is not None:
             raise NotRepresentable(
-                f"stored as {dtype}; adding to quantised weights is not supported yet",
-                hint="use an fp16, bf16 or fp32 checkpoint",
+                f"stored as {reason}: an adapter cannot be added to that",
+                hint="use an fp32, fp16, bf16 or fp8 (e4m3, e5m2) checkpoint of this model",
                 file=self.base.source.path,
                 tensor=name,
             )
-        return Job(name, stored_dtype(self.options.dtype, dtype), tuple(contributions))
+        dtype = stored_dtype(self.options.dtype, info.dtype)
+        scale = stored.scales.get(name) if self.options.dtype == "keep" else None
+        return Job(name, dtype, tuple(contributions), scale)
 
     def _entry(self, number: int, adapter: Adapter, slot: Slot, entry: Entry) -> None:
         label = adapter.label(slot)
@@ -246,8 +245,9 @@ class _Places:
             self.unused[number].extend(Unused(key, reason) for key in entry.keys.values())
             return
         self._check_shape(adapter, label, entry, pieces)
+        strength = self.strengths[number] * self.blocks.weight(slot)
         for piece, cut in _cuts(self.base, pieces):
-            self.found.setdefault(piece.name, []).append(Contribution(number, entry, piece.rows, cut, label))
+            self.found.setdefault(piece.name, []).append(Contribution(number, entry, piece.rows, cut, label, strength))
 
     def _check_shape(self, adapter: Adapter, label: str, entry: Entry, pieces: tuple[Piece, ...]) -> None:
         shape = self.base.slot_shape(pieces)
@@ -275,31 +275,33 @@ def _cuts(base: Checkpoint, pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, 
         start += rows
 
 
-def _spec_bytes(spec: TensorSpec) -> int:
-    from adaptkit.files.header import itemsize
-
-    count = 1
-    for n in spec.shape:
-        count *= n
-    return int(count * itemsize(spec.dtype))
-
-
 def _step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job]:
     info = base.source.infos[job.name]
     infos = [
         (c.adapter, role, adapters[c.adapter].source.infos[key])
         for c in job.contributions
+        if c.strength
         for role, key in c.entry.tensors()
     ]
-    # W stored, W in float32, the merged tensor; a kind without factors needs its dense ΔW beside them
-    dense = max(0 if c.entry.facts.rank and c.entry.kind.name == "lora" else 4 * info.numel for c in job.contributions)
-    size = info.nbytes + 4 * info.numel + info.nbytes + dense + 3 * sum(i.nbytes for _, _, i in infos)
-    contents = tuple((c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter) for c in job.contributions)
+    # W stored, W in float32, the merged tensor; a kind without factors needs its dense ΔW beside them; scaled weights
+    # are kept as they were read, and widened once more to see what rounding did
+    kinds = ((c.entry.facts.rank, c.entry.kind.name) for c in job.contributions if c.strength)
+    dense = max((0 if rank and kind == "lora" else 4 * info.numel for rank, kind in kinds), default=0)
+    scaled = 8 * info.numel if base.quantization.widens(info) else 0
+    merged = nbytes(job.dtype, info.shape)
+    size = info.nbytes + 4 * info.numel + merged + dense + scaled + 3 * sum(i.nbytes for _, _, i in infos)
+    contents = tuple(
+        (c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter, c.strength)
+        for c in job.contributions
+        if c.strength
+    )
+    place = base.places.get(job.name)
     shape = (
         info.shape,
         info.dtype,
         job.dtype,
-        base.places[job.name].transposed,
+        place is not None and (place.transposed, place.swapped),
+        (key := base.quantization.scales.get(job.name)) and base.source.infos[key].shape,
         contents,
         tuple((a, role, i.shape, i.dtype) for a, role, i in infos),
     )
@@ -308,33 +310,44 @@ def _step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job]:
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Merge and write; the only part that reads weights."""
-    from adaptkit.files.sink import TensorSink
+    from adaptkit.ops._verify import verify
 
     started = time.perf_counter()
     found: dict[str, _Merged] = {}
     total = len(plan.steps)
     merger = _Merger(plan)
-    with TensorSink(plan.output, plan.specs, _metadata(plan), overwrite=plan.options.overwrite) as sink:
+    records = _Provenance(plan)
+    options = plan.options
+    verified = None
+    with opened(
+        plan.layout, plan.output, records.metadata, overwrite=options.overwrite, hidden=options.verify
+    ) as output:
 
         def store(job: Job, result: _Merged) -> None:
-            sink.put(job.name, result.tensor)
-            found[job.name] = replace(result, tensor=None)  # type: ignore[arg-type]
+            output.put(job.name, result.tensor)
+            if job.scale is not None and result.scale is not None:
+                output.put(job.scale, result.scale)
+            found[job.name] = replace(result, tensor=None, scale=None)  # type: ignore[arg-type]
 
-        _copy_untouched(plan, sink)
+        _copy_untouched(plan, output)
         engine.run(
             plan.steps,
             engine.Work(merger.load, merger.merge, store),
-            engine.Resources.choose(plan.options.device, plan.options.memory),
+            engine.Resources.choose(options.device, options.memory),
             None if progress is None else lambda done: progress(done, total),
         )
-        plan.close()
-        sink.commit()
-    return _report(plan, found, time.perf_counter() - started)
+        if not options.verify:
+            plan.close()  # on Windows a file that is open cannot be replaced
+        output.finish()
+        if options.verify:
+            verified = verify(plan, output.at)
+            plan.close()
+    return _report(plan, found, verified, time.perf_counter() - started)
 
 
-def _copy_untouched(plan: Plan, sink: TensorSink) -> None:
-    touched = {job.name for job in plan.jobs}
-    sink.copy_many([(name, plan.base.source, name) for name in plan.base.source.infos if name not in touched])
+def _copy_untouched(plan: Plan, output: Output) -> None:
+    made = {name for job in plan.working for name in job.writes()}
+    output.copy(plan.base.source, [spec.name for spec in plan.specs if spec.name not in made])
 
 
 class _Merger:
@@ -342,29 +355,38 @@ class _Merger:
         self.plan = plan
 
     def load(self, job: Job) -> dict[str, Tensor]:
-        read = self.plan.base.source.read
-        loaded = {"base": read(job.name)}
+        base = self.plan.base
+        loaded = {"base": base.source.read(job.name)}
+        if (key := base.quantization.scales.get(job.name)) is not None:
+            loaded["scale"] = base.source.read(key)
         for n, c in enumerate(job.contributions):
-            stored = self.plan.adapters[c.adapter].read(c.entry)
+            stored = self.plan.adapters[c.adapter].read(c.entry) if c.strength else {}
             loaded |= {f"{n}/{role}": tensor for role, tensor in stored.items()}
         return loaded
 
     def merge(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[_Merged]:
         """All adapters of a tensor are applied in float32 (float64 for such a base), then rounded once."""
-        import torch
-
-        stored = tensors.pop("base")
-        wide = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32, copy=True)
+        stored, scale = tensors.pop("base"), tensors.pop("scale", None)
+        wide = widened(stored, scale)
+        # what ΔW is measured from: the numbers that were meant, not their codes
+        before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
-        place = self.plan.base.places[jobs[0].name]
+        self._add(jobs[0], matrix, tensors)
+        # a batch is of equal shapes and contributions; each member is finished on its own
+        scales = [None] * len(jobs) if scale is None else list(scale)
+        return [self._finished(job, wide[n], before[n], scales[n]) for n, job in enumerate(jobs)]
+
+    def _add(self, job: Job, matrix: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        place = self.plan.base.places.get(job.name)
+        if place is None:
+            return
         view = matrix.transpose(-1, -2) if place.transposed else matrix
         view = exchanged(matrix, -2) if place.swapped else view
-        for n, c in enumerate(jobs[0].contributions):
-            self._apply(view, n, c, tensors)
+        for n, c in enumerate(job.contributions):
+            if c.strength:
+                self._apply(view, n, c, tensors)
         if place.swapped:
             matrix.copy_(exchanged(view, -2))
-        # a batch is of equal shapes and contributions; each member is finished on its own
-        return [self._finished(job, wide[n], stored[n]) for n, job in enumerate(jobs)]
 
     def _apply(self, view: Tensor, n: int, c: Contribution, tensors: Mapping[str, Tensor]) -> None:
         roles = {role: tensors[f"{n}/{role}"] for role, _ in c.entry.tensors()}
@@ -372,28 +394,45 @@ class _Merger:
         if c.cut is not None:
             weights = weights.part(*c.cut)
         rows = view if c.rows is None else view[..., slice(*c.rows), :]
-        applied = weights.apply(rows, self.plan.strengths[c.adapter])
+        applied = weights.apply(rows, c.strength)
         if applied is not rows:
             rows.copy_(applied)
 
-    def _finished(self, job: Job, merged: Tensor, stored: Tensor) -> _Merged:
-        rounded = merged.to(torch_dtype(job.dtype))
+    def _finished(self, job: Job, merged: Tensor, stored: Tensor, scale: Tensor | None) -> _Merged:
+        rounded, scale, back = self._rounded(job, merged, scale)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(stored, merged, rounded):
+        for old, new, out in _chunks(stored, merged, back):
             weight += _square(old)
             delta += _square(new - old)
             rounding += _square(out.to(new.dtype) - new)
         if not math.isfinite(delta):
             raise self._non_finite(job, stored)
         if not math.isfinite(rounding):
-            largest = float(merged.abs().max())
-            raise NonFinite(
-                f"the merged weight, {largest:.4g} at most, does not fit {str(rounded.dtype).removeprefix('torch.')}",
-                hint="lower the strength, or write with --dtype bf16 or fp32",
-                file=self.plan.output,
-                tensor=job.name,
-            )
-        return _Merged(rounded.cpu(), weight, delta, rounding)
+            raise self._too_large(job, merged)
+        return _Merged(rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding)
+
+    def _rounded(self, job: Job, merged: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(as stored, its new scale if it has one, the numbers that these mean)."""
+        from adaptkit.linalg.precision import cast
+
+        if job.scale is not None and scale is not None:
+            rounded, fresh = quantised(merged, scale, job.dtype)
+            return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+        target = torch_dtype(job.dtype)
+        try:  # fp8 clamps where the others overflow, which shows in the sums
+            rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
+        except NonFinite:
+            raise self._too_large(job, merged) from None
+        return rounded, None, rounded
+
+    def _too_large(self, job: Job, merged: Tensor) -> NonFinite:
+        return NonFinite(
+            f"the merged weight, {float(merged.abs().max()):.4g} at most, "
+            f"does not fit {str(torch_dtype(job.dtype)).removeprefix('torch.')}",
+            hint="lower the strength, or write with --dtype bf16 or fp32",
+            file=self.plan.output,
+            tensor=job.name,
+        )
 
     def _non_finite(self, job: Job, stored: Tensor) -> NonFinite:
         import torch
@@ -421,57 +460,140 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield first.to(rest[0].dtype), *rest
 
 
-def _report(plan: Plan, found: Mapping[str, _Merged], seconds: float) -> Report:
-    delta = sum(result.delta for result in found.values())
-    rounding = sum(result.rounding for result in found.values())
-    weight = sum(result.weight for result in found.values())
-    details = []
-    for job in plan.jobs:
-        result = found[job.name]
-        for c in job.contributions:
-            details.append(
-                {
-                    "module": c.label,
-                    "tensor": job.name,
-                    "algorithm": c.entry.kind.name,
-                    "rank": c.entry.facts.rank,
-                    "relative_error": (result.rounding / result.delta) ** 0.5 if result.delta else 0.0,
-                    "relative_change": (result.delta / result.weight) ** 0.5 if result.weight else None,
-                }
-            )
+def _report(plan: Plan, found: Mapping[str, _Merged], verified: Verified | None, seconds: float) -> Report:
+    results = {job.name: found.get(job.name, UNCHANGED) for job in plan.jobs}
+    delta = sum(result.delta for result in results.values())
+    # what a change of dtype does to the layers without an adapter is no loss of theirs
+    rounding = sum(result.rounding for result in results.values())
+    weight = sum(result.weight for result in results.values())
+    written = (plan.output / path for path in plan.layout.files()) if plan.layout.folder else [plan.output]
     return Report(
         output=plan.output,
-        bytes=plan.output.stat().st_size,
+        bytes=sum(path.stat().st_size for path in written),
         modules=sum(len(job.contributions) for job in plan.jobs),
-        parameters=sum(_count(spec) for spec in plan.specs),
-        relative_error=(rounding / delta) ** 0.5 if delta else 0.0,
+        parameters=sum(math.prod(spec.shape) for spec in plan.specs),
+        relative_error=_ratio(rounding, delta) or 0.0,
         unused=plan.unused,
         seconds=seconds,
-        details=tuple(details),
+        details=tuple(_detail(job, c, results[job.name]) for job in plan.jobs for c in job.contributions),
         family=plan.base.family.name,
         adapters=tuple(plan.described()),
         tensors=len(plan.specs),
-        changed=sum(1 for result in found.values() if result.delta > 0),
-        relative_change=(delta / weight) ** 0.5 if weight else 0.0,
+        changed=sum(1 for result in results.values() if result.delta > 0),
+        relative_change=_ratio(delta, weight) or 0.0,
+        blocks=tuple(_by_block(plan, results)),
+        block_weights=plan.rules,
+        verified=verified,
+        files=tuple(plan.layout.files()),
+        left_out=plan.layout.left_out,
+        quantised=sum(job.changes and job.dtype.startswith("F8") for job in plan.jobs),
     )
 
 
-def _count(spec: TensorSpec) -> int:
-    count = 1
-    for n in spec.shape:
-        count *= n
-    return count
+def _ratio(part: float, whole: float) -> float | None:
+    """√(part / whole) of sums of squares; None where there is nothing to compare with."""
+    return (part / whole) ** 0.5 if whole else None
 
 
-def _metadata(plan: Plan) -> dict[str, str]:
-    from adaptkit.files.provenance import updated
-
-    record = {
-        "adaptkit": __version__,
-        "command": "merge",
-        "base": plan.base.source.path.name,
-        "adapters": [
-            {"name": a.source.path.name, "strength": s} for a, s in zip(plan.adapters, plan.strengths, strict=True)
-        ],
+def _detail(job: Job, c: Contribution, result: _Merged) -> dict[str, Any]:
+    return {
+        "module": c.label,
+        "tensor": job.name,
+        "algorithm": c.entry.kind.name,
+        "rank": c.entry.facts.rank,
+        "strength": c.strength,
+        "relative_error": _ratio(result.rounding, result.delta) or 0.0,
+        "relative_change": _ratio(result.delta, result.weight),
     }
-    return updated(plan.base.source.metadata, record)
+
+
+def _by_block(plan: Plan, results: Mapping[str, _Merged]) -> Iterator[dict[str, Any]]:
+    """Tensors changed and ‖ΔW‖/‖W‖ of each block, in the base's order."""
+    blocks: dict[str, list[Job]] = {}
+    for job in plan.jobs:
+        c = job.contributions[0]
+        blocks.setdefault(block_of(c.label, c.entry.slot.component), []).append(job)
+    for block, jobs in blocks.items():
+        found = [results[job.name] for job in jobs]
+        yield {
+            "block": block,
+            "tensors": len(jobs),
+            "tensors_changed": sum(result.delta > 0 for result in found),
+            "relative_change": _ratio(sum(r.delta for r in found), sum(r.weight for r in found)),
+        }
+
+
+class _Provenance:
+    """What the metadata says was merged: names, strengths and hashes, nothing about when or where.
+
+    `modelspec.merged_from` is what sd-scripts writes, `sd_merge_recipe` and `sd_merge_models` what the web UI does and
+    hosts of models show; `adaptkit` is our own record.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        from adaptkit.files.provenance import sha256
+
+        self.plan = plan
+        self.hashes = ["+".join(map(sha256, adapter.source.files)) for adapter in plan.adapters]
+
+    def metadata(self, volume: Volume) -> dict[str, str]:
+        """The metadata of one file of the output."""
+        from adaptkit.files.provenance import updated
+
+        plan = self.plan
+        base = {"name": plan.base.source.path.name, **_stated(plan.base.source.metadata)}
+        merged = [
+            {"name": a.source.path.name, "sha256": digest, "strength": strength}
+            for a, digest, strength in zip(plan.adapters, self.hashes, plan.strengths, strict=True)
+        ]
+        record: dict[str, Any] = {"adaptkit": __version__, "command": "merge", "base": base, "adapters": merged}
+        if plan.options.blocks:
+            record["blocks"] = list(plan.options.blocks)
+        for option in ("only", "skip"):
+            if getattr(plan.options, option):
+                record[option] = list(getattr(plan.options, option))
+        found = updated(volume.metadata, record)
+        return {**found, **_for_hosts(found, base, merged)} if any(job.changes for job in plan.jobs) else found
+
+
+STATED = {"modelspec.hash_sha256": "modelspec.hash_sha256", "sshs_model_hash": "sshs_model_hash"}
+
+
+def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The hashes that the base says of itself: its gigabytes are not read for one."""
+    return {name: metadata[key] for key, name in STATED.items() if key in metadata}
+
+
+def _for_hosts(
+    metadata: Mapping[str, str], base: Mapping[str, str], merged: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    earlier = metadata.get("modelspec.merged_from")
+    names = [earlier or base["name"].rpartition(".")[0] or base["name"], *(_bare(item["name"]) for item in merged)]
+    recipe = {
+        "type": "adaptkit",
+        "base_model": dict(base),
+        "loras": [dict(item) for item in merged],
+        "dtype": "float32",
+    }
+    models = {item["sha256"]: {"name": item["name"]} for item in merged}
+    return {
+        "modelspec.merged_from": ", ".join(names),
+        "sd_merge_recipe": _compact(recipe),
+        "sd_merge_models": _compact({**_earlier_models(metadata), **models}),
+    }
+
+
+def _earlier_models(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata.get("sd_merge_models", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _bare(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ State = dict[str, torch.Tensor]
 
 
 def run(output: Path, base: Path, *adapters: Any, **options: Any) -> merge.Report:
+    """A merge that is read back and checked."""
     pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
+    options = {"verify": True, **options}
     return merge.run(merge.plan(base, pairs, merge.Options(output=output, overwrite=True, **options)))
 
 
@@ -263,12 +266,20 @@ def test_overflow_of_the_output_is_refused(tmp_path: Path, tiny: Path) -> None:
     assert "bf16" in caught.value.hint
 
 
-def test_a_quantised_base_is_refused_with_what_would_work(tmp_path: Path, tiny: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}], ids=["keep", "bf16"])
+def test_a_quantised_base_is_refused_with_what_would_work(tmp_path: Path, tiny: Path, options: dict[str, Any]) -> None:
     base = load_file(tiny / "base.safetensors")
-    base[_to_q()] = base[_to_q()].to(torch.float8_e4m3fn)
-    with pytest.raises(NotRepresentable, match="F8_E4M3") as caught:
-        run(tmp_path / "o.safetensors", save(tmp_path / "base.safetensors", base), tiny / "lora-kohya.safetensors")
-    assert "fp16" in caught.value.hint
+    base[_to_q()] = base[_to_q()].to(torch.int8)
+    with pytest.raises(NotRepresentable, match="int8") as caught:
+        run(
+            tmp_path / "o.safetensors",
+            save(tmp_path / "base.safetensors", base),
+            tiny / "lora-kohya.safetensors",
+            **options,
+        )
+    assert caught.value.tensor == _to_q()
+    assert "fp8" in caught.value.hint
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 def test_a_pickle_merges_like_a_safetensors_file(tmp_path: Path, tiny: Path) -> None:
@@ -298,7 +309,7 @@ def test_s1_stacked_buckets_give_the_same_checkpoint(
     )
     run(tmp_path / "one.safetensors", tiny / "base.safetensors", *adapters)
     monkeypatch.setattr(engine.Resources, "on_cpu", property(lambda _: False))
-    run(tmp_path / "two.safetensors", tiny / "base.safetensors", *adapters)
+    run(tmp_path / "two.safetensors", tiny / "base.safetensors", *adapters, verify=False)
     one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4)
@@ -312,7 +323,72 @@ def test_metadata_is_kept_and_says_what_was_merged(tmp_path: Path, tiny: Path) -
     assert metadata["modelspec.title"] == "x"
     assert "sshs_model_hash" not in metadata
     (record,) = json.loads(metadata["adaptkit"])
-    assert record["adapters"] == [{"name": "lora-kohya.safetensors", "strength": 0.5}]
+    digest = hashlib.sha256((tiny / "lora-kohya.safetensors").read_bytes()).hexdigest()
+    merged = {"name": "lora-kohya.safetensors", "sha256": digest, "strength": 0.5}
+    base = {"name": "base.safetensors", "sshs_model_hash": "stale"}
+    assert (record["base"], record["adapters"]) == (base, [merged])
+    recipe = json.loads(metadata["sd_merge_recipe"])
+    assert (recipe["type"], recipe["base_model"], recipe["loras"]) == ("adaptkit", base, [merged])
+    assert json.loads(metadata["sd_merge_models"]) == {digest: {"name": "lora-kohya.safetensors"}}
+    assert metadata["modelspec.merged_from"] == "base, lora-kohya"
+
+
+def test_a_merge_that_adds_nothing_claims_nothing(tmp_path: Path, tiny: Path) -> None:
+    """F7 left `modelspec.merged_from` on a file nothing was merged into."""
+    run(tmp_path / "o.safetensors", tiny / "base.safetensors", (tiny / "lora-kohya.safetensors", 0.0))
+    with safe_open(tmp_path / "o.safetensors", "pt") as file:
+        assert not {"modelspec.merged_from", "sd_merge_recipe", "sd_merge_models"} & file.metadata().keys()
+
+
+def test_a_second_merge_continues_the_record(tmp_path: Path, tiny: Path) -> None:
+    run(tmp_path / "one.safetensors", tiny / "base.safetensors", tiny / "lora-kohya.safetensors")
+    run(tmp_path / "two.safetensors", tmp_path / "one.safetensors", tiny / "lokr-kohya.safetensors", blocks=("mid=0",))
+    with safe_open(tmp_path / "two.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.merged_from"] == "base, lora-kohya, lokr-kohya"
+    assert len(json.loads(metadata["sd_merge_models"])) == 2
+    first, second = json.loads(metadata["adaptkit"])
+    assert (first.get("blocks"), second["blocks"]) == (None, ["mid=0"])
+
+
+def test_the_same_merge_gives_the_same_bytes(tmp_path: Path, tiny: Path) -> None:
+    for name in ("one", "two"):
+        run(tmp_path / f"{name}.safetensors", tiny / "base.safetensors", (tiny / "lora-kohya.safetensors", 0.5))
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_the_report_sums_by_block(tmp_path: Path, tiny: Path) -> None:
+    base = load_file(tiny / "base.safetensors")
+    report = run(tmp_path / "o.safetensors", tiny / "base.safetensors", tiny / "lora-kohya.safetensors", only=("unet",))
+    found = load_file(tmp_path / "o.safetensors")
+    (middle,) = [block for block in report.blocks if block["block"] == "unet.mid_block"]
+    changed = [
+        k for k in base if k.startswith("model.diffusion_model.middle_block") and not torch.equal(base[k], found[k])
+    ]
+    delta = sum(float((found[k].double() - base[k].double()).square().sum()) for k in changed)
+    weight = sum(float(base[k].double().square().sum()) for k in changed)
+    assert middle["tensors_changed"] == len(changed) > 3
+    assert middle["relative_change"] == pytest.approx((delta / weight) ** 0.5, rel=1e-2)
+    assert sum(block["tensors_changed"] for block in report.blocks) == report.changed
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_another_dtype_is_that_of_every_tensor_that_holds_numbers(tmp_path: Path, tiny: Path, dtype: str) -> None:
+    base = tiny_base() | {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    report = run(
+        tmp_path / "o.safetensors",
+        save(tmp_path / "base.safetensors", base),
+        tiny / "lora-kohya.safetensors",
+        dtype=dtype,
+        verify=True,
+    )
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    found = load_file(tmp_path / "o.safetensors")
+    assert {t.dtype for t in found.values()} == {wanted, torch.int64}
+    expected = deltas(tiny / "lora-kohya.safetensors")
+    rest = [key for key in base if key not in expected]
+    assert all(torch.equal(found[key], base[key].to(found[key].dtype)) for key in rest)
+    assert report.changed == len(expected)
 
 
 def test_alpha_from_a_peft_folder_and_from_diffusers_metadata(tmp_path: Path, tiny: Path) -> None:

@@ -69,7 +69,8 @@ def test_the_layout_of_the_base_does_not_matter(family: str, tmp_path: Path) -> 
         base = checkpoint(family, naming, tmp_path / f"{naming}.safetensors")
         for n, adapter in enumerate(adapters):
             output = tmp_path / f"{naming}-{n}.safetensors"
-            options = merge.Options(output=output, family=family, format=("kohya", "diffusers")[n], allow_unused=True)
+            shared = {"output": output, "family": family, "allow_unused": True, "verify": True}
+            options = merge.Options(format=("kohya", "diffusers")[n], **shared)  # type: ignore[arg-type]
             merged = merge.plan(base, [(adapter, 0.5)], options)
             report = merge.run(merged)
             merged.close()
