@@ -90,13 +90,17 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class FitSpec:
-    """How to fit weights to a difference: `rank` (None: the kind's fullest form), `kernel` of the target, LoKr's `factor`."""
+    """How to fit weights to a difference: `rank` (None: the kind's fullest form), `kernel` of the target.
+
+    Of LoKr: `factor`, and whether `both` factors are products (of one rank).
+    """
 
     rank: int | None = None
     kernel: tuple[int, ...] = ()
     factor: int = 8
     svd: str = "auto"
     seed: int = 0
+    both: bool = False
 
 
 class Weights:

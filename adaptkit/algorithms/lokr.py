@@ -126,6 +126,14 @@ class Lokr(Weights):
 
         return kron(self.w1.dense() * self.scale, self.w2.dense())
 
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        """Block by block in place: ΔW is never formed."""
+        one, two = self.w1.dense() * (self.scale * strength), self.w2.dense()
+        (a, b), (c, d) = one.shape[-2:], two.shape[-2:]
+        blocks = base.unflatten(-1, (b, d)).unflatten(-3, (a, c))
+        blocks.addcmul_(one[..., :, None, :, None].to(base.dtype), two[..., None, :, None, :].to(base.dtype))
+        return base
+
     def part(self, start: int, stop: int) -> Self:
         """Exact where the cut falls between the blocks of W2: rows of W1."""
         c = self.w2.rows
@@ -260,7 +268,10 @@ class Lokr(Weights):
             best = nearest_kron(delta, a, b)
             return cls(Dense(best.w1), Dense(best.w2), 1.0, spec.kernel)
         low = nearest_kron_lowrank(delta, a, b, spec.rank)
-        return cls(Dense(low.w1), Product(low.left, low.right), 1.0, spec.kernel)
+        first: Factor = Dense(low.w1)
+        if spec.both and spec.rank < full_from(a, b, ()):  # readers want one rank for both
+            first = Product(*_svd(first).head(spec.rank).balanced())
+        return cls(first, Product(low.left, low.right), 1.0, spec.kernel)
 
 
 def full_from(rows: int, columns: int, kernel: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ import click
 
 from adaptkit.ops._common import split_strength
 
-__all__ = ["PATH", "SIZE", "STRENGTH", "Size", "inputs", "ranks", "recasts", "talk", "writer"]
+__all__ = ["FACTOR", "PATH", "SIZE", "STRENGTH", "Size", "inputs", "ranks", "recasts", "talk", "writer"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,6 +47,20 @@ class Strength(click.ParamType):  # type: ignore[type-arg]
         return value if isinstance(value, tuple) else split_strength(value)
 
 
+class Factor(click.ParamType):  # type: ignore[type-arg]
+    """A number from 1 on, or `auto` (None)."""
+
+    name = "factor"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or isinstance(value, int) or value == "auto":
+            return value if isinstance(value, int) else None
+        if not value.isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is no factor; write a number from 1 on, or auto", param, ctx)
+        return int(value)
+
+
+FACTOR = Factor()
 SIZE = Size()
 STRENGTH = Strength()
 

@@ -21,14 +21,16 @@ __all__ = ["FACTORS", "RECOGNISED", "KronScan", "Split", "scan_kron", "second_no
 
 FACTORS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, -1)
 RECOGNISED = 0.5  # from this score on it is a product: others measured below .35, products above .6 (reference §3.4)
-GRAM_SIDE = (
-    256  # up to this many blocks the Gram matrix costs no more than Lanczos, and gives coarser splits for nothing
-)
+UNEXPLAINED = 4.0  # times the rounding: of a product less remains, .3 to 1.2, and twice that with a rounded base (§3.4)
+NEGLIGIBLE = 1e-5  # of the energy: or so little, an adapter merged in half precision
+GRAM_SIDE = 256  # up to so many blocks the Gram matrix costs no more than Lanczos, and gives coarser splits for nothing
 RUN = 1 << 13  # products summed in float32 before float64 takes over
 STEPS = 48  # of Lanczos at most
-TOL = 1e-2  # of λ₁: Lanczos stops where an eigenvalue is known to lie this close; it is then closer by far
+TOL = 1e-2  # of λ₁: Lanczos stops where an eigenvalue is known to lie this close; it is then closer by far,
+FINE = 1e-4  # and where it holds most of the energy: there what remains is told from rounding
 TIE = 1e-2  # of what the best score lacks to 1: splits within this, or within
 EXACT = 1e-6  # this, are equally good
+STRUCTURED = 1e-2  # of the rounding's energy: one direction of w2 may hold so much of it, measured .005 for rank 1
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,21 @@ class KronScan:
     score: Tensor
     total: Tensor
 
-    def recognised(self) -> Tensor:
+    def recognised(self, floor: Tensor | None = None) -> Tensor:
         """Which of `splits` each member of the batch was made with, (...,), int64: the best score from .5 on, -1 where none is.
 
-        Of equally good ones, which nest, the one with the fewest parameters.
+        Of equally good ones, which nest, the one with the fewest parameters. With `floor`, the ‖noise‖² expected of rounding,
+        (...,): none that leaves more than four times that and more than 1e-5 of the energy. So a product is told from what
+        merely resembles one, such as a difference whose entries have a mean.
         """
         if not self.splits:
             return torch.full(self.total.shape, -1, device=self.total.device)
-        best = self.score.amax(-1, keepdim=True)
-        good = self.score >= best - TIE * (1 - best) - EXACT
+        score = self.score
+        if floor is not None:
+            rounding = torch.maximum(UNEXPLAINED * floor.to(self.total), NEGLIGIBLE * self.total).unsqueeze(-1)
+            score = torch.where(self.total.unsqueeze(-1) - self.captured <= rounding, score, -1.0)
+        best = score.amax(-1, keepdim=True)
+        good = score >= best - TIE * (1 - best) - EXACT
         sizes = torch.tensor([split.parameters for split in self.splits], device=best.device)
         chosen = torch.where(good, sizes, sizes.max() + 1).argmin(-1)
         return torch.where(best.squeeze(-1) >= RECOGNISED, chosen, -1)
@@ -93,7 +101,8 @@ def scan_kron(x: Tensor, window: int = 1, factors: Sequence[int] = FACTORS) -> K
 
     captured is λ₁ of R Rᵀ, R the rearrangement of x (Van Loan and Pitsianis 1993): up to 256 blocks from a Gram matrix, which
     also holds those of all splits whose blocks are unions of its own (its partial traces, reference §3.1), beyond by
-    Lanczos, at most 1 % of λ₁ too low and rarely .1 %. Products in x's compute dtype: exact to about 1e-7 ‖x‖².
+    Lanczos, at most 1 % of λ₁ too low and rarely .1 %, but 1e-7 where it is most of ‖x‖². Products in x's compute dtype:
+    exact to about 1e-7 ‖x‖².
 
     score = (ρ − ρ₀) / (1 − ρ₀) with ρ = captured / ‖x‖² and ρ₀ = (√ab + √cd)² / mn, that of white noise (reference §3.4);
     but no more than twice the same with ρ₀ the share of the largest block, as a block that holds nearly all of x is no
@@ -170,7 +179,7 @@ def _lanczos(r: Tensor) -> tuple[float, float]:
     One vector at a time, all kept orthogonal: matrix-vector products run at the speed of memory.
     """
     p = r.shape[0]
-    largest = float(torch.linalg.vector_norm(r, dim=1).max()) ** 2
+    largest, half = float(torch.linalg.vector_norm(r, dim=1).max()) ** 2, float(norm_squared(r)) / 2
     basis = r.new_zeros(p, min(p, STEPS))
     tri = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64)
     v, top = start_block(p, 1, seed=0).to(r).squeeze(-1), 0.0
@@ -186,7 +195,8 @@ def _lanczos(r: Tensor) -> tuple[float, float]:
         tri[k, k] = alpha**2
         values, vectors = torch.linalg.eigh(tri[: k + 1, : k + 1])
         top = float(values[-1])
-        if alpha * beta * abs(float(vectors[-1, -1])) <= TOL * top or k + 1 == basis.shape[1]:
+        residual = alpha * beta * abs(float(vectors[-1, -1]))
+        if residual <= (FINE if top > half else TOL) * top or k + 1 == basis.shape[1]:
             break
         tri[k, k + 1] = tri[k + 1, k] = alpha * beta
         v = u / beta
@@ -209,8 +219,11 @@ def second_rank(x: Tensor, noise: RoundingNoise, a: int, b: int) -> NoiseRank:
     """The rank of w2 in x (..., a·c, b·d) ≈ w1 (..., a, b) ⊗ w2 + noise: that of w1ᵀR, w1 the nearest product's, of length 1.
 
     Its noise is that of x summed with the squares of w1 (reference §3.4, 5 % of margin). Averaged over the blocks, it is that
-    much weaker than in x: 14 ulp suffice for the rank, below 4 noise adds to it. Not `low_rank`: store w2 full.
+    much weaker than in x: 14 ulp suffice for the rank, below 4 noise adds to it. What structure the rounding has (see
+    `_enough` there) is not averaged away: directions of 1 % of its energy and less are not counted. Not `low_rank`: store
+    w2 full.
     """
     best = nearest_kron(x, a, b)
     size = best.w1.square().sum((-2, -1), keepdim=True).sqrt()
-    return rank_above_noise(best.w2 * size, second_noise(noise, best.w1 / size), margin=1.05)
+    least = STRUCTURED * x.shape[-2] * x.shape[-1]
+    return rank_above_noise(best.w2 * size, second_noise(noise, best.w1 / size), margin=1.05, least=least)

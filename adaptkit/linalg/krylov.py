@@ -11,7 +11,7 @@ from adaptkit.linalg.precision import accumulate_dtype, empty, norm_squared
 
 __all__ = ["BLOCK", "Krylov", "eigenvalues", "eigh", "explored", "fixed_basis", "gram_columns"]
 
-BLOCK = 1 << 22  # elements of A widened to float64 at a time
+BLOCK = 1 << 18  # elements of A widened to float64 at a time: 2 MB, which stay in the cache
 STALL = 1e-5  # stop where the error would change by less than this share of ‖A‖, whatever its relative change
 DEAD = 1e-6  # a direction that loses all but this share of its length to the space is in it already
 

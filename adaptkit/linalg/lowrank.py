@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, gram_columns
-from adaptkit.linalg.precision import accumulate_dtype, norm_squared, upcast
+from adaptkit.linalg.precision import SCRATCH, accumulate_dtype, norm_squared, upcast
 
-__all__ = ["LowRank", "Method", "SvdSpec", "energies", "product_norm_squared", "signed", "truncated_svd"]
+__all__ = [
+    "LowRank",
+    "Method",
+    "SvdSpec",
+    "energies",
+    "product_norm_squared",
+    "signed",
+    "truncated_svd",
+    "truncation_errors",
+]
 
 Method = Literal["auto", "exact", "lanczos", "gram"]
 
@@ -203,6 +212,29 @@ def _padded(a: Tensor, space: Krylov, rank: int) -> tuple[Tensor, Tensor, Tensor
 
 
 _SOLVERS: dict[str, Solver] = {"gram": _gram, "exact": _exact, "lanczos": _lanczos}
+
+
+def truncation_errors(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """‖A − left[:, :k] · right[:k]‖² for k = 0 … r, (r + 1,), of A (m, n), left (m, r) and right (r, n), in float64.
+
+    Whatever left and right are, orthogonal or not: E being what all of them leave, E_k = E + Σ_{i>k} lᵢ rᵢ, of which every
+    term is small where E_k is, so nothing cancels. Products in float32, a block of rows at a time.
+    """
+    wide = accumulate_dtype(a.device)
+    left, right = left.to(a.dtype), right.to(a.dtype)
+    rank = left.shape[-1]
+    rest = torch.zeros((), dtype=wide, device=a.device)
+    cross = torch.zeros(rank, dtype=wide, device=a.device)
+    step = max(1, SCRATCH // max(1, a.shape[-1]))
+    for start in range(0, a.shape[-2], step):
+        rows = slice(start, start + step)
+        found = torch.addmm(a[rows], left[rows], right, alpha=-1.0)
+        rest = rest + norm_squared(found)
+        cross += ((found.mT @ left[rows]).mT * right).sum(-1).to(wide)
+    gram = gram_columns(left) * gram_columns(right.mT)
+    tails = gram.flip(0, 1).cumsum(0).cumsum(1).diagonal()
+    steps = torch.nn.functional.pad(2.0 * cross.flip(0).cumsum(0) + tails, (1, 0))
+    return (rest + steps.flip(0)).clamp_min(0.0)
 
 
 def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -33,13 +34,15 @@ __all__ = [
 
 WEAK = 0.4  # from this share of exact zeros on, a difference is at or below the grid of its files (reference §2.3)
 MAX_RANK = 256  # ranks above are not looked for
-EXPLAINED = (
-    1.25  # a residual of up to this many times the rounding is rounding: merged LoRAs 0.95 to 1.15 (reference §2.3)
-)
+EXPLAINED = 1.25  # a residual of up to this many times the rounding is rounding: of LoRAs .95 to 1.15 (reference §2.3)
 UNCOUNTED = 2.5  # or up to this many, the base's own rounding being left out: if what stands out ends in a step
 STEP = 1.5  # of σ², from the last direction to the next: the spectra of finetunes have none
-NEGLIGIBLE = 1e-5  # of the energy: a flat residual this small is an adapter merged in half precision, whatever the grid
+NEGLIGIBLE = (
+    1e-5  # of the energy: a flat residual this small is an adapter merged in half precision, whatever the grid,
+)
+CLIFF = 100.0  # and begins where σ² falls by so much: its noise is of each entry's own size, and has directions that stand out
 FIRST = 48  # singular values looked at first: those of a LoRA of rank 32, and what tells them from noise
+SPARE = 16  # looked at beyond the rank that a part suggests
 TOL = 1e-2  # of Lanczos: values above the noise converge first, those within it need not
 HIDDEN = 1e-4  # a residual below this share of the whole is only seen once the leading directions are subtracted,
 LOST = 1e-6  # and below this one only if that is done in float64
@@ -143,18 +146,21 @@ class _Spikes(NamedTuple):
         return self.rank >= 0 and (self.variance <= EXPLAINED or (little and self.step >= STEP))
 
 
-def rank_above_noise(delta: Tensor, noise: RoundingNoise, margin: float = 1.02) -> NoiseRank:
+def rank_above_noise(delta: Tensor, noise: RoundingNoise, margin: float = 1.02, least: float = 0.0) -> NoiseRank:
     """How many singular values of delta (..., m, n) lie above its rounding noise (reference §2.3).
 
     Rows and columns are scaled to equal noise; then r ← #{σᵢ > edge(r)} from r = 0 until it stays, edge(r) being where the
     spectrum of noise of the residual's own variance ends: `margin` · (√m + √n) (Marchenko and Pastur 1967), or the 99.9 %
     point for small matrices (Johnstone 2001). `low_rank` where such an r exists at no more than 256 and mn/(m + n), and the
-    residual is explained by rounding. Otherwise ratio and sigma are lower bounds, or those of white noise of other origin.
-    Leading singular values only: by Lanczos, more of them until r lies inside. delta must be finite.
+    residual is explained by rounding: also a finetune's, whose spectrum is so steep that no more of it is seen. Otherwise
+    ratio and sigma are those of noise of other origin, or, where rank is -1, of what the directions looked at leave.
+    Of those, directions of no more than `least` times the energy of the noise of an entry are noise of some structure: part
+    of neither rank nor residual. A zero delta is low rank, of rank 0. Leading singular values only: by Lanczos, more of
+    them until r lies inside. delta must be finite.
     """
     *batch, m, n = delta.shape
     white = _whitened(delta, noise)
-    found = [_spikes(one, margin) for one in white.reshape(math.prod(batch), m, n)]
+    found = [_spikes(one, _Bar(_edge(m, n, margin), least)) for one in white.reshape(math.prod(batch), m, n)]
 
     def stacked(values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=delta.device).reshape(batch)
@@ -163,6 +169,13 @@ def rank_above_noise(delta: Tensor, noise: RoundingNoise, margin: float = 1.02) 
     ratio = stacked([one.variance for one in found], wide)
     rank, alone = stacked([one.rank for one in found], torch.int64), stacked([one.alone for one in found], torch.bool)
     return NoiseRank(rank, (ratio * noise.rows.mean(-1)).sqrt(), ratio, alone)
+
+
+class _Bar(NamedTuple):
+    """What σ² must exceed, in variances of the noise: those of what remains (`edge`), and 1, that of rounding (`least`)."""
+
+    edge: float
+    least: float = 0.0
 
 
 def _limit(m: int, n: int) -> int:
@@ -185,54 +198,66 @@ def _scales(noise: RoundingNoise) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _spikes(white: Tensor, margin: float) -> _Spikes:
+def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
     """Of one whitened (m, n)."""
     m, n = white.shape
     limit = _limit(m, n)
     whole = total = float(norm_squared(white))
-    taken, k = 0, min(FIRST, limit + 1)
+    taken, last, k, asked = 0, 0.0, min(FIRST, limit + 1), False
     while total > SPENT * whole:
-        squares = _squares(white, k)
+        squares = _squares(white, k, limit + 1)
         rest = total - sum(squares[: limit - taken])
         if taken < limit and rest < HIDDEN * total:
             strong = sum(square > STRONG * total for square in squares)
             wide = accumulate_dtype(white.device) if rest < LOST * total else white.dtype
             white = _deflated(white.to(wide), strong).to(white.dtype)
-            taken, total = taken + strong, float(norm_squared(white))
+            taken, last = taken + strong, squares[strong - 1]
+            total, k = float(norm_squared(white)), min(FIRST, limit + 1)
             continue
-        found = _found(squares, (total, whole), (m, n, taken), _edge(m, n, margin))
+        found = _found(squares, (total, whole, last), (m, n, taken), bar)
         if found:
             return found if found.rank <= limit else found._replace(rank=-1)
-        crowd = _crowd(white, limit) if k == FIRST else 0.0
+        k = len(squares)
+        crowd, likely = (0.0, 2 * k) if asked or k > limit else _crowd(white, limit)
         if crowd > UNCOUNTED or k > limit:
             rest = max(0.0, total - sum(squares)) / ((m - k) * (n - k)) if k < min(m, n) else 0.0
             return _Spikes(-1, max(crowd, rest), 1.0, 0.0)
-        k = min(2 * k, limit + 1)
+        asked, k = True, min(max(likely, k + SPARE), limit + 1)
     return _Spikes(taken, total / max(1, (m - taken) * (n - taken)), 0.0, math.inf)
 
 
 def _found(
-    squares: list[float], energy: tuple[float, float], shape: tuple[int, int, int], edge: float
+    squares: list[float], energy: tuple[float, float, float], shape: tuple[int, int, int], bar: _Bar
 ) -> _Spikes | None:
     """The fixed point; None where it does not lie within `squares`, those of an (m, n) less `taken` directions.
 
-    energy: (‖·‖² of that, of the whole)
+    energy: (‖·‖² of that, of the whole, σ² of the last direction taken)
     """
-    (total, whole), (m, n, taken) = energy, shape
+    (total, whole, last), (m, n, taken) = energy, shape
     left = [total]
     for square in squares:
         left.append(max(0.0, left[-1] - square))
     variances = [rest / max(1, (m - taken - r) * (n - taken - r)) for r, rest in enumerate(left[:-1])]
+    rank = _fixed(squares, variances, bar.edge)
+    if rank is None:
+        return None
+    steps = [before / max(square, TINY) for before, square in pairwise([last, *squares])]
+    other = variances[rank] > EXPLAINED  # noise of other origin than rounding
+    for r in range(rank):
+        cliff = left[r] <= NEGLIGIBLE * whole and steps[r] >= CLIFF
+        if (other and cliff) or _enough(left[r], variances[r], whole, (m, n, taken + r)):
+            rank = r
+            break
+    counted = sum(square > bar.least for square in squares[:rank])
+    return _Spikes(counted + taken, variances[rank], left[rank] / whole, steps[counted])
+
+
+def _fixed(squares: list[float], variances: list[float], edge: float) -> int | None:
+    """The least r = #{squares > edge · variances[r]}; None where that exceeds what is known of them."""
     rank, above = 0, sum(square > edge * variances[0] for square in squares)
     while rank < above < len(squares):
         rank, above = above, sum(square > edge * variances[above] for square in squares)
-    if above > rank:
-        return None
-    rank = next(
-        (r for r in range(min(rank, FEW + 1)) if _enough(left[r], variances[r], whole, (m, n, taken + r))), rank
-    )
-    before = squares[rank - 1] if rank else math.inf if taken else 0.0
-    return _Spikes(rank + taken, variances[rank], left[rank] / whole, before / max(squares[rank], TINY))
+    return rank if above <= rank else None
 
 
 def _enough(rest: float, variance: float, whole: float, shape: tuple[int, int, int]) -> bool:
@@ -245,13 +270,13 @@ def _enough(rest: float, variance: float, whole: float, shape: tuple[int, int, i
     return 1 <= rank <= FEW and whole - rest > m * n and variance <= 1 + 3 / math.sqrt(m * n)
 
 
-def _squares(white: Tensor, k: int) -> list[float]:
-    """The `k` leading squared singular values, descending: by Lanczos, or as eigenvalues where that is cheaper."""
+def _squares(white: Tensor, k: int, most: int) -> list[float]:
+    """The `k` leading squared singular values, descending: by Lanczos, or `most` eigenvalues where those are cheaper."""
     m, n = white.shape
-    if 4 * k + 32 <= min(m, n) / 2:
-        return energies(white, k, SvdSpec(k, tol=TOL)).tolist()
+    if 4 * k + 32 <= min(m, n):
+        return energies(white, k, SvdSpec(k, method="lanczos", tol=TOL)).tolist()
     gram = gram_columns(white if m >= n else white.mT)
-    found: list[float] = eigenvalues(gram)[:k].tolist()
+    found: list[float] = eigenvalues(gram)[:most].tolist()
     return found
 
 
@@ -268,11 +293,12 @@ def _deflated(white: Tensor, rank: int) -> Tensor:
     return torch.addmm(white, top.u * top.s, top.vh, alpha=-1.0)
 
 
-def _crowd(white: Tensor, limit: int) -> float:
+def _crowd(white: Tensor, limit: int) -> tuple[float, int]:
     """A lower bound on the variance of the noise of white (m, n) if its rank is at most `limit`, 0 where that is idle.
 
     On a random part of twice that size, r directions leave at least the energy beyond its r leading singular values (Eckart
     and Young 1936), and no more than all that noise has beside r of its dimensions. So finetunes are told at a small cost.
+    And how many singular values it then takes, judging by those that stand out of the part: weak ones do not.
     """
     draw = torch.Generator().manual_seed(0)
     rows, columns = (torch.randperm(side, generator=draw)[: 2 * limit].to(white.device) for side in white.shape)
@@ -281,7 +307,12 @@ def _crowd(white: Tensor, limit: int) -> float:
     p, q = part.shape
     squares: list[float] = eigenvalues(gram_columns(part)).tolist()
     tail = sum(squares[limit:])
-    return tail / (p * (q - limit)) if tail > NEGLIGIBLE * sum(squares) else 0.0
+    variances = [sum(squares[r:]) / ((p - r) * (q - r)) for r in range(q)]
+    stand_out = _fixed(squares, variances, _edge(p, q, 1.0))
+    return (
+        tail / (p * (q - limit)) if tail > NEGLIGIBLE * sum(squares) else 0.0,
+        limit + 1 if stand_out is None else stand_out + SPARE,
+    )
 
 
 def denoised(delta: Tensor, noise: RoundingNoise, rank: int) -> LowRank:

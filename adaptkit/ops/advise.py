@@ -12,10 +12,10 @@ from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
 from adaptkit.files.header import DTYPES as WIDTHS
-from adaptkit.files.quantized import FP8
 from adaptkit.formats._format import Alpha
-from adaptkit.ops._common import Progress, Shared, Unused, refuse_unused, torch_dtype
+from adaptkit.ops._common import Progress, Shared, Unused, refuse_unused
 from adaptkit.ops._pairing import Pairing, Wanted, open_pair
+from adaptkit.ops._probing import Look, Probe, as_rounded, look, made_by
 from adaptkit.policy import Module, Size, least_error
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.keymap import KeyMap
-    from adaptkit.linalg.kronscan import Split
     from adaptkit.ops._pairing import Job
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
@@ -34,7 +33,6 @@ __all__ = ["Options", "Plan", "Report", "plan", "run"]
 MAX_RANK = 128
 USUAL = (2, 4, 8, 16, 32)  # factors of LoKr shown always; others where the difference was made with them
 HEADER = 76  # bytes that the file's header takes per tensor, beside its name
-MOST = 0.5  # of the layers: as many have to agree before a difference is called an adapter's
 BASIS = 3  # of Lanczos: columns kept, as a multiple of the rank
 
 
@@ -185,11 +183,9 @@ class _Layer:
 
     job: Job
     norm: float
-    floor: float = 0.0
     energies: tuple[float, ...] = ()
     captured: Mapping[int, tuple[float, int]] = field(default_factory=dict)  # by factor: energy, and numbers stored
-    rank: int | None = None  # if the difference is this many directions and rounding
-    split: Split | None = None  # if it is a Kronecker product
+    seen: Look | None = None
 
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
@@ -227,7 +223,6 @@ class _Worker:
     def _layer(self, job: Job, base: Tensor, tuned: Tensor) -> _Layer:
         from adaptkit.linalg.kronscan import FACTORS, scan_kron
         from adaptkit.linalg.lowrank import SvdSpec, energies
-        from adaptkit.linalg.noise import WEAK, rank_above_noise, rounding_noise, zero_share
         from adaptkit.linalg.precision import difference, norm_squared
 
         delta = difference(tuned, base)
@@ -236,7 +231,6 @@ class _Worker:
             raise NonFinite("holds NaN or infinity", file=self.plan.tuned.source.path, tensor=job.tuned[0].name)
         if norm == 0.0 or job.algorithm is None:
             return _Layer(job, norm)
-        noise = rounding_noise(self._as_rounded(job, tuned))
         rank = min(self.plan.options.max_rank, *delta.shape)
         kept = tuple(energies(delta, rank, SvdSpec(rank)).tolist())
         scan = scan_kron(delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0])
@@ -245,23 +239,8 @@ class _Worker:
             for split, energy in zip(scan.splits, scan.captured.tolist(), strict=True)
             for factor in split.factors
         }
-        which = int(scan.recognised())
-        spikes = rank_above_noise(delta, noise) if float(zero_share(delta)) < WEAK else None
-        return _Layer(
-            job,
-            norm,
-            min(float(noise.floor), norm),
-            kept,
-            captured,
-            int(spikes.rank) if spikes is not None and bool(spikes.low_rank) else None,
-            scan.splits[which] if which >= 0 else None,
-        )
-
-    def _as_rounded(self, job: Job, tuned: Tensor) -> Tensor:
-        """A weight in the dtype it was rounded to: plain fp8 is read as float32. Of scaled fp8 only that is known."""
-        dtypes = self.plan.tuned.dtypes(job.tuned)
-        scaled = any(piece.name in self.plan.tuned.quantization.scales for piece in job.tuned)
-        return tuned.to(torch_dtype(min(dtypes))) if dtypes <= set(FP8) and not scaled else tuned
+        seen = look(job, delta, norm, as_rounded(self.plan.tuned, job, tuned), scan)
+        return _Layer(job, norm, kept, captured, seen)
 
 
 # choosing --------------------------------------------------------------------------------------------------------
@@ -278,8 +257,9 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
     curves = _Curves(plan, fitted, sum(layer.norm for layer in layers))
     ranks = [k for k in (2**n for n in range(20)) if k < plan.options.max_rank] + [plan.options.max_rank]
     same = {k: curves.lora([min(k, len(layer.energies)) for layer in fitted]) for k in ranks}
-    made = _made_by(fitted)
-    factors = sorted({*USUAL, *([made["factor"]] if made and "factor" in made else [])})
+    looks = [layer.seen for layer in fitted if layer.seen]
+    probe = Probe(math.sqrt(sum(one.floor for one in looks) / curves.total), made_by(looks))
+    factors = sorted({*USUAL, *([probe.factor] if probe.factor else [])})
     lokr = _distinct({factor: curves.lokr(factor) for factor in factors})
     left = sum(layer.norm for layer in layers if not layer.energies)
     return Report(
@@ -288,16 +268,16 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
         layers=len(fitted),
         unchanged=sum(1 for layer in layers if layer.norm == 0.0 and layer.job.algorithm),
         norm=math.sqrt(curves.total),
-        floor=math.sqrt(sum(layer.floor for layer in fitted) / curves.total),
+        floor=probe.floor,
         left_out=math.sqrt(left / curves.total),
         rank=same,
         size={k: curves.lora_within(one.bytes) for k, one in same.items()},
         auto={k: curves.auto(one.bytes) for k, one in same.items()},
         lokr=lokr,
         beside={f: curves.lora_within(one.bytes) for f, one in lokr.items()},
-        made_by=made,
+        made_by=probe.made,
         unused=plan.unused,
-        notes=(*plan.notes, *_notes(made)),
+        notes=(*plan.notes, *probe.notes()),
         seconds=time.perf_counter() - started,
     )
 
@@ -372,28 +352,3 @@ def _distinct(choices: Mapping[int, Choice]) -> dict[int, Choice]:
     for factor, choice in choices.items():
         first.setdefault(choice.bytes, factor)
     return {factor: choices[factor] for factor in first.values()}
-
-
-def _made_by(layers: Sequence[_Layer]) -> dict[str, Any] | None:
-    """Which adapter was merged, where most layers agree: its kind and rank or factor, and how many say so."""
-    from adaptkit.linalg.noise import vote
-
-    # a factor is a vote of its own where layers of one size cannot tell it from another
-    factors = [factor for layer in layers if layer.split for factor in layer.split.factors]
-    if factors:
-        best = vote(factors)
-        if best.agree > MOST * len(layers):
-            return {"algorithm": "lokr", "factor": best.value, "layers": best.agree, "of": len(layers)}
-    ranks = [layer.rank for layer in layers if layer.rank]
-    if ranks:
-        best = vote(ranks)
-        if best.agree > MOST * len(layers):
-            return {"algorithm": "lora", "rank": best.value, "layers": best.agree, "of": len(layers)}
-    return None
-
-
-def _notes(made: Mapping[str, Any] | None) -> Iterator[str]:
-    if made is not None and made["algorithm"] == "lora":
-        yield f"this difference is a rank-{made['rank']} LoRA: --rank {made['rank']} keeps all of it but rounding."
-    elif made is not None:
-        yield f"this difference is a LoKr: --algo lokr --factor {made['factor']} keeps all of it but rounding."

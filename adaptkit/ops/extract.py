@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import struct
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__, engine
-from adaptkit.algorithms._weights import ALPHA, FitSpec, Stated
+from adaptkit.algorithms._weights import ALPHA
 from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory, peak_memory
-from adaptkit.errors import NonFinite, NoSuchName, NothingToDo
+from adaptkit.errors import NoSuchName, NothingToDo, NotRepresentable, WrongUsage
+from adaptkit.files.header import TensorSpec
 from adaptkit.formats._format import Alpha
-from adaptkit.keymap import KeyMap, algorithms, compile_keys
+from adaptkit.keymap import KeyMap, algorithms
+from adaptkit.ops._choosing import Layer, Pick, choose, choose_any
 from adaptkit.ops._common import (
     Progress,
-    Shared,
     Unused,
     WriterReport,
     default_output,
@@ -24,38 +25,49 @@ from adaptkit.ops._common import (
     stored_dtype,
     torch_dtype,
 )
+from adaptkit.ops._fitting import Fitted, Fitter, Form, Recipe
 from adaptkit.ops._pairing import Job, Pairing, Wanted, open_pair
 from adaptkit.ops._peft import Module, adapter_file, check_adapter_output, factor_rows
+from adaptkit.ops._probing import Probe, probe
+from adaptkit.ops._ranks import Ranked, asked, largest, policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
-
-    from adaptkit.algorithms._weights import Weights
     from adaptkit.checkpoint import Checkpoint
+    from adaptkit.files.sink import Spool, TensorSink
+    from adaptkit.policy import Policy
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
 DEFAULT_RANK = 32
+DEFAULT_FACTOR = 8
+MAX_RANK = 128  # of the ladder from which a rule chooses, unless --max-rank says otherwise
 SPOOL = 256_000_000  # bytes of results held in memory before they go to a temporary file
+HEADER = 76  # bytes that the file's header takes per tensor beside its name: for comparing ranks; the size is counted exactly
 GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: every factor below is guessed right
 LITTLE = 0.5  # a LoKr that keeps less of ‖ΔW‖² than this is worth a word
 
 
 @dataclass(frozen=True)
-class Options(Shared):
-    """What to fit. `rank` None: 32 for LoRA, a full w2 for LoKr. `vectors`: carry changed
-    biases and norms exactly (None: with `full` only; several hosts refuse such keys beside a LoRA or LoKr)."""
+class Options(Ranked):
+    """What to fit.
+
+    Without a rank rule: rank 32 for LoRA, a full second factor for LoKr. `factor` None: the one that the difference was made
+    with, where that is recognised, else 8. `alpha` is stored instead of the rank; `vectors`: carry changed biases and norms
+    exactly (None: with `full` only; several hosts refuse such keys beside a LoRA or LoKr).
+    """
 
     algo: str = "lora"
-    rank: int | None = None
-    conv_rank: int | None = None
-    factor: int = 8
+    factor: int | None = None
+    decompose_both: bool = False
+    alpha: float | None = None
+    clamp_quantile: float | None = None
     to: str = "kohya"
     svd: str = "auto"
     vectors: bool | None = None
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,8 @@ class Plan:
     unused: tuple[Unused, ...]
     steps: tuple[Step[Job], ...]
     keys: KeyMap
+    policy: Policy | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What `--dry-run` prints; sizes are upper bounds, since unchanged layers are left out."""
@@ -80,7 +94,7 @@ class Plan:
             "format": self.keys.format.name,
             "algorithm": self.options.algo,
             "modules": len(fitted),
-            "bytes_in": sum(self.base.nbytes(j.base) + self.tuned.nbytes(j.tuned) for j in self.jobs),
+            "bytes_in": sum(self.base.stored_bytes(j.base) + self.tuned.stored_bytes(j.tuned) for j in self.jobs),
             "bytes_out_at_most": sum(_stored_bytes(job, self.options) for job in fitted),
             "peak_memory": peak_memory(self.steps, self.options.memory),
             "device": self.options.device,
@@ -108,6 +122,10 @@ class Report(WriterReport):
     unchanged: int
     lora_same_size: float | None = None
     notes: tuple[str, ...] = ()
+    left_out: int = 0
+    noise_floor: float = 0.0
+    made_by: Mapping[str, Any] | None = None
+    gap: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -117,36 +135,26 @@ class Report(WriterReport):
             "algorithm": self.algorithm,
             "captured": self.captured,
             "unchanged": self.unchanged,
+            "left_out": self.left_out,
+            "noise_floor": self.noise_floor,
+            "made_by": None if self.made_by is None else dict(self.made_by),
             "notes": list(self.notes),
         }
+        if self.gap is not None:
+            extra["optimality_gap"] = self.gap
         if self.lora_same_size is not None:
             extra["captured_by_lora_of_same_size"] = self.lora_same_size
         return {**super().to_dict(), **extra}
 
 
-@dataclass
-class _Measured:
-    """What the engine found for one job."""
-
-    norm: float  # ‖Δ‖²
-    residual: float  # ‖Δ − stored‖²
-    rank: int | None = None
-    parameters: int = 0
-    lora: float | None = None  # energy that a LoRA with as many parameters keeps
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    keys: tuple[str, ...] = ()  # of `tensors`, kept when these have gone to the spool
-    roles: tuple[str, ...] = ()
-    factors: tuple[int, int] | None = None  # LoKr: rows of its two factors
-
-
 def plan(base: Path, tuned: Path, options: Options) -> Plan:
     """Pair the checkpoints by target and decide what is fitted; reads headers only, and fails here if anything can."""
-    _check(options)
+    rule = _check(options)
     folder = formats()[options.to].alpha is Alpha.CONFIG
     output = options.output or default_output(tuned, options.algo, folder=folder)
     check_adapter_output(output, folder=folder, overwrite=options.overwrite)
-    first, second = open_pair(base, tuned, options.family)
-    keys = compile_keys(first.family.name, options.to)
+    first, second = open_pair(base, tuned, options.family, ema=options.ema)
+    keys = first.keys(formats()[options.to])
     vectors = options.algo == "full" if options.vectors is None else options.vectors
     pairing = Pairing(first, second, keys, Wanted(options.algo, vectors, options))
     jobs = tuple(pairing.jobs())
@@ -155,26 +163,65 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     refuse_unused(pairing.lost, options.allow_unused, tuned)
     steps = tuple(_step(job, first, second, options) for job in jobs)
     check_memory(steps, options.memory)
-    return Plan(first, second, options, output, jobs, tuple(pairing.lost + pairing.left), steps, keys)
+    return Plan(
+        first, second, options, output, jobs, tuple(pairing.lost + pairing.left), steps, keys, rule, pairing.notes
+    )
 
 
-def _check(options: Options) -> None:
+def _check(options: Options) -> Policy | None:
     kinds = {name for name, kind in algorithms().items() if kind.extractable}
-    if options.algo not in kinds:
-        raise NoSuchName.among("algorithm for extraction", options.algo, kinds)
+    if options.algo not in kinds | {"auto"}:
+        raise NoSuchName.among("algorithm for extraction", options.algo, kinds | {"auto"})
     stored_dtype(options.dtype, "F32")
     chosen("format", formats(), options.to)
+    rule = asked(options)
+    if options.algo == "auto" and rule not in ("size", "error"):
+        raise WrongUsage("--algo auto chooses within a size or an error", hint="give --size or --error")
+    if options.algo == "full" and rule is not None:
+        raise WrongUsage("a full difference has no rank", hint="leave the rank rule out, or use --algo lora or auto")
+    if options.alpha is not None and (options.algo != "lora" or rule not in ("rank", None) or options.alpha <= 0):
+        raise WrongUsage("--alpha goes with --algo lora and --rank, and is above 0")
+    if options.clamp_quantile is not None and (options.algo != "lora" or not 0 < options.clamp_quantile <= 1):
+        raise WrongUsage("--clamp-quantile goes with --algo lora, and is above 0 and at most 1")
+    if options.decompose_both and (options.algo != "lokr" or rule != "rank"):
+        raise WrongUsage("--decompose-both goes with --algo lokr and --rank")
+    if options.factor is not None and options.factor < 1:
+        raise WrongUsage(f"--factor must be at least 1, not {options.factor}")
+    return policy(options)
+
+
+def _ladder(options: Options) -> bool:
+    """Whether ranks are chosen once all layers are known."""
+    return asked(options) not in ("rank", None)
 
 
 def _rank(job: Job, options: Options) -> int | None:
-    """The rank asked for; the layer may allow less."""
+    """The rank to fit at (with a ladder: the highest); the layer may allow less. None: the kind's fullest form."""
     if job.algorithm == "full":
         return None
     convolution = any(n > 1 for n in job.shape[2:])
-    chosen = options.conv_rank if convolution and options.conv_rank is not None else options.rank
-    if chosen is None:
-        return DEFAULT_RANK if job.algorithm == "lora" else None
-    return min(chosen, *job.matrix)
+    if _ladder(options):
+        return min(options.max_rank or MAX_RANK, *job.matrix)
+    rank = largest(options, convolution=convolution)
+    if options.rank is None and job.algorithm == "lora":
+        rank = DEFAULT_RANK if rank is None else min(rank, DEFAULT_RANK)
+    return None if rank is None else min(rank, *job.matrix)
+
+
+def _recipes(job: Job, options: Options, probe: Probe) -> tuple[Recipe, ...]:
+    """How a layer is fitted; nothing where it is only compared."""
+    kind, rank, ladder = job.algorithm, _rank(job, options), _ladder(options)
+    if kind is None:
+        return ()
+    if kind == "full":
+        return (Recipe("full"),)
+    factor = options.factor or probe.factor or DEFAULT_FACTOR
+    lora = Recipe("lora", rank, ladder, svd=options.svd, alpha=options.alpha, quantile=options.clamp_quantile)
+    if kind == "auto":
+        return lora, Recipe("lokr", rank, ladder=True, factor=factor), Recipe("full", ladder=True)
+    if kind == "lora":
+        return (lora,)
+    return (Recipe("lokr", rank, ladder, factor, both=options.decompose_both),)
 
 
 def _stored_bytes(job: Job, options: Options) -> int:
@@ -189,189 +236,223 @@ def _stored_bytes(job: Job, options: Options) -> int:
 
 def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options) -> Step[Job]:
     rows, columns = job.matrix
-    dense = 4 * rows * columns
-    # ΔW in float32, a second matrix of its size (LoKr rearranges it, full copies it), and the factors
-    working = dense * (1 if job.algorithm == "lora" else 2) + 4 * (rows + columns) * 8 * (_rank(job, options) or 8)
+    dense, rank = 4 * rows * columns, _rank(job, options) or DEFAULT_FACTOR
+    # ΔW in float32; a second matrix of its size (LoKr rearranges it, full copies it, auto keeps it); the Krylov space
+    copies = {"lora": 1, "auto": 4}.get(job.algorithm or "", 2)
+    working = dense * copies + 4 * (rows + columns) * 8 * rank
     stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
     shape = (job.shape, job.dtype, job.algorithm, job.role, base.source.infos[job.base[0].name].dtype)
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))
 
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
-    """Fit every changed slot and write the adapter; the only part that reads weights."""
+    """Fit every changed slot, choose the ranks, and write the adapter; the only part that reads weights."""
     from adaptkit.files.sink import Spool
 
     started = time.perf_counter()
-    found: dict[int, _Measured] = {}
-    fitter = _Fitter(plan)
+    resources = engine.Resources.choose(plan.options.device, plan.options.memory)
+    looked = probe(plan.base, plan.tuned, plan.jobs, resources)
     with Spool(SPOOL, plan.output.parent) as spool:
-
-        def store(job: Job, result: _Measured) -> None:
-            for key, tensor in result.tensors.items():
-                spool.append(key, tensor)
-            result.keys, result.tensors = tuple(result.tensors), {}
-            found[id(job)] = result
-
-        total = len(plan.steps)
-        engine.run(
-            plan.steps,
-            engine.Work(fitter.load, fitter.fit, store),
-            engine.Resources.choose(plan.options.device, plan.options.memory),
-            None if progress is None else lambda done: progress(done, total),
-        )
-        measured = [(job, found[id(job)]) for job in plan.jobs]
-        draft = _report(plan, measured)
-        keys = [key for _, result in measured for key in result.keys]
-        size = _write(plan, spool, keys, draft, _peft_modules(plan, measured))
+        fitting = _Fitting(plan, looked, spool, resources)
+        fitting.run(plan.steps, progress)
+        result = _Result(plan, looked, [(job, fitting.found[id(job)]) for job in plan.jobs])
+        result.choose()
+        fitting.finish(result)
+        draft = result.report()
+        size = _Writing(plan, result, spool).write(draft)
     return replace(draft, bytes=size, seconds=time.perf_counter() - started)
 
 
-class _Fitter:
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.options = plan.options
+class _Fitting:
+    """Runs the fitter over layers; their tensors go to the spool, under the number of the layer, of the form, and the role."""
 
-    def load(self, job: Job) -> dict[str, Tensor]:
-        return {"base": self.plan.base.read(job.base), "tuned": self.plan.tuned.read(job.tuned)}
+    def __init__(self, plan: Plan, looked: Probe, spool: Spool, resources: engine.Resources) -> None:
+        self.plan, self.spool, self.resources = plan, spool, resources
+        self.recipes = {id(job): _recipes(job, plan.options, looked) for job in plan.jobs}
+        self.found: dict[int, Fitted] = {}
+        self.places = {id(job): n for n, job in enumerate(plan.jobs)}
 
-    def fit(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[_Measured]:
-        """ΔW of a stack of equal layers, its fit as it will be stored, and what that leaves of it.
+    def run(self, steps: Sequence[Step[Job]], progress: Progress | None) -> None:
+        total = len(steps)
+        self._run(steps, self.recipes, self._keep, None if progress is None else lambda done: progress(done, total))
 
-        Subtracted in float32: in bf16 one entry in nine would change.
-        """
-        from adaptkit.linalg.precision import difference, norm_squared
+    def finish(self, result: _Result) -> None:
+        """Make the tensors that were left for later, of the layers that are stored so."""
+        late = {id(job) for job, pick in result.picked() if pick is not None and pick.form.later}
+        steps = [step for step in self.plan.steps if id(step.payload) in late]
+        if steps:
+            self._run(steps, dict.fromkeys(late, (Recipe("full"),)), self._complete, None)
 
-        tuned, base = tensors.pop("tuned"), tensors.pop("base")
-        delta = difference(tuned, base)
-        norms = norm_squared(delta).tolist()
-        for job, norm, ours, theirs in zip(jobs, norms, base, tuned, strict=True):
-            if not math.isfinite(norm):
-                raise self._non_finite(job, ours, theirs)
-        del tuned, base
-        changed = [n for n, norm in enumerate(norms) if norm > 0 and jobs[0].algorithm is not None]
-        results = [_Measured(norm, norm) for norm in norms]
-        if changed:
-            # a copy is made only of a stack in which some layers did not change
-            self._fit_changed(delta if len(changed) == len(jobs) else delta[changed], jobs, changed, results)
-        return results
+    def _run(self, steps: Sequence[Step[Job]], recipes: Any, store: Any, report: Any) -> None:
+        fitter = Fitter((self.plan.base, self.plan.tuned), recipes, self.plan.output)
+        work = engine.Work(fitter.load, fitter.fit, store, lambda found: sum(form.nbytes for form in found.forms))
+        engine.run(steps, work, self.resources, report)
 
-    def _fit_changed(
-        self, delta: Tensor, jobs: Sequence[Job], changed: Sequence[int], results: Sequence[_Measured]
-    ) -> None:
-        first = jobs[0]
-        kind = algorithms()[first.algorithm or ""]
-        spec = FitSpec(_rank(first, self.options), first.shape[2:], self.options.factor, self.options.svd)
-        weights = kind.fit(delta, spec)
-        lora = self._lora_of_size(first, delta, weights.member(0)) if first.algorithm == "lokr" else None
-        for place, n in enumerate(changed):
-            if lora is not None:
-                results[n].lora = float(lora[place])
-            self._store(jobs[n], weights.member(place), delta[place], results[n])
+    def _keep(self, job: Job, fitted: Fitted) -> None:
+        for number, form in enumerate(fitted.forms):
+            self._spool(job, number, form)
+        self.found[id(job)] = fitted
 
-    def _non_finite(self, job: Job, base: Tensor, tuned: Tensor) -> NonFinite:
-        import torch
+    def _complete(self, job: Job, fitted: Fitted) -> None:
+        forms = self.found[id(job)].forms
+        number = next(n for n, form in enumerate(forms) if form.later)
+        self._spool(job, number, fitted.forms[0])
 
-        for checkpoint, tensor, pieces in ((self.plan.base, base, job.base), (self.plan.tuned, tuned, job.tuned)):
-            if not bool(torch.isfinite(tensor).all()):
-                return NonFinite("holds NaN or infinity", file=checkpoint.source.path, tensor=pieces[0].name)
-        return NonFinite(
-            "the difference of the two checkpoints overflows", file=self.plan.tuned.source.path, tensor=job.label
+    def _spool(self, job: Job, number: int, form: Form) -> None:
+        for role, tensor in form.tensors.items():
+            self.spool.append(f"{self.places[id(job)]}/{number}/{role}", tensor)
+        form.tensors = {}
+
+
+@dataclass
+class _Result:
+    """What was found of every layer, and what of it is stored."""
+
+    plan: Plan
+    probe: Probe
+    measured: list[tuple[Job, Fitted]]
+    picks: dict[int, Pick | None] = field(default_factory=dict)
+    gap: float | None = None
+
+    @property
+    def fitted(self) -> list[tuple[Job, Fitted]]:
+        """The layers that differ and may be stored."""
+        return [(job, found) for job, found in self.measured if found.forms]
+
+    @property
+    def norm(self) -> float:
+        """‖Δ‖² over the model's own layers."""
+        return sum(found.norm for job, found in self.measured if job.counted)
+
+    def picked(self) -> list[tuple[Job, Pick | None]]:
+        """The layers that may be stored, with what is."""
+        return [(job, self.picks[id(job)]) for job, _ in self.fitted]
+
+    def choose(self) -> None:
+        """Pick a form and a rank for every layer."""
+        changed = [(job, found) for job, found in self.measured if found.norm > 0]
+        if not self.fitted:
+            raise NothingToDo(
+                _nothing(changed), hint="are these the two files you meant?", file=self.plan.tuned.source.path
+            )
+        options, rule = self.plan.options, self.plan.policy
+        free = [(job, found) for job, found in self.fitted if job.algorithm != "full"]
+        self.picks = {id(job): Pick(found.forms[0], 0) for job, found in self.fitted}
+        if not _ladder(options) or rule is None or not free:
+            return
+        layers = [self._layer(job, found) for job, found in free]
+        mine = {id(job) for job, _ in free}
+        others = [
+            (self.picks.get(id(job)), found) for job, found in self.measured if job.counted and id(job) not in mine
+        ]
+        rest = sum(found.norm if pick is None else pick.error for pick, found in others)
+        measure = self._measure([job for job, _ in free])
+        try:
+            if options.algo == "auto":
+                chosen_ = choose_any(layers, rest, (options.size, options.error), measure)
+            else:
+                chosen_ = choose(layers, rest, rule, measure)
+        except NotRepresentable as error:
+            raise error.at(file=self.plan.tuned.source.path) from None
+        self.gap = chosen_.gap
+        self.picks |= {id(job): pick for (job, _), pick in zip(free, chosen_.picks, strict=True)}
+
+    def _layer(self, job: Job, found: Fitted) -> Layer:
+        assert job.slot is not None
+        name = len(self.plan.keys.stem(job.slot)) + HEADER
+        alpha = 4 + name if self.plan.keys.format.alpha is Alpha.TENSOR else 0
+        return Layer(found, name, alpha, any(n > 1 for n in job.shape[2:]))
+
+    def _measure(self, jobs: Sequence[Job]) -> Callable[[Sequence[Pick | None]], int]:
+        """The exact size of the file for any choice: its header is built, nothing is computed."""
+        from adaptkit.files.header import build_header, nbytes
+
+        def size(picks: Sequence[Pick | None]) -> int:
+            trial = _Result(
+                self.plan, self.probe, self.measured, self.picks | dict(zip(map(id, jobs), picks, strict=True))
+            )
+            writing = _Writing(self.plan, trial, None)
+            specs = writing.specs()
+            header, _ = build_header(specs, _metadata(self.plan, trial.report()))
+            return len(header) + sum(nbytes(spec.dtype, spec.shape) for spec in specs)
+
+        return size
+
+    def report(self) -> Report:
+        """Everything but the size of the file and the time."""
+        plan = self.plan
+        changed = [(job, found) for job, found in self.measured if found.norm > 0]
+        left = [Unused(job.label, f"differs, but {job.why}") for job, _ in changed if job.algorithm is None]
+        stored = [(job, found, pick) for job, found in self.fitted if (pick := self.picks[id(job)]) is not None]
+        dropped = len(self.fitted) - len(stored)
+        norm = self.norm
+        residual = norm - sum(found.norm - pick.error for job, found, pick in stored if job.counted)
+        if all(job.algorithm for job, _ in changed if job.counted) and not dropped:  # nothing to cancel
+            residual = sum(pick.error for job, _, pick in stored if job.counted)
+        residual = max(0.0, residual)
+        same_size = _same_size(stored)
+        return Report(
+            output=plan.output,
+            bytes=0,
+            modules=len(stored),
+            parameters=sum(pick.form.numbers(pick.rank) for _, _, pick in stored),
+            relative_error=(residual / norm) ** 0.5,
+            unused=(*plan.unused, *left),
+            details=tuple(_detail(job, found, pick) for job, found, pick in stored),
+            family=plan.base.family.name,
+            format=plan.keys.format.name,
+            algorithm=plan.options.algo,
+            captured=max(0.0, 1.0 - residual / norm),
+            unchanged=sum(1 for job, found in self.measured if found.norm == 0 and job.algorithm),
+            lora_same_size=same_size and same_size[1],
+            left_out=dropped,
+            noise_floor=self.probe.floor,
+            made_by=self.probe.made,
+            gap=self.gap,
+            notes=(*plan.notes, *_notes(plan.options, same_size, left, self)),
         )
 
-    def _lora_of_size(self, job: Job, delta: Tensor, weights: Weights) -> Tensor:
-        """The energies (B,) that the best LoRA with as many parameters as this LoKr keeps of each delta (B, m, n)."""
-        from adaptkit.linalg.lowrank import SvdSpec, energies
 
-        parameters = sum(t.numel() for role, t in weights.encode().items() if role != ALPHA)
-        rank = min(parameters // sum(job.matrix), *job.matrix)
-        return delta.new_zeros(len(delta)) if rank == 0 else energies(delta, rank, SvdSpec(rank)).sum(-1)
-
-    def _store(self, job: Job, weights: Weights, delta: Tensor, result: _Measured) -> None:
-        """Round to what is written, and measure what that leaves of `delta` (which it overwrites)."""
-        from adaptkit.linalg.precision import cast, norm_squared
-
-        assert job.slot is not None
-        dtype = torch_dtype(job.dtype)
-        if job.algorithm == "full":
-            weights = replace(weights, role=job.role, vector=len(job.shape) == 1)  # type: ignore[type-var]
-        try:
-            encoded = {role: t if role == ALPHA else cast(t, dtype) for role, t in weights.encode().items()}
-        except NonFinite as error:
-            error.hint = "write with --dtype bf16 or fp32"
-            raise error.at(file=self.plan.output, tensor=job.label) from None
-        shapes = {role: tuple(t.shape) for role, t in encoded.items() if role != ALPHA}
-        alpha = Stated(float(encoded[ALPHA])) if ALPHA in encoded else None
-        facts = type(weights).facts(shapes, alpha)
-        rounded = type(weights).decode({role: encoded[role] for role in shapes}, facts)
-        result.residual = float(norm_squared(rounded.apply(delta, -1.0)))
-        result.rank = facts.rank
-        result.roles, result.factors = tuple(shapes), factor_rows(shapes)
-        result.parameters = sum(encoded[role].numel() for role in shapes)
-        spell = self.plan.keys.spell
-        if self.plan.keys.format.alpha is not Alpha.TENSOR:
-            encoded.pop(ALPHA, None)  # alpha = rank, which such formats say by leaving it out
-        result.tensors = {spell(job.slot, weights.name, role): t.cpu().contiguous() for role, t in encoded.items()}
-
-
-def _report(plan: Plan, measured: Sequence[tuple[Job, _Measured]]) -> Report:
-    written = [(job, result) for job, result in measured if result.keys]
-    changed = [(job, result) for job, result in measured if result.norm > 0]
-    if not written:
-        raise NothingToDo(_nothing(changed), hint="are these the two files you meant?", file=plan.tuned.source.path)
-    norm = sum(result.norm for job, result in changed if job.counted)
-    residual = sum(result.residual for job, result in changed if job.counted)
-    left = [Unused(job.label, f"differs, but {job.why}") for job, _ in changed if job.algorithm is None]
-    captured = max(0.0, 1.0 - residual / norm)
-    same_size = _same_size(written)
-    return Report(
-        output=plan.output,
-        bytes=0,
-        modules=len(written),
-        parameters=sum(result.parameters for _, result in written),
-        relative_error=(residual / norm) ** 0.5,
-        unused=(*plan.unused, *left),
-        details=tuple(_detail(job, result) for job, result in written),
-        family=plan.base.family.name,
-        format=plan.keys.format.name,
-        algorithm=plan.options.algo,
-        captured=captured,
-        unchanged=sum(1 for job, result in measured if result.norm == 0 and job.algorithm),
-        lora_same_size=same_size and same_size[1],
-        notes=tuple(_notes(plan.options, same_size, left)),
-    )
-
-
-def _nothing(changed: Sequence[tuple[Job, _Measured]]) -> str:
+def _nothing(changed: Sequence[tuple[Job, Fitted]]) -> str:
     if not changed:
         return "nothing differs between the base and the tuned checkpoint"
     return f"no layer that an adapter can hold differs; {len(changed)} other tensors do, first {changed[0][0].label}"
 
 
-def _same_size(written: Sequence[tuple[Job, _Measured]]) -> tuple[float, float] | None:
+def _same_size(stored: Sequence[tuple[Job, Fitted, Pick]]) -> tuple[float, float] | None:
     """Shares of ‖ΔW‖² that LoKr, and LoRA with as many parameters, keep of the layers that were fitted by LoKr."""
-    fitted = [result for _, result in written if result.lora is not None]
-    norm = sum(result.norm for result in fitted)
+    fitted = [(found, pick) for _, found, pick in stored if found.lora is not None]
+    norm = sum(found.norm for found, _ in fitted)
     if not norm:
         return None
-    kept = 1.0 - sum(result.residual for result in fitted) / norm
-    return max(0.0, kept), sum(result.lora or 0.0 for result in fitted) / norm
+    kept = 1.0 - sum(pick.error for _, pick in fitted) / norm
+    return max(0.0, kept), sum(found.lora or 0.0 for found, _ in fitted) / norm
 
 
-def _detail(job: Job, result: _Measured) -> dict[str, Any]:
+def _detail(job: Job, found: Fitted, pick: Pick) -> dict[str, Any]:
+    rank, error = _stored_rank(pick), max(0.0, pick.error)
     detail: dict[str, Any] = {
         "module": job.label,
-        "algorithm": job.algorithm,
-        "rank": result.rank,
-        "relative_error": (result.residual / result.norm) ** 0.5,
-        "captured": max(0.0, 1.0 - result.residual / result.norm),
-        "norm": result.norm**0.5,
+        "algorithm": pick.form.kind,
+        "rank": rank,
+        "relative_error": (error / found.norm) ** 0.5,
+        "captured": max(0.0, 1.0 - error / found.norm),
+        "norm": found.norm**0.5,
     }
-    if result.lora is not None:
-        detail["captured_by_lora_of_same_size"] = min(1.0, result.lora / result.norm)
+    if found.lora is not None:
+        detail["captured_by_lora_of_same_size"] = min(1.0, found.lora / found.norm)
     return detail
 
 
-def _notes(options: Options, same_size: tuple[float, float] | None, left: Sequence[Unused]) -> Iterator[str]:
+def _stored_rank(pick: Pick) -> int | None:
+    """The rank that the stored shapes tell."""
+    return algorithms()[pick.form.kind].facts(pick.form.at(pick.rank)).rank
+
+
+def _notes(
+    options: Options, same_size: tuple[float, float] | None, left: Sequence[Unused], result: _Result
+) -> Iterator[str]:
+    yield from _about(options, result)
     if same_size is not None:
         kept, lora = same_size
         if kept < LITTLE and lora > kept:
@@ -381,7 +462,7 @@ def _notes(options: Options, same_size: tuple[float, float] | None, left: Sequen
             )
         elif lora > kept:
             yield f"This LoKr keeps {kept:.1%} of the difference, a LoRA of the same size would keep {lora:.1%}."
-    if options.algo == "lokr" and options.factor >= GUESSED:
+    if options.algo == "lokr" and (options.factor or result.probe.factor or 0) >= GUESSED:
         yield (
             f"LyCORIS guesses the factor from the shapes and fails on some layers from {GUESSED} on; ComfyUI loads them."
         )
@@ -390,30 +471,102 @@ def _notes(options: Options, same_size: tuple[float, float] | None, left: Sequen
         yield f"{count} not in the adapter, and counted in the error; `unused` says which and why."
 
 
-def _peft_modules(plan: Plan, measured: Sequence[tuple[Job, _Measured]]) -> list[Module] | None:
-    """What a PEFT configuration has to say, where the format has one: alpha = rank everywhere."""
-    if plan.keys.format.alpha is not Alpha.CONFIG:
-        return None
-    found: list[Module] = []
-    for job, result in measured:
-        if result.keys and job.slot is not None and job.algorithm is not None:
-            name = plan.keys.module(job.slot)
-            rank = result.rank or 1
-            found.append(Module(name, job.algorithm, rank, rank, frozenset(result.roles), result.factors))
-    return found
+def _about(options: Options, result: _Result) -> Iterator[str]:
+    """What made the difference, where that is not what is extracted, and what was left out."""
+    made = result.probe.made
+    if (
+        made is not None
+        and made["algorithm"] == "lora"
+        and (options.algo == "lokr" or (options.rank or 0) != made["rank"])
+    ):
+        yield f"this difference is a rank-{made['rank']} LoRA, and rounding: --rank {made['rank']} keeps all of it."
+    elif made is not None and made["algorithm"] == "lokr" and options.algo == "lora":
+        yield f"this difference is a LoKr of factor {made['factor']}, and rounding: --algo lokr keeps all of it."
+    dropped = sum(1 for _, pick in result.picked() if pick is None)
+    if dropped:
+        verb = "is" if dropped == 1 else "are"
+        yield f"{dropped} of {len(result.fitted)} changed layers {verb} left out: their share is not worth its bytes."
+    ladders = [(pick, found) for (_, pick), (_, found) in zip(result.picked(), result.fitted, strict=True)]
+    bound = [pick for pick, _ in ladders if pick and pick.form.ladder and pick.rank == len(pick.form.errors) - 1]
+    if _ladder(options) and bound and options.max_rank is None and options.size is None:
+        full = [pick for pick in bound if pick.rank == MAX_RANK]
+        if full:
+            yield f"{len(full)} layers have the highest rank looked at, {MAX_RANK}; --max-rank raises it."
 
 
-def _write(plan: Plan, spool: Any, keys: Sequence[str], draft: Report, modules: list[Module] | None) -> int:
-    from adaptkit.files.sink import TensorSink
+class _Writing:
+    """The file, or PEFT's folder, of all that was picked."""
 
-    specs = {spec.name: spec for spec in spool.specs()}
-    chosen_specs, metadata = [specs[key] for key in keys], _metadata(plan, draft)
-    with adapter_file(plan.output, modules, plan.options.overwrite) as (path, overwrite):
-        with TensorSink(path, chosen_specs, metadata, overwrite=overwrite) as sink:
-            spool.write_to(sink)
-            plan.close()
-            sink.commit()
-        return sink.size
+    def __init__(self, plan: Plan, result: _Result, spool: Spool | None) -> None:
+        self.plan, self.spool = plan, spool
+        self.stored = [
+            (n, job, pick, number)
+            for n, (job, found) in enumerate(result.measured)
+            if found.forms and (pick := result.picks[id(job)]) is not None
+            for number in [next(i for i, form in enumerate(found.forms) if form is pick.form)]
+        ]
+
+    def _named(self) -> Iterator[tuple[str, str, tuple[int, ...], Pick, str]]:
+        """(name, dtype, shape, pick, key in the spool) of every tensor; alpha has no such key."""
+        for n, job, pick, number in self.stored:
+            assert job.slot is not None
+            spell, kind = self.plan.keys.spell, pick.form.kind
+            for role, shape in pick.form.at(pick.rank).items():
+                yield spell(job.slot, kind, role), job.dtype, shape, pick, f"{n}/{number}/{role}"
+            if pick.form.alpha is not None and self.plan.keys.format.alpha is Alpha.TENSOR:
+                yield spell(job.slot, kind, ALPHA), "F32", (), pick, ""
+
+    def specs(self) -> list[TensorSpec]:
+        """In the order in which layers stand in the checkpoint."""
+        return [TensorSpec(name, dtype, shape) for name, dtype, shape, _, _ in self._named()]
+
+    def write(self, draft: Report) -> int:
+        """Publish the output, and its size in bytes."""
+        from adaptkit.files.sink import TensorSink
+
+        plan = self.plan
+        with adapter_file(plan.output, self._modules(), plan.options.overwrite) as (path, overwrite):
+            with TensorSink(path, self.specs(), _metadata(plan, draft), overwrite=overwrite) as sink:
+                self._fill(sink)
+                plan.close()
+                sink.commit()
+            return sink.size
+
+    def _fill(self, sink: TensorSink) -> None:
+        import torch
+
+        assert self.spool is not None
+        specs = {spec.name: spec for spec in self.spool.specs()}
+        for name, dtype, _, pick, key in self._named():
+            if not key:
+                sink.put_bytes(name, memoryview(struct.pack("<f", _alpha(pick))))
+                continue
+            data, role = self.spool.read(key), key.rpartition("/")[2]
+            if pick.form.ladder:
+                whole = torch.frombuffer(data, dtype=torch_dtype(dtype)).reshape(specs[key].shape)
+                sink.put(name, pick.form.cut(role, whole, pick.rank))
+            else:
+                sink.put_bytes(name, data)
+
+    def _modules(self) -> list[Module] | None:
+        """What a PEFT configuration has to say, where the format has one."""
+        if self.plan.keys.format.alpha is not Alpha.CONFIG:
+            return None
+        found: list[Module] = []
+        for _, job, pick, _ in self.stored:
+            assert job.slot is not None
+            rank, shapes = _stored_rank(pick) or 1, pick.form.at(pick.rank)
+            alpha = rank if pick.form.alpha is None else _alpha(pick)
+            name = self.plan.keys.module(job.slot)
+            found.append(Module(name, pick.form.kind, rank, alpha, frozenset(shapes), factor_rows(shapes)))
+        return found
+
+
+def _alpha(pick: Pick) -> float:
+    """alpha as it is stored: of a ladder the rank chosen."""
+    if pick.form.ladder:
+        return float(pick.rank)
+    return 0.0 if pick.form.alpha is None else pick.form.alpha
 
 
 def _metadata(plan: Plan, draft: Report) -> dict[str, str]:
@@ -421,18 +574,21 @@ def _metadata(plan: Plan, draft: Report) -> dict[str, str]:
     from adaptkit.files.provenance import updated
 
     family, options = plan.base.family, plan.options
-    ranks = {item["rank"] for item in draft.details if item["algorithm"] == options.algo and item["rank"] is not None}
-    module = {"lora": "networks.lora"}.get(options.algo, "lycoris.kohya")
-    hosts = {
-        "ss_base_model_version": family.base_version or family.modelspec,
-        "ss_network_module": module,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{family.modelspec}/lora",
-        "modelspec.title": plan.output.stem,
-    }
+    kinds = {item["algorithm"] for item in draft.details}
+    ranks = {item["rank"] for item in draft.details if item["algorithm"] != "full" and item["rank"] is not None}
+    module = "networks.lora" if kinds <= {"lora"} or options.algo == "lora" else "lycoris.kohya"
+    hosts = {"ss_network_module": module}
+    if family.modelspec:
+        hosts |= {
+            "ss_base_model_version": family.base_version or family.modelspec,
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{family.modelspec}/lora",
+            "modelspec.title": plan.output.stem,
+        }
     if ranks:
         rank = str(max(ranks)) if len(ranks) == 1 else "Dynamic"
-        hosts |= {"ss_network_dim": rank, "ss_network_alpha": rank}
+        alpha = rank if options.alpha is None else f"{options.alpha:g}"
+        hosts |= {"ss_network_dim": rank, "ss_network_alpha": alpha}
     record = {
         "adaptkit": __version__,
         "command": "extract",
@@ -441,7 +597,9 @@ def _metadata(plan: Plan, draft: Report) -> dict[str, str]:
         "algorithm": options.algo,
         "rank": options.rank,
         "conv_rank": options.conv_rank,
-        "factor": options.factor if options.algo == "lokr" else None,
+        "factor": options.factor if options.algo in ("lokr", "auto") else None,
+        **{name: getattr(options, name) for name in ("energy", "error", "size", "sv_ratio", "sv_fro", "sv_cumulative")},
+        **{name: getattr(options, name) for name in ("max_rank", "alpha", "clamp_quantile")},
         "relative_error": float(f"{draft.relative_error:.6g}"),
         "modules": draft.modules,
     }

@@ -306,9 +306,9 @@ class TestBadInput:
     def test_interrupt_exits_130_and_leaves_nothing(self, pair: Path) -> None:
         code = (
             "import sys, time\nfrom adaptkit.ops import extract\n"
-            "slow = extract._Fitter.load\n"
+            "slow = extract.Fitter.load\n"
             "def load(self, job):\n    time.sleep(0.05)\n    return slow(self, job)\n"
-            "extract._Fitter.load = load\nfrom adaptkit.cli import main\n"
+            "extract.Fitter.load = load\nfrom adaptkit.cli import main\n"
             "sys.argv = ['adaptkit', 'extract', 'base.ckpt', 'tuned.ckpt']\nmain()\n"
         )
         before = sorted(pair.iterdir())

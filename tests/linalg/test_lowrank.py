@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adaptkit.linalg import krylov, lowrank
-from adaptkit.linalg.lowrank import SvdSpec, energies, truncated_svd
+from adaptkit.linalg.lowrank import SvdSpec, energies, truncated_svd, truncation_errors
 
 Array = np.ndarray
 
@@ -189,3 +189,17 @@ def test_cuda_agrees() -> None:
     a = torch.from_numpy(family("pl1", 400, 500)).float()
     one, two = truncated_svd(a, SvdSpec(16)), truncated_svd(a.cuda(), SvdSpec(16))
     torch.testing.assert_close(one.residual.sqrt(), two.residual.sqrt().cpu(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(40, 30, 12), (7, 50, 7), (300, 20, 1)])
+def test_errors_of_all_truncations_whatever_the_factors(m: int, n: int, rank: int) -> None:
+    """Rounded factors, factors that are no singular vectors, and a residual that is nearly zero."""
+    draw = torch.Generator().manual_seed(m)
+    left, right = torch.randn(m, rank, generator=draw), torch.randn(rank, n, generator=draw) * 0.1
+    for a in (torch.randn(m, n, generator=draw), left @ right + 1e-4 * torch.randn(m, n, generator=draw)):
+        stored = left.half().double(), right.half().double()
+        found = truncation_errors(a, left.half().float(), right.half().float())
+        assert found.shape == (rank + 1,)
+        for k in range(rank + 1):
+            true = float((a.double() - stored[0][:, :k] @ stored[1][:k]).square().sum())
+            assert float(found[k]) == pytest.approx(true, rel=2e-5)

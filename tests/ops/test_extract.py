@@ -90,7 +90,8 @@ def test_lokr_says_when_lora_would_keep_more(tmp_path: Path) -> None:
     tuned, _ = changed(base, matrices(base, "attn1", "attn2"), lora_delta(1))
     report = run(tmp_path, base, tuned, algo="lokr", factor=4)
     assert report.lora_same_size > report.captured
-    (note,) = report.notes
+    made, note = report.notes
+    assert made.startswith("this difference is a rank-1 LoRA")
     assert note.startswith("This LoKr keeps only")
     assert "--algo lora" in note
     assert run(tmp_path, *_lokr_pair(), algo="lokr").notes == ()
