@@ -129,7 +129,7 @@ def _within(
     measure: Callable[[Sequence[Pick | None]], int],
 ) -> Choice:
     """What the file takes beyond its layers is known only for a choice, so that their budget is searched."""
-    least, exceeds, budget = 0, size + 1, size
+    least, exceeds, budget = 0, 2 * size, size
     best: Choice | None = None
     for _ in range(ROUNDS):
         found = least_error(options, budget)

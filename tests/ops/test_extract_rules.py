@@ -88,7 +88,7 @@ def test_a_size_is_kept_to_the_byte_and_used(pair: Path, tmp_path: Path, algo: s
     report = run(pair, tmp_path / "out.safetensors", algo=algo, size=size)
     assert report.bytes == (tmp_path / "out.safetensors").stat().st_size <= size
     if algo != "lokr":  # whose layers may all be full at less
-        assert report.bytes >= 0.97 * size
+        assert report.bytes >= 0.985 * size
     assert report.relative_error == pytest.approx(true_error(pair, tmp_path / "out.safetensors"), rel=1e-4)
     if algo == "auto":
         assert 0 <= report.gap < 0.05
