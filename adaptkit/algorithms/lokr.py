@@ -130,7 +130,7 @@ class Lokr(Weights):
         """Block by block in place: ΔW is never formed."""
         one, two = self.w1.dense() * (self.scale * strength), self.w2.dense()
         (a, b), (c, d) = one.shape[-2:], two.shape[-2:]
-        blocks = base.unflatten(-1, (b, d)).unflatten(-3, (a, c))
+        blocks = base.view(*base.shape[:-2], a, c, b, d)
         blocks.addcmul_(one[..., :, None, :, None].to(base.dtype), two[..., None, :, None, :].to(base.dtype))
         return base
 

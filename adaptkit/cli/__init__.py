@@ -25,6 +25,7 @@ _COMMANDS = {
     "advise": "adaptkit.cli.advise",
     "merge": "adaptkit.cli.merge",
     "compare": "adaptkit.cli.compare",
+    "batch": "adaptkit.cli.batch",
     "formats": "adaptkit.cli.tables",
     "families": "adaptkit.cli.tables",
     "algorithms": "adaptkit.cli.tables",

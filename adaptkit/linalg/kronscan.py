@@ -26,8 +26,7 @@ NEGLIGIBLE = 1e-5  # of the energy: or so little, an adapter merged in half prec
 GRAM_SIDE = 256  # up to so many blocks the Gram matrix costs no more than Lanczos, and gives coarser splits for nothing
 RUN = 1 << 13  # products summed in float32 before float64 takes over
 STEPS = 48  # of Lanczos at most
-TOL = 1e-2  # of λ₁: Lanczos stops where an eigenvalue is known to lie this close; it is then closer by far,
-FINE = 1e-4  # and where it holds most of the energy: there what remains is told from rounding
+TOL = 1e-2  # of λ₁: Lanczos stops where an eigenvalue is known to lie this close; it is then closer by far
 TIE = 1e-2  # of what the best score lacks to 1: splits within this, or within
 EXACT = 1e-6  # this, are equally good
 STRUCTURED = 1e-2  # of the rounding's energy: one direction of w2 may hold so much of it, measured .005 for rank 1
@@ -101,8 +100,8 @@ def scan_kron(x: Tensor, window: int = 1, factors: Sequence[int] = FACTORS) -> K
 
     captured is λ₁ of R Rᵀ, R the rearrangement of x (Van Loan and Pitsianis 1993): up to 256 blocks from a Gram matrix, which
     also holds those of all splits whose blocks are unions of its own (its partial traces, reference §3.1), beyond by
-    Lanczos, at most 1 % of λ₁ too low and rarely .1 %, but 1e-7 where it is most of ‖x‖². Products in x's compute dtype:
-    exact to about 1e-7 ‖x‖².
+    Lanczos, at most 1 % of λ₁ too low and rarely .1 %; where it is most of ‖x‖², by less than 1 % of what remains. Products
+    in x's compute dtype: exact to about 1e-7 ‖x‖².
 
     score = (ρ − ρ₀) / (1 − ρ₀) with ρ = captured / ‖x‖² and ρ₀ = (√ab + √cd)² / mn, that of white noise (reference §3.4);
     but no more than twice the same with ρ₀ the share of the largest block, as a block that holds nearly all of x is no
@@ -179,7 +178,7 @@ def _lanczos(r: Tensor) -> tuple[float, float]:
     One vector at a time, all kept orthogonal: matrix-vector products run at the speed of memory.
     """
     p = r.shape[0]
-    largest, half = float(torch.linalg.vector_norm(r, dim=1).max()) ** 2, float(norm_squared(r)) / 2
+    largest = float(torch.linalg.vector_norm(r, dim=1).max()) ** 2
     basis = r.new_zeros(p, min(p, STEPS))
     tri = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64)
     v, top = start_block(p, 1, seed=0).to(r).squeeze(-1), 0.0
@@ -195,8 +194,7 @@ def _lanczos(r: Tensor) -> tuple[float, float]:
         tri[k, k] = alpha**2
         values, vectors = torch.linalg.eigh(tri[: k + 1, : k + 1])
         top = float(values[-1])
-        residual = alpha * beta * abs(float(vectors[-1, -1]))
-        if residual <= (FINE if top > half else TOL) * top or k + 1 == basis.shape[1]:
+        if alpha * beta * abs(float(vectors[-1, -1])) <= TOL * top or k + 1 == basis.shape[1]:
             break
         tri[k, k + 1] = tri[k + 1, k] = alpha * beta
         v = u / beta

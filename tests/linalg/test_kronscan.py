@@ -177,7 +177,7 @@ def test_what_changed_in_one_block_only_is_no_product() -> None:
 def test_products_merged_in_half_precision_and_over_a_rounded_base() -> None:
     random = generator("other noise")
     change, base = lokr(random, (8, 8, 40, 50)), weight(random, 320, 400)
-    both = merged(base, change, 200, torch.bfloat16, "both")
+    both = merged(base, change, 20, torch.bfloat16, "both")
     scan = scan_kron(both.delta)
     assert scan.splits[int(scan.recognised(rounding_noise(both.rounded[0]).floor))].a == 8
     half = torch.from_numpy(base).float()
@@ -227,14 +227,15 @@ def test_captured_is_the_leading_singular_value(
             assert float(score) == pytest.approx(least, abs=100 * tol), way
 
 
-@pytest.mark.parametrize("kind", ["noise", "product", "rounded", "power"])
+@pytest.mark.parametrize("kind", ["noise", "product", "rounded", "noisy", "power"])
 def test_lanczos_captures_what_the_gram_matrix_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond 256 blocks. White noise is the worst case; of a product, what remains is told from rounding: it needs digits."""
+    """Beyond 256 blocks. White noise is the worst case; of a product, what remains must be told from rounding."""
     random = generator("lanczos", kind)
-    product = lokr(random, (20, 24, 18, 20))
+    product = lokr(random, (15, 20, 24, 24))
     x = {
         "noise": random.standard_normal((360, 480)),
         "product": product,
+        "noisy": product + 0.3 * random.standard_normal((360, 480)),
         "rounded": product + 1e-4 * random.standard_normal((360, 480)),
         "power": low_rank(random, 360, 480, 3) + random.standard_normal((360, 480)),
     }[kind]
@@ -247,8 +248,8 @@ def test_lanczos_captures_what_the_gram_matrix_does(kind: str, monkeypatch: pyte
         best = leading(x, way.a, way.b)
         assert float(other) == pytest.approx(best, rel=1e-5)
         assert best * 0.99 <= float(captured) <= best + 1e-6 * energy(x)
-        if best > 0.9 * energy(x):
-            assert float(captured) == pytest.approx(best, rel=3e-7)
+        if best > 0.5 * energy(x):
+            assert best - float(captured) <= 0.01 * (energy(x) - best) + 1e-7 * best
 
 
 def test_finest_of_equals_is_not_taken_but_the_cheapest() -> None:

@@ -290,17 +290,27 @@ def test_the_finetunes_of_larger_layers_are_told_by_a_part(monkeypatch: pytest.M
     assert len(calls) <= 2  # the part said how many
 
 
-def test_strong_directions_hide_nothing() -> None:
-    """Rank 6 whose σ span four decades: the weak three are far below what float32 sums of the whole can tell."""
+@pytest.mark.parametrize(("lead", "dtype"), [(3e6, torch.float64), (3e7, torch.float32)])
+def test_strong_directions_hide_nothing(lead: float, dtype: torch.dtype) -> None:
+    """Rank 6 whose σ span seven decades: the weak three are far below what float32 sums of the whole can tell."""
     random = generator("decades")
     u, v = (np.linalg.qr(random.standard_normal((400, 6)))[0] for _ in range(2))
     noise = RoundingNoise(torch.full((400,), 1e-8, dtype=torch.float64), torch.ones(400, dtype=torch.float64))
-    sigma = 1e-4 * 40 * np.array([3e6, 2e6, 1e5, 4.0, 3.0, 2.0])
-    delta = torch.from_numpy((u * sigma) @ v.T + 1e-4 * random.standard_normal((400, 400)))
+    sigma = 1e-4 * 40 * np.array([lead, lead / 2, lead / 30, 4.0, 3.0, 2.0])
+    delta = torch.from_numpy((u * sigma) @ v.T + 1e-4 * random.standard_normal((400, 400))).to(dtype)
     found = rank_above_noise(delta, noise)
     assert (int(found.rank), bool(found.low_rank)) == (6, True)
     assert float(found.ratio) == pytest.approx(1.0, abs=0.05)
     assert float(found.sigma) == pytest.approx(1e-4, rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (16, 16), (20, 60), (90, 80)])
+def test_noise_of_small_matrices_seldom_stands_out(shape: tuple[int, int]) -> None:
+    """At the 99.9 % point; the margin of 2 % alone lets a tenth through."""
+    delta = torch.from_numpy(generator("white", *shape).standard_normal((1000, *shape)))
+    ones = [torch.ones(1000, side, dtype=torch.float64) for side in shape]
+    found = rank_above_noise(delta, RoundingNoise(*ones))
+    assert int((found.rank != 0).sum()) <= 5
 
 
 def test_an_adapter_merged_in_half_precision_is_low_rank_still() -> None:
@@ -400,6 +410,16 @@ def test_members_of_a_batch_strides_and_threads_change_nothing() -> None:
     assert torch.equal(again.low_rank, found.low_rank)
     torch.testing.assert_close(again.ratio, found.ratio, rtol=1e-5, atol=0)
     torch.testing.assert_close(clean_again.s, clean.s, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("ulp", [3e2, 1e4, 1e5])
+def test_float32_files(ulp: float) -> None:
+    """Their rounding is some 1e-13 of the energy, as far down as float32 sums and products themselves."""
+    for rank in (1, 12):
+        random = generator("float32", rank)
+        one = merged(weight(random, 320, 400, 0.3), low_rank(random, 320, 400, rank), ulp, torch.float32)
+        found = rank_above_noise(one.delta, one.noise)
+        assert (int(found.rank), bool(found.low_rank)) == (rank, True)
 
 
 def test_float8_files() -> None:

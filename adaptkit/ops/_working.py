@@ -1,0 +1,255 @@
+"""Doing the jobs of a batch: in this process, or in processes of their own that import torch once and take job after job.
+
+An engine turns jobs into outcomes, in any order. It pulls a job only when somebody is free to do it, and gives back every
+job it pulled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from adaptkit.errors import AdaptkitError
+from adaptkit.ops._fields import INPUTS
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Mapping
+
+    from adaptkit.ops._recipe import Job
+
+__all__ = ["Engine", "Here", "Outcome", "Processes", "perform", "planned"]
+
+POLL = 0.2  # seconds: on Windows only a wait that ends can be interrupted
+PATIENCE = 15.0  # seconds for an interrupted worker to take its half-written files away
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: the numbers of its report, or the error."""
+
+    report: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    hint: str | None = None
+    seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """Whoever does the jobs."""
+
+    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Job, Outcome]]:
+        """Each job with its outcome, as they end."""
+        ...
+
+
+def planned(job: Job, **changed: Any) -> Any:
+    """The plan of the job's verb, from headers only; `changed` replaces options."""
+    op = import_module(f"adaptkit.ops.{job.command}")
+    weighed = "strength" in INPUTS[job.command]
+    given: list[Any] = [item.path for item in job.inputs if item.role != "adapter" or not weighed]
+    if weighed:
+        given.append([(item.path, item.strength) for item in job.inputs if item.role == "adapter"])
+    return op.plan(*given, op.Options(**{**job.options, **changed}))
+
+
+def perform(job: Job) -> Outcome:
+    """Do one job; every failure but an interrupt is an outcome."""
+    started = time.perf_counter()
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        plan = planned(job)
+        with contextlib.closing(plan):
+            report = import_module(f"adaptkit.ops.{job.command}").run(plan).to_dict()
+        return Outcome(_numbers(report), seconds=time.perf_counter() - started)
+    except AdaptkitError as error:
+        return Outcome(error=str(error), hint=error.hint, seconds=time.perf_counter() - started)
+    except MemoryError:
+        return Outcome(error="out of memory", hint="lower memory in the recipe, or use fewer --jobs")
+    except OSError as error:
+        return Outcome(error=str(error))
+    except Exception as error:  # a defect of ours must not take the other jobs with it
+        if os.environ.get("ADAPTKIT_DEBUG"):
+            raise
+        return Outcome(error=f"unexpected {type(error).__name__}: {error}", hint="this is a bug")
+
+
+def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a log line keeps of a report: names and numbers, not a record per module."""
+    kept = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in report.items()
+        if isinstance(value, int | float | str) and name not in ("output", "seconds")
+    }
+    return {**kept, "unused": len(report.get("unused", ())), "notes": list(report.get("notes", ()))}
+
+
+class Here:
+    """One job after the other in this process."""
+
+    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Job, Outcome]]:
+        """See `Engine`."""
+        for job in jobs:
+            yield job, perform(job)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """`count` worker processes; one that dies fails its job, and the next job gets a new one."""
+
+    count: int = 1
+
+    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Job, Outcome]]:
+        """See `Engine`."""
+        replies: queue.SimpleQueue[tuple[_Worker, bytes]] = queue.SimpleQueue()
+        idle: list[_Worker] = []
+        busy: dict[_Worker, Job] = {}
+        waiting = iter(jobs)
+        more = True
+        try:
+            while more or busy:
+                while more and len(busy) < self.count:
+                    job = next(waiting, None)
+                    more = job is not None
+                    if job is not None:
+                        worker = idle.pop() if idle else _Worker(replies, self.count)
+                        busy[worker] = job
+                        worker.send(job)
+                if busy and (answer := _next(replies)) is not None:
+                    worker, line = answer
+                    if worker in busy:
+                        job = busy.pop(worker)
+                        if line:
+                            idle.append(worker)
+                        yield job, Outcome(**json.loads(line)) if line else worker.died(job)
+                    elif worker in idle:  # it died between two jobs: nothing was lost
+                        idle.remove(worker)
+        finally:
+            _stop([*idle, *busy], interrupt=bool(busy))
+            for worker, job in busy.items():
+                worker.clean(job)
+
+
+def _next(replies: queue.SimpleQueue[tuple[_Worker, bytes]]) -> tuple[_Worker, bytes] | None:
+    try:
+        return replies.get(timeout=POLL)
+    except queue.Empty:
+        return None
+
+
+class _Worker:
+    """A process that reads jobs as JSON lines and answers each with one; `replies` gets an empty line when it ends."""
+
+    def __init__(self, replies: queue.SimpleQueue[tuple[_Worker, bytes]], count: int) -> None:
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - what it says on stderr, for as long as it lives
+        own: dict[str, Any] = (  # ^C reaches the parent alone, which decides
+            {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+            if sys.platform == "win32"
+            else {"start_new_session": True}
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "adaptkit.ops._worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            env=_environment(count),
+            **own,
+        )
+        threading.Thread(target=self._listen, args=(replies,), daemon=True).start()
+
+    def _listen(self, replies: queue.SimpleQueue[tuple[_Worker, bytes]]) -> None:
+        for line in _pipe(self.process.stdout):
+            replies.put((self, line))
+        replies.put((self, b""))
+
+    def send(self, job: Job) -> None:
+        """Hand it a job; if it is dead, the empty line says so."""
+        with contextlib.suppress(OSError):
+            pipe = _pipe(self.process.stdin)
+            pipe.write((json.dumps(job.to_dict()) + "\n").encode())
+            pipe.flush()
+
+    def died(self, job: Job) -> Outcome:
+        """The outcome of the job that it had when it ended."""
+        code = self.process.wait()
+        self.clean(job)
+        hint = "perhaps memory ran out: use fewer --jobs, or memory = in the recipe"
+        if code < 0:
+            return Outcome(error=f"its worker process was killed ({_signal(-code)})", hint=hint)
+        self.said.seek(0)
+        words = self.said.read().decode("utf-8", "replace").strip().splitlines()
+        return Outcome(error=": ".join([f"its worker process ended with exit code {code}", *words[-1:]]), hint=hint)
+
+    def clean(self, job: Job) -> None:
+        """Take away what it had begun to write and, being dead, cannot (files/sink.py names these files)."""
+        for left in job.output.parent.glob(f".*.{self.process.pid}-*.part"):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def interrupt(self) -> None:
+        """As ^C does."""
+        with contextlib.suppress(OSError, ValueError):
+            self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
+
+    def close(self) -> None:
+        """No more jobs; it ends when it has read that."""
+        with contextlib.suppress(OSError):
+            _pipe(self.process.stdin).close()
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None
+    return pipe
+
+
+def _stop(workers: Iterable[_Worker], *, interrupt: bool) -> None:
+    """End them all; those that do not listen are killed."""
+    listed = list(workers)
+    try:
+        for worker in listed:
+            if interrupt:
+                worker.interrupt()
+            worker.close()
+        end = time.monotonic() + PATIENCE
+        for worker in listed:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(0.0, end - time.monotonic()))
+    finally:
+        for worker in listed:
+            if worker.process.poll() is None:
+                worker.process.kill()
+                worker.process.wait()
+            worker.said.close()
+
+
+def _environment(count: int) -> dict[str, str]:
+    """The cores are shared out, unless the user did that; the package is found where it was found here."""
+    home = str(Path(import_module("adaptkit").__file__ or "").parents[1])
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ours = {"OMP_NUM_THREADS": str(max(1, cores // count)), "OMP_WAIT_POLICY": "PASSIVE"} if count > 1 else {}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **ours, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def answer(outcome: Outcome) -> str:
+    """One JSON line, all ASCII."""
+    return json.dumps(asdict(outcome)) + "\n"
