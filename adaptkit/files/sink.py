@@ -27,8 +27,11 @@ __all__ = ["Spool", "TensorSink", "check_folder", "publish_folder"]
 
 HAS_PWRITE = hasattr(os, "pwrite")
 HAS_COPY_FILE_RANGE = hasattr(os, "copy_file_range")
+HAS_FADVISE = hasattr(os, "posix_fadvise")
 _CHUNK = 1 << 30  # bytes per system call; some systems refuse or cut 2 GiB and more
 _COPY_BUFFER = 8 << 20
+_LARGE = 1 << 29  # bytes: a file from here on does not stay in the system's cache
+_WINDOW = 32 << 20  # bytes of it that are sent to the disk at a time
 
 _DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
@@ -72,6 +75,36 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(name, _DTYPES.get(dtype, dtype), tuple(tensor.shape))
 
 
+class _Trail:
+    """Sends a large file to the disk while it is written, and gives its memory to the part that follows.
+
+    Otherwise gigabytes of the system's cache are filled for nobody, the base of the next merge goes from it, and the final
+    sync waits for all of it. Where a system takes no such advice, nothing happens.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._on = HAS_FADVISE and size >= _LARGE
+        self._lock = threading.Lock()
+        self._fresh: list[tuple[int, int]] = []
+        self._sent: list[tuple[int, int]] = []
+        self._bytes = 0
+
+    def wrote(self, file: io.FileIO, at: int, length: int) -> None:
+        """So many bytes were written there."""
+        if not self._on:
+            return
+        with self._lock:
+            self._fresh.append((at, length))
+            self._bytes += length
+            if self._bytes < _WINDOW:
+                return
+            sent, self._sent, self._fresh, self._bytes = self._sent, self._fresh, [], 0
+            fresh = self._sent
+        with suppress(OSError):
+            for span in (*fresh, *sent):  # the first time dirty pages are sent, the second time clean ones are dropped
+                os.posix_fadvise(file.fileno(), *span, os.POSIX_FADV_DONTNEED)
+
+
 class TensorSink:
     """A safetensors file in the making: `specs` are final when it is opened, tensors come in any order from any thread.
 
@@ -100,6 +133,7 @@ class TensorSink:
         self._state = threading.Condition()
         self._writing = 0
         self._file: io.FileIO | None = None
+        self._trail = _Trail(self.size)
         _check_target(self.path, self.size, overwrite)
         self._temporary = self.path.with_name(f".{self.path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
         try:
@@ -255,7 +289,9 @@ class TensorSink:
         done = 0
         with self._open_file() as file:
             while done < len(data):
-                done += self._some(file, data[done : done + _CHUNK], at + done)
+                count = self._some(file, data[done : done + _CHUNK], at + done)
+                self._trail.wrote(file, at + done, count)
+                done += count
 
     def _some(self, file: io.FileIO, data: memoryview, at: int) -> int:
         if HAS_PWRITE:
@@ -279,7 +315,7 @@ class TensorSink:
         done = 0
         with self._open_file() as file:
             while HAS_COPY_FILE_RANGE and done < run.length:
-                count = min(run.length - done, _CHUNK)
+                count = min(run.length - done, _WINDOW)
                 try:
                     copied = os.copy_file_range(source.fileno(), file.fileno(), count, run.start + done, run.at + done)
                 except OSError as error:
@@ -288,6 +324,7 @@ class TensorSink:
                     break  # another file system, an old kernel, a sandbox: the loop below tells real faults apart
                 if copied == 0:
                     break
+                self._trail.wrote(file, run.at + done, copied)
                 done += copied
         return done
 
