@@ -198,6 +198,14 @@ class Weights:
         return facts.rank or min(facts.rows, facts.columns)
 
     @classmethod
+    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
+        """How many output rows belong together: `part` may cut between them, and applies to some rows as to all.
+
+        None where the whole weight is needed, or where a part would cost as much as the whole.
+        """
+        return None
+
+    @classmethod
     def sum(cls, parts: Sequence[Self]) -> Self:
         """The weights of the sum of all ΔW, exactly (no batch)."""
         raise NotRepresentable(f"a sum of {cls.name} is no {cls.name}", hint="--algo lora or --algo full can hold it")

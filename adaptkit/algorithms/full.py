@@ -71,6 +71,10 @@ class Full(Weights):
     def part(self, start: int, stop: int) -> Self:
         return replace(self, diff=self.diff[..., start:stop, :])
 
+    @classmethod
+    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
+        return 1
+
     @property
     def rows(self) -> int:
         return int(self.diff.shape[-2])

@@ -100,6 +100,10 @@ class Loha(Weights):
         return left, right
 
     @classmethod
+    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
+        return None if shapes.keys() & {"t1", "t2"} else 1
+
+    @classmethod
     def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
         return (facts.rank or 1) ** 2
 

@@ -203,6 +203,11 @@ class Lokr(Weights):
         return kron(left1 * self.scale, left2), kron(right1, right2)
 
     @classmethod
+    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
+        (c, _, _), _ = _second(shapes)
+        return None if "t2" in shapes else c
+
+    @classmethod
     def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
         (a, b), one = _first(shapes)
         (c, columns, _), two = _second(shapes)

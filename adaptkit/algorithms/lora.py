@@ -144,6 +144,10 @@ class Lora(Weights):
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
 
+    @classmethod
+    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
+        return None if "mid" in shapes else 1
+
     @property
     def rows(self) -> int:
         return int(self.up.shape[-2])

@@ -313,9 +313,9 @@ class TensorSink:
     def _copy_in_kernel(self, source: io.FileIO, run: _Run) -> int:
         """Bytes that the kernel copied without us (on some file systems without copying at all)."""
         done = 0
-        with self._open_file() as file:
-            while HAS_COPY_FILE_RANGE and done < run.length:
-                count = min(run.length - done, _WINDOW)
+        while HAS_COPY_FILE_RANGE and done < run.length:
+            count = min(run.length - done, _WINDOW)
+            with self._open_file() as file:  # anew each time, so that whoever gives the output up need not wait
                 try:
                     copied = os.copy_file_range(source.fileno(), file.fileno(), count, run.start + done, run.at + done)
                 except OSError as error:

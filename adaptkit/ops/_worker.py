@@ -1,4 +1,4 @@
-"""A worker process of a batch: reads jobs as JSON lines from stdin, answers each with a line on what was stdout."""
+"""A worker process of a batch: reads bundles of jobs as JSON lines from stdin, answers each with a line on what was stdout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n") as replies:
         os.dup2(2, 1)
         for line in sys.stdin.buffer:
-            replies.write(answer(perform(Job.from_dict(json.loads(line)))))
+            replies.write(answer(perform(tuple(Job.from_dict(record) for record in json.loads(line)))))
             replies.flush()
 
 

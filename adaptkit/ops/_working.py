@@ -1,7 +1,7 @@
 """Doing the jobs of a batch: in this process, or in processes of their own that import torch once and take job after job.
 
-An engine turns jobs into outcomes, in any order. It pulls a job only when somebody is free to do it, and gives back every
-job it pulled.
+An engine turns bundles of jobs into outcomes, in any order. It pulls a bundle only when somebody is free to do it, and gives
+back every job it pulled. The jobs of a bundle are merges into one base, which is read once for all of them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adaptkit.errors import AdaptkitError
 from adaptkit.ops._fields import INPUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping
+    from collections.abc import Callable, Generator, Iterable, Mapping
 
     from adaptkit.ops._recipe import Job
 
-__all__ = ["Engine", "Here", "Outcome", "Processes", "perform", "planned"]
+    Bundle = tuple[Job, ...]
+
+__all__ = ["Engine", "Here", "Outcome", "Processes", "answer", "cleaned", "outcomes", "perform", "planned"]
+
+T = TypeVar("T")
 
 POLL = 0.2  # seconds: on Windows only a wait that ends can be interrupted
 PATIENCE = 15.0  # seconds for an interrupted worker to take its half-written files away
@@ -48,11 +53,14 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Whoever does the jobs."""
+    """Whoever does the jobs, `workers` bundles at a time."""
 
-    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Job, Outcome]]:
+    def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
         """Each job with its outcome, as they end."""
         ...
+
+    @property
+    def workers(self) -> int: ...
 
 
 def planned(job: Job, **changed: Any) -> Any:
@@ -65,17 +73,53 @@ def planned(job: Job, **changed: Any) -> Any:
     return op.plan(*given, op.Options(**{**job.options, **changed}))
 
 
-def perform(job: Job) -> Outcome:
-    """Do one job; every failure but an interrupt is an outcome."""
+def perform(bundle: Bundle) -> list[Outcome]:
+    """Do the jobs of a bundle; every failure but an interrupt is an outcome.
+
+    Those that can be planned are done together. Where that fails, each is done by itself, so that it is known whose fault
+    it was.
+    """
+    if len(bundle) == 1:
+        return [_alone(bundle[0])]
+    found: list[Outcome | None] = [None] * len(bundle)
+    with contextlib.ExitStack() as stack:
+        plans: dict[int, Any] = {}
+        for n, job in enumerate(bundle):
+            plan = _attempt(lambda job=job: _prepared(job))  # type: ignore[misc]
+            if isinstance(plan, Outcome):
+                found[n] = plan
+            else:
+                plans[n] = plan
+                stack.callback(plan.close)
+        together = _attempt(lambda: import_module("adaptkit.ops.merge").run_together(list(plans.values())))
+    if isinstance(together, list):
+        for n, report in zip(plans, together, strict=True):
+            found[n] = Outcome(_numbers(report.to_dict()), seconds=report.seconds)
+    return [outcome or _alone(job) for job, outcome in zip(bundle, found, strict=True)]
+
+
+def _prepared(job: Job) -> Any:
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    return planned(job)
+
+
+def _alone(job: Job) -> Outcome:
     started = time.perf_counter()
-    try:
-        job.output.parent.mkdir(parents=True, exist_ok=True)
-        plan = planned(job)
-        with contextlib.closing(plan):
+
+    def work() -> Outcome:
+        with contextlib.closing(_prepared(job)) as plan:
             report = import_module(f"adaptkit.ops.{job.command}").run(plan).to_dict()
-        return Outcome(_numbers(report), seconds=time.perf_counter() - started)
+        return Outcome(_numbers(report))
+
+    return replace(_attempt(work), seconds=time.perf_counter() - started)
+
+
+def _attempt(work: Callable[[], T]) -> T | Outcome:
+    """What it gives, or its error as an outcome."""
+    try:
+        return work()
     except AdaptkitError as error:
-        return Outcome(error=str(error), hint=error.hint, seconds=time.perf_counter() - started)
+        return Outcome(error=str(error), hint=error.hint)
     except MemoryError:
         return Outcome(error="out of memory", hint="lower memory in the recipe, or use fewer --jobs")
     except OSError as error:
@@ -97,49 +141,57 @@ def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Here:
-    """One job after the other in this process."""
+    """One bundle after the other in this process."""
 
-    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Job, Outcome]]:
+    workers = 1
+
+    def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
         """See `Engine`."""
-        for job in jobs:
-            yield job, perform(job)
+        for bundle in bundles:
+            yield from zip(bundle, perform(bundle), strict=True)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """`count` worker processes; one that dies fails its job, and the next job gets a new one."""
+    """Worker processes; one that dies fails its job, and the next gets a new one. A bundle is tried again job by job."""
 
-    count: int = 1
+    workers: int = 1
 
-    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Job, Outcome]]:
+    def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
         """See `Engine`."""
         replies: queue.SimpleQueue[tuple[_Worker, bytes]] = queue.SimpleQueue()
         idle: list[_Worker] = []
-        busy: dict[_Worker, Job] = {}
-        waiting = iter(jobs)
+        busy: dict[_Worker, Bundle] = {}
+        again: deque[Bundle] = deque()
+        waiting = iter(bundles)
         more = True
         try:
-            while more or busy:
-                while more and len(busy) < self.count:
-                    job = next(waiting, None)
-                    more = job is not None
-                    if job is not None:
-                        worker = idle.pop() if idle else _Worker(replies, self.count)
-                        busy[worker] = job
-                        worker.send(job)
+            while more or busy or again:
+                while (more or again) and len(busy) < self.workers:
+                    bundle = again.popleft() if again else next(waiting, None)
+                    more = more and bundle is not None
+                    if bundle is not None:
+                        worker = idle.pop() if idle else _Worker(replies, self.workers)
+                        busy[worker] = bundle
+                        worker.send(bundle)
                 if busy and (answer := _next(replies)) is not None:
                     worker, line = answer
                     if worker in busy:
-                        job = busy.pop(worker)
+                        bundle = busy.pop(worker)
                         if line:
                             idle.append(worker)
-                        yield job, Outcome(**json.loads(line)) if line else worker.died(job)
+                            yield from zip(bundle, outcomes(line), strict=True)
+                        elif len(bundle) > 1:
+                            worker.died(bundle)
+                            again.extend((job,) for job in bundle)
+                        else:
+                            yield bundle[0], worker.died(bundle)
                     elif worker in idle:  # it died between two jobs: nothing was lost
                         idle.remove(worker)
         finally:
             _stop([*idle, *busy], interrupt=bool(busy))
-            for worker, job in busy.items():
-                worker.clean(job)
+            for worker, bundle in busy.items():
+                worker.clean(bundle)
 
 
 def _next(replies: queue.SimpleQueue[tuple[_Worker, bytes]]) -> tuple[_Worker, bytes] | None:
@@ -150,7 +202,7 @@ def _next(replies: queue.SimpleQueue[tuple[_Worker, bytes]]) -> tuple[_Worker, b
 
 
 class _Worker:
-    """A process that reads jobs as JSON lines and answers each with one; `replies` gets an empty line when it ends."""
+    """A process that reads bundles as JSON lines and answers each with one; `replies` gets an empty line when it ends."""
 
     def __init__(self, replies: queue.SimpleQueue[tuple[_Worker, bytes]], count: int) -> None:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 - what it says on stderr, for as long as it lives
@@ -174,17 +226,17 @@ class _Worker:
             replies.put((self, line))
         replies.put((self, b""))
 
-    def send(self, job: Job) -> None:
-        """Hand it a job; if it is dead, the empty line says so."""
+    def send(self, bundle: Bundle) -> None:
+        """Hand it jobs; if it is dead, the empty line says so."""
         with contextlib.suppress(OSError):
             pipe = _pipe(self.process.stdin)
-            pipe.write((json.dumps(job.to_dict()) + "\n").encode())
+            pipe.write((json.dumps([job.to_dict() for job in bundle]) + "\n").encode())
             pipe.flush()
 
-    def died(self, job: Job) -> Outcome:
-        """The outcome of the job that it had when it ended."""
+    def died(self, bundle: Bundle) -> Outcome:
+        """The outcome of what it had to do when it ended."""
         code = self.process.wait()
-        self.clean(job)
+        self.clean(bundle)
         hint = "perhaps memory ran out: use fewer --jobs, or memory = in the recipe"
         if code < 0:
             return Outcome(error=f"its worker process was killed ({_signal(-code)})", hint=hint)
@@ -192,11 +244,9 @@ class _Worker:
         words = self.said.read().decode("utf-8", "replace").strip().splitlines()
         return Outcome(error=": ".join([f"its worker process ended with exit code {code}", *words[-1:]]), hint=hint)
 
-    def clean(self, job: Job) -> None:
-        """Take away what it had begun to write and, being dead, cannot (files/sink.py names these files)."""
-        for left in job.output.parent.glob(f".*.{self.process.pid}-*.part"):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    def clean(self, bundle: Bundle) -> None:
+        """Take away what it had begun to write."""
+        cleaned(bundle, self.process.pid)
 
     def interrupt(self) -> None:
         """As ^C does."""
@@ -207,6 +257,14 @@ class _Worker:
         """No more jobs; it ends when it has read that."""
         with contextlib.suppress(OSError):
             _pipe(self.process.stdin).close()
+
+
+def cleaned(bundle: Bundle, pid: int) -> None:
+    """Take away what a process had begun to write and, being dead, cannot (files/sink.py names these files)."""
+    for folder in {job.output.parent for job in bundle}:
+        for left in folder.glob(f".*.{pid}-*.part"):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
@@ -250,6 +308,11 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-def answer(outcome: Outcome) -> str:
-    """One JSON line, all ASCII."""
-    return json.dumps(asdict(outcome)) + "\n"
+def answer(found: Iterable[Outcome]) -> str:
+    """The outcomes of a bundle as one JSON line, all ASCII."""
+    return json.dumps([asdict(outcome) for outcome in found]) + "\n"
+
+
+def outcomes(line: bytes | str) -> list[Outcome]:
+    """The inverse of `answer`."""
+    return [Outcome(**record) for record in json.loads(line)]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Plan", "Preview", "Report", "Result", "plan", "preview", "run"]
 
+BUNDLE = 16  # outputs that are written at once
 CHANGED = "an input changed while it was read"
 
 
@@ -37,8 +38,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a recipe. `groups` holds them in the order they are done: those on one base follow one another, so that it
-    is read from the disk once as long as it fits in the system's cache."""
+    """All jobs of a recipe. `groups` holds them in the order they are done: those on one base follow one another, merges into
+    it in one pass."""
 
     recipe: Path
     options: Options
@@ -175,6 +176,11 @@ def _by_base(jobs: Iterable[Job]) -> tuple[tuple[Job, ...], ...]:
     return tuple(map(tuple, groups.values()))
 
 
+def _together(job: Job) -> bool:
+    """Whether it may be done in one pass with others on its base."""
+    return job.command == "merge" and not job.options.get("verify", False)
+
+
 def preview(plan: Plan, progress: Progress | None = None) -> Preview:
     """Plan every job that is not done yet; nothing is written, and torch is not needed."""
     plan = replace(plan, ledger=Ledger(plan.recipe, keep=False))
@@ -228,7 +234,9 @@ def run(
     started = time.perf_counter()
     found = _Run(plan, progress, tell)
     workers = engine or (Processes(plan.options.jobs) if plan.options.jobs else Here())
-    with closing(workers.run(found.pending())) as outcomes:  # at once, when the loop is left: workers must not live on
+    with closing(
+        workers.run(found.pending(workers.workers))
+    ) as outcomes:  # at once, when the loop is left: workers must not live on
         for job, outcome in outcomes:
             found.ended(job, outcome)
     results = tuple(sorted(found.results, key=lambda result: result.job.number))
@@ -246,24 +254,44 @@ class _Run:
     keys: dict[int, tuple[str, Sequence[Any]]] = field(default_factory=dict)
     stopped: bool = False
 
-    def pending(self) -> Iterator[Job]:
-        """What there is to do. Inputs are hashed when somebody is free for the job, while others work."""
+    def pending(self, workers: int) -> Iterator[tuple[Job, ...]]:
+        """What there is to do: merges into one base in as many bundles as there are workers, other jobs one by one.
+
+        Inputs are hashed when somebody is free for the job, while others work.
+        """
+        for group in self.plan.groups:
+            size = min(BUNDLE, -(-len(group) // workers))
+            held: list[Job] = []
+            for job in group:
+                if self.stopped:
+                    return
+                if (claimed := self._claimed(job)) is not None:
+                    held.append(claimed)
+                if held and (len(held) == size or not _together(held[-1])):
+                    yield self._begun(held)
+                    held = []
+            if held and not self.stopped:
+                yield self._begun(held)
+
+    def _claimed(self, job: Job) -> Job | None:
+        """The job, if it is to be done."""
         ledger = self.plan.ledger
-        for job in self.plan.jobs:
-            if self.stopped:
-                return
-            try:
-                if ledger.finished(job):
-                    self._add(Result(job, "skipped"))
-                    continue
-                claimed = _claimed(self.plan, job)
-                before = ledger.signature(job)  # first: what changes while it is hashed must show
-                self.keys[job.number] = ledger.key(job), before
-            except AdaptkitError as error:
-                self._failed(job, Outcome(error=str(error), hint=error.hint))
-                continue
-            ledger.start(claimed)
-            yield claimed
+        try:
+            if ledger.finished(job):
+                self._add(Result(job, "skipped"))
+                return None
+            claimed = _claimed(self.plan, job)
+            before = ledger.signature(job)  # first: what changes while it is hashed must show
+            self.keys[job.number] = ledger.key(job), before
+        except AdaptkitError as error:
+            self._failed(job, Outcome(error=str(error), hint=error.hint))
+            return None
+        return claimed
+
+    def _begun(self, held: Sequence[Job]) -> tuple[Job, ...]:
+        for job in held:
+            self.plan.ledger.start(job)
+        return tuple(held)
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         key, signature = self.keys.pop(job.number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__, engine
 from adaptkit.adapter import Adapter, Entry
-from adaptkit.checkpoint import Checkpoint, Piece, exchanged
-from adaptkit.engine import Step, check_memory
-from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, ShapeMismatch
-from adaptkit.files.header import TensorSpec, nbytes
+from adaptkit.checkpoint import Checkpoint, Piece
+from adaptkit.engine import check_memory
+from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
+from adaptkit.files.header import TensorSpec
+from adaptkit.ops._blending import Blender, Merged, Task, combined, step_of
 from adaptkit.ops._blocks import Blocks
 from adaptkit.ops._common import (
     Progress,
@@ -25,18 +27,15 @@ from adaptkit.ops._common import (
     refuse_unused,
     selected,
     stored_dtype,
-    torch_dtype,
 )
 from adaptkit.ops._layout import as_single, opened, plan_layout
 from adaptkit.ops._merging import Contribution, Job, Options, Plan
-from adaptkit.ops._requantise import quantised, widened
 from adaptkit.ops._stats import block_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
-
-    from torch import Tensor
 
     from adaptkit.names import Slot
     from adaptkit.ops._layout import Layout, Output, Volume
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
-ROW_CHUNK = 1 << 20  # elements compared at a time when measuring what a merge changed
+IN_FLIGHT = 4  # tensors at once: one that is read, two that are merged, one that is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +84,7 @@ class Report(WriterReport):
         return {**super().to_dict(), **extra}
 
 
-@dataclass(frozen=True)
-class _Merged:
-    """A merged tensor as stored (with its scale), ‖W‖², ‖ΔW‖² and the ‖·‖² lost to its rounding."""
-
-    tensor: Tensor
-    scale: Tensor | None
-    weight: float
-    delta: float
-    rounding: float
-
-
-UNCHANGED = _Merged(None, None, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
+UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
 
 
 def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
@@ -135,7 +123,7 @@ def _planned(
     )
     if layout.folder:
         _check_folder(output, layout, options)
-    steps = tuple(_step(job, base, adapters) for job in working)
+    steps = tuple(step_of(job, base, adapters) for job in working)
     check_memory(steps, options.memory)
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
@@ -275,192 +263,117 @@ def _cuts(base: Checkpoint, pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, 
         start += rows
 
 
-def _step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job]:
-    info = base.source.infos[job.name]
-    infos = [
-        (c.adapter, role, adapters[c.adapter].source.infos[key])
-        for c in job.contributions
-        if c.strength
-        for role, key in c.entry.tensors()
-    ]
-    # W stored, W in float32, the merged tensor; a kind without factors needs its dense ΔW beside them; scaled weights
-    # are kept as they were read, and widened once more to see what rounding did
-    kinds = ((c.entry.facts.rank, c.entry.kind.name) for c in job.contributions if c.strength)
-    dense = max((0 if rank and kind == "lora" else 4 * info.numel for rank, kind in kinds), default=0)
-    scaled = 8 * info.numel if base.quantization.widens(info) else 0
-    merged = nbytes(job.dtype, info.shape)
-    size = info.nbytes + 4 * info.numel + merged + dense + scaled + 3 * sum(i.nbytes for _, _, i in infos)
-    contents = tuple(
-        (c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter, c.strength)
-        for c in job.contributions
-        if c.strength
-    )
-    place = base.places.get(job.name)
-    shape = (
-        info.shape,
-        info.dtype,
-        job.dtype,
-        place is not None and (place.transposed, place.swapped),
-        (key := base.quantization.scales.get(job.name)) and base.source.infos[key].shape,
-        contents,
-        tuple((a, role, i.shape, i.dtype) for a, role, i in infos),
-    )
-    return Step(job, shape, size, base.source.order(job.name))
-
-
 def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Merge and write; the only part that reads weights."""
+    return run_together([plan], progress)[0]
+
+
+def run_together(plans: Sequence[Plan], progress: Progress | None = None) -> list[Report]:
+    """Several merges into one base, which is read once for as many outputs as fit in memory; each is as `run` makes it.
+
+    The seconds of a report are its share. An error of one ends all, and none of those under way appears.
+    """
+    return [report for group in _groups(plans) for report in _run(group, progress)]
+
+
+def _groups(plans: Sequence[Plan]) -> Iterator[list[Plan]]:
+    """As many at once as their largest tensor, waiting in turn for a reader, two workers and a writer, leaves room for."""
+    held: list[Plan] = []
+    for plan in plans:
+        more = [*held, plan]
+        room = engine.bound(plan.steps, plan.options.memory)
+        if held and IN_FLIGHT * max(step.bytes for step in combined(more)) > room:
+            yield held
+            more = [plan]
+        held = more
+    yield held
+
+
+def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
+    started = time.perf_counter()
+    options = plans[0].options
+    found: list[dict[str, Merged]] = [{} for _ in plans]
+    steps = combined(plans)
+    blender = Blender(plans)
+    with ExitStack() as last, ExitStack() as stack:
+        hashes: dict[Path, str] = {}
+        outputs = [stack.enter_context(_output(plan, hashes)) for plan in plans]
+        copying = _Background(lambda: _copy_untouched(plans, outputs))
+        last.callback(copying.join)  # after the outputs are given up, which ends it
+
+        def store(task: Task, results: Sequence[Merged | None]) -> None:
+            for job, result, output, records in zip(task.jobs, results, outputs, found, strict=True):
+                if job is not None and result is not None:
+                    output.put(job.name, result.tensor)
+                    if job.scale is not None and result.scale is not None:
+                        output.put(job.scale, result.scale)
+                    records[job.name] = replace(result, tensor=None, scale=None)  # type: ignore[arg-type]
+
+        resources = engine.Resources.choose(options.device, options.memory)
+        told = None if progress is None else lambda done: progress(done, len(steps))
+        engine.run(steps, engine.Work(blender.load, blender.blend, store, held=_held), resources, told)
+        copying.wait()
+        for plan in plans:
+            if not plan.options.verify:
+                plan.close()  # on Windows a file that is open cannot be replaced
+        verified = [_finished(plan, output) for plan, output in zip(plans, outputs, strict=True)]
+    seconds = (time.perf_counter() - started) / len(plans)
+    return [_report(*each, seconds) for each in zip(plans, found, verified, strict=True)]
+
+
+def _output(plan: Plan, hashes: dict[Path, str]) -> AbstractContextManager[Output]:
+    records = _Provenance(plan, hashes)
+    options = plan.options
+    return opened(plan.layout, plan.output, records.metadata, overwrite=options.overwrite, hidden=options.verify)
+
+
+def _finished(plan: Plan, output: Output) -> Verified | None:
     from adaptkit.ops._verify import verify
 
-    started = time.perf_counter()
-    found: dict[str, _Merged] = {}
-    total = len(plan.steps)
-    merger = _Merger(plan)
-    records = _Provenance(plan)
-    options = plan.options
-    verified = None
-    with opened(
-        plan.layout, plan.output, records.metadata, overwrite=options.overwrite, hidden=options.verify
-    ) as output:
-
-        def store(job: Job, result: _Merged) -> None:
-            output.put(job.name, result.tensor)
-            if job.scale is not None and result.scale is not None:
-                output.put(job.scale, result.scale)
-            found[job.name] = replace(result, tensor=None, scale=None)  # type: ignore[arg-type]
-
-        _copy_untouched(plan, output)
-        engine.run(
-            plan.steps,
-            engine.Work(merger.load, merger.merge, store),
-            engine.Resources.choose(options.device, options.memory),
-            None if progress is None else lambda done: progress(done, total),
-        )
-        if not options.verify:
-            plan.close()  # on Windows a file that is open cannot be replaced
-        output.finish()
-        if options.verify:
-            verified = verify(plan, output.at)
-            plan.close()
-    return _report(plan, found, verified, time.perf_counter() - started)
+    output.finish()
+    if not plan.options.verify:
+        return None
+    found = verify(plan, output.at)
+    plan.close()
+    return found
 
 
-def _copy_untouched(plan: Plan, output: Output) -> None:
-    made = {name for job in plan.working for name in job.writes()}
-    output.copy(plan.base.source, [spec.name for spec in plan.specs if spec.name not in made])
+def _held(results: Sequence[Merged | None]) -> int:
+    return sum(result.tensor.nbytes for result in results if result is not None)
 
 
-class _Merger:
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+class _Background:
+    """Work on a thread of its own: copying is the system's, and torch is imported meanwhile."""
 
-    def load(self, job: Job) -> dict[str, Tensor]:
-        base = self.plan.base
-        loaded = {"base": base.source.read(job.name)}
-        if (key := base.quantization.scales.get(job.name)) is not None:
-            loaded["scale"] = base.source.read(key)
-        for n, c in enumerate(job.contributions):
-            stored = self.plan.adapters[c.adapter].read(c.entry) if c.strength else {}
-            loaded |= {f"{n}/{role}": tensor for role, tensor in stored.items()}
-        return loaded
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work, self._failure = work, []  # type: tuple[Callable[[], None], list[BaseException]]
+        self._thread = threading.Thread(target=self._body, name="adaptkit-copy", daemon=True)
+        self._thread.start()
 
-    def merge(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[_Merged]:
-        """All adapters of a tensor are applied in float32 (float64 for such a base), then rounded once."""
-        stored, scale = tensors.pop("base"), tensors.pop("scale", None)
-        wide = widened(stored, scale)
-        # what ΔW is measured from: the numbers that were meant, not their codes
-        before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
-        matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
-        self._add(jobs[0], matrix, tensors)
-        # a batch is of equal shapes and contributions; each member is finished on its own
-        scales = [None] * len(jobs) if scale is None else list(scale)
-        return [self._finished(job, wide[n], before[n], scales[n]) for n, job in enumerate(jobs)]
+    def _body(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._failure.append(error)
 
-    def _add(self, job: Job, matrix: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        place = self.plan.base.places.get(job.name)
-        if place is None:
-            return
-        view = matrix.transpose(-1, -2) if place.transposed else matrix
-        view = exchanged(matrix, -2) if place.swapped else view
-        for n, c in enumerate(job.contributions):
-            if c.strength:
-                self._apply(view, n, c, tensors)
-        if place.swapped:
-            matrix.copy_(exchanged(view, -2))
+    def join(self) -> None:
+        """Wait for its end, whichever it takes."""
+        self._thread.join()
 
-    def _apply(self, view: Tensor, n: int, c: Contribution, tensors: Mapping[str, Tensor]) -> None:
-        roles = {role: tensors[f"{n}/{role}"] for role, _ in c.entry.tensors()}
-        weights = c.entry.decode(roles)
-        if c.cut is not None:
-            weights = weights.part(*c.cut)
-        rows = view if c.rows is None else view[..., slice(*c.rows), :]
-        applied = weights.apply(rows, c.strength)
-        if applied is not rows:
-            rows.copy_(applied)
-
-    def _finished(self, job: Job, merged: Tensor, stored: Tensor, scale: Tensor | None) -> _Merged:
-        rounded, scale, back = self._rounded(job, merged, scale)
-        weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(stored, merged, back):
-            weight += _square(old)
-            delta += _square(new - old)
-            rounding += _square(out.to(new.dtype) - new)
-        if not math.isfinite(delta):
-            raise self._non_finite(job, stored)
-        if not math.isfinite(rounding):
-            raise self._too_large(job, merged)
-        return _Merged(rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding)
-
-    def _rounded(self, job: Job, merged: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(as stored, its new scale if it has one, the numbers that these mean)."""
-        from adaptkit.linalg.precision import cast
-
-        if job.scale is not None and scale is not None:
-            rounded, fresh = quantised(merged, scale, job.dtype)
-            return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
-        target = torch_dtype(job.dtype)
-        try:  # fp8 clamps where the others overflow, which shows in the sums
-            rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
-        except NonFinite:
-            raise self._too_large(job, merged) from None
-        return rounded, None, rounded
-
-    def _too_large(self, job: Job, merged: Tensor) -> NonFinite:
-        return NonFinite(
-            f"the merged weight, {float(merged.abs().max()):.4g} at most, "
-            f"does not fit {str(torch_dtype(job.dtype)).removeprefix('torch.')}",
-            hint="lower the strength, or write with --dtype bf16 or fp32",
-            file=self.plan.output,
-            tensor=job.name,
-        )
-
-    def _non_finite(self, job: Job, stored: Tensor) -> NonFinite:
-        import torch
-
-        if not bool(torch.isfinite(stored).all()):
-            return NonFinite("holds NaN or infinity", file=self.plan.base.source.path, tensor=job.name)
-        for c in job.contributions:
-            adapter = self.plan.adapters[c.adapter]
-            for _, key in c.entry.tensors():
-                if not bool(torch.isfinite(adapter.source.read(key)).all()):
-                    return NonFinite("holds NaN or infinity", file=adapter.source.path, tensor=key)
-        return NonFinite("the merged weight overflows", file=self.plan.output, tensor=job.name)
+    def wait(self) -> None:
+        """Wait for it; its error is raised here."""
+        self.join()
+        if self._failure:
+            raise self._failure[0]
 
 
-def _square(x: Tensor) -> float:
-    from adaptkit.linalg.precision import norm_squared
-
-    return float(norm_squared(x.unsqueeze(0)))
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    flat = [t.reshape(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), ROW_CHUNK):
-        first, *rest = (t[start : start + ROW_CHUNK] for t in flat)
-        yield first.to(rest[0].dtype), *rest
+def _copy_untouched(plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
+    for plan, output in zip(plans, outputs, strict=True):
+        made = {name for job in plan.working for name in job.writes()}
+        output.copy(plan.base.source, [spec.name for spec in plan.specs if spec.name not in made])
 
 
-def _report(plan: Plan, found: Mapping[str, _Merged], verified: Verified | None, seconds: float) -> Report:
+def _report(plan: Plan, found: Mapping[str, Merged], verified: Verified | None, seconds: float) -> Report:
     results = {job.name: found.get(job.name, UNCHANGED) for job in plan.jobs}
     delta = sum(result.delta for result in results.values())
     # what a change of dtype does to the layers without an adapter is no loss of theirs
@@ -495,7 +408,7 @@ def _ratio(part: float, whole: float) -> float | None:
     return (part / whole) ** 0.5 if whole else None
 
 
-def _detail(job: Job, c: Contribution, result: _Merged) -> dict[str, Any]:
+def _detail(job: Job, c: Contribution, result: Merged) -> dict[str, Any]:
     return {
         "module": c.label,
         "tensor": job.name,
@@ -507,7 +420,7 @@ def _detail(job: Job, c: Contribution, result: _Merged) -> dict[str, Any]:
     }
 
 
-def _by_block(plan: Plan, results: Mapping[str, _Merged]) -> Iterator[dict[str, Any]]:
+def _by_block(plan: Plan, results: Mapping[str, Merged]) -> Iterator[dict[str, Any]]:
     """Tensors changed and ‖ΔW‖/‖W‖ of each block, in the base's order."""
     blocks: dict[str, list[Job]] = {}
     for job in plan.jobs:
@@ -530,11 +443,13 @@ class _Provenance:
     hosts of models show; `adaptkit` is our own record.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, known: dict[Path, str]) -> None:
         from adaptkit.files.provenance import sha256
 
         self.plan = plan
-        self.hashes = ["+".join(map(sha256, adapter.source.files)) for adapter in plan.adapters]
+        for file in {file for adapter in plan.adapters for file in adapter.source.files} - known.keys():
+            known[file] = sha256(file)
+        self.hashes = ["+".join(known[file] for file in adapter.source.files) for adapter in plan.adapters]
 
     def metadata(self, volume: Volume) -> dict[str, str]:
         """The metadata of one file of the output."""

@@ -433,13 +433,16 @@ class TestWorkers:
         send = _Worker.send
         left: list[Path] = []
 
-        def deadly(worker: _Worker, job: Job) -> None:
-            if job.number == 2:
-                worker.process.send_signal(signal.SIGSTOP)
-                left.append(job.output.with_name(f".x.{worker.process.pid}-00.part"))
-                left[0].touch()
-                worker.process.kill()
-            send(worker, job)
+        def deadly(worker: _Worker, bundle: tuple[Job, ...]) -> None:
+            """Merges into one base come in a bundle, and job by job after its worker has died."""
+            for job in bundle:
+                if job.number == 2:
+                    worker.process.send_signal(signal.SIGSTOP)
+                    left.append(job.output.with_name(f".x.{worker.process.pid}-00.part"))
+                    left[-1].parent.mkdir(exist_ok=True)
+                    left[-1].touch()
+                    worker.process.kill()
+            send(worker, bundle)
 
         monkeypatch.setattr(_Worker, "send", deadly)
         path = recipe(folder, MERGE % "0.1, 0.2, 0.3")
@@ -447,7 +450,8 @@ class TestWorkers:
         assert statuses(report) == "dfd"
         assert "worker process was killed (SIGKILL)" in str(report.failures[0].outcome.error)
         assert report.failures[0].job.number == 2
-        assert not left[0].exists()
+        assert len(left) == 2
+        assert not any(path.exists() for path in left)
         monkeypatch.undo()
         assert statuses(run(path)) == "sds"
         first = folder / "out" / "tucker-kohya-0.1.safetensors"
@@ -455,3 +459,80 @@ class TestWorkers:
         first.unlink()
         assert statuses(run(path)) == "dss"
         assert first.read_bytes() == by_worker, "as in this process"
+
+
+class TestTogether:
+    """Merges into one base are made in one pass."""
+
+    ADAPTERS = ("lora-kohya", "lokr-kohya", "lokr-factored-kohya", "tucker-kohya", "full-kohya")
+
+    def plans(self, folder: Path, **options: Any) -> list[merge.Plan]:
+        strengths = (0.5, -1.0, 0.25, 1.0, 0.1)
+        return [
+            merge.plan(
+                folder / "base.safetensors",
+                [(folder / f"{name}.safetensors", strength)],
+                merge.Options(output=folder / f"{name}-{strength}.safetensors", **options),
+            )
+            for name, strength in zip(self.ADAPTERS, strengths, strict=True)
+        ]
+
+    @pytest.mark.parametrize("dtype", ["keep", "bf16"])
+    def test_each_is_the_merge_by_itself(self, folder: Path, dtype: str) -> None:
+        reports = merge.run_together(self.plans(folder, dtype=dtype))
+        together = [report.output.read_bytes() for report in reports]
+        alone = [merge.run(plan) for plan in self.plans(folder, dtype=dtype, overwrite=True)]
+        assert [report.output.read_bytes() for report in alone] == together
+        for one, other in zip(reports, alone, strict=True):
+            assert {**one.to_dict(), "seconds": 0} == {**other.to_dict(), "seconds": 0}
+
+    def test_the_base_is_read_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        plans = self.plans(folder)
+        read: list[str] = []
+        for plan in plans:
+            source = plan.base.source
+            monkeypatch.setattr(source, "read", lambda name, inner=source.read: (read.append(name), inner(name))[1])
+        merge.run_together(plans)
+        touched = {job.name for plan in plans for job in plan.working}
+        assert sorted(read) == sorted(touched)
+        assert sum(len(plan.working) for plan in plans) > len(touched)
+
+    def test_as_many_at_once_as_fit_in_memory(self, folder: Path) -> None:
+        plans = self.plans(folder)
+        most = max(step.bytes for plan in plans for step in plan.steps)
+        groups = [len(group) for group in merge._groups(self.plans(folder, overwrite=True, memory=5 * most))]
+        assert sum(groups) == len(plans)
+        assert 1 < len(groups) < len(plans)
+        assert [len(group) for group in merge._groups(plans)] == [len(plans)]
+
+    def test_one_that_fails_fails_alone(self, folder: Path) -> None:
+        path = recipe(folder, MERGE % "0.1, 1e30, 0.2" + EXTRA)
+        report = run(path, GOING)
+        assert statuses(report) == "dfdf"
+        assert "does not fit float16" in str(report.failures[0].outcome.error)
+        assert "Stable Diffusion XL" in str(report.failures[1].outcome.error)
+        assert not list((folder / "out").glob(".*"))
+
+    def test_all_of_a_bundle_go_to_one_worker(self, folder: Path) -> None:
+        got: list[int] = []
+
+        class Counting(Here):
+            def run(self, bundles: Any) -> Any:
+                def counted() -> Any:
+                    for bundle in bundles:
+                        got.append(len(bundle))
+                        yield bundle
+
+                return super().run(counted())
+
+        run(recipe(folder, MERGE % "0.1, 0.2, 0.3" + RESIZE), engine=Counting())
+        assert got == [3, 1, 1, 1, 1]
+
+
+EXTRA = """
+[[job]]
+command = "merge"
+base = "base.safetensors"
+adapter = "sdxl.safetensors"
+output = "out/wrong.safetensors"
+"""

@@ -16,7 +16,7 @@ from adaptkit.checkpoint import Checkpoint
 from adaptkit.errors import NotRepresentable, WouldOverwrite
 from adaptkit.files.source import open_source
 from adaptkit.names import Slot
-from adaptkit.ops import merge
+from adaptkit.ops import _blending, merge
 from tests.ops.models import tiny_base
 
 State = dict[str, torch.Tensor]
@@ -217,7 +217,7 @@ def test_a_corrupt_merge_into_a_folder_leaves_nothing(
     from adaptkit.errors import CorruptFile
 
     base = pipeline(tmp_path / "base", shards=True)
-    monkeypatch.setattr(merge._Merger, "_apply", lambda *_: None)
+    monkeypatch.setattr(_blending._Part, "add", lambda *_: None)
     with pytest.raises(CorruptFile, match="--verify"):
         run(base, tiny / "lora-kohya.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import CorruptFile
-from adaptkit.ops import _verify, merge
+from adaptkit.ops import _blending, _verify, merge
 from adaptkit.ops._layout import Output
 from tests import made, oracle
 from tests.cli.test_cli import adaptkit
@@ -136,7 +136,7 @@ def test_a_weight_that_is_off_by_two_steps_is_named_and_the_old_output_stays(
 
 def test_a_merge_that_forgets_an_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = base_file(tmp_path, torch.bfloat16), made.adapter(tmp_path / "a.safetensors")
-    monkeypatch.setattr(merge._Merger, "_apply", lambda *_: None)
+    monkeypatch.setattr(_blending._Part, "add", lambda *_: None)
     with pytest.raises(CorruptFile, match="--verify"):
         run(base, (adapter, 0.05))
     assert not (tmp_path / "out.safetensors").exists()
@@ -228,7 +228,7 @@ def test_on_the_command_line(tmp_path: Path, tiny: Path, monkeypatch: pytest.Mon
     assert "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03" in shown
     assert "OUT11 = 0.5: 104 modules" in shown
     assert "tensors are base + ΔW within one rounding" in shown
-    monkeypatch.setattr(merge._Merger, "_apply", lambda *_: None)
+    monkeypatch.setattr(_blending._Part, "add", lambda *_: None)
     failed = adaptkit(*arguments, "--verify", "-o", tmp_path / "bad.safetensors")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "error: " in failed.stderr
