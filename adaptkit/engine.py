@@ -326,7 +326,7 @@ class _Pipeline(Generic[P, R]):
                     self.work.store(payload, result)
                     finished += 1
                     self.progress(finished)
-                del results
+                del results, result
                 self.room.leave(held)
 
 

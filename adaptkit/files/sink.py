@@ -14,7 +14,7 @@ from adaptkit.files.header import TORCH_NAMES, TensorSpec, build_header, unreada
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Iterable, Iterator, Mapping, Set
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
     from types import TracebackType
     from typing import Self
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
 
-__all__ = ["Spool", "TensorSink", "check_folder", "publish_folder"]
+__all__ = ["Pieces", "Spool", "TensorSink", "check_folder", "publish_folder"]
 
 HAS_PWRITE = hasattr(os, "pwrite")
 HAS_COPY_FILE_RANGE = hasattr(os, "copy_file_range")
@@ -105,6 +105,28 @@ class _Trail:
                 os.posix_fadvise(file.fileno(), *span, os.POSIX_FADV_DONTNEED)
 
 
+class Pieces:
+    """One tensor of a sink in the making: stretches of it in any order, then `close`."""
+
+    def __init__(self, sink: TensorSink, info: TensorInfo) -> None:
+        self._sink, self._info, self._left = sink, info, info.nbytes
+
+    def put(self, tensor: torch.Tensor, first: int) -> None:
+        """Write `tensor` as the elements from number `first` on, counted row by row; its dtype is taken on trust."""
+        data = tensor_bytes(tensor)
+        at = self._info.start + first * tensor.dtype.itemsize
+        if first < 0 or at + len(data) > self._info.stop:
+            raise RuntimeError(f"{len(data)} bytes do not belong at element {first} of {self._info.name!r}")
+        self._sink._write(data, at)
+        self._left -= len(data)
+
+    def close(self) -> None:
+        """All of it is written."""
+        if self._left:
+            raise RuntimeError(f"{self._left} bytes of {self._info.name!r} were not written, or some twice")
+        self._sink._written.add(self._info.name)
+
+
 class TensorSink:
     """A safetensors file in the making: `specs` are final when it is opened, tensors come in any order from any thread.
 
@@ -152,6 +174,14 @@ class TensorSink:
         self._claim(name)
         self._write(tensor_bytes(tensor), info.start)
         self._written.add(name)
+
+    def pieces(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Pieces:
+        """To write one tensor piece by piece; `ShapeMismatch` if its dtype or shape is not the promised one."""
+        info = self._info(name)
+        given = str(dtype).removeprefix("torch.")
+        self._check(info, TensorSpec(name, _DTYPES.get(given, given), tuple(shape)))
+        self._claim(name)
+        return Pieces(self, info)
 
     def put_bytes(self, name: str, data: memoryview) -> None:
         """Write one tensor's raw bytes."""

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from adaptkit.files.header import TensorSpec
-    from adaptkit.files.sink import TensorSink
+    from adaptkit.files.sink import Pieces, TensorSink
     from adaptkit.files.source import TensorSource
 
 __all__ = ["Layout", "Output", "Volume", "as_single", "opened", "plan_layout"]
@@ -253,6 +253,11 @@ class Output:
         """Write one tensor, named as in the whole checkpoint."""
         sink, stored = self._place[name]
         sink.put(stored, tensor)
+
+    def pieces(self, name: str, dtype: dtype, shape: Sequence[int]) -> Pieces:
+        """To write one tensor piece by piece."""
+        sink, stored = self._place[name]
+        return sink.pieces(stored, dtype, shape)
 
     def copy(self, source: TensorSource, names: Iterable[str]) -> None:
         """Copy the bytes of these tensors; those of files that are copied whole are there already."""

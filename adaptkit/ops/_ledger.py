@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,7 @@ class Ledger:
         self._open: set[str] = set()  # outputs that a run began and did not live to finish
         for record in _lines(self.log):
             self._learn(record)
+        self._hashing = threading.Lock()  # one file at a time, and none twice
         self._hashes = {str(r.get("path")): r for r in _lines(self._side)}
 
     def _learn(self, record: Mapping[str, Any]) -> None:
@@ -99,6 +101,10 @@ class Ledger:
         return [_stamp(path) for path in job.reads()]
 
     def _sha256(self, file: Path) -> str:
+        with self._hashing:
+            return self._hash(file)
+
+    def _hash(self, file: Path) -> str:
         try:
             before = file.stat()
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -243,6 +244,31 @@ def run(
     return Report(plan.recipe, plan.ledger.log, results, len(plan.jobs) - len(results), time.perf_counter() - started)
 
 
+class _Key:
+    """The key of a job, its inputs hashed `meanwhile`, while the job is done; at once where one is not there."""
+
+    def __init__(self, ledger: Ledger, job: Job, *, meanwhile: bool) -> None:
+        self._found: list[str | AdaptkitError] = []
+        self._thread = threading.Thread(target=self._hash, args=(ledger, job), name="adaptkit-hash", daemon=True)
+        self._thread.start()
+        if not meanwhile:
+            self.get()
+
+    def _hash(self, ledger: Ledger, job: Job) -> None:
+        try:
+            self._found.append(ledger.key(job))
+        except AdaptkitError as error:
+            self._found.append(error)
+
+    def get(self) -> str:
+        """Wait for it; raises what an input that cannot be read raises."""
+        self._thread.join()
+        (found,) = self._found
+        if isinstance(found, AdaptkitError):
+            raise found
+        return found
+
+
 @dataclass
 class _Run:
     """The state of a run: who reads what, what became of it."""
@@ -251,14 +277,11 @@ class _Run:
     progress: Progress | None
     tell: Callable[[Result], None] | None
     results: list[Result] = field(default_factory=list)
-    keys: dict[int, tuple[str, Sequence[Any]]] = field(default_factory=dict)
+    keys: dict[int, tuple[_Key, Sequence[Any]]] = field(default_factory=dict)
     stopped: bool = False
 
     def pending(self, workers: int) -> Iterator[tuple[Job, ...]]:
-        """What there is to do: merges into one base in as many bundles as there are workers, other jobs one by one.
-
-        Inputs are hashed when somebody is free for the job, while others work.
-        """
+        """What there is to do: merges into one base in as many bundles as there are workers, other jobs one by one."""
         for group in self.plan.groups:
             size = min(BUNDLE, -(-len(group) // workers))
             held: list[Job] = []
@@ -282,7 +305,7 @@ class _Run:
                 return None
             claimed = _claimed(self.plan, job)
             before = ledger.signature(job)  # first: what changes while it is hashed must show
-            self.keys[job.number] = ledger.key(job), before
+            self.keys[job.number] = _Key(ledger, job, meanwhile=all(before)), before
         except AdaptkitError as error:
             self._failed(job, Outcome(error=str(error), hint=error.hint))
             return None
@@ -295,12 +318,16 @@ class _Run:
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         key, signature = self.keys.pop(job.number)
+        try:
+            found = key.get()
+        except AdaptkitError as error:
+            found, outcome = "", Outcome(error=str(error), hint=error.hint)
         if outcome.error is not None:
             self._failed(job, outcome)
         elif self.plan.ledger.signature(job) != signature:
             self._failed(job, Outcome(error=CHANGED, hint="run the batch again when the inputs stay as they are"))
         else:
-            self.plan.ledger.done(job, key, outcome.report, outcome.seconds)
+            self.plan.ledger.done(job, found, outcome.report, outcome.seconds)
             self._add(Result(job, "done", outcome))
 
     def _failed(self, job: Job, outcome: Outcome) -> None:

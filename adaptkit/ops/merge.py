@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from adaptkit.ops._verify import Verified
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
-
-IN_FLIGHT = 4  # tensors at once: one that is read, two that are merged, one that is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ class Report(WriterReport):
         return {**super().to_dict(), **extra}
 
 
-UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
+UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 
 
 def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
@@ -277,12 +276,12 @@ def run_together(plans: Sequence[Plan], progress: Progress | None = None) -> lis
 
 
 def _groups(plans: Sequence[Plan]) -> Iterator[list[Plan]]:
-    """As many at once as their largest tensor, waiting in turn for a reader, two workers and a writer, leaves room for."""
+    """As many at once as the largest tensor of the base leaves room for."""
     held: list[Plan] = []
     for plan in plans:
         more = [*held, plan]
         room = engine.bound(plan.steps, plan.options.memory)
-        if held and IN_FLIGHT * max(step.bytes for step in combined(more)) > room:
+        if held and max(step.bytes for step in combined(more)) > room:
             yield held
             more = [plan]
         held = more
@@ -294,20 +293,21 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
     options = plans[0].options
     found: list[dict[str, Merged]] = [{} for _ in plans]
     steps = combined(plans)
-    blender = Blender(plans)
     with ExitStack() as last, ExitStack() as stack:
         hashes: dict[Path, str] = {}
         outputs = [stack.enter_context(_output(plan, hashes)) for plan in plans]
+        blender = Blender(plans, outputs)
         copying = _Background(lambda: _copy_untouched(plans, outputs))
         last.callback(copying.join)  # after the outputs are given up, which ends it
 
         def store(task: Task, results: Sequence[Merged | None]) -> None:
             for job, result, output, records in zip(task.jobs, results, outputs, found, strict=True):
                 if job is not None and result is not None:
-                    output.put(job.name, result.tensor)
+                    if result.tensor is not None:
+                        output.put(job.name, result.tensor)
                     if job.scale is not None and result.scale is not None:
                         output.put(job.scale, result.scale)
-                    records[job.name] = replace(result, tensor=None, scale=None)  # type: ignore[arg-type]
+                    records[job.name] = replace(result, tensor=None, scale=None)
 
         resources = engine.Resources.choose(options.device, options.memory)
         told = None if progress is None else lambda done: progress(done, len(steps))
@@ -316,7 +316,8 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         for plan in plans:
             if not plan.options.verify:
                 plan.close()  # on Windows a file that is open cannot be replaced
-        verified = [_finished(plan, output) for plan, output in zip(plans, outputs, strict=True)]
+        with ThreadPoolExecutor(len(plans)) as disk:  # each waits for the disk, which takes them all at once
+            verified = list(disk.map(_finished, plans, outputs))
     seconds = (time.perf_counter() - started) / len(plans)
     return [_report(*each, seconds) for each in zip(plans, found, verified, strict=True)]
 
@@ -339,7 +340,7 @@ def _finished(plan: Plan, output: Output) -> Verified | None:
 
 
 def _held(results: Sequence[Merged | None]) -> int:
-    return sum(result.tensor.nbytes for result in results if result is not None)
+    return sum(result.tensor.nbytes for result in results if result is not None and result.tensor is not None)
 
 
 class _Background:

@@ -490,3 +490,53 @@ def test_bytes_of_a_tensor_are_not_copied(tmp_path):
     view = tensor_bytes(tensor)
     tensor[0] = 1
     assert bytes(view[:4]) == b"\0\0\x80\x3f"
+
+
+def test_a_tensor_in_pieces(tmp_path, way):
+    tensor = torch.randn(7, 4, 3).half()
+    with TensorSink(tmp_path / "a", [TensorSpec("x", "F16", (7, 4, 3)), TensorSpec("y", "F32", (1,))]) as sink:
+        with pytest.raises(ShapeMismatch, match=r"F16 \[7, 4, 3\] was promised, BF16"):
+            sink.pieces("x", torch.bfloat16, (7, 4, 3))
+        pieces = sink.pieces("x", torch.float16, (7, 4, 3))
+        with pytest.raises(RuntimeError, match="twice"):
+            sink.put("x", tensor)
+        pieces.put(tensor[5:], 60)
+        with pytest.raises(RuntimeError, match="do not belong at element 72"):
+            pieces.put(tensor[:2], 72)
+        with pytest.raises(RuntimeError, match="120 bytes of 'x' were not written"):
+            pieces.close()
+        sink.put("y", torch.ones(1))
+        with pytest.raises(RuntimeError, match="never written"):
+            TensorSink.commit(sink)
+    with TensorSink(tmp_path / "a", [TensorSpec("x", "F16", (7, 4, 3))]) as sink:
+        pieces = sink.pieces("x", torch.float16, (7, 4, 3))
+        for first, last in ((5, 7), (0, 2), (2, 5)):
+            pieces.put(tensor[first:last], 12 * first)
+        pieces.close()
+        sink.commit()
+    assert equal(load_file(tmp_path / "a")["x"], tensor)
+
+
+@pytest.mark.parametrize("advice", [True, False])
+def test_a_large_file_leaves_the_cache_while_it_is_written(tmp_path, monkeypatch, advice):
+    """Every byte but the last window is sent and later dropped; where a system has no such call nothing happens."""
+    if advice and not module.HAS_FADVISE:
+        pytest.skip("no posix_fadvise here")
+    if not advice:
+        monkeypatch.setattr(module, "HAS_FADVISE", False)
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    monkeypatch.setattr(module, "_LARGE", 1 << 20)
+    monkeypatch.setattr(module, "_WINDOW", 1 << 16)
+    told = []
+    if advice:
+        monkeypatch.setattr(os, "posix_fadvise", lambda file, at, length, kind: told.append((at, length)))
+    state = {str(n): torch.randn(1 << 14) for n in range(20)}
+    source = write(tmp_path / "source", state)
+    twice = {span for span in told if told.count(span) == 2}
+    assert sum(length for _, length in twice) >= (18 << 16 if advice else 0)
+    told.clear()
+    with open_source(source) as opened, TensorSink(tmp_path / "copy", specs_of(state)) as sink:
+        sink.copy_many([(name, opened, name) for name in state])
+        sink.commit()
+    assert bool(told) == advice
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()

@@ -499,11 +499,14 @@ class TestTogether:
 
     def test_as_many_at_once_as_fit_in_memory(self, folder: Path) -> None:
         plans = self.plans(folder)
-        most = max(step.bytes for plan in plans for step in plan.steps)
-        groups = [len(group) for group in merge._groups(self.plans(folder, overwrite=True, memory=5 * most))]
-        assert sum(groups) == len(plans)
-        assert 1 < len(groups) < len(plans)
+        steps = merge.combined(plans)
+        least, most = max(step.bytes for plan in plans for step in plan.steps), max(step.bytes for step in steps)
+        assert least < most
         assert [len(group) for group in merge._groups(plans)] == [len(plans)]
+        for memory, count in ((most, 1), (most - 1, 2)):
+            groups = list(merge._groups(self.plans(folder, overwrite=True, memory=memory)))
+            assert sum(map(len, groups)) == len(plans)
+            assert len(groups) == count
 
     def test_one_that_fails_fails_alone(self, folder: Path) -> None:
         path = recipe(folder, MERGE % "0.1, 1e30, 0.2" + EXTRA)

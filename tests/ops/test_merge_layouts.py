@@ -217,7 +217,7 @@ def test_a_corrupt_merge_into_a_folder_leaves_nothing(
     from adaptkit.errors import CorruptFile
 
     base = pipeline(tmp_path / "base", shards=True)
-    monkeypatch.setattr(_blending._Part, "add", lambda *_: None)
+    monkeypatch.setattr(_blending.Blender, "_parts", lambda *_: iter(()))
     with pytest.raises(CorruptFile, match="--verify"):
         run(base, tiny / "lora-kohya.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]

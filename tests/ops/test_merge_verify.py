@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import CorruptFile
+from adaptkit.files.sink import Pieces
 from adaptkit.ops import _blending, _verify, merge
 from adaptkit.ops._layout import Output
 from tests import made, oracle
@@ -116,15 +117,15 @@ def test_a_weight_that_is_off_by_two_steps_is_named_and_the_old_output_stays(
 ) -> None:
     base, adapter = base_file(tmp_path), made.adapter(tmp_path / "a.safetensors")
     (tmp_path / "out.safetensors").write_bytes(b"old")
-    key, honest = PLACES[made.WIDE], Output.put
+    key, honest = PLACES[made.WIDE], Pieces.put
 
-    def put(self: Output, name: str, tensor: torch.Tensor) -> None:
-        if name == key:
+    def put(self: Pieces, tensor: torch.Tensor, first: int) -> None:
+        if self._info.name == key and first <= 77 < first + tensor.numel():
             tensor = tensor.clone()
-            tensor.view(torch.int16).view(-1)[77] += 2
-        honest(self, name, tensor)
+            tensor.view(torch.int16).view(-1)[77 - first] += 2
+        honest(self, tensor, first)
 
-    monkeypatch.setattr(Output, "put", put)
+    monkeypatch.setattr(Pieces, "put", put)
     with pytest.raises(CorruptFile, match=r"not base \+ ΔW") as caught:
         run(base, (adapter, 1.0), overwrite=True)
     assert caught.value.tensor == key
@@ -136,7 +137,7 @@ def test_a_weight_that_is_off_by_two_steps_is_named_and_the_old_output_stays(
 
 def test_a_merge_that_forgets_an_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = base_file(tmp_path, torch.bfloat16), made.adapter(tmp_path / "a.safetensors")
-    monkeypatch.setattr(_blending._Part, "add", lambda *_: None)
+    monkeypatch.setattr(_blending.Blender, "_parts", lambda *_: iter(()))
     with pytest.raises(CorruptFile, match="--verify"):
         run(base, (adapter, 0.05))
     assert not (tmp_path / "out.safetensors").exists()
@@ -144,9 +145,9 @@ def test_a_merge_that_forgets_an_adapter_is_caught(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    honest = Output.put
+    honest = Pieces.put
     monkeypatch.setattr(
-        Output, "put", lambda self, name, tensor: honest(self, name, tensor.index_fill(0, torch.tensor([0]), value))
+        Pieces, "put", lambda self, tensor, at: honest(self, tensor.index_fill(0, torch.tensor([0]), value), at)
     )
     with pytest.raises(CorruptFile, match="--verify"):
         run(base_file(tmp_path), (made.adapter(tmp_path / "a.safetensors"), 1.0))
@@ -228,7 +229,7 @@ def test_on_the_command_line(tmp_path: Path, tiny: Path, monkeypatch: pytest.Mon
     assert "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03" in shown
     assert "OUT11 = 0.5: 104 modules" in shown
     assert "tensors are base + ΔW within one rounding" in shown
-    monkeypatch.setattr(_blending._Part, "add", lambda *_: None)
+    monkeypatch.setattr(_blending.Blender, "_parts", lambda *_: iter(()))
     failed = adaptkit(*arguments, "--verify", "-o", tmp_path / "bad.safetensors")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "error: " in failed.stderr
