@@ -198,14 +198,14 @@ def _lanczos(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor
     if space.size < rank:  # the space is invariant: A has no more rank than this
         return _padded(a, space, rank)
     _, vectors = space.ritz()
-    q, _ = torch.linalg.qr(space.w[:, : space.size] @ vectors.to(a.dtype))
+    q, _ = torch.linalg.qr(space.w @ vectors.to(a.dtype))
     v, s, u = _half_step(a.mT, q)
     return u, s, v
 
 
 def _padded(a: Tensor, space: Krylov, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """All of A's rank, and zeros for the rest that was asked for."""
-    u, s, v = _half_step(a, space.v[:, : space.size])
+    u, s, v = _half_step(a, space.v)
     missing = rank - s.shape[0]
     pad = torch.nn.functional.pad
     return pad(u, (0, missing)), pad(s, (0, missing)), pad(v, (0, missing))

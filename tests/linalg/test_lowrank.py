@@ -50,6 +50,26 @@ def test_within_a_thousandth_of_the_optimum(name: str, m: int, n: int, k: int) -
         assert float(found.residual) ** 0.5 == pytest.approx(error, rel=1e-4, abs=2e-7 * np.linalg.norm(a))
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("tail", [0.5, 0.1, 1e-3])
+@pytest.mark.parametrize(("copies", "k"), [(20, 20), (32, 32), (32, 48), (48, 32), (64, 64)])
+def test_a_singular_value_more_often_than_a_block_has_columns(copies: int, k: int, tail: float, spread: float) -> None:
+    """One start finds as many copies of a σ as it has columns: a merged LoRA with orthonormal factors has `copies` of them."""
+    random = np.random.default_rng(3)
+    m, n = 1280, 640
+    u, v = (np.linalg.qr(random.standard_normal((rows, n)))[0] for rows in (m, n))
+    sigma = np.full(n, tail)
+    sigma[:copies] = 1 - spread * np.linspace(0, 1, copies)
+    a = (u * sigma) @ v.T
+    best, whole = np.sqrt((sigma[k:] ** 2).sum()), np.linalg.norm(a)
+    found = truncated_svd(torch.from_numpy(a).float(), SvdSpec(k, method="lanczos"))
+    assert np.linalg.norm(a - reconstructed(found)) <= best * 1.001 + 3e-7 * whole
+    kept = energies(torch.from_numpy(a).float(), k).sum()
+    assert np.sqrt(max(0.0, whole**2 - float(kept))) <= best * 1.001 + 1e-3 * whole
+    found = lowrank._stacked(torch.from_numpy(a).float()[None], SvdSpec(k, method="lanczos"))
+    assert np.linalg.norm(a - reconstructed(found)[0]) <= best * 1.001 + 3e-6 * whole
+
+
 @pytest.mark.parametrize("method", ["gram", "lanczos", "exact"])
 def test_exactly_low_rank_input_is_exact(method: str) -> None:
     random = np.random.default_rng(1)
