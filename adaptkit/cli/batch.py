@@ -17,10 +17,21 @@ if TYPE_CHECKING:
 @click.option(
     "--jobs",
     type=click.IntRange(0),
-    default=1,
-    show_default=True,
     metavar="N",
-    help="So many jobs at once, each in a process of its own; 0: one after the other in this process.",
+    help="So many jobs at once, each in a process of its own; 0: one after the other in this process. Default: 1, or as "
+    "many as a Ray cluster has CPUs.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where: on this machine, or on a Ray cluster whose machines see the same files (needs adaptkit[ray]).",
+)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Of the Ray cluster; without it RAY_ADDRESS, or the one that runs here, or a new one for this run.",
 )
 @click.option("--keep-going", is_flag=True, help="Go on with the other jobs where one fails.")
 @click.option("--dry-run", is_flag=True, help="Print the plan of all jobs and write nothing.")

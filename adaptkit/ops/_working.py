@@ -7,6 +7,7 @@ back every job it pulled. The jobs of a bundle are merges into one base, which i
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -34,7 +35,19 @@ if TYPE_CHECKING:
 
     Bundle = tuple[Job, ...]
 
-__all__ = ["Engine", "Here", "Outcome", "Processes", "answer", "cleaned", "outcomes", "perform", "planned"]
+__all__ = [
+    "POLL",
+    "Engine",
+    "Here",
+    "Outcome",
+    "Processes",
+    "answer",
+    "cleaned",
+    "environment",
+    "outcomes",
+    "perform",
+    "planned",
+]
 
 T = TypeVar("T")
 
@@ -216,7 +229,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,
-            env=_environment(count),
+            env=environment(count),
             **own,
         )
         threading.Thread(target=self._listen, args=(replies,), daemon=True).start()
@@ -261,8 +274,8 @@ class _Worker:
 
 def cleaned(bundle: Bundle, pid: int) -> None:
     """Take away what a process had begun to write and, being dead, cannot (files/sink.py names these files)."""
-    for folder in {job.output.parent for job in bundle}:
-        for left in folder.glob(f".*.{pid}-*.part"):
+    for job in bundle:
+        for left in job.output.parent.glob(f".*{glob.escape(job.output.name[:40])}*.{pid}-*.part"):
             with contextlib.suppress(OSError):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
@@ -292,7 +305,7 @@ def _stop(workers: Iterable[_Worker], *, interrupt: bool) -> None:
             worker.said.close()
 
 
-def _environment(count: int) -> dict[str, str]:
+def environment(count: int) -> dict[str, str]:
     """The cores are shared out, unless the user did that; the package is found where it was found here."""
     home = str(Path(import_module("adaptkit").__file__ or "").parents[1])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.errors import AdaptkitError, WouldOverwrite, WrongUsage
+from adaptkit.errors import AdaptkitError, NoSuchName, WouldOverwrite, WrongUsage
 from adaptkit.ops._ledger import Ledger
 from adaptkit.ops._recipe import load
 from adaptkit.ops._working import Engine, Here, Outcome, Processes, planned
@@ -25,16 +25,20 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Plan", "Preview", "Report", "Result", "plan", "preview", "run"]
 
 BUNDLE = 16  # outputs that are written at once
+ENGINES = ("local", "ray")
 CHANGED = "an input changed while it was read"
 
 
 @dataclass(frozen=True)
 class Options:
-    """`jobs`: worker processes, 0 to work in this one. `overwrite`: also replace outputs that this recipe did not write."""
+    """`jobs`: worker processes, 0 to work in this one; None: one, or on a Ray cluster as many as it has CPUs. `overwrite`:
+    also replace outputs that this recipe did not write. `engine`: `local`, or `ray` with the cluster's `address`."""
 
-    jobs: int = 1
+    jobs: int | None = None
     keep_going: bool = False
     overwrite: bool = False
+    engine: str = "local"
+    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,10 @@ def _name(job: Job) -> dict[str, Any]:
 
 def plan(recipe: Path, options: Options) -> Plan:
     """Read the recipe and the log beside it; no input is opened."""
-    if options.jobs < 0:
+    if options.jobs is not None and options.jobs < 0:
         raise WrongUsage(f"--jobs must be at least 0, not {options.jobs}")
+    if options.engine not in ENGINES:
+        raise NoSuchName.among("engine", options.engine, ENGINES)
     ledger = Ledger(recipe)
     return Plan(recipe, options, _by_base(load(recipe, ledger.made())), ledger)
 
@@ -196,7 +202,7 @@ def preview(plan: Plan, progress: Progress | None = None) -> Preview:
             failures.append(Result(job, "failed", Outcome(error=str(error), hint=error.hint)))
         if progress is not None:
             progress(n, len(plan.jobs))
-    peak = sum(nlargest(max(1, plan.options.jobs), (found["peak_memory"] for found in plans)))
+    peak = sum(nlargest(plan.options.jobs or 1, (found["peak_memory"] for found in plans)))
     plans.sort(key=lambda found: found["job"])
     return Preview(plan.recipe, len(plan.jobs), skipped, tuple(plans), tuple(failures), peak)
 
@@ -234,7 +240,7 @@ def run(
     """
     started = time.perf_counter()
     found = _Run(plan, progress, tell)
-    workers = engine or (Processes(plan.options.jobs) if plan.options.jobs else Here())
+    workers = engine or _engine(plan.options)
     with closing(
         workers.run(found.pending(workers.workers))
     ) as outcomes:  # at once, when the loop is left: workers must not live on
@@ -242,6 +248,14 @@ def run(
             found.ended(job, outcome)
     results = tuple(sorted(found.results, key=lambda result: result.job.number))
     return Report(plan.recipe, plan.ledger.log, results, len(plan.jobs) - len(results), time.perf_counter() - started)
+
+
+def _engine(options: Options) -> Engine:
+    if options.engine == "ray":
+        from adaptkit.ops._ray import Ray
+
+        return Ray(options.jobs, options.address)
+    return Here() if options.jobs == 0 else Processes(options.jobs or 1)
 
 
 class _Key:

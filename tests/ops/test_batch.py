@@ -438,7 +438,7 @@ class TestWorkers:
             for job in bundle:
                 if job.number == 2:
                     worker.process.send_signal(signal.SIGSTOP)
-                    left.append(job.output.with_name(f".x.{worker.process.pid}-00.part"))
+                    left.append(job.output.with_name(f".{job.output.name}.{worker.process.pid}-00.part"))
                     left[-1].parent.mkdir(exist_ok=True)
                     left[-1].touch()
                     worker.process.kill()
