@@ -140,7 +140,9 @@ def _outcomes(ray: Any, ready: Any, bundle: Bundle) -> list[Outcome] | None:
     except ray.exceptions.RayActorError as error:
         if "The actor died because of an error raised in its creation task" in str(error):
             words = str(error.__cause__ or error).strip().splitlines()[-1]
-            failed = Outcome(error=f"no worker can start on the Ray cluster: {words}", hint="files must be on shared storage")
+            failed = Outcome(
+                error=f"no worker can start on the Ray cluster: {words}", hint="files must be on shared storage"
+            )
             return [failed] * len(bundle)
         return None
     except ray.exceptions.RayError as error:
