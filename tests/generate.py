@@ -408,6 +408,32 @@ def _role_shapes(algorithm: str, shape: tuple[int, ...]) -> Mapping[str, tuple[i
     }[algorithm]
 
 
+RECIPE = """\
+[defaults.resize]
+dtype = "fp16"
+
+[[matrix]]
+command = "merge"
+bases = ["base.safetensors", "tuned.safetensors"]
+adapters = ["lora-kohya.safetensors"]
+strengths = [0.5, 1.0]
+output = "../../out/{base}-{adapter}-{strength}.safetensors"
+
+[[matrix]]
+command = "resize"
+adapter = "lora-kohya.safetensors"
+rank = [1, 2]
+output = "../../out/{adapter}-rank{rank}.safetensors"
+
+[[job]]
+command = "extract"
+base = "base.safetensors"
+tuned = "tuned.safetensors"
+algo = "lokr"
+output = "../../out/{tuned}-lokr.safetensors"
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--into", type=Path, default=FIXTURES)
@@ -417,6 +443,7 @@ def main() -> None:
     tiny = Tiny()
     tiny.write(folder / "tiny")
     tiny.write_adapters(folder / "tiny")
+    (folder / "tiny" / "recipe.toml").write_text(RECIPE, encoding="utf-8", newline="\n")
     write_foreign(folder / "tiny")
 
 

@@ -73,6 +73,10 @@ def test_console_examples_print_what_is_shown(folder: Path) -> None:
         assert run(command, folder) == plain(expected), command
 
 
+def test_the_recipe_shown_is_the_one_that_runs() -> None:
+    assert blocks("toml")[0] == (FIXTURES / "tiny" / "recipe.toml").read_text(encoding="utf-8")
+
+
 def test_python_examples_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     found = blocks("python")
