@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms._weights import ALPHA, Stated
-from adaptkit.detect import Detection, detect_adapter, is_adapter
+from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
-from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label
-from adaptkit.unknown import NAME as UNKNOWN
+from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label, split_suffix
 from adaptkit.unknown import fallback
 
 if TYPE_CHECKING:
@@ -98,6 +97,20 @@ class Adapter:
             raise error.at(file=path) from None
 
     @classmethod
+    def open_as(cls, path: str | Path, family: ModelFamily, *, format: str | None = None) -> Adapter:
+        """Read the header of an adapter for a family without a table (see adaptkit.unknown), which gives the modules' names.
+
+        UnknownAdapter where no format spells most keys by these names.
+        """
+        source, config = open_adapter_source(Path(path))
+        try:
+            infos = _weights_of(source)
+            return cls._read(source, config, infos, *_by_names(infos, family, format))
+        except AdaptkitError as error:
+            source.close()
+            raise error.at(file=path) from None
+
+    @classmethod
     def understand(
         cls,
         source: TensorSource,
@@ -107,12 +120,23 @@ class Adapter:
         format: str | None = None,
     ) -> Adapter:
         """The adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
-        infos = {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+        infos = _weights_of(source)
         found = detect_adapter(infos, source.metadata, family=family, format=format)
         if found.family is not None and found.format is not None:
             keys = compile_keys(found.family, found.format)
         else:
             keys, found = _unknown(infos, found, family, format)
+        return cls._read(source, config, infos, keys, found)
+
+    @classmethod
+    def _read(
+        cls,
+        source: TensorSource,
+        config: Mapping[str, object] | None,
+        infos: Mapping[str, TensorInfo],
+        keys: KeyMap,
+        found: Detection,
+    ) -> Adapter:
         reader = _Reader(source, keys, _Configs.of(source.metadata, config))
         entries = reader.entries(infos)
         reader.problems += _unusual(config or {})
@@ -170,6 +194,25 @@ class Adapter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _weights_of(source: TensorSource) -> dict[str, TensorInfo]:
+    return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+
+
+def _by_names(infos: Mapping[str, TensorInfo], family: ModelFamily, format: str | None) -> tuple[KeyMap, Detection]:
+    """The key map of the format that claims most keys with a family's names; UnknownAdapter where that is not most of them."""
+    stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
+    maps = [KeyMap(family, formats()[name]) for name in chosen("format", formats(), format)]
+    claimed = [sum(n for stem, n in stems.items() if keys.slot(stem) is not None) for keys in maps]
+    most = max(claimed)
+    if most <= ENOUGH * len(infos):
+        raise UnknownAdapter(
+            "its modules are not named as the checkpoint's, whose family adaptkit has no table for",
+            hint=f"it begins with {next(iter(infos), 'nothing')!r}; only names that both files use can be matched",
+        )
+    keys = maps[claimed.index(most)]
+    return keys, Detection(None, keys.format.name, most, len(infos))
 
 
 def _unknown(
@@ -284,9 +327,9 @@ class _Reader:
         return None
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
-        """Where the stored shapes do not tell the kernel (flat factors), the family's table does."""
+        """Where the stored shapes do not tell the kernel (flat factors), a table made for weights does."""
         row = self.keys.row(slot.target)
-        if facts.kernel is not None or row is None or self.keys.family.name == UNKNOWN:
+        if facts.kernel is not None or row is None or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
 

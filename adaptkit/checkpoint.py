@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.detect import Detection, detect_checkpoint, families
+from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
 from adaptkit.errors import AdaptkitError, ShapeMismatch, UnknownAdapter
 from adaptkit.files.quantized import Quantization, read_widened
 from adaptkit.files.source import open_source
 from adaptkit.keymap import CheckpointMap, KeyMap, Place, compile_checkpoint, compile_keys, label
 from adaptkit.names import Slot
+from adaptkit.unknown import family_of_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -65,14 +66,24 @@ class Checkpoint:
     ema: int = 0
 
     @classmethod
-    def open(cls, path: str | Path, *, family: str | None = None, ema: bool = False) -> Checkpoint:
+    def open(
+        cls, path: str | Path, *, family: str | None = None, ema: bool = False, strangers: bool = False
+    ) -> Checkpoint:
         """Read the header of a checkpoint; UnknownAdapter where no family fits.
 
-        `ema`: read the averaged weights (`model_ema.…`) instead of the plain ones, where there are any.
+        `ema`: read the averaged weights (`model_ema.…`) instead of the plain ones, where there are any. `strangers`: where
+        no family fits and none is asked for, take it as one of a family that names its modules as this file does.
         """
         source = open_source(path)
         try:
             return cls.understand(source, family=family, ema=ema)
+        except UnknownAdapter as error:
+            if strangers and family is None and not is_adapter(source.infos):
+                made = family_of_weights({name: info.shape for name, info in source.infos.items()})
+                if made.components:
+                    return cls.under_own_names(source, made, ema=ema)
+            source.close()
+            raise error.at(file=path) from None
         except AdaptkitError as error:
             source.close()
             raise error.at(file=path) from None

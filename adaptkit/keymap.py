@@ -405,6 +405,18 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Spelled:
+    """A tensor as a layout stores it: its key without the prefix, what it holds, the kernel it is stored with.
+
+    None: a vector's, or whatever the tensor has.
+    """
+
+    key: str
+    place: Place
+    kernel: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Parameter:
     reading: _Reading
     param: str
@@ -415,8 +427,10 @@ class _Parameter:
 class CheckpointMap:
     """All checkpoint keys of one family, in every layout it knows."""
 
-    def __init__(self, family: ModelFamily) -> None:
-        self.family = family
+    def __init__(self, family: ModelFamily, *, beside: bool = False) -> None:
+        """`beside`: the parts that no adapter holds as well."""
+        self.family = replace(family, components=(*family.components, *family.beside)) if beside else family
+        family = self.family
         found: dict[str, Templates[_Parameter]] = {}
         shared: dict[tuple[str, str], Templates[_Parameter]] = {}
         tables = [
@@ -444,6 +458,23 @@ class CheckpointMap:
                 slot = reading.slot(indices, found.param)
                 return Place(slot, found.kind, reading.naming, found.transposed, reading.swapped)
         return None
+
+    def spelled(self, target: Target, naming: str) -> tuple[Spelled, ...]:
+        """The tensors that a naming keeps a target in (weights or biases), in the order of its rows; none without names."""
+        found = _rows(self.family).get(target.component, _NO_ROWS).match(target.module)
+        if found is None:
+            return ()
+        row, indices = found
+        bias = target.param == BIAS
+        names = row.names.get(naming) or row.names["diffusers"]
+        return tuple(
+            Spelled(
+                _fill(name.bias if bias else name.weight, indices),
+                Place(Slot(target, name.rows), row.kind, naming, name.transposed and not bias, name.swapped),
+                None if bias else row.kernel if name.kernel is None else name.kernel,
+            )
+            for name in names
+        )
 
     def other(self, key: str) -> str | None:
         """The part of a checkpoint that no adapter holds which this key belongs to (`vae`, `ema`), if any."""

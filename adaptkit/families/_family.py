@@ -49,7 +49,8 @@ class Name:
 
     `rows` is the cut of the target's output rows this name covers (None: all); `transposed` says that the checkpoint
     stores the transpose of the target; `swapped` that the two halves of the output rows stand in the other order (the
-    scale and shift of a modulation, which the original models and diffusers write in opposite orders).
+    scale and shift of a modulation, which the original models and diffusers write in opposite orders). `kernel` is what
+    this naming stores where that is not the row's: a linear layer as a 1×1 convolution.
     """
 
     module: str
@@ -58,6 +59,7 @@ class Name:
     rows: Rows | None = None
     transposed: bool = False
     swapped: bool = False
+    kernel: tuple[int, ...] | None = None
 
 
 def swapped(module: str) -> Name:
@@ -203,7 +205,7 @@ class ModelFamily:
     `others` names the parts of a checkpoint that no adapter holds, by their key prefixes. `architectures` are the
     values of `modelspec.architecture` and `ss_base_model_version` that mean this family (lower case, prefixes);
     `modelspec` and `base_version` are what adaptkit writes there. `yields_to` names the look-alikes that a file which
-    could be either more likely is.
+    could be either more likely is. `beside` are parts that no adapter holds, with the names that each layout gives them.
     """
 
     name: str
@@ -214,6 +216,7 @@ class ModelFamily:
     modelspec: str = ""
     base_version: str = ""  # where trainers write something else than `modelspec`
     yields_to: tuple[str, ...] = ()
+    beside: tuple[Component, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(
             {"vae": ("first_stage_model.", "vae."), "ema": ("model_ema.",), "safety_checker": ("safety_checker.",)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from adaptkit.families._family import Kind, ModelFamily, pair, scaled, transformer
 from adaptkit.families._flux import double_attention, double_mlps, marks, single_block
 from adaptkit.families._t5 import t5
+from adaptkit.families._vae import autoencoder
 
 DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
 THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."
@@ -35,6 +36,7 @@ FAMILY = ModelFamily(
         transformer("Chroma transformer", ROWS),
         t5("text_encoder", kohya=("te3", "te")),  # sd-scripts keeps FLUX.1's numbers, OneTrainer counts one encoder
     ),
+    beside=(autoencoder("vae.", "first_stage_model."),),
     marks=marks(3072, mlp=4, single=7),
     architectures=("chroma",),
     modelspec="chroma",

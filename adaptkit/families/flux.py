@@ -8,6 +8,7 @@ from adaptkit.families._clip import clip_l
 from adaptkit.families._family import ModelFamily, Row, named, pair, split, swapped, transformer
 from adaptkit.families._flux import SHARES, double_attention, double_mlps, embedder, marks, single_block
 from adaptkit.families._t5 import t5
+from adaptkit.families._vae import autoencoder
 
 DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
 THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."
@@ -55,6 +56,7 @@ FAMILY = ModelFamily(
         clip_l(),
         t5("text_encoder_2", kohya=("te3", "te2")),
     ),
+    beside=(autoencoder("vae.", "first_stage_model."),),
     marks=marks(3072, mlp=4, single=7),
     architectures=("flux-1", "flux.1", "flux1", "flux_1", "flux_kontext", "flux-kontext"),
     modelspec="flux-1-dev",

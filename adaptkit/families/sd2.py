@@ -5,6 +5,7 @@ from __future__ import annotations
 from adaptkit.families._clip import openclip_rows
 from adaptkit.families._family import Component, Mark, ModelFamily
 from adaptkit.families._unet import unet_rows
+from adaptkit.families._vae import autoencoder
 
 FAMILY = ModelFamily(
     name="sd2",
@@ -32,6 +33,7 @@ FAMILY = ModelFamily(
             },
         ),
     ),
+    beside=(autoencoder("first_stage_model."),),
     marks=(
         Mark("unet", "attn2.to_k", columns=1024),
         Mark("unet", "attn2.to_v", columns=1024),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from adaptkit.families._family import ModelFamily
 from adaptkit.families._sd3 import components, marks
+from adaptkit.families._vae import autoencoder
 
 FAMILY = ModelFamily(
     name="sd3",
     title="Stable Diffusion 3 / 3.5 medium",
     components=components("MMDiT", 24, dual=13),
+    beside=(autoencoder("first_stage_model."),),
     marks=marks(1536),
     architectures=("stable-diffusion-3-m", "stable-diffusion-3-5-m", "sd3_m", "sd3_5-m", "sd3.5-m", "sd3.5_m"),
     modelspec="stable-diffusion-3-medium",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from adaptkit.families._family import ModelFamily
 from adaptkit.families._sd3 import components, marks
+from adaptkit.families._vae import autoencoder
 
 FAMILY = ModelFamily(
     name="sd35-large",
     title="Stable Diffusion 3.5 large",
     components=components("MMDiT", 38),
+    beside=(autoencoder("first_stage_model."),),
     marks=marks(2432),
     architectures=("stable-diffusion-3-5-l", "sd3_5-l", "sd3.5-l", "sd3.5_l"),
     modelspec="stable-diffusion-3-5-large",

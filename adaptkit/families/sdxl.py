@@ -5,6 +5,7 @@ from __future__ import annotations
 from adaptkit.families._clip import clip_rows, openclip_rows
 from adaptkit.families._family import Component, Mark, ModelFamily
 from adaptkit.families._unet import unet_rows
+from adaptkit.families._vae import autoencoder
 
 FAMILY = ModelFamily(
     name="sdxl",
@@ -44,6 +45,7 @@ FAMILY = ModelFamily(
             },
         ),
     ),
+    beside=(autoencoder("first_stage_model."),),
     marks=(
         Mark("unet", "attn2.to_k", columns=2048),
         Mark("unet", "attn2.to_v", columns=2048),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from adaptkit.families._clip import clip_g
 from adaptkit.families._family import Component, Mark, ModelFamily
 from adaptkit.families._unet import unet_rows
+from adaptkit.families._vae import autoencoder
 
 FAMILY = ModelFamily(
     name="sdxl-refiner",
@@ -20,6 +21,7 @@ FAMILY = ModelFamily(
         ),
         clip_g(native=("conditioner.embedders.0.model.",)),
     ),
+    beside=(autoencoder("first_stage_model."),),
     marks=(
         Mark("unet", "attn1.to_q", columns=(768, 1536)),
         Mark("unet", "attn2.to_q", columns=(768, 1536)),

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.keymap import compile_keys, label
 from adaptkit.ops._stats import NUMBERED, block_of
@@ -220,7 +221,8 @@ def _names(family: ModelFamily, slot: Slot) -> Iterator[str]:
 
 def _whole(family: ModelFamily, slot: Slot) -> Iterator[str]:
     """Of a fused layer, what the names of its parts have in common: `transformer.transformer_blocks.3.attn`."""
-    parts = compile_keys(family.name, "diffusers").slots(slot.target) if slot.rows is None else ()
+    known = slot.rows is None and family.name in families()
+    parts = compile_keys(family.name, "diffusers").slots(slot.target) if known else ()
     if len(parts) > 1:
         yield ".".join(segments[0] for segments in _alike(label(family, part).split(".") for part in parts))
 

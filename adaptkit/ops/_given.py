@@ -66,6 +66,11 @@ class _File:
         """The adapter in it."""
         return self._read(self.names[0])
 
+    def named_by(self, base: Checkpoint) -> Adapter:
+        """The adapter with the modules' names that a checkpoint of a family without a table has."""
+        self.source.close()
+        return Adapter.open_as(self.path, base.family, format=self.names[1])
+
     def followed(self, adapter: Adapter, family: str) -> Adapter:
         """The adapter as one of this family, where its names may be that family's too."""
         alike = adapter.family.name != family and family in adapter.detection.alternatives
@@ -129,7 +134,7 @@ def _merged(adapter: _File, checkpoint: _File, path: Path | None, opened: ExitSt
         raise
     opened.callback(base.close)
     opened.callback(tuned.close)
-    a = adapter.followed(adapter.read(), base.family.name)
+    a = adapter.followed(adapter.read(), base.family.name) if base.known else adapter.named_by(base)
     _check_family(a, base)
     return Inputs(Given(a, adapter.strength), None, base, tuned)
 

@@ -89,7 +89,7 @@ UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
     """Find the place of every adapter module in the base; reads headers only, and fails here if anything can."""
     with ExitStack() as failing:
-        checkpoint = failing.enter_context(Checkpoint.open(base, family=options.family))
+        checkpoint = failing.enter_context(Checkpoint.open(base, family=options.family, strangers=True))
         opened = []
         for path, _ in adapters:
             opened.append(_open_adapter(checkpoint, path, options))
@@ -174,6 +174,8 @@ def _specs(base: Checkpoint, working: Mapping[str, Job], options: Options) -> It
 
 
 def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
+    if not base.known:
+        return Adapter.open_as(path, base.family, format=options.format)
     adapter = Adapter.open(path, format=options.format)
     family = base.family.name
     if adapter.family.name != family and family in adapter.detection.alternatives:
