@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 )
 @click.option("--verify", is_flag=True, help="Read the output back and check it against base + ΔW before it appears.")
 @click.option("--shard-size", type=SIZE, metavar="SIZE", help="Write a folder of shards of at most this size.")
+@click.option(
+    "--layout",
+    type=click.Choice(["single-file", "folder"]),
+    help="Write one file with the original names, or a folder with diffusers', whichever BASE is.",
+)
 @writer
 def merge(
     base: Path,
@@ -39,8 +44,10 @@ def merge(
     are added in float32 and rounded once; layers no adapter touches are copied byte for byte. An adapter module that
     finds no place in BASE fails the run.
 
-    BASE may be a file, an index of shards or a folder; the output is of the same kind, with the same file names. Weights
-    stored as fp8, with or without scales, stay so unless --dtype says otherwise, and the report says what that costs.
+    BASE may be a file, an index of shards or a folder; the output is of the same kind, with the same file names, unless
+    --layout asks for the other one: every weight is then renamed, cut or joined as the model's family does it, bit for
+    bit. A folder gets weights only; its config.json files are those of any diffusers folder of the model. Weights stored
+    as fp8, with or without scales, stay so unless --dtype says otherwise, and the report says what that costs.
 
     --blocks multiplies the strength in parts of the model: `te=0`, `unet.down_blocks.*=0.5`, `double.0-5=0.3`, `IN04=0`,
     or the 12, 17, 20 or 26 numbers (57 or 61 for FLUX) of the LoRA Block Weight extension. The last rule that matches

@@ -407,6 +407,7 @@ class Talk:
             ("size", human(report.bytes)),
         ]
         notes = [f"not in the output: {path} (weights once more, without the merge)" for path in report.left_out]
+        notes += report.notes
         if report.relative_error > _LOSSY:
             wider = "bf16 or fp16" if report.quantised else "fp32"
             which = f" ({report.quantised} tensors are fp8)" if report.quantised else ""

@@ -106,19 +106,29 @@ class _Trail:
 
 
 class Pieces:
-    """One tensor of a sink in the making: stretches of it in any order, then `close`."""
+    """One tensor of a sink in the making: stretches of it in any order from any thread, then `close`."""
 
     def __init__(self, sink: TensorSink, info: TensorInfo) -> None:
         self._sink, self._info, self._left = sink, info, info.nbytes
 
     def put(self, tensor: torch.Tensor, first: int) -> None:
         """Write `tensor` as the elements from number `first` on, counted row by row; its dtype is taken on trust."""
-        data = tensor_bytes(tensor)
-        at = self._info.start + first * tensor.dtype.itemsize
-        if first < 0 or at + len(data) > self._info.stop:
-            raise RuntimeError(f"{len(data)} bytes do not belong at element {first} of {self._info.name!r}")
-        self._sink._write(data, at)
-        self._left -= len(data)
+        self.put_bytes(tensor_bytes(tensor), first * tensor.dtype.itemsize)
+
+    def put_bytes(self, data: memoryview, at: int) -> None:
+        """Write raw bytes, the first of them as the tensor's byte `at`."""
+        self._sink._write(data, self._place(at, len(data)))
+        self._count(len(data))
+
+    def _place(self, at: int, length: int) -> int:
+        """Where in the file bytes of this tensor lie."""
+        if at < 0 or at + length > self._info.nbytes:
+            raise RuntimeError(f"{length} bytes do not belong at byte {at} of {self._info.name!r}")
+        return self._info.start + at
+
+    def _count(self, length: int) -> None:
+        with self._sink._state:
+            self._left -= length
 
     def close(self) -> None:
         """All of it is written."""
@@ -182,6 +192,20 @@ class TensorSink:
         self._check(info, TensorSpec(name, _DTYPES.get(given, given), tuple(shape)))
         self._claim(name)
         return Pieces(self, info)
+
+    def parts(self, name: str) -> Pieces:
+        """To write one tensor's bytes piece by piece, their dtype and shape taken on trust."""
+        self._claim(name)
+        return Pieces(self, self._info(name))
+
+    def copy_parts(self, items: Iterable[tuple[Pieces, Path, int, int, int]]) -> None:
+        """Copy stretches of files: of each its start and length there, and the byte of the tensor where it goes."""
+        runs: list[_Run] = []
+        for pieces, path, start, length, at in items:
+            runs.append(_Run(path, start, length, pieces._place(at, length), pieces._info.name))
+            pieces._count(length)
+        for path, group in _by_file(_coalesce(runs)).items():
+            self._copy_file(path, group)
 
     def put_bytes(self, name: str, data: memoryview) -> None:
         """Write one tensor's raw bytes."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.files.sink import Pieces
     from adaptkit.names import Slot
-    from adaptkit.ops._layout import Output
+    from adaptkit.ops._layout import Output, Scattered
     from adaptkit.ops._merging import Job, Plan
 
 __all__ = ["Blender", "Merged", "Task", "combined", "step_of"]
@@ -215,7 +215,7 @@ class _Target:
     ‖ΔW‖² and ‖rounding‖² so far."""
 
     out: Tensor
-    pieces: tuple[Pieces, ...]
+    pieces: tuple[Pieces | Scattered, ...]
     parts: tuple[tuple[_Part, float], ...]
     delta: Tensor
     rounding: Tensor
@@ -364,7 +364,7 @@ class Blender:
             targets.append(_Target(out, pieces, same, delta, rounding))
         return targets
 
-    def _checked(self, number: int, task: Task, pieces: Pieces, *sums: Tensor) -> Merged:
+    def _checked(self, number: int, task: Task, pieces: Pieces | Scattered, *sums: Tensor) -> Merged:
         weight, delta, rounding = (float(value) for value in sums)
         job = _given(task.jobs[number])
         if not (math.isfinite(weight) and math.isfinite(delta)):

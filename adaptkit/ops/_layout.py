@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor, dtype
 
-    from adaptkit.files.header import TensorSpec
+    from adaptkit.files.header import TensorInfo, TensorSpec
     from adaptkit.files.sink import Pieces, TensorSink
     from adaptkit.files.source import TensorSource
+    from adaptkit.ops._relayout import Move
 
-__all__ = ["Layout", "Output", "Volume", "as_single", "opened", "plan_layout"]
+__all__ = ["Layout", "Output", "Volume", "as_single", "gathered", "in_shards", "index_text", "opened", "plan_layout"]
 
 SINGLE = (".safetensors", ".sft")
 WEIGHTS = (*SINGLE, ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf")
@@ -57,6 +59,9 @@ class Layout:
     indices: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, Path] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    moves: Mapping[str, Sequence[Move]] = field(
+        default_factory=dict
+    )  # where names differ: rows of each tensor of the base
 
     @property
     def top(self) -> frozenset[str]:
@@ -69,11 +74,18 @@ class Layout:
         return [volume.path for volume in self.volumes if volume.path]
 
 
-def as_single(source: TensorSource, output: Path | None, shard_size: int | None) -> bool:
-    """Whether the output is one file: where the base is one and no shards are asked for, or where it is named as one."""
+def as_single(source: TensorSource, output: Path | None, shard_size: int | None, layout: str | None = None) -> bool:
+    """Whether the output is one file: as `--layout` says, or where it is named as one, or where the base is one.
+
+    NotRepresentable where these, or the shards that are asked for, contradict each other.
+    """
     named = output is not None and output.suffix.lower() in SINGLE
-    if named and shard_size is not None:
+    if shard_size is not None and (named or layout == "single-file"):
         raise NotRepresentable("shards go into a folder", hint="name one, without .safetensors", file=output)
+    if named and layout == "folder":
+        raise NotRepresentable("--layout folder: the output is named as a file", hint="name a folder", file=output)
+    if layout is not None:
+        return layout == "single-file"
     return named or (source.files == (source.path,) and shard_size is None)
 
 
@@ -85,11 +97,30 @@ def plan_layout(
         if _is_pipeline(source):
             raise NotRepresentable(
                 "the parts of a diffusers folder have names of their own, which one file does not hold",
-                hint="name a folder as output, without .safetensors",
+                hint="name a folder as output, without .safetensors, or pass --layout single-file",
                 file=source.path,
             )
         return Layout(False, (Volume("", {s.name: s.name for s in specs}, tuple(specs), source.metadata),))
     return _Folder(source, {spec.name: spec for spec in specs}, frozenset(touched), shard_size).layout()
+
+
+def in_shards(sizes: Mapping[str, int], room: int) -> list[list[str]]:
+    """Names cut into shards of at most so many bytes, one tensor at least, in order."""
+    shards: list[list[str]] = [[]]
+    left = room
+    for name, size in sizes.items():
+        if size > left and shards[-1]:
+            shards.append([])
+            left = room
+        shards[-1].append(name)
+        left -= size
+    return shards
+
+
+def index_text(places: Mapping[str, str], size: int) -> str:
+    """The index of shards as Hugging Face's libraries write one: tensor → file beside it."""
+    table = {"metadata": {"total_size": size}, "weight_map": dict(places)}
+    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
 
 
 def _root(source: TensorSource) -> Path:
@@ -149,15 +180,7 @@ class _Folder:
     def _cut(self, stem: str, first: Path, names: Sequence[str]) -> None:
         """Shards of at most the size asked for, one tensor at least, in the base's order."""
         assert self.shard_size is not None
-        shards: list[list[str]] = [[]]
-        room = self.shard_size
-        for name in names:
-            size = _size(self.specs[name])
-            if size > room and shards[-1]:
-                shards.append([])
-                room = self.shard_size
-            shards[-1].append(name)
-            room -= size
+        shards = in_shards({name: _size(self.specs[name]) for name in names}, self.shard_size)
         for n, held in enumerate(shards, 1):
             self._volume(self._path(first.parent, f"{stem}-{n:05}-of-{len(shards):05}.safetensors"), first, held, None)
         self._index(self._path(first.parent, f"{stem}.safetensors.index.json"), names)
@@ -183,12 +206,10 @@ class _Folder:
         return next(iter(sorted(found)), None) if _SHARD.match(files[0].name) else None
 
     def _index(self, path: str, names: Sequence[str]) -> None:
-        """As Hugging Face's libraries write one; files by name beside it."""
         place = {
             stored: volume.path.rpartition("/")[2] for volume in self.volumes for stored in self._stored(volume, names)
         }
-        table = {"metadata": {"total_size": sum(_size(self.specs[name]) for name in names)}, "weight_map": place}
-        self.indices[path] = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        self.indices[path] = index_text(place, sum(_size(self.specs[name]) for name in names))
 
     def _stored(self, volume: Volume, names: Sequence[str]) -> Iterator[str]:
         return (volume.names[name] for name in names if name in volume.names)
@@ -242,6 +263,10 @@ class Output:
     def __init__(self, layout: Layout, sinks: Mapping[str, TensorSink], at: Callable[[str], Path]) -> None:
         self.layout, self.at = layout, at
         self._sinks = sinks
+        self._parts: dict[tuple[str, str], Pieces] = {}
+        if layout.moves:
+            stored = ((volume.path, spec.name) for volume in layout.volumes for spec in volume.specs)
+            self._parts = {(path, name): sinks[path].parts(name) for path, name in stored}
         self._place = {
             name: (sinks[volume.path], stored)
             for volume in layout.volumes
@@ -251,16 +276,24 @@ class Output:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, named as in the whole checkpoint."""
+        if self.layout.moves:
+            scattered = self._scattered(name, tensor.dtype, tensor.shape)
+            scattered.put(tensor, 0)
+            return scattered.close()
         sink, stored = self._place[name]
-        sink.put(stored, tensor)
+        return sink.put(stored, tensor)
 
-    def pieces(self, name: str, dtype: dtype, shape: Sequence[int]) -> Pieces:
+    def pieces(self, name: str, dtype: dtype, shape: Sequence[int]) -> Pieces | Scattered:
         """To write one tensor piece by piece."""
+        if self.layout.moves:
+            return self._scattered(name, dtype, shape)
         sink, stored = self._place[name]
         return sink.pieces(stored, dtype, shape)
 
     def copy(self, source: TensorSource, names: Iterable[str]) -> None:
         """Copy the bytes of these tensors; those of files that are copied whole are there already."""
+        if self.layout.moves:
+            return self._copy_moved(source, names)
         groups: dict[int, tuple[TensorSink, list[tuple[str, TensorSource, str]]]] = {}
         for name in names:
             if name in self._place:
@@ -268,6 +301,26 @@ class Output:
                 groups.setdefault(id(sink), (sink, []))[1].append((stored, source, name))
         for sink, items in groups.values():
             sink.copy_many(items)
+        return None
+
+    def _scattered(self, name: str, dtype: dtype, shape: Sequence[int]) -> Scattered:
+        moves = [(move, self._parts[move.path, move.stored]) for move in self.layout.moves[name]]
+        return Scattered(moves, dtype, tuple(shape))
+
+    def _copy_moved(self, source: TensorSource, names: Iterable[str]) -> None:
+        """Rows go as bytes from file to file; what is turned, or has no bytes of its own there, through memory."""
+        found: dict[str, list[tuple[Pieces, Path, int, int, int]]] = {path: [] for path in self._sinks}
+        for name in names:
+            span, row = source.span(name), _row_bytes(source.infos[name])
+            moves = self.layout.moves[name]
+            if span is None or any(move.transposed for move in moves):
+                self.put(name, source.read(name))
+                continue
+            for m in moves:
+                stretch = self._parts[m.path, m.stored], span[0], span[1] + m.start * row, m.count * row, m.at * row
+                found[m.path].append(stretch)
+        for path, items in found.items():
+            self._sinks[path].copy_parts(items)
 
     def restate(self, metadata: Callable[[Volume], Mapping[str, str]]) -> None:
         """Replace the metadata of every file written by other values of the same length."""
@@ -277,8 +330,59 @@ class Output:
 
     def finish(self) -> None:
         """Everything is written: check, sync, close."""
+        for parts in self._parts.values():
+            parts.close()
         for sink in self._sinks.values():
             sink.commit()
+
+
+class Scattered:
+    """One tensor of the base whose rows go to several places: stretches of it, then `close`."""
+
+    def __init__(self, moves: Sequence[tuple[Move, Pieces]], dtype: dtype, shape: tuple[int, ...]) -> None:
+        import torch
+
+        self._moves, self._shape = moves, shape
+        self._row = dtype.itemsize * math.prod(shape[1:])
+        self._turned = torch.empty(shape, dtype=dtype) if any(move.transposed for move, _ in moves) else None
+
+    def put(self, tensor: Tensor, first: int) -> None:
+        """Write `tensor` as the elements from number `first` on, counted row by row."""
+        from adaptkit.files.sink import tensor_bytes
+
+        if self._turned is not None:
+            self._turned.view(-1)[first : first + tensor.numel()] = tensor.reshape(-1)
+            return
+        data, at = tensor_bytes(tensor), first * tensor.dtype.itemsize
+        for move, parts in self._moves:
+            start = move.start * self._row
+            one, two = max(at, start), min(at + len(data), start + move.count * self._row)
+            if one < two:
+                parts.put_bytes(data[one - at : two - at], one - start + move.at * self._row)
+
+    def close(self) -> None:
+        """All of it has come."""
+        if self._turned is not None:
+            for _, parts in self._moves:
+                parts.put(self._turned.T.contiguous(), 0)
+
+
+def gathered(moves: Sequence[Move], info: TensorInfo, stored: Mapping[tuple[str, str], TensorSource]) -> Tensor:
+    """A tensor of the base (as `info` has it) put together again from where its rows went."""
+    import torch
+
+    if any(move.transposed for move in moves):
+        (move,) = moves
+        return stored[move.path, move.stored].read(move.stored).T.contiguous()
+    if not info.shape:
+        return stored[moves[0].path, moves[0].stored].read(moves[0].stored).reshape(())
+    parts = sorted(moves, key=lambda move: move.start)
+    rows = [stored[m.path, m.stored].read(m.stored, slice(m.at, m.at + m.count)) for m in parts]
+    return torch.cat([part.reshape(len(part), *info.shape[1:]) for part in rows])
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    return nbytes(info.dtype, info.shape[1:])
 
 
 @contextmanager

@@ -28,12 +28,14 @@ class Options(Shared):
     """Options of a merge beside those every verb shares.
 
     `blocks`: weights of modules, by rules (see adaptkit.ops._blocks). `verify`: read the output back and compare it with
-    base + ΔW. `shard_size`: write shards of at most so many bytes.
+    base + ΔW. `shard_size`: write shards of at most so many bytes. `layout`: `single-file` (the
+    original names) or `folder` (diffusers'), where the base has the other.
     """
 
     blocks: tuple[str, ...] = ()
     verify: bool = False
     shard_size: int | None = None
+    layout: str | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from adaptkit.ops._common import (
 )
 from adaptkit.ops._layout import as_single, opened, plan_layout
 from adaptkit.ops._merging import Contribution, Job, Options, Plan
+from adaptkit.ops._relayout import Relayout, wanted
 from adaptkit.ops._stats import block_of
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Report(WriterReport):
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     quantised: int = 0
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -79,10 +81,12 @@ class Report(WriterReport):
             "files": list(self.files),
             "left_out": list(self.left_out),
             "quantised": self.quantised,
+            "notes": list(self.notes),
         }
         return {**super().to_dict(), **extra}
 
 
+ONLY_WEIGHTS = "the folder holds weights only: its config.json files are those of any diffusers folder of this model"
 UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 
 
@@ -102,7 +106,8 @@ def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -
 def _planned(
     path: Path, base: Checkpoint, adapters: tuple[Adapter, ...], strengths: tuple[float, ...], options: Options
 ) -> Plan:
-    single = as_single(base.source, options.output, options.shard_size)
+    single = as_single(base.source, options.output, options.shard_size, options.layout)
+    renamed = wanted(base, options.layout)
     output = options.output or default_output(path, "merged", folder=not single)
     if single:
         check_output(output, options.overwrite)
@@ -117,9 +122,13 @@ def _planned(
     places.blocks.check()
     working = _working(base, jobs, options)
     specs = tuple(_specs(base, {job.name: job for job in working}, options))
-    layout = plan_layout(
-        base.source, specs, {name for job in working for name in job.writes()}, single, options.shard_size
-    )
+    if renamed:
+        made = _relayout(base, specs, options)
+        specs, layout = tuple(spec for spec in specs if spec.name in made.moves), made.layout(options.shard_size)
+        places.unused.append(made.lost)
+    else:
+        touched = {name for job in working for name in job.writes()}
+        layout = plan_layout(base.source, specs, touched, single, options.shard_size)
     if layout.folder:
         _check_folder(output, layout, options)
     steps = tuple(step_of(job, base, adapters) for job in working)
@@ -127,6 +136,22 @@ def _planned(
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
     return Plan(base, adapters, strengths, options, output, jobs, specs, unused, steps, layout, rules)
+
+
+def _relayout(base: Checkpoint, specs: Sequence[TensorSpec], options: Options) -> Relayout:
+    """Where everything goes in the other layout; what has no place there fails the run unless it is allowed."""
+    assert options.layout is not None
+    scaled = [spec.name for spec in specs if spec.name in base.quantization.extras]
+    if scaled:
+        raise NotRepresentable(
+            f"--layout {options.layout}: scaled weights have no other layout",
+            hint="pass --dtype bf16 as well",
+            file=base.source.path,
+            tensor=scaled[0],
+        )
+    made = Relayout(base, specs, options.layout)
+    refuse_unused(made.refused, options.allow_unused, base.source.path)
+    return made
 
 
 def _check_folder(output: Path, layout: Layout, options: Options) -> None:
@@ -402,6 +427,7 @@ def _report(plan: Plan, found: Mapping[str, Merged], verified: Verified | None, 
         verified=verified,
         files=tuple(plan.layout.files()),
         left_out=plan.layout.left_out,
+        notes=(ONLY_WEIGHTS,) if plan.layout.folder and plan.layout.moves else (),
         quantised=sum(job.changes and job.dtype.startswith("F8") for job in plan.jobs),
     )
 
