@@ -472,9 +472,12 @@ def _sync_folder(folder: Path) -> None:
 def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to write into, which appears as `path` when the block ends well, and vanishes when it does not.
 
-    An existing folder is replaced (`overwrite`) only if it holds nothing but files of the `known` names.
+    An existing folder is replaced (`overwrite`) only if it holds nothing but files of the `known` names: in one step where
+    the system can exchange two folders (Linux, macOS); elsewhere a kill between two renames leaves it as `.….old`.
     """
     import shutil
+
+    from adaptkit.files._exchange import exchange
 
     check_folder(path, known, overwrite)
     token = f"{os.getpid()}-{os.urandom(4).hex()}"
@@ -482,9 +485,10 @@ def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> I
     try:
         made.mkdir()
         yield made
-        if path.exists():
-            path.rename(old)
-        made.rename(path)
+        if not path.exists() or not exchange(made, path):
+            if path.exists():
+                path.rename(old)
+            made.rename(path)
     except OSError as error:
         raise _cannot_write(path, error, 0) from error
     finally:

@@ -501,7 +501,7 @@ def test_a_tensor_in_pieces(tmp_path, way):
         with pytest.raises(RuntimeError, match="twice"):
             sink.put("x", tensor)
         pieces.put(tensor[5:], 60)
-        with pytest.raises(RuntimeError, match="do not belong at element 72"):
+        with pytest.raises(RuntimeError, match="do not belong at byte 144"):
             pieces.put(tensor[:2], 72)
         with pytest.raises(RuntimeError, match="120 bytes of 'x' were not written"):
             pieces.close()

@@ -44,19 +44,19 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """The tiny checkpoint with ballast, so that a merge takes a while."""
+@pytest.fixture(scope="module", params=["file", "folder"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """The tiny checkpoint with ballast, so that a merge takes a while; its output is a file, or a folder of shards."""
     state = load_file(tiny / "base.safetensors")
     state |= {f"first_stage_model.ballast.{n}": torch.randn(1 << 20) for n in range(8)}
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
     save_file(state, path)
-    return path
+    return path if request.param == "file" else path.parent
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_an_output_is_the_old_one_or_the_new_one(tmp_path: Path, tiny: Path, base: Path) -> None:
-    adapter, output = tiny / "lora-kohya.safetensors", tmp_path / "out.safetensors"
+    adapter, output = tiny / "lora-kohya.safetensors", tmp_path / ("out" if base.is_dir() else "out.safetensors")
     wanted: dict[str, float] = {}
     for strength in (0.25, 0.5):
         target = merge.Options(output=output, overwrite=True)
@@ -102,7 +102,8 @@ def test_an_output_is_the_old_one_or_the_new_one(tmp_path: Path, tiny: Path, bas
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
 
 def _kill(child: int) -> None:
