@@ -26,6 +26,7 @@ __all__ = [
     "RoundingNoise",
     "Vote",
     "denoised",
+    "noise_edge",
     "rank_above_noise",
     "rounding_noise",
     "vote",
@@ -111,6 +112,16 @@ def _octaves(x: Tensor) -> Tensor:
     return (x.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
+def noise_edge(m: int, n: int, margin: float = 1.02) -> float:
+    """The σ² of m × n noise of variance 1 that its largest singular value stays below: what lies there tells nothing.
+
+    (√m + √n)² (Marchenko and Pastur 1967) with a margin, or the 99.9 % point for small matrices (Johnstone 2001).
+    """
+    end = math.sqrt(m) + math.sqrt(n)
+    spread = end * math.cbrt(1 / math.sqrt(m) + 1 / math.sqrt(n))
+    return max((margin * end) ** 2, end**2 + TRACY_WIDOM * spread)
+
+
 def zero_share(delta: Tensor) -> Tensor:
     """The share of entries of delta (..., m, n) that are exactly 0, (...,), float64. Above `WEAK`, judge nothing by it."""
     count = torch.count_nonzero(delta, dim=(-2, -1)).to(accumulate_dtype(delta.device))
@@ -160,7 +171,7 @@ def rank_above_noise(delta: Tensor, noise: RoundingNoise, margin: float = 1.02, 
     """
     *batch, m, n = delta.shape
     white = _whitened(delta, noise)
-    found = [_spikes(one, _Bar(_edge(m, n, margin), least)) for one in white.reshape(math.prod(batch), m, n)]
+    found = [_spikes(one, _Bar(noise_edge(m, n, margin), least)) for one in white.reshape(math.prod(batch), m, n)]
 
     def stacked(values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=delta.device).reshape(batch)
@@ -280,13 +291,6 @@ def _squares(white: Tensor, k: int, most: int) -> list[float]:
     return found
 
 
-def _edge(m: int, n: int, margin: float) -> float:
-    """The square of the largest singular value of m × n noise of variance 1, and some more."""
-    end = math.sqrt(m) + math.sqrt(n)
-    spread = end * math.cbrt(1 / math.sqrt(m) + 1 / math.sqrt(n))
-    return max((margin * end) ** 2, end**2 + TRACY_WIDOM * spread)
-
-
 def _deflated(white: Tensor, rank: int) -> Tensor:
     """white (m, n) without its `rank` leading directions."""
     top = truncated_svd(white, SvdSpec(rank))
@@ -308,7 +312,7 @@ def _crowd(white: Tensor, limit: int) -> tuple[float, int]:
     squares: list[float] = eigenvalues(gram_columns(part)).tolist()
     tail = sum(squares[limit:])
     variances = [sum(squares[r:]) / ((p - r) * (q - r)) for r in range(q)]
-    stand_out = _fixed(squares, variances, _edge(p, q, 1.0))
+    stand_out = _fixed(squares, variances, noise_edge(p, q, 1.0))
     return (
         tail / (p * (q - limit)) if tail > NEGLIGIBLE * sum(squares) else 0.0,
         limit + 1 if stand_out is None else stand_out + SPARE,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.policy import Error, Module, Policy, least_bytes, least_error
+from adaptkit.policy import Error, Module, Policy, Size, least_bytes, least_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ __all__ = ["Choice", "Layer", "Pick", "choose", "choose_any"]
 
 ROUNDS = 16  # budgets tried until the file fits its size
 SPARE = 1e-4  # of the size: less is not worth another one
+EXPLAINED = 1.1  # times the noise that rounding is expected to leave: a residual of no more is noise
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,52 @@ class Layer:
     alpha: int
     convolution: bool
 
-    def rungs(self) -> list[tuple[Pick, int]]:
-        """Every form and rank, and its bytes in the file."""
+    def rungs(self, *, trimmed: bool = False) -> list[tuple[Pick, int]]:
+        """Every form and rank, and its bytes in the file; `trimmed`: of those that hold more than the noise of rounding."""
         found = []
         for form in self.fitted.forms:
             beside = len(form.shapes) * self.overhead + (self.alpha if form.alpha is not None else 0)
-            found += [(Pick(form, rank), form.bytes(rank) + beside) for rank in form.ranks]
-        return found
+            ranks = form.ranks[: form.signal] if trimmed and form.ladder else form.ranks
+            found += [(Pick(form, rank), form.bytes(rank) + beside) for rank in ranks]
+        if not trimmed:
+            return found
+        # what takes more than the smallest form that leaves but noise would spend it on noise
+        enough = min((size for pick, size in found if pick.error <= EXPLAINED * self.fitted.noise), default=math.inf)
+        return [(pick, size) for pick, size in found if size <= enough]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """For each layer what is stored of it (None: nothing), and how far from the best the error may be."""
+    """For each layer what is stored of it (None: nothing), and how far from the best the error may be.
+
+    `all_signal`: there is no more to store but noise of rounding.
+    """
 
     picks: tuple[Pick | None, ...]
     gap: float | None = None
+    all_signal: bool = False
+
+
+Ladder = list[tuple[Pick, int]]
+
+
+def _ladders(layers: Sequence[Layer], *, trimmed: bool) -> list[Ladder]:
+    """The rungs of every layer; not trimmed where nothing would be left of any."""
+    if trimmed:
+        found = [layer.rungs(trimmed=True) for layer in layers]
+        if any(found):
+            return found
+    return [layer.rungs() for layer in layers]
+
+
+def _all_signal(layers: Sequence[Layer], ladders: Sequence[Ladder], picks: Sequence[Pick | None]) -> bool:
+    """Whether every layer has the best of its trimmed rungs, and there are others."""
+    shorter = any(len(ladder) < len(layer.rungs()) for layer, ladder in zip(layers, ladders, strict=True))
+    least = [min((pick.error for pick, _ in ladder), default=math.inf) for ladder in ladders]
+    return shorter and all(
+        error == math.inf or (pick is not None and pick.error <= error)
+        for pick, error in zip(picks, least, strict=True)
+    )
 
 
 def choose(
@@ -65,9 +97,10 @@ def choose(
 ) -> Choice:
     """By a rank rule, over the ladder of one kind. `rest`: ‖·‖² of what no adapter holds, part of every error.
 
-    NotRepresentable where no ranks reach the error asked for, or the size.
+    A size is not filled with noise of rounding; the other rules are about the difference as it is. NotRepresentable where
+    no ranks reach the error asked for, or the size.
     """
-    ladders = [layer.rungs() for layer in layers]
+    ladders = _ladders(layers, trimmed=isinstance(policy, Size))
     modules = [_module(layer, ladder) for layer, ladder in zip(layers, ladders, strict=True)]
     if isinstance(policy, Error):
         modules.append(Module((), rest, (0,)))
@@ -78,7 +111,7 @@ def choose(
     picks = picked(policy.choose(modules, lambda ranks: measure(picked(ranks))))
     if isinstance(policy, Error):
         _check_error(layers, picks, rest, policy.error)
-    return Choice(tuple(picks))
+    return Choice(tuple(picks), all_signal=_all_signal(layers, ladders, picks))
 
 
 def _module(layer: Layer, ladder: Sequence[tuple[Pick, int]]) -> Module:
@@ -96,9 +129,11 @@ def choose_any(
 ) -> Choice:
     """For each layer the best of nothing and all its forms: the least error within a size, or the fewest bytes within an error.
 
-    A multiple-choice knapsack; `gap` is how much less than the chosen error (or size) the linear relaxation allows.
+    A multiple-choice knapsack; `gap` is how much less than the chosen error (or size) the linear relaxation allows, of
+    forms that hold more than noise of rounding where a size is asked for.
     """
-    ladders: list[list[tuple[Pick | None, int]]] = [[(None, 0), *layer.rungs()] for layer in layers]
+    rungs = _ladders(layers, trimmed=limits[0] is not None)
+    ladders: list[list[tuple[Pick | None, int]]] = [[(None, 0), *found] for found in rungs]
     options = [
         [(size, layer.fitted.norm if pick is None else pick.error) for pick, size in ladder]
         for layer, ladder in zip(layers, ladders, strict=True)
@@ -118,7 +153,8 @@ def choose_any(
             _check_error(layers, best, rest, error)
             raise
         return Choice(tuple(picked(found.chosen)), 1 - found.bound / found.bytes if found.bytes else 0.0)
-    return _within(options, picked, size, rest, measure)
+    choice = _within(options, picked, size, rest, measure)
+    return replace(choice, all_signal=_all_signal(layers, rungs, choice.picks))
 
 
 def _within(

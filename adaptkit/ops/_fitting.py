@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.algorithms._weights import ALPHA, FitSpec, Stated
@@ -11,6 +13,7 @@ from adaptkit.errors import NonFinite
 from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.keymap import algorithms
 from adaptkit.ops._common import torch_dtype
+from adaptkit.ops._probing import as_rounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +54,8 @@ class Form:
     """A layer as it would be stored: rounded tensors by role, and ‖Δ − stored‖² (`errors[-1]`).
 
     With a ladder `errors[k]` belongs to the leading k of the rank; `errors[0]` to nothing stored. `later`: the tensors are
-    made when the form is chosen, since they are as large as the layer.
+    made when the form is chosen, since they are as large as the layer. Of a ladder, ranks that take away no more than `edge`
+    of the squared error may be noise of rounding.
     """
 
     kind: str
@@ -61,6 +65,7 @@ class Form:
     ladder: bool = False
     alpha: float | None = None
     later: bool = False
+    edge: float = 0.0
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def at(self, rank: int) -> dict[str, tuple[int, ...]]:
@@ -84,6 +89,12 @@ class Form:
         """What may be chosen: ranks of the ladder, or the form as it is."""
         return range(1, len(self.errors)) if self.ladder else range(1)
 
+    @cached_property
+    def signal(self) -> int:
+        """How many leading ranks of the ladder stand out of the noise of rounding."""
+        gains = (before - after for before, after in pairwise(self.errors))
+        return sum(1 for _ in takewhile(lambda gain: gain > self.edge, gains))
+
     def error(self, rank: int) -> float:
         """‖Δ − stored‖² at one of `ranks`."""
         return self.errors[rank] if self.ladder else self.errors[-1]
@@ -104,9 +115,13 @@ class Form:
 
 @dataclass
 class Fitted:
-    """What the engine found for one layer: ‖Δ‖², the forms it may take, and (LoKr) what of ‖Δ‖² a LoRA of its size keeps."""
+    """What the engine found for one layer: ‖Δ‖², the forms it may take, and (LoKr) what of ‖Δ‖² a LoRA of its size keeps.
+
+    `noise`: with a ladder what rounding is expected to have left of ‖Δ‖²; 0 where that cannot be told.
+    """
 
     norm: float
+    noise: float = 0.0
     forms: list[Form] = field(default_factory=list)
     lora: float | None = None
 
@@ -134,9 +149,11 @@ class Fitter:
         for job, norm, ours, theirs in zip(jobs, norms, base, tuned, strict=True):
             if not math.isfinite(norm):
                 raise self._non_finite(job, ours, theirs)
-        del tuned, base
-        results = [Fitted(norm) for norm in norms]
         recipes = self.recipes.get(id(jobs[0]), ())
+        ladder = any(recipe.ladder for recipe in recipes)
+        noise = _noise(as_rounded(self.tuned, jobs[0], tuned), delta) if ladder else [0.0] * len(jobs)
+        del tuned, base
+        results = [Fitted(*told) for told in zip(norms, noise, strict=True)]
         changed = [n for n, norm in enumerate(norms) if norm > 0 and recipes]
         if not changed:
             return results
@@ -152,7 +169,9 @@ class Fitter:
                     results[n].lora = float(lora[place])
                 # the last form may use up the difference
                 own = part[place] if last else part[place].clone()
-                results[n].forms.append(self._form(jobs[n], recipe, weights.member(place), own))
+                form = self._form(jobs[n], recipe, weights.member(place), own)
+                form.edge = _edge(form, noise[n] / own.numel())
+                results[n].forms.append(form)
         return results
 
     def _form(self, job: Job, recipe: Recipe, weights: Weights, delta: Tensor) -> Form:
@@ -188,6 +207,24 @@ class Fitter:
         return NonFinite(
             "the difference of the two checkpoints overflows", file=self.tuned.source.path, tensor=job.label
         )
+
+
+def _noise(rounded: Tensor, delta: Tensor) -> list[float]:
+    """Of each difference (B, m, n) the expected ‖·‖² of rounding; 0 for one that lies within the grid of its file."""
+    from adaptkit.linalg.noise import WEAK, rounding_noise, zero_share
+
+    floors = rounding_noise(rounded).floor.tolist()
+    return [floor if share < WEAK else 0.0 for floor, share in zip(floors, zero_share(delta).tolist(), strict=True)]
+
+
+def _edge(form: Form, variance: float) -> float:
+    """The energy up to which a rank of this form may be noise of this variance: of ΔW, or of a LoKr's second factor."""
+    from adaptkit.linalg.noise import noise_edge
+
+    if not form.ladder:
+        return 0.0
+    left, right = (form.shapes[role] for role in CUT[form.kind])
+    return variance * noise_edge(left[0], math.prod(right[1:]))
 
 
 def _fits(delta: Tensor, job: Job, recipe: Recipe) -> list[Any]:

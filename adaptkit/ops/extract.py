@@ -32,7 +32,7 @@ from adaptkit.ops._probing import Probe, probe
 from adaptkit.ops._ranks import Ranked, asked, largest, policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from adaptkit.checkpoint import Checkpoint
@@ -126,6 +126,7 @@ class Report(WriterReport):
     noise_floor: float = 0.0
     made_by: Mapping[str, Any] | None = None
     gap: float | None = None
+    noise_ranks: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -140,6 +141,8 @@ class Report(WriterReport):
             "made_by": None if self.made_by is None else dict(self.made_by),
             "notes": list(self.notes),
         }
+        if self.noise_ranks is not None:
+            extra["ranks_below_noise"] = self.noise_ranks
         if self.gap is not None:
             extra["optimality_gap"] = self.gap
         if self.lora_same_size is not None:
@@ -313,6 +316,7 @@ class _Result:
     measured: list[tuple[Job, Fitted]]
     picks: dict[int, Pick | None] = field(default_factory=dict)
     gap: float | None = None
+    all_signal: bool = False
 
     @property
     def fitted(self) -> list[tuple[Job, Fitted]]:
@@ -354,7 +358,7 @@ class _Result:
                 chosen_ = choose(layers, rest, rule, measure)
         except NotRepresentable as error:
             raise error.at(file=self.plan.tuned.source.path) from None
-        self.gap = chosen_.gap
+        self.gap, self.all_signal = chosen_.gap, chosen_.all_signal
         self.picks |= {id(job): pick for (job, _), pick in zip(free, chosen_.picks, strict=True)}
 
     def _layer(self, job: Job, found: Fitted) -> Layer:
@@ -409,6 +413,7 @@ class _Result:
             noise_floor=self.probe.floor,
             made_by=self.probe.made,
             gap=self.gap,
+            noise_ranks=_noise_ranks(pick for _, _, pick in stored)[0] if _ladder(plan.options) else None,
             notes=(*plan.notes, *_notes(plan.options, same_size, left, self)),
         )
 
@@ -442,6 +447,12 @@ def _detail(job: Job, found: Fitted, pick: Pick) -> dict[str, Any]:
     if found.lora is not None:
         detail["captured_by_lora_of_same_size"] = min(1.0, found.lora / found.norm)
     return detail
+
+
+def _noise_ranks(picks: Iterable[Pick]) -> tuple[int, int]:
+    """How many of the stored ranks lie within the noise of rounding, and of how many."""
+    ladders = [(pick.rank, pick.form.signal) for pick in picks if pick.form.ladder]
+    return sum(max(0, rank - signal) for rank, signal in ladders), sum(rank for rank, _ in ladders)
 
 
 def _stored_rank(pick: Pick) -> int | None:
@@ -482,6 +493,11 @@ def _about(options: Options, result: _Result) -> Iterator[str]:
         yield f"this difference is a rank-{made['rank']} LoRA, and rounding: --rank {made['rank']} keeps all of it."
     elif made is not None and made["algorithm"] == "lokr" and options.algo == "lora":
         yield f"this difference is a LoKr of factor {made['factor']}, and rounding: --algo lokr keeps all of it."
+    if result.all_signal:
+        yield "no more than this stands out of the rounding noise: the size asked for is not filled with noise."
+    noise, ranks = _noise_ranks(pick for _, pick in result.picked() if pick is not None)
+    if noise:
+        yield f"{noise} of {ranks} ranks lie within the rounding noise of the checkpoint; --size leaves such ranks out."
     dropped = sum(1 for _, pick in result.picked() if pick is None)
     if dropped:
         verb = "is" if dropped == 1 else "are"
