@@ -44,7 +44,7 @@ __all__ = ["Options", "Plan", "Report", "plan", "run"]
 DEFAULT_RANK = 32
 DEFAULT_FACTOR = 8
 MAX_RANK = 128  # of the ladder from which a rule chooses, unless --max-rank says otherwise
-SPOOL = 256_000_000  # bytes of results held in memory before they go to a temporary file
+SPOOL = 64_000_000  # bytes of results held in memory before they go to a temporary file
 HEADER = 76  # bytes that the file's header takes per tensor beside its name: for comparing ranks; the size is counted exactly
 GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: every factor below is guessed right
 LITTLE = 0.5  # a LoKr that keeps less of ‖ΔW‖² than this is worth a word
@@ -260,7 +260,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         fitting.run(plan.steps, progress)
         result = _Result(plan, looked, [(job, fitting.found[id(job)]) for job in plan.jobs])
         result.choose()
-        fitting.finish(result)
+        fitting.finish(result, progress)
         draft = result.report()
         size = _Writing(plan, result, spool).write(draft)
     return replace(draft, bytes=size, seconds=time.perf_counter() - started)
@@ -279,12 +279,23 @@ class _Fitting:
         total = len(steps)
         self._run(steps, self.recipes, self._keep, None if progress is None else lambda done: progress(done, total))
 
-    def finish(self, result: _Result) -> None:
-        """Make the tensors that were left for later, of the layers that are stored so."""
-        late = {id(job) for job, pick in result.picked() if pick is not None and pick.form.later}
-        steps = [step for step in self.plan.steps if id(step.payload) in late]
+    def finish(self, result: _Result, progress: Progress | None) -> None:
+        """Now that the ranks are known: the tensors that were left for later, and both factors of a LoKr fitted together."""
+        recipes = {id(job): again for job, pick in result.picked() if pick and (again := self._again(job, pick))}
+        steps = [step for step in self.plan.steps if id(step.payload) in recipes]
+        total = len(steps)
         if steps:
-            self._run(steps, dict.fromkeys(late, (Recipe("full"),)), self._complete, None)
+            told = None if progress is None else lambda done: progress(done, total)
+            self._run(steps, recipes, lambda job, fitted: self._complete(result, job, fitted), told)
+
+    def _again(self, job: Job, pick: Pick) -> tuple[Recipe, ...]:
+        """How a layer is fitted once more."""
+        if pick.form.later:
+            return (Recipe("full"),)
+        first = next((recipe for recipe in self.recipes[id(job)] if recipe.kind == "lokr" and recipe.ladder), None)
+        if first is None or pick.form.kind != "lokr":
+            return ()
+        return (replace(first, rank=pick.rank if pick.form.ladder else None, ladder=False),)
 
     def _run(self, steps: Sequence[Step[Job]], recipes: Any, store: Any, report: Any) -> None:
         fitter = Fitter((self.plan.base, self.plan.tuned), recipes, self.plan.output)
@@ -296,10 +307,16 @@ class _Fitting:
             self._spool(job, number, form)
         self.found[id(job)] = fitted
 
-    def _complete(self, job: Job, fitted: Fitted) -> None:
-        forms = self.found[id(job)].forms
-        number = next(n for n, form in enumerate(forms) if form.later)
-        self._spool(job, number, fitted.forms[0])
+    def _complete(self, result: _Result, job: Job, fitted: Fitted) -> None:
+        found, pick, (form,) = self.found[id(job)], result.picks[id(job)], fitted.forms
+        assert pick is not None
+        found.lora = fitted.lora
+        if pick.form.later:
+            self._spool(job, next(n for n, other in enumerate(found.forms) if other is pick.form), form)
+        elif form.shapes == pick.form.at(pick.rank) and form.error(0) < pick.error:
+            found.forms.append(form)
+            self._spool(job, len(found.forms) - 1, form)
+            result.picks[id(job)] = Pick(form, 0)
 
     def _spool(self, job: Job, number: int, form: Form) -> None:
         for role, tensor in form.tensors.items():
@@ -317,6 +334,7 @@ class _Result:
     picks: dict[int, Pick | None] = field(default_factory=dict)
     gap: float | None = None
     all_signal: bool = False
+    noise: tuple[int, int] | None = None  # of ladders: how many of the ranks lie within the noise, and of how many
 
     @property
     def fitted(self) -> list[tuple[Job, Fitted]]:
@@ -360,6 +378,7 @@ class _Result:
             raise error.at(file=self.plan.tuned.source.path) from None
         self.gap, self.all_signal = chosen_.gap, chosen_.all_signal
         self.picks |= {id(job): pick for (job, _), pick in zip(free, chosen_.picks, strict=True)}
+        self.noise = _noise_ranks(pick for pick in chosen_.picks if pick is not None)
 
     def _layer(self, job: Job, found: Fitted) -> Layer:
         assert job.slot is not None
@@ -413,7 +432,7 @@ class _Result:
             noise_floor=self.probe.floor,
             made_by=self.probe.made,
             gap=self.gap,
-            noise_ranks=_noise_ranks(pick for _, _, pick in stored)[0] if _ladder(plan.options) else None,
+            noise_ranks=self.noise and self.noise[0],
             notes=(*plan.notes, *_notes(plan.options, same_size, left, self)),
         )
 
@@ -495,9 +514,9 @@ def _about(options: Options, result: _Result) -> Iterator[str]:
         yield f"this difference is a LoKr of factor {made['factor']}, and rounding: --algo lokr keeps all of it."
     if result.all_signal:
         yield "no more than this stands out of the rounding noise: the size asked for is not filled with noise."
-    noise, ranks = _noise_ranks(pick for _, pick in result.picked() if pick is not None)
-    if noise:
-        yield f"{noise} of {ranks} ranks lie within the rounding noise of the checkpoint; --size leaves such ranks out."
+    if result.noise and result.noise[0]:
+        within, ranks = result.noise
+        yield f"{within} of {ranks} ranks lie within the rounding noise of the checkpoint; --size leaves such ranks out."
     dropped = sum(1 for _, pick in result.picked() if pick is None)
     if dropped:
         verb = "is" if dropped == 1 else "are"

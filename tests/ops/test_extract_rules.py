@@ -167,6 +167,25 @@ def test_both_factors_of_a_lokr(pair: Path, tmp_path: Path) -> None:
     assert true_error(pair, tmp_path / "out.safetensors") == pytest.approx(report.relative_error, rel=1e-4)
 
 
+@pytest.mark.parametrize("rule", [{"energy": 0.2}, {"size": 30_000}, {"sv_ratio": 3.0}])
+def test_the_factors_of_a_lokr_are_fitted_to_the_rank_that_was_chosen(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any]
+) -> None:
+    """At the same bytes never worse than the truncated product of the full fit, and better over all; beside a LoRA's."""
+    output = tmp_path / "a.safetensors"
+    found = run(pair, output, algo="lokr", factor=2, dtype="fp32", **rule)
+    assert found.relative_error == pytest.approx(true_error(pair, output), rel=1e-5)
+    assert found.lora_same_size is not None
+    monkeypatch.setattr(extract._Fitting, "_again", lambda *_: ())
+    before = run(pair, tmp_path / "b.safetensors", algo="lokr", factor=2, dtype="fp32", **rule)
+    assert before.relative_error == pytest.approx(true_error(pair, tmp_path / "b.safetensors"), rel=1e-5)
+    assert (found.parameters, found.modules) == (before.parameters, before.modules)
+    assert found.relative_error < before.relative_error
+    for one, other in zip(found.details, before.details, strict=True):
+        assert (one["module"], one["rank"]) == (other["module"], other["rank"])
+        assert one["relative_error"] <= other["relative_error"] * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("factor", [4, 8])
 def test_the_factor_is_found(tmp_path: Path, factor: int) -> None:
     base = tiny_base(torch.float16)
