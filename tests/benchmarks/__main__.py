@@ -23,7 +23,7 @@ BENCHMARKS = {
     "resize": (resizing.run, "a LoRA from its factors against dense SVDs; one of SDXL brought to a size"),
     "finetune": (finetuning.run, "how near the fits of a real fine-tune come to the optimum; needs the extra `bench`"),
     "linalg": (linalg.run, "truncated_svd and nearest_kron against LAPACK"),
-    "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 9 GB of disk"),
+    "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 27 GB of disk"),
 }
 
 

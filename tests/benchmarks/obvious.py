@@ -1,4 +1,4 @@
-"""What a plain script does, to compare with: `python -m tests.benchmarks.obvious extract|merge …`. Written for this purpose.
+"""What a plain script does, to compare with: `python -m tests.benchmarks.obvious extract|merge|subtract …`. Written for this purpose.
 
 Both state dicts whole in memory in float32, a full SVD of every difference, cut to the rank. `extract` decomposes one layer
 of every shape and multiplies its time by the number of such layers (the whole takes minutes). Both files are loaded as a
@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.benchmarks.pair import is_tuned_matrix
@@ -75,13 +76,23 @@ def merge(base: Path, adapter: Path, output: Path) -> dict[str, float]:
     return {"layers": merged}
 
 
+def subtract(base: Path, tuned: Path) -> dict[str, float]:
+    """Both files read tensor by tensor and subtracted in float32: the least that an extraction does."""
+    with safe_open(base, "pt") as first, safe_open(tuned, "pt") as second:
+        norms = (float((second.get_tensor(key).float() - first.get_tensor(key).float()).norm()) for key in first)
+        return {"norm": sum(norm**2 for norm in norms) ** 0.5}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["extract", "merge"])
+    parser.add_argument("what", choices=["extract", "merge", "subtract"])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--rank", type=int, default=32)
     options = parser.parse_args()
-    found = extract(*options.files, options.rank) if options.what == "extract" else merge(*options.files)
+    if options.what == "extract":
+        found = extract(*options.files, options.rank)
+    else:
+        found = {"merge": merge, "subtract": subtract}[options.what](*options.files)
     print(json.dumps(found))
 
 

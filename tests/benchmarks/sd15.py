@@ -12,7 +12,8 @@ from rich.table import Table
 from tests.benchmarks import measure
 from tests.benchmarks.measure import PYTHON, Measured, child, megabytes, module, ratio, seconds
 
-LIMIT = 1_200_000_000  # bytes resident, torch included
+LIMIT = 1_000_000_000  # bytes resident, torch included
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of one adapter: a batch
 COPY = (
     "import os, shutil, sys; shutil.copyfile(*sys.argv[1:]); file = open(sys.argv[2], 'r+b'); os.fsync(file.fileno())"
 )
@@ -78,7 +79,9 @@ class Runs:
         self.add(
             "lokr",
             "extract --algo lokr --factor 8",
-            lambda: measure.adaptkit("extract", base, tuned, "--algo", "lokr", "-o", lokr, "--overwrite", "--json"),
+            lambda: measure.adaptkit(
+                "extract", base, tuned, "--algo", "lokr", "--factor", "8", "-o", lokr, "--overwrite", "--json"
+            ),
             limited=True,
         )
         self.add(
@@ -89,12 +92,45 @@ class Runs:
             against="plain merge",
         )
         merged.unlink()
+        self.add(
+            "merge lokr",
+            "merge of that LoKr",
+            lambda: measure.adaptkit("merge", base, lokr, "-o", merged, "--json"),
+            limited=True,
+        )
+        merged.unlink()
+        self.add("batch", f"batch: that LoRA at {len(STRENGTHS)} strengths", self._batch, limited=True)
+        self._forget()
+        self.add("subtract", "both files read and subtracted", lambda: module("obvious", "subtract", base, tuned))
         row = self.add("plain extract", "obvious LoRA extraction", lambda: module("obvious", "extract", base, tuned))
         found = row.measured.json()
         row.estimate = found["estimate"]
         row.note = f"extrapolated: SVD of {found['sampled']:.0f} of {found['layers']:.0f} layers, one of each shape"
         self.add("plain merge", "obvious merge", lambda: module("obvious", "merge", base, lora, plain))
         plain.unlink()
+
+    def _batch(self) -> Measured:
+        recipe = self.folder / "strengths.toml"
+        recipe.write_text(
+            f"""[[matrix]]
+command = "merge"
+base = "base.safetensors"
+adapters = "lora.safetensors"
+strengths = {list(STRENGTHS)}
+output = "batch/{{strength}}.safetensors"
+""",
+            encoding="utf-8",
+        )
+        self._forget()
+        return measure.adaptkit("batch", recipe, "--json")
+
+    def _forget(self) -> None:
+        """Nothing of an earlier batch: 17 GB of outputs."""
+        import shutil
+
+        shutil.rmtree(self.folder / "batch", ignore_errors=True)
+        for log in self.folder.glob("strengths.toml.*"):
+            log.unlink()
 
     def _cp(self, base: Path, copy: Path) -> Measured:
         import shutil
