@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import AdaptkitError
 from adaptkit.ops._recipe import Job
-from adaptkit.ops._working import POLL, Outcome, cleaned, environment, perform
+from adaptkit.ops._working import POLL, Outcome, Todo, cleaned, environment, perform
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -81,17 +80,12 @@ class Ray:
         ray = _ray()
         idle: list[_Worker] = []
         busy: dict[Any, tuple[_Worker, Bundle]] = {}
-        again: deque[Bundle] = deque()
-        waiting = iter(bundles)
-        more = True
+        todo = Todo(bundles)
         try:
-            while more or busy or again:
-                while (more or again) and len(busy) < self.workers:
-                    bundle = again.popleft() if again else next(waiting, None)
-                    more = more and bundle is not None
-                    if bundle is not None:
-                        worker = idle.pop() if idle else self._worker(ray)
-                        busy[worker.actor.perform.remote([job.to_dict() for job in bundle])] = worker, bundle
+            while todo or busy:
+                while len(busy) < self.workers and (bundle := todo.take()) is not None:
+                    worker = idle.pop() if idle else self._worker(ray)
+                    busy[worker.actor.perform.remote([job.to_dict() for job in bundle])] = worker, bundle
                 for ready in ray.wait(list(busy), timeout=POLL)[0] if busy else []:
                     worker, bundle = busy.pop(ready)
                     outcomes = _outcomes(ray, ready, bundle)
@@ -101,7 +95,7 @@ class Ray:
                         continue
                     _clean(ray, worker, bundle)
                     if len(bundle) > 1:
-                        again.extend((job,) for job in bundle)
+                        todo.split(bundle)
                     else:
                         yield bundle[0], Outcome(error="its worker process on the Ray cluster was killed", hint=HINT)
         finally:

@@ -164,6 +164,26 @@ class Here:
             yield from zip(bundle, perform(bundle), strict=True)
 
 
+class Todo:
+    """Bundles that no worker has yet: those that come, and before them the jobs of one whose worker died, one by one."""
+
+    def __init__(self, bundles: Iterable[Bundle]) -> None:
+        self._coming, self._again, self._more = iter(bundles), deque[Bundle](), True
+
+    def __bool__(self) -> bool:
+        return self._more or bool(self._again)
+
+    def take(self) -> Bundle | None:
+        """The next one; None where there is none any more."""
+        bundle = self._again.popleft() if self._again else next(self._coming, None)
+        self._more = self._more and bundle is not None
+        return bundle
+
+    def split(self, bundle: Bundle) -> None:
+        """Its jobs are to be tried by themselves."""
+        self._again.extend((job,) for job in bundle)
+
+
 @dataclass(frozen=True)
 class Processes:
     """Worker processes; one that dies fails its job, and the next gets a new one. A bundle is tried again job by job."""
@@ -175,18 +195,13 @@ class Processes:
         replies: queue.SimpleQueue[tuple[_Worker, bytes]] = queue.SimpleQueue()
         idle: list[_Worker] = []
         busy: dict[_Worker, Bundle] = {}
-        again: deque[Bundle] = deque()
-        waiting = iter(bundles)
-        more = True
+        todo = Todo(bundles)
         try:
-            while more or busy or again:
-                while (more or again) and len(busy) < self.workers:
-                    bundle = again.popleft() if again else next(waiting, None)
-                    more = more and bundle is not None
-                    if bundle is not None:
-                        worker = idle.pop() if idle else _Worker(replies, self.workers)
-                        busy[worker] = bundle
-                        worker.send(bundle)
+            while todo or busy:
+                while len(busy) < self.workers and (bundle := todo.take()) is not None:
+                    worker = idle.pop() if idle else _Worker(replies, self.workers)
+                    busy[worker] = bundle
+                    worker.send(bundle)
                 if busy and (answer := _next(replies)) is not None:
                     worker, line = answer
                     if worker in busy:
@@ -196,7 +211,7 @@ class Processes:
                             yield from zip(bundle, outcomes(line), strict=True)
                         elif len(bundle) > 1:
                             worker.died(bundle)
-                            again.extend((job,) for job in bundle)
+                            todo.split(bundle)
                         else:
                             yield bundle[0], worker.died(bundle)
                     elif worker in idle:  # it died between two jobs: nothing was lost

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -11,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adaptkit import __version__, engine
+from adaptkit import engine
 from adaptkit.adapter import Adapter, Entry
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.engine import check_memory
@@ -30,6 +29,7 @@ from adaptkit.ops._common import (
     stored_dtype,
 )
 from adaptkit.ops._layout import as_single, opened, plan_layout
+from adaptkit.ops._merge_record import Provenance
 from adaptkit.ops._merging import Contribution, Job, Options, Plan
 from adaptkit.ops._relayout import Relayout, wanted
 from adaptkit.ops._stats import block_of
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adaptkit.names import Slot
-    from adaptkit.ops._layout import Layout, Output, Volume
+    from adaptkit.ops._layout import Layout, Output
     from adaptkit.ops._verify import Verified
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
@@ -350,7 +350,7 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
 
 
 def _output(plan: Plan, hashes: dict[Path, str]) -> AbstractContextManager[Output]:
-    records = _Provenance(plan, hashes)
+    records = Provenance(plan, hashes)
     options = plan.options
     return opened(plan.layout, plan.output, records.metadata, overwrite=options.overwrite, hidden=options.verify)
 
@@ -463,81 +463,3 @@ def _by_block(plan: Plan, results: Mapping[str, Merged]) -> Iterator[dict[str, A
             "tensors_changed": sum(result.delta > 0 for result in found),
             "relative_change": _ratio(sum(r.delta for r in found), sum(r.weight for r in found)),
         }
-
-
-class _Provenance:
-    """What the metadata says was merged: names, strengths and hashes, nothing about when or where.
-
-    `modelspec.merged_from` is what sd-scripts writes, `sd_merge_recipe` and `sd_merge_models` what the web UI does and
-    hosts of models show; `adaptkit` is our own record.
-    """
-
-    def __init__(self, plan: Plan, known: dict[Path, str]) -> None:
-        from adaptkit.files.provenance import sha256
-
-        self.plan = plan
-        for file in {file for adapter in plan.adapters for file in adapter.source.files} - known.keys():
-            known[file] = sha256(file)
-        self.hashes = ["+".join(known[file] for file in adapter.source.files) for adapter in plan.adapters]
-
-    def metadata(self, volume: Volume) -> dict[str, str]:
-        """The metadata of one file of the output."""
-        from adaptkit.files.provenance import updated
-
-        plan = self.plan
-        base = {"name": plan.base.source.path.name, **_stated(plan.base.source.metadata)}
-        merged = [
-            {"name": a.source.path.name, "sha256": digest, "strength": strength}
-            for a, digest, strength in zip(plan.adapters, self.hashes, plan.strengths, strict=True)
-        ]
-        record: dict[str, Any] = {"adaptkit": __version__, "command": "merge", "base": base, "adapters": merged}
-        if plan.options.blocks:
-            record["blocks"] = list(plan.options.blocks)
-        for option in ("only", "skip"):
-            if getattr(plan.options, option):
-                record[option] = list(getattr(plan.options, option))
-        found = updated(volume.metadata, record)
-        return {**found, **_for_hosts(found, base, merged)} if any(job.changes for job in plan.jobs) else found
-
-
-STATED = {"modelspec.hash_sha256": "modelspec.hash_sha256", "sshs_model_hash": "sshs_model_hash"}
-
-
-def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The hashes that the base says of itself: its gigabytes are not read for one."""
-    return {name: metadata[key] for key, name in STATED.items() if key in metadata}
-
-
-def _for_hosts(
-    metadata: Mapping[str, str], base: Mapping[str, str], merged: Sequence[Mapping[str, Any]]
-) -> dict[str, str]:
-    earlier = metadata.get("modelspec.merged_from")
-    names = [earlier or base["name"].rpartition(".")[0] or base["name"], *(_bare(item["name"]) for item in merged)]
-    recipe = {
-        "type": "adaptkit",
-        "base_model": dict(base),
-        "loras": [dict(item) for item in merged],
-        "dtype": "float32",
-    }
-    models = {item["sha256"]: {"name": item["name"]} for item in merged}
-    return {
-        "modelspec.merged_from": ", ".join(names),
-        "sd_merge_recipe": _compact(recipe),
-        "sd_merge_models": _compact({**_earlier_models(metadata), **models}),
-    }
-
-
-def _earlier_models(metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        found = json.loads(metadata.get("sd_merge_models", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _bare(name: str) -> str:
-    return name.rpartition(".")[0] or name
-
-
-def _compact(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
