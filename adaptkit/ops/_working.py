@@ -168,7 +168,8 @@ class Todo:
     """Bundles that no worker has yet: those that come, and before them the jobs of one whose worker died, one by one."""
 
     def __init__(self, bundles: Iterable[Bundle]) -> None:
-        self._coming, self._again, self._more = iter(bundles), deque[Bundle](), True
+        self._coming, self._more = iter(bundles), True
+        self._again: deque[Bundle] = deque()
 
     def __bool__(self) -> bool:
         return self._more or bool(self._again)
