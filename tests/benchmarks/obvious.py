@@ -79,7 +79,8 @@ def merge(base: Path, adapter: Path, output: Path) -> dict[str, float]:
 def subtract(base: Path, tuned: Path) -> dict[str, float]:
     """Both files read tensor by tensor and subtracted in float32: the least that an extraction does."""
     with safe_open(base, "pt") as first, safe_open(tuned, "pt") as second:
-        norms = (float((second.get_tensor(key).float() - first.get_tensor(key).float()).norm()) for key in first)
+        names = list(first.keys())
+        norms = (float((second.get_tensor(key).float() - first.get_tensor(key).float()).norm()) for key in names)
         return {"norm": sum(norm**2 for norm in norms) ** 0.5}
 
 
