@@ -29,12 +29,16 @@ MOST = 0.5  # of the layers: as many have to agree before a difference is called
 
 @dataclass(frozen=True)
 class Look:
-    """Of one layer: ‖Δ‖², what of it rounding left, its rank if it is that and rounding, its split if it is a product."""
+    """Of one layer: ‖Δ‖², what of it rounding left, its rank if it is that and rounding, its split if it is a product.
+
+    `noise` is `floor` too, but 0 where the difference lies within the grid of its file, and nothing can be told from noise.
+    """
 
     norm: float
     floor: float = 0.0
     rank: int | None = None
     split: Split | None = None
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,15 @@ def look(job: Job, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan |
     noise = rounding_noise(rounded)
     scan = scan or scan_kron(delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0])
     which = int(scan.recognised(noise.floor))
-    found = rank_above_noise(delta, noise) if float(zero_share(delta)) < WEAK else None
+    told = float(zero_share(delta)) < WEAK
+    found = rank_above_noise(delta, noise) if told else None
     low = found is not None and bool(found.low_rank)
     return Look(
         norm,
         min(float(noise.floor), norm),
         int(found.rank) if found is not None and low else None,
         scan.splits[which] if which >= 0 else None,
+        float(noise.floor) if told else 0.0,
     )
 
 

@@ -13,6 +13,7 @@ from adaptkit.engine import Step, check_memory
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
 from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.formats._format import Alpha
+from adaptkit.ops._choosing import EXPLAINED
 from adaptkit.ops._common import Progress, Shared, Unused, refuse_unused
 from adaptkit.ops._pairing import Pairing, Wanted, open_pair
 from adaptkit.ops._probing import Look, Probe, as_rounded, look, made_by
@@ -282,6 +283,15 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
     )
 
 
+def _signal(layer: _Layer) -> int:
+    """How many of its singular values stand out of the noise of rounding."""
+    from adaptkit.linalg.noise import noise_edge
+
+    m, n = layer.job.matrix
+    edge = (layer.seen.noise if layer.seen else 0.0) / (m * n) * noise_edge(m, n)
+    return sum(energy > edge for energy in layer.energies)
+
+
 class _Curves:
     """Bytes and errors of the ways to store the layers that differ."""
 
@@ -289,12 +299,15 @@ class _Curves:
         self.plan, self.layers, self.total = plan, layers, total
         self.rest = max(0.0, total - sum(layer.norm for layer in layers))  # of what no adapter holds
         self.alpha = plan.keys.format.alpha is Alpha.TENSOR
-        self.modules = [self._module(layer) for layer in layers]
+        self.modules = [self._module(layer, layer.energies) for layer in layers]
+        # as `extract --size`, which is not filled with noise of rounding
+        signal = [self._module(layer, layer.energies[: _signal(layer)]) for layer in layers]
+        self.signal = signal if any(module.energies for module in signal) else self.modules
         self.options = [list(self._options(n)) for n in range(len(layers))]
 
-    def _module(self, layer: _Layer) -> Module:
-        sizes = [k and self._bytes(layer, k * sum(layer.job.matrix), 2) for k in range(len(layer.energies) + 1)]
-        return Module(layer.energies, layer.norm, sizes)
+    def _module(self, layer: _Layer, energies: Sequence[float]) -> Module:
+        sizes = [k and self._bytes(layer, k * sum(layer.job.matrix), 2) for k in range(len(energies) + 1)]
+        return Module(energies, layer.norm, sizes)
 
     def _bytes(self, layer: _Layer, numbers: int, tensors: int) -> int:
         """In the file: the numbers, and about what its header takes."""
@@ -303,14 +316,21 @@ class _Curves:
         return numbers * WIDTHS[layer.job.dtype] // 8 + (tensors + self.alpha) * name + 4 * self.alpha
 
     def _options(self, n: int) -> Iterator[tuple[str, int, float]]:
-        """(kind, bytes, squared error) of a layer: nothing, LoRA of each rank, LoKr of each factor, full."""
-        layer, module = self.layers[n], self.modules[n]
-        for k, (size, error) in enumerate(zip(module.sizes, module.errors(), strict=True)):
-            yield "lora" if k else "nothing", size, error
+        """(kind, bytes, squared error) of a layer: nothing, LoRA of each rank, LoKr of each factor, full.
+
+        Nothing that takes more than the smallest of those that leave but noise.
+        """
+        layer, module = self.layers[n], self.signal[n]
+        found = [
+            ("lora" if k else "nothing", size, error)
+            for k, (size, error) in enumerate(zip(module.sizes, module.errors(), strict=True))
+        ]
         for energy, numbers in layer.captured.values():
-            yield "lokr", self._bytes(layer, numbers, 2), max(0.0, layer.norm - energy)
-        rows, columns = layer.job.matrix
-        yield "full", self._bytes(layer, rows * columns, 1), 0.0
+            found.append(("lokr", self._bytes(layer, numbers, 2), max(0.0, layer.norm - energy)))
+        found.append(("full", self._bytes(layer, math.prod(layer.job.matrix), 1), 0.0))
+        noise = EXPLAINED * (layer.seen.noise if layer.seen else 0.0)
+        enough = min(size for _, size, error in found if error <= noise)
+        return (option for option in found if option[1] <= enough)
 
     def _choice(self, bytes: int, left: float, mix: Mapping[str, int] | None = None, gap: float = 0.0) -> Choice:
         return Choice(bytes, math.sqrt((left + self.rest) / self.total), mix or {}, gap)
@@ -322,8 +342,8 @@ class _Curves:
 
     def lora_within(self, bytes: int) -> Choice:
         """LoRA with the best ranks within a size, at least that of the smallest layer at rank 1."""
-        least = min(module.sizes[1] for module in self.modules)
-        return self.lora(Size(max(bytes, least)).choose(self.modules))
+        least = min(module.sizes[1] for module in self.signal if module.energies)
+        return self.lora(Size(max(bytes, least)).choose(self.signal))
 
     def lokr(self, factor: int) -> Choice:
         """LoKr everywhere, its second factor full."""

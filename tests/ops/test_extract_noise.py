@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaptkit.ops import extract
+from adaptkit.ops import advise, extract
 from tests.ops.models import State, save
 
 RANK = 8
@@ -110,3 +110,14 @@ def test_in_float32_there_is_no_noise_to_speak_of(tmp_path: Path) -> None:
     save(merged.paths[1], {key: t + 1e-4 * torch.randn(t.shape, generator=draw) for key, t in state.items()})
     report = merged.extract(size=500_000)
     assert 495_000 < report.bytes <= 500_000
+
+
+def test_advice_knows_it_too(merged: Merged) -> None:
+    """From the LoRA's rank on, more bytes are of no use: neither for further ranks nor for full differences."""
+    report = advise.run(advise.plan(*merged.paths, advise.Options(to="bare", max_rank=32)))
+    assert report.made_by is not None
+    assert report.made_by["rank"] == RANK
+    assert report.size[16] == report.size[8] == report.size[32]
+    assert report.auto[16] == report.auto[8]
+    assert report.auto[16].mix == {"lora": 12}
+    assert report.rank[16].relative_error < report.rank[8].relative_error  # of the files as they are
