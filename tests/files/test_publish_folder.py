@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -166,6 +168,32 @@ def test_the_exchange(tmp_path: Path) -> None:
     assert (held(other), held(one)) == before
     assert not exchanging.exchange(one, tmp_path / "missing")
     assert not exchanging.exchange(one, Path("a\0b"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "fixed"),
+    [("linux", "renameat2", (-100, b"a", -100, b"b", 2)), ("darwin", "renamex_np", (b"a", b"b", 2)), ("win32", "", ())],
+)
+def test_the_call_of_each_system(
+    monkeypatch: pytest.MonkeyPatch, platform: str, name: str, fixed: tuple[object, ...]
+) -> None:
+    """With a C library that notes what it is asked; and with one that has no such call."""
+    asked = []
+
+    def note(*arguments: object) -> int:
+        asked.append(arguments)
+        return 0
+
+    monkeypatch.setattr(exchanging.sys, "platform", platform)
+    call = exchanging._call.__wrapped__
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(**{name: note}))
+    found = call()
+    assert (found is None) == (platform == "win32")
+    if found is not None:
+        assert found(b"a", b"b") == 0
+        assert asked == [fixed]
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
+        assert call() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
