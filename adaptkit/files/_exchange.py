@@ -1,12 +1,11 @@
-"""Two paths exchanged in one step, where the system can: a folder replaced by another is at no moment missing."""
+"""Two paths of one folder that trade their names in a single step, where the system has a call for it."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
+import sys
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,30 +13,40 @@ if TYPE_CHECKING:
 
 __all__ = ["exchange"]
 
-_AT_FDCWD = -100  # Linux: relative paths count from the working folder
-_EXCHANGE = 2  # RENAME_EXCHANGE of Linux' renameat2(2), RENAME_SWAP of macOS' renamex_np(2)
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_RENAME_SWAP = 2  # macOS: sys/stdio.h
 
 
-def exchange(one: Path, two: Path) -> bool:
-    """Exchange two existing paths on one disk; False, and nothing done, where this system or disk cannot."""
-    call = _system_call()
-    return call is not None and call(os.fsencode(one), os.fsencode(two)) == 0
+def exchange(one: Path, other: Path) -> bool:
+    """Let both existing paths swap what they name, at once; False where nothing happened.
+
+    Whatever the reason (no such call, a file system or sandbox that refuses it, no permission): the plain renames that
+    the caller does instead either work, or say what is wrong.
+    """
+    try:
+        call = _call()
+        return call is not None and call(os.fsencode(one), os.fsencode(other)) == 0
+    except (OSError, ValueError):  # no C library to load; a null character in a path
+        return False
 
 
 @cache
-def _system_call() -> Callable[[bytes, bytes], int] | None:
-    """0 for success; every other outcome leaves both paths as they were."""
-    system = platform.system()  # not sys.platform, of which a type checker reads one branch
-    try:
-        library = ctypes.CDLL(None)
-        if system == "Linux":
-            rename = library.renameat2
-            rename.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-            return lambda one, two: int(rename(_AT_FDCWD, one, _AT_FDCWD, two, _EXCHANGE))
-        if system == "Darwin":
-            swap = library.renamex_np
-            swap.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint)
-            return lambda one, two: int(swap(one, two, _EXCHANGE))
-    except (OSError, AttributeError, TypeError):  # no such library, an older one, Windows
-        pass
-    return None
+def _call() -> Callable[[bytes, bytes], int] | None:
+    """renameat2(2) of Linux (glibc from 2.28), renamex_np(2) of macOS; others have none."""
+    if sys.platform not in ("linux", "darwin"):
+        return None
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    name = "renameat2" if sys.platform == "linux" else "renamex_np"
+    found: Any = getattr(library, name, None)
+    if found is None:
+        return None
+    path, flags = ctypes.c_char_p, ctypes.c_uint
+    found.restype = ctypes.c_int
+    if name == "renamex_np":
+        found.argtypes = (path, path, flags)
+        return lambda one, other: int(found(one, other, _RENAME_SWAP))
+    found.argtypes = (ctypes.c_int, path, ctypes.c_int, path, flags)
+    return lambda one, other: int(found(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE))

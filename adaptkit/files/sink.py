@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.errors import CannotWrite, CorruptFile, NoSuchName, ShapeMismatch, WouldOverwrite
+from adaptkit.files._exchange import exchange
 from adaptkit.files.header import TORCH_NAMES, TensorSpec, build_header, unreadable
 
 if TYPE_CHECKING:
@@ -472,31 +473,39 @@ def _sync_folder(folder: Path) -> None:
 def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to write into, which appears as `path` when the block ends well, and vanishes when it does not.
 
-    An existing folder is replaced (`overwrite`) only if it holds nothing but files of the `known` names: in one step where
-    the system can exchange two folders (Linux, macOS); elsewhere a kill between two renames leaves it as `.….old`.
+    An existing folder is replaced (`overwrite`) only if it holds nothing but files of the `known` names: at once on Linux
+    and macOS, elsewhere by two renames, between which a killed process leaves only the hidden `.old` beside `path`.
     """
-    import shutil
-
-    from adaptkit.files._exchange import exchange
-
     check_folder(path, known, overwrite)
     token = f"{os.getpid()}-{os.urandom(4).hex()}"
     made, old = (path.with_name(f".{path.name[:48]}.{token}.{end}") for end in ("part", "old"))
     try:
         made.mkdir()
         yield made
-        if not path.exists() or not exchange(made, path):
+        check_folder(path, known, overwrite)  # a long while later
+        if not (path.exists() and exchange(made, path)):  # after an exchange, `made` is the old folder
             if path.exists():
                 path.rename(old)
             made.rename(path)
     except OSError as error:
         raise _cannot_write(path, error, 0) from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        _remove_folder(made)
         if old.exists() and not path.exists():
             old.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_folder(old)
     _sync_folder(path.parent)
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove what is there, if anything; of a link to a folder, the link."""
+    import shutil
+
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_folder(path: Path, known: Set[str], overwrite: bool) -> None:
