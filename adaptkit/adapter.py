@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.algorithms._weights import ALPHA, Stated
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
@@ -37,8 +37,7 @@ CARRIED = ("bundle_emb.", "_aux.")  # OneTrainer's embeddings, and tensors other
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Something wrong with a file: `error` where it cannot be used as it stands, else `warning`."""
 
     severity: str
@@ -46,8 +45,7 @@ class Problem:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """Everything the header tells about one adapted weight. `keys` maps each role to its key in the file."""
 
     slot: Slot
@@ -204,7 +202,7 @@ def _by_names(infos: Mapping[str, TensorInfo], family: ModelFamily, format: str 
     """The key map of the format that claims most keys with a family's names; UnknownAdapter where that is not most of them."""
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     maps = [KeyMap(family, formats()[name]) for name in chosen("format", formats(), format)]
-    claimed = [sum(n for stem, n in stems.items() if keys.slot(stem) is not None) for keys in maps]
+    claimed = [sum(n for stem, n in stems.items() if keys.claims(stem)) for keys in maps]
     most = max(claimed)
     if most <= ENOUGH * len(infos):
         raise UnknownAdapter(

@@ -15,9 +15,9 @@ from adaptkit.names import WEIGHT
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
-    from adaptkit.families._family import Mark, ModelFamily
+    from adaptkit.families._family import Component, Mark, ModelFamily
     from adaptkit.files.header import TensorInfo
     from adaptkit.formats._format import KeyFormat
     from adaptkit.keymap import KeyMap
@@ -30,7 +30,7 @@ _FOREIGN = re.compile(
     r"lora|_lora\d?\.|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude|\.alpha$|\.[ab][12]\.weight$"
 )
 
-_BREAK = re.compile(r"[._{\d]")
+_BREAK = re.compile(r"[{\d]")
 _PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})  # checkpoints have such names too
 
 _Evidence = tuple[float, int]  # the share of a family's marks that hold, and its runs of blocks that are complete
@@ -103,14 +103,44 @@ def detect_adapter(
 
     `family` and `format` restrict the search. A winner that claims less than half of the keys is no winner.
     """
-    splits = [found for name in infos if (found := split_suffix(name)) is not None]
-    stems = Counter(stem for stem, _, _ in splits)
-    scores: list[_Score] = []
-    for format_name in chosen("format", formats(), format):
-        near = {stem: n for stem, n in stems.items() if stem.startswith(_starts(format_name))}
-        for family_name in _likely(near, format_name, chosen("family", families(), family)):
-            scores.append(_Score(_claimed(near, family_name, format_name), family_name, format_name))
-    return _decide(scores, len(infos), metadata, _adapter_shapes(infos), bool(family))
+    stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
+    names = chosen("family", families(), family)
+    pairs = [pair for kind in chosen("format", formats(), format) for pair in _likely(stems, kind, names)]
+    scores: dict[_Pair, _Score] = {}
+    first = second = 0  # the most keys that a pair claims, and the next most
+    for pair in sorted(pairs, key=lambda pair: -pair.most):
+        if pair.most < second:
+            break  # neither the winner nor the runner-up, nor is any that follows
+        if len(names) > 1 and pair.estimate() < ENOUGH / 2 * first:
+            continue
+        scores[pair] = score = pair.score()
+        first, second = max(first, score.claimed), max(second, min(first, score.claimed))
+    ordered = [scores[pair] for pair in pairs if pair in scores]  # as the tables stand, which breaks ties
+    return _decide(ordered, len(infos), metadata, _adapter_shapes(infos), bool(family))
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A family in a format: the stems that begin as its names do, and the keys of each; some of the format's stems.
+
+    `most` is the sum of those keys, which is as many as it can claim; `total` counts the keys of all the format's stems.
+    """
+
+    family: str
+    format: str
+    near: Mapping[str, int]
+    most: int
+    sample: Sequence[str]
+    total: int
+
+    def estimate(self) -> float:
+        """How many keys it claims if all are as the sample is."""
+        return self.total * sum(map(compile_keys(self.family, self.format).claims, self.sample)) / len(self.sample)
+
+    def score(self) -> _Score:
+        """How many keys are claimed."""
+        claims = compile_keys(self.family, self.format).claims
+        return _Score(sum(n for stem, n in self.near.items() if claims(stem)), self.family, self.format)
 
 
 @cache
@@ -120,34 +150,38 @@ def _starts(format: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(p for part in parts for p in prefixes(part, formats()[format])))
 
 
-def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> list[str]:
-    """The families worth counting: those that claim a share of a sample of the stems."""
-    if not stems or len(names) == 1:
-        return list(names) if stems else []
-    sample = list(stems)[:: max(1, len(stems) // SAMPLE)]
-    enough = ENOUGH / 2 * len(sample)
-    near = [name for name in names if sum(stem.startswith(_heads(name, format)) for stem in sample) >= enough]
-    found = {name: sum(compile_keys(name, format).slot(stem) is not None for stem in sample) for name in near}
-    most = max(found.values(), default=0)
-    return [name for name, n in found.items() if n and n >= ENOUGH / 2 * most]
+def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> Iterator[_Pair]:
+    """The families worth counting in a format: those with whose words a share of a sample of the stems begin."""
+    starts = _starts(format)
+    found = [stem for stem in stems if stem.startswith(starts)]
+    if not found:
+        return
+    sample, total = found[:: max(1, len(found) // SAMPLE)], sum(stems[stem] for stem in found)
+    enough = ENOUGH / 2 * len(sample) if len(names) > 1 else 0
+    for name in names:
+        heads = _heads(name, format)
+        if sum(stem.startswith(heads) for stem in sample) >= enough:
+            near = {stem: stems[stem] for stem in found if stem.startswith(heads)}
+            yield _Pair(name, format, near, sum(near.values()), sample, total)
 
 
 @cache
 def _heads(family: str, format: str) -> tuple[str, ...]:
-    """How the names of a family begin, up to the first sign: enough to pass over most families without compiling them."""
+    """How the names of a family begin, up to the first number: passes over most families without compiling them."""
+    kind = formats()[format]
     found: dict[str, None] = {}
     for part in families()[family].components:
-        starts = prefixes(part, formats()[format])
-        modules = (name.module for row in part.rows for names in row.names.values() for name in names)
-        words = {_BREAK.split(module, maxsplit=1)[0] for module in modules}
-        found |= dict.fromkeys(start + word for start in starts for word in words)
+        if starts := prefixes(part, kind):
+            words = [word.replace(".", kind.joiner) for word in _words(part)]
+            found |= dict.fromkeys(start + word for start in starts for word in words)
     return tuple(found)
 
 
-def _claimed(stems: Mapping[str, int], family: str, format: str) -> int:
-    """How many keys a pair claims."""
-    keys = compile_keys(family, format)
-    return sum(n for stem, n in stems.items() if keys.slot(stem) is not None)
+@cache
+def _words(part: Component) -> tuple[str, ...]:
+    """What stands before the first number in the names of a part's modules."""
+    modules = (name.module for row in part.rows for names in row.names.values() for name in names)
+    return tuple({_BREAK.split(module, maxsplit=1)[0]: None for module in modules})
 
 
 def detect_checkpoint(

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from adaptkit.errors import NotRepresentable
 from adaptkit.names import BIAS, WEIGHT, Rows, Slot, Target, tokenise
@@ -45,6 +45,7 @@ _DOTS = re.compile(r"\.")
 _PEFT = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_")  # what PEFT writes an adapter's name behind
 
 RoleName = tuple[str, str]  # (algorithm, role)
+_Match = tuple["_Reading", dict[str, int], str]  # what a stem means, its indices, its module as spelled
 
 
 @cache
@@ -64,16 +65,15 @@ class Templates(Generic[P]):
     def __init__(self) -> None:
         self._tables: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], _Entry[P]]]] = {}
 
-    def add(self, template: str, payload: P) -> None:
-        """Register a template; TypeError where another payload has the same one (two readings of one name)."""
-        skeleton, fixed, free = _compiled(template)
-        positions = tuple(position for position, _ in fixed)
+    def add(self, template: str, payload: P, joiner: str = ".") -> None:
+        """Register a template, its words joined by `joiner`; TypeError where another payload has the same one."""
+        skeleton, positions, values, free = _compiled(template)
+        if joiner != ".":
+            skeleton = skeleton.replace(".", joiner)
         table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
-        values = tuple(value for _, value in fixed)
-        if values not in table:  # the first reading of a name that two namings share
-            table[values] = _Entry(payload, free)
-        elif table[values].payload != payload:
-            raise TypeError(f"{template!r} means both {table[values].payload} and {payload}")
+        entry = table.setdefault(values, _Entry(payload, free))  # the first reading of a name that two namings share
+        if entry.payload is not payload and entry.payload != payload:
+            raise TypeError(f"{template!r} means both {entry.payload} and {payload}")
 
     def match(self, text: str) -> tuple[P, dict[str, int]] | None:
         """The payload whose template gives this string, and the values of its free indices."""
@@ -85,10 +85,12 @@ class Templates(Generic[P]):
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry(Generic[P]):
+_Free = tuple[tuple[int, str, int | None], ...]  # (position, index name, bound)
+
+
+class _Entry(NamedTuple, Generic[P]):
     payload: P
-    free: tuple[tuple[int, str, int | None], ...]  # (position, index name, bound)
+    free: _Free
 
     def indices(self, numbers: tuple[int, ...]) -> dict[str, int] | None:
         found: dict[str, int] = {}
@@ -99,30 +101,32 @@ class _Entry(Generic[P]):
         return found
 
 
-def _compiled(
-    template: str,
-) -> tuple[str, tuple[tuple[int, int], ...], tuple[tuple[int, str, int | None], ...]]:
-    """Skeleton, the fixed integers by position, and the free ones."""
-    skeleton, position, last = "", 0, 0
-    fixed: list[tuple[int, int]] = []
+@cache
+def _compiled(template: str) -> tuple[str, tuple[int, ...], tuple[int, ...], _Free]:
+    """Skeleton, the places and values of the fixed integers, and the free ones; families share most of their templates."""
+    if "{" not in template:
+        skeleton, values = tokenise(template)
+        return skeleton, tuple(range(len(values))), values, ()
+    skeleton, last = "", 0
+    positions: list[int] = []
+    fixed: list[int] = []
     free: list[tuple[int, str, int | None]] = []
-    for found in _FIELD.finditer(template):
-        skeleton, position = _literal(template[last : found.start()], skeleton, position, fixed)
-        bound = found.group(2)
-        free.append((position, found.group(1), int(bound) if bound else None))
-        skeleton, position, last = skeleton + "#", position + 1, found.end()
-    skeleton, _ = _literal(template[last:], skeleton, position, fixed)
-    return skeleton, tuple(fixed), tuple(free)
-
-
-def _literal(text: str, skeleton: str, position: int, fixed: list[tuple[int, int]]) -> tuple[str, int]:
-    shape, numbers = tokenise(text)
-    fixed.extend((position + n, value) for n, value in enumerate(numbers))
-    return skeleton + shape, position + len(numbers)
+    for index in (*_FIELD.finditer(template), None):
+        shape, numbers = tokenise(template[last : index and index.start()])
+        first = len(fixed) + len(free)
+        positions.extend(range(first, first + len(numbers)))
+        fixed.extend(numbers)
+        skeleton += shape
+        if index is not None:
+            free.append((len(fixed) + len(free), index[1], int(index[2]) if index[2] else None))
+            skeleton, last = skeleton + "#", index.end()
+    return skeleton, tuple(positions), tuple(fixed), tuple(free)
 
 
 def _fill(template: str, indices: Mapping[str, int]) -> str:
-    return _FIELD.sub(lambda found: str(indices[found.group(1)]), template)
+    if not indices:
+        return template
+    return _FIELD.sub(lambda found: str(indices[found[1]]), template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +143,7 @@ class _Reading:
         return Slot(Target(self.component, _fill(self.target, indices), param), self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
+class Parsed(NamedTuple):
     """What an adapter key says: the slot, and what the tensor may be to which algorithm.
 
     `module` is the module's name as the file has it, without the format's prefix; `naming` the naming it belongs to;
@@ -161,17 +164,17 @@ class KeyMap:
     def __init__(self, family: ModelFamily, format: KeyFormat) -> None:
         self.family = family
         self.format = format
-        own = format.style if format.private else ""
-        found = [
-            (prefix, _stems(part, format.joiner, own))
-            for part in family.components
-            for prefix in prefixes(part, format)
-        ]
-        self._stems = sorted(found, key=lambda item: -len(item[0]))  # `lora_unet__` before `lora_unet_`
+        found = [(prefix, part) for part in family.components for prefix in prefixes(part, format)]
+        self._parts = sorted(found, key=lambda item: -len(item[0]))  # `lora_unet__` before `lora_unet_`
+        self._own = format.style if format.private else ""
         self._prefixes = _written_prefixes(family, format)
+        # a stem comes once per role, a slot in every step
+        self._found: dict[str, _Match | None] = {}
+        self._slots: dict[str, Slot] = {}
+        self._held: dict[tuple[RoleName, ...], tuple[RoleName, ...]] = {}
+        self._suffix: dict[RoleName, str] = {}
         self._spelled: dict[Slot, str] = {}
         self._row_of: dict[tuple[str, str], tuple[Row, dict[str, int]] | None] = {}
-        self._found: dict[str, tuple[_Reading, dict[str, int], str] | None] = {}  # a stem comes once per role
 
     def parse(self, key: str) -> Parsed | None:
         """The slot and roles of a key, or None where this family and format do not know it."""
@@ -179,13 +182,19 @@ class KeyMap:
         if found is None:
             return None
         stem, spelled, roles = found
-        roles = tuple(role for role in roles if self.holds(role[0]))
+        roles = self.roles(roles)
         match = self._match(stem) if roles else None
         if match is None:
             return None
-        reading, indices, module = match
-        slot = reading.slot(indices, param_of(roles[0]))
+        reading, _, module = match
+        slot = self._slot(stem, match, param_of(roles[0]))
         return Parsed(slot, spelled, roles, module, reading.naming, reading.swapped)
+
+    def roles(self, roles: tuple[RoleName, ...]) -> tuple[RoleName, ...]:
+        """Those of a suffix's roles that this format spells."""
+        if roles not in self._held:
+            self._held[roles] = tuple(role for role in roles if self.holds(role[0]))
+        return self._held[roles]
 
     def holds(self, algorithm: str) -> bool:
         """Whether this format spells this algorithm at all."""
@@ -194,17 +203,30 @@ class KeyMap:
     def slot(self, stem: str, param: str = WEIGHT) -> Slot | None:
         """The slot a key's stem (the key without its suffix) names, or None."""
         match = self._match(stem)
-        return None if match is None else match[0].slot(match[1], param)
+        return None if match is None else self._slot(stem, match, param)
 
-    def _match(self, stem: str) -> tuple[_Reading, dict[str, int], str] | None:
+    def claims(self, stem: str) -> bool:
+        """Whether a key's stem names a slot."""
+        return self._match(stem) is not None
+
+    def _slot(self, stem: str, match: _Match, param: str) -> Slot:
+        if param != WEIGHT:
+            return match[0].slot(match[1], param)
+        if stem not in self._slots:
+            self._slots[stem] = match[0].slot(match[1], WEIGHT)
+        return self._slots[stem]
+
+    def _match(self, stem: str) -> _Match | None:
         if stem not in self._found:
             self._found[stem] = self._matched(stem)
         return self._found[stem]
 
-    def _matched(self, stem: str) -> tuple[_Reading, dict[str, int], str] | None:
-        for prefix, stems in self._stems:
-            if stem.startswith(prefix) and (match := stems.match(stem[len(prefix) :])) is not None:
-                return *match, stem[len(prefix) :]
+    def _matched(self, stem: str) -> _Match | None:
+        for prefix, part in self._parts:
+            if stem.startswith(prefix):  # so that no part is compiled that the file does not have
+                module = stem[len(prefix) :]
+                if (match := _stems(part, self.format.joiner, self._own).match(module)) is not None:
+                    return *match, module
         return None
 
     def row(self, target: Target) -> Row | None:
@@ -227,14 +249,17 @@ class KeyMap:
 
     def spell(self, slot: Slot, algorithm: str, role: str) -> str:
         """The key that holds this role of this slot; NotRepresentable where the format has no place for it."""
-        if not self.holds(algorithm):
-            raise NotRepresentable(f"the {self.format.name} format has no names for {algorithm}")
-        suffix = self.format.spelling.get(algorithm, {}).get(role) or algorithms()[algorithm].roles[role].spelling
+        suffix = self._suffix.get((algorithm, role))
+        if suffix is None:
+            if not self.holds(algorithm):
+                raise NotRepresentable(f"the {self.format.name} format has no names for {algorithm}")
+            suffix = self.format.spelling.get(algorithm, {}).get(role) or algorithms()[algorithm].roles[role].spelling
+            self._suffix[algorithm, role] = suffix
         return f"{self.stem(slot)}.{suffix}"
 
     def stem(self, slot: Slot) -> str:
         """The key of a slot without its suffix."""
-        key = slot if slot.param == WEIGHT else Slot(replace(slot.target, param=WEIGHT), slot.rows)
+        key = slot if slot.param == WEIGHT else Slot(slot.target._replace(param=WEIGHT), slot.rows)
         if key not in self._spelled:
             self._spelled[key] = self._prefixes.get(slot.component, "") + self.module(key)
         return self._spelled[key]
@@ -292,7 +317,7 @@ def _stems(part: Component, joiner: str, own: str) -> Templates[_Reading]:
             if naming == own or (not own and naming not in _private()):
                 for name in (name for name in names if not name.transposed):
                     reading = _Reading(part.name, row.target, name.rows, name.swapped, naming)
-                    stems.add(_joined(name.module, joiner), reading)
+                    stems.add(name.module, reading, joiner)
     return stems
 
 
@@ -341,7 +366,7 @@ def prefixes(part: Component, format: KeyFormat) -> tuple[str, ...]:
 
 
 def _joined(module: str, joiner: str) -> str:
-    return module if joiner == "." else _DOTS.sub(joiner, module)
+    return module if joiner == "." else module.replace(".", joiner)
 
 
 def param_of(role: RoleName) -> str:

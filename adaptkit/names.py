@@ -1,21 +1,23 @@
-"""What a weight is called: targets of the base model, slots in them, and skeletons of key strings."""
+"""What a weight is called: targets of the base model, slots in them, and skeletons of key strings.
+
+They are named tuples because they are the keys of every table: a file has thousands, each hashed a dozen times.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 __all__ = ["Rows", "Slot", "Target", "tokenise"]
 
 WEIGHT = "weight"
 BIAS = "bias"
 
-_DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"(\d+)")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Target:
+class Target(NamedTuple):
     """A parameter of the base model, under the name the family's table gives it.
 
     `component` is the part of the model (`unet`, `text_encoder`), `module` the dotted module name,
@@ -31,8 +33,7 @@ class Target:
         return name if self.param == WEIGHT else f"{name}.{self.param}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Rows:
+class Rows(NamedTuple):
     """A cut of a target's output rows, in shares: rows [start/total, stop/total) of them.
 
     Shares instead of sizes, so that one table holds for every width: q of a fused qkv is `Rows(0, 1, 3)`.
@@ -50,8 +51,7 @@ class Rows:
         return self.start * unit, self.stop * unit
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Slot:
+class Slot(NamedTuple):
     """A target, or a row-part of it: the place where one adapted weight applies."""
 
     target: Target
@@ -79,4 +79,5 @@ def tokenise(key: str) -> tuple[str, tuple[int, ...]]:
     >>> tokenise("double_blocks.7.img_attn.qkv")
     ('double_blocks.#.img_attn.qkv', (7,))
     """
-    return _DIGITS.sub("#", key), tuple(map(int, _DIGITS.findall(key)))
+    pieces = _DIGITS.split(key)
+    return "#".join(pieces[::2]), tuple(map(int, pieces[1::2]))

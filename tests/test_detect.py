@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +87,7 @@ def test_n4_real_key_lists(name: str, corpus: Path, tmp_path: Path) -> None:
             parsed = adapter.keys.parse(key)
             assert parsed is not None
             module = adapter.keys.module(
-                replace(parsed.slot, target=replace(parsed.slot.target, param="weight")), parsed.naming
+                parsed.slot._replace(target=parsed.slot.target._replace(param="weight")), parsed.naming
             )
             stem = key.removesuffix(f".{parsed.spelled}")
             part = adapter.family.component(parsed.slot.component)

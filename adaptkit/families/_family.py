@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.names import Rows
 
@@ -43,8 +43,7 @@ class Kind(Enum):
     EMBEDDING = "embedding"  # a look-up table: only stored as a full difference
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
+class Name(NamedTuple):
     """What one naming calls a module, and how its tensors relate to the target's.
 
     `rows` is the cut of the target's output rows this name covers (None: all); `transposed` says that the checkpoint
@@ -88,8 +87,7 @@ def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple
     return tuple(Name(m, f"{m}.weight", f"{m}.bias", cut) for m, cut in zip(modules, cuts, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One module (or a run of them): its target name and its names in each naming; `kernel` of a convolution, else ()."""
 
     target: str
@@ -183,8 +181,7 @@ def transformer(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """A shape that tells this family from those that share its names.
 
     It is about the modules of `component` whose target name ends in `suffix`: `columns` their input width (any of those

@@ -6,7 +6,6 @@ Source of the correspondence: CompVis/Stability `openaimodel.py` numbering again
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.families._family import Kind, Row, row
@@ -51,7 +50,7 @@ def unet_rows(
         *_up(depths),
     )
     around = (".proj_in", ".proj_out")
-    return tuple(replace(row, kernel=POINT) if pointwise and row.target.endswith(around) else row for row in rows)
+    return tuple(row._replace(kernel=POINT) if pointwise and row.target.endswith(around) else row for row in rows)
 
 
 def _ends(class_embedding: bool) -> Iterator[Row]:

@@ -6,7 +6,6 @@ is 1×1 convolutions in the original and linear layers in diffusers). `old` are 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptkit.families._family import Component, Kind, Name, Row, named, row
@@ -70,7 +69,7 @@ def _middle(ours: str, theirs: str) -> Iterator[Row]:
 
 
 def _pointwise(module: str) -> Name:
-    return replace(named(module), kernel=(1, 1))
+    return named(module)._replace(kernel=(1, 1))
 
 
 def _resnet(ours: str, theirs: str) -> Iterator[Row]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from adaptkit.families._clip import clip_l
 from adaptkit.families._family import ModelFamily, Row, named, pair, split, swapped, transformer
 from adaptkit.families._flux import SHARES, double_attention, double_mlps, embedder, marks, single_block
@@ -43,7 +41,7 @@ XLABS = {
 
 def _with_private(public: Row) -> Row:
     names = {"omi": OMI.get(public.target), "xlabs": XLABS.get(public.target)}
-    return replace(public, names={**public.names, **{naming: name for naming, name in names.items() if name}})
+    return public._replace(names={**public.names, **{naming: name for naming, name in names.items() if name}})
 
 
 ROWS = tuple(_with_private(public) for public in PUBLIC)

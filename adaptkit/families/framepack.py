@@ -6,15 +6,13 @@ Source: lllyasviel's `diffusers_helper/models/hunyuan_video_packed.py`, diffuser
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from adaptkit.families._clip import clip_l
 from adaptkit.families._family import ModelFamily, row, transformer
 from adaptkit.families._hunyuan import marks, video_rows
 from adaptkit.families._llm import llm, llm_rows
 
 ROWS = (
-    *(replace(same, names={"diffusers": same.names["diffusers"]}) for same in video_rows()),
+    *(same._replace(names={"diffusers": same.names["diffusers"]}) for same in video_rows()),
     row("image_projection.up"),
     row("image_projection.down"),
     row("clean_x_embedder.proj", kernel=(1, 2, 2)),

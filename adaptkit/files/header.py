@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.errors import CannotWrite, CorruptFile, NotRepresentable, UnreadableFile
 
@@ -40,6 +40,7 @@ __all__ = [
 HEADER_LIMIT = 100_000_000  # bytes; the official library's own limit
 _SIZE_LIMIT = 2**64 - 1  # the official library counts elements and bits in a u64
 _PREFIX = 8
+_FIELDS = ("dtype", "shape", "data_offsets")
 
 DTYPES: Mapping[str, int] = {  # bits per element
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -55,8 +56,7 @@ TORCH_NAMES: Mapping[str, str] = {  # safetensors spelling -> attribute of torch
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """A tensor to be written: `dtype` in safetensors spelling."""
 
     name: str
@@ -64,8 +64,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """A tensor that stands in a file: `start` and `stop` are byte offsets from the start of that file."""
 
     name: str
@@ -200,8 +199,10 @@ def _decode(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise CorruptFile(f"the header is not UTF-8 at byte {_PREFIX + error.start}") from error
     try:
+        # a call for every number only where one may be -0, which a name can hold too
+        integer = _integer if "-0" in text else None
         table = json.loads(
-            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_no_constant
+            text, object_pairs_hook=_unique, parse_int=integer, parse_float=_finite, parse_constant=_no_constant
         )
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(table, ensure_ascii=False).encode("utf-8")  # fails on a surrogate without its partner
@@ -249,12 +250,13 @@ def _info(name: str, entry: object, data_start: int) -> TensorInfo:
     """One tensor of the header, its offsets made absolute."""
     if not isinstance(entry, dict):
         raise CorruptFile("its header entry is not a table", tensor=name)
-    for field in ("dtype", "shape", "data_offsets"):
+    for field in _FIELDS:
         if field not in entry:
             raise CorruptFile(f"its header entry lacks {field!r}", tensor=name)
-    if any(isinstance(value, dict | list) for key, value in entry.items() if key not in ("shape", "data_offsets")):
-        raise CorruptFile("its header entry holds a nested value", tensor=name)  # also bounds the depth
     dtype = entry["dtype"]
+    beside = len(entry) > len(_FIELDS) and any(isinstance(entry[key], dict | list) for key in entry.keys() - _FIELDS)
+    if beside or isinstance(dtype, dict | list):
+        raise CorruptFile("its header entry holds a nested value", tensor=name)  # also bounds the depth
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CorruptFile(f"unknown dtype {dtype!r}", tensor=name, hint=f"known: {', '.join(DTYPES)}")
     shape = _sizes(name, "shape", entry["shape"])
@@ -266,9 +268,13 @@ def _info(name: str, entry: object, data_start: int) -> TensorInfo:
 
 
 def _sizes(name: str, field: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(type(n) is not int or not 0 <= n <= _SIZE_LIMIT for n in value):
-        raise CorruptFile(f"{field} is not a list of sizes", tensor=name)
-    return tuple(value)
+    if isinstance(value, list):
+        for n in value:
+            if type(n) is not int or not 0 <= n <= _SIZE_LIMIT:
+                break
+        else:
+            return tuple(value)
+    raise CorruptFile(f"{field} is not a list of sizes", tensor=name)
 
 
 def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], stored: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,8 @@ LEGACY = (0x100000, 0x10000)  # where and how much of a file the first web UI ha
 
 def sha256(path: str | Path, chunk: int = 8 << 20) -> str:
     """The SHA-256 of a whole file in hexadecimal, read `chunk` bytes at a time."""
+    import hashlib  # 4 ms that most commands do not need
+
     digest = hashlib.sha256()
     try:
         with Path(path).open("rb", buffering=0) as file:
@@ -45,6 +46,8 @@ def sshs_hashes(data: Iterable[memoryview], header: int) -> dict[str, str]:
     is over the tensors alone, the legacy hash over 64 KiB at 1 MiB of the whole (sd-scripts `library/train_util.py`,
     `precalculate_safetensors_hashes`).
     """
+    import hashlib
+
     digest, legacy = hashlib.sha256(), hashlib.sha256()
     first, at = LEGACY[0] - header, 0
     for piece in data:

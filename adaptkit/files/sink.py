@@ -30,7 +30,9 @@ HAS_PWRITE = hasattr(os, "pwrite")
 HAS_COPY_FILE_RANGE = hasattr(os, "copy_file_range")
 HAS_FADVISE = hasattr(os, "posix_fadvise")
 _CHUNK = 1 << 30  # bytes per system call; some systems refuse or cut 2 GiB and more
-_COPY_BUFFER = 8 << 20
+HAS_PREADV = hasattr(os, "preadv")
+_COPY_BUFFER = 2 << 20  # stays in the processor's cache: of 256 KiB to 32 MiB, up to 4 MiB are alike, more is slower
+_BLOCK = 4096  # bytes: what file systems that share blocks between files share
 _LARGE = 1 << 29  # bytes: a file from here on does not stay in the system's cache
 _WINDOW = 32 << 20  # bytes of it that are sent to the disk at a time
 
@@ -341,12 +343,15 @@ class TensorSink:
             raise _cannot_write(self.path, error, self.size) from error
 
     def _write(self, data: memoryview, at: int) -> None:
-        done = 0
         with self._open_file() as file:
-            while done < len(data):
-                count = self._some(file, data[done : done + _CHUNK], at + done)
-                self._trail.wrote(file, at + done, count)
-                done += count
+            self._write_to(file, data, at)
+
+    def _write_to(self, file: io.FileIO, data: memoryview, at: int) -> None:
+        done = 0
+        while done < len(data):
+            count = self._some(file, data[done : done + _CHUNK], at + done)
+            self._trail.wrote(file, at + done, count)
+            done += count
 
     def _some(self, file: io.FileIO, data: memoryview, at: int) -> int:
         if HAS_PWRITE:
@@ -361,13 +366,20 @@ class TensorSink:
         except OSError as error:
             raise unreadable(path, error) from error
         with source:
+            buffer = memoryview(bytearray(_COPY_BUFFER))
             for run in runs:
                 done = self._copy_in_kernel(source, run)
-                self._copy_by_hand(source, run, done)
+                if done < run.length:
+                    self._copy_by_hand(source, run, done, buffer)
 
     def _copy_in_kernel(self, source: io.FileIO, run: _Run) -> int:
-        """Bytes that the kernel copied without us (on some file systems without copying at all)."""
+        """Bytes that the kernel copied without us, on some file systems without copying at all.
+
+        That takes whole blocks. Elsewhere it copies page by page, for which we need half the time (ext4, Linux 6.18).
+        """
         done = 0
+        if (run.start - run.at) % _BLOCK:
+            return done
         while HAS_COPY_FILE_RANGE and done < run.length:
             count = min(run.length - done, _WINDOW)
             with self._open_file() as file:  # anew each time, so that whoever gives the output up need not wait
@@ -383,21 +395,27 @@ class TensorSink:
                 done += copied
         return done
 
-    def _copy_by_hand(self, source: io.FileIO, run: _Run, done: int) -> None:
-        if done == run.length:
-            return
-        buffer = memoryview(bytearray(min(_COPY_BUFFER, run.length - done)))
+    def _copy_by_hand(self, source: io.FileIO, run: _Run, done: int, buffer: memoryview) -> None:
         while done < run.length:
-            try:
-                source.seek(run.start + done)
-                count = source.readinto(buffer[: run.length - done]) or 0
-            except OSError as error:
-                raise unreadable(run.source, error).at(tensor=run.tensor) from error
-            if count == 0:
-                message = f"truncated: {run.length - done} bytes are missing at {run.start + done}"
-                raise CorruptFile(message, file=run.source, tensor=run.tensor)
-            self._write(buffer[:count], run.at + done)
-            done += count
+            with self._open_file() as file:
+                until = min(run.length, done + _WINDOW)
+                while done < until:
+                    try:
+                        count = _read_at(source, buffer[: until - done], run.start + done)
+                    except OSError as error:
+                        raise unreadable(run.source, error).at(tensor=run.tensor) from error
+                    if count == 0:
+                        message = f"truncated: {run.length - done} bytes are missing at {run.start + done}"
+                        raise CorruptFile(message, file=run.source, tensor=run.tensor)
+                    self._write_to(file, buffer[:count], run.at + done)
+                    done += count
+
+
+def _read_at(file: io.FileIO, buffer: memoryview, at: int) -> int:
+    if HAS_PREADV:
+        return os.preadv(file.fileno(), [buffer], at)
+    file.seek(at)
+    return file.readinto(buffer) or 0
 
 
 def _coalesce(runs: Iterable[_Run]) -> list[_Run]:

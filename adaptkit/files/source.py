@@ -13,8 +13,6 @@ import re
 import struct
 import threading
 from abc import ABC, abstractmethod
-from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -272,7 +270,7 @@ class _JoinedSource(TensorSource):
         for prefix, part in parts:
             for name, info in part.infos.items():
                 self._place(prefix + name, part, name, index)
-                infos[prefix + name] = replace(info, name=prefix + name) if prefix else info
+                infos[prefix + name] = info._replace(name=prefix + name) if prefix else info
             index += len(part.files)
         self.infos = infos
 
@@ -409,6 +407,8 @@ def _near(path: Path) -> str | None:
     """A hint for a path that does not exist."""
     if not path.parent.is_dir():
         return f"there is no folder {str(path.parent)!r}"
+    from difflib import get_close_matches
+
     near = get_close_matches(path.name, [item.name for item in path.parent.iterdir()], n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else None
 

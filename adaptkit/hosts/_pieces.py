@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -70,7 +69,7 @@ def pieces_as(adapter: Adapter, format: str, fold: bool, algorithm: str | None) 
 
 def _written(keys: KeyMap, slot: Slot) -> tuple[Slot, ...]:
     """The slots a format holds this one in: itself, the parts it is cut into, or the whole that it is a part of."""
-    whole = tuple(replace(s, target=slot.target) for s in keys.slots(slot.target))
+    whole = tuple(s._replace(target=slot.target) for s in keys.slots(slot.target))
     if not whole:
         raise NotRepresentable(f"the {keys.format.name} format has no place for {slot}")
     return (slot,) if slot in whole else whole
@@ -125,7 +124,7 @@ def _suffixes(keys: KeyMap, slot: Slot, entry: Entry, kind: type[Weights]) -> It
 
 
 def _weight(slot: Slot) -> Slot:
-    return replace(slot, target=replace(slot.target, param=WEIGHT))
+    return slot._replace(target=slot.target._replace(param=WEIGHT))
 
 
 def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import CannotWrite, CorruptFile, NotRepresentable
@@ -188,7 +188,7 @@ class _Folder:
     def _volume(self, path: str, file: Path, held: Sequence[str], copied: Path | None) -> None:
         prefix = self._prefix(file)
         names = {name: name.removeprefix(prefix) for name in held}
-        specs = tuple(replace(self.specs[name], name=stored) for name, stored in names.items())
+        specs = tuple(self.specs[name]._replace(name=stored) for name, stored in names.items())
         metadata = read_header(file).metadata if file.suffix in SINGLE else {}
         self.volumes.append(Volume(path, names, specs, {"format": "pt", **metadata}, copied))
 

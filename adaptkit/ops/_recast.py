@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter, Entry
 from adaptkit.algorithms._weights import ALPHA
@@ -59,8 +59,7 @@ class RecastOptions(Ranked):
     base: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Copied:
+class Copied(NamedTuple):
     """A tensor taken over byte for byte from an adapter (by its number), perhaps under another shape of as many elements."""
 
     key: str
@@ -69,16 +68,14 @@ class Copied:
     number: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(NamedTuple):
     """An alpha that the source does not store."""
 
     key: str
     value: float
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """What one adapter gives to a slot, and what that is multiplied by."""
 
     job: Job
@@ -497,21 +494,23 @@ class _Planner:
             yield "summed"
 
     def _what_of(self, term: Term, kind: type[Weights]) -> Iterator[str]:
-        job = term.job
+        job, entries = term.job, term.job.entries
         if len(job.parts) > 1:
             yield "fused"
         elif job.whole is None:
             yield "split"
-        if any(e.swapped for e in job.entries) != self.keys.swapped(job.slot):
+        if any(e.swapped for e in entries) != self.keys.swapped(job.slot):
             yield "swapped"
-        if any(e.kind is not kind for e in job.entries):
+        if any(e.kind is not kind for e in entries):
             yield "changed"
         if term.weight != 1.0:
             yield "scaled"
-        if any(self._folds(e) for e in job.entries):
+        if any(self._folds(e) for e in entries):
             yield "folded"
         infos = job.adapter.source.infos
-        if any(self._casts(infos[key].dtype) for e in job.entries for _, key in e.tensors()):
+        if self.options.dtype != "keep" and any(
+            self._casts(infos[key].dtype) for e in entries for _, key in e.tensors()
+        ):
             yield "cast"
 
     def _casts(self, dtype: str) -> bool:
@@ -552,7 +551,7 @@ class _Planner:
         stored, rank = entry.keys.get(ALPHA), entry.facts.rank
         placeholder = rank is None and not entry.kind.bounded and not abs(entry.alpha or math.inf) <= SANE
         if stored is not None and not placeholder:
-            return Copied(name, stored, replace(_spec(term.job.adapter, stored), name=name), term.number)
+            return Copied(name, stored, _spec(term.job.adapter, stored)._replace(name=name), term.number)
         return Written(name, 1.0 if rank is None else entry.facts.scale * rank)
 
     def _silent(self, entry: Entry) -> bool:

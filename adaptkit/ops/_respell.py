@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import NotRepresentable
 
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "Part", "Respelling"]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What one entry gives to a slot: all of its rows, or those of `cut`. Without an entry: `rows` rows of zeros."""
 
     entry: Entry | None
@@ -29,8 +27,7 @@ class Part:
     rows: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One slot of the output and the parts that make it, in the order of its rows."""
 
     slot: Slot

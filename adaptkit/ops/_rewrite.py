@@ -116,6 +116,7 @@ class _State:
         self.taken: dict[int, Decomposition] = {}
         self.ranks: dict[int, int] = {}
         self.stored: dict[int, _Stored] = {}
+        self._unchanged: dict[int, _Stored] = {}
 
     def copied(self, task: Task) -> bool:
         """Whether a task's tensors are taken as they are (so far as is known)."""
@@ -133,11 +134,13 @@ class _State:
 
     def unchanged(self, task: Task) -> _Stored:
         """As the source has it; of what has yet to be computed, the best that headers tell."""
-        entry, adapter = task.entries[0], task.terms[0].job.adapter
-        shapes = {role: adapter.source.infos[key].shape for role, key in entry.tensors()}
-        rank = entry.facts.rank
-        alpha = 1.0 if rank is None else entry.facts.scale * rank
-        return _Stored(task.kind, rank, alpha, shapes)
+        if id(task) not in self._unchanged:
+            entry, infos = task.entries[0], task.terms[0].job.adapter.source.infos
+            shapes = {role: infos[key].shape for role, key in entry.tensors()}
+            rank = entry.facts.rank
+            alpha = 1.0 if rank is None else entry.facts.scale * rank
+            self._unchanged[id(task)] = _Stored(task.kind, rank, alpha, shapes)
+        return self._unchanged[id(task)]
 
     def modules(self) -> list[Module]:
         """The modules as a PEFT configuration names them."""

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import CannotWrite, CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile, WouldOverwrite
 from adaptkit.files import sink as module
+from adaptkit.files import source as source_module
 from adaptkit.files.header import TensorSpec
 from adaptkit.files.sink import Spool, TensorSink, tensor_bytes
 from adaptkit.files.source import open_source
@@ -31,8 +32,13 @@ from tests.files.test_source import DTYPES, raw
 def way(request, monkeypatch):
     """Both ways of writing and copying; the portable one is all that Windows has."""
     if request.param == "portable":
-        for flag, call in (("HAS_PWRITE", "pwrite"), ("HAS_COPY_FILE_RANGE", "copy_file_range")):
-            monkeypatch.setattr(module, flag, False)
+        for flag, call in (
+            ("HAS_PWRITE", "pwrite"),
+            ("HAS_PREADV", "preadv"),
+            ("HAS_COPY_FILE_RANGE", "copy_file_range"),
+        ):
+            for home in (module, source_module):
+                monkeypatch.setattr(home, flag, False, raising=False)
             monkeypatch.delattr(os, call, raising=False)
     elif not module.HAS_PWRITE:
         pytest.skip("no pwrite here")
@@ -151,8 +157,13 @@ def test_copy_many_is_exact_and_joins_neighbours(tmp_path, way, monkeypatch):
     monkeypatch.setattr(module, "_COPY_BUFFER", 100)
     path, state = source_file(tmp_path)
     pieces = []
-    by_hand = TensorSink._copy_by_hand
-    monkeypatch.setattr(TensorSink, "_copy_by_hand", lambda self, *args: pieces.append(args[1]) or by_hand(self, *args))
+    copy_file = TensorSink._copy_file
+
+    def seen(self, path, runs):
+        pieces.extend(runs)
+        copy_file(self, path, runs)
+
+    monkeypatch.setattr(TensorSink, "_copy_file", seen)
     with open_source(path) as source:
         with TensorSink(tmp_path / "out", source.infos.values(), source.metadata) as sink:
             sink.copy_many((name, source, name) for name in source.infos)
@@ -220,6 +231,25 @@ def test_copy_checks(tmp_path, way):
 
 
 @pytest.mark.skipif(not module.HAS_COPY_FILE_RANGE, reason="no copy_file_range here")
+@pytest.mark.parametrize("shift", [0, 8, 4096])
+def test_the_kernel_copies_where_whole_blocks_may_be_shared(tmp_path, monkeypatch, shift):
+    path, state = source_file(tmp_path)
+    with open_source(path) as source:
+        head = min(info.start for info in source.infos.values())
+    metadata, real, calls = {"k": "v"}, os.copy_file_range, []
+    while shift and len(module.build_header(specs_of(state), metadata)[0]) < head + shift:
+        metadata["k"] += "v"
+    monkeypatch.setattr(os, "copy_file_range", lambda *args: calls.append(args) or real(*args))
+    with open_source(path) as source, TensorSink(tmp_path / "out", source.infos.values(), metadata) as sink:
+        assert min(info.start for info in sink.infos.values()) == head + shift
+        sink.copy_many((name, source, name) for name in source.infos)
+        sink.commit()
+    assert bool(calls) == (shift % 4096 == 0)
+    found = load_file(tmp_path / "out")
+    assert all(equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.skipif(not module.HAS_COPY_FILE_RANGE, reason="no copy_file_range here")
 @pytest.mark.parametrize("fault", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, None])
 def test_copy_falls_back_when_the_kernel_will_not(tmp_path, monkeypatch, fault):
     path, _ = source_file(tmp_path)
@@ -248,7 +278,7 @@ class Stop(BaseException):
     pass
 
 
-CALLS = ["pwrite", "fsync", "replace", "copy_file_range"]
+CALLS = ["pwrite", "fsync", "replace", "copy_file_range", "preadv"]
 
 
 @pytest.mark.parametrize("old", [False, True])
