@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -310,7 +310,9 @@ class _Reader:
     def _entry(self, slot: Slot, group: Mapping[str, Parsed]) -> Entry | None:
         first = next(iter(group.values()))
         failures: list[str] = []
-        for kind, keys in _whole({key: parsed.roles for key, parsed in group.items()}):
+        names = tuple(group)
+        for kind, places in _whole(tuple(parsed.roles for parsed in group.values())):
+            keys = {role: names[n] for role, n in places.items()}
             alpha, origin = self._alpha(slot, keys, first.module)
             try:
                 shapes = {role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}
@@ -326,8 +328,10 @@ class _Reader:
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Where the stored shapes do not tell the kernel (flat factors), a table made for weights does."""
+        if facts.kernel is not None:
+            return facts
         row = self.keys.row(slot.target)
-        if facts.kernel is not None or row is None or not self.keys.family.component(slot.component).checkpoints:
+        if row is None or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
 
@@ -342,10 +346,13 @@ class _Reader:
         self.unclaimed |= dict.fromkeys(group, what)
 
 
-def _whole(group: Mapping[str, tuple[RoleName, ...]]) -> Iterator[tuple[type[Weights], dict[str, str]]]:
-    """The algorithms that all tensors of a slot can belong to, each with its keys by role."""
-    for name in dict.fromkeys(algorithm for roles in group.values() for algorithm, _ in roles):
+@lru_cache(maxsize=4096)
+def _whole(group: tuple[tuple[RoleName, ...], ...]) -> tuple[tuple[type[Weights], Mapping[str, int]], ...]:
+    """The algorithms that all tensors of a slot can belong to, each with the tensor (by number) of every role."""
+    found: list[tuple[type[Weights], Mapping[str, int]]] = []
+    for name in dict.fromkeys(algorithm for roles in group for algorithm, _ in roles):
         kind = algorithms()[name]
-        keys = {role: key for key, roles in group.items() for algorithm, role in roles if algorithm == name}
-        if len(keys) == len(group) and frozenset(keys) - {ALPHA} in kind.forms:
-            yield kind, keys
+        places = {role: n for n, roles in enumerate(group) for algorithm, role in roles if algorithm == name}
+        if len(places) == len(group) and frozenset(places) - {ALPHA} in kind.forms:
+            found.append((kind, places))
+    return tuple(found)

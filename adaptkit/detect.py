@@ -30,7 +30,7 @@ _FOREIGN = re.compile(
     r"lora|_lora\d?\.|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude|\.alpha$|\.[ab][12]\.weight$"
 )
 
-_BREAK = re.compile(r"[{\d]")
+_HEAD = re.compile(r"[^{\d]*")
 _PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})  # checkpoints have such names too
 
 _Evidence = tuple[float, int]  # the share of a family's marks that hold, and its runs of blocks that are complete
@@ -181,7 +181,7 @@ def _heads(family: str, format: str) -> tuple[str, ...]:
 def _words(part: Component) -> tuple[str, ...]:
     """What stands before the first number in the names of a part's modules."""
     modules = (name.module for row in part.rows for names in row.names.values() for name in names)
-    return tuple({_BREAK.split(module, maxsplit=1)[0]: None for module in modules})
+    return tuple({_HEAD.match(module)[0]: None for module in modules})  # type: ignore[index]  # matches anything
 
 
 def detect_checkpoint(

@@ -174,7 +174,6 @@ class KeyMap:
         self._held: dict[tuple[RoleName, ...], tuple[RoleName, ...]] = {}
         self._suffix: dict[RoleName, str] = {}
         self._spelled: dict[Slot, str] = {}
-        self._row_of: dict[tuple[str, str], tuple[Row, dict[str, int]] | None] = {}
 
     def parse(self, key: str) -> Parsed | None:
         """The slot and roles of a key, or None where this family and format do not know it."""
@@ -231,18 +230,12 @@ class KeyMap:
 
     def row(self, target: Target) -> Row | None:
         """The table row that a target comes from."""
-        found = self._row(target.component, target.module)
+        found = _row(self.family, target.component, target.module)
         return found[0] if found else None
-
-    def _row(self, component: str, module: str) -> tuple[Row, dict[str, int]] | None:
-        known = (component, module)
-        if known not in self._row_of:
-            self._row_of[known] = _rows(self.family).get(component, _NO_ROWS).match(module)
-        return self._row_of[known]
 
     def ends(self, target: Target) -> Iterator[str]:
         """The runs of blocks (`double_blocks.{i:19}`) that a target stands in the last one of."""
-        found = _rows(self.family).get(target.component, _NO_ROWS).match(target.module)
+        found = _row(self.family, target.component, target.module)
         for free in _FIELD.finditer(found[0].target) if found else ():
             if found and found[1][free.group(1)] + 1 == int(free.group(2)) > 1:
                 yield found[0].target[: free.end()]
@@ -271,7 +264,7 @@ class KeyMap:
             raise NotRepresentable(
                 f"the {self.format.name} format has no place for the {part.title} of {self.family.title}"
             )
-        found = self._row(part.name, slot.target.module)
+        found = _row(self.family, part.name, slot.target.module)
         if found is None:
             raise NotRepresentable(f"{slot} is no module of {self.family.title}")
         names = self._written(part, found[0]) if naming is None else found[0].names.get(naming, ())
@@ -344,6 +337,12 @@ def _rows(family: ModelFamily) -> Mapping[str, Templates[Row]]:
 
 
 _NO_ROWS: Templates[Row] = Templates()
+
+
+@lru_cache(maxsize=65536)
+def _row(family: ModelFamily, component: str, module: str) -> tuple[Row, dict[str, int]] | None:
+    """The row that a module of a component comes from, and its indices; every format asks for the same."""
+    return _rows(family).get(component, _NO_ROWS).match(module)
 
 
 def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
@@ -486,7 +485,7 @@ class CheckpointMap:
 
     def spelled(self, target: Target, naming: str) -> tuple[Spelled, ...]:
         """The tensors that a naming keeps a target in (weights or biases), in the order of its rows; none without names."""
-        found = _rows(self.family).get(target.component, _NO_ROWS).match(target.module)
+        found = _row(self.family, target.component, target.module)
         if found is None:
             return ()
         row, indices = found
@@ -524,7 +523,7 @@ def compile_checkpoint(family_name: str) -> CheckpointMap:
 
 def label(family: ModelFamily, slot: Slot, naming: str = "diffusers") -> str:
     """What people call a slot: its component and its name in `naming`, `text_encoder_2.….self_attn.q_proj`."""
-    found = _rows(family)[slot.component].match(slot.target.module)
+    found = _row(family, slot.component, slot.target.module)
     if found is not None:
         row, indices = found
         for names in (row.names.get(naming, ()), row.names.get("diffusers", ())):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.cli.render import console, document, facts, human, table
+from adaptkit.cli._page import facts, page, table
+from adaptkit.cli.render import document, human
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ def advised(talk: Talk, report: Report, base: Path, tuned: Path) -> None:
         return
     if talk.quiet:
         return
-    out, err = console(), console(stderr=True)
+    out, err = page(), page(stderr=True)
     out.print(facts(_lines(report, base, tuned)))
     out.print()
     names = ["rank", "size", "--rank", "--size", "auto", "auto stores"]

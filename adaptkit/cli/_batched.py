@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.render import console, document, facts, human, table
+from adaptkit.cli._page import facts, page, table
+from adaptkit.cli.render import document, human
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ class Batched:
         if self.talk.as_json:
             document(self.talk.command, report.to_dict())
         elif not self.talk.quiet:
-            err = console(stderr=True)
+            err = page(stderr=True)
             if self.talk.verbose:
                 err.print(table(("status", "seconds", "size", "command", "output"), _rows(report), right=("seconds",)))
             err.print(facts((name, value) for name, value in _lines(report) if value))
@@ -54,7 +55,7 @@ class Batched:
         if self.talk.as_json:
             document(self.talk.command, {"dry_run": True, **preview.to_dict(details=self.talk.verbose)})
         else:
-            out = console()
+            out = page()
             for plan in preview.plans:
                 out.print("would write", plan["output"])
             out.print(facts((name, value) for name, value in _foreseen(preview) if value))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.render import LABEL, console, document, facts, table
+from adaptkit.cli._page import LABEL, facts, page, table
+from adaptkit.cli.render import document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ def compared(talk: Talk, report: compare.Report) -> None:
     if talk.as_json:
         document(talk.command, report.to_dict())
     elif not talk.quiet:
-        out = console()
+        out = page()
         out.print(facts((name, value) for name, value in _lines(report) if value))
         _modules(out, report, talk.verbose)
         _beside(report)
@@ -109,7 +110,7 @@ def _badness(module: compare.Module) -> float:
 
 
 def _beside(report: compare.Report) -> None:
-    err = console(stderr=True)
+    err = page(stderr=True)
     for reason, count in Counter(item.reason for item in report.unused).items():
         first = next(item.key for item in report.unused if item.reason == reason)
         err.print(f"  {count} not compared, {first} first: {reason}", style="yellow")

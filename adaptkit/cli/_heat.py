@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.cli._page import LABEL
 from adaptkit.ops._stats import KINDS, NUMBERED
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["grouped", "heat_map", "percent", "short"]
 
-LABEL = "bold cyan"
 NAME, NARROW, NORM, RANK, CELL = 16, 7, 9, 5, 5  # widths in characters
 TITLES = {"fused": "a+ff", "other": "etc"}  # where a kind's name does not fit its cell
 SHADES = " ░▒▓█"

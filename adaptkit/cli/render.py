@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import PurePath
@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit import __version__
+from adaptkit.cli._page import Words, console, facts, page, table
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from adaptkit.ops import combine, convert, extract, inspect, merge, resize
     from adaptkit.ops._verify import Verified
 
@@ -37,8 +36,6 @@ _MEASURED = {
     "rank_99": "r99",
     "module": "module",
 }
-LABEL = "bold cyan"
-_UNWRAPPED = 10_000  # columns: what goes into a pipe is not broken into lines
 
 
 def document(command: str, body: Mapping[str, Any]) -> None:
@@ -53,42 +50,6 @@ def human(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
-
-
-def console(stderr: bool = False) -> Console:
-    """A rich console; colour and wrapping only on a terminal, no markup or emoji read out of key names."""
-    from rich.console import Console
-
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else _UNWRAPPED)
-
-
-def facts(rows: Iterable[tuple[str, str]]) -> Any:
-    """A two-column grid of label and value."""
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(Text(f"  {name}", style=LABEL), Text(value))
-    return grid
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Any:
-    """A plain table: header, no borders, so that it can be cut and pasted; columns without content are left out."""
-    from rich.table import Table
-    from rich.text import Text
-
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    used = [n for n in range(len(columns)) if any(row[n] for row in cells)]
-    built = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=LABEL)
-    for name in (columns[n] for n in used):
-        built.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
-    for row in cells:
-        built.add_row(*(Text(row[n]) for n in used))
-    return built
 
 
 def _counts(counts: Mapping[str, int], form: str = "{0} {1}") -> str:
@@ -160,20 +121,18 @@ def _overview(reports: Sequence[inspect.Report]) -> None:
         for r in (report.record for report in reports)
     ]
     columns = ("size", "kind", "family", "format", "modules", "rank", "problems", "file")
-    console().print(table(columns, rows, right=("size",)))
+    page().print(table(columns, rows, right=("size",)))
 
 
 def _file(report: inspect.Report) -> None:
-    from rich.text import Text
-
     record = report.record
-    out = console()
-    out.print(Text(PurePath(record["path"]).name, style="bold"), Text(f"{record['kind']}, {human(record['bytes'])}"))
+    out = page()
+    out.print(Words(PurePath(record["path"]).name, "bold"), Words(f"{record['kind']}, {human(record['bytes'])}"))
     out.print(facts((name, value) for name, value in _lines(record) if value))
     for problem in record["problems"][:_MANY]:
         where = f"{problem['module']}: " if problem["module"] else ""
         style = "red" if problem["severity"] == "error" else "yellow"
-        out.print(Text(f"  {problem['severity']}: ", style=style) + Text(f"{where}{problem['what']}"))
+        out.print(Words(f"  {problem['severity']}:", style), Words(f"{where}{problem['what']}"))
     if len(record["problems"]) > _MANY:
         out.print(f"  and {len(record['problems']) - _MANY} more problems (see --json)", style="yellow")
 
@@ -244,13 +203,13 @@ def _modules(report: inspect.Report) -> None:
     if "norm" in report.modules[0]:
         return _measured(report.modules)
     columns = _last(list(report.modules[0]), "module")
-    console().print(table(columns, ([_cell(m[c]) for c in columns] for m in report.modules)))
+    page().print(table(columns, ([_cell(m[c]) for c in columns] for m in report.modules)))
 
 
 def _measured(modules: Sequence[Mapping[str, Any]]) -> None:
     rows = [[f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in _MEASURED] for m in modules]
     columns = list(_MEASURED.values())
-    out = console()
+    out = page()
     out.print()
     out.print(table(columns, rows, right=columns[1:-1]))
 
@@ -268,7 +227,7 @@ def _cell(value: object) -> object:
 
 def _keys(report: inspect.Report) -> None:
     rows = ((k["dtype"], "×".join(map(str, k["shape"])) or "scalar", k["key"], k["note"]) for k in report.keys)
-    console().print(table(("dtype", "shape", "key", "note"), rows))
+    page().print(table(("dtype", "shape", "key", "note"), rows))
 
 
 # formats, families, algorithms -----------------------------------------------------------------------------------
@@ -276,18 +235,16 @@ def _keys(report: inspect.Report) -> None:
 
 def listed(kind: str, rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
     """Show one of the tables of what this version knows."""
-    from rich.text import Text
-
     if as_json:
         return document(kind, {kind: [dict(row) for row in rows]})
     columns = list(rows[0])
     shown = [[_plain(row[c]) for c in columns] for row in rows]
     if all(len(cell) <= _NARROW for row in shown for cell in row):
-        console().print(table([c.replace("_", " ") for c in columns], shown))
+        page().print(table([c.replace("_", " ") for c in columns], shown))
         return
     for name, title, *rest in shown:
-        console().print(Text(name, style="bold"), Text(title))
-        console().print(facts((c.replace("_", " "), cell) for c, cell in zip(columns[2:], rest, strict=True) if cell))
+        page().print(Words(name, "bold"), Words(title))
+        page().print(facts((c.replace("_", " "), cell) for c, cell in zip(columns[2:], rest, strict=True) if cell))
 
 
 def _plain(value: object) -> str:
@@ -324,7 +281,7 @@ class Talk:
         """The plan of a dry run, on stdout: it is what was asked for."""
         if self.as_json:
             return document(self.command, {"dry_run": True, **plan})
-        out = console()
+        out = page()
         if self.verbose:
             columns = _last(list(plan["details"][0]), "module")
             out.print(table(columns, ([_cell(d[c]) for c in columns] for d in plan["details"])))
@@ -422,7 +379,7 @@ class Talk:
         click.echo(str(report.output))
         if self.quiet:
             return
-        err = console(stderr=True)
+        err = page(stderr=True)
         if self.verbose:
             err.print(table(columns, ([_cell(d[c]) for c in columns] for d in report.details)))
         err.print(facts([row for row in (*rows, ("seconds", f"{report.seconds:.1f}")) if row[1]]))
@@ -468,7 +425,7 @@ def _shown(name: str, value: object) -> str:
     return str(value)
 
 
-def _unused(out: Console, unused: Sequence[Mapping[str, str]]) -> None:
+def _unused(out: Any, unused: Sequence[Mapping[str, str]]) -> None:
     """Keys not used, by reason: how many, and which come first."""
     groups: dict[str, list[str]] = {}
     for item in unused:
