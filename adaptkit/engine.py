@@ -8,6 +8,7 @@ once never exceeds the memory bound, so peak memory is a number the plan can pri
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,10 @@ T = TypeVar("T")
 DEFAULT_MEMORY = (
     560_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
 )
-BESIDE = 2  # buckets read ahead of those that are computed
+BESIDE = 2  # parcels read ahead of those that are computed
+PARCEL = 16_000_000  # bytes of working memory: smaller buckets go from thread to thread together
+ROUNDS = 4  # a parcel is at most this part of what is left for each worker
+_TURN = 1e-4  # seconds that a thread of Python may keep the others waiting: with 5e-3, two workers took a tenth longer
 _POLL = 0.2  # seconds between looks at the stop flag while a queue is full or empty
 
 
@@ -177,7 +181,8 @@ def run(
     """
     listed = list(steps)
     room = _Room(bound(listed, resources.memory), resources.workers + BESIDE)
-    _Pipeline(work, resources, room, progress or (lambda _: None)).run(list(buckets(listed, resources)))
+    parcels = _parcels(list(buckets(listed, resources)), room.bytes, resources.workers)
+    _Pipeline(work, resources, room, progress or (lambda _: None)).run(list(parcels))
 
 
 class _Stopped(Exception):
@@ -185,16 +190,16 @@ class _Stopped(Exception):
 
 
 class _Room:
-    """Admits buckets in order while their bytes, and the number of those not yet computed, stay within bounds; one always."""
+    """Admits parcels in order while their bytes, and the number of those not yet computed, stay within bounds; one always."""
 
-    def __init__(self, bytes: int, buckets: int) -> None:
-        self.bytes, self.buckets = bytes, buckets
+    def __init__(self, bytes: int, parcels: int) -> None:
+        self.bytes, self.parcels = bytes, parcels
         self.changed = threading.Condition()
         self.used, self.inside = 0, 0
 
     def enter(self, size: int, stop: threading.Event) -> None:
         with self.changed:
-            while self.used and (self.used + size > self.bytes or self.inside >= self.buckets):
+            while self.used and (self.used + size > self.bytes or self.inside >= self.parcels):
                 if stop.is_set():
                     raise _Stopped
                 self.changed.wait(_POLL)
@@ -202,7 +207,7 @@ class _Room:
             self.inside += 1
 
     def computed(self, size: int, held: int) -> None:
-        """A bucket became its results, which stay until `leave`."""
+        """A parcel became its results, which stay until `leave`."""
         with self.changed:
             self.used -= size - held
             self.inside -= 1
@@ -214,8 +219,35 @@ class _Room:
             self.changed.notify_all()
 
 
-Loaded = tuple[int, "Bucket[P]", dict[str, "Tensor"]]
-Done = tuple[int, "Bucket[P]", Sequence[R], int]
+@dataclass(frozen=True)
+class _Parcel(Generic[P]):
+    """Consecutive buckets that one thread hands to the next at once: threads of Python wait for one another at every turn."""
+
+    number: int
+    buckets: tuple[Bucket[P], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Working memory of all its buckets."""
+        return sum(bucket.bytes for bucket in self.buckets)
+
+
+def _parcels(buckets: Sequence[Bucket[P]], room: int, workers: int) -> Iterator[_Parcel[P]]:
+    """In order; the fewer buckets are left, the smaller, so that all workers end together."""
+    room = min(PARCEL, room // (workers + BESIDE))
+    number = start = 0
+    while start < len(buckets):
+        end = start + 1
+        size, most = buckets[start].bytes, (len(buckets) - start) // (ROUNDS * workers)
+        while end < len(buckets) and end - start < most and size + buckets[end].bytes <= room:
+            size += buckets[end].bytes
+            end += 1
+        yield _Parcel(number, tuple(buckets[start:end]))
+        number, start = number + 1, end
+
+
+Loaded = tuple["_Parcel[P]", list[dict[str, "Tensor"]]]
+Done = tuple["_Parcel[P]", Sequence[Sequence[R]], int]
 
 
 class _Pipeline(Generic[P, R]):
@@ -228,7 +260,7 @@ class _Pipeline(Generic[P, R]):
         self.working = resources.workers
         self.lock = threading.Lock()
 
-    def run(self, todo: Sequence[Bucket[P]]) -> None:
+    def run(self, todo: Sequence[_Parcel[P]]) -> None:
         bodies = [("read", self._read, (todo,)), ("write", self._write, ())]
         bodies += [(f"compute-{n}", self._compute, ()) for n in range(self.resources.workers)]
         threads = [
@@ -267,12 +299,16 @@ class _Pipeline(Generic[P, R]):
             except queue.Empty:
                 continue
 
-    def _read(self, todo: Sequence[Bucket[P]]) -> None:
-        for number, bucket in enumerate(todo):
-            self.room.enter(bucket.bytes, self.stop)
-            if self.stop.is_set():
-                raise _Stopped
-            self.loaded.put((number, bucket, self._stack([self.work.load(p) for p in bucket.payloads])))
+    def _read(self, todo: Sequence[_Parcel[P]]) -> None:
+        for parcel in todo:
+            self.room.enter(parcel.bytes, self.stop)
+            loaded = []
+            for bucket in parcel.buckets:
+                if self.stop.is_set():
+                    raise _Stopped
+                loaded.append(self._stack([self.work.load(p) for p in bucket.payloads]))
+            self.loaded.put((parcel, loaded))
+            del loaded
         for _ in range(self.resources.workers):
             self.loaded.put(None)
 
@@ -292,54 +328,63 @@ class _Pipeline(Generic[P, R]):
         if self.resources.on_cpu:
             torch.set_num_threads(1)
         while (item := self._get(self.loaded)) is not None:
-            number, bucket, host = item
-            tensors = {key: tensor.to(self.resources.device, non_blocking=True) for key, tensor in host.items()}
-            del item, host
+            parcel, host = item
+            results: list[Sequence[R]] = []
+            del item
             with torch.inference_mode():
-                results = self.work.kernel(bucket.payloads, tensors)
-            del tensors
-            held = self._held(bucket, results)
-            self.room.computed(bucket.bytes, held)
-            self.done.put((number, bucket, results, held))
+                for n, bucket in enumerate(parcel.buckets):
+                    results.append(self.work.kernel(bucket.payloads, self._moved(host, n)))
+            del host
+            held = self._held(parcel, results)
+            self.room.computed(parcel.bytes, held)
+            self.done.put((parcel, results, held))
             del results
         with self.lock:
             self.working -= 1
             if not self.working:
                 self.done.put(None)
 
-    def _held(self, bucket: Bucket[P], results: Sequence[R]) -> int:
+    def _moved(self, host: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
+        """The tensors of a bucket on the device; they are in the list no longer, so that nothing keeps them."""
+        tensors, host[n] = host[n], {}
+        if self.resources.on_cpu:
+            return tensors
+        return {key: tensor.to(self.resources.device, non_blocking=True) for key, tensor in tensors.items()}
+
+    def _held(self, parcel: _Parcel[P], results: Sequence[Sequence[R]]) -> int:
         """Bytes of results; at least one, as `used` tells whether anybody is inside."""
-        size = bucket.bytes if self.work.held is None else sum(map(self.work.held, results))
-        return max(1, min(size, bucket.bytes))
+        size, held = parcel.bytes, self.work.held
+        return max(1, size if held is None else min(size, sum(held(result) for some in results for result in some)))
 
     def _write(self) -> None:
-        """Store results in the order of the buckets, whichever is computed first."""
+        """Store results in the order of the parcels, whichever is computed first."""
         waiting: dict[int, Done[P, R]] = {}
         following = finished = 0
         while (item := self._get(self.done)) is not None:
-            waiting[item[0]] = item
+            waiting[item[0].number] = item
             del item
             while following in waiting:
-                _, bucket, results, held = waiting.pop(following)
+                parcel, results, held = waiting.pop(following)
                 following += 1
-                for payload, result in zip(bucket.payloads, results, strict=True):
-                    self.work.store(payload, result)
-                    finished += 1
-                    self.progress(finished)
-                del results, result
+                for bucket, some in zip(parcel.buckets, results, strict=True):
+                    for payload, result in zip(bucket.payloads, some, strict=True):
+                        self.work.store(payload, result)
+                        finished += 1
+                        self.progress(finished)
+                del results, some, result
                 self.room.leave(held)
 
 
 @contextmanager
 def _own_threads(resources: Resources) -> Iterator[None]:
-    """torch's number of threads as it was, after workers have set it to one each."""
-    if not resources.on_cpu:
-        yield
-        return
+    """Short turns of Python's threads; after workers have set torch's threads to one each, their number as it was."""
     import torch
 
-    before = torch.get_num_threads()
+    turn, threads = sys.getswitchinterval(), torch.get_num_threads()
+    sys.setswitchinterval(min(turn, _TURN))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        sys.setswitchinterval(turn)
+        if resources.on_cpu:
+            torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -68,6 +69,27 @@ def test_an_error_in_any_thread_ends_the_run(where: str, error: type[BaseExcepti
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_small_steps_go_from_thread_to_thread_together(workers: int) -> None:
+    """In order, none twice; never more than a share of what is left, so that no worker waits for another at the end."""
+    listed = list(buckets(steps(200), Resources()))
+    parcels = list(engine._parcels(listed, engine.DEFAULT_MEMORY, workers))
+    assert [bucket for parcel in parcels for bucket in parcel.buckets] == listed
+    assert [parcel.number for parcel in parcels] == list(range(len(parcels)))
+    counts = [len(parcel.buckets) for parcel in parcels]
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == (200 // (engine.ROUNDS * workers), 1)
+    for memory in (90, 40):  # every worker, and what is read ahead, within the bound
+        bounded = engine._parcels(listed, memory, workers)
+        assert max(parcel.bytes for parcel in bounded) <= max(10, memory // (workers + engine.BESIDE))
+
+
+def test_turns_are_short_only_while_it_runs() -> None:
+    before, seen = sys.getswitchinterval(), list[float]()
+    run(steps(3), doubling([]), Resources(), lambda _: seen.append(sys.getswitchinterval()))
+    assert max(seen) < before == sys.getswitchinterval()
+
+
 @pytest.mark.parametrize(("workers", "memory", "most"), [(1, None, 3), (3, None, 5), (3, 25, 2), (3, 5, 1)])
 def test_what_is_alive_stays_within_the_bound(workers: int, memory: int | None, most: int) -> None:
     """Two read ahead and one for each worker, and from reading to storing never more bytes than the bound."""
@@ -95,7 +117,7 @@ def test_what_is_alive_stays_within_the_bound(workers: int, memory: int | None, 
         if memory is not None:
             leave()
 
-    size = 5 if memory == 5 else 10
+    size = {None: engine.PARCEL, 5: 5}.get(memory, 10)
     run(steps(40, size), Work(load, kernel, store), Resources(memory=memory, workers=workers))
     assert seen == most
 
