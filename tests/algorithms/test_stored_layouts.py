@@ -76,8 +76,9 @@ def read(shapes: Shapes, alpha: float | None) -> tuple[list[Read], set[str]]:
         else:
             left.add(key)
     for group in groups.values():
-        for kind, keys in _whole(group):
-            own = {role: shapes[key] for role, key in keys.items() if role != ALPHA}
+        names = tuple(group)
+        for kind, places in _whole(tuple(group.values())):
+            own = {role: shapes[names[n]] for role, n in places.items() if role != ALPHA}
             try:
                 found.append(Read(kind, own, kind.facts(own, None if alpha is None else Stated(alpha))))
             except AdaptkitError:
