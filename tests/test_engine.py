@@ -38,6 +38,27 @@ def test_all_steps_are_done_in_file_order() -> None:
     assert seen == list(range(1, 21))
 
 
+@pytest.mark.parametrize("most", [1, 4])
+def test_a_cpu_stacks_a_few_that_are_light_and_near(most: int) -> None:
+    listed = [Step(i, i % 3 if i < 60 else i, 1 + 5_000_000 * (i % 3 == 1), (0, i)) for i in range(80)]
+    found = list(buckets(listed, Resources(), most))
+    assert sorted(p for bucket in found for p in bucket.payloads) == list(range(80))
+    assert [bucket.payloads[0] for bucket in found] == sorted(bucket.payloads[0] for bucket in found)
+    for bucket in found:
+        assert len({step.shape for step in bucket.steps}) == 1
+        assert len(bucket.steps) <= most
+        assert bucket.bytes <= engine.PARCEL
+        assert bucket.payloads[-1] - bucket.payloads[0] < engine.NEAR
+    if most > 1:
+        sizes = {bucket.payloads[0] % 3: len(bucket.steps) for bucket in found if bucket.payloads[0] < 40}
+        assert sizes == {0: 4, 1: 3, 2: 4}, "three of five megabytes are all that is light"
+
+
+def test_a_stack_keeps_to_the_memory_bound() -> None:
+    listed = [Step(i, (), 10, (0, i)) for i in range(8)]
+    assert all(bucket.bytes <= 20 for bucket in buckets(listed, Resources(memory=60), 4))
+
+
 @pytest.mark.usefixtures("stacked")
 def test_equal_shapes_are_stacked_up_to_the_bound() -> None:
     found = list(buckets(steps(20), Resources(memory=90)))

@@ -27,6 +27,7 @@ __all__ = [
     "Factor",
     "Facts",
     "FitSpec",
+    "KeptStack",
     "Product",
     "Role",
     "Shapes",
@@ -114,6 +115,7 @@ class Weights:
     wraps: ClassVar[tuple[str, ...]] = ()  # the algorithms this one is put around; see `over`
     bounded: ClassVar[bool] = False  # alpha bounds a rotation and is part of the weights, not a scale
     extractable: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False  # whether equally shaped ones, with thin factors, can be taken apart at once
     resized: ClassVar[str | None] = None  # the algorithm it becomes where its rank is cut; None: it has no rank to cut
 
     @classmethod
@@ -215,6 +217,16 @@ class Weights:
         """ΔW of `weights` (no batch), of any kind, taken apart by the ranks that this kind can keep of it."""
         raise NotRepresentable(f"a {cls.name} has no rank to choose", hint="--algo lora has")
 
+    @classmethod
+    def decompose_stack(cls, weights: Weights, spec: FitSpec) -> list[Decomposition]:
+        """`decompose` of every member of a stack (one leading dimension) at once; only of kinds that are `stacks`."""
+        raise NotRepresentable(f"{cls.name} are taken apart one by one")
+
+    @classmethod
+    def keep_stack(cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]) -> KeptStack:
+        """`keep` of every member of a stack at its rank."""
+        raise NotRepresentable(f"{cls.name} are cut one by one")
+
     def times(self, factor: float) -> Self:
         """The weights of factor · ΔW."""
         raise NotRepresentable(f"a {self.name} cannot be multiplied by {factor:g}")
@@ -311,6 +323,19 @@ class Decomposition:
     def lighter(self) -> Decomposition:
         """The same without what only saves time."""
         return self
+
+
+class KeptStack:
+    """A stack of weights cut to ranks, with zeros up to the highest of them; it knows what they were cut from."""
+
+    @property
+    def weights(self) -> Weights:
+        """What was kept, not rounded yet."""
+        raise NotImplementedError
+
+    def distances(self, stored: Weights) -> list[float]:
+        """‖ΔW − ΔW'‖²_F of every member in float64, ΔW being whole and ΔW' that of `weights` as they are stored."""
+        raise NotImplementedError
 
 
 def _pick(value: object, index: int) -> object:

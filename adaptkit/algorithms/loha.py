@@ -44,6 +44,7 @@ class Loha(Weights):
     """
 
     name: ClassVar[str] = "loha"
+    stacks: ClassVar[bool] = True
     title: ClassVar[str] = "LoHa"
     resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(

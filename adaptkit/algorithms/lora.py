@@ -10,6 +10,7 @@ from adaptkit.algorithms._weights import (
     Decomposition,
     Facts,
     FitSpec,
+    KeptStack,
     Role,
     Shapes,
     Stated,
@@ -48,6 +49,7 @@ class Lora(Weights):
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA / LoCon"
     extractable: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role(
@@ -130,8 +132,9 @@ class Lora(Weights):
         wide = accumulate_dtype(self.up.device)
         right = self.down if self.mid is None else self._right()
         # by way of float32: straight from a half float takes torch three times as long
-        up, down = upcast(self.up).to(wide, copy=True), upcast(right).to(wide, copy=True)
-        (up if up.numel() < down.numel() else down).mul_(self.scale)
+        up, down = upcast(self.up).to(wide, copy=True), upcast(right).to(wide)
+        if self.scale != 1.0:
+            up.mul_(self.scale)  # as in `factors`: what is found of these holds for those
         return replace(self, up=up, down=down, scale=1.0, mid=None)
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
@@ -186,6 +189,16 @@ class Lora(Weights):
     def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
         """By singular values: best approximations (Eckart–Young), factors balanced by √σ, alpha = rank."""
         return _by_singular_values(weights, spec)
+
+    @classmethod
+    def decompose_stack(cls, weights: Weights, spec: FitSpec) -> list[Decomposition]:
+        """By singular values, from factors that are thin; NotRepresentable for others."""
+        return _by_cores(weights, spec)
+
+    @classmethod
+    def keep_stack(cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]) -> KeptStack:
+        """From the cores that `found` holds; NotRepresentable where they are not held."""
+        return _kept(weights, found, ranks)
 
     @classmethod
     def sum(cls, parts: Sequence[Self]) -> Self:
@@ -247,6 +260,65 @@ class _SingularValues(Decomposition):
 
     def lighter(self) -> Decomposition:
         return replace(self, core=None)
+
+
+def _by_cores(weights: Weights, spec: FitSpec) -> list[Decomposition]:
+    """The cores of a whole stack in one go, and what each tells of its member."""
+    from adaptkit.linalg.factored import factored_core
+
+    thin = None if weights.kron_factors() is not None else weights.thin_factors()
+    if thin is None:
+        raise NotRepresentable(f"a stack of {weights.name} without thin factors")
+    core = factored_core(*thin)
+    squares = core.s.double().square()
+    totals, values = squares.sum(-1).tolist(), squares.tolist()
+    real = (squares > NOTHING * squares[:, :1]).sum(-1).clamp_min(1).tolist()
+    core = core.head(core.s.shape[-1] if spec.rank is None else spec.rank)
+    sides = thin[0].shape[-2], thin[1].shape[-1]
+    return [
+        _SingularValues(tuple(energies[:count][: spec.rank]), total, *sides, spec, own)
+        for energies, count, total, own in zip(values, real, totals, core.members(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _KeptLoras(KeptStack):
+    """LoRAs cut through their core, both factors and what was kept of them in float32."""
+
+    exact: Weights
+    core: Core
+    factors: tuple[Tensor, Tensor]
+    kept: tuple[Tensor, Tensor]
+    kernel: tuple[int, ...]
+
+    @property
+    def weights(self) -> Lora:
+        return Lora(*self.kept, 1.0, self.kernel)
+
+    def distances(self, stored: Weights) -> list[float]:
+        import torch
+
+        from adaptkit.linalg.factored import product_distance
+
+        found = self.core.distances(self.factors, self.kept, stored.factors())
+        if not bool(torch.isfinite(found).all()):
+            whole, theirs = self.exact.widened().factors(), stored.factors()
+            dtype = whole[0].dtype
+            found = product_distance(whole, (theirs[0].to(dtype), theirs[1].to(dtype)))
+        listed: list[float] = found.tolist()
+        return listed
+
+
+def _kept(weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]) -> _KeptLoras:
+    from adaptkit.linalg.factored import Core
+
+    cores = [core for one in found if (core := getattr(one, "core", None)) is not None]
+    thin = weights.thin_factors()
+    if thin is None or len(cores) < len(found):
+        raise NotRepresentable("a stack whose cores are not held")
+    core, factors = Core.stack(cores, ranks), (thin[0].float(), thin[1].float())
+    kept = core.kept(*factors, max(ranks))
+    return _KeptLoras(weights, core, factors, kept, found[0].spec.kernel)  # type: ignore[attr-defined]
 
 
 def _by_singular_values(weights: Weights, spec: FitSpec) -> Decomposition:

@@ -65,6 +65,7 @@ def main() -> NoReturn:
     _utf8()
     # torch's threads spin while they wait for one another: beside one other busy process that made an SVD 13 times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy multiplies no matrix here, and its threads spin at first
     gc.set_threshold(
         200_000, 20, 20
     )  # headers are many small objects that live to the end: looking for cycles cost 10 %

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -173,7 +173,7 @@ class TensorSink:
         self._temporary = self.path.with_name(f".{self.path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
         try:
             with self._os_errors():
-                self._file = self._temporary.open("xb", buffering=0)  # mode 0666 less the umask
+                self._file = self._temporary.open("x+b", buffering=0)  # mode 0666 less the umask
                 self._file.truncate(self.size)
             self._write(memoryview(header), 0)
         except BaseException:
@@ -218,6 +218,18 @@ class TensorSink:
         self._claim(name)
         self._write(data, info.start)
         self._written.add(name)
+
+    def read(self, name: str) -> memoryview:
+        """The bytes of a tensor that was written."""
+        info, done = self._info(name), 0
+        buffer = memoryview(bytearray(info.nbytes))
+        with self._open_file() as file:
+            while done < info.nbytes:
+                count = self._read_some(file, buffer[done:], info.start + done)
+                if not count:
+                    raise CorruptFile("the file was cut short while it was written", file=self.path, tensor=name)
+                done += count
+        return buffer
 
     def restate(self, metadata: Mapping[str, str]) -> None:
         """Replace the metadata by other values of the same length: hashes that are known once the tensors are written."""
@@ -359,6 +371,10 @@ class TensorSink:
         with self._state:
             file.seek(at)
             return file.write(data) or 0
+
+    def _read_some(self, file: io.FileIO, buffer: memoryview, at: int) -> int:
+        with nullcontext() if HAS_PREADV else self._state:
+            return _read_at(file, buffer, at)
 
     def _copy_file(self, path: Path, runs: Iterable[_Run]) -> None:
         try:
@@ -572,6 +588,9 @@ class Spool:
             self._file.write(data)
             self._places[name] = spec_of(name, tensor), self._end, len(data)
             self._end += len(data)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
 
     def specs(self) -> list[TensorSpec]:
         """What was appended, in that order."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.algorithms._weights import Decomposition, Weights
+    from adaptkit.algorithms._weights import Decomposition, Facts, Weights
     from adaptkit.ops._recast import Recast, Term
     from adaptkit.policy import Module as Choice
 
@@ -168,13 +168,24 @@ class Worker:
             found["base"] = self.plan.base.read(task.base)
         return found
 
-    def first(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> list[Stored | Decomposition | Cut]:
+    def first(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> Sequence[Stored | Decomposition | Cut]:
         """Take apart what has a rank to choose, and keep what can be known by itself; store the rest."""
-        return [self._guarded(self._first, task, tensors, n) for n, task in enumerate(tasks)]
+        found = self._stacked(self._first_stack, tasks, tensors)
+        return found or [self._guarded(self._first, task, tensors, n) for n, task in enumerate(tasks)]
 
-    def second(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> list[Stored]:
+    def second(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> Sequence[Stored]:
         """Keep the ranks chosen."""
-        return [self._guarded(self._second, task, tensors, n) for n, task in enumerate(tasks)]
+        found = self._stacked(self._second_stack, tasks, tensors)
+        return found or [self._guarded(self._second, task, tensors, n) for n, task in enumerate(tasks)]
+
+    def _stacked(self, work: Any, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Any:
+        """The results of tasks that are alike; None: they have to be done one by one, so that the one at fault is named."""
+        if tasks[0].likeness is None:
+            return None
+        try:
+            return work(tasks, tensors)
+        except (NonFinite, NotRepresentable, RuntimeError):  # LAPACK does not converge on NaN
+            return None
 
     def _guarded(self, work: Any, task: Task, tensors: Mapping[str, Tensor], n: int) -> Any:
         try:
@@ -196,6 +207,22 @@ class Worker:
             _finite(task, tensors)
             raise NonFinite("ΔW overflows")
         return found
+
+    def _first_stack(self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Sequence[Decomposition | Cut]:
+        exact, policy = self._exact(tasks[0], tensors), self.plan.policy
+        found = tasks[0].kind.decompose_stack(exact.widened(), self._spec(tasks[0]))
+        if not all(math.isfinite(one.norm) for one in found):
+            raise NonFinite("ΔW overflows")
+        if policy is None or not policy.local:
+            return found
+        pairs = list(zip(tasks, found, strict=True))
+        ranks = policy.choose([choice(self.plan, task, one) for task, one in pairs])
+        stay = [rank == 0 or stays(self.state, task, one, rank) for (task, one), rank in zip(pairs, ranks, strict=True)]
+        stored: Sequence[Stored | None] = [None] * len(tasks)
+        if not all(stay):
+            stored = self._store_stack(tasks, exact, found, ranks)
+        cuts = zip(found, ranks, stored, stay, strict=True)
+        return [Cut(one.lighter(), rank, None if same else kept) for one, rank, kept, same in cuts]
 
     def _taken(self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]) -> Decomposition:
         try:
@@ -241,6 +268,12 @@ class Worker:
         exact, found = self._exact(task, tensors), self.state.taken[id(task)]
         kept = found.keep(exact, self.state.ranks[id(task)])
         return self._store(task, exact.widened(), kept, tensors, found)
+
+    def _second_stack(self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Sequence[Stored]:
+        exact = self._exact(tasks[0], tensors)
+        found = [self.state.taken[id(task)] for task in tasks]
+        ranks = [self.state.ranks[id(task)] for task in tasks]
+        return self._store_stack(tasks, exact, found, ranks)
 
     def _spec(self, task: Task) -> FitSpec:
         options = self.plan.options
@@ -348,15 +381,45 @@ class Worker:
         facts = kind.facts(shapes, alpha)
         rounded = kind.decode({role: encoded[role] for role in shapes}, facts)
         norm, error = _lost(exact, rounded, tensors.get("base"), None if taken is None else taken.norm)
+        found = self._laid_out(task, kind, facts, encoded)
+        value = 0.0 if alpha is None else alpha.value
+        vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
+        return Stored(kind, facts.rank, value, shapes, norm, error, vanished, tensors=found)
+
+    def _store_stack(
+        self, tasks: Sequence[Task], exact: Weights, taken: Sequence[Decomposition], ranks: Sequence[int]
+    ) -> list[Stored]:
+        """`_store` of a stack, each cut to its rank."""
+        import torch
+
+        kind, dtype = tasks[0].kind, torch_dtype(dtype_of(self.plan, tasks[0]))
+        kept = kind.keep_stack(exact, taken, ranks)
+        whole = {role: tensor for role, tensor in kept.weights.encode().items() if role != ALPHA}
+        encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
+        facts = kind.facts({role: tuple(tensor.shape[1:]) for role, tensor in encoded.items()})
+        errors = kept.distances(kind.decode(encoded, facts))
+        vanished = any(_vanished(whole[role], encoded[role]) for role in encoded)
+        results = []
+        for n, (task, one, rank) in enumerate(zip(tasks, taken, ranks, strict=True)):
+            shapes = one.shapes(rank)
+            own = {role: encoded[role][n][tuple(map(slice, shape))] for role, shape in shapes.items()}
+            tensors = self._laid_out(task, kind, facts, {**own, ALPHA: torch.tensor(float(rank))})
+            gone = sum(_vanished(whole[role][n], encoded[role][n]) for role in shapes) if vanished else 0
+            results.append(Stored(kind, rank, float(rank), shapes, one.norm, errors[n], gone, tensors=tensors))
+        return results
+
+    def _laid_out(
+        self, task: Task, kind: type[Weights], facts: Facts, encoded: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Rounded tensors under their keys, in the shapes of the format; alpha where the format has one."""
+        shapes = {role: tuple(tensor.shape) for role, tensor in encoded.items() if role != ALPHA}
         found = {
             name: encoded[role].reshape(shape).contiguous().cpu()
             for role, name, shape in named(self.plan, task, kind, shapes)
         }
         if ALPHA in encoded and not self._silent(task, kind, facts.scale):
             found[self.plan.keys.spell(task.slot, kind.name, ALPHA)] = encoded[ALPHA].contiguous().cpu()
-        value = 0.0 if alpha is None else alpha.value
-        vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
-        return Stored(kind, facts.rank, value, shapes, norm, error, vanished, tensors=found)
+        return found
 
     def _silent(self, task: Task, kind: type[Weights], scale: float) -> bool:
         """Whether the format says nothing of alpha."""

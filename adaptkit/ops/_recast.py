@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter, Entry
-from adaptkit.algorithms._weights import ALPHA
+from adaptkit.algorithms._weights import ALPHA, THIN
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory, peak_memory
@@ -23,7 +23,7 @@ from adaptkit.ops._ranks import Ranked
 from adaptkit.ops._respell import Job, Respelling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from adaptkit.algorithms._weights import Weights
@@ -88,7 +88,7 @@ class Task:
     """One slot of the output: `ready` tensors that can be copied, or (None) what has to be computed, and why.
 
     `ranked`: a policy chooses the rank; `ready` is then what stands there if it is to stay. `base`: where the slot lies in the
-    base checkpoint, for terms whose ΔW depends on it.
+    base checkpoint, for terms whose ΔW depends on it. Tasks of equal `likeness` are computed as one stack; None: alone.
     """
 
     slot: Slot
@@ -98,6 +98,7 @@ class Task:
     changes: frozenset[str] = frozenset()
     ranked: bool = False
     base: tuple[Piece, ...] | None = None
+    likeness: Hashable = None
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -351,7 +352,21 @@ def _step(task: Task) -> Step[Task]:
         dense = max(dense, sum(e.facts.rows * e.facts.columns for e in term.job.entries))
     whole = "changed" in task.changes or task.kind.name == "full" or task.base is not None
     order = adapter.source.order(next(task.entries[0].tensors())[1])
-    return Step(task, id(task), 16 * elements + (16 * dense if whole else 0), order)
+    shape = id(task) if task.likeness is None else task.likeness
+    return Step(task, shape, 16 * elements + (16 * dense if whole else 0), order)
+
+
+def _likeness(task: Task, swapped: bool) -> Hashable:
+    """Everything that two tasks must share to be computed as one stack: here only modules of one piece that are cut by rank."""
+    whole = task.terms[0].job.whole
+    if not task.ranked or task.base is not None or "summed" in task.changes or whole is None:
+        return None
+    thin = product_rank(task.terms[0]) <= THIN * min(whole.facts.rows, whole.facts.columns)
+    if not (task.kind.stacks and whole.kind.stacks and thin):
+        return None
+    infos = task.terms[0].job.adapter.source.infos
+    tensors = tuple((role, infos[key].shape, infos[key].dtype) for role, key in whole.tensors())
+    return task.kind, whole.kind, whole.facts, whole.swapped, swapped, task.changes, tensors
 
 
 class _Planner:
@@ -413,7 +428,8 @@ class _Planner:
         ready = self._ready(terms[0], kind) if changes <= {"renamed"} else None
         if ranked:
             changes |= {"resized"}
-        return replace(task, kind=kind, ready=ready, changes=changes, ranked=ranked, base=based)
+        task = replace(task, kind=kind, ready=ready, changes=changes, ranked=ranked, base=based)
+        return replace(task, likeness=_likeness(task, self.keys.swapped(slot))) if ranked else task
 
     # which algorithm ------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms._weights import Decomposition
-    from adaptkit.files.sink import Spool
+    from adaptkit.files.sink import Spool, TensorSink
     from adaptkit.ops._common import Progress
 
 __all__ = ["Report", "check_peft", "run"]
 
 SPOOL = 256_000_000  # bytes of computed tensors held in memory before they go to a temporary file
+STACK = 4  # modules of equal shape that a CPU computes at once
 CORES = 200_000_000  # bytes of decompositions held from choosing ranks to keeping them; beyond, they are made again
 
 
@@ -67,16 +67,16 @@ def run(plan: Recast, progress: Progress | None = None) -> Report:
     started = time.perf_counter()
     state = State(plan)
     with _spool(plan) as spool:
-        if plan.steps:
-            _Computing(plan, state, spool, progress).run()
-        size = Writing(plan, state, spool).write()
+        computing = _Computing(plan, state, spool, progress)
+        computing.first()
+        size = Writing(plan, state, spool).write(computing.second)
     return _report(plan, state, size, time.perf_counter() - started)
 
 
 def _spool(plan: Recast) -> Any:
     from adaptkit.files.sink import Spool
 
-    return Spool(SPOOL, plan.output.parent) if plan.steps else nullcontext()
+    return Spool(SPOOL, plan.output.parent)
 
 
 def _held(result: Stored | Decomposition | Cut) -> int:
@@ -92,28 +92,33 @@ class _Computing:
     """One pass, where the rank of a module depends on no other; else two: modules are taken apart, then ranks are kept."""
 
     def __init__(self, plan: Recast, state: State, spool: Spool, progress: Progress | None) -> None:
-        self.plan, self.state, self.spool, self.progress = plan, state, spool, progress
-        self.worker = Worker(plan, state)
+        self.plan, self.state, self.progress = plan, state, progress
+        self.worker, self.put = Worker(plan, state), spool.append
         self.held = 0
+        self.cut: list[engine.Step[Task]] = []  # what the second pass computes
         twice = plan.policy is not None and not plan.policy.local
         self.total = len(plan.steps) + (sum(task.ranked for task in plan.tasks) if twice else 0)
 
-    def run(self) -> None:
-        """Fill `state`, and the spool with every computed tensor."""
+    def first(self) -> None:
+        """Fill `state`: after this it knows every tensor of the output, and the spool has those computed so far."""
         self._pass(self.plan.steps, self.worker.first, 0)
         ranked = [task for task in self.plan.tasks if id(task) in self.state.taken.keys() - self.state.ranks.keys()]
-        if not ranked:
-            return
-        self._choose(ranked)
-        cut = {id(task) for task in ranked if self._cuts(task)}
-        self._pass(
-            [step for step in self.plan.steps if id(step.payload) in cut], self.worker.second, len(self.plan.steps)
-        )
+        if ranked:
+            self._choose(ranked)
+            cut = {id(task) for task in ranked if self._cuts(task)}
+            self.cut = [step for step in self.plan.steps if id(step.payload) in cut]
+
+    def second(self, sink: TensorSink) -> None:
+        """Keep the ranks that were chosen, each module going where it belongs in the output."""
+        self.put = sink.put
+        self._pass(self.cut, self.worker.second, len(self.plan.steps))
 
     def _pass(self, steps: Sequence[engine.Step[Task]], kernel: Any, done: int) -> None:
+        if not steps:
+            return
         report, total = self.progress, self.total
         resources = engine.Resources.choose(self.plan.options.device, self.plan.options.memory)
-        work: engine.Work[Task, Any] = engine.Work(self.worker.load, kernel, self._store, _held)
+        work: engine.Work[Task, Any] = engine.Work(self.worker.load, kernel, self._store, _held, STACK)
         engine.run(steps, work, resources, None if report is None else lambda n: report(done + n, total))
 
     def _store(self, task: Task, result: Stored | Decomposition | Cut) -> None:
@@ -128,16 +133,18 @@ class _Computing:
             self.state.taken[id(task)] = result if self.held <= CORES else result.lighter()
             return
         for key, tensor in result.tensors.items():
-            self.spool.append(key, tensor)
+            self.put(key, tensor)
         specs = tuple(_spec(key, tensor) for key, tensor in result.tensors.items())
         self.state.stored[id(task)] = replace(result, tensors={}, specs=specs)
 
     def _choose(self, ranked: Sequence[Task]) -> None:
         assert self.plan.policy is not None
         choices = [choice(self.plan, task, self.state.taken[id(task)]) for task in ranked]
-        measure = _Measure(self.plan, self.state, ranked, self.spool)
+        measure = _Measure(self.plan, self.state, ranked)
         for task, rank in zip(ranked, self.plan.policy.choose(choices, measure), strict=True):
             self.state.ranks[id(task)] = rank
+            if rank and (stored := measure.at(task, rank)) is not None:
+                self.state.stored[id(task)] = stored
 
     def _cuts(self, task: Task) -> bool:
         """Whether anything is to be computed: not where all of a module's rank stays in its own tensors, or none of it."""
@@ -148,8 +155,8 @@ class _Computing:
 class _Measure:
     """The exact size of the file for any choice of ranks: its header is built, nothing is computed."""
 
-    def __init__(self, plan: Recast, state: State, ranked: Sequence[Task], spool: Spool) -> None:
-        self.plan, self.ranked, self.spool = plan, ranked, spool
+    def __init__(self, plan: Recast, state: State, ranked: Sequence[Task]) -> None:
+        self.plan, self.ranked = plan, ranked
         self.state = State(plan)
         self.state.taken, self.state.stored = state.taken, dict(state.stored)
         self.made: dict[tuple[int, int], Stored | None] = {}
@@ -160,17 +167,17 @@ class _Measure:
         state = self.state
         for task, rank in zip(self.ranked, ranks, strict=True):
             state.ranks[id(task)] = rank
-            stored = self._at(task, rank) if rank else None
+            stored = self.at(task, rank) if rank else None
             if stored is None:
                 state.stored.pop(id(task), None)
             else:
                 state.stored[id(task)] = stored
-        writing = Writing(self.plan, state, self.spool)
+        writing = Writing(self.plan, state, None)
         specs = writing.specs()
         header, _ = build_header(specs, writing.metadata())
         return len(header) + sum(count(spec.shape) * WIDTHS[spec.dtype] // 8 for spec in specs)
 
-    def _at(self, task: Task, rank: int) -> Stored | None:
+    def at(self, task: Task, rank: int) -> Stored | None:
         """What is stored at a rank, None where the module stays as it is; most keep their rank from one call to the next."""
         place = (id(task), rank)
         if place not in self.made:

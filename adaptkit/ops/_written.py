@@ -16,7 +16,7 @@ from adaptkit.ops._peft import Module, adapter_file, diffusers_metadata
 from adaptkit.ops._recast import Copied, Recast, Written
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from adaptkit.files.sink import Spool, TensorSink
     from adaptkit.ops._making import State
@@ -34,18 +34,19 @@ class Writing:
         self.copied = [item for item in (*ready, *plan.carried) if isinstance(item, Copied)]
         self.scalars = {item.key: struct.pack("<f", item.value) for item in ready if isinstance(item, Written)}
 
-    def write(self) -> int:
-        """Publish the output, and its size in bytes."""
+    def write(self, fill: Callable[[TensorSink], None]) -> int:
+        """Publish the output, and its size in bytes; `fill` writes what is neither copied nor in the spool."""
         from adaptkit.files.sink import TensorSink
 
         plan, metadata = self.plan, self.metadata()
         specs = self.specs()
         modules = self.state.modules() if plan.keys.format.alpha is Alpha.CONFIG else None
         with adapter_file(plan.output, modules, plan.options.overwrite) as (path, overwrite):
-            return self._write(TensorSink(path, specs, metadata, overwrite=overwrite), metadata)
+            return self._write(TensorSink(path, specs, metadata, overwrite=overwrite), metadata, fill)
 
-    def _write(self, sink: TensorSink, metadata: Mapping[str, str]) -> int:
+    def _write(self, sink: TensorSink, metadata: Mapping[str, str], fill: Callable[[TensorSink], None]) -> int:
         with sink:
+            fill(sink)
             hashing = _Hashing(self, sink, metadata)
             for number, adapter in enumerate(self.plan.adapters):
                 mine = [(item.key, adapter.source, item.source) for item in self.copied if item.number == number]
@@ -117,16 +118,18 @@ class Writing:
             return {}
         return {"lora_adapter_metadata": diffusers_metadata(parts)}
 
-    def data(self, names: Sequence[str]) -> Iterator[memoryview]:
+    def data(self, sink: TensorSink) -> Iterator[memoryview]:
         """The bytes of every tensor of the output, in order."""
         copied = {item.key: item for item in self.copied}
-        for name in names:
+        for name in sink.infos:
             if name in copied:
                 yield self.plan.adapters[copied[name].number].source.raw(copied[name].source)
             elif name in self.scalars:
                 yield memoryview(self.scalars[name])
-            elif self.spool is not None:
+            elif self.spool is not None and name in self.spool:
                 yield self.spool.read(name)
+            else:
+                yield sink.read(name)
 
 
 def _common(plan: Recast) -> dict[str, str]:
@@ -178,7 +181,7 @@ class _Hashing:
         try:
             training = {name: value for name, value in self.metadata.items() if name.startswith("ss_")}
             header, _ = build_header(sink.infos.values(), training)
-            self._found = sshs_hashes(writing.data(list(sink.infos)), len(header))
+            self._found = sshs_hashes(writing.data(sink), len(header))
         except BaseException as error:
             self._failure = error
 

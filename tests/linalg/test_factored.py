@@ -98,3 +98,70 @@ def test_distance_of_nearly_equal_products_is_not_lost_to_cancellation() -> None
     moved = left + 1e-9 * torch.from_numpy(random.standard_normal((40, 6)))
     true = float(((moved - left) @ right).square().sum())
     assert float(product_distance((left, right), (moved, right))) == pytest.approx(true, rel=1e-5)
+
+
+def stored_as(factors: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return factors[0].to(dtype).float(), factors[1].to(dtype).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_the_loss_of_a_stack_is_what_float64_measures(dtype: torch.dtype, condition: float) -> None:
+    """Members are cut to ranks of their own; where float32 cannot tell the loss, there is no answer, never a wrong one."""
+    random = np.random.default_rng(11)
+    left = random.standard_normal((5, 300, 16)) * np.geomspace(1, 1 / condition, 16)
+    left = left @ random.standard_normal((16, 16))  # no column is short by itself
+    right = random.standard_normal((5, 16, 200))
+    factors = torch.from_numpy(left).float(), torch.from_numpy(right).float()
+    whole = factored_core(*factors)
+    ranks = [1, 3, 8, 12, 16]
+    core = factored.Core.stack([one.head(16) for one in whole.members()], ranks)
+    kept = core.kept(*factors, 16)
+    stored = stored_as(kept, dtype)
+    for n, rank in enumerate(ranks):
+        assert not kept[0][n, :, rank:].any()
+        assert not kept[1][n, rank:].any()
+    dense = (factors[0].double() @ factors[1].double()).numpy()
+    measured = ((dense - (stored[0].double() @ stored[1].double()).numpy()) ** 2).sum((1, 2))
+    found = core.distances(factors, kept, stored).numpy()
+    told = np.isfinite(found)
+    np.testing.assert_allclose(found[told], measured[told], rtol=1e-6)
+    assert told[:3].all() or condition > 1.0
+    assert not told[4] or dtype == torch.bfloat16, "a loss by rounding alone is left to float64"
+    moved = core.distances(factors, kept, (stored[0] * 1.001, stored[1])).numpy()
+    assert not np.allclose(moved[told], measured[told], rtol=1e-6), "what is stored is looked at"
+
+
+def test_there_is_no_loss_to_tell_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factored, "supports_float64", lambda _: False)
+    factors = torch.randn(2, 50, 4), torch.randn(2, 4, 60)
+    core = factored_core(*factors)
+    kept = core.kept(*factors, 4)
+    assert core.distances(factors, kept, kept).isnan().all()
+
+
+def test_nan_is_never_a_loss() -> None:
+    factors = torch.randn(2, 50, 4), torch.randn(2, 4, 60)
+    core = factored.Core.stack(list(factored_core(*factors).members()), [2, 2])
+    kept = core.kept(*factors, 2)
+    broken = kept[0].clone()
+    broken[1, 3, 0] = torch.nan
+    found = core.distances(factors, kept, (broken, kept[1]))
+    assert found.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("closeness", [1e-1, 1e-3, 1e-5])
+def test_a_product_whose_terms_cancel_is_left_to_float64(closeness: float) -> None:
+    """Two columns nearly alike, their rows nearly opposite: float32 products lose what the first digits cancel."""
+    random = np.random.default_rng(5)
+    a, b = random.standard_normal((2, 300, 1))
+    c, d = random.standard_normal((2, 1, 200))
+    left = torch.from_numpy(np.concatenate([a, a + closeness * b], 1)).float()[None]
+    right = torch.from_numpy(np.concatenate([c, closeness * d - c])).float()[None]
+    core = factored.Core.stack(list(factored_core(left, right).members()), [1])
+    kept = core.kept(left, right, 1)
+    stored = stored_as(kept, torch.float16)
+    measured = float((left.double() @ right.double() - stored[0].double() @ stored[1].double()).square().sum())
+    found = float(core.distances((left, right), kept, stored))
+    assert np.isnan(found) == (closeness < 1e-2)
+    assert np.isnan(found) or found == pytest.approx(measured, rel=1e-6)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, WrongUsage
-from adaptkit.ops import resize
+from adaptkit.ops import _rewrite, resize
+from adaptkit.ops._making import Worker
 from tests import made, oracle
 from tests.made import CONV, KINDS, LINEAR, POINT, SHAPES, WIDE, adapter, deltas, relative
 
@@ -174,6 +178,115 @@ def test_size_uses_its_budget(tmp_path: Path) -> None:
     for budget in (100_000, 234_567, 500_000):
         report = run(source, size=budget)
         assert 0.99 * budget <= report.bytes <= budget
+
+
+PROJECTIONS = [
+    f"lora_unet_down_blocks_{a}_attentions_{b}_transformer_blocks_0_{module}"
+    for a in (0, 1, 2)
+    for b in (0, 1)
+    for module in ("attn1_to_k", "attn1_to_q", "attn1_to_v", "ff_net_2")
+]
+
+
+def many(path: Path, kind: str = "lora", *, alpha: float = 6.0, seed: int = 0) -> Path:
+    """Modules of equal shapes and unequal spectra: what is computed as stacks."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for n, name in enumerate(PROJECTIONS):
+        columns = 96 if name.endswith("net_2") else 64
+        spectrum = torch.arange(1, 9).pow(-0.2 - 0.05 * n)
+        if kind == "lora":
+            tensors[f"{name}.lora_up.weight"] = torch.randn(80, 8, generator=draw) * spectrum
+            tensors[f"{name}.lora_down.weight"] = torch.randn(8, columns, generator=draw)
+        else:
+            for side in "12":
+                tensors[f"{name}.hada_w{side}_a"] = torch.randn(80, 4, generator=draw) * spectrum[:4]
+                tensors[f"{name}.hada_w{side}_b"] = torch.randn(4, columns, generator=draw)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file({key: tensor.half() if tensor.ndim else tensor for key, tensor in tensors.items()}, path)
+    return path
+
+
+def many_deltas(path: Path) -> dict[str, np.ndarray]:
+    return deltas(path, {name: (80, 96 if name.endswith("net_2") else 64) for name in PROJECTIONS})
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+@pytest.mark.parametrize(
+    "rule", [{"rank": 3}, {"energy": 0.8}, {"size": 40_000}, {"error": 0.3}, {"rank": 3, "dtype": "fp32"}]
+)
+def test_stacks_give_what_modules_give_one_by_one(
+    kind: str, rule: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = many(tmp_path / "a.safetensors", kind)
+    reports = {}
+    for stack in (1, 4, 100):
+        monkeypatch.setattr(_rewrite, "STACK", stack)
+        reports[stack] = run(source, output=tmp_path / f"{stack}.safetensors", **rule)
+    monkeypatch.setattr(Worker, "_stacked", lambda *_: None)
+    reports[0] = run(source, output=tmp_path / "0.safetensors", **rule)
+    before = many_deltas(source)
+    for stack, report in reports.items():
+        after = many_deltas(tmp_path / f"{stack}.safetensors")
+        assert relative(after, many_deltas(tmp_path / "0.safetensors")) < 5e-4  # another rounding of the same numbers
+        assert report.relative_error == pytest.approx(relative(after, before), rel=1e-6)
+        for item, other, name in zip(report.details, reports[0].details, before, strict=True):
+            assert (item["module"], item["rank"]) == (other["module"], other["rank"])
+            error = np.linalg.norm(before[name] - after.get(name, 0.0)) / np.linalg.norm(before[name])
+            assert item["relative_error"] == pytest.approx(error, rel=1e-6)
+
+
+def test_stacks_are_really_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    first = Worker._first_stack
+
+    def counted(self: Worker, tasks: Sequence[Any], tensors: Any) -> Any:
+        sizes.append(len(tasks))
+        return first(self, tasks, tensors)
+
+    monkeypatch.setattr(Worker, "_first_stack", counted)
+    run(many(tmp_path / "a.safetensors"), rank=2)
+    assert sum(sizes) == len(PROJECTIONS)
+    assert max(sizes) == _rewrite.STACK
+    assert len(sizes) < len(PROJECTIONS) / 2
+
+
+def test_a_stack_with_one_bad_member_names_it(tmp_path: Path) -> None:
+    source = many(tmp_path / "a.safetensors")
+    tensors = load_file(source)
+    tensors[f"{PROJECTIONS[5]}.lora_down.weight"][2, 3] = float("inf")
+    save_file(tensors, source)
+    for rule in ({"rank": 2}, {"size": 20_000}):
+        with pytest.raises(NonFinite, match=rf"{PROJECTIONS[5]}\.lora_down"):
+            run(source, **rule)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_stacks_may_hold_zeros_and_what_needs_no_cut(tmp_path: Path) -> None:
+    source = many(tmp_path / "a.safetensors")
+    tensors = load_file(source)
+    tensors[f"{PROJECTIONS[0]}.lora_up.weight"].zero_()
+    tensors[f"{PROJECTIONS[1]}.lora_up.weight"][:, 2:] = 0
+    tensors[f"{PROJECTIONS[2]}.lora_up.weight"][:, 4:] = 0
+    save_file(tensors, source)
+    report = run(source, rank=3)
+    assert [item["rank"] for item in report.details[:4]] == [1, 2, 3, 3]
+    before, after = many_deltas(source), many_deltas(tmp_path / "out.safetensors")
+    assert report.relative_error == pytest.approx(relative(after, before), rel=1e-6)
+    assert not after[PROJECTIONS[0]].any()
+
+
+def test_hashes_are_of_what_the_second_pass_wrote(tmp_path: Path) -> None:
+    """sd-scripts' hash covers every tensor, also those that go into the file without waiting in memory."""
+    source = many(tmp_path / "a.safetensors")
+    save_file(load_file(source), source, {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "ss_lr": "1"})
+    run(source, size=20_000)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        metadata = file.metadata()
+    training = {name: value for name, value in metadata.items() if name.startswith("ss_")}
+    bytes_ = save(load_file(tmp_path / "out.safetensors"), training)
+    length = int.from_bytes(bytes_[:8], "little")
+    assert metadata["sshs_model_hash"] == hashlib.sha256(bytes_[8 + length :]).hexdigest()
 
 
 def test_a_size_too_small_for_anything_is_refused(tmp_path: Path) -> None:
