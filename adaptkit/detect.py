@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms._weights import ALPHA
@@ -187,13 +188,36 @@ def _words(part: Component) -> tuple[str, ...]:
 def detect_checkpoint(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], *, family: str | None = None
 ) -> Detection:
-    """Score every family by claimed checkpoint keys; `format` of the answer is None."""
-    scores, others = [], 0
-    for family_name in chosen("family", families(), family):
-        keys = compile_checkpoint(family_name)
-        scores.append(_Score(sum(keys.parse(name) is not None for name in infos), family_name, None))
-        others = max(others, sum(keys.other(name) is not None for name in infos))
-    return _decide(scores, len(infos) - others, metadata, lambda score: _checkpoint_marks(infos, score), bool(family))
+    """Score every family by claimed checkpoint keys; `format` of the answer is None.
+
+    A sample of the keys passes over families that would claim too few of them to matter.
+    """
+    names = chosen("family", families(), family)
+    apart = {prefixes for kind in families().values() for prefixes in kind.others.values()}
+    beside = tuple(chain.from_iterable(apart))
+    own = [name for name in infos if not name.startswith(beside)]
+    sample = own[:: max(1, len(own) // SAMPLE)]
+    near = {name: sum(key.startswith(_checkpoint_heads(name)) for key in sample) for name in names}
+    counts: dict[str, int] = {}
+    for name in sorted(names, key=lambda name: -near[name]):
+        keys = compile_checkpoint(name)
+        if len(names) > 1:
+            least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
+            if near[name] < least or sum(map(keys.claims, sample)) < least:
+                continue
+        counts[name] = sum(map(keys.claims, infos))
+    scores = [_Score(counts[name], name, None) for name in names if name in counts]  # in the order of the tables
+    return _decide(scores, len(own), metadata, lambda score: _checkpoint_marks(infos, score), bool(family))
+
+
+@cache
+def _checkpoint_heads(family: str) -> tuple[str, ...]:
+    """How the checkpoint keys of a family begin, up to the first number."""
+    found: dict[str, None] = {}
+    for part in families()[family].components:
+        for start in chain.from_iterable(part.checkpoints.values()):
+            found |= dict.fromkeys(start + word for word in _words(part))
+    return tuple(found)
 
 
 def _decide(

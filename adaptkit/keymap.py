@@ -483,6 +483,11 @@ class CheckpointMap:
                 return Place(slot, found.kind, reading.naming, found.transposed, reading.swapped)
         return None
 
+    def claims(self, key: str) -> bool:
+        """Whether `parse` knows a checkpoint key."""
+        starts = ((prefix, keys) for prefix, keys in self._keys if key.startswith(prefix))
+        return any(keys.match(key[len(prefix) :]) is not None for prefix, keys in starts)
+
     def spelled(self, target: Target, naming: str) -> tuple[Spelled, ...]:
         """The tensors that a naming keeps a target in (weights or biases), in the order of its rows; none without names."""
         found = _row(self.family, target.component, target.module)
