@@ -74,8 +74,9 @@ def power_of_two(total: Tensor) -> Tensor:
 class Krylov:
     """Block Lanczos on AᵀA with full reorthogonalisation on the small side: v spans, w = A·v, gram = wᵀw = vᵀAᵀA v.
 
-    `total` is ‖A‖². Vectors are kept as rows: so both products of a step with one block of A's rows run at 60 GFLOPS where
-    A·x and then Aᵀ·y, with columns, ran at 42 (one core, 11520 × 1280, 16 vectors).
+    `back` = scale · Aᵀw, which each step makes for the next one; `total` is ‖A‖². Vectors are kept as rows: so both products
+    of a step with one block of A's rows run at 60 GFLOPS where A·x and then Aᵀ·y, with columns, ran at 42 (one core,
+    11520 × 1280, 16 vectors).
     """
 
     def __init__(self, a: Tensor, rank: int, seed: int, total: Tensor) -> None:
@@ -85,6 +86,7 @@ class Krylov:
         self.limit = min(n, 6 * rank + 64)
         self._v = empty((self.limit, n), a.dtype, a.device)
         self._w = empty((self.limit, m), a.dtype, a.device)
+        self._back = empty((self.limit, n), a.dtype, a.device)
         self.gram = torch.zeros(self.limit, self.limit, dtype=accumulate_dtype(a.device), device=a.device)
         self.size = 0
         self.total = total
@@ -101,6 +103,11 @@ class Krylov:
         """(m, size)."""
         return self._w[: self.size].mT
 
+    @property
+    def back(self) -> Tensor:
+        """(n, size)."""
+        return self._back[: self.size].mT
+
     def grow(self) -> bool:
         """One block more; False where the space is invariant (what it lacks, its start lacks) or the limit reached."""
         x = self._orthonormal(self._next[: self.limit - self.size])
@@ -108,7 +115,7 @@ class Krylov:
             return False
         old, new = slice(0, self.size), slice(self.size, self.size + x.shape[0])
         self._v[new] = x
-        y, self._next = self._w[new], torch.zeros_like(x)
+        y, self._next = self._w[new], self._back[new].zero_()
         m = self.a.shape[0]
         step = ROWS if self.a.numel() > LARGE and self.a.device.type == "cpu" else m
         for start in range(0, m, step):
@@ -133,7 +140,7 @@ class Krylov:
         for _ in range(2):
             x = x - (x @ old.mT) @ old
             q, r = torch.linalg.qr(x.mT)
-            kept = r.diagonal().abs() > 1e-6 * before
+            kept = r.diagonal().abs() > DEAD * before
             x = q.mT[kept]
             before = before.new_ones(())
             if x.shape[0] == 0:

@@ -242,7 +242,7 @@ def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options) -> St
     dense, rank = 4 * rows * columns, _rank(job, options) or DEFAULT_FACTOR
     # ΔW in float32; a second matrix of its size (LoKr rearranges it, full copies it, auto keeps it); the Krylov space
     copies = {"lora": 1, "auto": 4}.get(job.algorithm or "", 2)
-    working = dense * copies + 4 * (rows + columns) * 8 * rank
+    working = dense * copies + 4 * (rows + columns + min(rows, columns)) * 8 * rank
     stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
     shape = (job.shape, job.dtype, job.algorithm, job.role, base.source.infos[job.base[0].name].dtype)
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))
