@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
@@ -15,7 +15,7 @@ from adaptkit.names import Slot
 from adaptkit.unknown import family_of_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -191,6 +191,28 @@ class Checkpoint:
 
         parts = [self._read(piece) for piece in pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def streams(self, pieces: tuple[Piece, ...]) -> bool:
+        """Whether `blocks` reads no more than a block at a time: a slot of one piece, stored as it is."""
+        (piece, *others) = pieces
+        plain = not (others or piece.transposed or piece.swapped)
+        return plain and bool(self.source.infos[piece.name].shape) and self.source.span(piece.name) is not None
+
+    def blocks(self, pieces: tuple[Piece, ...], rows: int) -> Iterator[Tensor]:
+        """What `read` gives, so many rows at a time."""
+        if not self.streams(pieces):
+            whole = self.read(pieces)
+            yield from (whole[start : start + rows] for start in range(0, len(whole), rows))
+            return
+        piece = pieces[0]
+        first, last = piece.rows or (0, self.source.infos[piece.name].shape[0])
+        for start in range(first, last, rows):
+            yield self._read(replace(piece, rows=(start, min(start + rows, last))))
+
+    def announce(self, pieces: tuple[Piece, ...]) -> None:
+        """These pieces will be read soon."""
+        for piece in pieces:
+            self.source.announce(piece.name)
 
     def _read(self, piece: Piece) -> Tensor:
         if piece.transposed:

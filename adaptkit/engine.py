@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from adaptkit.errors import AdaptkitError, NotEnoughMemory
+from adaptkit.memory import forget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,7 +178,8 @@ class Work(Generic[P, R]):
 
     `kernel` gets the payloads and the stacked tensors, each with one leading dimension, on the device; several threads call
     it at once, each for a bucket of its own. `held`: bytes of a result while it waits for those before it, without which
-    it counts as all of its step. `stack`: how many light steps a CPU computes at once.
+    it counts as all of its step. `stack`: how many light steps a CPU computes at once. `announce`: where given, the reader
+    only calls this, and whoever computes a step loads it: for loads that leave their work in the cache.
     """
 
     load: Callable[[P], Tensors]
@@ -185,6 +187,7 @@ class Work(Generic[P, R]):
     store: Callable[[P, R], None]
     held: Callable[[R], int] | None = None
     stack: int = 1
+    announce: Callable[[P], None] | None = None
 
 
 def run(
@@ -264,7 +267,7 @@ def _parcels(buckets: Sequence[Bucket[P]], room: int, workers: int) -> Iterator[
         number, start = number + 1, end
 
 
-Loaded = tuple["_Parcel[P]", list[dict[str, "Tensor"]]]
+Loaded = tuple["_Parcel[P]", list[dict[str, "Tensor"] | None]]  # None: not loaded yet
 Done = tuple["_Parcel[P]", Sequence[Sequence[R]], int]
 
 
@@ -318,19 +321,26 @@ class _Pipeline(Generic[P, R]):
                 continue
 
     def _read(self, todo: Sequence[_Parcel[P]]) -> None:
+        announce = self.work.announce
         for parcel in todo:
             self.room.enter(parcel.bytes, self.stop)
-            loaded = []
+            loaded: list[dict[str, Tensor] | None] = []
             for bucket in parcel.buckets:
                 if self.stop.is_set():
                     raise _Stopped
-                loaded.append(self._stack([self.work.load(p) for p in bucket.payloads]))
+                if announce is None:
+                    loaded.append(self._load(bucket))
+                    continue
+                for payload in bucket.payloads:
+                    announce(payload)
+                loaded.append(None)
             self.loaded.put((parcel, loaded))
             del loaded
         for _ in range(self.resources.workers):
             self.loaded.put(None)
 
-    def _stack(self, loaded: list[Tensors]) -> dict[str, Tensor]:
+    def _load(self, bucket: Bucket[P]) -> dict[str, Tensor]:
+        loaded = [self.work.load(payload) for payload in bucket.payloads]
         if len(loaded) == 1:
             return {key: tensor.unsqueeze(0) for key, tensor in loaded[0].items()}
         import torch
@@ -345,13 +355,13 @@ class _Pipeline(Generic[P, R]):
 
         if self.resources.on_cpu:
             torch.set_num_threads(1)
-        while (item := self._get(self.loaded)) is not None:
+        while (item := self._next()) is not None:
             parcel, host = item
             results: list[Sequence[R]] = []
             del item
             with torch.inference_mode():
                 for n, bucket in enumerate(parcel.buckets):
-                    results.append(self.work.kernel(bucket.payloads, self._moved(host, n)))
+                    results.append(self.work.kernel(bucket.payloads, self._moved(host, n, bucket)))
             del host
             held = self._held(parcel, results)
             self.room.computed(parcel.bytes, held)
@@ -362,9 +372,19 @@ class _Pipeline(Generic[P, R]):
             if not self.working:
                 self.done.put(None)
 
-    def _moved(self, host: list[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
+    def _next(self) -> Loaded[P] | None:
+        """What is to be computed next; a worker that has to wait keeps no memory."""
+        try:
+            return self.loaded.get_nowait()
+        except queue.Empty:
+            forget()
+            return self._get(self.loaded)
+
+    def _moved(self, host: list[dict[str, Tensor] | None], n: int, bucket: Bucket[P]) -> dict[str, Tensor]:
         """The tensors of a bucket on the device; they are in the list no longer, so that nothing keeps them."""
-        tensors, host[n] = host[n], {}
+        tensors, host[n] = host[n], None
+        if tensors is None:
+            tensors = self._load(bucket)
         if self.resources.on_cpu:
             return tensors
         return {key: tensor.to(self.resources.device, non_blocking=True) for key, tensor in tensors.items()}

@@ -16,7 +16,7 @@ from adaptkit.ops._common import torch_dtype
 from adaptkit.ops._probing import as_rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -130,29 +130,63 @@ class Fitter:
     """Loads and fits layers; `recipes` says how, by `id` of the job (none: the layer is only compared)."""
 
     def __init__(
-        self, pair: tuple[Checkpoint, Checkpoint], recipes: Mapping[int, Sequence[Recipe]], output: Path
+        self,
+        pair: tuple[Checkpoint, Checkpoint],
+        recipes: Mapping[int, Sequence[Recipe]],
+        output: Path,
+        *,
+        on_cpu: bool = True,
     ) -> None:
         self.base, self.tuned = pair
-        self.recipes, self.output = recipes, output
+        self.recipes, self.output, self.on_cpu = recipes, output, on_cpu
 
     def load(self, job: Job) -> dict[str, Tensor]:
-        """Both weights."""
-        return {"base": self.base.read(job.base), "tuned": self.tuned.read(job.tuned)}
+        """Both weights, for a device that subtracts them; on the CPU ΔW, as it is read: the weights are not held then.
 
-    def fit(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[Fitted]:
-        """ΔW of a stack of equal layers, and every form of it. In float32: in bf16 one entry in nine would change."""
+        The tuned weight stays where a ladder asks what of ΔW its rounding left.
+        """
+        if not self.on_cpu:
+            return {"base": self.base.read(job.base), "tuned": self.tuned.read(job.tuned)}
+        from adaptkit.linalg.precision import STREAM, streamed_difference
+
+        found: dict[str, Tensor] = {}
+        step = max(1, STREAM // max(1, job.matrix[1]))
+        theirs: Iterable[Tensor] = self.tuned.blocks(job.tuned, step)
+        if self._ladder(job):
+            found["tuned"] = tuned = self.tuned.read(job.tuned)
+            theirs = (tuned[start : start + step] for start in range(0, len(tuned), step))
+        pairs = zip(theirs, self.base.blocks(job.base, step), strict=True)
+        found["delta"], found["norm"] = streamed_difference(pairs, job.matrix)
+        return found
+
+    def announce(self, job: Job) -> None:
+        """Both weights of a layer will be read soon."""
+        self.base.announce(job.base)
+        self.tuned.announce(job.tuned)
+
+    def _ladder(self, job: Job) -> bool:
+        return any(recipe.ladder for recipe in self.recipes.get(id(job), ()))
+
+    def _difference(self, tensors: dict[str, Tensor]) -> tuple[Tensor, list[float]]:
+        """ΔW of each (B, m, n), and ‖ΔW‖². In float32: in bf16 one entry in nine would change."""
         from adaptkit.linalg.precision import difference, norm_squared
 
-        tuned, base = tensors.pop("tuned"), tensors.pop("base")
-        delta = difference(tuned, base)
-        norms = norm_squared(delta).tolist()
-        for job, norm, ours, theirs in zip(jobs, norms, base, tuned, strict=True):
+        delta = tensors.pop("delta") if self.on_cpu else difference(tensors["tuned"], tensors.pop("base"))
+        norms: list[float] = (tensors.pop("norm") if self.on_cpu else norm_squared(delta)).tolist()
+        return delta, norms
+
+    def fit(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[Fitted]:
+        """ΔW of a stack of equal layers, and every form of it."""
+        delta, norms = self._difference(tensors)
+        for job, norm in zip(jobs, norms, strict=True):
             if not math.isfinite(norm):
-                raise self._non_finite(job, ours, theirs)
+                raise self._non_finite(job)
         recipes = self.recipes.get(id(jobs[0]), ())
-        ladder = any(recipe.ladder for recipe in recipes)
-        noise = _noise(as_rounded(self.tuned, jobs[0], tuned), delta) if ladder else [0.0] * len(jobs)
-        del tuned, base
+        tuned = tensors.pop("tuned", None)
+        noise = [0.0] * len(jobs)
+        if tuned is not None and self._ladder(jobs[0]):
+            noise = _noise(as_rounded(self.tuned, jobs[0], tuned), delta)
+        del tuned
         results = [Fitted(*told) for told in zip(norms, noise, strict=True)]
         changed = [n for n, norm in enumerate(norms) if norm > 0 and recipes]
         if not changed:
@@ -198,11 +232,11 @@ class Fitter:
             recipe.kind, job.dtype, shapes, errors, ladder, alpha, later=later, tensors={} if later else tensors
         )
 
-    def _non_finite(self, job: Job, base: Tensor, tuned: Tensor) -> NonFinite:
+    def _non_finite(self, job: Job) -> NonFinite:
         import torch
 
-        for checkpoint, tensor, pieces in ((self.base, base, job.base), (self.tuned, tuned, job.tuned)):
-            if not bool(torch.isfinite(tensor).all()):
+        for checkpoint, pieces in ((self.base, job.base), (self.tuned, job.tuned)):
+            if not bool(torch.isfinite(checkpoint.read(pieces)).all()):
                 return NonFinite("holds NaN or infinity", file=checkpoint.source.path, tensor=pieces[0].name)
         return NonFinite(
             "the difference of the two checkpoints overflows", file=self.tuned.source.path, tensor=job.label

@@ -43,6 +43,7 @@ __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
 DEFAULT_RANK = 32
 DEFAULT_FACTOR = 8
+BLOCKS = 6_000_000  # bytes that reading a weight in blocks of rows takes
 MAX_RANK = 128  # of the ladder from which a rule chooses, unless --max-rank says otherwise
 SPOOL = 64_000_000  # bytes of results held in memory before they go to a temporary file
 HEADER = 76  # bytes that the file's header takes per tensor beside its name: for comparing ranks; the size is counted exactly
@@ -164,7 +165,7 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     if not any(job.algorithm for job in jobs):
         raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
     refuse_unused(pairing.lost, options.allow_unused, tuned)
-    steps = tuple(_step(job, first, second, options) for job in jobs)
+    steps = tuple(_step(job, first, second, options, streamed=True) for job in jobs)
     check_memory(steps, options.memory)
     return Plan(
         first, second, options, output, jobs, tuple(pairing.lost + pairing.left), steps, keys, rule, pairing.notes
@@ -237,13 +238,15 @@ def _stored_bytes(job: Job, options: Options) -> int:
     return rows * columns * size + 4
 
 
-def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options) -> Step[Job]:
+def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options, *, streamed: bool) -> Step[Job]:
+    """`streamed`: on a CPU, where weights are subtracted as they are read."""
     rows, columns = job.matrix
     dense, rank = 4 * rows * columns, _rank(job, options) or DEFAULT_FACTOR
     # ΔW in float32; a second matrix of its size (LoKr rearranges it, full copies it, auto keeps it); the Krylov space
     copies = {"lora": 1, "auto": 4}.get(job.algorithm or "", 2)
     working = dense * copies + 4 * (rows + columns + min(rows, columns)) * 8 * rank
-    stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
+    sides = (base, job.base, not streamed), (tuned, job.tuned, not streamed or _ladder(options))
+    stored = sum(BLOCKS if c.streams(p) and not whole else c.nbytes(p) for c, p, whole in sides)
     shape = (job.shape, job.dtype, job.algorithm, job.role, base.source.infos[job.base[0].name].dtype)
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))
 
@@ -257,7 +260,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     looked = probe(plan.base, plan.tuned, plan.jobs, resources)
     with Spool(SPOOL, plan.output.parent) as spool:
         fitting = _Fitting(plan, looked, spool, resources)
-        fitting.run(plan.steps, progress)
+        fitting.run(progress)
         result = _Result(plan, looked, [(job, fitting.found[id(job)]) for job in plan.jobs])
         result.choose()
         fitting.finish(result, progress)
@@ -274,15 +277,19 @@ class _Fitting:
         self.recipes = {id(job): _recipes(job, plan.options, looked) for job in plan.jobs}
         self.found: dict[int, Fitted] = {}
         self.places = {id(job): n for n, job in enumerate(plan.jobs)}
+        self.steps: Sequence[Step[Job]] = plan.steps
+        if not resources.on_cpu:  # which gets both weights whole
+            self.steps = [_step(job, plan.base, plan.tuned, plan.options, streamed=False) for job in plan.jobs]
 
-    def run(self, steps: Sequence[Step[Job]], progress: Progress | None) -> None:
-        total = len(steps)
-        self._run(steps, self.recipes, self._keep, None if progress is None else lambda done: progress(done, total))
+    def run(self, progress: Progress | None) -> None:
+        total = len(self.steps)
+        told = None if progress is None else lambda done: progress(done, total)
+        self._run(self.steps, self.recipes, self._keep, told)
 
     def finish(self, result: _Result, progress: Progress | None) -> None:
         """Now that the ranks are known: the tensors that were left for later, and both factors of a LoKr fitted together."""
         recipes = {id(job): again for job, pick in result.picked() if pick and (again := self._again(job, pick))}
-        steps = [step for step in self.plan.steps if id(step.payload) in recipes]
+        steps = [step for step in self.steps if id(step.payload) in recipes]
         total = len(steps)
         if steps:
             told = None if progress is None else lambda done: progress(done, total)
@@ -298,8 +305,15 @@ class _Fitting:
         return (replace(first, rank=pick.rank if pick.form.ladder else None, ladder=False),)
 
     def _run(self, steps: Sequence[Step[Job]], recipes: Any, store: Any, report: Any) -> None:
-        fitter = Fitter((self.plan.base, self.plan.tuned), recipes, self.plan.output)
-        work = engine.Work(fitter.load, fitter.fit, store, lambda found: sum(form.nbytes for form in found.forms))
+        pair = self.plan.base, self.plan.tuned
+        fitter = Fitter(pair, recipes, self.plan.output, on_cpu=self.resources.on_cpu)
+        work = engine.Work(
+            fitter.load,
+            fitter.fit,
+            store,
+            lambda found: sum(form.nbytes for form in found.forms),
+            announce=fitter.announce if fitter.on_cpu else None,
+        )
         engine.run(steps, work, self.resources, report)
 
     def _keep(self, job: Job, fitted: Fitted) -> None:
