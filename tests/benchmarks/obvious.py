@@ -2,7 +2,9 @@
 
 Both state dicts whole in memory in float32, a full SVD of every difference, cut to the rank. `extract` decomposes one layer
 of every shape and multiplies its time by the number of such layers (the whole takes minutes). Both files are loaded as a
-whole, so the peak memory is that of the whole run less its results, which are small.
+whole, so the peak memory is that of the whole run less its results, which are small. With `--square` the SVD is asked for as
+sd-scripts' `networks/extract_lora_from_models.py` asks: `torch.linalg.svd(mat)`, which also makes the square factor of the
+longer side, of which the rank keeps some rows.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
-def extract(base: Path, tuned: Path, rank: int) -> dict[str, float]:
+def extract(base: Path, tuned: Path, rank: int, square: bool) -> dict[str, float]:
     started = time.perf_counter()
     first, second = load(base), load(tuned)
     shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
@@ -36,9 +38,9 @@ def extract(base: Path, tuned: Path, rank: int) -> dict[str, float]:
     for names in shapes.values():
         started = time.perf_counter()
         delta = second[names[0]] - first[names[0]]
-        u, s, vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
-        up = (u[:, :rank] * s[:rank].sqrt()).half().contiguous()
-        down = (s[:rank].sqrt().unsqueeze(1) * vh[:rank]).half().contiguous()
+        u, s, vh = torch.linalg.svd(delta.flatten(1), full_matrices=square)
+        up = (u[:, : len(s)][:, :rank] * s[:rank].sqrt()).half().contiguous()
+        down = (s[:rank].sqrt().unsqueeze(1) * vh[: len(s)][:rank]).half().contiguous()
         del up, down
         total += len(names) * (time.perf_counter() - started)
         kept += len(names) * float(s[:rank].double().square().sum())
@@ -89,9 +91,10 @@ def main() -> None:
     parser.add_argument("what", choices=["extract", "merge", "subtract"])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--square", action="store_true")
     options = parser.parse_args()
     if options.what == "extract":
-        found = extract(*options.files, options.rank)
+        found = extract(*options.files, options.rank, options.square)
     else:
         found = {"merge": merge, "subtract": subtract}[options.what](*options.files)
     print(json.dumps(found))
