@@ -16,6 +16,7 @@ LARGE = 1 << 22  # elements
 BLOCK = 1 << 18  # elements of A widened to float64 at a time: 2 MB, which stay in the cache
 STALL = 1e-5  # stop where the error would change by less than this share of ‖A‖, whatever its relative change
 EQUAL = 1e-4  # of λ: a block's worth of Ritz values as close as this may be the copies of one λ, with more left out
+WORN = 1e-2  # a direction that loses all but this share of its length is made orthogonal once more
 DEAD = 1e-6  # a direction that loses all but this share of its length to the space is in it already
 
 
@@ -137,14 +138,16 @@ class Krylov:
         if not bool(before > 0):
             return x[:0]
         old = self._v[: self.size]
-        for _ in range(2):
+        x = x - (x @ old.mT) @ old
+        x = x - (x @ old.mT) @ old
+        q, r = torch.linalg.qr(x.mT)
+        lengths = r.diagonal().abs()
+        x = q.mT
+        if bool(lengths.min() < WORN * before):  # what is left of a direction is half rounding: once more
+            x = x[lengths > DEAD * before]
             x = x - (x @ old.mT) @ old
             q, r = torch.linalg.qr(x.mT)
-            kept = r.diagonal().abs() > DEAD * before
-            x = q.mT[kept]
-            before = before.new_ones(())
-            if x.shape[0] == 0:
-                break
+            x = q.mT[r.diagonal().abs() > DEAD]
         return x.contiguous()
 
     def reopened(self, seed: int) -> bool:
