@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from adaptkit.checkpoint import Checkpoint, Piece, _averaged
+from adaptkit.detect import formats
 from adaptkit.errors import ShapeMismatch
 from adaptkit.files.header import TensorInfo
 from adaptkit.names import Rows, Slot, Target
@@ -279,3 +280,45 @@ def test_a_target_is_what_it_was(tmp_path: Path) -> None:
     with open_saved(tmp_path / "a.safetensors", state, ema=True) as checkpoint:
         target = Target("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "weight")
         assert checkpoint.targets()[target] == {Slot(target): average(KEY)}
+
+
+def fp8_with_scales(state: State) -> State:
+    state[KEY] = state[KEY].to(torch.float8_e4m3fn)
+    return state | {KEY.replace("weight", "scale_weight"): torch.rand(len(state[KEY]))}
+
+
+def turned(state: State) -> State:
+    """With strides that a pickle keeps, so that rows do not lie together."""
+    return state | {KEY: state[KEY].t().contiguous().t()}
+
+
+@pytest.mark.parametrize(
+    ("state", "suffix"),
+    [
+        (lambda: fp8_with_scales(tiny_base(torch.float16)), "safetensors"),
+        (lambda: turned(tiny_base()), "ckpt"),
+        (lambda: small("sdxl", torch.bfloat16), "safetensors"),  # a transposed projection
+        (lambda: small("flux"), "safetensors"),  # fused projections, a modulation with its halves swapped
+    ],
+)
+def test_blocks_are_what_read_gives(state: Callable[[], State], suffix: str, tmp_path: Path) -> None:
+    """Of every slot, parts of fused weights too."""
+    made = state()
+    path = tmp_path / f"a.{suffix}"
+    save_file(made, path) if suffix == "safetensors" else torch.save(made, path)
+    ways = {True: 0, False: 0}
+    with Checkpoint.open(path) as checkpoint:
+        keys = checkpoint.keys(formats()["diffusers"])
+        for target, held in checkpoint.targets().items():
+            for slot in (*held, *keys.slots(target)):
+                if (pieces := checkpoint.locate(slot, held)) is None:
+                    continue
+                checkpoint.announce(pieces)
+                whole = checkpoint.read(pieces)
+                for rows in {1, 3, len(whole), 10_000} if len(whole) < 100 else {37}:
+                    blocks = list(checkpoint.blocks(pieces, rows))
+                    assert torch.equal(torch.cat(blocks), whole)
+                    assert max(map(len, blocks)) <= rows
+                ways[checkpoint.streams(pieces)] += 1
+    assert ways[True] > 20
+    assert ways[False] or suffix == "safetensors"

@@ -178,6 +178,35 @@ def test_workers_compute_at_once_and_results_are_stored_in_order() -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_announced_steps_are_loaded_by_whoever_computes_them(workers: int) -> None:
+    announced: list[int] = []
+    loaders: dict[int, str] = {}
+    stored: list[tuple[int, float]] = []
+    plain = doubling(stored)
+
+    def load(i: int) -> dict[str, Tensor]:
+        loaders[i] = threading.current_thread().name
+        assert i in announced
+        return dict(plain.load(i))
+
+    run(steps(40), Work(load, plain.kernel, plain.store, announce=announced.append), Resources(workers=workers))
+    assert announced == list(reversed(range(40)))
+    assert stored == [(i, 2.0 * i) for i in reversed(range(40))]
+    assert all(name.startswith("adaptkit-compute") for name in loaders.values())
+
+
+@pytest.mark.parametrize("where", ["load", "announce"])
+def test_an_error_of_an_announced_step_ends_the_run(where: str) -> None:
+    def fail(_: int) -> None:
+        raise ValueError("here")
+
+    work = doubling([])
+    found = {"load": work.load, "announce": lambda _: None, where: fail}
+    with pytest.raises(ValueError, match="here"):
+        run(steps(10), Work(found["load"], work.kernel, work.store, announce=found["announce"]), Resources())  # type: ignore[arg-type]
+
+
 def test_the_default_bound_grows_with_the_largest_step() -> None:
     big = Step(0, (), 3 * engine.DEFAULT_MEMORY)
     assert engine.bound([big], None) == big.bytes

@@ -246,7 +246,7 @@ def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options, *, st
     copies = {"lora": 1, "auto": 4}.get(job.algorithm or "", 2)
     working = dense * copies + 4 * (rows + columns + min(rows, columns)) * 8 * rank
     sides = (base, job.base, not streamed), (tuned, job.tuned, not streamed or _ladder(options))
-    stored = sum(BLOCKS if c.streams(p) and not whole else c.nbytes(p) for c, p, whole in sides)
+    stored = sum(c.nbytes(p) if whole or not c.streams(p) else min(c.nbytes(p), BLOCKS) for c, p, whole in sides)
     shape = (job.shape, job.dtype, job.algorithm, job.role, base.source.infos[job.base[0].name].dtype)
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))
 

@@ -179,6 +179,68 @@ def test_copy_many_is_exact_and_joins_neighbours(tmp_path, way, monkeypatch):
     assert all(equal(found["new." + name], tensor) for name, tensor in state.items())
 
 
+@pytest.fixture
+def two(monkeypatch):
+    """Copying by two threads, however little there is; the helper's name tells them apart."""
+    monkeypatch.setattr(module, "_MUCH", 0)
+    monkeypatch.setattr(module, "_COPY_BUFFER", 50)
+    monkeypatch.setattr(module, "HAS_COPY_FILE_RANGE", False)
+
+
+def shuffled(source):
+    """Specs in an order in which no two neighbours of the source are neighbours."""
+    infos = list(source.infos.values())
+    return [TensorSpec(info.name, info.dtype, info.shape) for info in (*infos[::2], *infos[1::2])]
+
+
+def test_two_threads_copy_what_one_would(tmp_path, way, two, monkeypatch):
+    path, state = source_file(tmp_path)
+    threads = set()
+    read_at = module._read_at
+
+    def seen(*args):
+        threads.add(threading.get_ident())
+        return read_at(*args)
+
+    monkeypatch.setattr(module, "_read_at", seen)
+    with open_source(path) as source, TensorSink(tmp_path / "out", shuffled(source)) as sink:
+        sink.copy_many((name, source, name) for name in source.infos)
+        for name, info in source.infos.items():
+            assert sink.read(name) == source.raw(name), info
+        sink.commit()
+    assert len(threads) == 2
+    found = load_file(tmp_path / "out")
+    assert all(equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("where", ["helper", "main"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "I/O error")])
+def test_a_fault_in_either_thread_stops_both(tmp_path, two, monkeypatch, where, error):
+    path, _ = source_file(tmp_path)
+    read_at, main = module._read_at, threading.get_ident()
+
+    def faulty(*args):
+        if (threading.get_ident() == main) == (where == "main"):
+            raise error
+        time.sleep(0.001)
+        return read_at(*args)
+
+    monkeypatch.setattr(module, "_read_at", faulty)
+    before = threading.active_count()
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UnreadableFile
+
+    def copied():
+        with open_source(path) as source, TensorSink(tmp_path / "out", shuffled(source)) as sink:
+            sink.copy_many((name, source, name) for name in source.infos)
+            sink.commit()
+
+    with pytest.raises(expected):
+        copied()
+    assert leftovers(tmp_path) == []
+    assert not (tmp_path / "out").exists()
+    assert threading.active_count() == before
+
+
 def test_copy_of_shards_views_and_packed_bits(tmp_path, way):
     (tmp_path / "in").mkdir()
     first = {"t": torch.arange(6.0).reshape(2, 3).t(), "e": torch.zeros(0)}

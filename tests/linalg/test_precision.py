@@ -5,7 +5,14 @@ import torch
 
 from adaptkit.errors import NonFinite
 from adaptkit.linalg import precision
-from adaptkit.linalg.precision import cast, compute_dtype, difference, norm_squared, upcast
+from adaptkit.linalg.precision import (
+    cast,
+    compute_dtype,
+    difference,
+    norm_squared,
+    streamed_difference,
+    upcast,
+)
 
 
 def test_compute_dtype() -> None:
@@ -42,6 +49,20 @@ def test_difference_is_widened_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(difference(x, y), x.float() - y.float())
     assert torch.equal(difference(x, y.double()), x.double() - y.double())
     assert not torch.equal(difference(x, y.bfloat16()), (x - y.bfloat16()).float())
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float16, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.float16)]
+)
+@pytest.mark.parametrize("rows", [1, 5, 17, 100])
+def test_a_difference_in_blocks_is_the_difference(rows: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, y = torch.randn(17, 9).to(dtypes[0]), torch.randn(17, 9).to(dtypes[1])
+    found, norm = streamed_difference(zip(x.split(rows), y.split(rows), strict=True), (17, 9))
+    assert torch.equal(found, difference(x, y))
+    assert found.dtype == compute_dtype(x, y)
+    assert float(norm) == pytest.approx(float((x.double() - y.double()).square().sum()), rel=1e-6)
+    nothing, zero = streamed_difference(iter(()), (0, 9))
+    assert (tuple(nothing.shape), float(zero)) == ((0, 9), 0.0)
 
 
 def test_norms_see_what_is_not_finite() -> None:
