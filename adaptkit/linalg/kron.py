@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.krylov import eigh, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, truncated_svd
-from adaptkit.linalg.precision import empty, norm_squared, upcast
+from adaptkit.linalg.precision import empty, norm_squared, upcast, works_on_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,8 +113,8 @@ def _folded(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _apart(x: Tensor) -> bool:
-    """Whether a stack is better taken one by one: everywhere but on CUDA, so that results cannot depend on it."""
-    return x.ndim > 2 and x.device.type != "cuda"
+    """Whether a stack is better taken one by one: so that results cannot depend on it."""
+    return x.ndim > 2 and not works_on_stacks(x.device)
 
 
 def _leading(r: Tensor) -> Tensor:

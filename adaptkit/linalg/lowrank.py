@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, gram_columns
-from adaptkit.linalg.precision import SCRATCH, accumulate_dtype, norm_squared, upcast
+from adaptkit.linalg.precision import SCRATCH, accumulate_dtype, norm_squared, upcast, works_on_stacks
 
 __all__ = [
     "LowRank",
@@ -72,7 +72,7 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
     """
     a = upcast(a)
     if a.ndim > 2:
-        return _stacked(a, spec) if a.device.type == "cuda" and a.numel() else _each(a, spec)
+        return _stacked(a, spec) if works_on_stacks(a.device) and a.numel() else _each(a, spec)
     rank = min(spec.rank, *a.shape)
     wide = a if a.shape[0] >= a.shape[1] else a.mT  # (M, N), N the smaller side
     total = norm_squared(a)
@@ -255,7 +255,7 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     exceeds the least error by at most about `tol`, or by 3e-5 of ‖A‖ where that error is small itself.
     """
     a = upcast(a)
-    if a.ndim > 2 and a.device.type == "cuda":
+    if a.ndim > 2 and works_on_stacks(a.device):
         svd = truncated_svd(a, spec or SvdSpec(rank))
         return svd.s.to(svd.residual.dtype).square()
     if a.ndim > 2 and not a.numel():

@@ -24,6 +24,7 @@ __all__ = [
     "streamed_difference",
     "supports_float64",
     "upcast",
+    "works_on_stacks",
 ]
 
 STREAM = 1 << 19  # elements of a block that is widened and subtracted as it is read
@@ -46,6 +47,11 @@ def upcast(tensor: Tensor) -> Tensor:
 def supports_float64(device: torch.device | str) -> bool:
     """Whether the device has float64 at all (Apple's MPS has not)."""
     return torch.device(device).type != "mps"
+
+
+def works_on_stacks(device: torch.device | str) -> bool:
+    """Whether a device does better on stacks than on one matrix at a time: accelerators, MPS aside, which is not measured."""
+    return torch.device(device).type not in ("cpu", "mps")
 
 
 def accumulate_dtype(device: torch.device | str) -> torch.dtype:

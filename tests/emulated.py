@@ -1,0 +1,134 @@
+"""A device that is not there: tensors that say they are on it, and refuse whatever a real one refuses.
+
+Their numbers are computed on the CPU. What shows is where code mixes devices, makes a tensor on the wrong one, asks a device
+for what only a CPU has (its memory, NumPy), or takes a path that no CPU takes: stacks, copies to a device and back. What
+does not show is a GPU's own rounding, speed and memory.
+
+    with emulated() as device:
+        assert torch.ones(3, device=device).sum().item() == 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from adaptkit import engine
+
+NAME = "emulated"
+aten = torch.ops.aten
+MOVES = (aten._to_copy.default, aten.copy_.default)  # between devices, as `tensor.to` and `tensor.copy_` do
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the device; `host` holds its numbers."""
+
+    host: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, host: torch.Tensor) -> OnDevice:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, host.shape, host.stride(), host.storage_offset(), dtype=host.dtype, device=torch.device(NAME, 0)
+        )
+        made.host = host
+        return made
+
+    def __repr__(self) -> str:
+        return f"OnDevice({self.host!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} in a thread that does not know the device")
+
+    def tolist(self) -> Any:
+        return self.host.tolist()
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def data_ptr(self) -> int:
+        raise RuntimeError("the host does not see a device's memory")
+
+
+class _Device(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        ours = [tensor for tensor in given if isinstance(tensor, OnDevice)]
+        asked = kwargs.get("device")
+        if ours and func not in MOVES and any(t.dim() for t in given if not isinstance(t, OnDevice)):
+            shapes = [(tuple(t.shape), str(t.device)) for t in given]
+            raise RuntimeError(f"Expected all tensors to be on the same device: {func} got {shapes}")
+        there = bool(ours) if asked is None else torch.device(asked).type == NAME
+        if func is aten.copy_.default:
+            there = isinstance(args[0], OnDevice)
+        if asked is not None:
+            kwargs["device"] = torch.device("cpu")
+        found = func(*tree_map(_host, args), **tree_map(_host, kwargs))
+        if not there:
+            return found
+        written = {id(tensor.host): tensor for tensor in ours}  # in place: the same tensor comes back
+        return tree_map(lambda leaf: written.get(id(leaf), _wrapped(leaf)), found)
+
+
+class _Made(TorchFunctionMode):
+    """What goes past the dispatcher: `torch.tensor`, `new_tensor`, `x[[0, 2]]`, and in inference mode `x.to(y)`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.new_tensor and isinstance(args[0], OnDevice):
+            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(args[0].device)
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], list):
+            return args[0][torch.tensor(args[1]).to(args[0].device)]
+        if func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.Tensor):
+            return args[0].to(args[1].dtype).to(args[1].device)
+        device = kwargs.get("device")
+        if func is torch.tensor and device is not None and torch.device(device).type == NAME:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(torch.device(device))
+        return func(*args, **kwargs)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found
+
+
+def _host(leaf: Any) -> Any:
+    return leaf.host if isinstance(leaf, OnDevice) else leaf
+
+
+def _wrapped(leaf: Any) -> Any:
+    return OnDevice(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+@cache
+def available() -> bool:
+    """Whether this torch lets Python register a device."""
+    from torch.utils import backend_registration
+
+    register = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if register is not None:
+        register(NAME)
+    return register is not None
+
+
+@contextmanager
+def emulated() -> Iterator[str]:
+    """The name of the device, which there is in this block and in the engine's threads."""
+    compute: Callable[[Any], None] = engine._Pipeline._compute
+
+    def within(pipeline: Any) -> None:
+        with _Device(), _Made():
+            compute(pipeline)
+
+    with mock.patch.object(engine._Pipeline, "_compute", within), _Device(), _Made():
+        yield f"{NAME}:0"
