@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import emulated
 from tests.synth import CORPUS, FIXTURES
 
 
@@ -26,18 +24,6 @@ def corpus() -> Path:
     if not CORPUS.is_dir():
         pytest.skip(f"the corpus of real key lists is not at {CORPUS}")
     return CORPUS
-
-
-@pytest.fixture
-def device() -> Iterator[str]:
-    """A GPU, or where there is none a device that is not there but behaves as one."""
-    if torch.cuda.is_available():
-        yield "cuda:0"
-    elif emulated.available():
-        with emulated.emulated() as name:
-            yield name
-    else:
-        pytest.skip("no CUDA device, and this torch cannot emulate one")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

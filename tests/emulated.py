@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -110,20 +111,23 @@ def _wrapped(leaf: Any) -> Any:
     return OnDevice(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
-@cache
 def available() -> bool:
     """Whether this torch lets Python register a device."""
-    from torch.utils import backend_registration
+    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
-    register = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
-    if register is not None:
-        register(NAME)
-    return register is not None
+
+@cache
+def _register() -> None:
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
 
 
 @contextmanager
 def emulated() -> Iterator[str]:
-    """The name of the device, which there is in this block and in the engine's threads."""
+    """The name of the device, which there is in this block and in the engine's threads.
+
+    PyTorch keeps a device that it once had (`torch.accelerator` names it ever after): for processes of their own.
+    """
+    _register()
     compute: Callable[[Any], None] = engine._Pipeline._compute
 
     def within(pipeline: Any) -> None:
