@@ -135,13 +135,13 @@ def test_the_stacked_form_of_accelerators_is_as_good(m: int, n: int, k: int) -> 
     names = ("pl0.5", "pl1", "steep", "lora", "qkv")
     members = [family(name, m, n) for name in names] + [np.zeros((m, n)), np.outer(np.arange(m), np.ones(n))]
     stack = torch.from_numpy(np.stack(members)).float()
+    bests = [float(np.sqrt((np.linalg.svd(a, compute_uv=False)[k:] ** 2).sum())) for a in members]
     for method in ("lanczos", "gram", "auto"):
         found = lowrank._stacked(stack.reshape(7, 1, m, n), SvdSpec(k, method=method))
         assert found.u.shape == (7, 1, m, k)
         assert torch.isfinite(found.u).all()
         assert torch.isfinite(found.vh).all()
-        for i, a in enumerate(members):
-            best = float(np.sqrt((np.linalg.svd(a, compute_uv=False)[k:] ** 2).sum()))
+        for i, (a, best) in enumerate(zip(members, bests, strict=True)):
             error = np.linalg.norm(a - reconstructed(found)[i, 0])
             assert error <= best * 1.001 + 3e-6 * np.linalg.norm(a), (method, i)
             assert float(found.residual[i, 0]) ** 0.5 == pytest.approx(error, rel=1e-3, abs=3e-6 * np.linalg.norm(a))

@@ -270,8 +270,9 @@ def test_mixed_ranks_are_told_to_diffusers(tmp_path: Path) -> None:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (told["unet.r"], told["unet.lora_alpha"]) == (RANK, RANK)
     assert list(told["unet.rank_pattern"].values()) == list(told["unet.alpha_pattern"].values()) == [5]
+    before = deltas(source, "sd1", "kohya")
     for target, delta in deltas(tmp_path / "b.safetensors", "sd1", "diffusers").items():
-        np.testing.assert_array_equal(delta, deltas(source, "sd1", "kohya")[target])
+        np.testing.assert_array_equal(delta, before[target])
 
 
 class TestRefusals:

@@ -31,7 +31,8 @@ def run(output: Path, base: Path, *adapters: Any, **options: Any) -> merge.Repor
 def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
     """ΔW by checkpoint key, from the file alone: grouped by stem, rebuilt by the oracle."""
     keys, places = compile_keys("sd1", "kohya"), compile_checkpoint("sd1")
-    names = {place.slot: key for key in tiny_base() if (place := places.parse(key)) is not None}
+    base = tiny_base()
+    names = {place.slot: key for key in base if (place := places.parse(key)) is not None}
     stems: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in load_file(adapter).items():
         stem, _, suffix = key.partition(".")
@@ -41,7 +42,7 @@ def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
     found = {}
     for stem, tensors in stems.items():
         slot = keys.slot(stem)
-        shape = tuple(tiny_base()[names[slot]].shape)
+        shape = tuple(base[names[slot]].shape)
         alpha = tensors.pop("alpha", None)
         alpha = None if alpha is None else float(alpha)
         if "diff" in tensors:
@@ -141,8 +142,7 @@ def test_adding_and_subtracting_gives_the_base_back(tmp_path: Path, tiny: Path) 
     base = save(tmp_path / "base.safetensors", tiny_base())
     run(tmp_path / "plus.safetensors", base, tiny / "lora-kohya.safetensors")
     run(tmp_path / "minus.safetensors", tmp_path / "plus.safetensors", (tiny / "lora-kohya.safetensors", -1.0))
-    for key, tensor in load_file(tmp_path / "minus.safetensors").items():
-        torch.testing.assert_close(tensor, tiny_base()[key], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(load_file(tmp_path / "minus.safetensors"), tiny_base(), rtol=1e-6, atol=1e-6)
 
 
 def test_a_split_adapter_applies_to_the_rows_of_a_fused_layer(tmp_path: Path) -> None:
