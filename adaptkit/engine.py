@@ -43,8 +43,8 @@ DEFAULT_MEMORY = (
 )
 BESIDE = 2  # parcels read ahead of those that are computed
 PARCEL = 16_000_000  # bytes of working memory: smaller buckets go from thread to thread together
-NEAR = 32  # steps between which those of equal shape may be computed together on a CPU
-ROUNDS = 4  # a parcel is at most this part of what is left for each worker
+NEAR = 128  # steps between which those of equal shape may be computed together on a CPU
+ROUNDS = 4  # a parcel is at most this part of what is left for each worker, a stack of what there is
 _TURN = 1e-4  # seconds that a thread of Python may keep the others waiting: with 5e-3, two workers took a tenth longer
 _POLL = 0.2  # seconds between looks at the stop flag while a queue is full or empty
 
@@ -129,8 +129,8 @@ def peak_memory(steps: Iterable[Step[P]], memory: int | None = None) -> int:
 def buckets(steps: Iterable[Step[P]], resources: Resources, stack: int = 1) -> Iterator[Bucket[P]]:
     """Cut steps into buckets, in file order of their first members.
 
-    On a CPU at most `stack` light steps of equal shape are a bucket: four at once spare Python most of its turns and stay
-    in the cache; eight were slower, sixty-four slower than one. On a GPU equal shapes fill the memory bound.
+    On a CPU at most `stack` light steps of equal shape are a bucket, a parcel's bytes of them, and every worker gets some:
+    that spares Python most of its turns, and results are the same bits. On a GPU equal shapes fill the memory bound.
     NotEnoughMemory where a single step does not fit.
     """
     ordered = sorted(steps, key=lambda step: step.order)
@@ -138,7 +138,7 @@ def buckets(steps: Iterable[Step[P]], resources: Resources, stack: int = 1) -> I
     room = bound(ordered, resources.memory) // (1 + BESIDE)
     if not resources.on_cpu:
         return _stacked(ordered, room)
-    return _few(ordered, min(PARCEL, room), stack)
+    return _few(ordered, min(PARCEL, room), min(stack, max(1, len(ordered) // (ROUNDS * resources.workers))))
 
 
 def _few(ordered: Sequence[Step[P]], room: int, most: int) -> Iterator[Bucket[P]]:

@@ -194,6 +194,10 @@ class Weights:
         """The same ΔW in float64, where that saves converting its factors again and again; else itself."""
         return self
 
+    def computed(self) -> Weights:
+        """The same ΔW in the compute dtype, where that saves computing its factors again and again; else itself."""
+        return self
+
     @classmethod
     def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
         """The rank of `factors`, from stored shapes: at most what ΔW has."""

@@ -137,6 +137,10 @@ class Lora(Weights):
             up.mul_(self.scale)  # as in `factors`: what is found of these holds for those
         return replace(self, up=up, down=down, scale=1.0, mid=None)
 
+    def computed(self) -> Self:
+        up, down = self.factors()
+        return replace(self, up=up, down=down, scale=1.0, mid=None)
+
     def apply(self, base: Tensor, strength: float) -> Tensor:
         left, right = self.factors()
         left, right = left.to(base.dtype) * strength, right.to(base.dtype)

@@ -209,8 +209,8 @@ class Worker:
         return found
 
     def _first_stack(self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Sequence[Decomposition | Cut]:
-        exact, policy = self._exact(tasks[0], tensors), self.plan.policy
-        found = tasks[0].kind.decompose_stack(exact.widened(), self._spec(tasks[0]))
+        exact, policy = self._exact(tasks[0], tensors).computed(), self.plan.policy
+        found = tasks[0].kind.decompose_stack(exact, self._spec(tasks[0]))
         if not all(math.isfinite(one.norm) for one in found):
             raise NonFinite("ΔW overflows")
         if policy is None or not policy.local:
@@ -270,7 +270,7 @@ class Worker:
         return self._store(task, exact.widened(), kept, tensors, found)
 
     def _second_stack(self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Sequence[Stored]:
-        exact = self._exact(tasks[0], tensors)
+        exact = self._exact(tasks[0], tensors).computed()
         found = [self.state.taken[id(task)] for task in tasks]
         ranks = [self.state.ranks[id(task)] for task in tasks]
         return self._store_stack(tasks, exact, found, ranks)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "check_peft", "run"]
 
 SPOOL = 256_000_000  # bytes of computed tensors held in memory before they go to a temporary file
-STACK = 4  # modules of equal shape that a CPU computes at once
+STACK = 16  # modules of equal shape that a CPU computes at once, at most
 CORES = 200_000_000  # bytes of decompositions held from choosing ranks to keeping them; beyond, they are made again
 
 

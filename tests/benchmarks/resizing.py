@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from adaptkit.files.header import read_header
 from tests.benchmarks import measure
 from tests.benchmarks.measure import child, median, ratio, seconds
 
@@ -42,10 +43,7 @@ def _fresh(target: Path) -> Path:
 
 
 def _modules(path: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return sum(key.endswith("lora_up.weight") for key in file.keys())  # noqa: SIM118
+    return sum(key.endswith("lora_up.weight") for key in read_header(path).infos)
 
 
 def _against_dense(source: Path, folder: Path, console: Console, small: bool) -> list[str]:

@@ -37,6 +37,13 @@ def test_small(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_parent_process_stays_small() -> None:
+    """What it imports would count as peak memory of every child."""
+    code = "import sys, tests.benchmarks.__main__; print({'torch', 'numpy'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
 def test_list_and_names() -> None:
     assert "sd15" in benchmarks("--list").stdout
     refused = benchmarks("nonesuch")
