@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
+from adaptkit import engine
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, WrongUsage
 from adaptkit.ops import _rewrite, resize
 from adaptkit.ops._making import Worker
@@ -247,8 +248,8 @@ def test_stacks_are_really_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Worker, "_first_stack", counted)
     run(many(tmp_path / "a.safetensors"), rank=2)
     assert sum(sizes) == len(PROJECTIONS)
-    assert max(sizes) == _rewrite.STACK
-    assert len(sizes) < len(PROJECTIONS) / 2
+    each = len(PROJECTIONS) // (engine.ROUNDS * torch.get_num_threads())  # so that no worker waits for the others
+    assert max(sizes) == min(_rewrite.STACK, max(1, each))
 
 
 def test_a_stack_with_one_bad_member_names_it(tmp_path: Path) -> None:
