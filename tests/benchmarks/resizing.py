@@ -56,7 +56,8 @@ def _against_dense(source: Path, folder: Path, console: Console, small: bool) ->
         for _ in range(1 if small else 5)
     ]
     ours = median([r.seconds for r in runs])
-    compute = float(measure.module("resize_alone", source, target, str(kept)).output.strip().splitlines()[-1])
+    alone = measure.module("resize_alone", source, target, str(kept), *(["1"] if small else []))
+    compute = float(alone.output.strip().splitlines()[-1])
     table = Table(title=f"resize --rank {kept}: {_modules(source)} modules of {source.stat().st_size / 1e6:.0f} MB")
     for name in ("what", "whole process", "computing", "peak MB"):
         table.add_column(name, justify="left" if name == "what" else "right")
