@@ -224,6 +224,8 @@ def test_stacks_give_what_modules_give_one_by_one(
     for stack in (1, 4, 100):
         monkeypatch.setattr(_rewrite, "STACK", stack)
         reports[stack] = run(source, output=tmp_path / f"{stack}.safetensors", **rule)
+    stacked = [(tmp_path / f"{stack}.safetensors").read_bytes() for stack in reports]
+    assert stacked[0] == stacked[1] == stacked[2]
     monkeypatch.setattr(Worker, "_stacked", lambda *_: None)
     reports[0] = run(source, output=tmp_path / "0.safetensors", **rule)
     before = many_deltas(source)
