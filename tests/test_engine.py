@@ -54,6 +54,14 @@ def test_a_cpu_stacks_a_few_that_are_light_and_near(most: int) -> None:
         assert sizes == {0: 4, 1: 3, 2: 4}, "three of five megabytes are all that is light"
 
 
+@pytest.mark.parametrize(("workers", "most"), [(1, 16), (2, 8), (8, 2), (64, 1)])
+def test_every_worker_gets_stacks(workers: int, most: int) -> None:
+    listed = [Step(i, (), 10, (0, i)) for i in range(64)]
+    found = list(buckets(listed, Resources(workers=workers), 16))
+    assert {len(bucket.steps) for bucket in found} == {most}
+    assert len(found) >= min(64, engine.ROUNDS * workers)
+
+
 def test_a_stack_keeps_to_the_memory_bound() -> None:
     listed = [Step(i, (), 10, (0, i)) for i in range(8)]
     assert all(bucket.bytes <= 20 for bucket in buckets(listed, Resources(memory=60), 4))

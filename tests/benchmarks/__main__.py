@@ -1,7 +1,7 @@
 """Time and memory: `python -m tests.benchmarks [NAME...]`.
 
-Not tests: timings depend on the machine and on what else it does, so compare ratios of one run. Exit status 1 where the
-a bound of `sd15`, `inspect`, `convert` or `resize` is missed.
+Not tests: timings depend on the machine and on what else it does, so compare ratios of one run. Exit status 1 where
+a bound of `sd15`, `inspect`, `convert`, `resize` or `finetune` is missed.
 """
 
 from __future__ import annotations
