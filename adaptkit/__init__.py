@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from adaptkit.errors import AdaptkitError
     from adaptkit.names import Rows, Slot, Target
 
-__all__ = ["Adapter", "AdaptkitError", "Checkpoint", "Entry", "Rows", "Slot", "Target", "__version__", "ops"]
+__all__ = [
+    "Adapter",
+    "AdaptkitError",
+    "Checkpoint",
+    "Entry",
+    "Rows",
+    "Slot",
+    "Target",
+    "__version__",
+    "ops",
+]
 
 _HOMES = {
     "Adapter": "adaptkit.adapter",

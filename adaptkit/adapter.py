@@ -33,7 +33,10 @@ __all__ = ["Adapter", "Entry", "Problem", "open_adapter_source"]
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-CARRIED = ("bundle_emb.", "_aux.")  # OneTrainer's embeddings, and tensors other tools leave beside an adapter
+CARRIED = (
+    "bundle_emb.",
+    "_aux.",
+)  # OneTrainer's embeddings, and tensors other tools leave beside an adapter
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
 
 
@@ -85,7 +88,9 @@ class Adapter:
     carried: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, path: str | Path, *, family: str | None = None, format: str | None = None) -> Adapter:
+    def open(
+        cls, path: str | Path, *, family: str | None = None, format: str | None = None
+    ) -> Adapter:
         """Read the header of an adapter file, or of a PEFT folder; UnknownAdapter where no (family, format) fits."""
         source, config = open_adapter_source(Path(path))
         try:
@@ -95,7 +100,9 @@ class Adapter:
             raise error.at(file=path) from None
 
     @classmethod
-    def open_as(cls, path: str | Path, family: ModelFamily, *, format: str | None = None) -> Adapter:
+    def open_as(
+        cls, path: str | Path, family: ModelFamily, *, format: str | None = None
+    ) -> Adapter:
         """Read the header of an adapter for a family without a table (see adaptkit.unknown), which gives the modules' names.
 
         UnknownAdapter where no format spells most keys by these names.
@@ -163,7 +170,9 @@ class Adapter:
     @cached_property
     def alpha_source(self) -> str:
         """Where alpha comes from: `tensor`, `metadata`, `none` or `mixed`, over the entries whose scale needs one."""
-        sources = {entry.alpha_source for entry in self.entries.values() if entry.facts.rank is not None}
+        sources = {
+            entry.alpha_source for entry in self.entries.values() if entry.facts.rank is not None
+        }
         return sources.pop() if len(sources) == 1 else ("mixed" if sources else "none")
 
     def label(self, slot: Slot) -> str:
@@ -198,7 +207,9 @@ def _weights_of(source: TensorSource) -> dict[str, TensorInfo]:
     return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
 
 
-def _by_names(infos: Mapping[str, TensorInfo], family: ModelFamily, format: str | None) -> tuple[KeyMap, Detection]:
+def _by_names(
+    infos: Mapping[str, TensorInfo], family: ModelFamily, format: str | None
+) -> tuple[KeyMap, Detection]:
     """The key map of the format that claims most keys with a family's names; UnknownAdapter where that is not most of them."""
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     maps = [KeyMap(family, formats()[name]) for name in chosen("format", formats(), format)]
@@ -229,11 +240,18 @@ def _unknown(
 
 def _unusual(config: Mapping[str, object]) -> list[Problem]:
     """What a PEFT configuration asks for that the tensors do not show and adaptkit does not do."""
-    usual: dict[str, object] = {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": False}
+    usual: dict[str, object] = {
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+        "coft": False,
+    }
     if config.get("peft_type") != "OFT":
         return []
     wrong = [name for name, value in usual.items() if config.get(name, value) != value]
-    return [Problem("error", None, f"{name} = {config[name]}: this kind of OFT is not supported") for name in wrong]
+    return [
+        Problem("error", None, f"{name} = {config[name]}: this kind of OFT is not supported")
+        for name in wrong
+    ]
 
 
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:
@@ -245,7 +263,9 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
     try:
         return open_source(weights), json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UnknownAdapter(f"{PEFT_CONFIG} is not readable as JSON: {error}", file=config) from None
+        raise UnknownAdapter(
+            f"{PEFT_CONFIG} is not readable as JSON: {error}", file=config
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -271,11 +291,15 @@ class _Configs:
     def alpha(self, component: str, module: str) -> Stated | None:
         """Alpha of a module, named as the file names it; None where no configuration states one."""
         config = self.configs.get(component) or self.configs.get("") or {}
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
+        alpha = _pattern(
+            config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha"))
+        )
         if not isinstance(alpha, int | float):
             return None
         rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
-        return Stated(float(alpha), rank if isinstance(rank, int) else None, bool(config.get("use_rslora")))
+        return Stated(
+            float(alpha), rank if isinstance(rank, int) else None, bool(config.get("use_rslora"))
+        )
 
 
 def _pattern(patterns: object, module: str, default: object) -> object:
@@ -315,7 +339,11 @@ class _Reader:
             keys = {role: names[n] for role, n in places.items()}
             alpha, origin = self._alpha(slot, keys, first.module)
             try:
-                shapes = {role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA}
+                shapes = {
+                    role: self.source.infos[key].shape
+                    for role, key in keys.items()
+                    if role != ALPHA
+                }
                 facts = self._with_kernel(slot, kind.facts(shapes, alpha))
             except AdaptkitError as error:
                 failures.append(error.message)
@@ -347,12 +375,19 @@ class _Reader:
 
 
 @lru_cache(maxsize=4096)
-def _whole(group: tuple[tuple[RoleName, ...], ...]) -> tuple[tuple[type[Weights], Mapping[str, int]], ...]:
+def _whole(
+    group: tuple[tuple[RoleName, ...], ...],
+) -> tuple[tuple[type[Weights], Mapping[str, int]], ...]:
     """The algorithms that all tensors of a slot can belong to, each with the tensor (by number) of every role."""
     found: list[tuple[type[Weights], Mapping[str, int]]] = []
     for name in dict.fromkeys(algorithm for roles in group for algorithm, _ in roles):
         kind = algorithms()[name]
-        places = {role: n for n, roles in enumerate(group) for algorithm, role in roles if algorithm == name}
+        places = {
+            role: n
+            for n, roles in enumerate(group)
+            for algorithm, role in roles
+            if algorithm == name
+        }
         if len(places) == len(group) and frozenset(places) - {ALPHA} in kind.forms:
             found.append((kind, places))
     return tuple(found)

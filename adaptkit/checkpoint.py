@@ -67,7 +67,12 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, family: str | None = None, ema: bool = False, strangers: bool = False
+        cls,
+        path: str | Path,
+        *,
+        family: str | None = None,
+        ema: bool = False,
+        strangers: bool = False,
     ) -> Checkpoint:
         """Read the header of a checkpoint; UnknownAdapter where no family fits.
 
@@ -89,7 +94,9 @@ class Checkpoint:
             raise error.at(file=path) from None
 
     @classmethod
-    def understand(cls, source: TensorSource, *, family: str | None = None, ema: bool = False) -> Checkpoint:
+    def understand(
+        cls, source: TensorSource, *, family: str | None = None, ema: bool = False
+    ) -> Checkpoint:
         """The checkpoint in an open source."""
         stored = Quantization.of(source.infos)
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
@@ -102,20 +109,35 @@ class Checkpoint:
         return cls._placed(source, stored, compile_checkpoint(found.family), found, ema)
 
     @classmethod
-    def under_own_names(cls, source: TensorSource, family: ModelFamily, *, ema: bool = False) -> Checkpoint:
+    def under_own_names(
+        cls, source: TensorSource, family: ModelFamily, *, ema: bool = False
+    ) -> Checkpoint:
         """The checkpoint in an open source as one of a family that was made from its names (see adaptkit.unknown)."""
         stored, keys = Quantization.of(source.infos), CheckpointMap(family)
         claimed = sum(keys.parse(name) is not None for name in source.infos)
-        return cls._placed(source, stored, keys, Detection(None, None, claimed, len(source.infos)), ema)
+        return cls._placed(
+            source, stored, keys, Detection(None, None, claimed, len(source.infos)), ema
+        )
 
     @classmethod
     def _placed(
-        cls, source: TensorSource, stored: Quantization, keys: CheckpointMap, found: Detection, ema: bool
+        cls,
+        source: TensorSource,
+        stored: Quantization,
+        keys: CheckpointMap,
+        found: Detection,
+        ema: bool,
     ) -> Checkpoint:
         named = {name: place for name in source.infos if (place := keys.parse(name)) is not None}
         averaged = _averaged(source.infos, named) if ema else {}
-        places = {averaged.get(name, name): place for name, place in named.items() if name not in stored.extras}
-        others = {name: keys.other(name) or "unknown" for name in source.infos if name not in places}
+        places = {
+            averaged.get(name, name): place
+            for name, place in named.items()
+            if name not in stored.extras
+        }
+        others = {
+            name: keys.other(name) or "unknown" for name in source.infos if name not in places
+        }
         others |= dict.fromkeys(averaged, "replaced") | dict.fromkeys(
             (name for name in source.infos if name in stored.extras), "scale"
         )
@@ -128,7 +150,11 @@ class Checkpoint:
 
     def keys(self, format: KeyFormat) -> KeyMap:
         """The names that an adapter for this checkpoint has in a format."""
-        return compile_keys(self.family.name, format.name) if self.known else KeyMap(self.family, format)
+        return (
+            compile_keys(self.family.name, format.name)
+            if self.known
+            else KeyMap(self.family, format)
+        )
 
     def targets(self) -> dict[Target, dict[Slot, str]]:
         """The tensors that hold each target: itself, or its parts; the first where two hold the same."""
@@ -180,7 +206,10 @@ class Checkpoint:
     def refusal(self, names: Iterable[str]) -> str | None:
         """Why tensors cannot be read as the weights they mean (`nf4 (bitsandbytes)`), by the first such; None for none."""
         infos = (self.source.infos[name] for name in names)
-        return next((reason for info in infos if (reason := self.quantization.refusal(info)) is not None), None)
+        return next(
+            (reason for info in infos if (reason := self.quantization.refusal(info)) is not None),
+            None,
+        )
 
     def read(self, pieces: tuple[Piece, ...]) -> Tensor:
         """A slot as a matrix (rows, columns); a vector is a column.
@@ -196,7 +225,11 @@ class Checkpoint:
         """Whether `blocks` reads no more than a block at a time: a slot of one piece, stored as it is."""
         (piece, *others) = pieces
         plain = not (others or piece.transposed or piece.swapped)
-        return plain and bool(self.source.infos[piece.name].shape) and self.source.span(piece.name) is not None
+        return (
+            plain
+            and bool(self.source.infos[piece.name].shape)
+            and self.source.span(piece.name) is not None
+        )
 
     def blocks(self, pieces: tuple[Piece, ...], rows: int) -> Iterator[Tensor]:
         """What `read` gives, so many rows at a time."""
@@ -233,7 +266,11 @@ class Checkpoint:
 
     def nbytes(self, pieces: tuple[Piece, ...]) -> int:
         """Bytes that reading these pieces takes in memory at most: as stored, and where they are widened once more as such."""
-        wide = ((piece, self._info(piece)) for piece in pieces if self.quantization.widens(self._info(piece)))
+        wide = (
+            (piece, self._info(piece))
+            for piece in pieces
+            if self.quantization.widens(self._info(piece))
+        )
         return self.stored_bytes(pieces) + sum(
             self._share(piece, self.quantization.wide_bytes(info)) for piece, info in wide
         )
@@ -245,7 +282,9 @@ class Checkpoint:
         """What a piece's rows take of a size of its whole tensor."""
         if piece.rows is None or piece.transposed:  # a transposed tensor is read whole
             return size
-        return size // max(1, math.prod(self.shape(piece.name)[:1])) * (piece.rows[1] - piece.rows[0])
+        return (
+            size // max(1, math.prod(self.shape(piece.name)[:1])) * (piece.rows[1] - piece.rows[0])
+        )
 
     def close(self) -> None:
         """Close the file."""

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot
 
-__all__ = ["Detection", "chosen", "detect_adapter", "detect_checkpoint", "families", "formats", "is_adapter"]
+__all__ = [
+    "Detection",
+    "chosen",
+    "detect_adapter",
+    "detect_checkpoint",
+    "families",
+    "formats",
+    "is_adapter",
+]
 
 # spellings of adapters in general, so that one adaptkit cannot read yet is not called a checkpoint
 _FOREIGN = re.compile(
@@ -32,9 +40,13 @@ _FOREIGN = re.compile(
 )
 
 _HEAD = re.compile(r"[^{\d]*")
-_PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})  # checkpoints have such names too
+_PLAIN = frozenset(
+    {"weight", "bias", "scale", "up.weight", "down.weight"}
+)  # checkpoints have such names too
 
-_Evidence = tuple[float, int]  # the share of a family's marks that hold, and its runs of blocks that are complete
+_Evidence = tuple[
+    float, int
+]  # the share of a family's marks that hold, and its runs of blocks that are complete
 
 SAMPLE = 48  # names that every family is tried on first
 ENOUGH = 0.5  # of the keys: fewer claimed, and it is some other family that shares a few names
@@ -106,7 +118,9 @@ def detect_adapter(
     """
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     names = chosen("family", families(), family)
-    pairs = [pair for kind in chosen("format", formats(), format) for pair in _likely(stems, kind, names)]
+    pairs = [
+        pair for kind in chosen("format", formats(), format) for pair in _likely(stems, kind, names)
+    ]
     scores: dict[_Pair, _Score] = {}
     first = second = 0  # the most keys that a pair claims, and the next most
     for pair in sorted(pairs, key=lambda pair: -pair.most):
@@ -116,7 +130,9 @@ def detect_adapter(
             continue
         scores[pair] = score = pair.score()
         first, second = max(first, score.claimed), max(second, min(first, score.claimed))
-    ordered = [scores[pair] for pair in pairs if pair in scores]  # as the tables stand, which breaks ties
+    ordered = [
+        scores[pair] for pair in pairs if pair in scores
+    ]  # as the tables stand, which breaks ties
     return _decide(ordered, len(infos), metadata, _adapter_shapes(infos), bool(family))
 
 
@@ -136,12 +152,18 @@ class _Pair:
 
     def estimate(self) -> float:
         """How many keys it claims if all are as the sample is."""
-        return self.total * sum(map(compile_keys(self.family, self.format).claims, self.sample)) / len(self.sample)
+        return (
+            self.total
+            * sum(map(compile_keys(self.family, self.format).claims, self.sample))
+            / len(self.sample)
+        )
 
     def score(self) -> _Score:
         """How many keys are claimed."""
         claims = compile_keys(self.family, self.format).claims
-        return _Score(sum(n for stem, n in self.near.items() if claims(stem)), self.family, self.format)
+        return _Score(
+            sum(n for stem, n in self.near.items() if claims(stem)), self.family, self.format
+        )
 
 
 @cache
@@ -206,8 +228,12 @@ def detect_checkpoint(
             if near[name] < least or sum(map(keys.claims, sample)) < least:
                 continue
         counts[name] = sum(map(keys.claims, infos))
-    scores = [_Score(counts[name], name, None) for name in names if name in counts]  # in the order of the tables
-    return _decide(scores, len(own), metadata, lambda score: _checkpoint_marks(infos, score), bool(family))
+    scores = [
+        _Score(counts[name], name, None) for name in names if name in counts
+    ]  # in the order of the tables
+    return _decide(
+        scores, len(own), metadata, lambda score: _checkpoint_marks(infos, score), bool(family)
+    )
 
 
 @cache
@@ -233,13 +259,18 @@ def _decide(
         return Detection(None, None, best.claimed, total)
     tied = [score for score in ranked if score.claimed == best.claimed]
     marks = {
-        score: (_named_in(metadata, score.family), evidence(score) if len(tied) > 1 else (0.0, 0)) for score in tied
+        score: (_named_in(metadata, score.family), evidence(score) if len(tied) > 1 else (0.0, 0))
+        for score in tied
     }
     tied.sort(key=lambda score: marks[score], reverse=True)  # stable: else the order of the tables
     leaders = [score for score in tied if marks[score] == marks[tied[0]]]
     tied = sorted(leaders, key=lambda score: _yields(score, leaders)) + tied[len(leaders) :]
     winner = tied[0]
-    alike = tuple(score.family for score in tied[1:] if marks[score] == marks[winner] and score.family != winner.family)
+    alike = tuple(
+        score.family
+        for score in tied[1:]
+        if marks[score] == marks[winner] and score.family != winner.family
+    )
     other = next((s for s in ranked if s != winner and s.claimed), None)
     runner_up = (other.family, other.format, other.claimed) if other else None
     return Detection(winner.family, winner.format, winner.claimed, total, runner_up, alike)
@@ -310,7 +341,9 @@ def _adapter_shapes(infos: Mapping[str, TensorInfo]) -> Callable[[_Score], _Evid
         if not sizes:
             sizes.update(_stem_sizes(infos))
         keys = compile_keys(score.family, score.format or "")
-        found = [(slot, size) for stem, size in sizes.items() if (slot := keys.slot(stem)) is not None]
+        found = [
+            (slot, size) for stem, size in sizes.items() if (slot := keys.slot(stem)) is not None
+        ]
         return _sum_marks(families()[score.family], found), _runs(keys, [slot for slot, _ in found])
 
     return evidence
@@ -340,7 +373,11 @@ def _stem_sizes(infos: Mapping[str, TensorInfo]) -> dict[str, _Size]:
 
 def _checkpoint_marks(infos: Mapping[str, TensorInfo], score: _Score) -> _Evidence:
     keys = compile_checkpoint(score.family)
-    shapes = ((place.slot, info.shape) for name, info in infos.items() if (place := keys.parse(name)) is not None)
+    shapes = (
+        (place.slot, info.shape)
+        for name, info in infos.items()
+        if (place := keys.parse(name)) is not None
+    )
     matrices = (
         (slot, _Size(shape[0], shape[1], shape[2:]))
         for slot, shape in shapes

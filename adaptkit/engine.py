@@ -38,13 +38,13 @@ P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-DEFAULT_MEMORY = (
-    560_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
-)
+DEFAULT_MEMORY = 560_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
 BESIDE = 2  # parcels read ahead of those that are computed
 PARCEL = 16_000_000  # bytes of working memory: smaller buckets go from thread to thread together
 NEAR = 128  # steps between which those of equal shape may be computed together on a CPU
-ROUNDS = 4  # a parcel is at most this part of what is left for each worker, a stack of what there is
+ROUNDS = (
+    4  # a parcel is at most this part of what is left for each worker, a stack of what there is
+)
 _TURN = 1e-4  # seconds that a thread of Python may keep the others waiting: with 5e-3, two workers took a tenth longer
 _POLL = 0.2  # seconds between looks at the stop flag while a queue is full or empty
 
@@ -138,7 +138,9 @@ def buckets(steps: Iterable[Step[P]], resources: Resources, stack: int = 1) -> I
     room = bound(ordered, resources.memory) // (1 + BESIDE)
     if not resources.on_cpu:
         return _stacked(ordered, room)
-    return _few(ordered, min(PARCEL, room), min(stack, max(1, len(ordered) // (ROUNDS * resources.workers))))
+    return _few(
+        ordered, min(PARCEL, room), min(stack, max(1, len(ordered) // (ROUNDS * resources.workers)))
+    )
 
 
 def _few(ordered: Sequence[Step[P]], room: int, most: int) -> Iterator[Bucket[P]]:
@@ -147,7 +149,11 @@ def _few(ordered: Sequence[Step[P]], room: int, most: int) -> Iterator[Bucket[P]
     latest: dict[Hashable, tuple[int, list[Step[P]]]] = {}
     for n, step in enumerate(ordered):
         start, group = latest.get(step.shape, (n, []))
-        if not 0 < len(group) < most or n - start >= NEAR or step.bytes + sum(s.bytes for s in group) > room:
+        if (
+            not 0 < len(group) < most
+            or n - start >= NEAR
+            or step.bytes + sum(s.bytes for s in group) > room
+        ):
             group = []
             latest[step.shape] = n, group
             groups.append(group)
@@ -272,7 +278,9 @@ Done = tuple["_Parcel[P]", Sequence[Sequence[R]], int]
 
 
 class _Pipeline(Generic[P, R]):
-    def __init__(self, work: Work[P, R], resources: Resources, room: _Room, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, work: Work[P, R], resources: Resources, room: _Room, progress: Callable[[int], None]
+    ) -> None:
         self.work, self.resources, self.room, self.progress = work, resources, room, progress
         self.stop = threading.Event()
         self.failure: list[BaseException] = []
@@ -285,7 +293,9 @@ class _Pipeline(Generic[P, R]):
         bodies = [("read", self._read, (todo,)), ("write", self._write, ())]
         bodies += [(f"compute-{n}", self._compute, ()) for n in range(self.resources.workers)]
         threads = [
-            threading.Thread(target=self._guarded, args=(body, *args), name=f"adaptkit-{name}", daemon=True)
+            threading.Thread(
+                target=self._guarded, args=(body, *args), name=f"adaptkit-{name}", daemon=True
+            )
             for name, body, args in bodies
         ]
         with _own_threads(self.resources):
@@ -380,19 +390,29 @@ class _Pipeline(Generic[P, R]):
             forget()
             return self._get(self.loaded)
 
-    def _moved(self, host: list[dict[str, Tensor] | None], n: int, bucket: Bucket[P]) -> dict[str, Tensor]:
+    def _moved(
+        self, host: list[dict[str, Tensor] | None], n: int, bucket: Bucket[P]
+    ) -> dict[str, Tensor]:
         """The tensors of a bucket on the device; they are in the list no longer, so that nothing keeps them."""
         tensors, host[n] = host[n], None
         if tensors is None:
             tensors = self._load(bucket)
         if self.resources.on_cpu:
             return tensors
-        return {key: tensor.to(self.resources.device, non_blocking=True) for key, tensor in tensors.items()}
+        return {
+            key: tensor.to(self.resources.device, non_blocking=True)
+            for key, tensor in tensors.items()
+        }
 
     def _held(self, parcel: _Parcel[P], results: Sequence[Sequence[R]]) -> int:
         """Bytes of results; at least one, as `used` tells whether anybody is inside."""
         size, held = parcel.bytes, self.work.held
-        return max(1, size if held is None else min(size, sum(held(result) for some in results for result in some)))
+        return max(
+            1,
+            size
+            if held is None
+            else min(size, sum(held(result) for some in results for result in some)),
+        )
 
     def _write(self) -> None:
         """Store results in the order of the parcels, whichever is computed first."""

@@ -81,7 +81,9 @@ class AdaptkitError(Exception):
 
     def __str__(self) -> str:
         where = [
-            part for part in (self.file, self.tensor and f"tensor {self.tensor!r}") if part and part not in self.message
+            part
+            for part in (self.file, self.tensor and f"tensor {self.tensor!r}")
+            if part and part not in self.message
         ]
         return ": ".join([*where, self.message])
 

@@ -42,10 +42,19 @@ __all__ = [
 P = TypeVar("P")
 _FIELD = re.compile(r"\{(\w+)(?::(\d+))?\}")
 _DOTS = re.compile(r"\.")
-_PEFT = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_")  # what PEFT writes an adapter's name behind
+_PEFT = (
+    "lora_",
+    "hada_",
+    "lokr_",
+    "oft_",
+    "boft_",
+    "ia3_",
+)  # what PEFT writes an adapter's name behind
 
 RoleName = tuple[str, str]  # (algorithm, role)
-_Match = tuple["_Reading", dict[str, int], str]  # what a stem means, its indices, its module as spelled
+_Match = tuple[
+    "_Reading", dict[str, int], str
+]  # what a stem means, its indices, its module as spelled
 
 
 @cache
@@ -71,7 +80,9 @@ class Templates(Generic[P]):
         if joiner != ".":
             skeleton = skeleton.replace(".", joiner)
         table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
-        entry = table.setdefault(values, _Entry(payload, free))  # the first reading of a name that two namings share
+        entry = table.setdefault(
+            values, _Entry(payload, free)
+        )  # the first reading of a name that two namings share
         if entry.payload is not payload and entry.payload != payload:
             raise TypeError(f"{template!r} means both {entry.payload} and {payload}")
 
@@ -165,7 +176,9 @@ class KeyMap:
         self.family = family
         self.format = format
         found = [(prefix, part) for part in family.components for prefix in prefixes(part, format)]
-        self._parts = sorted(found, key=lambda item: -len(item[0]))  # `lora_unet__` before `lora_unet_`
+        self._parts = sorted(
+            found, key=lambda item: -len(item[0])
+        )  # `lora_unet__` before `lora_unet_`
         self._own = format.style if format.private else ""
         self._prefixes = _written_prefixes(family, format)
         # a stem comes once per role, a slot in every step
@@ -245,8 +258,13 @@ class KeyMap:
         suffix = self._suffix.get((algorithm, role))
         if suffix is None:
             if not self.holds(algorithm):
-                raise NotRepresentable(f"the {self.format.name} format has no names for {algorithm}")
-            suffix = self.format.spelling.get(algorithm, {}).get(role) or algorithms()[algorithm].roles[role].spelling
+                raise NotRepresentable(
+                    f"the {self.format.name} format has no names for {algorithm}"
+                )
+            suffix = (
+                self.format.spelling.get(algorithm, {}).get(role)
+                or algorithms()[algorithm].roles[role].spelling
+            )
             self._suffix[algorithm, role] = suffix
         return f"{self.stem(slot)}.{suffix}"
 
@@ -270,7 +288,9 @@ class KeyMap:
         names = self._written(part, found[0]) if naming is None else found[0].names.get(naming, ())
         name = next((n for n in names if n.rows == slot.rows), None)
         if name is None:
-            raise NotRepresentable(f"the {self.format.name} format has no name for {label(self.family, slot)}")
+            raise NotRepresentable(
+                f"the {self.format.name} format has no name for {label(self.family, slot)}"
+            )
         return _fill(_joined(name.module, self.format.joiner), found[1])
 
     def swapped(self, slot: Slot) -> bool:
@@ -323,7 +343,9 @@ def _private() -> frozenset[str]:
 @cache
 def _owned() -> frozenset[str]:
     """The algorithms that only one format spells."""
-    return frozenset(name for f in discover("adaptkit.formats", "FORMAT").values() for name in f.owns)
+    return frozenset(
+        name for f in discover("adaptkit.formats", "FORMAT").values() for name in f.owns
+    )
 
 
 @cache
@@ -413,7 +435,8 @@ def _unnamed(suffix: str) -> str:
 def compile_keys(family_name: str, format_name: str) -> KeyMap:
     """The key map of a family in a format, by their names (cached)."""
     return KeyMap(
-        discover("adaptkit.families", "FAMILY")[family_name], discover("adaptkit.formats", "FORMAT")[format_name]
+        discover("adaptkit.families", "FAMILY")[family_name],
+        discover("adaptkit.formats", "FORMAT")[format_name],
     )
 
 
@@ -453,7 +476,9 @@ class CheckpointMap:
 
     def __init__(self, family: ModelFamily, *, beside: bool = False) -> None:
         """`beside`: the parts that no adapter holds as well."""
-        self.family = replace(family, components=(*family.components, *family.beside)) if beside else family
+        self.family = (
+            replace(family, components=(*family.components, *family.beside)) if beside else family
+        )
         family = self.family
         found: dict[str, Templates[_Parameter]] = {}
         shared: dict[tuple[str, str], Templates[_Parameter]] = {}
@@ -463,7 +488,9 @@ class CheckpointMap:
             for naming, p in part.checkpoints.items()
             for prefix in p
         ]
-        alone = {prefix for prefix, n in Counter(prefix for prefix, _, _ in tables).items() if n == 1}
+        alone = {
+            prefix for prefix, n in Counter(prefix for prefix, _, _ in tables).items() if n == 1
+        }
         for prefix, part, naming in tables:
             if prefix in alone:
                 if (part.name, naming) not in shared:
@@ -499,7 +526,13 @@ class CheckpointMap:
         return tuple(
             Spelled(
                 _fill(name.bias if bias else name.weight, indices),
-                Place(Slot(target, name.rows), row.kind, naming, name.transposed and not bias, name.swapped),
+                Place(
+                    Slot(target, name.rows),
+                    row.kind,
+                    naming,
+                    name.transposed and not bias,
+                    name.swapped,
+                ),
                 None if bias else row.kernel if name.kernel is None else name.kernel,
             )
             for name in names
@@ -507,7 +540,10 @@ class CheckpointMap:
 
     def other(self, key: str) -> str | None:
         """The part of a checkpoint that no adapter holds which this key belongs to (`vae`, `ema`), if any."""
-        return next((part for part, prefixes in self.family.others.items() if key.startswith(prefixes)), None)
+        return next(
+            (part for part, prefixes in self.family.others.items() if key.startswith(prefixes)),
+            None,
+        )
 
 
 def _parameters(keys: Templates[_Parameter], part: Component, naming: str) -> Templates[_Parameter]:

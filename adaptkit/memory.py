@@ -33,7 +33,9 @@ def huge(size: int) -> memoryview | None:
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     views = _own.views
-    fits = [n for n in range(len(views)) if size <= len(views[n]) <= _LOOSE * size and _free(views, n)]
+    fits = [
+        n for n in range(len(views)) if size <= len(views[n]) <= _LOOSE * size and _free(views, n)
+    ]
     if fits:
         return views[min(fits, key=lambda n: len(views[n]))]
     views[:] = [views[n] for n in range(len(views)) if not _free(views, n)]

@@ -66,7 +66,9 @@ class Module:
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.energies) + 1:
-            raise ValueError(f"{len(self.energies)} energies need one more size, not {len(self.sizes)}")
+            raise ValueError(
+                f"{len(self.energies)} energies need one more size, not {len(self.sizes)}"
+            )
 
     def errors(self) -> list[float]:
         """‖ΔW − ΔW_k‖² for k = 0 … len(energies), summed from the tail so that small ones keep their digits."""
@@ -77,7 +79,10 @@ def capped(modules: Sequence[Module], max_rank: int | None) -> Sequence[Module]:
     """The same modules, none of which can have more than `max_rank`; what the cap cuts off stays in `norm`."""
     if max_rank is None:
         return modules
-    return [Module(m.energies[:max_rank], m.norm, m.sizes[: max_rank + 1], m.convolution) for m in modules]
+    return [
+        Module(m.energies[:max_rank], m.norm, m.sizes[: max_rank + 1], m.convolution)
+        for m in modules
+    ]
 
 
 # --- policies --------------------------------------------------------------------------------------------------------
@@ -230,7 +235,9 @@ class Size(Policy):
 
     def choose(self, modules: Sequence[Module], measure: Measure | None = None) -> list[int]:  # noqa: D102
         modules = capped(modules, self.max_rank)
-        size = measure or (lambda ranks: sum(m.sizes[k] for m, k in zip(modules, ranks, strict=True)))
+        size = measure or (
+            lambda ranks: sum(m.sizes[k] for m, k in zip(modules, ranks, strict=True))
+        )
         smallest = _smallest(modules)
         least = size(smallest)
         if least > self.bytes:
@@ -343,7 +350,9 @@ def least_error(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> 
     table = _listed(options)
     front = _frontier(table, table.bytes, table.error)
     if front.least > budget:
-        raise NotRepresentable(f"the least that can be chosen takes {front.least:.0f} bytes, more than {budget}")
+        raise NotRepresentable(
+            f"the least that can be chosen takes {front.least:.0f} bytes, more than {budget}"
+        )
     picks, bound = _solve(front, _floored(budget, front.least, _grain(front, front.resource)))
     return table.allocation(front.where[picks], bound)
 
@@ -356,7 +365,9 @@ def least_bytes(options: Sequence[Sequence[tuple[int, float]]], error: float) ->
     table = _listed(options)
     front = _frontier(table, table.error, table.bytes)
     if front.least > error:
-        raise NotRepresentable(f"the least squared error that can be chosen is {front.least:g}, more than {error:g}")
+        raise NotRepresentable(
+            f"the least squared error that can be chosen is {front.least:g}, more than {error:g}"
+        )
     picks, bound = _solve(front, error, _grain(front, front.value))
     return table.allocation(front.where[picks], bound)
 
@@ -448,7 +459,9 @@ def _frontier(options: _Options, resource: Floats, value: Floats) -> _Frontier:
     slope = (value[start] - value[stop]) / cost
     best = np.argsort(-slope, kind="stable")
     least = math.fsum(resource[begin])
-    return _Frontier(owner, resource, value, where, begin, least, stop[best], cost[best], slope[best])
+    return _Frontier(
+        owner, resource, value, where, begin, least, stop[best], cost[best], slope[best]
+    )
 
 
 def _drops(values: NDArray[np.float64] | Indices) -> NDArray[np.bool_]:
@@ -480,7 +493,11 @@ def _hull(owner: Indices, x: Floats, y: Floats) -> Indices:
         at = np.flatnonzero(inner)
         before, here, after = kept[at - 1], kept[at], kept[at + 1]
         left, right = slope(before, here), slope(here, after)
-        out = (left >= right) | (left >= slope(here, last[here])) | (slope(first[here], here) >= right)
+        out = (
+            (left >= right)
+            | (left >= slope(here, last[here]))
+            | (slope(first[here], here) >= right)
+        )
         if not out.any():
             return kept
         kept = np.delete(kept, at[out])
@@ -549,7 +566,9 @@ def _filled(front: _Frontier, picks: Indices, room: float) -> Indices:
     return np.array(now, np.int64)
 
 
-def _exchanged(front: _Frontier, picks: Indices, room: float, price: float, gap: float) -> Indices | None:
+def _exchanged(
+    front: _Frontier, picks: Indices, room: float, price: float, gap: float
+) -> Indices | None:
     """A choice whose value exceeds the bound by less than `gap`, the least found; None where none is.
 
     Every choice exceeds the bound by price · (room it leaves) + Σ regret, where regret = change of value + price · change
@@ -610,7 +629,9 @@ def _thinned(states: Indices, spent: Floats, value: Floats, price: float, most: 
     return states
 
 
-def _retraced(owner: Indices, picks: Indices, trail: list[tuple[Indices, Indices]], last: int, state: int) -> Indices:
+def _retraced(
+    owner: Indices, picks: Indices, trail: list[tuple[Indices, Indices]], last: int, state: int
+) -> Indices:
     """`picks` with the moves that led to a state."""
     picks = picks.copy()
     for parents, moves in reversed(trail[: last + 1]):

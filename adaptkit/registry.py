@@ -22,7 +22,9 @@ def discover(package: str, attribute: str) -> Mapping[str, Any]:
     the object's differ (so that a name on the command line can be found with `ls`), or where a name comes twice.
     """
     found: dict[str, Any] = {}
-    for info in sorted(pkgutil.iter_modules(importlib.import_module(package).__path__), key=lambda item: item.name):
+    for info in sorted(
+        pkgutil.iter_modules(importlib.import_module(package).__path__), key=lambda item: item.name
+    ):
         if info.name.startswith("_"):
             continue
         member = getattr(importlib.import_module(f"{package}.{info.name}"), attribute, None)

@@ -26,7 +26,9 @@ def nearest(keys: KeyMap, key: str) -> str | None:
     Either the module is known and its suffix is not, or the other way round, or neither; compared without numbers.
     """
     found = split_suffix(key)
-    stem, suffix = (found[0], found[1]) if found else (key.rpartition(".")[0], key.rpartition(".")[2])
+    stem, suffix = (
+        (found[0], found[1]) if found else (key.rpartition(".")[0], key.rpartition(".")[2])
+    )
     shape, numbers = tokenise(stem)
     match = get_close_matches(shape, _shapes(keys), n=1, cutoff=CUTOFF)
     if not match or match[0] == shape:

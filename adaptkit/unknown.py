@@ -26,20 +26,32 @@ __all__ = ["NAME", "fallback", "family_of_weights"]
 
 NAME = "unknown"
 DENOISERS = ("transformer", "unet")
-ALIKE = (("kohya", "comfy"), ("diffusers", "onetrainer", "lycoris"), ("peft", "bare"))  # styles that name modules alike
+ALIKE = (
+    ("kohya", "comfy"),
+    ("diffusers", "onetrainer", "lycoris"),
+    ("peft", "bare"),
+)  # styles that name modules alike
 SOURCE, NOWHERE = "source", "nowhere"
 TITLE = "an unknown family"
 
 _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")  # in single files
-_TABLES = re.compile(r"(^|[._])((word|token|token_type|position)_embeddings?|embed_tokens|wte|wpe|shared)$")
-_BESIDE = tuple(p for found in ModelFamily(name="", title="", components=()).others.values() for p in found)
+_TABLES = re.compile(
+    r"(^|[._])((word|token|token_type|position)_embeddings?|embed_tokens|wte|wpe|shared)$"
+)
+_BESIDE = tuple(
+    p for found in ModelFamily(name="", title="", components=()).others.values() for p in found
+)
 _ENCODERS = {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"}
 
 
-def fallback(names: Iterable[str], format: str | None = None) -> tuple[ModelFamily, KeyFormat, int] | None:
+def fallback(
+    names: Iterable[str], format: str | None = None
+) -> tuple[ModelFamily, KeyFormat, int] | None:
     """A family made of the modules these keys name, the format that spells them, and how many keys that claims."""
     stems = Counter(found[0] for name in names if (found := split_suffix(name)) is not None)
-    known = [f for f in formats().values() if not f.private and not f.owns and format in (None, f.name)]
+    known = [
+        f for f in formats().values() if not f.private and not f.owns and format in (None, f.name)
+    ]
     best = max(known, key=lambda f: (_claimed(stems, f), "" not in _parts(f)), default=None)
     if best is None or not _claimed(stems, best):
         return None
@@ -119,7 +131,9 @@ def family_of_weights(*files: Mapping[str, tuple[int, ...]]) -> ModelFamily:
     Every format spells these names behind its prefix, kohya's with underscores for dots. Modules that only those tell
     apart are left out: no such key would say which is meant.
     """
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}  # component → module → the shape of its weight
+    modules: dict[
+        str, dict[str, tuple[int, ...]]
+    ] = {}  # component → module → the shape of its weight
     starts: dict[str, dict[str, None]] = {}
     for shapes in files:
         parts = _weight_parts(shapes)
@@ -132,7 +146,9 @@ def family_of_weights(*files: Mapping[str, tuple[int, ...]]) -> ModelFamily:
                 starts.setdefault(parts[prefix], {})[prefix] = None
                 known = modules.setdefault(parts[prefix], {})
                 known[module] = shape if param == WEIGHT else known.get(module, (1, 1))
-    components = tuple(_weighed(name, found, tuple(starts[name])) for name, found in modules.items())
+    components = tuple(
+        _weighed(name, found, tuple(starts[name])) for name, found in modules.items()
+    )
     return ModelFamily(name=NAME, title=TITLE, components=components)
 
 
@@ -142,12 +158,22 @@ def _weight_parts(names: Iterable[str]) -> dict[str, str]:
     folders = {name.partition(".")[0] for name in names}
     if folders <= set(COMPONENTS):
         return {f"{folder}.": folder for folder in COMPONENTS if folder in folders}
-    return {next(p for p in _DENOISER_PREFIXES if any(name.startswith(p) for name in names)): DENOISERS[0]}
+    return {
+        next(p for p in _DENOISER_PREFIXES if any(name.startswith(p) for name in names)): DENOISERS[
+            0
+        ]
+    }
 
 
-def _weighed(name: str, modules: Mapping[str, tuple[int, ...]], starts: tuple[str, ...]) -> Component:
+def _weighed(
+    name: str, modules: Mapping[str, tuple[int, ...]], starts: tuple[str, ...]
+) -> Component:
     alike = Counter(module.replace(".", "_") for module in modules)
-    rows = [_row(module, shape) for module, shape in modules.items() if alike[module.replace(".", "_")] == 1]
+    rows = [
+        _row(module, shape)
+        for module, shape in modules.items()
+        if alike[module.replace(".", "_")] == 1
+    ]
     tags = {"diffusers": (name,), "onetrainer": (name,)}
     if name in _ENCODERS:
         tags |= {"kohya": (_ENCODERS[name],)}
@@ -164,6 +190,8 @@ def _weighed(name: str, modules: Mapping[str, tuple[int, ...]], starts: tuple[st
 
 
 def _row(module: str, shape: tuple[int, ...]) -> Row:
-    kind = Kind.NORM if len(shape) < 2 else (Kind.EMBEDDING if _TABLES.search(module) else Kind.MATRIX)
+    kind = (
+        Kind.NORM if len(shape) < 2 else (Kind.EMBEDDING if _TABLES.search(module) else Kind.MATRIX)
+    )
     names = MappingProxyType({SOURCE: (named(module),), "diffusers": (named(module),)})
     return Row(module, names, kind, shape[2:])

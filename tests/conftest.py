@@ -4,7 +4,9 @@ import os
 import signal
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command line does: test processes wait for one another
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # as the command line does: test processes wait for one another
 
 import pytest
 import torch

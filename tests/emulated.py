@@ -26,7 +26,10 @@ from adaptkit import engine
 
 NAME = "emulated"
 aten = torch.ops.aten
-MOVES = (aten._to_copy.default, aten.copy_.default)  # between devices, as `tensor.to` and `tensor.copy_` do
+MOVES = (
+    aten._to_copy.default,
+    aten.copy_.default,
+)  # between devices, as `tensor.to` and `tensor.copy_` do
 
 
 class OnDevice(torch.Tensor):
@@ -37,7 +40,12 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, host: torch.Tensor) -> OnDevice:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, host.shape, host.stride(), host.storage_offset(), dtype=host.dtype, device=torch.device(NAME, 0)
+            cls,
+            host.shape,
+            host.stride(),
+            host.storage_offset(),
+            dtype=host.dtype,
+            device=torch.device(NAME, 0),
         )
         made.host = host
         return made
@@ -53,7 +61,9 @@ class OnDevice(torch.Tensor):
         return self.host.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first")
+        raise TypeError(
+            f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first"
+        )
 
     def data_ptr(self) -> int:
         raise RuntimeError("the host does not see a device's memory")
@@ -65,9 +75,15 @@ class _Device(TorchDispatchMode):
         given = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in given if isinstance(tensor, OnDevice)]
         asked = kwargs.get("device")
-        if ours and func not in MOVES and any(t.dim() for t in given if not isinstance(t, OnDevice)):
+        if (
+            ours
+            and func not in MOVES
+            and any(t.dim() for t in given if not isinstance(t, OnDevice))
+        ):
             shapes = [(tuple(t.shape), str(t.device)) for t in given]
-            raise RuntimeError(f"Expected all tensors to be on the same device: {func} got {shapes}")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device: {func} got {shapes}"
+            )
         there = bool(ours) if asked is None else torch.device(asked).type == NAME
         if func is aten.copy_.default:
             there = isinstance(args[0], OnDevice)
@@ -76,7 +92,9 @@ class _Device(TorchDispatchMode):
         found = func(*tree_map(_host, args), **tree_map(_host, kwargs))
         if not there:
             return found
-        written = {id(tensor.host): tensor for tensor in ours}  # in place: the same tensor comes back
+        written = {
+            id(tensor.host): tensor for tensor in ours
+        }  # in place: the same tensor comes back
         return tree_map(lambda leaf: written.get(id(leaf), _wrapped(leaf)), found)
 
 

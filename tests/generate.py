@@ -21,14 +21,30 @@ from adaptkit.detect import families
 from adaptkit.families._family import Kind
 from adaptkit.keymap import compile_keys
 from tests import oracle
-from tests.synth import FIXTURES, Listing, Parameter, adapter_listing, checkpoint_listing, parameters, save_listing
+from tests.synth import (
+    FIXTURES,
+    Listing,
+    Parameter,
+    adapter_listing,
+    checkpoint_listing,
+    parameters,
+    save_listing,
+)
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
-CLIP_L: dict[str, Any] = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-CLIP_H: dict[str, Any] = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+CLIP_L: dict[str, Any] = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+)
+CLIP_H: dict[str, Any] = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+)
 CLIP_G: dict[str, Any] = dict(
-    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
 )
 SD1_BLOCKS: dict[str, Any] = dict(
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -67,7 +83,11 @@ SD35_MEDIUM: dict[str, Any] = dict(
     qk_norm="rms_norm",
 )
 SD35_LARGE: dict[str, Any] = dict(
-    num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"
+    num_layers=38,
+    num_attention_heads=38,
+    caption_projection_dim=2432,
+    pos_embed_max_size=192,
+    qk_norm="rms_norm",
 )
 WAN_I2V: dict[str, Any] = dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 ANIMA: dict[str, Any] = dict(num_attention_heads=16, extra_pos_embed_type=None)
@@ -79,7 +99,10 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3": ("SD3Transformer2DModel", SD35_MEDIUM),
     "sd35-large": ("SD3Transformer2DModel", SD35_LARGE),
     "hunyuan-video": ("HunyuanVideoTransformer3DModel", {}),
-    "framepack": ("HunyuanVideoFramepackTransformer3DModel", dict(has_image_proj=True, has_clean_x_embedder=True)),
+    "framepack": (
+        "HunyuanVideoFramepackTransformer3DModel",
+        dict(has_image_proj=True, has_clean_x_embedder=True),
+    ),
     "hunyuan-video-15": ("HunyuanVideo15Transformer3DModel", {}),
     "hunyuan-image": ("HunyuanImageTransformer2DModel", dict(text_embed_2_dim=1472)),
     "qwen-image": ("QwenImageTransformer2DModel", {}),
@@ -104,10 +127,18 @@ UNET_BLOCKS = r".*transformer_blocks"
 
 # the SD 1 structure with widths divided: 320, 640, 1280, 1280 → 8, 16, 32, 32; CLIP-L 768 → 24
 TINY_UNET: dict[str, Any] = dict(
-    **SD1_BLOCKS, block_out_channels=(8, 16, 32, 32), cross_attention_dim=24, attention_head_dim=2, norm_num_groups=4
+    **SD1_BLOCKS,
+    block_out_channels=(8, 16, 32, 32),
+    cross_attention_dim=24,
+    attention_head_dim=2,
+    norm_num_groups=4,
 )
 TINY_CLIP: dict[str, Any] = dict(
-    hidden_size=24, intermediate_size=96, num_hidden_layers=12, num_attention_heads=2, vocab_size=256
+    hidden_size=24,
+    intermediate_size=96,
+    num_hidden_layers=12,
+    num_attention_heads=2,
+    vocab_size=256,
 )
 
 # what kohya's sd-scripts trains by default: attention blocks, without (or with) the convolutions around them
@@ -125,7 +156,9 @@ def unet(**config: Any) -> dict[str, tuple[int, ...]]:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in UNet2DConditionModel(**config).state_dict().items()}
+        return {
+            name: tuple(t.shape) for name, t in UNet2DConditionModel(**config).state_dict().items()
+        }
 
 
 def clip(projection: bool = False, **config: Any) -> dict[str, tuple[int, ...]]:
@@ -136,7 +169,10 @@ def clip(projection: bool = False, **config: Any) -> dict[str, tuple[int, ...]]:
         state = kind(CLIPTextConfig(**config)).state_dict()
     named = {name: tuple(t.shape) for name, t in state.items() if not name.endswith("position_ids")}
     # transformers 5 leaves `text_model.` out of CLIPTextModel's names
-    return {n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": s for n, s in named.items()}
+    return {
+        n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": s
+        for n, s in named.items()
+    }
 
 
 def blocks_of(
@@ -154,13 +190,19 @@ def transformer(name: str, **config: Any) -> dict[str, tuple[int, ...]]:
     import diffusers
 
     with torch.device("meta"):
-        return blocks_of({key: tuple(t.shape) for key, t in getattr(diffusers, name)(**config).state_dict().items()})
+        return blocks_of(
+            {
+                key: tuple(t.shape)
+                for key, t in getattr(diffusers, name)(**config).state_dict().items()
+            }
+        )
 
 
 def short_shapes() -> dict[str, Shapes]:
     """Shapes of the families of which the fixtures hold the outer blocks only, with what their single files hold beside."""
     shapes: dict[str, Shapes] = {
-        family: {"transformer": transformer(name, **config)} for family, (name, config) in TRANSFORMERS.items()
+        family: {"transformer": transformer(name, **config)}
+        for family, (name, config) in TRANSFORMERS.items()
     }
     clip_g = clip(projection=True, **CLIP_G | {"num_hidden_layers": 1})
     clip_l = clip(projection=True, **CLIP_L | {"num_hidden_layers": 1, "projection_dim": 768})
@@ -171,13 +213,21 @@ def short_shapes() -> dict[str, Shapes]:
         "unet": blocks_of(unet(**REFINER), last=False, blocks=UNET_BLOCKS),
         "text_encoder_2": clip_g,
     }
-    return {family: {part.name: {} for part in families()[family].components} | s for family, s in shapes.items()}
+    return {
+        family: {part.name: {} for part in families()[family].components} | s
+        for family, s in shapes.items()
+    }
 
 
 def model_shapes() -> dict[str, Shapes]:
     """Shapes of every parameter by component and diffusers name, per family."""
     sd1 = unet(cross_attention_dim=768, **SD1_BLOCKS)
-    sd2 = unet(cross_attention_dim=1024, use_linear_projection=True, attention_head_dim=(5, 10, 20, 20), **SD1_BLOCKS)
+    sd2 = unet(
+        cross_attention_dim=1024,
+        use_linear_projection=True,
+        attention_head_dim=(5, 10, 20, 20),
+        **SD1_BLOCKS,
+    )
     return {
         "sd1": {"unet": sd1, "text_encoder": clip(**CLIP_L)},
         "sd2": {"unet": sd2, "text_encoder": clip(**CLIP_H)},
@@ -262,7 +312,9 @@ def write_key_lists(folder: Path) -> None:
         "sd1-kohya": adapter_listing("sd1", "kohya", shapes["sd1"], only=KOHYA),
         "sd1-kohya-locon": adapter_listing("sd1", "kohya", shapes["sd1"], only=LOCON),
         "sd1-comfy": adapter_listing("sd1", "comfy", shapes["sd1"], only=KOHYA, alpha=False),
-        "sd1-diffusers": adapter_listing("sd1", "diffusers", shapes["sd1"], only=KOHYA, alpha=False),
+        "sd1-diffusers": adapter_listing(
+            "sd1", "diffusers", shapes["sd1"], only=KOHYA, alpha=False
+        ),
         "sd1-peft": adapter_listing("sd1", "peft", unets["sd1"], only=KOHYA, alpha=False),
         "sd2-kohya": adapter_listing("sd2", "kohya", shapes["sd2"], only=KOHYA_SD2),
         "sdxl-kohya": adapter_listing("sdxl", "kohya", shapes["sdxl"], only=KOHYA),
@@ -278,7 +330,9 @@ def as_published(family: str, listing: Listing) -> Listing:
     """What the original has otherwise than diffusers: flat modulations in Krea 2, a norm nobody uses in Lumina 2."""
     flat = re.compile(r"blocks\.\d+\.mod\.lin" if family == "krea2" else r"(?!)")
     extra: Listing = {"norm_final.weight": ("F16", (2304,))} if family == "lumina2" else {}
-    return {k: (d, (math.prod(s),) if flat.fullmatch(k) else s) for k, (d, s) in listing.items()} | extra
+    return {
+        k: (d, (math.prod(s),) if flat.fullmatch(k) else s) for k, (d, s) in listing.items()
+    } | extra
 
 
 def write_short_lists(folder: Path) -> None:
@@ -291,9 +345,13 @@ def write_short_lists(folder: Path) -> None:
         # the adapters have the first blocks alone, but for Stable Diffusion 3, whose last block differs
         last = family in ("sd3", "sd35-large")
         blocks = UNET_BLOCKS if family == "sdxl-refiner" else BLOCKS
-        adapted = {part: blocks_of(names, last=last, blocks=blocks) for part, names in shapes.items()}
+        adapted = {
+            part: blocks_of(names, last=last, blocks=blocks) for part, names in shapes.items()
+        }
         for format in (TRAINED.get(family, "kohya"), "diffusers"):
-            adapter = adapter_listing(family, format, adapted, only=only, alpha=format in ("kohya", "lycoris"))
+            adapter = adapter_listing(
+                family, format, adapted, only=only, alpha=format in ("kohya", "lycoris")
+            )
             save_listing(folder / "keys" / f"{family}-{format}.tsv", adapter, note)
 
 
@@ -318,9 +376,15 @@ class Tiny:
         fan = int(np.prod(parameter.shape[1:])) or 1
         base = self.random.standard_normal(parameter.shape) / np.sqrt(fan)
         if parameter.kind is Kind.NORM:
-            base = np.ones(parameter.shape) if parameter.target.param == "weight" else np.zeros(parameter.shape)
+            base = (
+                np.ones(parameter.shape)
+                if parameter.target.param == "weight"
+                else np.zeros(parameter.shape)
+            )
         self.base[name] = torch.from_numpy(base).half()
-        self.tuned[name] = (self.base[name].double() + torch.from_numpy(self._change(parameter))).half()
+        self.tuned[name] = (
+            self.base[name].double() + torch.from_numpy(self._change(parameter))
+        ).half()
 
     def _change(self, parameter: Parameter) -> np.ndarray:
         """A LoKr of factor 8 in the attention layers, noise in a few biases and norms, nothing elsewhere."""
@@ -344,9 +408,15 @@ class Tiny:
     def write_adapters(self, folder: Path) -> None:
         """A rank-2 LoRA of the attention layers in every format, and one LoKr, LoCon-Tucker and full file in kohya's."""
         for format in ("kohya", "lycoris", "diffusers", "peft", "comfy"):
-            save_file(self._lora(format), folder / f"lora-{format}.safetensors", metadata={"format": "pt"})
+            save_file(
+                self._lora(format), folder / f"lora-{format}.safetensors", metadata={"format": "pt"}
+            )
         for algorithm in ("lokr", "lokr-factored", "tucker", "full"):
-            save_file(self._other(algorithm), folder / f"{algorithm}-kohya.safetensors", metadata={"format": "pt"})
+            save_file(
+                self._other(algorithm),
+                folder / f"{algorithm}-kohya.safetensors",
+                metadata={"format": "pt"},
+            )
 
     def _matrices(self, ending: tuple[str, ...], component: str = "unet") -> list[Parameter]:
         part = self.family.component(component)
@@ -354,7 +424,9 @@ class Tiny:
         return [
             p
             for p in found
-            if p.target.param == "weight" and p.target.module.endswith(ending) and p.kind is Kind.MATRIX
+            if p.target.param == "weight"
+            and p.target.module.endswith(ending)
+            and p.kind is Kind.MATRIX
         ]
 
     def _lora(self, format: str) -> dict[str, torch.Tensor]:
@@ -377,12 +449,16 @@ class Tiny:
     def _other(self, algorithm: str) -> dict[str, torch.Tensor]:
         random, keys = np.random.default_rng(11), compile_keys("sd1", "kohya")
         state: dict[str, torch.Tensor] = {}
-        ending = ("resnets.0.conv1",) if algorithm == "tucker" else ("attn1.to_q", "resnets.0.conv1")
+        ending = (
+            ("resnets.0.conv1",) if algorithm == "tucker" else ("attn1.to_q", "resnets.0.conv1")
+        )
         for parameter in self._matrices(ending):
             (slot,) = keys.slots(parameter.target)
             kind = "lora" if algorithm == "tucker" else algorithm.partition("-")[0]
             for role, shape in _role_shapes(algorithm, parameter.shape).items():
-                state[keys.spell(slot, kind, role)] = torch.from_numpy(random.standard_normal(shape) * 0.1).half()
+                state[keys.spell(slot, kind, role)] = torch.from_numpy(
+                    random.standard_normal(shape) * 0.1
+                ).half()
             if kind != "full":
                 state[keys.spell(slot, kind, "alpha")] = torch.tensor(2.0)
         return state
@@ -391,8 +467,15 @@ class Tiny:
 def write_foreign(folder: Path) -> None:
     """An SDXL adapter of one module, to be refused by everything for SD 1."""
     stem = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
-    state = {f"{stem}.lora_up.weight": torch.ones(8, 2).half(), f"{stem}.lora_down.weight": torch.ones(2, 8).half()}
-    save_file(state | {f"{stem}.alpha": torch.tensor(2.0)}, folder / "sdxl.safetensors", metadata={"format": "pt"})
+    state = {
+        f"{stem}.lora_up.weight": torch.ones(8, 2).half(),
+        f"{stem}.lora_down.weight": torch.ones(2, 8).half(),
+    }
+    save_file(
+        state | {f"{stem}.alpha": torch.tensor(2.0)},
+        folder / "sdxl.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def _role_shapes(algorithm: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:

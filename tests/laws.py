@@ -62,7 +62,9 @@ class AlgorithmLaws:
         return found
 
     def decoded(self, layout: Layout, dtype: torch.dtype = torch.float64) -> Weights:
-        return self.kind.decode(layout.torch(dtype), self.kind.facts(layout.shapes(), layout.stated()))
+        return self.kind.decode(
+            layout.torch(dtype), self.kind.facts(layout.shapes(), layout.stated())
+        )
 
     def test_a1_delta_equals_the_oracle(self, each: list[Layout]) -> None:
         for layout in each:
@@ -70,7 +72,9 @@ class AlgorithmLaws:
             expected = expected.reshape(expected.shape[0], -1)
             found = self.decoded(layout).delta()
             assert found.dtype == torch.float64
-            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12, err_msg=layout.name)
+            np.testing.assert_allclose(
+                found.numpy(), expected, rtol=1e-12, atol=1e-12, err_msg=layout.name
+            )
             # T1: a planted wrong answer is told from the right one
             assert np.abs(found.numpy() - 1.001 * expected).max() > 1e-9
 
@@ -87,14 +91,20 @@ class AlgorithmLaws:
                 )
             )
             np.testing.assert_allclose(
-                delta.numpy(), expected.reshape(delta.shape), rtol=2e-5, atol=2e-5, err_msg=layout.name
+                delta.numpy(),
+                expected.reshape(delta.shape),
+                rtol=2e-5,
+                atol=2e-5,
+                err_msg=layout.name,
             )
 
     def test_a2_decode_encode_is_the_identity(self, each: list[Layout]) -> None:
         for layout in each:
             weights = self.decoded(layout)
             stored = weights.encode()
-            assert {role: tuple(t.shape) for role, t in stored.items() if role != ALPHA} == layout.shapes(), layout.name
+            assert {
+                role: tuple(t.shape) for role, t in stored.items() if role != ALPHA
+            } == layout.shapes(), layout.name
             for role, tensor in layout.torch().items():
                 assert torch.equal(stored[role], tensor), (layout.name, role)
             if ALPHA in stored:
@@ -102,7 +112,9 @@ class AlgorithmLaws:
                 assert stored[ALPHA].shape == ()
             alpha = Stated(float(stored[ALPHA])) if ALPHA in stored else None
             again = self.kind.facts(layout.shapes(), alpha)
-            assert again.scale == pytest.approx(weights.scale if hasattr(weights, "scale") else 1.0, rel=1e-6)
+            assert again.scale == pytest.approx(
+                weights.scale if hasattr(weights, "scale") else 1.0, rel=1e-6
+            )
 
     def test_a3_factors_multiply_to_delta(self, each: list[Layout]) -> None:
         for layout in each:
@@ -132,7 +144,9 @@ class AlgorithmLaws:
         for layout in each:
             facts = self.kind.facts(layout.shapes(), layout.stated())
             first, second = layout.torch(), {role: 2 * t + 1 for role, t in layout.torch().items()}
-            batch = self.kind.decode({role: torch.stack([first[role], second[role]]) for role in first}, facts)
+            batch = self.kind.decode(
+                {role: torch.stack([first[role], second[role]]) for role in first}, facts
+            )
             singles = torch.stack([self.kind.decode(one, facts).delta() for one in (first, second)])
             torch.testing.assert_close(batch.delta(), singles)
             torch.testing.assert_close(batch.member(1).delta(), singles[1])
@@ -147,14 +161,19 @@ class AlgorithmLaws:
             torch.testing.assert_close(applied, 0.25 * weights.delta())
             assert torch.equal(weights.apply(base.clone(), 0.0), base)
             if layout.alpha is not None and self.kind.facts(layout.shapes(), layout.stated()).rank:
-                doubled = self.kind.decode(layout.torch(), self.kind.facts(layout.shapes(), Stated(2 * layout.alpha)))
+                doubled = self.kind.decode(
+                    layout.torch(), self.kind.facts(layout.shapes(), Stated(2 * layout.alpha))
+                )
                 torch.testing.assert_close(doubled.delta(), 2 * weights.delta())
 
     def test_a7_facts_tell_the_size(self, each: list[Layout]) -> None:
         for layout in each:
             facts = self.kind.facts(layout.shapes(), layout.stated())
             expected = self.oracle(layout)
-            assert (facts.rows, facts.columns) == (expected.shape[0], int(np.prod(expected.shape[1:]))), layout.name
+            assert (facts.rows, facts.columns) == (
+                expected.shape[0],
+                int(np.prod(expected.shape[1:])),
+            ), layout.name
             assert facts.kernel is None or facts.kernel == layout.kernel
 
     def test_a8_spectrum_and_svd_are_those_of_delta(self, each: list[Layout]) -> None:
@@ -165,14 +184,20 @@ class AlgorithmLaws:
             assert found.dtype == np.float64
             assert (np.diff(found) <= 0).all(), layout.name
             count = min(len(found), len(sigma))
-            np.testing.assert_allclose(found[:count], sigma[:count], atol=1e-6 * sigma[0], err_msg=layout.name)
+            np.testing.assert_allclose(
+                found[:count], sigma[:count], atol=1e-6 * sigma[0], err_msg=layout.name
+            )
             assert (found[count:] <= 1e-6 * sigma[0]).all()
             assert (sigma[count:] <= 1e-6 * sigma[0]).all(), "the spectrum leaves out energy"
             for rank in {1, max(1, count // 2), count}:
                 svd = weights.svd(rank)
                 left = np.linalg.norm(dense - ((svd.u * svd.s) @ svd.vh).double().numpy())
-                assert left == pytest.approx(oracle.best_rank(dense, rank), rel=1e-5, abs=1e-6 * sigma[0]), layout.name
-                assert float(svd.residual) ** 0.5 == pytest.approx(left, rel=1e-4, abs=2e-4 * sigma[0]), layout.name
+                assert left == pytest.approx(
+                    oracle.best_rank(dense, rank), rel=1e-5, abs=1e-6 * sigma[0]
+                ), layout.name
+                assert float(svd.residual) ** 0.5 == pytest.approx(
+                    left, rel=1e-4, abs=2e-4 * sigma[0]
+                ), layout.name
 
     def test_a9_a_lora_of_it_is_the_optimum_at_every_rank(self, each: list[Layout]) -> None:
         """Resized error = the dense SVD's, and what the energies say; the stored shapes are those foretold."""
@@ -192,8 +217,13 @@ class AlgorithmLaws:
                     assert shapes == taken.shapes(rank), layout.name
                     assert sum(int(np.prod(s)) for s in shapes.values()) == taken.elements()[rank]
                     error = np.linalg.norm(dense - kept.delta().double().numpy())
-                    assert error == pytest.approx(least, rel=1e-5, abs=1e-6 * size), (layout.name, rank)
-                    assert distance_squared(weights, kept) ** 0.5 == pytest.approx(error, rel=1e-6, abs=1e-7 * size)
+                    assert error == pytest.approx(least, rel=1e-5, abs=1e-6 * size), (
+                        layout.name,
+                        rank,
+                    )
+                    assert distance_squared(weights, kept) ** 0.5 == pytest.approx(
+                        error, rel=1e-6, abs=1e-7 * size
+                    )
                 told = max(0.0, taken.norm - sum(taken.energies[:rank])) ** 0.5
                 assert told == pytest.approx(least, rel=1e-5, abs=1e-6 * size), (layout.name, rank)
 
@@ -213,7 +243,10 @@ class AlgorithmLaws:
         for layout in each:
             weights, dense = self.decoded(layout), self.matrix(layout)
             size = np.linalg.norm(dense)
-            others = [weights.times(0.5), algorithms()["full"](torch.from_numpy(random.standard_normal(dense.shape)))]
+            others = [
+                weights.times(0.5),
+                algorithms()["full"](torch.from_numpy(random.standard_normal(dense.shape))),
+            ]
             rank = max(1, min(dense.shape) // 3)
             others.append(
                 algorithms()["lora"](
@@ -227,9 +260,13 @@ class AlgorithmLaws:
                 theirs = other.delta().double().numpy()
                 for one, two in ((weights, other), (other, weights)):
                     scale = size * np.linalg.norm(theirs)
-                    assert inner(one, two) == pytest.approx((dense * theirs).sum(), rel=1e-9, abs=1e-9 * scale)
+                    assert inner(one, two) == pytest.approx(
+                        (dense * theirs).sum(), rel=1e-9, abs=1e-9 * scale
+                    )
                     expected = ((dense - theirs) ** 2).sum()
-                    assert distance_squared(one, two) == pytest.approx(expected, rel=1e-9, abs=1e-12 * scale)
+                    assert distance_squared(one, two) == pytest.approx(
+                        expected, rel=1e-9, abs=1e-12 * scale
+                    )
 
     def matrix(self, layout: Layout) -> Array:
         found = self.oracle(layout)

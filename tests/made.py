@@ -21,11 +21,18 @@ LINEAR = f"{BLOCK}_attn1_to_q"
 WIDE = f"{BLOCK}_ff_net_0_proj"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 POINT = "lora_unet_down_blocks_0_attentions_0_proj_in"
-SHAPES: dict[str, tuple[int, ...]] = {LINEAR: (24, 32), WIDE: (48, 20), CONV: (16, 12, 3, 3), POINT: (20, 16, 1, 1)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    LINEAR: (24, 32),
+    WIDE: (48, 20),
+    CONV: (16, 12, 3, 3),
+    POINT: (20, 16, 1, 1),
+}
 KINDS = ("lora", "tucker", "loha", "lokr", "lokr-factored", "lokr-low", "full")
 
 
-def module(kind: str, name: str, shape: tuple[int, ...], draw: np.random.Generator, rank: int = 6) -> dict[str, Array]:
+def module(
+    kind: str, name: str, shape: tuple[int, ...], draw: np.random.Generator, rank: int = 6
+) -> dict[str, Array]:
     """The stored tensors of one module by key; spectra fall off, so that cutting rank has a cost to tell."""
     rows, inputs, kernel = shape[0], shape[1], shape[2:]
     ones = (1,) * len(kernel)
@@ -63,11 +70,18 @@ def module(kind: str, name: str, shape: tuple[int, ...], draw: np.random.Generat
             c, d = rows // 4, inputs // 4
             tensors = {"lokr_w1": normal(4, 4), "alpha": np.float64(1.0)}
             if kind == "lokr-factored":
-                tensors = {"lokr_w1_a": normal(4, 2), "lokr_w1_b": normal(2, 4), "alpha": np.float64(1.0)}
+                tensors = {
+                    "lokr_w1_a": normal(4, 2),
+                    "lokr_w1_b": normal(2, 4),
+                    "alpha": np.float64(1.0),
+                }
             if kind == "lokr":
                 tensors["lokr_w2"] = normal(c, d, *kernel)
             else:
-                tensors |= {"lokr_w2_a": normal(c, 2) * [1.0, 0.4], "lokr_w2_b": normal(2, d * window)}
+                tensors |= {
+                    "lokr_w2_a": normal(c, 2) * [1.0, 0.4],
+                    "lokr_w2_b": normal(2, d * window),
+                }
         case "full":
             tensors = {"diff": normal(*shape)}
         case _:
@@ -91,7 +105,9 @@ def adapter(
     tensors: Tensors = {}
     for name in names:
         for key, array in module(kind, name, SHAPES[name], draw, rank).items():
-            tensors[key] = torch.tensor(array, dtype=torch.float32 if key.endswith("alpha") else dtype)
+            tensors[key] = torch.tensor(
+                array, dtype=torch.float32 if key.endswith("alpha") else dtype
+            )
     save_file({**tensors, **(extra or {})}, path, None if metadata is None else dict(metadata))
     return path
 
@@ -103,7 +119,11 @@ def deltas(path: Path, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[s
         raw = {key: _float64(file, key) for key in keys}
     found: dict[str, Array] = {}
     for name in dict.fromkeys(key.split(".", 1)[0] for key in keys):
-        mine = {key.split(".", 1)[1]: tensor for key, tensor in raw.items() if key.startswith(f"{name}.")}
+        mine = {
+            key.split(".", 1)[1]: tensor
+            for key, tensor in raw.items()
+            if key.startswith(f"{name}.")
+        }
         found[name] = _delta(mine, shapes[name]).reshape(shapes[name][0], -1)
     return found
 
@@ -129,7 +149,9 @@ def _delta(tensors: dict[str, Array], shape: tuple[int, ...]) -> Array:
         return scale * (up @ down.reshape(rank, -1))
     if "hada_w1_a" in tensors:
         return oracle.loha(
-            {key.removeprefix("hada_"): t for key, t in tensors.items() if key != "alpha"}, alpha, kernel
+            {key.removeprefix("hada_"): t for key, t in tensors.items() if key != "alpha"},
+            alpha,
+            kernel,
         )
     stored = {key.removeprefix("lokr_"): t for key, t in tensors.items() if key != "alpha"}
     return oracle.lokr_stored(stored, alpha, kernel)

@@ -39,11 +39,15 @@ def lokr(w1: Array, w2: Array, scale: float = 1.0) -> Array:
     result = np.zeros((a * c, b * d, *kernel))
     for i in range(a):
         for j in range(b):
-            result[i * c : (i + 1) * c, j * d : (j + 1) * d] = float(w1[i, j]) * w2.astype(np.float64)
+            result[i * c : (i + 1) * c, j * d : (j + 1) * d] = float(w1[i, j]) * w2.astype(
+                np.float64
+            )
     return scale * result
 
 
-def lokr_stored(tensors: Mapping[str, Array], alpha: float | None, kernel: tuple[int, ...] = ()) -> Array:
+def lokr_stored(
+    tensors: Mapping[str, Array], alpha: float | None, kernel: tuple[int, ...] = ()
+) -> Array:
     """ΔW from stored LoKr tensors, as LyCORIS `modules/lokr.py` builds it in its forward pass."""
     t = {role: value.astype(np.float64) for role, value in tensors.items()}
     rank = None
@@ -89,7 +93,9 @@ def best_kron(matrix: Array, a: int, b: int) -> float:
     """‖M − A ⊗ B‖_F of the nearest Kronecker product with A of a × b (Van Loan and Pitsianis 1993)."""
     rows, columns = matrix.shape
     c, d = rows // a, columns // b
-    blocks = [matrix[i * c : (i + 1) * c, j * d : (j + 1) * d].ravel() for i in range(a) for j in range(b)]
+    blocks = [
+        matrix[i * c : (i + 1) * c, j * d : (j + 1) * d].ravel() for i in range(a) for j in range(b)
+    ]
     sigma = np.linalg.svd(np.array(blocks, dtype=np.float64), compute_uv=False)
     return float(np.sqrt((sigma[1:] ** 2).sum()))
 
@@ -109,7 +115,9 @@ def _bounded(blocks: np.ndarray, bound: float) -> np.ndarray:
     return blocks * min(1.0, bound / norm) if bound > 0 else blocks
 
 
-def oft(weight: np.ndarray, blocks: np.ndarray, bound: float, rescale: np.ndarray | None) -> np.ndarray:
+def oft(
+    weight: np.ndarray, blocks: np.ndarray, bound: float, rescale: np.ndarray | None
+) -> np.ndarray:
     """Every block of rows, turned: x -> R^T x (Qiu et al. 2023, as LyCORIS has it)."""
     merged, size = weight.copy(), blocks.shape[-1]
     for n, block in enumerate(_bounded(blocks, bound)):
@@ -118,7 +126,9 @@ def oft(weight: np.ndarray, blocks: np.ndarray, bound: float, rescale: np.ndarra
     return merged if rescale is None else merged * rescale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def boft(weight: np.ndarray, blocks: np.ndarray, bound: float, rescale: np.ndarray | None) -> np.ndarray:
+def boft(
+    weight: np.ndarray, blocks: np.ndarray, bound: float, rescale: np.ndarray | None
+) -> np.ndarray:
     """Butterfly stages (Liu et al. 2023): stage s turns the rows whose numbers differ by multiples of 2^s b/2."""
     merged, size = weight.copy(), blocks.shape[-1]
     for stage, turns in enumerate(_bounded(blocks, bound)):
@@ -139,8 +149,12 @@ def kohya_oft(weight: np.ndarray, parts: list[np.ndarray], alpha: float) -> np.n
     merged, at = weight.copy(), 0
     for blocks in parts:
         size = blocks.shape[-1]
-        for block in _bounded(blocks, alpha * len(blocks) * size) if alpha else np.zeros_like(blocks):
-            merged[at : at + size] = np.einsum("nm,n...->m...", _rotation(block), weight[at : at + size])
+        for block in (
+            _bounded(blocks, alpha * len(blocks) * size) if alpha else np.zeros_like(blocks)
+        ):
+            merged[at : at + size] = np.einsum(
+                "nm,n...->m...", _rotation(block), weight[at : at + size]
+            )
             at += size
     return merged
 
@@ -168,7 +182,9 @@ def ia3(weight: np.ndarray, added: np.ndarray, axis: int) -> np.ndarray:
     return weight * (1 + added.reshape(shape))
 
 
-def peft_oft(weight: np.ndarray, packed: np.ndarray, size: int, *, scaled: bool = False) -> np.ndarray:
+def peft_oft(
+    weight: np.ndarray, packed: np.ndarray, size: int, *, scaled: bool = False
+) -> np.ndarray:
     """Blocks of the inputs, turned by the series I + 2Q + 2Q^2 + 2Q^3 + Q^4 (PEFT); OneTrainer may scale Q."""
     flat = weight.reshape(len(weight), -1)
     packed = packed / (2 * np.sqrt(size - 1)) if scaled else packed

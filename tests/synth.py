@@ -49,7 +49,9 @@ class Parameter:
     target: Target
     kind: Kind
     shape: tuple[int, ...]
-    names: Mapping[str, tuple[tuple[str, Rows | None, bool], ...]]  # naming -> (key, rows, transposed)
+    names: Mapping[
+        str, tuple[tuple[str, Rows | None, bool], ...]
+    ]  # naming -> (key, rows, transposed)
 
 
 def parameters(component: Component, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Parameter]:
@@ -71,14 +73,23 @@ def _key(name: Name, param: str, indices: Mapping[str, int]) -> tuple[str, Rows 
 
 
 def _parameter(
-    component: Component, row: Row, indices: Mapping[str, int], param: str, shapes: Mapping[str, tuple[int, ...]]
+    component: Component,
+    row: Row,
+    indices: Mapping[str, int],
+    param: str,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Parameter | None:
-    names = {naming: tuple(_key(name, param, indices) for name in found) for naming, found in row.names.items()}
+    names = {
+        naming: tuple(_key(name, param, indices) for name in found)
+        for naming, found in row.names.items()
+    }
     parts = [shapes.get(key) for key, _, _ in names["diffusers"]]
     if any(part is None for part in parts):
         return None
     shape = (sum(part[0] for part in parts), *parts[0][1:])  # type: ignore[index, misc]
-    return Parameter(Target(component.name, fill(row.target, indices), param), row.kind, shape, names)
+    return Parameter(
+        Target(component.name, fill(row.target, indices), param), row.kind, shape, names
+    )
 
 
 def checkpoint_listing(
@@ -142,7 +153,14 @@ def lora_shapes(shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]
 
 def shares(row: Row) -> int:
     """How many equal shares the rows of a target fall into, over all namings."""
-    return math.lcm(*(name.rows.total for names in row.names.values() for name in names if name.rows is not None))
+    return math.lcm(
+        *(
+            name.rows.total
+            for names in row.names.values()
+            for name in names
+            if name.rows is not None
+        )
+    )
 
 
 def tiny_slots(family: str, format: str) -> Iterator[tuple[Slot, int]]:
@@ -168,7 +186,9 @@ def slots_of(family: str, format: str, targets: Iterable[Target]) -> Iterator[Sl
 def save_listing(path: Path, listing: Listing, note: str) -> None:
     """Our compact form: a comment line, then key, dtype, shape (`320x4x3x3`, empty for a scalar), tab-separated."""
     lines = [f"# {note}"]
-    lines += [f"{key}\t{dtype}\t{'x'.join(map(str, shape))}" for key, (dtype, shape) in listing.items()]
+    lines += [
+        f"{key}\t{dtype}\t{'x'.join(map(str, shape))}" for key, (dtype, shape) in listing.items()
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
@@ -190,7 +210,8 @@ def corpus_listing(path: Path) -> Listing:
 def shrink(listing: Listing, by: int = 32) -> Listing:
     """The same model with every width divided: channels, not kernels (a row count divisible by 3 stays so)."""
     return {
-        key: (dtype, tuple(n if n <= 16 else max(1, n // by) for n in shape)) for key, (dtype, shape) in listing.items()
+        key: (dtype, tuple(n if n <= 16 else max(1, n // by) for n in shape))
+        for key, (dtype, shape) in listing.items()
     }
 
 
@@ -206,5 +227,7 @@ def write_header_only(
         for key, info in infos.items():
             if key.endswith("alpha"):
                 file.seek(info.start)
-                file.write(struct.pack("<f", alpha) if info.dtype == "F32" else struct.pack("<e", alpha))
+                file.write(
+                    struct.pack("<f", alpha) if info.dtype == "F32" else struct.pack("<e", alpha)
+                )
     return path

@@ -46,7 +46,9 @@ CHAINS = {
     "cli": ("options", "render", "*"),
 }
 CHAIN_L3 = ("keymap", "suggest", "policy", "detect", "unknown", "adapter", "checkpoint")
-TORCH = {"linalg"}  # everything else imports it inside functions: plans, dry runs and refusals never load it
+TORCH = {
+    "linalg"
+}  # everything else imports it inside functions: plans, dry runs and refusals never load it
 
 
 def imports(path: Path, top_only: bool = False) -> Iterator[str]:
@@ -90,11 +92,19 @@ def test_imports_go_down(path: Path) -> None:
         elif LEVELS[other] == LEVELS[home] == 3:
             assert CHAIN_L3.index(other) < CHAIN_L3.index(home), f"{path.name} imports {name}"
         else:
-            assert LEVELS[other] < LEVELS[home], f"{path.name} (L{LEVELS[home]}) imports {name} (L{LEVELS[other]})"
+            assert LEVELS[other] < LEVELS[home], (
+                f"{path.name} (L{LEVELS[home]}) imports {name} (L{LEVELS[other]})"
+            )
 
 
 def _check_sibling(home: str, module: str, rest: list[str], name: str) -> None:
-    if not rest or rest[0].startswith("_") or rest[0] == module or module == "__init__" or home == module:
+    if (
+        not rest
+        or rest[0].startswith("_")
+        or rest[0] == module
+        or module == "__init__"
+        or home == module
+    ):
         return
     if not (PACKAGE / home / f"{rest[0]}.py").exists():
         return  # a name out of __init__
@@ -116,7 +126,9 @@ def test_torch_click_and_rich_stay_where_they_belong(path: Path) -> None:
         assert not anywhere & {"click", "rich"}, relative
     if "matplotlib" in anywhere:
         assert relative in ("cli/_picture.py", "cli/_plot.py", "cli/_curves.py"), relative
-        assert "matplotlib" not in roots, "matplotlib is an extra: it is imported when a picture is drawn"
+        assert "matplotlib" not in roots, (
+            "matplotlib is an extra: it is imported when a picture is drawn"
+        )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -127,7 +139,11 @@ def test_every_function_is_annotated(path: Path) -> None:
 
 
 def test_registries_are_complete() -> None:
-    for known, folder in ((families(), "families"), (formats(), "formats"), (algorithms(), "algorithms")):
+    for known, folder in (
+        (families(), "families"),
+        (formats(), "formats"),
+        (algorithms(), "algorithms"),
+    ):
         files = {p.stem for p in (PACKAGE / folder).glob("[!_]*.py")}
         assert {part.replace("-", "_") for name in known for part in name.split("+")} == files
 
@@ -146,10 +162,24 @@ def test_the_error_tree_is_as_its_docstring_draws_it() -> None:
         ["inspect", "{tiny}/lora-kohya.safetensors", "{tiny}/base.ckpt"],
         ["families"],
         ["--help"],
-        ["convert", "{tiny}/lora-kohya.safetensors", "--to", "comfy", "-o", "{out}/renamed.safetensors"],
+        [
+            "convert",
+            "{tiny}/lora-kohya.safetensors",
+            "--to",
+            "comfy",
+            "-o",
+            "{out}/renamed.safetensors",
+        ],
         ["convert", "{tiny}/lora-kohya.safetensors", "--to", "diffusers", "--dry-run"],
         ["resize", "{tiny}/lora-kohya.safetensors", "--size", "40KB", "--dry-run"],
-        ["combine", "{tiny}/lora-kohya.safetensors", "{tiny}/lokr-kohya.safetensors:-1", "--rank", "2", "--dry-run"],
+        [
+            "combine",
+            "{tiny}/lora-kohya.safetensors",
+            "{tiny}/lokr-kohya.safetensors:-1",
+            "--rank",
+            "2",
+            "--dry-run",
+        ],
         ["extract", "{tiny}/base.ckpt", "{tiny}/tuned.ckpt", "--dry-run"],
         ["merge", "{tiny}/base.ckpt", "{tiny}/lora-kohya.safetensors", "--dry-run"],
     ],

@@ -25,7 +25,9 @@ def decoded(stored: torch.Tensor) -> np.ndarray:
     code = stored.view(torch.uint8).numpy().astype(np.int64)
     bits, bias = (3, 7) if stored.dtype == torch.float8_e4m3fn else (2, 15)
     exponent, mantissa = (code & 0x7F) >> bits, (code & ((1 << bits) - 1)) / (1 << bits)
-    size = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+    size = np.where(
+        exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias)
+    )
     return np.where(code & 0x80, -size, size)
 
 
@@ -52,9 +54,14 @@ def scaled(weight: np.ndarray, scale: torch.Tensor | None) -> np.ndarray:
         rows, blocks, _ = factors.shape
         width = weight.shape[1] // blocks
         return np.stack(
-            [[weight[r, c] * factors[r, c // width, 0] for c in range(weight.shape[1])] for r in range(rows)]
+            [
+                [weight[r, c] * factors[r, c // width, 0] for c in range(weight.shape[1])]
+                for r in range(rows)
+            ]
         )
-    return weight * (factors if factors.size == 1 else factors.reshape(-1, *[1] * (weight.ndim - 1)))
+    return weight * (
+        factors if factors.size == 1 else factors.reshape(-1, *[1] * (weight.ndim - 1))
+    )
 
 
 def narrowed(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +69,9 @@ def narrowed(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtyp
     return torch.from_numpy(codes).float().clamp(-400, 400).to(dtype)
 
 
-def open_saved(path: Path, state: State, metadata: Mapping[str, str] | None = None, **options: bool) -> Checkpoint:
+def open_saved(
+    path: Path, state: State, metadata: Mapping[str, str] | None = None, **options: bool
+) -> Checkpoint:
     save_file(state, path, metadata=dict(metadata or {}))
     return Checkpoint.open(path, **options)  # type: ignore[arg-type]
 
@@ -83,7 +92,9 @@ def pieces_of(checkpoint: Checkpoint, name: str) -> tuple[Piece, ...]:
 def test_fp8_is_read_with_its_scale(tmp_path: Path, dtype: str, kind: str, spelled: str) -> None:
     state = tiny_base()
     for key in (KEY, CONV):
-        scale = scale_of("rows" if kind == "blocks" and key == CONV else kind, tuple(state[key].shape))
+        scale = scale_of(
+            "rows" if kind == "blocks" and key == CONV else kind, tuple(state[key].shape)
+        )
         state[key] = narrowed(state[key], scale, FP8[dtype])
         if scale is not None:
             state[f"{key.removesuffix('weight')}{spelled}"] = scale
@@ -95,7 +106,9 @@ def test_fp8_is_read_with_its_scale(tmp_path: Path, dtype: str, kind: str, spell
             true = scaled(decoded(state[key]), scale)
             assert read.dtype == torch.float32
             assert read.is_contiguous()
-            np.testing.assert_allclose(read.double().numpy(), true.reshape(len(true), -1), rtol=1.2e-7, atol=0)
+            np.testing.assert_allclose(
+                read.double().numpy(), true.reshape(len(true), -1), rtol=1.2e-7, atol=0
+            )
             assert np.abs(true).max() > 0
 
 
@@ -122,7 +135,9 @@ def test_parts_of_a_fused_fp8_weight_take_their_own_rows_of_the_scale(tmp_path: 
         target = checkpoint.places[key].slot.target
         rows = len(truth[key]) // 3
         for n in range(3):
-            pieces = checkpoint.locate(Slot(target, Rows(n, n + 1, 3)), checkpoint.targets()[target])
+            pieces = checkpoint.locate(
+                Slot(target, Rows(n, n + 1, 3)), checkpoint.targets()[target]
+            )
             assert pieces is not None
             read = checkpoint.read(pieces).double().numpy()
             np.testing.assert_allclose(read, truth[key][n * rows : (n + 1) * rows], rtol=1.2e-7)
@@ -146,7 +161,9 @@ def test_a_transposed_fp8_weight_is_widened_too(tmp_path: Path) -> None:
 
 def test_the_keys_of_a_scaled_file_are_neither_unknown_nor_counted(tmp_path: Path) -> None:
     """Two extra keys beside each weight: by themselves they would hide the family."""
-    plain = {key: tensor for key, tensor in tiny_base(torch.float16).items() if key.endswith("weight")}
+    plain = {
+        key: tensor for key, tensor in tiny_base(torch.float16).items() if key.endswith("weight")
+    }
     state = dict(plain)
     for key, tensor in plain.items():
         if tensor.ndim == 2:
@@ -157,7 +174,10 @@ def test_the_keys_of_a_scaled_file_are_neither_unknown_nor_counted(tmp_path: Pat
     before = open_saved(tmp_path / "plain.safetensors", plain)
     after = open_saved(tmp_path / "scaled.safetensors", state)
     assert (after.family, after.places) == (before.family, before.places)
-    assert (after.detection.claimed, after.detection.total) == (before.detection.claimed, before.detection.total)
+    assert (after.detection.claimed, after.detection.total) == (
+        before.detection.claimed,
+        before.detection.total,
+    )
     assert set(after.others.values()) == {"scale"}
     assert len(after.others) == len(state) - len(plain)
 
@@ -189,14 +209,26 @@ BYTES = torch.zeros(8, 4, dtype=torch.uint8)
         (BYTES, {}, "packed integers"),
         (BYTES.to(torch.int8), {"weight_scale": torch.ones(())}, "int8"),
         (BYTES.to(torch.int8), {"SCB": torch.ones(8)}, "int8 (bitsandbytes)"),
-        (BYTES.to(torch.float8_e4m3fn), {"weight_scale": torch.ones(8, 1).to(torch.float8_e8m0fnu)}, "mxfp8"),
+        (
+            BYTES.to(torch.float8_e4m3fn),
+            {"weight_scale": torch.ones(8, 1).to(torch.float8_e8m0fnu)},
+            "mxfp8",
+        ),
         (
             BYTES.to(torch.float8_e4m3fn),
             {"weight_scale_inv": torch.ones(1, 1)},
             "fp8 with a scale per block of rows and columns",
         ),
-        (BYTES.to(torch.float8_e4m3fn), {"weight_scale": torch.ones(4, 2)}, "F8_E4M3 [8, 4] with scales [4, 2]"),
-        (BYTES.to(torch.float8_e4m3fn), {"weight_scale": torch.ones(8, 3, 1)}, "F8_E4M3 [8, 4] with scales [8, 3, 1]"),
+        (
+            BYTES.to(torch.float8_e4m3fn),
+            {"weight_scale": torch.ones(4, 2)},
+            "F8_E4M3 [8, 4] with scales [4, 2]",
+        ),
+        (
+            BYTES.to(torch.float8_e4m3fn),
+            {"weight_scale": torch.ones(8, 3, 1)},
+            "F8_E4M3 [8, 4] with scales [8, 3, 1]",
+        ),
         (
             BYTES.to(torch.float8_e4m3fn),
             {"weight_scale": torch.ones(()), "scale_weight": torch.ones(())},
@@ -252,7 +284,9 @@ def test_averaged_weights_are_read_where_asked_and_there(tmp_path: Path) -> None
                 pieces = averaged.locate(slot, averaged.targets()[target])
                 assert pieces is not None
                 ours = plain.read(pieces_of(plain, key))
-                assert torch.equal(averaged.read(pieces), twice * ours.float() if twice == 2 else ours), key
+                assert torch.equal(
+                    averaged.read(pieces), twice * ours.float() if twice == 2 else ours
+                ), key
         assert {averaged.others[key] for key in denoiser[:-1]} == {"replaced"}
         assert averaged.others["model_ema.decay"] == "ema"
         assert set(plain.others.values()) == {"ema"}
@@ -278,7 +312,9 @@ def test_a_target_is_what_it_was(tmp_path: Path) -> None:
     """The place of an averaged weight is that of the plain one."""
     state = with_averages(tiny_base(), [KEY])
     with open_saved(tmp_path / "a.safetensors", state, ema=True) as checkpoint:
-        target = Target("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "weight")
+        target = Target(
+            "unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "weight"
+        )
         assert checkpoint.targets()[target] == {Slot(target): average(KEY)}
 
 
@@ -298,10 +334,15 @@ def turned(state: State) -> State:
         (lambda: fp8_with_scales(tiny_base(torch.float16)), "safetensors"),
         (lambda: turned(tiny_base()), "ckpt"),
         (lambda: small("sdxl", torch.bfloat16), "safetensors"),  # a transposed projection
-        (lambda: small("flux"), "safetensors"),  # fused projections, a modulation with its halves swapped
+        (
+            lambda: small("flux"),
+            "safetensors",
+        ),  # fused projections, a modulation with its halves swapped
     ],
 )
-def test_blocks_are_what_read_gives(state: Callable[[], State], suffix: str, tmp_path: Path) -> None:
+def test_blocks_are_what_read_gives(
+    state: Callable[[], State], suffix: str, tmp_path: Path
+) -> None:
     """Of every slot, parts of fused weights too."""
     made = state()
     path = tmp_path / f"a.{suffix}"

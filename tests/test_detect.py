@@ -75,7 +75,9 @@ def test_n4_real_key_lists(name: str, corpus: Path, tmp_path: Path) -> None:
     described = json.loads((corpus / "adapters" / f"{name}.json").read_text())
     family = family_of(described["family"])
     with Adapter.open(write_header_only(tmp_path / "a.safetensors", listing)) as adapter:
-        if not described["shape_check"]["inconsistent"]:  # some made-up lists have shapes that fit nothing
+        if not described["shape_check"][
+            "inconsistent"
+        ]:  # some made-up lists have shapes that fit nothing
             assert not adapter.unclaimed
             assert not adapter.problems
         assert adapter.format.name == format_of(listing)
@@ -87,7 +89,8 @@ def test_n4_real_key_lists(name: str, corpus: Path, tmp_path: Path) -> None:
             parsed = adapter.keys.parse(key)
             assert parsed is not None
             module = adapter.keys.module(
-                parsed.slot._replace(target=parsed.slot.target._replace(param="weight")), parsed.naming
+                parsed.slot._replace(target=parsed.slot.target._replace(param="weight")),
+                parsed.naming,
             )
             stem = key.removesuffix(f".{parsed.spelled}")
             part = adapter.family.component(parsed.slot.component)
@@ -108,22 +111,35 @@ SAME = {
 def test_our_key_lists_equal_the_trainers(ours: str, corpus: Path) -> None:
     theirs = corpus_listing(corpus / "adapters" / f"{SAME[ours]}.json")
     listing = load_listing(FIXTURES / "keys" / f"{ours}.tsv")
-    assert {key: shape for key, (_, shape) in listing.items()} == {key: shape for key, (_, shape) in theirs.items()}
+    assert {key: shape for key, (_, shape) in listing.items()} == {
+        key: shape for key, (_, shape) in theirs.items()
+    }
     assert len(theirs) > 700
 
 
 def test_look_alikes_are_named_and_told_apart_by_shape_and_metadata() -> None:
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    silent = infos({f"{stem}.lora_up.weight": ("F16", (320, 4)), f"{stem}.lora_down.weight": ("F16", (4, 320))})
+    silent = infos(
+        {f"{stem}.lora_up.weight": ("F16", (320, 4)), f"{stem}.lora_down.weight": ("F16", (4, 320))}
+    )
     found = detect_adapter(silent, {})
     assert (found.family, found.alternatives) == ("sd1", ("sd2",))
-    assert detect_adapter(silent, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}).family == "sd2"
+    assert (
+        detect_adapter(silent, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}).family
+        == "sd2"
+    )
     assert detect_adapter(silent, {"ss_base_model_version": "sd_v2"}).alternatives == ()
     assert detect_adapter(silent, {}, family="sd2").family == "sd2"
     cross = stem.replace("attn1_to_q", "attn2_to_k")
     for columns, family in ((768, "sd1"), (1024, "sd2")):
-        shapes = {f"{cross}.lora_up.weight": ("F16", (320, 4)), f"{cross}.lora_down.weight": ("F16", (4, columns))}
-        assert (detect_adapter(infos(shapes), {}).family, detect_adapter(infos(shapes), {}).alternatives) == (
+        shapes = {
+            f"{cross}.lora_up.weight": ("F16", (320, 4)),
+            f"{cross}.lora_down.weight": ("F16", (4, columns)),
+        }
+        assert (
+            detect_adapter(infos(shapes), {}).family,
+            detect_adapter(infos(shapes), {}).alternatives,
+        ) == (
             family,
             (),
         )
@@ -138,7 +154,10 @@ def test_sdxl_in_either_naming() -> None:
         "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k",
     ]
     for stem in stems:
-        shapes = {f"{stem}.lora_up.weight": ("F16", (640, 4)), f"{stem}.lora_down.weight": ("F16", (4, 640))}
+        shapes = {
+            f"{stem}.lora_up.weight": ("F16", (640, 4)),
+            f"{stem}.lora_down.weight": ("F16", (4, 640)),
+        }
         assert detect_adapter(infos(shapes), {}).family == "sdxl"
 
 

@@ -40,17 +40,23 @@ def test_all_steps_are_done_in_file_order() -> None:
 
 @pytest.mark.parametrize("most", [1, 4])
 def test_a_cpu_stacks_a_few_that_are_light_and_near(most: int) -> None:
-    listed = [Step(i, i % 3 if i < 60 else i, 1 + 5_000_000 * (i % 3 == 1), (0, i)) for i in range(80)]
+    listed = [
+        Step(i, i % 3 if i < 60 else i, 1 + 5_000_000 * (i % 3 == 1), (0, i)) for i in range(80)
+    ]
     found = list(buckets(listed, Resources(), most))
     assert sorted(p for bucket in found for p in bucket.payloads) == list(range(80))
-    assert [bucket.payloads[0] for bucket in found] == sorted(bucket.payloads[0] for bucket in found)
+    assert [bucket.payloads[0] for bucket in found] == sorted(
+        bucket.payloads[0] for bucket in found
+    )
     for bucket in found:
         assert len({step.shape for step in bucket.steps}) == 1
         assert len(bucket.steps) <= most
         assert bucket.bytes <= engine.PARCEL
         assert bucket.payloads[-1] - bucket.payloads[0] < engine.NEAR
     if most > 1:
-        sizes = {bucket.payloads[0] % 3: len(bucket.steps) for bucket in found if bucket.payloads[0] < 40}
+        sizes = {
+            bucket.payloads[0] % 3: len(bucket.steps) for bucket in found if bucket.payloads[0] < 40
+        }
         assert sizes == {0: 4, 1: 3, 2: 4}, "three of five megabytes are all that is light"
 
 
@@ -86,12 +92,16 @@ def test_a_step_beyond_the_bound_is_refused_with_the_figure() -> None:
 @pytest.mark.parametrize("where", ["load", "kernel", "store"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_error_in_any_thread_ends_the_run(where: str, error: type[BaseException], workers: int) -> None:
+def test_an_error_in_any_thread_ends_the_run(
+    where: str, error: type[BaseException], workers: int
+) -> None:
     def fail(*_: object) -> None:
         raise error("here")
 
     work = doubling([])
-    broken = Work(**{**{name: getattr(work, name) for name in ("load", "kernel", "store")}, where: fail})
+    broken = Work(
+        **{**{name: getattr(work, name) for name in ("load", "kernel", "store")}, where: fail}
+    )
     before = threading.active_count()
     with pytest.raises(error, match="here"):
         run(steps(50), broken, Resources(workers=workers))
@@ -110,7 +120,9 @@ def test_small_steps_go_from_thread_to_thread_together(workers: int) -> None:
     assert (counts[0], counts[-1]) == (200 // (engine.ROUNDS * workers), 1)
     for memory in (90, 40):  # every worker, and what is read ahead, within the bound
         bounded = engine._parcels(listed, memory, workers)
-        assert max(parcel.bytes for parcel in bounded) <= max(10, memory // (workers + engine.BESIDE))
+        assert max(parcel.bytes for parcel in bounded) <= max(
+            10, memory // (workers + engine.BESIDE)
+        )
 
 
 def test_turns_are_short_only_while_it_runs() -> None:
@@ -119,7 +131,9 @@ def test_turns_are_short_only_while_it_runs() -> None:
     assert max(seen) < before == sys.getswitchinterval()
 
 
-@pytest.mark.parametrize(("workers", "memory", "most"), [(1, None, 3), (3, None, 5), (3, 25, 2), (3, 5, 1)])
+@pytest.mark.parametrize(
+    ("workers", "memory", "most"), [(1, None, 3), (3, None, 5), (3, 25, 2), (3, 5, 1)]
+)
 def test_what_is_alive_stays_within_the_bound(workers: int, memory: int | None, most: int) -> None:
     """Two read ahead and one for each worker, and from reading to storing never more bytes than the bound."""
     alive, seen, lock = 0, 0, threading.Lock()
@@ -162,7 +176,9 @@ def test_a_slow_step_keeps_nobody_waiting() -> None:
         others.release()
         return [1]
 
-    work = Work(lambda i: {"x": torch.zeros(1)}, kernel, lambda i, _: stored.append(i), held=lambda n: n)
+    work = Work(
+        lambda i: {"x": torch.zeros(1)}, kernel, lambda i, _: stored.append(i), held=lambda n: n
+    )
     run(steps(30, 10), work, Resources(memory=60, workers=2))
     assert stored == list(reversed(range(30)))
 
@@ -198,7 +214,11 @@ def test_announced_steps_are_loaded_by_whoever_computes_them(workers: int) -> No
         assert i in announced
         return dict(plain.load(i))
 
-    run(steps(40), Work(load, plain.kernel, plain.store, announce=announced.append), Resources(workers=workers))
+    run(
+        steps(40),
+        Work(load, plain.kernel, plain.store, announce=announced.append),
+        Resources(workers=workers),
+    )
     assert announced == list(reversed(range(40)))
     assert stored == [(i, 2.0 * i) for i in reversed(range(40))]
     assert all(name.startswith("adaptkit-compute") for name in loaders.values())
@@ -212,7 +232,11 @@ def test_an_error_of_an_announced_step_ends_the_run(where: str) -> None:
     work = doubling([])
     found = {"load": work.load, "announce": lambda _: None, where: fail}
     with pytest.raises(ValueError, match="here"):
-        run(steps(10), Work(found["load"], work.kernel, work.store, announce=found["announce"]), Resources())  # type: ignore[arg-type]
+        run(
+            steps(10),
+            Work(found["load"], work.kernel, work.store, announce=found["announce"]),
+            Resources(),
+        )  # type: ignore[arg-type]
 
 
 def test_the_default_bound_grows_with_the_largest_step() -> None:

@@ -37,7 +37,11 @@ def run(source: Path, to: str, **options: object) -> tuple[Tensors, convert.Repo
 
 
 def pair(
-    stem: str, rows: int, columns: int, rank: int, spelled: tuple[str, str] = ("lora_up.weight", "lora_down.weight")
+    stem: str,
+    rows: int,
+    columns: int,
+    rank: int,
+    spelled: tuple[str, str] = ("lora_up.weight", "lora_down.weight"),
 ) -> Tensors:
     return {f"{stem}.{spelled[0]}": randn(rows, rank), f"{stem}.{spelled[1]}": randn(rank, columns)}
 
@@ -49,7 +53,9 @@ SD_DIFFUSERS = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 def test_f17_alpha_is_applied_once_and_metadata_is_kept(tmp_path: Path) -> None:
     tensors = pair(SD, 8, 8, 16) | {f"{SD}.alpha": torch.tensor(8.0)}
-    source = save(tmp_path / "a.safetensors", tensors, {"ss_output_name": "style", "modelspec.title": "Style"})
+    source = save(
+        tmp_path / "a.safetensors", tensors, {"ss_output_name": "style", "modelspec.title": "Style"}
+    )
     written, report = run(source, "diffusers", family="sd1")
     exact = 0.5 * tensors[f"{SD}.lora_up.weight"] @ tensors[f"{SD}.lora_down.weight"]
     torch.testing.assert_close(
@@ -81,11 +87,16 @@ def test_f20_names_with_underscores_of_their_own(tmp_path: Path) -> None:
     for module in modules:
         tensors |= pair(f"lora_unet_{module.replace('.', '_')}", 4, 4, 2)
     written, _ = run(save(tmp_path / "a.safetensors", tensors), "comfy", family="wan")
-    assert {key.removeprefix("diffusion_model.").rpartition(".lora_")[0] for key in written} == set(modules)
+    assert {key.removeprefix("diffusion_model.").rpartition(".lora_")[0] for key in written} == set(
+        modules
+    )
 
 
 def test_f21_dora_biases_adapter_names_and_text_encoders(tmp_path: Path) -> None:
-    stem, te = "unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    stem, te = (
+        "unet.mid_block.attentions.0.proj_in",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    )
     tensors = {
         f"{stem}.lora_A.default.weight": randn(2, 4),
         f"{stem}.lora_B.default.weight": randn(4, 2),
@@ -115,7 +126,11 @@ FLUX = "lora_unet_double_blocks_0_img_attn_qkv"
 
 def test_f23_never_an_empty_file(tmp_path: Path) -> None:
     """LoKr is split where its blocks allow and refused where not; a file of another family is that family's."""
-    lokr = {f"{FLUX}.lokr_w1": randn(3, 2), f"{FLUX}.lokr_w2": randn(4, 3), f"{FLUX}.alpha": torch.tensor(1.0)}
+    lokr = {
+        f"{FLUX}.lokr_w1": randn(3, 2),
+        f"{FLUX}.lokr_w2": randn(4, 3),
+        f"{FLUX}.alpha": torch.tensor(1.0),
+    }
     written, _ = run(save(tmp_path / "a.safetensors", lokr), "diffusers", family="flux")
     delta = torch.kron(lokr[f"{FLUX}.lokr_w1"], lokr[f"{FLUX}.lokr_w2"])
     for n, part in enumerate(("to_q", "to_k", "to_v")):
@@ -152,18 +167,31 @@ def test_f24_there_and_back_keeps_the_rank(tmp_path: Path) -> None:
 def test_f25_flux_and_dora_to_kohya(tmp_path: Path) -> None:
     stem = "transformer.transformer_blocks.0.attn.to_out.0"
     tensors = pair(stem, 4, 6, 4, PEFT)
-    told = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": ["to_out.0"]}
-    source = save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(told), "author": "me"})
+    told = {
+        "transformer.r": 4,
+        "transformer.lora_alpha": 8,
+        "transformer.target_modules": ["to_out.0"],
+    }
+    source = save(
+        tmp_path / "a.safetensors",
+        tensors,
+        {"lora_adapter_metadata": json.dumps(told), "author": "me"},
+    )
     written, _ = run(source, "kohya", family="flux")
     assert set(written) == {
-        f"lora_unet_double_blocks_0_img_attn_proj.{name}" for name in ("lora_up.weight", "lora_down.weight", "alpha")
+        f"lora_unet_double_blocks_0_img_attn_proj.{name}"
+        for name in ("lora_up.weight", "lora_down.weight", "alpha")
     }
     assert float(written["lora_unet_double_blocks_0_img_attn_proj.alpha"]) == 8.0
     with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
         assert file.metadata()["author"] == "me"
-    dora = pair(SD_DIFFUSERS, 8, 8, 2, PEFT) | {f"{SD_DIFFUSERS}.lora_magnitude_vector": randn(8).abs()}
+    dora = pair(SD_DIFFUSERS, 8, 8, 2, PEFT) | {
+        f"{SD_DIFFUSERS}.lora_magnitude_vector": randn(8).abs()
+    }
     written, _ = run(save(tmp_path / "a.safetensors", dora), "kohya", family="sd1")
-    assert set(written) == {f"{SD}.{name}" for name in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale")}
+    assert set(written) == {
+        f"{SD}.{name}" for name in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale")
+    }
 
 
 def test_f26_alpha_tensors_count(tmp_path: Path) -> None:
@@ -174,11 +202,16 @@ def test_f26_alpha_tensors_count(tmp_path: Path) -> None:
 
 
 def test_f27_a_dora_never_becomes_a_plain_lora(tmp_path: Path) -> None:
-    tensors = pair(SD, 8, 8, 4) | {f"{SD}.alpha": torch.tensor(4.0), f"{SD}.dora_scale": randn(8, 1).abs()}
+    tensors = pair(SD, 8, 8, 4) | {
+        f"{SD}.alpha": torch.tensor(4.0),
+        f"{SD}.dora_scale": randn(8, 1).abs(),
+    }
     written, _ = run(save(tmp_path / "a.safetensors", tensors), "diffusers", family="sd1")
     assert written[f"{SD_DIFFUSERS}.lora_magnitude_vector"].shape == (8,)
     wide = tensors | {f"{SD}.dora_scale": randn(1, 8).abs()}
-    with pytest.raises(NotRepresentable, match="input"):  # the axis OneTrainer uses has no PEFT form
+    with pytest.raises(
+        NotRepresentable, match="input"
+    ):  # the axis OneTrainer uses has no PEFT form
         run(save(tmp_path / "a.safetensors", wide), "diffusers", family="sd1")
 
 
@@ -186,7 +219,9 @@ def test_c9_missing_alpha_and_missing_parts(tmp_path: Path) -> None:
     tensors = {
         key: t
         for part in "qk"
-        for key, t in pair(f"transformer.transformer_blocks.0.attn.to_{part}", 4, 6, 2, PEFT).items()
+        for key, t in pair(
+            f"transformer.transformer_blocks.0.attn.to_{part}", 4, 6, 2, PEFT
+        ).items()
     }
     written, report = run(save(tmp_path / "a.safetensors", tensors), "kohya", family="flux")
     up, down = written[f"{FLUX}.lora_up.weight"], written[f"{FLUX}.lora_down.weight"]
@@ -213,19 +248,29 @@ def test_c19_lokr_and_tucker_in_a_kohya_file(tmp_path: Path) -> None:
     source = save(tmp_path / "a.safetensors", tensors)
     written, _ = run(source, "comfy", family="sdxl")
     assert torch.equal(
-        written["diffusion_model.input_blocks.4.0.in_layers.2.lora_mid.weight"], tensors[f"{stem}.lora_mid.weight"]
+        written["diffusion_model.input_blocks.4.0.in_layers.2.lora_mid.weight"],
+        tensors[f"{stem}.lora_mid.weight"],
     )
     assert "diffusion_model.input_blocks.4.1.proj_in.lokr_w1" in written
     with pytest.raises(AdaptkitError, match=r"lokr|tucker|LoKr|mid"):
-        convert.plan(source, convert.Options(host="diffusers", family="sdxl", output=tmp_path / "x.safetensors"))
+        convert.plan(
+            source,
+            convert.Options(host="diffusers", family="sdxl", output=tmp_path / "x.safetensors"),
+        )
 
 
 def test_placeholder_and_infinite_alphas(tmp_path: Path) -> None:
     """ai-toolkit stores 9999999999 beside two full LoKr factors, which is infinite in float16."""
     stem = "diffusion_model.transformer_blocks.0.attn.to_q"
     for alpha in (9999999999.0, float("inf")):
-        tensors = {f"{stem}.lokr_w1": randn(2, 2), f"{stem}.lokr_w2": randn(3, 3), f"{stem}.alpha": torch.tensor(alpha)}
-        written, report = run(save(tmp_path / "a.safetensors", tensors), "kohya", family="qwen-image")
+        tensors = {
+            f"{stem}.lokr_w1": randn(2, 2),
+            f"{stem}.lokr_w2": randn(3, 3),
+            f"{stem}.alpha": torch.tensor(alpha),
+        }
+        written, report = run(
+            save(tmp_path / "a.safetensors", tensors), "kohya", family="qwen-image"
+        )
         assert float(written["lora_unet_transformer_blocks_0_attn_to_q.alpha"]) == 1.0
         assert report.relative_error == 0.0
     ranked = pair(SD, 8, 8, 4) | {f"{SD}.alpha": torch.tensor(float("nan"))}

@@ -15,7 +15,9 @@ from tests import oracle
 from tests.made import CONV, LINEAR, SHAPES, WIDE, adapter, deltas, relative
 
 
-def combined(folder: Path, *inputs: tuple[Path, float], **options: object) -> tuple[Path, combine.Report]:
+def combined(
+    folder: Path, *inputs: tuple[Path, float], **options: object
+) -> tuple[Path, combine.Report]:
     output = folder / "combined.safetensors"
     plan = combine.plan(inputs, combine.Options(output=output, overwrite=True, **options))  # type: ignore[arg-type]
     return output, combine.run(plan)
@@ -50,7 +52,10 @@ def test_f3_rules_count_ranks_as_they_say(tmp_path: Path) -> None:
     right = torch.linalg.qr(torch.randn(32, 4, dtype=torch.float64))[0].T
     up = left * torch.tensor([10.0, 5.0, 2.0, 1.0], dtype=torch.float64)
     source = tmp_path / "a.safetensors"
-    tensors = {"lora_up.weight": up.float().contiguous(), "lora_down.weight": right.float().contiguous()}
+    tensors = {
+        "lora_up.weight": up.float().contiguous(),
+        "lora_down.weight": right.float().contiguous(),
+    }
     save_file({f"{LINEAR}.{role}": tensor for role, tensor in tensors.items()}, source)
     for rule, kept in (({"sv_ratio": 2.5}, 2), ({"sv_fro": 0.85}, 1), ({"sv_cumulative": 0.5}, 1)):
         _, report = resized(source, family="sd1", **rule)
@@ -59,17 +64,23 @@ def test_f3_rules_count_ranks_as_they_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["loha", "lokr-low"])
 def test_f4_loha_and_lokr_are_really_resized(kind: str, tmp_path: Path) -> None:
-    source = adapter(tmp_path / "a.safetensors", kind, metadata={"ss_network_dim": "3", "ss_network_alpha": "3"})
+    source = adapter(
+        tmp_path / "a.safetensors", kind, metadata={"ss_network_dim": "3", "ss_network_alpha": "3"}
+    )
     output, report = resized(source, rank=1)
     assert output.stat().st_size < source.stat().st_size
-    assert report.relative_error == pytest.approx(relative(deltas(output), deltas(source)), rel=1e-6)
+    assert report.relative_error == pytest.approx(
+        relative(deltas(output), deltas(source)), rel=1e-6
+    )
     assert 0.01 < report.relative_error < 1
 
 
 def test_f5_tucker_is_resized_whole(tmp_path: Path) -> None:
     source = adapter(tmp_path / "a.safetensors", "tucker", names=[CONV])
     output, _ = resized(source, rank=4)
-    assert set(load_file(output)) == {f"{CONV}.{role}" for role in ("lora_up.weight", "lora_down.weight", "alpha")}
+    assert set(load_file(output)) == {
+        f"{CONV}.{role}" for role in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
     before, after = deltas(source)[CONV], deltas(output)[CONV]
     assert np.linalg.norm(before - after) == pytest.approx(oracle.best_rank(before, 4), rel=1e-5)
 
@@ -77,25 +88,39 @@ def test_f5_tucker_is_resized_whole(tmp_path: Path) -> None:
 def test_f6_a_resized_dora_says_so(tmp_path: Path) -> None:
     source = adapter(tmp_path / "a.safetensors")
     tensors = load_file(source)
-    tensors |= {f"{name}.dora_scale": torch.rand(shape[0], *(1,) * (len(shape) - 1)) for name, shape in SHAPES.items()}
+    tensors |= {
+        f"{name}.dora_scale": torch.rand(shape[0], *(1,) * (len(shape) - 1))
+        for name, shape in SHAPES.items()
+    }
     save_file(tensors, source)
     output, report = resized(source, rank=2)
     assert {item["algorithm"] for item in report.details} == {"lora+dora"}
-    assert all(torch.equal(load_file(output)[key], t) for key, t in tensors.items() if key.endswith("dora_scale"))
+    assert all(
+        torch.equal(load_file(output)[key], t)
+        for key, t in tensors.items()
+        if key.endswith("dora_scale")
+    )
     assert any("DoRA" in note and "--base" in note for note in report.notes)
     assert all(item["relative_error"] is None for item in report.details)
 
 
 def test_f10_no_input_contributes_nothing_in_silence(tmp_path: Path) -> None:
     """LoRA + LoKr, and LoRA + a PEFT-keyed file: both are in the sum; a LoKr alone is no empty LoRA."""
-    lora, lokr = adapter(tmp_path / "a.safetensors", seed=1), adapter(tmp_path / "b.safetensors", "lokr", seed=2)
+    lora, lokr = (
+        adapter(tmp_path / "a.safetensors", seed=1),
+        adapter(tmp_path / "b.safetensors", "lokr", seed=2),
+    )
     peft = tmp_path / "c.safetensors"
     convert.run(
-        convert.plan(adapter(tmp_path / "c0.safetensors", seed=3), convert.Options(to="diffusers", output=peft))
+        convert.plan(
+            adapter(tmp_path / "c0.safetensors", seed=3),
+            convert.Options(to="diffusers", output=peft),
+        )
     )
     output, report = combined(tmp_path, (lora, 1.0), (lokr, 1.0), (peft, 1.0))
     total = {
-        name: d + deltas(lokr)[name] + deltas(tmp_path / "c0.safetensors")[name] for name, d in deltas(lora).items()
+        name: d + deltas(lokr)[name] + deltas(tmp_path / "c0.safetensors")[name]
+        for name, d in deltas(lora).items()
     }
     assert relative(deltas(output), total) < 1e-6
     assert report.modules == len(SHAPES)
@@ -117,12 +142,18 @@ def test_f12_scale_is_applied_once_before_an_svd(tmp_path: Path) -> None:
     assert relative(deltas(output), deltas(source)) < 1e-5
 
 
-@pytest.mark.parametrize(("weights", "alpha"), [((0.5,), True), ((-1.0,), True), ((-1.0,), False), ((1.0, 1.0), True)])
-def test_f16_weights_are_linear_with_and_without_alpha(weights: tuple[float, ...], alpha: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "alpha"), [((0.5,), True), ((-1.0,), True), ((-1.0,), False), ((1.0, 1.0), True)]
+)
+def test_f16_weights_are_linear_with_and_without_alpha(
+    weights: tuple[float, ...], alpha: bool, tmp_path: Path
+) -> None:
     paths = [adapter(tmp_path / f"{n}.safetensors", seed=n) for n in range(len(weights))]
     if not alpha:
         for path in paths:
-            save_file({key: t for key, t in load_file(path).items() if not key.endswith("alpha")}, path)
+            save_file(
+                {key: t for key, t in load_file(path).items() if not key.endswith("alpha")}, path
+            )
     output, _ = combined(tmp_path, *zip(paths, weights, strict=True))
     total: dict[str, np.ndarray] = {}
     for path, weight in zip(paths, weights, strict=True):
@@ -133,7 +164,10 @@ def test_f16_weights_are_linear_with_and_without_alpha(weights: tuple[float, ...
 
 def test_c1_a_rank_above_the_smaller_side(tmp_path: Path) -> None:
     name = "lora_unet_conv_in"
-    tensors = {"lora_up.weight": torch.randn(32, 64, 1, 1), "lora_down.weight": torch.randn(64, 4, 1, 1)}
+    tensors = {
+        "lora_up.weight": torch.randn(32, 64, 1, 1),
+        "lora_down.weight": torch.randn(64, 4, 1, 1),
+    }
     source = tmp_path / "a.safetensors"
     save_file({f"{name}.{role}": tensor for role, tensor in tensors.items()}, source)
     for rank in (64, 16):
@@ -146,7 +180,10 @@ def test_c1_a_rank_above_the_smaller_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kernel", [(1, 3), (3,), (2, 3, 3)])
 def test_c2_any_kernel(kernel: tuple[int, ...], tmp_path: Path) -> None:
     ones = (1,) * len(kernel)
-    tensors = {"lora_up.weight": torch.randn(16, 6, *ones), "lora_down.weight": torch.randn(6, 12, *kernel)}
+    tensors = {
+        "lora_up.weight": torch.randn(16, 6, *ones),
+        "lora_down.weight": torch.randn(6, 12, *kernel),
+    }
     source = tmp_path / "a.safetensors"
     save_file({f"{CONV}.{role}": tensor for role, tensor in tensors.items()}, source)
     output, _ = resized(source, family="sd1", rank=3)
@@ -159,7 +196,10 @@ def test_c2_any_kernel(kernel: tuple[int, ...], tmp_path: Path) -> None:
 def test_c5_alpha_of_one_dimension(tmp_path: Path, tiny: Path) -> None:
     source = adapter(tmp_path / "a.safetensors")
     tensors = load_file(source)
-    save_file({k: t.reshape(1) if k.endswith("alpha") else t for k, t in tensors.items()}, tmp_path / "b.safetensors")
+    save_file(
+        {k: t.reshape(1) if k.endswith("alpha") else t for k, t in tensors.items()},
+        tmp_path / "b.safetensors",
+    )
     expected = load_file(resized(source, rank=3)[0])
     found = load_file(resized(tmp_path / "b.safetensors", rank=3)[0])
     assert found.keys() == expected.keys()
@@ -168,9 +208,14 @@ def test_c5_alpha_of_one_dimension(tmp_path: Path, tiny: Path) -> None:
     flat = {k: t.reshape(1) if k.endswith("alpha") else t for k, t in fixture.items()}
     save_file(flat, tmp_path / "c.safetensors")
     outputs = []
-    for name, path in (("one", tiny / "lora-kohya.safetensors"), ("two", tmp_path / "c.safetensors")):
+    for name, path in (
+        ("one", tiny / "lora-kohya.safetensors"),
+        ("two", tmp_path / "c.safetensors"),
+    ):
         target = tmp_path / f"{name}.safetensors"
-        merge.run(merge.plan(tiny / "base.safetensors", [(path, 1.0)], merge.Options(output=target)))
+        merge.run(
+            merge.plan(tiny / "base.safetensors", [(path, 1.0)], merge.Options(output=target))
+        )
         outputs.append(load_file(target))
     assert all(torch.equal(tensor, outputs[1][key]) for key, tensor in outputs[0].items())
 

@@ -23,11 +23,18 @@ QKV = "double_blocks.0.img_attn.qkv.weight"
 LINEAR1 = "single_blocks.3.linear1.weight"
 
 
-def run(base: Path, *adapters: Path | tuple[Path, float], **options: Any) -> tuple[merge.Report, State]:
+def run(
+    base: Path, *adapters: Path | tuple[Path, float], **options: Any
+) -> tuple[merge.Report, State]:
     """A merge that is read back and checked, and the tensors it wrote."""
     pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
     target = merge.Options(
-        **{"output": base.with_name("merged.safetensors"), "overwrite": True, "verify": True, **options}
+        **{
+            "output": base.with_name("merged.safetensors"),
+            "overwrite": True,
+            "verify": True,
+            **options,
+        }
     )
     report = merge.run(merge.plan(base, pairs, target))
     return report, load_file(report.output)
@@ -36,12 +43,17 @@ def run(base: Path, *adapters: Path | tuple[Path, float], **options: Any) -> tup
 def flux(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Two fused layers of FLUX.1, 16 wide."""
     draw = torch.Generator().manual_seed(0)
-    state = {QKV: torch.randn(48, 16, generator=draw), LINEAR1: torch.randn(112, 16, generator=draw)}
+    state = {
+        QKV: torch.randn(48, 16, generator=draw),
+        LINEAR1: torch.randn(112, 16, generator=draw),
+    }
     save_file({key: tensor.to(dtype) for key, tensor in state.items()}, folder / "flux.safetensors")
     return folder / "flux.safetensors"
 
 
-def lora(stem: str, rows: int, inputs: int, up: str = "lora_B", down: str = "lora_A", rank: int = 3) -> State:
+def lora(
+    stem: str, rows: int, inputs: int, up: str = "lora_B", down: str = "lora_A", rank: int = 3
+) -> State:
     draw = torch.Generator().manual_seed(len(stem))
     return {
         f"{stem}.{up}.weight": torch.randn(rows, rank, generator=draw),
@@ -51,7 +63,9 @@ def lora(stem: str, rows: int, inputs: int, up: str = "lora_B", down: str = "lor
 
 def product(state: State, stem: str, up: str = "lora_B", down: str = "lora_A") -> np.ndarray:
     return oracle.lora(
-        state[f"{stem}.{up}.weight"].double().numpy(), state[f"{stem}.{down}.weight"].double().numpy(), 1.0
+        state[f"{stem}.{up}.weight"].double().numpy(),
+        state[f"{stem}.{down}.weight"].double().numpy(),
+        1.0,
     )
 
 
@@ -72,19 +86,26 @@ def test_f7_diffusers_keys_merge_into_a_fused_flux_without_being_told(tmp_path: 
     report, found = run(base, tmp_path / "a.safetensors", family="flux")
     whole = np.concatenate([product(state, stem) for stem in stems])
     np.testing.assert_allclose(found[QKV].numpy() - load_file(base)[QKV].numpy(), whole, atol=1e-5)
-    assert strength(found[LINEAR1][48:], load_file(base)[LINEAR1][48:], product(state, single)) == pytest.approx(
-        1, abs=1e-5
-    )
+    assert strength(
+        found[LINEAR1][48:], load_file(base)[LINEAR1][48:], product(state, single)
+    ) == pytest.approx(1, abs=1e-5)
     assert torch.equal(found[LINEAR1][:48], load_file(base)[LINEAR1][:48])
     assert report.changed == 2
 
 
 @pytest.mark.parametrize("kind", ["lokr", "loha"])
-def test_f7_lokr_and_loha_are_merged_and_nothing_is_claimed_otherwise(tmp_path: Path, kind: str) -> None:
-    base, adapter = base_file(tmp_path, torch.float32), made.adapter(tmp_path / "a.safetensors", kind)
+def test_f7_lokr_and_loha_are_merged_and_nothing_is_claimed_otherwise(
+    tmp_path: Path, kind: str
+) -> None:
+    base, adapter = (
+        base_file(tmp_path, torch.float32),
+        made.adapter(tmp_path / "a.safetensors", kind),
+    )
     report, found = run(base, adapter, family="sd1")
     for name, delta in made.deltas(adapter).items():
-        assert strength(found[PLACES[name]], load_file(base)[PLACES[name]], delta) == pytest.approx(1, abs=1e-5)
+        assert strength(found[PLACES[name]], load_file(base)[PLACES[name]], delta) == pytest.approx(
+            1, abs=1e-5
+        )
     assert report.changed == 4
     other = lora("lora_unet_single_blocks_3_linear1", 8, 8, "lora_up", "lora_down")
     save_file(other, tmp_path / "flux.safetensors")
@@ -99,9 +120,14 @@ def test_f8_dora_is_merged_as_dora(tmp_path: Path, scale: float, axis: int) -> N
     """sd-scripts lists dora_scale under "unused keys" and merges a plain LoRA."""
     base, adapter = base_file(tmp_path, torch.float32), tmp_path / "a.safetensors"
     rows, columns = made.SHAPES[made.LINEAR]
-    magnitude = 1 + torch.rand((rows, 1) if axis == 0 else (1, columns), generator=torch.Generator().manual_seed(0))
+    magnitude = 1 + torch.rand(
+        (rows, 1) if axis == 0 else (1, columns), generator=torch.Generator().manual_seed(0)
+    )
     made.adapter(adapter, names=[made.LINEAR], extra={f"{made.LINEAR}.dora_scale": magnitude})
-    save_file({k: v for k, v in load_file(adapter).items() if "dora" not in k}, tmp_path / "plain.safetensors")
+    save_file(
+        {k: v for k, v in load_file(adapter).items() if "dora" not in k},
+        tmp_path / "plain.safetensors",
+    )
     delta = made.deltas(tmp_path / "plain.safetensors")[made.LINEAR]
     _, found = run(base, (adapter, scale), family="sd1")
     before = load_file(base)[PLACES[made.LINEAR]].double().numpy()
@@ -152,10 +178,13 @@ def test_f27_dora_t5_biases_and_norms_all_arrive(tmp_path: Path) -> None:
     report, found = run(tmp_path / "wan.safetensors", tmp_path / "diffs.safetensors", family="wan")
     assert report.changed == 3
     torch.testing.assert_close(
-        found[f"{block}.q.bias"], wan[f"{block}.q.bias"] + diffs[f"diffusion_model.{block}.q.diff_b"]
+        found[f"{block}.q.bias"],
+        wan[f"{block}.q.bias"] + diffs[f"diffusion_model.{block}.q.diff_b"],
     )
     norm = f"{block}.norm_q"
-    torch.testing.assert_close(found[f"{norm}.weight"], wan[f"{norm}.weight"] + diffs[f"diffusion_model.{norm}.diff"])
+    torch.testing.assert_close(
+        found[f"{norm}.weight"], wan[f"{norm}.weight"] + diffs[f"diffusion_model.{norm}.diff"]
+    )
 
 
 def test_f27_what_finds_no_place_fails_by_name(tmp_path: Path) -> None:
@@ -189,7 +218,8 @@ def test_f33_a_shape_that_does_not_fit_stops_the_merge(tmp_path: Path, kind: str
     for key, array in made.module(kind, made.LINEAR, (28, 36), draw).items():
         state[key] = torch.tensor(array, dtype=torch.float32)
     save_file(
-        state | load_file(made.adapter(tmp_path / "good.safetensors", names=[made.CONV])), tmp_path / "a.safetensors"
+        state | load_file(made.adapter(tmp_path / "good.safetensors", names=[made.CONV])),
+        tmp_path / "a.safetensors",
     )
     with pytest.raises(ShapeMismatch, match="24 × 32 in the checkpoint") as caught:
         run(base, tmp_path / "a.safetensors", family="sd1")
@@ -205,16 +235,22 @@ def test_c3_bf16_mixed_kinds_peft_keys_and_unequal_ranks(tmp_path: Path) -> None
     stem = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     peft = lora(stem, *made.SHAPES[made.LINEAR])
     save_file(peft, tmp_path / "peft.safetensors")
-    report, found = run(base, low, high, lokr, tmp_path / "peft.safetensors", family="sd1", dtype="bf16")
+    report, found = run(
+        base, low, high, lokr, tmp_path / "peft.safetensors", family="sd1", dtype="bf16"
+    )
     assert {t.dtype for t in found.values()} == {torch.bfloat16}
     assert [a["modules"] for a in report.adapters] == [4, 4, 4, 1]
     deltas = [made.deltas(path) for path in (low, high, lokr)]
     before = load_file(base)
     for name, place in PLACES.items():
-        exact = before[place].double().numpy() + sum(d[name] for d in deltas).reshape(before[place].shape)
+        exact = before[place].double().numpy() + sum(d[name] for d in deltas).reshape(
+            before[place].shape
+        )
         if name == made.LINEAR:
             exact = exact + product(peft, stem)
-        assert (np.abs(found[place].double().numpy() - exact) <= 2**-8 * 1.01 * np.abs(exact) + 1e-5).all()
+        assert (
+            np.abs(found[place].double().numpy() - exact) <= 2**-8 * 1.01 * np.abs(exact) + 1e-5
+        ).all()
 
 
 def test_c7_split_projections_under_the_original_prefix(tmp_path: Path) -> None:
@@ -231,7 +267,12 @@ def test_c7_split_projections_under_the_original_prefix(tmp_path: Path) -> None:
 
 def test_c8_an_output_without_a_folder_stands_in_this_one(tmp_path: Path, tiny: Path) -> None:
     done = adaptkit(
-        "merge", tiny / "base.safetensors", tiny / "lora-kohya.safetensors", "-o", "name.safetensors", cwd=tmp_path
+        "merge",
+        tiny / "base.safetensors",
+        tiny / "lora-kohya.safetensors",
+        "-o",
+        "name.safetensors",
+        cwd=tmp_path,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "name.safetensors")
     with safe_open(tmp_path / "name.safetensors", "pt") as file:

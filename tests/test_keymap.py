@@ -65,7 +65,9 @@ def _check_roles(family: str, format: str, slot: Slot) -> None:
             continue
         mine: set[str] = set()
         for role in kind.roles:
-            here = Slot(Target(slot.component, slot.target.module, param_of((algorithm, role))), slot.rows)
+            here = Slot(
+                Target(slot.component, slot.target.module, param_of((algorithm, role))), slot.rows
+            )
             key = keys.spell(here, algorithm, role)
             parsed = keys.parse(key)
             assert parsed is not None, key
@@ -93,7 +95,9 @@ def test_every_naming_is_read(family: str, format: str) -> None:
             for naming, names in row.names.items():
                 if (naming not in own) if not keys.format.private else naming == keys.format.style:
                     for name in (name for name in names if not name.transposed):
-                        stem = known[0] + fill(name.module, indices).replace(".", keys.format.joiner)
+                        stem = known[0] + fill(name.module, indices).replace(
+                            ".", keys.format.joiner
+                        )
                         found = keys.slot(stem)
                         assert found is not None, stem
                         assert (found.target.module, found.rows) == (target.module, name.rows), stem
@@ -101,7 +105,9 @@ def test_every_naming_is_read(family: str, format: str) -> None:
 
 def test_underscored_names_are_never_guessed() -> None:
     keys = compile_keys("sd1", "kohya")
-    assert keys.parse("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight")
+    assert keys.parse(
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight"
+    )
     for wrong in (
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out.lora_up.weight",
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn3_to_q.lora_up.weight",
@@ -130,12 +136,20 @@ def test_a_fused_projection_is_shown_by_its_parts() -> None:
     keys = compile_keys("sdxl", "kohya")
     target = Target("text_encoder_2", "text_model.encoder.layers.7.self_attn.in_proj")
     q, _, v = keys.slots(target)
-    assert label(families()["sdxl"], q) == "text_encoder_2.text_model.encoder.layers.7.self_attn.q_proj"
-    assert keys.spell(v, "lora", "up") == "lora_te2_text_model_encoder_layers_7_self_attn_v_proj.lora_up.weight"
+    assert (
+        label(families()["sdxl"], q)
+        == "text_encoder_2.text_model.encoder.layers.7.self_attn.q_proj"
+    )
+    assert (
+        keys.spell(v, "lora", "up")
+        == "lora_te2_text_model_encoder_layers_7_self_attn_v_proj.lora_up.weight"
+    )
     with pytest.raises(NotRepresentable, match="no name for"):
         keys.spell(Slot(target), "lora", "up")
 
 
 def test_a_format_without_a_place_says_so() -> None:
     with pytest.raises(NotRepresentable, match="lycoris format has no place for the OpenCLIP-G"):
-        compile_keys("sdxl", "lycoris").stem(Slot(Target("text_encoder_2", "text_model.final_layer_norm")))
+        compile_keys("sdxl", "lycoris").stem(
+            Slot(Target("text_encoder_2", "text_model.final_layer_norm"))
+        )

@@ -13,7 +13,9 @@ from adaptkit import memory
 from adaptkit.linalg.precision import empty
 
 LARGE = 2 * memory.HUGE
-pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
+pytestmark = pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,9 @@ pytestmark = pytest.mark.filterwarnings("error")  # numpy's, of divisions by not
 Options = list[list[tuple[int, float]]]
 
 
-def module(*sigmas: float, norm: float | None = None, step: int = 10, first: int = 0, conv: bool = False) -> Module:
+def module(
+    *sigmas: float, norm: float | None = None, step: int = 10, first: int = 0, conv: bool = False
+) -> Module:
     """`first` bytes for the module and `step` for each rank."""
     energies = [s * s for s in sigmas]
     sizes = [0, *(first + step * k for k in range(1, len(sigmas) + 1))]
@@ -50,17 +52,25 @@ def lost(modules: Sequence[Module], ranks: Sequence[int]) -> float:
 
 
 def every_choice(modules: Sequence[Module]) -> list[tuple[int, ...]]:
-    return list(itertools.product(*(range(len(m.sizes)) for m in modules)))[1:]  # the first has nothing at all
+    return list(itertools.product(*(range(len(m.sizes)) for m in modules)))[
+        1:
+    ]  # the first has nothing at all
 
 
-def spectra(random: np.random.Generator, count: int, ranks: int, widths: Sequence[int] = (64, 96, 320)) -> list[Module]:
+def spectra(
+    random: np.random.Generator, count: int, ranks: int, widths: Sequence[int] = (64, 96, 320)
+) -> list[Module]:
     """Decaying spectra on layers of several widths, in bytes of fp16."""
     found = []
     for _ in range(count):
         decay = np.exp(-np.arange(ranks) / random.uniform(2, ranks))
-        energies = np.sort((random.lognormal() * decay * random.uniform(0.5, 1, ranks)) ** 2)[::-1].tolist()
+        energies = np.sort((random.lognormal() * decay * random.uniform(0.5, 1, ranks)) ** 2)[
+            ::-1
+        ].tolist()
         step = 2 * int(random.choice(widths) + random.choice(widths))
-        found.append(Module(energies, sum(energies), [0, *(300 + step * k for k in range(1, ranks + 1))]))
+        found.append(
+            Module(energies, sum(energies), [0, *(300 + step * k for k in range(1, ranks + 1))])
+        )
     return found
 
 
@@ -134,7 +144,9 @@ def test_local_policies_against_their_definitions() -> None:
         share, ratio = random.uniform(0.05, 0.999), random.uniform(1, 30)
         kept = np.arange(1, 13)
         assert Energy(share).choose([m])[0] == kept[energy.cumsum() / energy.sum() >= share][0]
-        assert SvFro(share).choose([m])[0] == kept[np.sqrt(energy.cumsum() / energy.sum()) >= share][0]
+        assert (
+            SvFro(share).choose([m])[0] == kept[np.sqrt(energy.cumsum() / energy.sum()) >= share][0]
+        )
         assert SvCumulative(share).choose([m])[0] == kept[sigma.cumsum() / sigma.sum() >= share][0]
         assert SvRatio(ratio).choose([m])[0] == (sigma >= sigma[0] / ratio).sum()
 
@@ -147,7 +159,8 @@ def test_energy_counts_what_no_rank_captures(chosen: Policy) -> None:
 
 
 @pytest.mark.parametrize(
-    "chosen", [Energy(0.9), Energy(1), SvFro(0.9), SvCumulative(0.9), SvRatio(20), SvRatio(1), Rank(1)]
+    "chosen",
+    [Energy(0.9), Energy(1), SvFro(0.9), SvCumulative(0.9), SvRatio(20), SvRatio(1), Rank(1)],
 )
 def test_no_energy_is_rank_1_and_no_ranks_are_0(chosen: Policy) -> None:
     assert chosen.choose([module(0, 0, 0), Module([], 0.0, [0]), Module([], 3.0, [8])]) == [1, 0, 0]
@@ -198,7 +211,16 @@ def test_arguments_out_of_range_name_their_option(make: Callable[[], Policy], op
 
 
 def test_the_ends_of_every_range_are_in_it() -> None:
-    assert [Error(0), Error(1), Energy(1), SvFro(1), SvCumulative(1), SvRatio(1), Rank(1, 1, max_rank=1), Size(1)]
+    assert [
+        Error(0),
+        Error(1),
+        Energy(1),
+        SvFro(1),
+        SvCumulative(1),
+        SvRatio(1),
+        Rank(1, 1, max_rank=1),
+        Size(1),
+    ]
 
 
 def test_a_module_needs_a_size_for_every_rank() -> None:
@@ -209,7 +231,12 @@ def test_a_module_needs_a_size_for_every_rank() -> None:
 def test_errors_are_what_is_left_out() -> None:
     assert module(3, 2, 1).errors() == [14, 5, 1, 0]
     assert module(3, 2, 1, norm=20).errors() == [20, 11, 7, 6]
-    assert module(3, 2, 1, norm=13.9).errors() == [14, 5, 1, 0]  # a norm that rounding made too small
+    assert module(3, 2, 1, norm=13.9).errors() == [
+        14,
+        5,
+        1,
+        0,
+    ]  # a norm that rounding made too small
     assert module(1, 1e-9).errors()[1] == 1e-9**2  # 1 + 1e-18 - 1 would be 0
     assert Module([], 3.0, [8]).errors() == [3]
 
@@ -240,7 +267,9 @@ def test_error_is_brute_force() -> None:
         norm = sum(m.norm for m in modules)
         share = random.uniform(0, 1)
         ranks = Error(share).choose(modules)
-        least = min(total(modules, c) for c in every_choice(modules) if lost(modules, c) <= share**2 * norm)
+        least = min(
+            total(modules, c) for c in every_choice(modules) if lost(modules, c) <= share**2 * norm
+        )
         assert lost(modules, ranks) <= share**2 * norm
         assert total(modules, ranks) == least
 
@@ -262,7 +291,11 @@ def test_error_0_leaves_out_only_zeros() -> None:
 
 def test_error_1_keeps_one_module() -> None:
     """An adapter of nothing cannot be written."""
-    assert Error(1).choose([module(3, 2, step=7), module(4, 3, step=5), module(9, step=5)]) == [0, 1, 0]
+    assert Error(1).choose([module(3, 2, step=7), module(4, 3, step=5), module(9, step=5)]) == [
+        0,
+        1,
+        0,
+    ]
     assert Error(0.5).choose([module(0, 0), module(0)]) == [1, 0]
     assert Error(0.5).choose([Module([], 1.0, [4])]) == [0]
     assert Error(0.5).choose([]) == []
@@ -293,7 +326,9 @@ def test_size_is_brute_force() -> None:
         limit = int(random.integers(min(total(modules, c) for c in choices), 250))
         ranks = Size(limit).choose(modules)
         assert total(modules, ranks) <= limit
-        assert lost(modules, ranks) == min(lost(modules, c) for c in choices if total(modules, c) <= limit)
+        assert lost(modules, ranks) == min(
+            lost(modules, c) for c in choices if total(modules, c) <= limit
+        )
 
 
 def test_size_never_misses_the_byte_that_makes_the_difference() -> None:
@@ -368,7 +403,9 @@ class File:
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.25, 0.5, 0.8, 0.95, 0.999])
 def test_a_file_is_never_too_large_and_has_no_room_for_a_rank(share: float, names: bool) -> None:
     for seed in range(4):
-        modules = spectra(np.random.default_rng(seed), 30, 8, (8, 12, 40) if names else (64, 96, 320))
+        modules = spectra(
+            np.random.default_rng(seed), 30, 8, (8, 12, 40) if names else (64, 96, 320)
+        )
         file = File(modules, names)
         limit = int(share * file([8] * 30))
         ranks = Size(limit).choose(modules, file)
@@ -455,7 +492,13 @@ def mixed(random: np.random.Generator, modules: int, options: int, bytes_: int =
     """Options in any order, dominated ones and equal ones among them; integers, so that sums are exact."""
     counts = random.integers(1, options + 1, modules)
     return [
-        list(zip(random.integers(0, bytes_, n).tolist(), random.integers(0, 50, n).astype(float).tolist(), strict=True))
+        list(
+            zip(
+                random.integers(0, bytes_, n).tolist(),
+                random.integers(0, 50, n).astype(float).tolist(),
+                strict=True,
+            )
+        )
         for n in counts
     ]
 
@@ -521,7 +564,10 @@ def test_equal_costs_need_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "CORE", 0)
     random = np.random.default_rng(12)
     for _ in range(100):
-        energies = [sorted(random.integers(1, 99, random.integers(1, 9)).tolist(), reverse=True) for _ in range(9)]
+        energies = [
+            sorted(random.integers(1, 99, random.integers(1, 9)).tolist(), reverse=True)
+            for _ in range(9)
+        ]
         options = [[(7 * k, float(sum(one[k:]))) for k in range(len(one) + 1)] for one in energies]
         merged = sorted(itertools.chain(*energies), reverse=True)
         budget = int(random.integers(0, 7 * len(merged) + 9))
@@ -547,7 +593,9 @@ def test_many_modules_against_dynamic_programming() -> None:
             assert least_bytes(options, float(allowed)).bytes == np.flatnonzero(best <= allowed)[0]
 
 
-def test_full_factors_at_the_end_against_dynamic_programming(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_factors_at_the_end_against_dynamic_programming(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """40 modules whose last option is dear and loses nothing, sizes with no common divisor, real errors.
 
     All 16 are exact. With a sixteenth of the states the worst loses 0.2 % more than it has to, with none 10 %.

@@ -28,7 +28,9 @@ VARIES = (
 
 
 def blocks(language: str) -> list[str]:
-    return [body for kind, body in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == language]
+    return [
+        body for kind, body in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == language
+    ]
 
 
 def examples(block: str) -> Iterator[tuple[str, str]]:
@@ -87,18 +89,32 @@ def test_python_examples_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_command_is_documented() -> None:
     text = README.read_text(encoding="utf-8")
-    for name in cli.commands or ("inspect", "extract", "merge", "formats", "families", "algorithms"):
+    for name in cli.commands or (
+        "inspect",
+        "extract",
+        "merge",
+        "formats",
+        "families",
+        "algorithms",
+    ):
         assert f"adaptkit {name}" in text
 
 
 def test_the_setup_commands_are_those_that_ci_runs() -> None:
-    setup = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("pip install")]
+    setup = [
+        line
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("pip install")
+    ]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert len(setup) == 2
     for line in setup:
         for command in line.split(" && "):
             words = [
-                word for word in shlex.split(command) if word != "-o" and not word.endswith("tuned-lokr.safetensors")
+                word
+                for word in shlex.split(command)
+                if word != "-o" and not word.endswith("tuned-lokr.safetensors")
             ]
             assert all(word in script for word in words), command
 

@@ -45,7 +45,11 @@ def distance_squared(one: Weights, two: Weights, norm: float | None = None) -> f
     krons = one.kron_factors(), two.kron_factors()
     if krons[0] is not None and krons[1] is not None and krons[0][0].shape == krons[1][0].shape:
         # rearranged, a Kronecker product is vec(w1) vec(w2)ᵀ (Van Loan and Pitsianis 1993): a product of rank 1
-        flat = [(kron[0].double().reshape(-1, 1), kron[1].double().reshape(1, -1)) for kron in krons if kron]
+        flat = [
+            (kron[0].double().reshape(-1, 1), kron[1].double().reshape(1, -1))
+            for kron in krons
+            if kron
+        ]
         return float(product_distance(flat[0], flat[1]))
     factors = _thin(one), _thin(two)
     if factors[0] is not None and factors[1] is not None:

@@ -30,8 +30,13 @@ class Rotation(Weights):
     additive: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
     dims: ClassVar[int]  # of the stored blocks, which is what tells the kinds apart
-    roles: ClassVar[Mapping[str, Role]] = roles(blocks=Role("oft_blocks"), rescale=Role("rescale"), alpha=Role(ALPHA))
-    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"blocks"}), frozenset({"blocks", "rescale"}))
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        blocks=Role("oft_blocks"), rescale=Role("rescale"), alpha=Role(ALPHA)
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"blocks"}),
+        frozenset({"blocks", "rescale"}),
+    )
 
     blocks: Tensor
     bound: float = 0.0
@@ -67,7 +72,9 @@ class Rotation(Weights):
         return int(self.blocks.shape[-3] * self.blocks.shape[-1])
 
     def delta(self) -> Tensor:
-        raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
+        raise NotRepresentable(
+            "what a rotation changes depends on the weight", hint="merge it into its checkpoint"
+        )
 
     def turned(self, blocks: Tensor, weight: Tensor, bound: float) -> Tensor:
         """One weight (rows, columns), its rows turned by its blocks, whose generators are bounded."""
@@ -80,7 +87,9 @@ class Rotation(Weights):
         bound = self.bound * self.rows if self.bound > 0 else math.inf
         many = self.blocks.reshape(-1, *self.blocks.shape[-self.dims :])
         weights = base.reshape(-1, *base.shape[-2:])
-        merged = torch.stack([self.turned(one, weight, bound) for one, weight in zip(many, weights, strict=True)])
+        merged = torch.stack(
+            [self.turned(one, weight, bound) for one, weight in zip(many, weights, strict=True)]
+        )
         merged = merged.reshape(base.shape)
         if self.rescale is not None:
             merged = merged * self.rescale.to(base.dtype)

@@ -113,10 +113,16 @@ class Weights:
     forms: ClassVar[tuple[frozenset[str], ...]]  # the sets of roles that make a whole, alpha aside
     additive: ClassVar[bool] = True
     wraps: ClassVar[tuple[str, ...]] = ()  # the algorithms this one is put around; see `over`
-    bounded: ClassVar[bool] = False  # alpha bounds a rotation and is part of the weights, not a scale
+    bounded: ClassVar[bool] = (
+        False  # alpha bounds a rotation and is part of the weights, not a scale
+    )
     extractable: ClassVar[bool] = False
-    stacks: ClassVar[bool] = False  # whether equally shaped ones, with thin factors, can be taken apart at once
-    resized: ClassVar[str | None] = None  # the algorithm it becomes where its rank is cut; None: it has no rank to cut
+    stacks: ClassVar[bool] = (
+        False  # whether equally shaped ones, with thin factors, can be taken apart at once
+    )
+    resized: ClassVar[str | None] = (
+        None  # the algorithm it becomes where its rank is cut; None: it has no rank to cut
+    )
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -188,7 +194,9 @@ class Weights:
             left, right = self.factors()
         except NotRepresentable:
             return None
-        return (left, right) if left.shape[-1] <= min(left.shape[-2], right.shape[-1]) * THIN else None
+        return (
+            (left, right) if left.shape[-1] <= min(left.shape[-2], right.shape[-1]) * THIN else None
+        )
 
     def widened(self) -> Weights:
         """The same ΔW in float64, where that saves converting its factors again and again; else itself."""
@@ -214,7 +222,9 @@ class Weights:
     @classmethod
     def sum(cls, parts: Sequence[Self]) -> Self:
         """The weights of the sum of all ΔW, exactly (no batch)."""
-        raise NotRepresentable(f"a sum of {cls.name} is no {cls.name}", hint="--algo lora or --algo full can hold it")
+        raise NotRepresentable(
+            f"a sum of {cls.name} is no {cls.name}", hint="--algo lora or --algo full can hold it"
+        )
 
     @classmethod
     def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
@@ -227,7 +237,9 @@ class Weights:
         raise NotRepresentable(f"{cls.name} are taken apart one by one")
 
     @classmethod
-    def keep_stack(cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]) -> KeptStack:
+    def keep_stack(
+        cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]
+    ) -> KeptStack:
         """`keep` of every member of a stack at its rank."""
         raise NotRepresentable(f"{cls.name} are cut one by one")
 
@@ -273,7 +285,8 @@ class Weights:
         `kernel` is the kernel size of the layer, None where nobody knows it.
         """
         raise NotRepresentable(
-            f"a {weights.name} is no {cls.name} exactly", hint="--algo lora or --algo full can hold it"
+            f"a {weights.name} is no {cls.name} exactly",
+            hint="--algo lora or --algo full can hold it",
         )
 
     @classmethod
@@ -282,7 +295,9 @@ class Weights:
         return role
 
     @classmethod
-    def laid_out(cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool) -> tuple[int, ...]:
+    def laid_out(
+        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
+    ) -> tuple[int, ...]:
         """The stored shape of a role as PEFT (or, not `peft`, LyCORIS) lays it out; NotRepresentable where it cannot."""
         return shape
 
@@ -318,7 +333,10 @@ class Decomposition:
     def elements(self) -> list[int]:
         """How many numbers are stored (alpha aside) at rank 0 (none), 1, …, len(energies)."""
         ranks = range(1, len(self.energies) + 1)
-        return [0, *(sum(math.prod(shape) for shape in self.shapes(rank).values()) for rank in ranks)]
+        return [
+            0,
+            *(sum(math.prod(shape) for shape in self.shapes(rank).values()) for rank in ranks),
+        ]
 
     def keep(self, weights: Weights, rank: int) -> Weights:
         """The nearest weights of this rank."""
@@ -358,7 +376,9 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
 
     if one is None or other is None:
         return one is other
-    return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+    return one is other or (
+        one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    )
 
 
 def stacked(parts: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
@@ -413,7 +433,9 @@ def scaling(alpha: Stated | None, rank: int) -> float:
 def matched(condition: bool, roles: str, shapes: Shapes) -> None:
     """Raise ShapeMismatch with the shapes of these roles unless the condition holds."""
     if not condition:
-        listed = ", ".join(f"{role} {list(shapes[role])}" for role in roles.split() if role in shapes)
+        listed = ", ".join(
+            f"{role} {list(shapes[role])}" for role in roles.split() if role in shapes
+        )
         raise ShapeMismatch(f"these shapes do not fit together: {listed}")
 
 

@@ -66,13 +66,17 @@ class Dora(Weights):
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
-        facts = cls.kind.facts({role: shape for role, shape in shapes.items() if role not in STORED}, alpha)
+        facts = cls.kind.facts(
+            {role: shape for role, shape in shapes.items() if role not in STORED}, alpha
+        )
         _axis(shapes, facts)
         return facts
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
-        inner = cls.kind.decode({role: t for role, t in tensors.items() if role not in STORED}, facts)
+        inner = cls.kind.decode(
+            {role: t for role, t in tensors.items() if role not in STORED}, facts
+        )
         role = next(role for role in STORED if role in tensors)
         stored, batch = tensors[role], _leading(inner)
         own = tuple(stored.shape[batch:])
@@ -87,7 +91,8 @@ class Dora(Weights):
 
     def delta(self) -> Tensor:
         raise NotRepresentable(
-            "what a DoRA changes depends on the weight it is applied to", hint="merge it into its checkpoint"
+            "what a DoRA changes depends on the weight it is applied to",
+            hint="merge it into its checkpoint",
         )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
@@ -109,7 +114,9 @@ class Dora(Weights):
         """The direction by rank, the magnitudes as they are (reference §5); energies are the direction's."""
         if not isinstance(weights, Dora):
             raise NotRepresentable(f"a {weights.name} has no magnitudes to make a {cls.name} of")
-        return _Direction(cls.kind.decompose(weights.inner, spec), tuple(weights.encode()["magnitude"].shape))
+        return _Direction(
+            cls.kind.decompose(weights.inner, spec), tuple(weights.encode()["magnitude"].shape)
+        )
 
     @property
     def rows(self) -> int:
@@ -117,7 +124,9 @@ class Dora(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         self._by_rows()
-        return replace(self, inner=self.inner.part(start, stop), magnitude=self.magnitude[..., start:stop, :])
+        return replace(
+            self, inner=self.inner.part(start, stop), magnitude=self.magnitude[..., start:stop, :]
+        )
 
     def swapped(self) -> Self:
         if self.axis == INPUT:  # the norm of a column does not mind the order of its rows
@@ -131,7 +140,9 @@ class Dora(Weights):
         for part in parts:
             part._by_rows()
         inner = cls.kind.fuse([part.inner for part in parts])
-        return replace(parts[0], inner=inner, magnitude=torch.cat([part.magnitude for part in parts], -2))
+        return replace(
+            parts[0], inner=inner, magnitude=torch.cat([part.magnitude for part in parts], -2)
+        )
 
     def folded(self) -> Self:
         return replace(self, inner=self.inner.folded())
@@ -145,17 +156,24 @@ class Dora(Weights):
 
     @classmethod
     def stored_as(cls, role: str, *, peft: bool) -> str:
-        return ("vector" if peft else "magnitude") if role in STORED else cls.kind.stored_as(role, peft=peft)
+        return (
+            ("vector" if peft else "magnitude")
+            if role in STORED
+            else cls.kind.stored_as(role, peft=peft)
+        )
 
     @classmethod
-    def laid_out(cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool) -> tuple[int, ...]:
+    def laid_out(
+        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
+    ) -> tuple[int, ...]:
         if role not in STORED:
             return cls.kind.laid_out(role, shape, facts, peft=peft)
         axis = _axis({role: shape}, facts)
         ones = (1,) * len(facts.kernel or ())
         if axis == INPUT and peft:
             raise NotRepresentable(
-                "a DoRA with magnitudes on its input axis has no PEFT form", hint="write kohya or comfy keys"
+                "a DoRA with magnitudes on its input axis has no PEFT form",
+                hint="write kohya or comfy keys",
             )
         if axis == INPUT:
             return (1, math.prod(shape), *ones)
@@ -221,9 +239,13 @@ def _axis(shapes: Shapes, facts: Facts) -> str:
         return OUTPUT
     if shape[0] == facts.rows and math.prod(shape) == facts.rows:
         return OUTPUT
-    if shape[0] == 1 and (math.prod(shape) == inputs or (facts.kernel is None and inputs % math.prod(shape) == 0)):
+    if shape[0] == 1 and (
+        math.prod(shape) == inputs or (facts.kernel is None and inputs % math.prod(shape) == 0)
+    ):
         return INPUT  # of a convolution whose flat factors do not tell its kernel, where that fits
-    raise ShapeMismatch(f"magnitudes {list(shape)} fit neither {facts.rows} rows nor {inputs} inputs")
+    raise ShapeMismatch(
+        f"magnitudes {list(shape)} fit neither {facts.rows} rows nor {inputs} inputs"
+    )
 
 
 ALGORITHM = Dora

@@ -6,7 +6,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import Facts, FitSpec, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._weights import (
+    Facts,
+    FitSpec,
+    Role,
+    Shapes,
+    Stated,
+    Weights,
+    matched,
+    roles,
+)
 from adaptkit.errors import NotRepresentable
 from adaptkit.names import BIAS
 
@@ -87,7 +96,9 @@ class Full(Weights):
 
     @classmethod
     def zeros(cls, like: Self, rows: int) -> Self:
-        return replace(like, diff=like.diff.new_zeros(*like.diff.shape[:-2], rows, like.diff.shape[-1]))
+        return replace(
+            like, diff=like.diff.new_zeros(*like.diff.shape[:-2], rows, like.diff.shape[-1])
+        )
 
     def folded(self) -> Self:
         return self
@@ -103,7 +114,9 @@ class Full(Weights):
     def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:
         """ΔW itself, in float32."""
         if kernel is None:
-            raise NotRepresentable("the stored shapes do not tell the kernel size that a full difference has to state")
+            raise NotRepresentable(
+                "the stored shapes do not tell the kernel size that a full difference has to state"
+            )
         return cls(weights.delta(), kernel)
 
     @classmethod

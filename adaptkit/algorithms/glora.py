@@ -56,7 +56,9 @@ class Glora(Weights):
         matched(all(len(shape) >= 2 for shape in (a1, a2, b1, b2)), "a1 a2 b1 b2", shapes)
         rank = b2[0]
         fits = rank > 0 and b1[1] == rank and a1[1] == a2[0] and a1[0] == a2[1] == b2[1]
-        matched(fits and all(n == 1 for shape in (a1, a2, b1) for n in shape[2:]), "a1 a2 b1 b2", shapes)
+        matched(
+            fits and all(n == 1 for shape in (a1, a2, b1) for n in shape[2:]), "a1 a2 b1 b2", shapes
+        )
         return Facts(b1[0], math.prod(b2[1:]), b2[2:], rank, scaling(alpha, rank))
 
     @classmethod
@@ -79,14 +81,18 @@ class Glora(Weights):
         return int(self.b1.shape[-2])
 
     def delta(self) -> Tensor:
-        raise NotRepresentable("what a GLoRA adds depends on the weight", hint="merge it into its checkpoint")
+        raise NotRepresentable(
+            "what a GLoRA adds depends on the weight", hint="merge it into its checkpoint"
+        )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """W + strength · ΔW: linear in the strength, as LyCORIS has it."""
         a1, a2, b1, b2 = (tensor.to(base.dtype) for tensor in (self.a1, self.a2, self.b1, self.b2))
         window = math.prod(self.kernel)
         wide = base.reshape(*base.shape[:-1], -1, window).transpose(-1, -2)  # (..., m, K, i)
-        through = ((wide @ a1.unsqueeze(-3)) @ a2.unsqueeze(-3)).transpose(-1, -2).reshape(base.shape)
+        through = (
+            ((wide @ a1.unsqueeze(-3)) @ a2.unsqueeze(-3)).transpose(-1, -2).reshape(base.shape)
+        )
         return base.add_(b1 @ b2 + through, alpha=strength * self.scale)
 
     def part(self, start: int, stop: int) -> Self:
@@ -114,7 +120,9 @@ class Glora(Weights):
 
         if self.scale == 1.0:
             return self
-        return replace(self, a1=upcast(self.a1) * self.scale, b1=upcast(self.b1) * self.scale, scale=1.0)
+        return replace(
+            self, a1=upcast(self.a1) * self.scale, b1=upcast(self.b1) * self.scale, scale=1.0
+        )
 
 
 ALGORITHM = Glora

@@ -27,8 +27,13 @@ class Ia3(Weights):
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "IA³"
     additive: ClassVar[bool] = False
-    roles: ClassVar[Mapping[str, Role]] = roles(weight=Role("weight"), on_input=Role("on_input"), factor=Role("ia3_l"))
-    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"weight", "on_input"}), frozenset({"factor"}))
+    roles: ClassVar[Mapping[str, Role]] = roles(
+        weight=Role("weight"), on_input=Role("on_input"), factor=Role("ia3_l")
+    )
+    forms: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"weight", "on_input"}),
+        frozenset({"factor"}),
+    )
 
     weight: Tensor
     on_input: Tensor | None
@@ -43,7 +48,9 @@ class Ia3(Weights):
             matched(math.prod(shape) == max(shape, default=0), role, shapes)
             return Facts(0, 0, None, None, 1.0)
         if len(shape) > 2:  # [1, n, 1, 1] whichever side it multiplies (`tuners/ia3/layer.py`)
-            raise NotRepresentable("PEFT's IA³ of a convolution does not tell whether it multiplies inputs or outputs")
+            raise NotRepresentable(
+                "PEFT's IA³ of a convolution does not tell whether it multiplies inputs or outputs"
+            )
         matched(len(shape) == 2 and 1 in shape, role, shapes)
         side = (0, shape[1]) if shape[0] == 1 else (shape[0], 0)
         return Facts(*side, None, None, 1.0)
@@ -58,10 +65,16 @@ class Ia3(Weights):
 
     def encode(self) -> dict[str, Tensor]:
         weight = self.weight.reshape(*self.weight.shape[:-1], *self.stored)
-        return {"factor": weight} if self.on_input is None else {"weight": weight, "on_input": self.on_input}
+        return (
+            {"factor": weight}
+            if self.on_input is None
+            else {"weight": weight, "on_input": self.on_input}
+        )
 
     def delta(self) -> Tensor:
-        raise NotRepresentable("what a factor changes depends on the weight", hint="merge it into its checkpoint")
+        raise NotRepresentable(
+            "what a factor changes depends on the weight", hint="merge it into its checkpoint"
+        )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """W · (1 + strength · weight)."""
@@ -106,7 +119,8 @@ class Ia3(Weights):
         if all(part._wide and same(part.weight, first.weight) for part in parts):
             return first
         raise NotRepresentable(
-            "rows whose inputs are multiplied differently cannot be fused", hint="merge them into their checkpoint"
+            "rows whose inputs are multiplied differently cannot be fused",
+            hint="merge them into their checkpoint",
         )
 
     @classmethod

@@ -51,7 +51,9 @@ class KohyaOft(Weights):
             matched(len(shape) == 3 and shape[1] == shape[2], role, shapes)
             rows += shape[0] * shape[1]
         if alpha is None:
-            raise NotRepresentable("an OFT of sd-scripts is bounded by its alpha, and this one has none")
+            raise NotRepresentable(
+                "an OFT of sd-scripts is bounded by its alpha, and this one has none"
+            )
         return Facts(rows, 0, None, None, alpha.value)
 
     @classmethod
@@ -71,7 +73,9 @@ class KohyaOft(Weights):
         return sum(int(part.shape[-3] * part.shape[-1]) for part in self.blocks)
 
     def delta(self) -> Tensor:
-        raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
+        raise NotRepresentable(
+            "what a rotation changes depends on the weight", hint="merge it into its checkpoint"
+        )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch

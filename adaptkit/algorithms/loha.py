@@ -48,7 +48,8 @@ class Loha(Weights):
     title: ClassVar[str] = "LoHa"
     resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
-        **{role: Role(f"hada_{role}") for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}, alpha=Role(ALPHA)
+        **{role: Role(f"hada_{role}") for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+        alpha=Role(ALPHA),
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = (PLAIN, PLAIN | {"t1", "t2"})
 
@@ -68,7 +69,9 @@ class Loha(Weights):
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         batch = tensors["w1_b"].ndim - 2
-        return cls(_side(tensors, "1", batch), _side(tensors, "2", batch), facts.scale, facts.kernel)
+        return cls(
+            _side(tensors, "1", batch), _side(tensors, "2", batch), facts.scale, facts.kernel
+        )
 
     def encode(self) -> dict[str, Tensor]:
         import torch
@@ -120,7 +123,9 @@ class Loha(Weights):
         elif all(isinstance(factor, Product) for part in parts for factor in (part.w1, part.w2)):
             groups = grouped([torch.cat([part.w1.right, part.w2.right], -1) for part in parts])  # type: ignore[attr-defined]
         else:
-            raise NotRepresentable("LoHa with different Tucker cores cannot be fused", hint="use --algo full")
+            raise NotRepresentable(
+                "LoHa with different Tucker cores cannot be fused", hint="use --algo full"
+            )
         sides = []
         for factors in ([part.w1 for part in parts], [part.w2 for part in parts]):
             left = stacked([factor.left for factor in factors], groups)  # type: ignore[attr-defined]

@@ -59,7 +59,11 @@ class Lokr(Weights):
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lokr"
     roles: ClassVar[Mapping[str, Role]] = roles(
-        **{role: Role(f"lokr_{role}") for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}, alpha=Role(ALPHA)
+        **{
+            role: Role(f"lokr_{role}")
+            for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+        },
+        alpha=Role(ALPHA),
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = tuple(
         frozenset(one + two) for one, two in product(W1_FORMS, W2_FORMS)
@@ -83,7 +87,9 @@ class Lokr(Weights):
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
-        w1: Factor = Dense(tensors["w1"]) if "w1" in tensors else Product(tensors["w1_a"], tensors["w1_b"])
+        w1: Factor = (
+            Dense(tensors["w1"]) if "w1" in tensors else Product(tensors["w1_a"], tensors["w1_b"])
+        )
         return cls(w1, _decoded(tensors), facts.scale, facts.kernel)
 
     def encode(self) -> dict[str, Tensor]:
@@ -98,7 +104,9 @@ class Lokr(Weights):
             stored["w1"] = self.w1.dense() * self.scale if folded else self.w1.matrix
         stored |= self._second_stored()
         # both full: 1 is right for readers that ignore alpha, and with rank 1 for those that do not
-        stored[ALPHA] = torch.tensor(1.0 if self.rank is None else self.scale * self.rank, dtype=torch.float32)
+        stored[ALPHA] = torch.tensor(
+            1.0 if self.rank is None else self.scale * self.rank, dtype=torch.float32
+        )
         return stored
 
     def _second_stored(self) -> dict[str, Tensor]:
@@ -131,7 +139,9 @@ class Lokr(Weights):
         one, two = self.w1.dense() * (self.scale * strength), self.w2.dense()
         (a, b), (c, d) = one.shape[-2:], two.shape[-2:]
         blocks = base.view(*base.shape[:-2], a, c, b, d)
-        blocks.addcmul_(one[..., :, None, :, None].to(base.dtype), two[..., None, :, None, :].to(base.dtype))
+        blocks.addcmul_(
+            one[..., :, None, :, None].to(base.dtype), two[..., None, :, None, :].to(base.dtype)
+        )
         return base
 
     def part(self, start: int, stop: int) -> Self:
@@ -164,7 +174,8 @@ class Lokr(Weights):
         first = parts[0]
         if not all(_same_factor(part.w2, first.w2) for part in parts):
             raise NotRepresentable(
-                "LoKr with different second factors cannot be fused", hint="convert with --algo lora or --algo full"
+                "LoKr with different second factors cannot be fused",
+                hint="convert with --algo lora or --algo full",
             )
         if len({part.scale for part in parts}) > 1:
             parts = [part.folded() for part in parts]
@@ -177,11 +188,16 @@ class Lokr(Weights):
     @classmethod
     def zeros(cls, like: Self, rows: int) -> Self:
         if rows % like.w2.rows:
-            raise NotRepresentable(f"{rows} missing rows are no multiple of a Kronecker block of {like.w2.rows}")
+            raise NotRepresentable(
+                f"{rows} missing rows are no multiple of a Kronecker block of {like.w2.rows}"
+            )
         height = rows // like.w2.rows
         if isinstance(like.w1, Product):
             left = like.w1.left
-            return replace(like, w1=Product(left.new_zeros(*left.shape[:-2], height, left.shape[-1]), like.w1.right))
+            return replace(
+                like,
+                w1=Product(left.new_zeros(*left.shape[:-2], height, left.shape[-1]), like.w1.right),
+            )
         w1 = _stored(like.w1)
         return replace(like, w1=Dense(w1.new_zeros(*w1.shape[:-2], height, w1.shape[-1])))
 
@@ -192,7 +208,9 @@ class Lokr(Weights):
         if self.scale == 1.0:
             return self
         if isinstance(self.w1, Product):
-            return replace(self, w1=Product(upcast(self.w1.left) * self.scale, self.w1.right), scale=1.0)
+            return replace(
+                self, w1=Product(upcast(self.w1.left) * self.scale, self.w1.right), scale=1.0
+            )
         return replace(self, w1=Dense(self.w1.dense() * self.scale), scale=1.0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -230,7 +248,12 @@ class Lokr(Weights):
     def spectrum(self) -> Tensor:
         """All products of the singular values of the two factors."""
         one, two = (_svd(factor).s.double() for factor in (self.w1, self.w2))
-        return (abs(self.scale) * one.unsqueeze(-1) * two.unsqueeze(-2)).flatten(-2).sort(-1, descending=True).values
+        return (
+            (abs(self.scale) * one.unsqueeze(-1) * two.unsqueeze(-2))
+            .flatten(-2)
+            .sort(-1, descending=True)
+            .values
+        )
 
     def svd(self, rank: int, method: str = "auto") -> LowRank:
         """σᵢ τⱼ with uᵢ ⊗ u'ⱼ and vᵢ ⊗ v'ⱼ, the largest products first: optimal (Eckart–Young), ΔW never formed."""
@@ -252,7 +275,11 @@ class Lokr(Weights):
         ranks = _SecondRanks((), 0.0, sides, full_from(*sides[1], spec.kernel), spec, both)
         energies = [_svd(factor).s.double().square() for factor in (lokr.w1, lokr.w2)]
         kept = ranks.captured(energies[0] * lokr.scale**2, energies[1])[: spec.rank]
-        norm = float(energies[0].sum() * energies[1].sum()) * lokr.scale**2 if given else weights.norm_squared()
+        norm = (
+            float(energies[0].sum() * energies[1].sum()) * lokr.scale**2
+            if given
+            else weights.norm_squared()
+        )
         return replace(ranks, energies=tuple(b - a for a, b in pairwise((0.0, *kept))), norm=norm)
 
     @classmethod
@@ -311,13 +338,17 @@ class _SecondRanks(Decomposition):
 
     def _first_too(self, rank: int) -> bool:
         (a, b), (c, columns) = self.sides
-        return self.both and rank < full_from(a, b, ()) and a * b > SMALL_PART * rank * (c + columns)
+        return (
+            self.both and rank < full_from(a, b, ()) and a * b > SMALL_PART * rank * (c + columns)
+        )
 
     def captured(self, one: Tensor, two: Tensor) -> list[float]:
         """What is kept of ‖ΔW‖² at ranks 1, 2, … by the squared singular values of the factors: ‖w1‖² ‖w2‖²."""
         real = int((two > NOTHING * two[:1]).sum())
         ranks = range(1, max(1, min(real, self.limit - 1)) + 1) if self.limit > 1 else ()
-        found = [float((one[:k] if self._first_too(k) else one).sum() * two[:k].sum()) for k in ranks]
+        found = [
+            float((one[:k] if self._first_too(k) else one).sum() * two[:k].sum()) for k in ranks
+        ]
         return [*found, float(one.sum() * two.sum())] if real >= self.limit or not found else found
 
     def keep(self, weights: Weights, rank: int) -> Weights:
@@ -355,7 +386,9 @@ def _leading(one: LowRank, two: LowRank, scale: float, rank: int) -> LowRank:
     i, j = index // two.s.shape[-1], index % two.s.shape[-1]
     u = _paired(one.u, two.u, i, j)
     v = _paired(one.vh.mT, two.vh.mT, i, j)
-    return LowRank(u * (-1.0 if scale < 0 else 1.0), abs(scale) * s, v.mT, (scale**2 * rest).clamp_min(0))
+    return LowRank(
+        u * (-1.0 if scale < 0 else 1.0), abs(scale) * s, v.mT, (scale**2 * rest).clamp_min(0)
+    )
 
 
 def _paired(one: Tensor, two: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -387,7 +420,9 @@ def _low_rank(factor: Factor) -> tuple[Tensor, Tensor]:
         return upcast(factor.left), spread(upcast(factor.core), upcast(factor.right))
     dense = factor.dense()
     rows, columns = dense.shape[-2:]
-    eye = torch.eye(min(rows, columns), dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], -1, -1)
+    eye = torch.eye(min(rows, columns), dtype=dense.dtype, device=dense.device).expand(
+        *dense.shape[:-2], -1, -1
+    )
     return (eye, dense) if rows <= columns else (dense, eye)
 
 
@@ -412,7 +447,9 @@ def _second(shapes: Shapes) -> tuple[tuple[int, int, tuple[int, ...] | None], in
     matched(len(left) >= 2 and len(right) >= 2, "w2_a w2_b", shapes)
     if "t2" in shapes:
         core = shapes["t2"]
-        matched(len(core) > 2 and core[0] == left[0] and core[1] == right[0] > 0, "t2 w2_a w2_b", shapes)
+        matched(
+            len(core) > 2 and core[0] == left[0] and core[1] == right[0] > 0, "t2 w2_a w2_b", shapes
+        )
         return (left[1], math.prod(right[1:]) * math.prod(core[2:]), core[2:]), right[0]
     matched(left[1] == right[0] > 0, "w2_a w2_b", shapes)
     kernel = right[2:] or None

@@ -61,10 +61,15 @@ class Lora(Weights):
             ("lora_A.weight", "lora_A", "lora.down.weight", "lora_linear_layer.down.weight"),
         ),
         mid=Role("lora_mid.weight"),
-        singular=Role("lora_E"),  # of AdaLoRA, in no form: without it the factors mean something else
+        singular=Role(
+            "lora_E"
+        ),  # of AdaLoRA, in no form: without it the factors mean something else
         alpha=Role(ALPHA),
     )
-    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"up", "down"}), frozenset({"up", "down", "mid"}))
+    forms: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"up", "down"}),
+        frozenset({"up", "down", "mid"}),
+    )
 
     up: Tensor
     down: Tensor
@@ -80,7 +85,11 @@ class Lora(Weights):
         matched(rank > 0 and up[1] == (mid[0] if mid else rank), "up mid down", shapes)
         kernel = down[2:]
         if mid is not None:
-            matched(len(mid) > 2 and mid[1] == rank and all(n == 1 for n in kernel), "up mid down", shapes)
+            matched(
+                len(mid) > 2 and mid[1] == rank and all(n == 1 for n in kernel),
+                "up mid down",
+                shapes,
+            )
             kernel = mid[2:]
         return Facts(up[0], _columns(down[1], kernel), kernel, rank, scaling(alpha, rank))
 
@@ -165,15 +174,20 @@ class Lora(Weights):
         import torch
 
         if any(
-            not same(part.mid, parts[0].mid) or (part.mid is not None and not same(part.down, parts[0].down))
+            not same(part.mid, parts[0].mid)
+            or (part.mid is not None and not same(part.down, parts[0].down))
             for part in parts
         ):
-            raise NotRepresentable("LoRA with different Tucker cores cannot be fused", hint="use --algo full")
+            raise NotRepresentable(
+                "LoRA with different Tucker cores cannot be fused", hint="use --algo full"
+            )
         if len({part.scale for part in parts}) > 1:
             parts = [part.folded() for part in parts]
         groups = grouped([part.down for part in parts])
         up = stacked([part.up for part in parts], groups)
-        return replace(parts[0], up=up, down=torch.cat(unique([part.down for part in parts], groups), -2))
+        return replace(
+            parts[0], up=up, down=torch.cat(unique([part.down for part in parts], groups), -2)
+        )
 
     @classmethod
     def zeros(cls, like: Self, rows: int) -> Self:
@@ -183,7 +197,9 @@ class Lora(Weights):
         """The scale in `up`, which powers of two leave exact."""
         from adaptkit.linalg.precision import upcast
 
-        return self if self.scale == 1.0 else replace(self, up=upcast(self.up) * self.scale, scale=1.0)
+        return (
+            self if self.scale == 1.0 else replace(self, up=upcast(self.up) * self.scale, scale=1.0)
+        )
 
     def times(self, factor: float) -> Self:
         """The number in the scale, its sign in `up`: some readers take a negative alpha for a mistake."""
@@ -200,7 +216,9 @@ class Lora(Weights):
         return _by_cores(weights, spec)
 
     @classmethod
-    def keep_stack(cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]) -> KeptStack:
+    def keep_stack(
+        cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]
+    ) -> KeptStack:
         """From the cores that `found` holds; NotRepresentable where they are not held."""
         return _kept(weights, found, ranks)
 
@@ -212,14 +230,19 @@ class Lora(Weights):
         if any(part.mid is not None for part in parts):
             parts = [cls(*part.factors(), 1.0, part.kernel) for part in parts]
         parts = [part.folded() for part in parts]
-        up, down = torch.cat([part.up for part in parts], -1), torch.cat([part.down for part in parts], -2)
+        up, down = (
+            torch.cat([part.up for part in parts], -1),
+            torch.cat([part.down for part in parts], -2),
+        )
         return replace(parts[0], up=up, down=down)
 
     @classmethod
     def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:
         """Through exact low-rank factors, in float32."""
         if kernel is None:
-            raise NotRepresentable("the stored shapes do not tell the kernel size that a LoRA has to state")
+            raise NotRepresentable(
+                "the stored shapes do not tell the kernel size that a LoRA has to state"
+            )
         left, right = weights.factors()
         return cls(left, right, 1.0, kernel)
 
@@ -259,7 +282,9 @@ class _SingularValues(Decomposition):
         if self.core is None or thin is None:
             up, down = weights.widened().svd(rank, self.spec.svd).balanced()
         else:
-            up, down = self.core.kept(thin[0].float(), thin[1].float(), rank)  # as precise as the core
+            up, down = self.core.kept(
+                thin[0].float(), thin[1].float(), rank
+            )  # as precise as the core
         return Lora(up, down, 1.0, self.spec.kernel)
 
     def lighter(self) -> Decomposition:

@@ -34,17 +34,26 @@ class Oft(Rotation):
         """Exact where the cut falls between blocks and no bound ties them together."""
         b = self.blocks.shape[-1]
         if start % b or stop % b or self.bound > 0:
-            raise NotRepresentable(f"rows {start} to {stop} cut through what is rotated together, {b} rows at a time")
+            raise NotRepresentable(
+                f"rows {start} to {stop} cut through what is rotated together, {b} rows at a time"
+            )
         rescale = None if self.rescale is None else self.rescale[..., start:stop, :]
         stored = (stop - start, *self.stored[1:]) if self.stored else ()
-        return replace(self, blocks=self.blocks[..., start // b : stop // b, :, :], rescale=rescale, stored=stored)
+        return replace(
+            self,
+            blocks=self.blocks[..., start // b : stop // b, :, :],
+            rescale=rescale,
+            stored=stored,
+        )
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
         """Exact for blocks of one size that no bound ties together."""
         import torch
 
-        if len({part.blocks.shape[-1] for part in parts}) > 1 or any(part.bound > 0 for part in parts):
+        if len({part.blocks.shape[-1] for part in parts}) > 1 or any(
+            part.bound > 0 for part in parts
+        ):
             raise NotRepresentable(
                 "OFT with blocks of different sizes, or with a bound on each, cannot be fused",
                 hint="merge them into their checkpoint",
@@ -54,7 +63,9 @@ class Oft(Rotation):
         if scaled is None:
             return replace(parts[0], blocks=blocks)
         rescale = torch.cat([part._factors(scaled.rescale) for part in parts], -2)
-        return replace(parts[0], blocks=blocks, rescale=rescale, stored=(rescale.shape[-2], *scaled.stored[1:]))
+        return replace(
+            parts[0], blocks=blocks, rescale=rescale, stored=(rescale.shape[-2], *scaled.stored[1:])
+        )
 
     @classmethod
     def zeros(cls, like: Self, rows: int) -> Self:

@@ -39,7 +39,9 @@ class PeftBoft(Weights):
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
         blocks, factor = shapes["blocks"], shapes["factor"]
-        fits = len(blocks) == 4 and blocks[2] == blocks[3] and (blocks[0] == 1 or blocks[2] % 2 == 0)
+        fits = (
+            len(blocks) == 4 and blocks[2] == blocks[3] and (blocks[0] == 1 or blocks[2] % 2 == 0)
+        )
         matched(fits and blocks[1] % 2 ** (blocks[0] - 1) == 0, "blocks", shapes)
         matched(len(factor) == 2 and 1 in factor, "factor", shapes)
         return Facts(math.prod(factor), blocks[1] * blocks[2], None, None, 1.0)
@@ -57,7 +59,9 @@ class PeftBoft(Weights):
         return int(self.factor.shape[-2])
 
     def delta(self) -> Tensor:
-        raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
+        raise NotRepresentable(
+            "what a rotation changes depends on the weight", hint="merge it into its checkpoint"
+        )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         *_, stages, _, b, _ = self.blocks.shape
@@ -85,7 +89,8 @@ class PeftBoft(Weights):
 
         if not all(same(part.blocks, parts[0].blocks) for part in parts):
             raise NotRepresentable(
-                "rows whose columns are turned differently cannot be fused", hint="merge them into their checkpoint"
+                "rows whose columns are turned differently cannot be fused",
+                hint="merge them into their checkpoint",
             )
         return replace(parts[0], factor=torch.cat([part.factor for part in parts], -2))
 

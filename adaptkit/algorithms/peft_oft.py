@@ -34,7 +34,10 @@ class PeftOft(Weights):
     roles: ClassVar[Mapping[str, Role]] = roles(
         packed=Role("oft_R.weight", ("oft_R",)), scaled=Role("oft_R.scaled_oft")
     )
-    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"packed"}), frozenset({"packed", "scaled"}))
+    forms: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"packed"}),
+        frozenset({"packed", "scaled"}),
+    )
 
     packed: Tensor
     size: int
@@ -53,10 +56,16 @@ class PeftOft(Weights):
         return cls(packed, _size(packed.shape[-1]), tensors.get("scaled"))
 
     def encode(self) -> dict[str, Tensor]:
-        return {"packed": self.packed} if self.scaled is None else {"packed": self.packed, "scaled": self.scaled}
+        return (
+            {"packed": self.packed}
+            if self.scaled is None
+            else {"packed": self.packed, "scaled": self.scaled}
+        )
 
     def delta(self) -> Tensor:
-        raise NotRepresentable("what a rotation changes depends on the weight", hint="merge it into its checkpoint")
+        raise NotRepresentable(
+            "what a rotation changes depends on the weight", hint="merge it into its checkpoint"
+        )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch
@@ -79,7 +88,9 @@ class PeftOft(Weights):
 
         if self.scaled is None:
             return self
-        return replace(self, packed=upcast(self.packed) / (2 * math.sqrt(self.size - 1)), scaled=None)
+        return replace(
+            self, packed=upcast(self.packed) / (2 * math.sqrt(self.size - 1)), scaled=None
+        )
 
     def part(self, start: int, stop: int) -> Self:  # noqa: ARG002 the contract's names
         """The columns are turned alike in all rows."""
@@ -88,10 +99,14 @@ class PeftOft(Weights):
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
         """One rotation for all rows: the parts must have the same."""
-        if all(same(part.packed, parts[0].packed) and same(part.scaled, parts[0].scaled) for part in parts):
+        if all(
+            same(part.packed, parts[0].packed) and same(part.scaled, parts[0].scaled)
+            for part in parts
+        ):
             return parts[0]
         raise NotRepresentable(
-            "rows whose columns are turned differently cannot be fused", hint="merge them into their checkpoint"
+            "rows whose columns are turned differently cannot be fused",
+            hint="merge them into their checkpoint",
         )
 
     def swapped(self) -> Self:

@@ -56,7 +56,9 @@ class Set(Weights):
         return int(self.value.shape[-2])
 
     def delta(self) -> Tensor:
-        raise NotRepresentable("what a replaced weight changes depends on the one it replaces", hint="merge it")
+        raise NotRepresentable(
+            "what a replaced weight changes depends on the one it replaces", hint="merge it"
+        )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         return toward(base, self.value.to(base.dtype), strength)

@@ -45,7 +45,9 @@ class _Lazy(click.Group):
         return None if home is None else getattr(import_module(home), cmd_name)
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Inspect, convert, resize, combine, extract, merge and compare diffusion-model adapters (LoRA, LoKr, …).
@@ -65,7 +67,9 @@ def main() -> NoReturn:
     _utf8()
     # torch's threads spin while they wait for one another: beside one other busy process that made an SVD 13 times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy multiplies no matrix here, and its threads spin at first
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # NumPy multiplies no matrix here, and its threads spin at first
     gc.set_threshold(
         200_000, 20, 20
     )  # headers are many small objects that live to the end: looking for cycles cost 10 %
@@ -85,10 +89,16 @@ def main() -> NoReturn:
         sys.exit(0)
     except AdaptkitError as error:
         _fail(str(error), error.hint, error.exit_code)
-    except Exception as error:  # a defect of ours: say so in one line, keep the traceback for those who ask
+    except (
+        Exception
+    ) as error:  # a defect of ours: say so in one line, keep the traceback for those who ask
         if os.environ.get("ADAPTKIT_DEBUG"):
             raise
-        _fail(f"unexpected {type(error).__name__}: {error}", "this is a bug; ADAPTKIT_DEBUG=1 shows the traceback", 1)
+        _fail(
+            f"unexpected {type(error).__name__}: {error}",
+            "this is a bug; ADAPTKIT_DEBUG=1 shows the traceback",
+            1,
+        )
 
 
 def run() -> NoReturn:
@@ -107,7 +117,10 @@ def run() -> NoReturn:
 def _utf8() -> None:
     """Windows pipes default to a legacy code page that cannot hold a path in any script."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
+        if (
+            hasattr(stream, "reconfigure")
+            and (stream.encoding or "").lower().replace("-", "") != "utf8"
+        ):
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 

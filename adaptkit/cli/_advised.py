@@ -36,7 +36,10 @@ def advised(talk: Talk, report: Report, base: Path, tuned: Path) -> None:
     for note in report.notes:
         err.print(f"note: {note}", style="yellow")
     if report.unused:
-        err.print(f"{len(report.unused)} layers have no partner, {report.unused[0].key} first", style="yellow")
+        err.print(
+            f"{len(report.unused)} layers have no partner, {report.unused[0].key} first",
+            style="yellow",
+        )
 
 
 def _lines(report: Report, base: Path, tuned: Path) -> Iterator[tuple[str, str]]:
@@ -68,12 +71,19 @@ def _ranks(report: Report) -> Iterator[tuple[str, ...]]:
 def _factors(report: Report) -> Iterator[tuple[str, ...]]:
     for factor, choice in report.lokr.items():
         beside = report.beside[factor]
-        yield str(factor), human(choice.bytes), _percent(choice.relative_error), _percent(beside.relative_error)
+        yield (
+            str(factor),
+            human(choice.bytes),
+            _percent(choice.relative_error),
+            _percent(beside.relative_error),
+        )
 
 
 def _mix(choice: Choice) -> str:
     counts: Mapping[str, int] = choice.mix
-    return " · ".join(f"{counts[name]} {name}" for name in ("lora", "lokr", "full", "nothing") if name in counts)
+    return " · ".join(
+        f"{counts[name]} {name}" for name in ("lora", "lokr", "full", "nothing") if name in counts
+    )
 
 
 def _percent(share: float) -> str:

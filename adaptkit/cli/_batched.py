@@ -37,7 +37,10 @@ class Batched:
     def interrupted(self, total: int) -> None:
         """How far it came."""
         if not self.talk.quiet:
-            click.echo(f"{self.ended} of {total} jobs have ended; the same command goes on with the others", err=True)
+            click.echo(
+                f"{self.ended} of {total} jobs have ended; the same command goes on with the others",
+                err=True,
+            )
 
     def finished(self, report: Report) -> int:
         """The summary; 1 where a job failed."""
@@ -46,14 +49,24 @@ class Batched:
         elif not self.talk.quiet:
             err = page(stderr=True)
             if self.talk.verbose:
-                err.print(table(("status", "seconds", "size", "command", "output"), _rows(report), right=("seconds",)))
+                err.print(
+                    table(
+                        ("status", "seconds", "size", "command", "output"),
+                        _rows(report),
+                        right=("seconds",),
+                    )
+                )
             err.print(facts((name, value) for name, value in _lines(report) if value))
-        return _failures(report.failures, report.count("done") + report.count("skipped"), report.not_run)
+        return _failures(
+            report.failures, report.count("done") + report.count("skipped"), report.not_run
+        )
 
     def planned(self, preview: Preview) -> int:
         """The plan on stdout; 1 where a job would fail."""
         if self.talk.as_json:
-            document(self.talk.command, {"dry_run": True, **preview.to_dict(details=self.talk.verbose)})
+            document(
+                self.talk.command, {"dry_run": True, **preview.to_dict(details=self.talk.verbose)}
+            )
         else:
             out = page()
             for plan in preview.plans:
@@ -63,10 +76,17 @@ class Batched:
 
 
 def _lines(report: Report) -> Iterator[tuple[str, str]]:
-    counts = [f"{report.count(status)} {status}" for status in ("done", "skipped", "failed") if report.count(status)]
+    counts = [
+        f"{report.count(status)} {status}"
+        for status in ("done", "skipped", "failed")
+        if report.count(status)
+    ]
     left = [f"{report.not_run} not begun"] if report.not_run else []
     yield "jobs", " · ".join([*counts, *left])
-    yield "written", human(written) if (written := sum(result.bytes for result in report.results)) else ""
+    yield (
+        "written",
+        human(written) if (written := sum(result.bytes for result in report.results)) else "",
+    )
     yield "log", str(report.log)
     yield "seconds", f"{report.seconds:.1f}"
 
@@ -81,7 +101,8 @@ def _rows(report: Report) -> Iterator[tuple[str, ...]]:
 def _foreseen(preview: Preview) -> Iterator[tuple[str, str]]:
     yield (
         "jobs",
-        f"{len(preview.plans)} of {preview.jobs}" + (f", {preview.skipped} are done" if preview.skipped else ""),
+        f"{len(preview.plans)} of {preview.jobs}"
+        + (f", {preview.skipped} are done" if preview.skipped else ""),
     )
     yield "bytes in", human(preview.total("bytes_in"))
     yield "bytes out", human(preview.bytes_out) + _open(preview.open_sizes)
@@ -103,7 +124,10 @@ def _failures(failures: Sequence[Result], fine: int, left: int) -> int:
             click.echo(f"  {result.outcome.hint}", err=True)
     several = "1 job" if len(failures) == 1 else f"{len(failures)} jobs"
     rest = f", {left} were not begun" if left else ""
-    click.echo(click.style("error:", fg="red", bold=True) + f" {several} failed, {fine} did not{rest}", err=True)
+    click.echo(
+        click.style("error:", fg="red", bold=True) + f" {several} failed, {fine} did not{rest}",
+        err=True,
+    )
     if left:
         hint = "--keep-going does the others; what is done is not done again"
         click.echo(click.style("hint:", fg="cyan", bold=True) + f" {hint}", err=True)

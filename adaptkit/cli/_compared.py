@@ -39,11 +39,23 @@ def compared(talk: Talk, report: compare.Report) -> None:
 def _lines(report: compare.Report) -> Iterator[tuple[str, str]]:
     if report.checkpoint:
         yield "adapter (A)", _file(report.a)
-        yield "change (D)", f"{PurePath(report.b['path']).name} − {PurePath(report.base or '').name}"
-        yield "strength", f"{_number(report.strength)}: where the adapter by itself comes nearest to D"
+        yield (
+            "change (D)",
+            f"{PurePath(report.b['path']).name} − {PurePath(report.base or '').name}",
+        )
+        yield (
+            "strength",
+            f"{_number(report.strength)}: where the adapter by itself comes nearest to D",
+        )
         yield "cosine", _number(report.cosine) + _share(report.cosine)
-        yield "relative error", f"{_number(report.relative_error)} (‖D − A‖ / ‖A‖)" + _common(report)
-        yield "norms", f"‖A‖ = {_number(report.norm_a)}, ‖D‖ = {_number(report.norm_b)} in A's modules"
+        yield (
+            "relative error",
+            f"{_number(report.relative_error)} (‖D − A‖ / ‖A‖)" + _common(report),
+        )
+        yield (
+            "norms",
+            f"‖A‖ = {_number(report.norm_a)}, ‖D‖ = {_number(report.norm_b)} in A's modules",
+        )
     else:
         yield "A", _file(report.a)
         yield "B", _file(report.b)
@@ -53,7 +65,11 @@ def _lines(report: compare.Report) -> Iterator[tuple[str, str]]:
         yield "norms", f"‖A‖ = {_number(report.norm_a)}, ‖B‖ = {_number(report.norm_b)}"
     yield "modules", f"{len(report.modules)} in both"
     yield "only in A", _names(report.only_a)
-    yield ("elsewhere", _elsewhere(report)) if report.checkpoint else ("only in B", _names(report.only_b))
+    yield (
+        ("elsewhere", _elsewhere(report))
+        if report.checkpoint
+        else ("only in B", _names(report.only_b))
+    )
     if report.tolerance is not None and not report.exceeded:
         yield "tolerance", f"{report.tolerance:g}: kept"
 
@@ -69,7 +85,9 @@ def _number(value: float | None) -> str:
 
 def _share(cosine: float | None) -> str:
     """What a cosine means: the share of ‖D‖² that the adapter explains."""
-    return "" if cosine is None else f": {cosine * cosine:.1%} of ‖D‖² in its modules is the adapter"
+    return (
+        "" if cosine is None else f": {cosine * cosine:.1%} of ‖D‖² in its modules is the adapter"
+    )
 
 
 def _common(report: compare.Report) -> str:
@@ -85,13 +103,21 @@ def _names(labels: Sequence[str]) -> str:
 
 def _elsewhere(report: compare.Report) -> str:
     share = f"{report.outside:.1%}" if report.outside else "nothing"
-    others = f", in {len(report.only_b)} changed layers that A does not touch" if report.only_b else ""
+    others = (
+        f", in {len(report.only_b)} changed layers that A does not touch" if report.only_b else ""
+    )
     return f"{share} of ‖D‖²{others}"
 
 
 def _modules(out: Any, report: compare.Report, every: bool) -> None:
     """Every module, or the worst."""
-    names = ["relative_error", "cosine", "norm_a", "norm_b", *(["strength"] if report.checkpoint else [])]
+    names = [
+        "relative_error",
+        "cosine",
+        "norm_a",
+        "norm_b",
+        *(["strength"] if report.checkpoint else []),
+    ]
     chosen = list(report.modules)
     if not every:
         names = [name for name in names if not name.startswith("norm")]

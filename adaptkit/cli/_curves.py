@@ -48,9 +48,21 @@ def _subtitle(report: Report) -> str:
 
 def _fill(axes: Axes, report: Report) -> None:
     lines: tuple[tuple[str, Sequence[Choice], dict[str, Any]], ...] = (
-        ("LoRA, one rank (--rank)", list(report.rank.values()), {"color": PALE, "marker": "o", "lw": 1.6}),
-        ("LoRA, ranks chosen (--size)", list(report.size.values()), {"color": LINE, "marker": "o", "lw": 1.6}),
-        ("the best for each layer (auto)", list(report.auto.values()), {"color": AUTO, "marker": "s", "lw": 1.6}),
+        (
+            "LoRA, one rank (--rank)",
+            list(report.rank.values()),
+            {"color": PALE, "marker": "o", "lw": 1.6},
+        ),
+        (
+            "LoRA, ranks chosen (--size)",
+            list(report.size.values()),
+            {"color": LINE, "marker": "o", "lw": 1.6},
+        ),
+        (
+            "the best for each layer (auto)",
+            list(report.auto.values()),
+            {"color": AUTO, "marker": "s", "lw": 1.6},
+        ),
         ("LoKr, by factor", list(report.lokr.values()), {"color": LOKR, "marker": "D", "lw": 0}),
     )
     for name, choices, style in lines:
@@ -81,7 +93,15 @@ def _place(choice: Choice) -> tuple[float, float]:
 
 
 def _say(axes: Axes, text: str, choice: Choice, beside: tuple[float, float], color: str) -> None:
-    axes.annotate(text, _place(choice), beside, textcoords="offset points", fontsize=TINY, color=color, ha="center")
+    axes.annotate(
+        text,
+        _place(choice),
+        beside,
+        textcoords="offset points",
+        fontsize=TINY,
+        color=color,
+        ha="center",
+    )
 
 
 def _scales(axes: Axes) -> None:

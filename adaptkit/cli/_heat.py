@@ -60,7 +60,10 @@ class Map:
         from rich.text import Text
 
         names = f"{'block':<{self.name}}{'‖ΔW‖':>{NORM}}{'r90':>{RANK}}{'r99':>{RANK}} "
-        return Text(names + "".join(f"{TITLES.get(kind, kind):>{CELL - 1}} " for kind in self.kinds), style=LABEL)
+        return Text(
+            names + "".join(f"{TITLES.get(kind, kind):>{CELL - 1}} " for kind in self.kinds),
+            style=LABEL,
+        )
 
     def line(self, name: str, block: Mapping[str, Any]) -> Text:
         """One block."""
@@ -96,7 +99,10 @@ class Map:
         steps = 10 if self.coloured else len(SHADES)
         ramp = Text("cells 0 ")
         for share in (n / (steps - 1) for n in range(steps)):
-            ramp.append("  " if self.coloured else shade(share), style=colour(share) if self.coloured else "")
+            ramp.append(
+                "  " if self.coloured else shade(share),
+                style=colour(share) if self.coloured else "",
+            )
         yield ramp.append(f" 100 % of the strongest, {self.top:.3g}")
         yield Text("      typical ‖ΔW‖ of a layer of that kind in that block (root mean square)")
         yield Text("r90   singular values that hold 90 % of a layer's ‖ΔW‖²; r99: 99 % (medians)")
@@ -143,9 +149,13 @@ def _without(record: Mapping[str, Any], modules: Iterable[Mapping[str, Any]]) ->
     from rich.text import Text
 
     wrong = {problem["module"] for problem in record["problems"] if problem["severity"] == "error"}
-    found = Counter(m["algorithm"] for m in modules if m["norm"] is None and m["module"] not in wrong)
+    found = Counter(
+        m["algorithm"] for m in modules if m["norm"] is None and m["module"] not in wrong
+    )
     for algorithm, count in found.items():
-        yield Text(f"–     what {count} {algorithm} modules change depends on the weights they are applied to")
+        yield Text(
+            f"–     what {count} {algorithm} modules change depends on the weights they are applied to"
+        )
 
 
 def short(value: float | None) -> str:
@@ -169,7 +179,12 @@ def colour(share: float) -> str:
         return "dim"
     place = min((share - FAINT) / (1 - FAINT), 1.0) * (len(RAMP) - 1)
     low = min(int(place), len(RAMP) - 2)
-    red, green, blue = (round(a + (b - a) * (place - low)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True))
+    red, green, blue = (
+        round(a + (b - a) * (place - low)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True)
+    )
     # black or white, whichever contrasts more with that luminance (WCAG 2)
-    light = sum(w * (part / 255) ** 2.2 for w, part in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True))
+    light = sum(
+        w * (part / 255) ** 2.2
+        for w, part in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
+    )
     return f"{'#000000' if light > 0.179 else 'bold #ffffff'} on #{red:02x}{green:02x}{blue:02x}"

@@ -21,7 +21,10 @@ __all__ = ["LABEL", "Facts", "Table", "Words", "console", "facts", "page", "tabl
 LABEL = "bold cyan"
 _GAP = "  "  # between columns
 _UNWRAPPED = 10_000  # columns: what goes into a pipe is not broken into lines
-_COLOURED = ("FORCE_COLOR", "TTY_COMPATIBLE")  # the variables that make rich take a pipe for a terminal
+_COLOURED = (
+    "FORCE_COLOR",
+    "TTY_COMPATIBLE",
+)  # the variables that make rich take a pipe for a terminal
 
 
 class Words(NamedTuple):
@@ -71,7 +74,9 @@ class Table(NamedTuple):
         built = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=LABEL)
         for name in self.columns:
             number = name in self.right
-            built.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+            built.add_column(
+                name, justify="right" if number else "left", overflow="fold", no_wrap=number
+            )
         for row in self.rows:
             built.add_row(*map(Text, row))
         return built
@@ -86,11 +91,15 @@ def facts(rows: Iterable[tuple[str, str]]) -> Facts:
     return Facts(list(rows))
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Table:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()
+) -> Table:
     """A plain table; columns without content are left out."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     used = [n for n in range(len(columns)) if any(row[n] for row in cells)]
-    return Table([columns[n] for n in used], [[row[n] for n in used] for row in cells if used], right)
+    return Table(
+        [columns[n] for n in used], [[row[n] for n in used] for row in cells if used], right
+    )
 
 
 class Plain:
@@ -125,21 +134,34 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=None if terminal else _UNWRAPPED)
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=None if terminal else _UNWRAPPED,
+    )
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> Iterator[str]:
     """Rows of cells, the lines of a cell below one another."""
     split = [[cell.split("\n") for cell in row] for row in rows]
     padded = [*([True] * (len(right) - 1)), *right[-1:]]  # nothing stands after the last column
-    columns = ((line for row in split for line in row[n]) if pad else () for n, pad in enumerate(padded))
+    columns = (
+        (line for row in split for line in row[n]) if pad else () for n, pad in enumerate(padded)
+    )
     widths = [max(map(_width, column), default=0) for column in columns]
     for row in split:
         for n in range(max(map(len, row), default=1)):
             cells = [cell[n] if n < len(cell) else "" for cell in row]
-            spaces = [" " * (width - _width(cell)) if width else "" for cell, width in zip(cells, widths, strict=True)]
+            spaces = [
+                " " * (width - _width(cell)) if width else ""
+                for cell, width in zip(cells, widths, strict=True)
+            ]
             both = zip(cells, spaces, right, strict=True)
-            yield _GAP.join(space + cell if number else cell + space for cell, space, number in both)
+            yield _GAP.join(
+                space + cell if number else cell + space for cell, space, number in both
+            )
 
 
 def _width(text: str) -> int:

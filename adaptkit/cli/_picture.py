@@ -36,7 +36,11 @@ __all__ = [
 ]
 
 SUFFIXES = (".png", ".svg", ".html")
-INK, MUTED, PAPER = "#1f2329", "#6e7681", "#fefefe"  # like nothing else in the drawing, so that HTML can exchange them
+INK, MUTED, PAPER = (
+    "#1f2329",
+    "#6e7681",
+    "#fefefe",
+)  # like nothing else in the drawing, so that HTML can exchange them
 LINE = "#3f7fbf"
 SMALL, TINY = 7.5, 6.3  # points
 
@@ -44,7 +48,9 @@ SMALL, TINY = 7.5, 6.3  # points
 def option(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """Callback of `--plot`: refuses a suffix that no picture has."""
     if path is not None and path.suffix.lower() not in SUFFIXES:
-        raise click.BadParameter(f"{path.name!r} ends in none of {', '.join(SUFFIXES)}", context, parameter)
+        raise click.BadParameter(
+            f"{path.name!r} ends in none of {', '.join(SUFFIXES)}", context, parameter
+        )
     return path
 
 
@@ -55,7 +61,8 @@ def check(path: Path, overwrite: bool) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise AdaptkitError(
-            f"--plot needs matplotlib: {error}", hint='install it with: pip install "adaptkit[plot]"'
+            f"--plot needs matplotlib: {error}",
+            hint='install it with: pip install "adaptkit[plot]"',
         ) from None
 
 
@@ -75,7 +82,9 @@ def publish(path: Path, data: bytes, overwrite: bool) -> None:
 
 def _check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise WouldOverwrite("the picture exists already", hint="pass --overwrite to replace it", file=path)
+        raise WouldOverwrite(
+            "the picture exists already", hint="pass --overwrite to replace it", file=path
+        )
     check_output(path, overwrite)
 
 
@@ -97,7 +106,9 @@ def settings() -> Iterator[None]:
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # of a file's name in a script that the font lacks
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # of a file's name in a script that the font lacks
         mpl.rcdefaults()
         mpl.rcParams.update(
             {
@@ -123,10 +134,16 @@ def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
 
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    )
     for colour, name in ((INK, "ink"), (MUTED, "muted"), (PAPER, "paper")):
         svg = svg.replace(colour, f"var(--{name})")
-    svg = re.sub(r'<g id="(cell\d+)">', lambda found: f"{found[0]}<title>{html.escape(tips[found[1]])}</title>", svg)
+    svg = re.sub(
+        r'<g id="(cell\d+)">',
+        lambda found: f"{found[0]}<title>{html.escape(tips[found[1]])}</title>",
+        svg,
+    )
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

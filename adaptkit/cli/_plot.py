@@ -24,17 +24,27 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-WEAK, STRONG = (0.96, 0.68, 0.28), (0.87, 0.17, 0.15)  # red, green, blue; weak cells let the paper through, be it dark
+WEAK, STRONG = (
+    (0.96, 0.68, 0.28),
+    (0.87, 0.17, 0.15),
+)  # red, green, blue; weak cells let the paper through, be it dark
 # inches: a row, a cell, the names, the bars, the ranks, a spectrum; the margins; the least and the most height of a spectrum
 ROW, CELL, NAMES, BARS, RANKS, SPECTRUM = 0.19, 0.42, 1.15, 1.45, 1.2, 3.2
 TOP, BOTTOM, SIDE, GAP, LEAST, MOST = 1.05, 0.62, 0.25, 0.22, 1.25, 2.4
-FLOOR, MANY, LONG = 1e-6, 8, 64  # the least σ/σ₁ drawn, the most spectra, the longest one on a linear axis
+FLOOR, MANY, LONG = (
+    1e-6,
+    8,
+    64,
+)  # the least σ/σ₁ drawn, the most spectra, the longest one on a linear axis
 
 
 def draw(report: Report, path: Path, overwrite: bool) -> None:
     """Write the picture of a report on an adapter, whole or not at all; its suffix says in which form."""
     if report.record.get("norm") is None:
-        kinds = {"checkpoint": "it is a checkpoint", "adapter": "adaptkit does not know this adapter"}
+        kinds = {
+            "checkpoint": "it is a checkpoint",
+            "adapter": "adaptkit does not know this adapter",
+        }
         depends = "what its modules change depends on the weights they are applied to"
         why = depends if "blocks" in report.record else kinds[report.record["kind"]]
         raise NothingToDo(f"there is nothing to plot: {why}", file=report.record["path"])
@@ -86,7 +96,15 @@ class _Page:
         rows = tuple(_rows(blocks))
         kinds = tuple(kind for kind in KINDS if any(kind in block["kinds"] for block in blocks))
         groups = _groups(report)
-        width = 2 * SIDE + NAMES + len(kinds) * CELL + BARS + RANKS + 3 * GAP + bool(groups) * (SPECTRUM + 2 * GAP)
+        width = (
+            2 * SIDE
+            + NAMES
+            + len(kinds) * CELL
+            + BARS
+            + RANKS
+            + 3 * GAP
+            + bool(groups) * (SPECTRUM + 2 * GAP)
+        )
         height = TOP + BOTTOM + max(len(rows) * ROW, len(groups) * LEAST)
         name = _printable(PurePath(report.record["path"]).name)
         return cls(name, rows, kinds, groups, Figure(figsize=(width, height)))
@@ -128,13 +146,22 @@ class _Page:
 
 def _groups(report: Report) -> dict[str, list[Sequence[float]]]:
     """The spectra of every list of blocks, at most the strongest `MANY` of them, in the order of the blocks."""
-    lists = {b["block"]: name for name, members in grouped(report.record["blocks"]).items() for b in members}
+    lists = {
+        b["block"]: name
+        for name, members in grouped(report.record["blocks"]).items()
+        for b in members
+    }
     found: dict[str, list[Sequence[float]]] = {name: [] for name in dict.fromkeys(lists.values())}
     for module, sigma in zip(report.modules, report.spectra, strict=True):
         if sigma and sigma[0] > 0:
             found[lists[module["block"]]].append(sigma)
-    energy = {name: sum(value * value for sigma in spectra for value in sigma) for name, spectra in found.items()}
-    strongest = sorted((name for name in found if found[name]), key=lambda name: -energy[name])[:MANY]
+    energy = {
+        name: sum(value * value for sigma in spectra for value in sigma)
+        for name, spectra in found.items()
+    }
+    strongest = sorted((name for name in found if found[name]), key=lambda name: -energy[name])[
+        :MANY
+    ]
     return {name: spectra for name, spectra in found.items() if name in strongest}
 
 
@@ -143,7 +170,12 @@ def _subtitle(report: Report) -> str:
     algorithms = ", ".join(f"{count} {name}" for name, count in record["algorithms"].items())
     missing = sum(module["norm"] is None for module in report.modules)
     without = f" · {missing} modules have no finite ΔW of their own" if missing else ""
-    parts = record["family"] or "unknown family", record["format"], algorithms, f"‖ΔW‖ = {record['norm']:.3g}"
+    parts = (
+        record["family"] or "unknown family",
+        record["format"],
+        algorithms,
+        f"‖ΔW‖ = {record['norm']:.3g}",
+    )
     return _printable(" · ".join(parts) + without)
 
 
@@ -161,7 +193,9 @@ def _cells(page: _Page, left: float) -> None:
     drawn = page.strip(left, len(page.kinds) * CELL)
     drawn.set_xlim(-0.5, len(page.kinds) - 0.5)
     drawn.set_xticks([])
-    top = max((v for row in page.rows if row.block for v in row.block["kinds"].values() if v), default=0.0)
+    top = max(
+        (v for row in page.rows if row.block for v in row.block["kinds"].values() if v), default=0.0
+    )
     for k, kind in enumerate(page.kinds):
         page.write(left + (k + 0.5) * CELL, TOP - 0.08, kind, ha="center", fontsize=SMALL)
         for n, row in enumerate(page.rows):
@@ -171,9 +205,13 @@ def _cells(page: _Page, left: float) -> None:
             share = value / top if top else 0.0
             gid = f"cell{len(page.tips)}"
             page.tips[gid] = f"{row.block['block']}, {kind}: {value:.3g}"
-            drawn.add_patch(Rectangle((k - 0.47, n - 0.46), 0.94, 0.92, facecolor=_shade(share), lw=0, gid=gid))
+            drawn.add_patch(
+                Rectangle((k - 0.47, n - 0.46), 0.94, 0.92, facecolor=_shade(share), lw=0, gid=gid)
+            )
             style: dict[str, Any] = {"color": "white", "fontweight": "bold"} if share > 0.6 else {}
-            drawn.text(k, n, percent(share), ha="center", va="center_baseline", fontsize=TINY, **style)
+            drawn.text(
+                k, n, percent(share), ha="center", va="center_baseline", fontsize=TINY, **style
+            )
     _scale(page, left, top)
 
 
@@ -184,10 +222,18 @@ def _scale(page: _Page, left: float, top: float) -> None:
     drawn = page.axes(left, below, 1.2, 0.12)
     drawn.set(xlim=(0, 20), ylim=(0, 1), xticks=[], yticks=[])
     for n in range(20):
-        drawn.add_patch(Rectangle((n, 0), 1, 1, facecolor=_shade((n + 0.5) / 20), lw=0, antialiased=False))
+        drawn.add_patch(
+            Rectangle((n, 0), 1, 1, facecolor=_shade((n + 0.5) / 20), lw=0, antialiased=False)
+        )
     page.write(left - 0.06, below + 0.1, "0", ha="right", fontsize=TINY)
     page.write(left + 1.26, below + 0.1, f"100 = {top:.3g}", fontsize=TINY)
-    page.write(left, below + 0.27, "typical ‖ΔW‖ of a layer (root mean square),", fontsize=TINY, color=MUTED)
+    page.write(
+        left,
+        below + 0.27,
+        "typical ‖ΔW‖ of a layer (root mean square),",
+        fontsize=TINY,
+        color=MUTED,
+    )
     page.write(left, below + 0.38, "in % of the strongest cell", fontsize=TINY, color=MUTED)
 
 
@@ -199,7 +245,11 @@ def _shade(share: float) -> tuple[float, float, float, float]:
 def _bars(page: _Page, left: float) -> None:
     """‖ΔW‖ of every block."""
     drawn = page.strip(left, BARS)
-    values = {n: row.block["norm"] for n, row in enumerate(page.rows) if row.block and row.block["norm"] is not None}
+    values = {
+        n: row.block["norm"]
+        for n, row in enumerate(page.rows)
+        if row.block and row.block["norm"] is not None
+    }
     top = max(values.values(), default=0.0) or 1.0
     drawn.set(xlim=(0, 1.42 * top), xticks=[])
     drawn.barh(list(values), list(values.values()), height=0.72, color=LINE)
@@ -213,13 +263,23 @@ def _ranks(page: _Page, left: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
     drawn = page.strip(left, RANKS)
-    found = [(n, row.block["rank_90"], row.block["rank_99"]) for n, row in enumerate(page.rows) if row.block]
+    found = [
+        (n, row.block["rank_90"], row.block["rank_99"])
+        for n, row in enumerate(page.rows)
+        if row.block
+    ]
     found = [(n, low, high) for n, low, high in found if low is not None]
     drawn.set_xticks([])
     if not found:
         return
     page.write(left, TOP - 0.08, "rank: ● 90 %  ○ 99 %", fontsize=SMALL)
-    page.write(left, TOP + len(page.rows) * ROW + 0.41, "of ‖ΔW‖², median layer", fontsize=TINY, color=MUTED)
+    page.write(
+        left,
+        TOP + len(page.rows) * ROW + 0.41,
+        "of ‖ΔW‖², median layer",
+        fontsize=TINY,
+        color=MUTED,
+    )
     rows, lows, highs = zip(*found, strict=True)
     drawn.set_xlim(0, max(highs) * 1.08 + 0.5)
     drawn.grid(axis="x", color=MUTED, alpha=0.25, lw=0.5)
@@ -236,8 +296,12 @@ def _spectra(page: _Page, left: float, report: Report) -> None:
     shown = [float(value) for band in bands.values() for value in band[1] if value > FLOOR]
     least = 10.0 ** math.floor(math.log10(min(shown) / 2))
     height = min(max(len(page.rows) * ROW / len(bands), LEAST), MOST)
-    page.write(left, TOP - 0.3, "singular values σᵢ / σ₁ of a layer", fontsize=SMALL + 1, fontweight="bold")
-    page.write(left, TOP - 0.14, "line: median · band: 80 % of the layers", fontsize=TINY, color=MUTED)
+    page.write(
+        left, TOP - 0.3, "singular values σᵢ / σ₁ of a layer", fontsize=SMALL + 1, fontweight="bold"
+    )
+    page.write(
+        left, TOP - 0.14, "line: median · band: 80 % of the layers", fontsize=TINY, color=MUTED
+    )
     for n, (name, band) in enumerate(bands.items()):
         drawn = page.axes(left, TOP + n * height + 0.17, SPECTRUM, height - 0.42)
         _spectrum(drawn, band, least)
@@ -247,7 +311,9 @@ def _spectra(page: _Page, left: float, report: Report) -> None:
             drawn.set(xticks=_counted(longest), xlim=(0.7, longest + 0.3))
         count = len(page.groups[name])
         layers = "1 layer" if count == 1 else f"{count} layers"
-        drawn.set_title(f"{_printable(name)}  ·  {layers}", fontsize=SMALL, loc="left", pad=3, parse_math=False)
+        drawn.set_title(
+            f"{_printable(name)}  ·  {layers}", fontsize=SMALL, loc="left", pad=3, parse_math=False
+        )
     drawn.set_xlabel("i", fontsize=SMALL, labelpad=1)
 
 
@@ -258,7 +324,9 @@ def _spectrum(drawn: Axes, band: NDArray[Any], least: float) -> None:
     drawn.grid(color=MUTED, alpha=0.25, lw=0.5)
     drawn.minorticks_off()
     drawn.fill_between(index, low.clip(least / 2), high, color=LINE, alpha=0.25, lw=0)
-    drawn.plot(index, middle, color=LINE, lw=1.4, marker="o", ms=2.5 if len(middle) <= LONG // 2 else 0)
+    drawn.plot(
+        index, middle, color=LINE, lw=1.4, marker="o", ms=2.5 if len(middle) <= LONG // 2 else 0
+    )
 
 
 def _counted(longest: int) -> list[int]:

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
-@click.option("--max-rank", type=click.IntRange(1), default=128, show_default=True, help="The highest rank to look at.")
+@click.option(
+    "--max-rank",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="The highest rank to look at.",
+)
 @click.option(
     "--to",
     default="kohya",
@@ -24,7 +30,12 @@ if TYPE_CHECKING:
     metavar="FORMAT",
     help="Key format that is meant; see `adaptkit formats`.",
 )
-@click.option("--plot", type=PATH, callback=option, help="Draw it: a .png, .svg or .html file (needs adaptkit[plot]).")
+@click.option(
+    "--plot",
+    type=PATH,
+    callback=option,
+    help="Draw it: a .png, .svg or .html file (needs adaptkit[plot]).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing picture.")
 @click.option("--family", metavar="NAME", help="Model family, where detection should not decide.")
 @click.option(
@@ -34,17 +45,33 @@ if TYPE_CHECKING:
     show_default=True,
     help="Number format that would be written.",
 )
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda|cuda:N",
+    help="Where to compute.",
+)
 @click.option(
     "--memory",
     type=SIZE,
     metavar="SIZE",
     help="Bound on working memory, torch not counted.  [default: 560MB, or what one layer needs]",
 )
-@click.option("--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable).")
-@click.option("--skip", multiple=True, metavar="GLOB", help="Not these modules or components (repeatable).")
-@click.option("--ema", is_flag=True, help="Read the averaged weights where a checkpoint holds them too.")
-@click.option("--allow-unused", is_flag=True, help="Go on where layers have no partner; the report lists them.")
+@click.option(
+    "--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable)."
+)
+@click.option(
+    "--skip", multiple=True, metavar="GLOB", help="Not these modules or components (repeatable)."
+)
+@click.option(
+    "--ema", is_flag=True, help="Read the averaged weights where a checkpoint holds them too."
+)
+@click.option(
+    "--allow-unused",
+    is_flag=True,
+    help="Go on where layers have no partner; the report lists them.",
+)
 @talk
 def advise(
     base: Path,

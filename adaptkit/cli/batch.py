@@ -35,9 +35,15 @@ if TYPE_CHECKING:
 )
 @click.option("--keep-going", is_flag=True, help="Go on with the other jobs where one fails.")
 @click.option("--dry-run", is_flag=True, help="Print the plan of all jobs and write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace existing outputs that this recipe did not write, too.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace existing outputs that this recipe did not write, too.",
+)
 @talk
-def batch(recipe: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any) -> int:
+def batch(
+    recipe: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
+) -> int:
     """Do the jobs of RECIPE.toml: merges, extractions, conversions, resizes and combinations.
 
     A [[job]] is one command with its inputs and options; in a [[matrix]] values may be lists, and every combination is a

@@ -24,7 +24,9 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
     show_default=True,
     help="sum is exact; the others keep a share of the entries of each ΔW.",
 )
-@click.option("--density", type=float, metavar="D", help="That share, above 0 and at most 1.  [default: 0.5]")
+@click.option(
+    "--density", type=float, metavar="D", help="That share, above 0 and at most 1.  [default: 0.5]"
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Which entries dare drops.")
 @ranks
 @recasts

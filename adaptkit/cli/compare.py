@@ -15,10 +15,25 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("a", type=STRENGTH, metavar="A[:STRENGTH]")
 @click.argument("b", type=STRENGTH, metavar="B[:STRENGTH]")
-@click.option("--base", type=PATH, help="Checkpoint that the adapters are for, or that checkpoint B was made from.")
-@click.option("--tolerance", type=click.FloatRange(0), metavar="T", help="Exit 1 if the relative error is larger.")
+@click.option(
+    "--base",
+    type=PATH,
+    help="Checkpoint that the adapters are for, or that checkpoint B was made from.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    metavar="T",
+    help="Exit 1 if the relative error is larger.",
+)
 @inputs
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda|cuda:N",
+    help="Where to compute.",
+)
 @click.option(
     "--memory",
     type=SIZE,
@@ -26,12 +41,22 @@ if TYPE_CHECKING:
     help="Bound on working memory, torch not counted.  [default: 560MB, or what one layer needs]",
 )
 @click.option(
-    "--only", multiple=True, metavar="GLOB", help="Only these modules or components, by A's names (repeatable)."
+    "--only",
+    multiple=True,
+    metavar="GLOB",
+    help="Only these modules or components, by A's names (repeatable).",
 )
-@click.option("--skip", multiple=True, metavar="GLOB", help="Not these modules or components, likewise.")
+@click.option(
+    "--skip", multiple=True, metavar="GLOB", help="Not these modules or components, likewise."
+)
 @talk
 def compare(
-    a: tuple[Path, float], b: tuple[Path, float], as_json: bool, quiet: bool, verbose: bool, **chosen: Any
+    a: tuple[Path, float],
+    b: tuple[Path, float],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **chosen: Any,
 ) -> int:
     """Say how far adapter A is from adapter B, or how much of adapter A checkpoint B contains.
 

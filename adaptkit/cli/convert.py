@@ -17,11 +17,18 @@ HOSTS = ("comfyui", "diffusers", "kohya", "invokeai")
 @click.command()
 @click.argument("adapter", type=PATH)
 @click.option("--to", metavar="FORMAT", help="Key format to write; `adaptkit formats` lists them.")
-@click.option("--for", "host", type=click.Choice(HOSTS), help="Write what this host really loads for this family.")
+@click.option(
+    "--for",
+    "host",
+    type=click.Choice(HOSTS),
+    help="Write what this host really loads for this family.",
+)
 @recasts
 @ranks
 @writer
-def convert(adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any) -> None:
+def convert(
+    adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
+) -> None:
     """Write ADAPTER in another key format, every key accounted for.
 
     Keys are renamed and their tensors copied byte for byte. Where the formats cut layers differently, fused projections

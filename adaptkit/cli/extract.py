@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 @click.argument("base", type=PATH)
 @click.argument("tuned", type=PATH)
 @click.option(
-    "--algo", default="lora", show_default=True, metavar="lora|lokr|full|auto", help="Kind of adapter to fit."
+    "--algo",
+    default="lora",
+    show_default=True,
+    metavar="lora|lokr|full|auto",
+    help="Kind of adapter to fit.",
 )
 @ranks
 @click.option(
@@ -25,8 +29,16 @@ if TYPE_CHECKING:
     metavar="N|auto",
     help="LoKr: size of the small factor.  [default: auto, the one it was made with, else 8]",
 )
-@click.option("--decompose-both", is_flag=True, help="LoKr: the first factor as a product too, of the same rank.")
-@click.option("--alpha", type=click.FloatRange(0, min_open=True), help="LoRA: alpha to store.  [default: the rank]")
+@click.option(
+    "--decompose-both",
+    is_flag=True,
+    help="LoKr: the first factor as a product too, of the same rank.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, min_open=True),
+    help="LoRA: alpha to store.  [default: the rank]",
+)
 @click.option(
     "--clamp-quantile",
     type=click.FloatRange(0, 1, min_open=True),
@@ -34,7 +46,11 @@ if TYPE_CHECKING:
     help="LoRA: clamp factors to this quantile, as kohya's script does (0.99); it costs accuracy.",
 )
 @click.option(
-    "--to", default="kohya", show_default=True, metavar="FORMAT", help="Key format to write; see `adaptkit formats`."
+    "--to",
+    default="kohya",
+    show_default=True,
+    metavar="FORMAT",
+    help="Key format to write; see `adaptkit formats`.",
 )
 @click.option(
     "--svd",
@@ -48,9 +64,13 @@ if TYPE_CHECKING:
     default=None,
     help="Carry changed biases and norms, exactly; not every host reads them.  [default: with --algo full only]",
 )
-@click.option("--ema", is_flag=True, help="Read the averaged weights where a checkpoint holds them too.")
+@click.option(
+    "--ema", is_flag=True, help="Read the averaged weights where a checkpoint holds them too."
+)
 @writer
-def extract(base: Path, tuned: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any) -> None:
+def extract(
+    base: Path, tuned: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
+) -> None:
     """Write the adapter that turns checkpoint BASE into checkpoint TUNED.
 
     BASE and TUNED are checkpoints of one model family, each a .safetensors or .ckpt file, an index of shards or a

@@ -29,8 +29,14 @@ def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
 @click.option("--keys", is_flag=True, help="List every tensor: key, dtype, shape.")
-@click.option("--modules", is_flag=True, help="List every adapted module: algorithm, rank, alpha, shape.")
-@click.option("--stats", is_flag=True, help="Read the weights too: strengths and ranks by block; zeros, NaN, overflow.")
+@click.option(
+    "--modules", is_flag=True, help="List every adapted module: algorithm, rank, alpha, shape."
+)
+@click.option(
+    "--stats",
+    is_flag=True,
+    help="Read the weights too: strengths and ranks by block; zeros, NaN, overflow.",
+)
 @click.option(
     "--plot",
     type=PATH,
@@ -74,9 +80,19 @@ def inspect(
     if plot is not None:
         _can_plot(plot, paths, overwrite)
     options = op.Options(family=family, format=format, hash=hash, stats=stats)
-    with Talk("inspect", as_json, quiet, verbose).progress("reading weights") if stats else nullcontext() as bar:
+    with (
+        Talk("inspect", as_json, quiet, verbose).progress("reading weights")
+        if stats
+        else nullcontext() as bar
+    ):
         reports = [op.run(path, options, bar) for path in paths]
-    inspected(reports, keys=keys, modules=modules or verbose or (stats and as_json), as_json=as_json, quiet=quiet)
+    inspected(
+        reports,
+        keys=keys,
+        modules=modules or verbose or (stats and as_json),
+        as_json=as_json,
+        quiet=quiet,
+    )
     if any(report.error for report in reports):
         return 1
     if plot is not None:

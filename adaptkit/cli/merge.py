@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     metavar="NAME=WEIGHT,…",
     help="Weights of blocks, by name, glob or range, or a vector as LoRA Block Weight takes it (repeatable).",
 )
-@click.option("--verify", is_flag=True, help="Read the output back and check it against base + ΔW before it appears.")
-@click.option("--shard-size", type=SIZE, metavar="SIZE", help="Write a folder of shards of at most this size.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read the output back and check it against base + ΔW before it appears.",
+)
+@click.option(
+    "--shard-size", type=SIZE, metavar="SIZE", help="Write a folder of shards of at most this size."
+)
 @click.option(
     "--layout",
     type=click.Choice(["single-file", "folder"]),

@@ -11,7 +11,18 @@ import click
 
 from adaptkit.ops._common import split_strength
 
-__all__ = ["FACTOR", "PATH", "SIZE", "STRENGTH", "Size", "inputs", "ranks", "recasts", "talk", "writer"]
+__all__ = [
+    "FACTOR",
+    "PATH",
+    "SIZE",
+    "STRENGTH",
+    "Size",
+    "inputs",
+    "ranks",
+    "recasts",
+    "talk",
+    "writer",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +54,9 @@ class Strength(click.ParamType):  # type: ignore[type-arg]
 
     name = "adapter[:strength]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, float]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, float]:
         return value if isinstance(value, tuple) else split_strength(value)
 
 
@@ -52,7 +65,9 @@ class Factor(click.ParamType):  # type: ignore[type-arg]
 
     name = "factor"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
         if value is None or isinstance(value, int) or value == "auto":
             return value if isinstance(value, int) else None
         if not value.isdecimal() or int(value) < 1:
@@ -76,8 +91,12 @@ def talk(function: F) -> F:
     return _apply(
         function,
         [
-            click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-            click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; errors only."),
+            click.option(
+                "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
+            ),
+            click.option(
+                "-q", "--quiet", is_flag=True, help="No progress, no summary; errors only."
+            ),
             click.option("-v", "--verbose", is_flag=True, help="One line per module as well."),
         ],
     )
@@ -88,8 +107,12 @@ def inputs(function: F) -> F:
     return _apply(
         function,
         [
-            click.option("--family", metavar="NAME", help="Model family, where detection should not decide."),
-            click.option("--format", metavar="NAME", help="Key format of the input adapter, likewise."),
+            click.option(
+                "--family", metavar="NAME", help="Model family, where detection should not decide."
+            ),
+            click.option(
+                "--format", metavar="NAME", help="Key format of the input adapter, likewise."
+            ),
         ],
     )
 
@@ -102,12 +125,21 @@ def ranks(function: F) -> F:
     return _apply(
         function,
         [
-            click.option("--rank", type=click.IntRange(1), help="This rank everywhere, as far as a layer allows."),
             click.option(
-                "--conv-rank", type=click.IntRange(1), help="Rank of convolutions larger than 1×1, with --rank."
+                "--rank",
+                type=click.IntRange(1),
+                help="This rank everywhere, as far as a layer allows.",
             ),
             click.option(
-                "--energy", type=SHARE, metavar="E", help="The least rank per module keeping this share of ‖ΔW‖²."
+                "--conv-rank",
+                type=click.IntRange(1),
+                help="Rank of convolutions larger than 1×1, with --rank.",
+            ),
+            click.option(
+                "--energy",
+                type=SHARE,
+                metavar="E",
+                help="The least rank per module keeping this share of ‖ΔW‖².",
             ),
             click.option(
                 "--error",
@@ -115,11 +147,35 @@ def ranks(function: F) -> F:
                 metavar="E",
                 help="The smallest file with a relative error of at most E over the whole adapter.",
             ),
-            click.option("--size", type=SIZE, metavar="SIZE", help="The least error in a file of at most SIZE."),
-            click.option("--sv-ratio", type=click.FloatRange(1.0), metavar="R", help="Keep σᵢ ≥ σ₁ / R, per module."),
-            click.option("--sv-fro", type=SHARE, metavar="F", help="Keep √(Σ kept σ² / Σ σ²) ≥ F, per module."),
-            click.option("--sv-cumulative", type=SHARE, metavar="C", help="Keep Σ kept σ / Σ σ ≥ C, per module."),
-            click.option("--max-rank", type=click.IntRange(1), help="No module gets a higher rank, whatever the rule."),
+            click.option(
+                "--size",
+                type=SIZE,
+                metavar="SIZE",
+                help="The least error in a file of at most SIZE.",
+            ),
+            click.option(
+                "--sv-ratio",
+                type=click.FloatRange(1.0),
+                metavar="R",
+                help="Keep σᵢ ≥ σ₁ / R, per module.",
+            ),
+            click.option(
+                "--sv-fro",
+                type=SHARE,
+                metavar="F",
+                help="Keep √(Σ kept σ² / Σ σ²) ≥ F, per module.",
+            ),
+            click.option(
+                "--sv-cumulative",
+                type=SHARE,
+                metavar="C",
+                help="Keep Σ kept σ / Σ σ ≥ C, per module.",
+            ),
+            click.option(
+                "--max-rank",
+                type=click.IntRange(1),
+                help="No module gets a higher rank, whatever the rule.",
+            ),
         ],
     )
 
@@ -152,7 +208,12 @@ def writer(function: F) -> F:
     return _apply(
         function,
         [
-            click.option("-o", "--output", type=PATH, help="File to write; without it, beside the last input."),
+            click.option(
+                "-o",
+                "--output",
+                type=PATH,
+                help="File to write; without it, beside the last input.",
+            ),
             inputs,
             click.option(
                 "--dtype",
@@ -162,7 +223,11 @@ def writer(function: F) -> F:
                 help="Number format of what is written.",
             ),
             click.option(
-                "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N", help="Where to compute."
+                "--device",
+                default="auto",
+                show_default=True,
+                metavar="auto|cpu|cuda|cuda:N",
+                help="Where to compute.",
             ),
             click.option(
                 "--memory",
@@ -171,12 +236,24 @@ def writer(function: F) -> F:
                 help="Bound on working memory, torch not counted.  [default: 560MB, or what one layer needs]",
             ),
             click.option(
-                "--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable)."
+                "--only",
+                multiple=True,
+                metavar="GLOB",
+                help="Only these modules or components (repeatable).",
             ),
-            click.option("--skip", multiple=True, metavar="GLOB", help="Not these modules or components (repeatable)."),
+            click.option(
+                "--skip",
+                multiple=True,
+                metavar="GLOB",
+                help="Not these modules or components (repeatable).",
+            ),
             click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
             click.option("--overwrite", is_flag=True, help="Replace an existing output."),
-            click.option("--allow-unused", is_flag=True, help="Go on where keys would be lost; the report lists them."),
+            click.option(
+                "--allow-unused",
+                is_flag=True,
+                help="Go on where keys would be lost; the report lists them.",
+            ),
             talk,
         ],
     )

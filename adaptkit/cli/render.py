@@ -40,7 +40,11 @@ _MEASURED = {
 
 def document(command: str, body: Mapping[str, Any]) -> None:
     """Print exactly one JSON document on stdout."""
-    click.echo(json.dumps({"adaptkit": __version__, "command": command, **body}, ensure_ascii=False, indent=2))
+    click.echo(
+        json.dumps(
+            {"adaptkit": __version__, "command": command, **body}, ensure_ascii=False, indent=2
+        )
+    )
 
 
 def human(count: float) -> str:
@@ -68,7 +72,9 @@ def _percent(share: float) -> str:
 # inspect ---------------------------------------------------------------------------------------------------------
 
 
-def inspected(reports: Sequence[inspect.Report], *, keys: bool, modules: bool, as_json: bool, quiet: bool) -> None:
+def inspected(
+    reports: Sequence[inspect.Report], *, keys: bool, modules: bool, as_json: bool, quiet: bool
+) -> None:
     """Show what `inspect` found: one file in full, several as a table; errors on stderr."""
     if as_json:
         document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
@@ -78,7 +84,9 @@ def inspected(reports: Sequence[inspect.Report], *, keys: bool, modules: bool, a
         if report.error is not None:
             click.echo(click.style("error:", fg="red", bold=True) + f" {report.error}", err=True)
             if report.error.hint:
-                click.echo(click.style("hint:", fg="cyan", bold=True) + f" {report.error.hint}", err=True)
+                click.echo(
+                    click.style("hint:", fg="cyan", bold=True) + f" {report.error.hint}", err=True
+                )
 
 
 def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, Any]:
@@ -92,7 +100,9 @@ def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, 
 
 def _show(reports: Sequence[inspect.Report], keys: bool, modules: bool) -> None:
     good = [report for report in reports if report.error is None]
-    if len(reports) > 1 and not (keys or modules or any("blocks" in report.record for report in good)):
+    if len(reports) > 1 and not (
+        keys or modules or any("blocks" in report.record for report in good)
+    ):
         return _overview(good)
     for report in good:
         _file(report)
@@ -127,19 +137,28 @@ def _overview(reports: Sequence[inspect.Report]) -> None:
 def _file(report: inspect.Report) -> None:
     record = report.record
     out = page()
-    out.print(Words(PurePath(record["path"]).name, "bold"), Words(f"{record['kind']}, {human(record['bytes'])}"))
+    out.print(
+        Words(PurePath(record["path"]).name, "bold"),
+        Words(f"{record['kind']}, {human(record['bytes'])}"),
+    )
     out.print(facts((name, value) for name, value in _lines(record) if value))
     for problem in record["problems"][:_MANY]:
         where = f"{problem['module']}: " if problem["module"] else ""
         style = "red" if problem["severity"] == "error" else "yellow"
         out.print(Words(f"  {problem['severity']}:", style), Words(f"{where}{problem['what']}"))
     if len(record["problems"]) > _MANY:
-        out.print(f"  and {len(record['problems']) - _MANY} more problems (see --json)", style="yellow")
+        out.print(
+            f"  and {len(record['problems']) - _MANY} more problems (see --json)", style="yellow"
+        )
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     evidence = record["evidence"]
-    alike = f"  (or {', '.join(evidence['alternatives'])}: the names do not tell)" if evidence["alternatives"] else ""
+    alike = (
+        f"  (or {', '.join(evidence['alternatives'])}: the names do not tell)"
+        if evidence["alternatives"]
+        else ""
+    )
     yield "family", (record["family"] or "unknown") + alike
     yield "format", record["format"] or ""
     yield "layout", record.get("layout", "")
@@ -147,9 +166,17 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parts", _counts(record["components"])
     yield "ranks", _counts(record["ranks"], "{0} (×{1})")
     if record["scales"]:
-        origin = {"none": "no alpha stored", "tensor": "alpha from tensors", "metadata": "alpha from metadata"}
+        origin = {
+            "none": "no alpha stored",
+            "tensor": "alpha from tensors",
+            "metadata": "alpha from metadata",
+        }
         stated = origin.get(record["alpha_source"], "alpha from tensors and metadata")
-        yield "scales", f"{_counts(record['scales'], '{0} (×{1})')}" + (f", {stated}" if record["ranks"] else "")
+        yield (
+            "scales",
+            f"{_counts(record['scales'], '{0} (×{1})')}"
+            + (f", {stated}" if record["ranks"] else ""),
+        )
     yield "parameters", f"{record['parameters']:,}"
     yield "dtypes", _counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
@@ -181,7 +208,9 @@ def _metadata(metadata: Mapping[str, str]) -> str:
     )
     found = [f"{name} = {metadata[name]}" for name in shown if name in metadata]
     rest = len(metadata) - len(found) - ("format" in metadata)  # format=pt says nothing
-    return "\n".join([*found, *([f"{'and ' if found else ''}{rest} more (see --json)"] if rest else [])])
+    return "\n".join(
+        [*found, *([f"{'and ' if found else ''}{rest} more (see --json)"] if rest else [])]
+    )
 
 
 def _blocks(report: inspect.Report) -> None:
@@ -207,7 +236,9 @@ def _modules(report: inspect.Report) -> None:
 
 
 def _measured(modules: Sequence[Mapping[str, Any]]) -> None:
-    rows = [[f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in _MEASURED] for m in modules]
+    rows = [
+        [f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in _MEASURED] for m in modules
+    ]
     columns = list(_MEASURED.values())
     out = page()
     out.print()
@@ -226,7 +257,10 @@ def _cell(value: object) -> object:
 
 
 def _keys(report: inspect.Report) -> None:
-    rows = ((k["dtype"], "×".join(map(str, k["shape"])) or "scalar", k["key"], k["note"]) for k in report.keys)
+    rows = (
+        (k["dtype"], "×".join(map(str, k["shape"])) or "scalar", k["key"], k["note"])
+        for k in report.keys
+    )
     page().print(table(("dtype", "shape", "key", "note"), rows))
 
 
@@ -244,7 +278,13 @@ def listed(kind: str, rows: Sequence[Mapping[str, object]], as_json: bool) -> No
         return
     for name, title, *rest in shown:
         page().print(Words(name, "bold"), Words(title))
-        page().print(facts((c.replace("_", " "), cell) for c, cell in zip(columns[2:], rest, strict=True) if cell))
+        page().print(
+            facts(
+                (c.replace("_", " "), cell)
+                for c, cell in zip(columns[2:], rest, strict=True)
+                if cell
+            )
+        )
 
 
 def _plain(value: object) -> str:
@@ -270,9 +310,20 @@ class Talk:
         if self.quiet or not sys.stderr.isatty():
             yield None
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -288,7 +339,9 @@ class Talk:
         out.print("would write", plan["output"])
         out.print(
             facts(
-                (name.replace("_", " "), _shown(name, value)) for name, value in plan.items() if _summary(name, value)
+                (name.replace("_", " "), _shown(name, value))
+                for name, value in plan.items()
+                if _summary(name, value)
             )
         )
         _unused(out, plan["unused"])
@@ -297,12 +350,20 @@ class Talk:
         """Summary of an extraction."""
         same = report.lora_same_size
         rows = [
-            ("adapter", f"{report.algorithm} for {report.family}, {report.format} keys, {human(report.bytes)}"),
+            (
+                "adapter",
+                f"{report.algorithm} for {report.family}, {report.format} keys, {human(report.bytes)}",
+            ),
             ("modules", f"{report.modules} written, {report.unchanged} unchanged and left out"),
-            ("captured", f"{_percent(report.captured)} of ‖ΔW‖², relative error {report.relative_error:.3g}"),
+            (
+                "captured",
+                f"{_percent(report.captured)} of ‖ΔW‖², relative error {report.relative_error:.3g}",
+            ),
             (
                 "same size",
-                "" if same is None else f"a LoRA of as many parameters would capture {_percent(min(1.0, same))}",
+                ""
+                if same is None
+                else f"a LoRA of as many parameters would capture {_percent(min(1.0, same))}",
             ),
         ]
         columns = ("algorithm", "rank", "captured", "relative_error", "module")
@@ -311,11 +372,16 @@ class Talk:
     def converted(self, report: convert.Report) -> None:
         """Summary of a conversion."""
         rows = [
-            ("adapter", f"{report.family}, {report.source_format} → {report.format} keys, {human(report.bytes)}"),
+            (
+                "adapter",
+                f"{report.family}, {report.source_format} → {report.format} keys, {human(report.bytes)}",
+            ),
             ("modules", f"{report.modules}: {_counts(report.changes, '{1} {0}')}"),
             ("weights", self._error(report.relative_error)),
         ]
-        self._written(report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes)
+        self._written(
+            report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes
+        )
 
     def resized(self, report: resize.Report) -> None:
         """Summary of a resize."""
@@ -323,10 +389,18 @@ class Talk:
         rows = [
             ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
             ("modules", f"{report.modules}: {_counts(report.changes, '{1} {0}')}"),
-            ("ranks", _counts(dict(sorted(ranks.items(), key=lambda item: int(item[0]))), "{0} (×{1})")),
+            (
+                "ranks",
+                _counts(dict(sorted(ranks.items(), key=lambda item: int(item[0]))), "{0} (×{1})"),
+            ),
             ("weights", self._error(report.relative_error)),
         ]
-        self._written(report, rows, ("algorithm", "rank_before", "rank", "relative_error", "module"), report.notes)
+        self._written(
+            report,
+            rows,
+            ("algorithm", "rank_before", "rank", "relative_error", "module"),
+            report.notes,
+        )
 
     def combined(self, report: combine.Report, inputs: Sequence[tuple[str, float]]) -> None:
         """Summary of a combination."""
@@ -336,10 +410,15 @@ class Talk:
             ("inputs", "\n".join(f"{PurePath(path).name} × {weight:g}" for path, weight in inputs)),
             ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
             ("modules", f"{report.modules}: {_counts(kinds)}"),
-            ("ranks", _counts(dict(sorted(ranks.items(), key=lambda item: int(item[0]))), "{0} (×{1})")),
+            (
+                "ranks",
+                _counts(dict(sorted(ranks.items(), key=lambda item: int(item[0]))), "{0} (×{1})"),
+            ),
             ("weights", self._error(report.relative_error)),
         ]
-        self._written(report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes)
+        self._written(
+            report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes
+        )
 
     @staticmethod
     def _error(error: float) -> str:
@@ -348,7 +427,8 @@ class Talk:
     def merged(self, report: merge.Report) -> None:
         """Summary of a merge."""
         each = "\n".join(
-            f"{PurePath(a['path']).name} × {a['strength']:g}: {a['modules']} modules" for a in report.adapters
+            f"{PurePath(a['path']).name} × {a['strength']:g}: {a['modules']} modules"
+            for a in report.adapters
         )
         rows = [
             ("adapters", each),
@@ -363,16 +443,27 @@ class Talk:
             ("files", _counts(dict.fromkeys(report.files, 0), "{0}")),
             ("size", human(report.bytes)),
         ]
-        notes = [f"not in the output: {path} (weights once more, without the merge)" for path in report.left_out]
+        notes = [
+            f"not in the output: {path} (weights once more, without the merge)"
+            for path in report.left_out
+        ]
         notes += report.notes
         if report.relative_error > _LOSSY:
             wider = "bf16 or fp16" if report.quantised else "fp32"
             which = f" ({report.quantised} tensors are fp8)" if report.quantised else ""
-            notes.append(f"rounding is {report.relative_error:.0%} of ‖ΔW‖{which}: --dtype {wider} keeps more of it")
-        self._written(report, rows, ("algorithm", "rank", "strength", "relative_change", "module"), notes)
+            notes.append(
+                f"rounding is {report.relative_error:.0%} of ‖ΔW‖{which}: --dtype {wider} keeps more of it"
+            )
+        self._written(
+            report, rows, ("algorithm", "rank", "strength", "relative_change", "module"), notes
+        )
 
     def _written(
-        self, report: Any, rows: Sequence[tuple[str, str]], columns: Sequence[str], notes: Sequence[str]
+        self,
+        report: Any,
+        rows: Sequence[tuple[str, str]],
+        columns: Sequence[str],
+        notes: Sequence[str],
     ) -> None:
         if self.as_json:
             return document(self.command, report.to_dict())
@@ -421,7 +512,9 @@ def _shown(name: str, value: object) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return "\n".join(value)
     if isinstance(value, list):
-        return "\n".join(f"{item['path']} × {item['strength']:g}: {item['modules']} modules" for item in value)
+        return "\n".join(
+            f"{item['path']} × {item['strength']:g}: {item['modules']} modules" for item in value
+        )
     return str(value)
 
 

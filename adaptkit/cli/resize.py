@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @ranks
 @recasts
 @writer
-def resize(adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any) -> None:
+def resize(
+    adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
+) -> None:
     """Cut the rank of ADAPTER, as exactly as that rank allows.
 
     Give one rule: a rank, an error, a file size, or what other tools know as dynamic methods. --error and --size choose

@@ -79,7 +79,11 @@ def families(as_json: bool, quiet: bool, verbose: bool) -> None:
     from adaptkit.detect import families as known
 
     rows: list[dict[str, object]] = [
-        {"name": f.name, "title": f.title, "components": {part.name: part.title for part in f.components}}
+        {
+            "name": f.name,
+            "title": f.title,
+            "components": {part.name: part.title for part in f.components},
+        }
         for f in known().values()
     ]
     _show("families", rows, as_json)

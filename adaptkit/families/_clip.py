@@ -61,7 +61,14 @@ def _tags(name: str, kohya: tuple[str, ...], comfy: str) -> dict[str, tuple[str,
 def clip_rows(layers: int) -> tuple[Row, ...]:
     """CLIP with Hugging Face names; `flat` is what transformers 5 calls them, without `text_model.`."""
     layer = f"encoder.layers.{{i:{layers}}}."
-    matrices = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+    matrices = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+    )
     return (
         *(_flat(f"embeddings.{name}_embedding", Kind.EMBEDDING) for name in ("token", "position")),
         *(_flat(layer + name, Kind.MATRIX) for name in matrices),
@@ -77,7 +84,11 @@ def _flat(module: str, kind: Kind) -> Row:
 def _processor(module: str) -> dict[str, Any]:
     """What diffusers before 0.20 called the adapters of attention layers: `self_attn.to_q_lora`, `to_out_lora`."""
     stem, _, name = module.rpartition(".")
-    return {"processor": f"{stem}.to_{name.partition('_')[0]}_lora"} if stem.endswith("self_attn") else {}
+    return (
+        {"processor": f"{stem}.to_{name.partition('_')[0]}_lora"}
+        if stem.endswith("self_attn")
+        else {}
+    )
 
 
 def openclip_rows(layers: int, *, projection: bool) -> tuple[Row, ...]:
@@ -101,8 +112,17 @@ def _openclip_layer(layers: int) -> Iterator[Row]:
     theirs = f"transformer.resblocks.{{i:{layers}}}."
     qkv = split(f"{ours}self_attn.", "q_proj", "k_proj", "v_proj")
     old = split(f"{ours}self_attn.", "to_q_lora", "to_k_lora", "to_v_lora")
-    yield row(f"{ours}self_attn.in_proj", diffusers=qkv, native=_in_proj(f"{theirs}attn.in_proj"), processor=old)
-    yield row(f"{ours}self_attn.out_proj", native=f"{theirs}attn.out_proj", processor=f"{ours}self_attn.to_out_lora")
+    yield row(
+        f"{ours}self_attn.in_proj",
+        diffusers=qkv,
+        native=_in_proj(f"{theirs}attn.in_proj"),
+        processor=old,
+    )
+    yield row(
+        f"{ours}self_attn.out_proj",
+        native=f"{theirs}attn.out_proj",
+        processor=f"{ours}self_attn.to_out_lora",
+    )
     yield row(f"{ours}mlp.fc1", native=f"{theirs}mlp.c_fc")
     yield row(f"{ours}mlp.fc2", native=f"{theirs}mlp.c_proj")
     yield row(f"{ours}layer_norm1", native=f"{theirs}ln_1", kind=Kind.NORM)

@@ -66,7 +66,9 @@ def swapped(module: str) -> Name:
     return Name(module, f"{module}.weight", f"{module}.bias", swapped=True)
 
 
-def named(module: str, *, weight: str | None = None, bias: str | None = None, transposed: bool = False) -> Name:
+def named(
+    module: str, *, weight: str | None = None, bias: str | None = None, transposed: bool = False
+) -> Name:
     """A name whose parameters are not spelled `<module>.weight` and `<module>.bias`."""
     return Name(module, weight or f"{module}.weight", bias or f"{module}.bias", None, transposed)
 
@@ -84,7 +86,9 @@ def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple
     ends = [sum(shares[:n]) for n in range(len(shares) + 1)]
     cuts = [Rows(start, stop, ends[-1]) for start, stop in pairwise(ends)]
     modules = [stem + part for part in parts]
-    return tuple(Name(m, f"{m}.weight", f"{m}.bias", cut) for m, cut in zip(modules, cuts, strict=True))
+    return tuple(
+        Name(m, f"{m}.weight", f"{m}.bias", cut) for m, cut in zip(modules, cuts, strict=True)
+    )
 
 
 class Row(NamedTuple):
@@ -105,7 +109,12 @@ def row(
 ) -> Row:
     """A row; the `diffusers` naming is the target's own name unless it is given."""
     namings.setdefault("diffusers", target)
-    return Row(target, MappingProxyType({naming: _names(value) for naming, value in namings.items()}), kind, kernel)
+    return Row(
+        target,
+        MappingProxyType({naming: _names(value) for naming, value in namings.items()}),
+        kind,
+        kernel,
+    )
 
 
 def pair(
@@ -169,7 +178,11 @@ def transformer(
         name="transformer",
         title=title,
         rows=rows,
-        checkpoints={"native": native_prefixes, "comfy": native_prefixes, "diffusers": ("transformer.", "")},
+        checkpoints={
+            "native": native_prefixes,
+            "comfy": native_prefixes,
+            "diffusers": ("transformer.", ""),
+        },
         tags={
             "kohya": ("unet",),
             "comfy": ("diffusion_model", "model.diffusion_model"),
@@ -216,7 +229,11 @@ class ModelFamily:
     beside: tuple[Component, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(
-            {"vae": ("first_stage_model.", "vae."), "ema": ("model_ema.",), "safety_checker": ("safety_checker.",)}
+            {
+                "vae": ("first_stage_model.", "vae."),
+                "ema": ("model_ema.",),
+                "safety_checker": ("safety_checker.",),
+            }
         )
     )
 

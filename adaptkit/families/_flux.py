@@ -13,9 +13,20 @@ from adaptkit.families._family import Kind, Mark, Row, pair, scaled, split
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["SHARES", "double_attention", "double_mlps", "embedder", "marks", "single_block", "single_norms"]
+__all__ = [
+    "SHARES",
+    "double_attention",
+    "double_mlps",
+    "embedder",
+    "marks",
+    "single_block",
+    "single_norms",
+]
 
-SIDES = (("img", "to_{}", "to_out.0", "norm_{}"), ("txt", "add_{}_proj", "to_add_out", "norm_added_{}"))
+SIDES = (
+    ("img", "to_{}", "to_out.0", "norm_{}"),
+    ("txt", "add_{}_proj", "to_add_out", "norm_added_{}"),
+)
 SHARES = (1, 1, 1, 4)  # q, k, v and the MLP
 
 
@@ -29,14 +40,18 @@ def double_attention(native: str, diffusers: str) -> Iterator[Row]:
     """Attention of a double block: fused q, k, v and a projection per side, with their norms."""
     for side, project, out, norm in SIDES:
         ours = f"{native}{side}_attn."
-        yield pair(f"{ours}qkv", split(f"{diffusers}attn.", *(project.format(letter) for letter in "qkv")))
+        yield pair(
+            f"{ours}qkv", split(f"{diffusers}attn.", *(project.format(letter) for letter in "qkv"))
+        )
         yield pair(f"{ours}proj", f"{diffusers}attn.{out}")
         for word, letter in (("query", "q"), ("key", "k")):
             name = scaled(f"{ours}norm.{word}_norm")
             yield pair(name, f"{diffusers}attn.{norm.format(letter)}", kind=Kind.NORM)
 
 
-def double_mlps(native: str, diffusers: str, first: str = "net.0.proj", second: str = "net.2") -> Iterator[Row]:
+def double_mlps(
+    native: str, diffusers: str, first: str = "net.0.proj", second: str = "net.2"
+) -> Iterator[Row]:
     """The MLPs of a double block; `first` and `second` are what diffusers calls their layers."""
     for ours, theirs in (("img_mlp", "ff"), ("txt_mlp", "ff_context")):
         yield pair(f"{native}{ours}.0", f"{diffusers}{theirs}.{first}")
@@ -45,7 +60,10 @@ def double_mlps(native: str, diffusers: str, first: str = "net.0.proj", second: 
 
 def single_block(native: str, diffusers: str) -> Iterator[Row]:
     """A single block but for its modulation: q, k, v and the MLP's first layer in one, out and its second in another."""
-    yield pair(f"{native}linear1", split(diffusers, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", ratio=SHARES))
+    yield pair(
+        f"{native}linear1",
+        split(diffusers, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", ratio=SHARES),
+    )
     yield pair(f"{native}linear2", f"{diffusers}proj_out")
     yield from single_norms(native, diffusers)
 
@@ -53,7 +71,9 @@ def single_block(native: str, diffusers: str) -> Iterator[Row]:
 def single_norms(native: str, diffusers: str) -> Iterator[Row]:
     """The q and k norms of a single block."""
     for word, letter in (("query", "q"), ("key", "k")):
-        yield pair(scaled(f"{native}norm.{word}_norm"), f"{diffusers}attn.norm_{letter}", kind=Kind.NORM)
+        yield pair(
+            scaled(f"{native}norm.{word}_norm"), f"{diffusers}attn.norm_{letter}", kind=Kind.NORM
+        )
 
 
 def marks(*widths: int, mlp: int, single: int) -> tuple[Mark, ...]:

@@ -15,7 +15,16 @@ from adaptkit.families._family import Kind, Mark, Name, Row, pair, row, scaled, 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["byt5", "double_blocks", "embedder", "ends", "marks", "plain_embedder", "single_blocks", "video_rows"]
+__all__ = [
+    "byt5",
+    "double_blocks",
+    "embedder",
+    "ends",
+    "marks",
+    "plain_embedder",
+    "single_blocks",
+    "video_rows",
+]
 
 REFINER, THEIRS = (
     "txt_in.individual_token_refiner.blocks.{i:2}.",
@@ -29,7 +38,9 @@ LAYERS = ((0, "in", 1), (2, "out", 2))
 SHARES = (1, 1, 1, 4)
 
 
-def _same(native: str, diffusers: str | Name, kind: Kind = Kind.MATRIX, kernel: tuple[int, ...] = ()) -> Row:
+def _same(
+    native: str, diffusers: str | Name, kind: Kind = Kind.MATRIX, kernel: tuple[int, ...] = ()
+) -> Row:
     """A module that ComfyUI calls as Tencent does."""
     return pair(native, diffusers, comfy=native, kind=kind, kernel=kernel)
 
@@ -53,7 +64,9 @@ def ends(kernel: tuple[int, ...]) -> Iterator[Row]:
     yield from embedder("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder")
     for _, layer, m in LAYERS:
         theirs = f"context_embedder.time_text_embed.text_embedder.linear_{m}"
-        yield pair(f"txt_in.c_embedder.linear_{m}", theirs, comfy=f"txt_in.c_embedder.{layer}_layer")
+        yield pair(
+            f"txt_in.c_embedder.linear_{m}", theirs, comfy=f"txt_in.c_embedder.{layer}_layer"
+        )
     yield from _refiner()
     yield _same("final_layer.linear", "proj_out")
     yield _same("final_layer.adaLN_modulation.1", swapped("norm_out.linear"))
@@ -62,7 +75,9 @@ def ends(kernel: tuple[int, ...]) -> Iterator[Row]:
 def _refiner() -> Iterator[Row]:
     qkv = split(f"{THEIRS}attn.", "to_q", "to_k", "to_v")
     yield pair(f"{REFINER}self_attn_qkv", qkv, comfy=f"{REFINER}self_attn.qkv")
-    yield pair(f"{REFINER}self_attn_proj", f"{THEIRS}attn.to_out.0", comfy=f"{REFINER}self_attn.proj")
+    yield pair(
+        f"{REFINER}self_attn_proj", f"{THEIRS}attn.to_out.0", comfy=f"{REFINER}self_attn.proj"
+    )
     yield from _mlp(f"{REFINER}mlp", f"{THEIRS}ff")
     yield _same(f"{REFINER}adaLN_modulation.1", f"{THEIRS}norm_out.linear")
     for name in ("norm1", "norm2"):
@@ -81,10 +96,16 @@ def double_blocks(layers: int, *, fused: bool = True) -> Iterator[Row]:
         old, new = f"{ours}{side}_attn_", f"{ours}{side}_attn."
         qkv = split(f"{theirs}attn.", *(project.format(letter) for letter in "qkv"))
         native = f"{old}qkv" if fused else split(old, *"qkv")
-        yield row(f"{old}qkv" if fused else f"{new}qkv", native=native, diffusers=qkv, comfy=f"{new}qkv")
+        yield row(
+            f"{old}qkv" if fused else f"{new}qkv", native=native, diffusers=qkv, comfy=f"{new}qkv"
+        )
         yield pair(f"{old}proj", f"{theirs}attn.{out}", comfy=f"{new}proj")
         yield from _norms(old, f"{new}norm.", f"{theirs}attn.", norm)
-        yield pair(f"{ours}{side}_mod.linear", f"{theirs}{modulation}.linear", comfy=f"{ours}{side}_mod.lin")
+        yield pair(
+            f"{ours}{side}_mod.linear",
+            f"{theirs}{modulation}.linear",
+            comfy=f"{ours}{side}_mod.lin",
+        )
         yield from _mlp(f"{ours}{side}_mlp", theirs + mlp)
 
 
@@ -102,7 +123,9 @@ def _norms(native: str, comfy: str, diffusers: str, norm: str) -> Iterator[Row]:
     """The norms of q and k; in ComfyUI their weight is called `scale`."""
     for word, letter in (("query", "q"), ("key", "k")):
         name = scaled(f"{comfy}{word}_norm")
-        yield pair(f"{native}{letter}_norm", diffusers + norm.format(letter), comfy=name, kind=Kind.NORM)
+        yield pair(
+            f"{native}{letter}_norm", diffusers + norm.format(letter), comfy=name, kind=Kind.NORM
+        )
 
 
 def video_rows() -> tuple[Row, ...]:

@@ -14,7 +14,9 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def llm_rows(layers: int, *, qk_norms: bool = False, feedforward_norms: bool = False) -> tuple[Row, ...]:
+def llm_rows(
+    layers: int, *, qk_norms: bool = False, feedforward_norms: bool = False
+) -> tuple[Row, ...]:
     """A decoder; Qwen 3 normalises q and k (`qk_norms`), Gemma 2 also around the MLP (`feedforward_norms`)."""
     layer = f"layers.{{i:{layers}}}."
     norms = ["input_layernorm", "post_attention_layernorm"]
@@ -29,7 +31,9 @@ def llm_rows(layers: int, *, qk_norms: bool = False, feedforward_norms: bool = F
     )
 
 
-def llm(title: str, rows: tuple[Row, ...], *, comfy: str, kohya: tuple[str, ...] = ("te",)) -> Component:
+def llm(
+    title: str, rows: tuple[Row, ...], *, comfy: str, kohya: tuple[str, ...] = ("te",)
+) -> Component:
     """A language model as a pipeline's only text encoder; `comfy` is what ComfyUI calls it.
 
     ComfyUI holds it with its head, hence the `model.` there; files without it are read too.

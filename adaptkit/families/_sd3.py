@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptkit.families._clip import clip_g, clip_l
-from adaptkit.families._family import Component, Kind, Mark, Row, named, pair, split, swapped, transformer
+from adaptkit.families._family import (
+    Component,
+    Kind,
+    Mark,
+    Row,
+    named,
+    pair,
+    split,
+    swapped,
+    transformer,
+)
 from adaptkit.families._t5 import t5
 
 if TYPE_CHECKING:
@@ -32,7 +42,12 @@ def components(title: str, layers: int, *, dual: int = 0) -> tuple[Component, ..
 
 def marks(width: int) -> tuple[Mark, ...]:
     """Marks of a transformer of this width."""
-    names = ("x_block.attn.qkv", "x_block.attn.proj", "x_block.mlp.fc1", "x_block.adaLN_modulation.1")
+    names = (
+        "x_block.attn.qkv",
+        "x_block.attn.proj",
+        "x_block.mlp.fc1",
+        "x_block.adaLN_modulation.1",
+    )
     return tuple(
         Mark("transformer", name.replace("x_block", block), columns=width)
         for name in names
@@ -42,7 +57,10 @@ def marks(width: int) -> tuple[Mark, ...]:
 
 def _ends() -> Iterator[Row]:
     yield pair("x_embedder.proj", "pos_embed.proj", kernel=(2, 2))
-    bare, theirs = named("pos_embed", weight="pos_embed"), named("pos_embed.pos_embed", weight="pos_embed.pos_embed")
+    bare, theirs = (
+        named("pos_embed", weight="pos_embed"),
+        named("pos_embed.pos_embed", weight="pos_embed.pos_embed"),
+    )
     yield pair(bare, theirs, kind=Kind.EMBEDDING)
     yield pair("context_embedder", "context_embedder")
     for ours, name in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")):
@@ -56,7 +74,9 @@ def _layers(layers: int) -> Iterator[Row]:
     """All layers; the last one's text side only feeds its attention, so its modulation is a final layer's, swapped."""
     ours, theirs = f"joint_blocks.{{i:{layers}}}.", f"transformer_blocks.{{i:{layers}}}."
     yield from _attention(f"{ours}x_block.attn", f"{theirs}attn", "to_{}", "norm_{}")
-    yield from _attention(f"{ours}context_block.attn", f"{theirs}attn", "add_{}_proj", "norm_added_{}")
+    yield from _attention(
+        f"{ours}context_block.attn", f"{theirs}attn", "add_{}_proj", "norm_added_{}"
+    )
     yield from _rest(f"{ours}x_block.", theirs, "to_out.0", "ff", "norm1")
     last = layers - 1
     ours, theirs = f"joint_blocks.{{i:{last}}}.", f"transformer_blocks.{{i:{last}}}."
@@ -68,7 +88,10 @@ def _layers(layers: int) -> Iterator[Row]:
 def _dual(layers: int) -> Iterator[Row]:
     """The second attention of the image side, in SD 3.5 medium."""
     if layers:
-        ours, theirs = f"joint_blocks.{{i:{layers}}}.x_block.attn2", f"transformer_blocks.{{i:{layers}}}.attn2"
+        ours, theirs = (
+            f"joint_blocks.{{i:{layers}}}.x_block.attn2",
+            f"transformer_blocks.{{i:{layers}}}.attn2",
+        )
         yield from _attention(ours, theirs, "to_{}", "norm_{}")
         yield pair(f"{ours}.proj", f"{theirs}.to_out.0")
 

@@ -26,12 +26,20 @@ def t5_rows(layers: int, *, bias_everywhere: bool = False) -> tuple[Row, ...]:
     )
 
 
-def t5(name: str, *, kohya: tuple[str, ...] = (), comfy: str = "text_encoders.t5xxl.transformer") -> Component:
+def t5(
+    name: str, *, kohya: tuple[str, ...] = (), comfy: str = "text_encoders.t5xxl.transformer"
+) -> Component:
     """T5-XXL as diffusers' component `name`; `kohya` are the prefixes `lora_<tag>_` it goes by, the written one first."""
     return Component(
         name=name,
         title="T5-XXL",
         rows=t5_rows(24),
         checkpoints={"diffusers": (f"{name}.", f"{comfy}.", "")},
-        tags={"kohya": kohya, "onetrainer": kohya, "comfy": (comfy,), "root": ("",), "diffusers": (name,)},
+        tags={
+            "kohya": kohya,
+            "onetrainer": kohya,
+            "comfy": (comfy,),
+            "root": ("",),
+            "diffusers": (name,),
+        },
     )

@@ -50,7 +50,10 @@ def unet_rows(
         *_up(depths),
     )
     around = (".proj_in", ".proj_out")
-    return tuple(row._replace(kernel=POINT) if pointwise and row.target.endswith(around) else row for row in rows)
+    return tuple(
+        row._replace(kernel=POINT) if pointwise and row.target.endswith(around) else row
+        for row in rows
+    )
 
 
 def _ends(class_embedding: bool) -> Iterator[Row]:
@@ -69,10 +72,16 @@ def _down(depths: tuple[int, ...]) -> Iterator[Row]:
     for level, depth in enumerate(depths):
         for n in range(2):
             yield from _resnet(f"down_blocks.{level}.resnets.{n}", f"input_blocks.{block}.0")
-            yield from _attention(f"down_blocks.{level}.attentions.{n}", f"input_blocks.{block}.1", depth)
+            yield from _attention(
+                f"down_blocks.{level}.attentions.{n}", f"input_blocks.{block}.1", depth
+            )
             block += 1
         if level + 1 < len(depths):
-            yield row(f"down_blocks.{level}.downsamplers.0.conv", native=f"input_blocks.{block}.0.op", kernel=CONV)
+            yield row(
+                f"down_blocks.{level}.downsamplers.0.conv",
+                native=f"input_blocks.{block}.0.op",
+                kernel=CONV,
+            )
             block += 1
 
 
@@ -81,11 +90,15 @@ def _up(depths: tuple[int, ...]) -> Iterator[Row]:
     for level, depth in enumerate(reversed(depths)):
         for n in range(3):
             yield from _resnet(f"up_blocks.{level}.resnets.{n}", f"output_blocks.{block}.0")
-            yield from _attention(f"up_blocks.{level}.attentions.{n}", f"output_blocks.{block}.1", depth)
+            yield from _attention(
+                f"up_blocks.{level}.attentions.{n}", f"output_blocks.{block}.1", depth
+            )
             if n == 2 and level + 1 < len(depths):
                 place = 2 if depth else 1  # the upsampler follows the attention, where there is one
                 yield row(
-                    f"up_blocks.{level}.upsamplers.0.conv", native=f"output_blocks.{block}.{place}.conv", kernel=CONV
+                    f"up_blocks.{level}.upsamplers.0.conv",
+                    native=f"output_blocks.{block}.{place}.conv",
+                    kernel=CONV,
                 )
             block += 1
 

@@ -65,7 +65,9 @@ def _middle(ours: str, theirs: str) -> Iterator[Row]:
     attention = f"{ours}attentions.0."
     yield row(f"{attention}group_norm", native=f"{theirs}attn_1.norm", kind=Kind.NORM)
     for name, native, old in ATTENTION:
-        yield row(attention + name, native=_pointwise(f"{theirs}attn_1.{native}"), old=attention + old)
+        yield row(
+            attention + name, native=_pointwise(f"{theirs}attn_1.{native}"), old=attention + old
+        )
 
 
 def _pointwise(module: str) -> Name:
@@ -73,4 +75,7 @@ def _pointwise(module: str) -> Name:
 
 
 def _resnet(ours: str, theirs: str) -> Iterator[Row]:
-    return (row(ours + name, native=theirs + native, kind=kind, kernel=kernel) for name, native, kind, kernel in RESNET)
+    return (
+        row(ours + name, native=theirs + native, kind=kind, kernel=kernel)
+        for name, native, kind, kernel in RESNET
+    )

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 BLOCK, THEIRS = "blocks.{i:28}.", "transformer_blocks.{i:28}."
 PREFIXES = ("net.", *NATIVE_PREFIXES)
 ATTENTIONS = (("self_attn", "attn1"), ("cross_attn", "attn2"))
-PROJECTIONS = (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("output_proj", "to_out.0"))
+PROJECTIONS = (
+    ("q_proj", "to_q"),
+    ("k_proj", "to_k"),
+    ("v_proj", "to_v"),
+    ("output_proj", "to_out.0"),
+)
 BUFFERS = ("seq", "dim_spatial_range", "dim_temporal_range")  # constants some files carry
 
 
@@ -37,7 +42,9 @@ def _blocks() -> Iterator[Row]:
         for native, diffusers in PROJECTIONS:
             yield pair(f"{BLOCK}{ours}.{native}", f"{THEIRS}{theirs}.{diffusers}")
         for letter in "qk":
-            yield pair(f"{BLOCK}{ours}.{letter}_norm", f"{THEIRS}{theirs}.norm_{letter}", kind=Kind.NORM)
+            yield pair(
+                f"{BLOCK}{ours}.{letter}_norm", f"{THEIRS}{theirs}.norm_{letter}", kind=Kind.NORM
+            )
     yield pair(f"{BLOCK}mlp.layer1", f"{THEIRS}ff.net.0.proj")
     yield pair(f"{BLOCK}mlp.layer2", f"{THEIRS}ff.net.2")
     for part, norm in (("self_attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3")):
@@ -51,7 +58,11 @@ ROWS = (
     pair("t_embedder.1.linear_2", "time_embed.t_embedder.linear_2"),
     pair("t_embedding_norm", "time_embed.norm", kind=Kind.NORM),
     *(
-        row(f"pos_embedder.{n}", native=named(f"pos_embedder.{n}", weight=f"pos_embedder.{n}"), kind=Kind.NORM)
+        row(
+            f"pos_embedder.{n}",
+            native=named(f"pos_embedder.{n}", weight=f"pos_embedder.{n}"),
+            kind=Kind.NORM,
+        )
         for n in BUFFERS
     ),
     *_blocks(),
@@ -68,7 +79,9 @@ def _conditioner(block: str = "blocks.{i:6}.") -> Iterator[Row]:
         yield from (row(f"{block}{attention}.{letter}_norm", kind=Kind.NORM) for letter in "qk")
     yield row(f"{block}mlp.0")
     yield row(f"{block}mlp.2")
-    yield from (row(f"{block}norm_{name}", kind=Kind.NORM) for name in ("self_attn", "cross_attn", "mlp"))
+    yield from (
+        row(f"{block}norm_{name}", kind=Kind.NORM) for name in ("self_attn", "cross_attn", "mlp")
+    )
     yield row("out_proj")
     yield row("norm", kind=Kind.NORM)
 
@@ -104,5 +117,7 @@ FAMILY = ModelFamily(
     ),
     architectures=("anima",),
     modelspec="anima-preview",
-    yields_to=("ltx",),  # in diffusers' names, self-attention alone; Anima's own adapters use the checkpoint's
+    yields_to=(
+        "ltx",
+    ),  # in diffusers' names, self-attention alone; Anima's own adapters use the checkpoint's
 )

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Kind, Mark, ModelFamily, Row, named, pair, swapped, transformer
+from adaptkit.families._family import (
+    Kind,
+    Mark,
+    ModelFamily,
+    Row,
+    named,
+    pair,
+    swapped,
+    transformer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +31,11 @@ def _bare(native: str, diffusers: str) -> Row:
 
 
 def _mlp(ours: str, theirs: str) -> Iterator[Row]:
-    for native, diffusers in (("c_fc1", "linear_1"), ("c_fc2", "linear_2"), ("c_proj", "out_projection")):
+    for native, diffusers in (
+        ("c_fc1", "linear_1"),
+        ("c_fc2", "linear_2"),
+        ("c_proj", "out_projection"),
+    ):
         yield pair(f"{ours}.{native}", f"{theirs}.{diffusers}")
 
 
@@ -39,13 +52,21 @@ ROWS = (
     pair("t_embedder.mlp.0", "time_step_proj.linear_1"),
     pair("t_embedder.mlp.2", "time_step_proj.linear_2"),
     # in a double block the text comes first (w1, C), the image second (w2, X)
-    *_attention(f"{DOUBLE}attn.w2", *(f"{JOINT}attn.to_{name}" for name in ("q", "k", "v", "out.0"))),
-    *_attention(f"{DOUBLE}attn.w1", *(f"{JOINT}attn.add_{name}_proj" for name in "qkv"), f"{JOINT}attn.to_add_out"),
+    *_attention(
+        f"{DOUBLE}attn.w2", *(f"{JOINT}attn.to_{name}" for name in ("q", "k", "v", "out.0"))
+    ),
+    *_attention(
+        f"{DOUBLE}attn.w1",
+        *(f"{JOINT}attn.add_{name}_proj" for name in "qkv"),
+        f"{JOINT}attn.to_add_out",
+    ),
     *_mlp(f"{DOUBLE}mlpX", f"{JOINT}ff"),
     *_mlp(f"{DOUBLE}mlpC", f"{JOINT}ff_context"),
     pair(f"{DOUBLE}modX.1", f"{JOINT}norm1.linear"),
     pair(f"{DOUBLE}modC.1", f"{JOINT}norm1_context.linear"),
-    *_attention(f"{SINGLE}attn.w1", *(f"{ALONE}attn.to_{name}" for name in ("q", "k", "v", "out.0"))),
+    *_attention(
+        f"{SINGLE}attn.w1", *(f"{ALONE}attn.to_{name}" for name in ("q", "k", "v", "out.0"))
+    ),
     *_mlp(f"{SINGLE}mlp", f"{ALONE}ff"),
     pair(f"{SINGLE}modCX.1", f"{ALONE}norm1.linear"),
     pair("final_linear", "proj_out"),
@@ -56,7 +77,10 @@ FAMILY = ModelFamily(
     name="auraflow",
     title="AuraFlow",
     components=(transformer("AuraFlow transformer", ROWS),),
-    marks=(Mark("transformer", "attn.w1q", columns=3072), Mark("transformer", "attn.w2q", columns=3072)),
+    marks=(
+        Mark("transformer", "attn.w1q", columns=3072),
+        Mark("transformer", "attn.w2q", columns=3072),
+    ),
     architectures=("auraflow", "aura-flow"),
     modelspec="auraflow",
     yields_to=("flux",),  # single blocks' q, k and v alone

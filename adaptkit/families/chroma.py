@@ -34,7 +34,9 @@ FAMILY = ModelFamily(
     title="Chroma",
     components=(
         transformer("Chroma transformer", ROWS),
-        t5("text_encoder", kohya=("te3", "te")),  # sd-scripts keeps FLUX.1's numbers, OneTrainer counts one encoder
+        t5(
+            "text_encoder", kohya=("te3", "te")
+        ),  # sd-scripts keeps FLUX.1's numbers, OneTrainer counts one encoder
     ),
     beside=(autoencoder("vae.", "first_stage_model."),),
     marks=marks(3072, mlp=4, single=7),

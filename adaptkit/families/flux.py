@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from adaptkit.families._clip import clip_l
 from adaptkit.families._family import ModelFamily, Row, named, pair, split, swapped, transformer
-from adaptkit.families._flux import SHARES, double_attention, double_mlps, embedder, marks, single_block
+from adaptkit.families._flux import (
+    SHARES,
+    double_attention,
+    double_mlps,
+    embedder,
+    marks,
+    single_block,
+)
 from adaptkit.families._t5 import t5
 from adaptkit.families._vae import autoencoder
 
@@ -30,7 +37,10 @@ PUBLIC = (
 # what formats that exist for this family alone call the layers they have names for
 OMI = {
     f"{SINGLE}linear1": split(f"{SINGLE}linear1.", "0", "1", "2", "3", ratio=SHARES),
-    **{f"{DOUBLE}{side}_attn.qkv": split(f"{DOUBLE}{side}_attn.qkv.", "0", "1", "2") for side in ("img", "txt")},
+    **{
+        f"{DOUBLE}{side}_attn.qkv": split(f"{DOUBLE}{side}_attn.qkv.", "0", "1", "2")
+        for side in ("img", "txt")
+    },
 }
 XLABS = {
     f"{DOUBLE}{side}_attn.{name}": (named(f"{DOUBLE}processor.{name}_lora{n}"),)
@@ -41,7 +51,9 @@ XLABS = {
 
 def _with_private(public: Row) -> Row:
     names = {"omi": OMI.get(public.target), "xlabs": XLABS.get(public.target)}
-    return public._replace(names={**public.names, **{naming: name for naming, name in names.items() if name}})
+    return public._replace(
+        names={**public.names, **{naming: name for naming, name in names.items() if name}}
+    )
 
 
 ROWS = tuple(_with_private(public) for public in PUBLIC)

@@ -20,7 +20,11 @@ ROWS = (
     *embedder("guidance_in", "time_guidance_embed.guidance_embedder"),  # dev only
     *(
         pair(f"{name}.lin", f"{name}.linear")
-        for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+        for name in (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        )
     ),
     *double_attention(DOUBLE, THEIRS),
     *double_mlps(DOUBLE, THEIRS, "linear_in", "linear_out"),

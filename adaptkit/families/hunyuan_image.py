@@ -12,7 +12,9 @@ from adaptkit.families._llm import llm, llm_rows
 ROWS = (
     *ends((1, 1)),
     *embedder("time_in", "time_guidance_embed.timestep_embedder"),
-    *embedder("time_r_in", "time_guidance_embed.timestep_embedder_r"),  # mean flow and guidance: the distilled model
+    *embedder(
+        "time_r_in", "time_guidance_embed.timestep_embedder_r"
+    ),  # mean flow and guidance: the distilled model
     *embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
     *byt5(),
     *double_blocks(20),

@@ -19,5 +19,7 @@ FAMILY = ModelFamily(
     # also the beginning of what HunyuanVideo 1.5 is called, which its width tells apart
     architectures=("hunyuan-video", "hunyuan_video"),
     modelspec="hunyuan-video",
-    yields_to=("flux",),  # fused attention alone, or everything in the first 19 and 38 blocks in ComfyUI's names
+    yields_to=(
+        "flux",
+    ),  # fused attention alone, or everything in the first 19 and 38 blocks in ComfyUI's names
 )

@@ -15,8 +15,12 @@ VISION = (("0", "norm_in"), ("1", "linear_1"), ("3", "linear_2"), ("4", "norm_ou
 ROWS = (
     *ends((1, 1, 1)),
     *embedder("time_in", "time_embed.timestep_embedder"),
-    *embedder("time_r_in", "time_embed.timestep_embedder_r"),  # mean flow: super-resolution, step distillation
-    pair("cond_type_embedding", "cond_type_embed", comfy="cond_type_embedding", kind=Kind.EMBEDDING),
+    *embedder(
+        "time_r_in", "time_embed.timestep_embedder_r"
+    ),  # mean flow: super-resolution, step distillation
+    pair(
+        "cond_type_embedding", "cond_type_embed", comfy="cond_type_embedding", kind=Kind.EMBEDDING
+    ),
     *byt5(),
     *(
         pair(

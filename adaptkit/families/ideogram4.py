@@ -17,9 +17,16 @@ ROWS = (
     row("embed_image_indicator", kind=Kind.EMBEDDING),
     pair(f"{LAYER}attention.qkv", split(f"{LAYER}attention.", "to_q", "to_k", "to_v")),
     pair(f"{LAYER}attention.o", f"{LAYER}attention.to_out.0"),
-    *(row(f"{LAYER}{name}") for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaln_modulation")),
+    *(
+        row(f"{LAYER}{name}")
+        for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaln_modulation")
+    ),
     *(row(f"{LAYER}attention.norm_{letter}", kind=Kind.NORM) for letter in "qk"),
-    *(row(f"{LAYER}{name}_norm{n}", kind=Kind.NORM) for name in ("attention", "ffn") for n in (1, 2)),
+    *(
+        row(f"{LAYER}{name}_norm{n}", kind=Kind.NORM)
+        for name in ("attention", "ffn")
+        for n in (1, 2)
+    ),
     row("final_layer.linear"),
     row("final_layer.adaln_modulation"),
 )

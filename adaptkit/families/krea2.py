@@ -12,7 +12,13 @@ from adaptkit.families._family import Kind, Mark, ModelFamily, Row, named, pair,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ATTENTION = (("wq", "to_q"), ("wk", "to_k"), ("wv", "to_v"), ("wo", "to_out.0"), ("gate", "to_gate"))
+ATTENTION = (
+    ("wq", "to_q"),
+    ("wk", "to_k"),
+    ("wv", "to_v"),
+    ("wo", "to_out.0"),
+    ("gate", "to_gate"),
+)
 NORMS = (
     ("prenorm", "norm1"),
     ("postnorm", "norm2"),
@@ -46,7 +52,9 @@ ROWS = (
     *(
         made
         for part in ("layerwise", "refiner")
-        for made in _block(f"txtfusion.{part}_blocks.{{i:2}}.", f"text_fusion.{part}_blocks.{{i:2}}.")
+        for made in _block(
+            f"txtfusion.{part}_blocks.{{i:2}}.", f"text_fusion.{part}_blocks.{{i:2}}."
+        )
     ),
     pair("txtfusion.projector", "text_fusion.projector"),
     *_block("blocks.{i:28}.", "transformer_blocks.{i:28}."),

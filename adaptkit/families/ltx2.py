@@ -6,7 +6,14 @@ from adaptkit.families._family import Mark, ModelFamily, transformer
 from adaptkit.families._ltx import adaln, attention, ends, feed_forward, table
 
 BLOCK = "transformer_blocks.{i:48}."
-ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
+ATTENTIONS = (
+    "attn1",
+    "attn2",
+    "audio_attn1",
+    "audio_attn2",
+    "audio_to_video_attn",
+    "video_to_audio_attn",
+)
 CROSS = (
     ("video_scale_shift", "video_scale_shift"),
     ("audio_scale_shift", "audio_scale_shift"),
@@ -17,14 +24,21 @@ CROSS = (
 ROWS = (
     *ends(),
     *ends("audio_"),
-    *(made for ours, theirs in CROSS for made in adaln(f"av_ca_{ours}_adaln_single", f"av_cross_attn_{theirs}")),
+    *(
+        made
+        for ours, theirs in CROSS
+        for made in adaln(f"av_ca_{ours}_adaln_single", f"av_cross_attn_{theirs}")
+    ),
     *(made for name in ATTENTIONS for made in attention(BLOCK + name)),
     *feed_forward(f"{BLOCK}ff"),
     *feed_forward(f"{BLOCK}audio_ff"),
     table(f"{BLOCK}scale_shift_table"),
     table(f"{BLOCK}audio_scale_shift_table"),
     *(
-        table(f"{BLOCK}scale_shift_table_a2v_ca_{side}", f"{BLOCK}{side}_a2v_cross_attn_scale_shift_table")
+        table(
+            f"{BLOCK}scale_shift_table_a2v_ca_{side}",
+            f"{BLOCK}{side}_a2v_cross_attn_scale_shift_table",
+        )
         for side in ("video", "audio")
     ),
 )

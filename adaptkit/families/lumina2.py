@@ -28,7 +28,11 @@ def _layer(layer: str) -> Iterator[Row]:
         yield pair(f"{ours}{letter}_norm", f"{theirs}norm_{letter}", kind=Kind.NORM)
     for n in (1, 2, 3):
         yield pair(f"{layer}feed_forward.w{n}", f"{layer}feed_forward.linear_{n}")
-    yield pair(f"{layer}attention_norm1", f"{layer}norm1.norm" if modulated else f"{layer}norm1", kind=Kind.NORM)
+    yield pair(
+        f"{layer}attention_norm1",
+        f"{layer}norm1.norm" if modulated else f"{layer}norm1",
+        kind=Kind.NORM,
+    )
     yield pair(f"{layer}attention_norm2", f"{layer}norm2", kind=Kind.NORM)
     for n in (1, 2):
         yield pair(f"{layer}ffn_norm{n}", f"{layer}ffn_norm{n}", kind=Kind.NORM)

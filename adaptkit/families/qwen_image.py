@@ -16,7 +16,11 @@ ROWS = (
     *(row(f"{BLOCK}attn.to_{name}") for name in ("q", "k", "v", "out.0", "add_out")),
     *(row(f"{BLOCK}attn.add_{name}_proj") for name in "qkv"),
     *(row(f"{BLOCK}attn.norm_{name}", kind=Kind.NORM) for name in ("q", "k", "added_q", "added_k")),
-    *(row(f"{BLOCK}{side}_{name}") for side in ("img", "txt") for name in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
+    *(
+        row(f"{BLOCK}{side}_{name}")
+        for side in ("img", "txt")
+        for name in ("mod.1", "mlp.net.0.proj", "mlp.net.2")
+    ),
     row("norm_out.linear"),
     row("proj_out"),
 )

@@ -15,8 +15,16 @@ FAMILY = ModelFamily(
             name="unet",
             title="U-Net",
             rows=unet_rows((1, 1, 1, 0), middle=1, pointwise=True),
-            checkpoints={"native": ("model.diffusion_model.", "diffusion_model.", ""), "diffusers": ("unet.", "")},
-            tags={"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",), "diffusers": ("unet",)},
+            checkpoints={
+                "native": ("model.diffusion_model.", "diffusion_model.", ""),
+                "diffusers": ("unet.", ""),
+            },
+            tags={
+                "kohya": ("unet",),
+                "comfy": ("diffusion_model",),
+                "root": ("",),
+                "diffusers": ("unet",),
+            },
             namings={"comfy": "native"},
         ),
         Component(

@@ -15,8 +15,16 @@ FAMILY = ModelFamily(
             name="unet",
             title="U-Net",
             rows=unet_rows((1, 1, 1, 0), middle=1),
-            checkpoints={"native": ("model.diffusion_model.", "diffusion_model.", ""), "diffusers": ("unet.", "")},
-            tags={"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",), "diffusers": ("unet",)},
+            checkpoints={
+                "native": ("model.diffusion_model.", "diffusion_model.", ""),
+                "diffusers": ("unet.", ""),
+            },
+            tags={
+                "kohya": ("unet",),
+                "comfy": ("diffusion_model",),
+                "root": ("",),
+                "diffusers": ("unet",),
+            },
             namings={"comfy": "native"},
         ),
         Component(
@@ -24,7 +32,10 @@ FAMILY = ModelFamily(
             title="OpenCLIP-H",
             # the checkpoint holds 24 layers; diffusers keeps 23 and hosts use the last but one
             rows=openclip_rows(24, projection=True),
-            checkpoints={"native": ("cond_stage_model.model.", ""), "diffusers": ("text_encoder.", "")},
+            checkpoints={
+                "native": ("cond_stage_model.model.", ""),
+                "diffusers": ("text_encoder.", ""),
+            },
             tags={
                 "kohya": ("te",),
                 "comfy": ("text_encoders.clip_h.transformer",),

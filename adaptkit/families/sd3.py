@@ -12,7 +12,14 @@ FAMILY = ModelFamily(
     components=components("MMDiT", 24, dual=13),
     beside=(autoencoder("first_stage_model."),),
     marks=marks(1536),
-    architectures=("stable-diffusion-3-m", "stable-diffusion-3-5-m", "sd3_m", "sd3_5-m", "sd3.5-m", "sd3.5_m"),
+    architectures=(
+        "stable-diffusion-3-m",
+        "stable-diffusion-3-5-m",
+        "sd3_m",
+        "sd3_5-m",
+        "sd3.5-m",
+        "sd3.5_m",
+    ),
     modelspec="stable-diffusion-3-medium",
     yields_to=("sdxl", "flux"),  # their text encoders alone
 )

@@ -15,8 +15,16 @@ FAMILY = ModelFamily(
             name="unet",
             title="U-Net",
             rows=unet_rows((0, 2, 10), middle=10, class_embedding=True),
-            checkpoints={"native": ("model.diffusion_model.", "diffusion_model.", ""), "diffusers": ("unet.", "")},
-            tags={"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",), "diffusers": ("unet",)},
+            checkpoints={
+                "native": ("model.diffusion_model.", "diffusion_model.", ""),
+                "diffusers": ("unet.", ""),
+            },
+            tags={
+                "kohya": ("unet",),
+                "comfy": ("diffusion_model",),
+                "root": ("",),
+                "diffusers": ("unet",),
+            },
             namings={"kohya": "native", "comfy": "native"},
         ),
         Component(
@@ -37,7 +45,10 @@ FAMILY = ModelFamily(
             name="text_encoder_2",
             title="OpenCLIP-G",
             rows=openclip_rows(32, projection=True),
-            checkpoints={"native": ("conditioner.embedders.1.model.",), "diffusers": ("text_encoder_2.",)},
+            checkpoints={
+                "native": ("conditioner.embedders.1.model.",),
+                "diffusers": ("text_encoder_2.",),
+            },
             tags={
                 "kohya": ("te2",),
                 "comfy": ("text_encoders.clip_g.transformer",),
@@ -52,7 +63,13 @@ FAMILY = ModelFamily(
         Mark("text_encoder", "mlp.fc1", columns=768),
         Mark("text_encoder_2", "mlp.fc1", columns=1280),
     ),
-    architectures=("stable-diffusion-xl-v1-base", "stable-diffusion-xl-1", "sdxl_base", "sdxl_1", "sdxl"),
+    architectures=(
+        "stable-diffusion-xl-v1-base",
+        "stable-diffusion-xl-1",
+        "sdxl_base",
+        "sdxl_1",
+        "sdxl",
+    ),
     modelspec="stable-diffusion-xl-v1-base",
     base_version="sdxl_base_v1-0",
 )

@@ -15,8 +15,16 @@ FAMILY = ModelFamily(
             name="unet",
             title="U-Net",
             rows=unet_rows((0, 4, 4, 0), middle=4, class_embedding=True),
-            checkpoints={"native": ("model.diffusion_model.", "diffusion_model.", ""), "diffusers": ("unet.", "")},
-            tags={"kohya": ("unet",), "comfy": ("diffusion_model",), "root": ("",), "diffusers": ("unet",)},
+            checkpoints={
+                "native": ("model.diffusion_model.", "diffusion_model.", ""),
+                "diffusers": ("unet.", ""),
+            },
+            tags={
+                "kohya": ("unet",),
+                "comfy": ("diffusion_model",),
+                "root": ("",),
+                "diffusers": ("unet",),
+            },
             namings={"kohya": "native", "comfy": "native"},
         ),
         clip_g(native=("conditioner.embedders.0.model.",)),

@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Component, Kind, Mark, ModelFamily, Row, named, pair, transformer
+from adaptkit.families._family import (
+    Component,
+    Kind,
+    Mark,
+    ModelFamily,
+    Row,
+    named,
+    pair,
+    transformer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +40,9 @@ def _block(block: str) -> Iterator[Row]:
         for native, diffusers in (*ATTENTION, *more):
             yield pair(f"{block}{ours}.{native}", f"{block}{theirs}.{diffusers}")
         for letter in "qk":
-            yield pair(f"{block}{ours}.norm_{letter}", f"{block}{theirs}.norm_{letter}", kind=Kind.NORM)
+            yield pair(
+                f"{block}{ours}.norm_{letter}", f"{block}{theirs}.norm_{letter}", kind=Kind.NORM
+            )
     yield pair(f"{block}cross_attn.norm_k_img", f"{block}attn2.norm_added_k", kind=Kind.NORM)
     yield pair(f"{block}ffn.0", f"{block}ffn.net.0.proj")
     yield pair(f"{block}ffn.2", f"{block}ffn.net.2")

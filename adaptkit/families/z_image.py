@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Kind, Mark, ModelFamily, Row, named, pair, row, split, transformer
+from adaptkit.families._family import (
+    Kind,
+    Mark,
+    ModelFamily,
+    Row,
+    named,
+    pair,
+    row,
+    split,
+    transformer,
+)
 from adaptkit.families._llm import qwen3
 
 if TYPE_CHECKING:
@@ -43,7 +53,12 @@ ROWS = (
     _same("t_embedder.mlp.0"),
     _same("t_embedder.mlp.2"),
     *(
-        row(name, native=named(name, weight=name), diffusers=named(name, weight=name), kind=Kind.NORM)
+        row(
+            name,
+            native=named(name, weight=name),
+            diffusers=named(name, weight=name),
+            kind=Kind.NORM,
+        )
         for name in ("x_pad_token", "cap_pad_token")
     ),
     *(made for part in PARTS for made in _layer(part)),

@@ -111,7 +111,9 @@ def unreadable(path: object, error: OSError) -> UnreadableFile:
     if isinstance(error, FileNotFoundError):
         return UnreadableFile("no such file or folder", file=path)
     if isinstance(error, PermissionError):
-        return UnreadableFile("no permission to read it", file=path, hint="check the owner and mode of the file")
+        return UnreadableFile(
+            "no permission to read it", file=path, hint="check the owner and mode of the file"
+        )
     return UnreadableFile(f"cannot be read: {error.strerror or error}", file=path)
 
 
@@ -141,7 +143,8 @@ def parse_header(raw: bytes, file_size: int, path: str | Path) -> Header:
         table, data_start = _json_table(raw, file_size)
         metadata = _metadata(table.pop("__metadata__", None))
         infos = sorted(
-            (_info(name, entry, data_start) for name, entry in table.items()), key=lambda info: (info.start, info.stop)
+            (_info(name, entry, data_start) for name, entry in table.items()),
+            key=lambda info: (info.start, info.stop),
         )
         _check_cover(infos, data_start, file_size)
     except CorruptFile as error:
@@ -159,16 +162,32 @@ def _json_table(raw: bytes, file_size: int) -> tuple[dict[str, Any], int]:
         raise CorruptFile(f"truncated: {file_size} bytes are too few for a safetensors file")
     length = int.from_bytes(raw[:_PREFIX], "little")
     if length > HEADER_LIMIT:
-        raise CorruptFile(f"not a safetensors file: its header would take {length} bytes (the limit is {HEADER_LIMIT})")
+        raise CorruptFile(
+            f"not a safetensors file: its header would take {length} bytes (the limit is {HEADER_LIMIT})"
+        )
     if _PREFIX + length > min(file_size, len(raw)):
-        raise CorruptFile(f"truncated: the header takes {_PREFIX + length} bytes, the file has {file_size}")
+        raise CorruptFile(
+            f"truncated: the header takes {_PREFIX + length} bytes, the file has {file_size}"
+        )
     return _decode(raw[_PREFIX : _PREFIX + length]), _PREFIX + length
 
 
 _SIGNATURES = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file: git lfs pull"),
-    (b"<", "a web page or XML, not weights", "a download that failed or needs a login? fetch it again"),
-    (b"PK\x03\x04", "a zip archive (perhaps a torch checkpoint), not safetensors", "rename it to .ckpt or .pt"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the file itself",
+        "fetch the file: git lfs pull",
+    ),
+    (
+        b"<",
+        "a web page or XML, not weights",
+        "a download that failed or needs a login? fetch it again",
+    ),
+    (
+        b"PK\x03\x04",
+        "a zip archive (perhaps a torch checkpoint), not safetensors",
+        "rename it to .ckpt or .pt",
+    ),
     (b"\x80\x02\x8a\x0a", "a torch pickle, not safetensors", "rename it to .ckpt or .pt"),
     (b"GGUF", "a GGUF file, not safetensors", "adaptkit reads safetensors and torch pickles"),
     (b"\x1f\x8b", "gzip data, not safetensors", "unpack it first"),
@@ -177,7 +196,9 @@ _SIGNATURES = (
 
 def _foreign(head: bytes) -> tuple[str, str] | None:
     """What a file that is not safetensors seems to be, and what to do about it."""
-    if head[_PREFIX : _PREFIX + 1] == b"{":  # the signatures could stand in a length prefix by chance
+    if (
+        head[_PREFIX : _PREFIX + 1] == b"{"
+    ):  # the signatures could stand in a length prefix by chance
         return None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     for magic, what, hint in _SIGNATURES:
@@ -202,10 +223,16 @@ def _decode(raw: bytes) -> dict[str, Any]:
         # a call for every number only where one may be -0, which a name can hold too
         integer = _integer if "-0" in text else None
         table = json.loads(
-            text, object_pairs_hook=_unique, parse_int=integer, parse_float=_finite, parse_constant=_no_constant
+            text,
+            object_pairs_hook=_unique,
+            parse_int=integer,
+            parse_float=_finite,
+            parse_constant=_no_constant,
         )
         if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(table, ensure_ascii=False).encode("utf-8")  # fails on a surrogate without its partner
+            json.dumps(table, ensure_ascii=False).encode(
+                "utf-8"
+            )  # fails on a surrogate without its partner
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"the header is not valid JSON: {error}") from error
     assert isinstance(table, dict)
@@ -254,11 +281,17 @@ def _info(name: str, entry: object, data_start: int) -> TensorInfo:
         if field not in entry:
             raise CorruptFile(f"its header entry lacks {field!r}", tensor=name)
     dtype = entry["dtype"]
-    beside = len(entry) > len(_FIELDS) and any(isinstance(entry[key], dict | list) for key in entry.keys() - _FIELDS)
+    beside = len(entry) > len(_FIELDS) and any(
+        isinstance(entry[key], dict | list) for key in entry.keys() - _FIELDS
+    )
     if beside or isinstance(dtype, dict | list):
-        raise CorruptFile("its header entry holds a nested value", tensor=name)  # also bounds the depth
+        raise CorruptFile(
+            "its header entry holds a nested value", tensor=name
+        )  # also bounds the depth
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CorruptFile(f"unknown dtype {dtype!r}", tensor=name, hint=f"known: {', '.join(DTYPES)}")
+        raise CorruptFile(
+            f"unknown dtype {dtype!r}", tensor=name, hint=f"known: {', '.join(DTYPES)}"
+        )
     shape = _sizes(name, "shape", entry["shape"])
     offsets = _sizes(name, "data_offsets", entry["data_offsets"])
     if len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -281,7 +314,9 @@ def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], stored: int) -> 
     numel = 1
     for n in shape:
         numel *= n
-        if numel > _SIZE_LIMIT:  # in this order, as a u64 would overflow, even if a later dimension is 0
+        if (
+            numel > _SIZE_LIMIT
+        ):  # in this order, as a u64 would overflow, even if a later dimension is 0
             raise CorruptFile(f"shape {list(shape)} is too large", tensor=name)
     bits = numel * DTYPES[dtype]
     if bits > _SIZE_LIMIT:
@@ -289,7 +324,9 @@ def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], stored: int) -> 
     if bits % 8:
         raise CorruptFile(f"{numel} elements of {dtype} do not fill whole bytes", tensor=name)
     if bits // 8 != stored:
-        message = f"shape {list(shape)} of {dtype} takes {bits // 8} bytes, the header gives it {stored}"
+        message = (
+            f"shape {list(shape)} of {dtype} takes {bits // 8} bytes, the header gives it {stored}"
+        )
         raise CorruptFile(message, tensor=name)
 
 
@@ -297,7 +334,10 @@ def _check_cover(infos: Sequence[TensorInfo], data_start: int, file_size: int) -
     """Tensors must follow each other without hole or overlap, up to the last byte of the file."""
     end = infos[-1].stop if infos else data_start
     if infos and infos[0].start != data_start:
-        raise CorruptFile(f"{infos[0].start - data_start} bytes before it belong to no tensor", tensor=infos[0].name)
+        raise CorruptFile(
+            f"{infos[0].start - data_start} bytes before it belong to no tensor",
+            tensor=infos[0].name,
+        )
     for before, after in pairwise(infos):
         if after.start < before.stop:
             raise CorruptFile(f"its bytes overlap those of {before.name!r}", tensor=after.name)
@@ -327,12 +367,18 @@ def build_header(
         if spec.name in table or spec.name == "__metadata__":
             raise CannotWrite("two entries of this name cannot stand in one file", tensor=spec.name)
         stop = offset + _storable(spec)
-        table[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, stop]}
+        table[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, stop],
+        }
         offset = stop
     raw = _encode(table, metadata or {})
     start = len(raw)
     infos = {
-        name: TensorInfo(name, entry["dtype"], tuple(entry["shape"]), *(start + n for n in entry["data_offsets"]))
+        name: TensorInfo(
+            name, entry["dtype"], tuple(entry["shape"]), *(start + n for n in entry["data_offsets"])
+        )
         for name, entry in table.items()
         if name != "__metadata__"
     }
@@ -345,18 +391,24 @@ def _storable(spec: TensorSpec | TensorInfo) -> int:
         raise CannotWrite(f"safetensors has no dtype {spec.dtype!r}", tensor=spec.name)
     bits = math.prod(spec.shape) * DTYPES[spec.dtype]
     if bits % 8 or not 0 <= bits <= _SIZE_LIMIT:
-        raise CannotWrite(f"shape {list(spec.shape)} of {spec.dtype} cannot be stored", tensor=spec.name)
+        raise CannotWrite(
+            f"shape {list(spec.shape)} of {spec.dtype} cannot be stored", tensor=spec.name
+        )
     return bits // 8
 
 
 def _encode(table: dict[str, Any], metadata: Mapping[str, str]) -> bytes:
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise CannotWrite(f"metadata {key!r} is not a string, and safetensors stores only strings")
+            raise CannotWrite(
+                f"metadata {key!r} is not a string, and safetensors stores only strings"
+            )
     try:
         text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise CannotWrite(f"a name is not valid Unicode: {error.object[error.start : error.start + 1]!r}") from error
+        raise CannotWrite(
+            f"a name is not valid Unicode: {error.object[error.start : error.start + 1]!r}"
+        ) from error
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise CannotWrite(f"the header would take {len(text)} bytes; readers accept {HEADER_LIMIT}")

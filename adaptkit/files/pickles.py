@@ -75,7 +75,11 @@ class _Tensor(NamedTuple):
 
 def looks_like_pickle(head: bytes) -> bool:
     """Whether a file's first bytes are those of a zip archive, of a pickle or (torch 0.1) of a tar archive."""
-    return head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] <= b"\x05") or _is_tar(head)
+    return (
+        head.startswith(b"PK\x03\x04")
+        or (head[:1] == b"\x80" and head[1:2] <= b"\x05")
+        or _is_tar(head)
+    )
 
 
 def _is_tar(head: bytes) -> bool:
@@ -100,8 +104,17 @@ def read_catalogue(path: str | Path) -> Catalogue:
         raise error.at(file=path) from error.__cause__
     except OSError as error:
         raise unreadable(path, error) from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, struct.error) as error:
-        raise CorruptFile(f"damaged or truncated: {error}", file=path, hint="fetch the file again") from error
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        zlib.error,
+        struct.error,
+    ) as error:
+        raise CorruptFile(
+            f"damaged or truncated: {error}", file=path, hint="fetch the file again"
+        ) from error
 
 
 def packed_bytes(path: Path, packed: Packed) -> bytes:
@@ -112,7 +125,14 @@ def packed_bytes(path: Path, packed: Packed) -> bytes:
             return entry.read(packed.stop - packed.start)
     except OSError as error:
         raise unreadable(path, error) from error
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        zlib.error,
+    ) as error:
         raise CorruptFile(f"damaged entry {packed.entry!r}: {error}", file=path) from error
 
 
@@ -120,7 +140,10 @@ def _open_format(file: BinaryIO, head: bytes, size: int) -> tuple[object, _Blobs
     if head.startswith(b"PK\x03\x04"):
         return _open_zip(file, size)
     if _is_tar(head):
-        raise CorruptFile("torch's oldest format (a tar archive)", hint="load and save it once with a current torch")
+        raise CorruptFile(
+            "torch's oldest format (a tar archive)",
+            hint="load and save it once with a current torch",
+        )
     if head[:1] == b"\x80":
         return _open_legacy(file, size)
     raise CorruptFile("neither a torch archive nor a pickle")
@@ -146,10 +169,14 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
         entries = {info.filename: info for info in archive.infolist()}
         catalogues = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(catalogues) != 1:
-            raise CorruptFile(f"a zip archive with {len(catalogues)} entries data.pkl, not a torch file")
+            raise CorruptFile(
+                f"a zip archive with {len(catalogues)} entries data.pkl, not a torch file"
+            )
         root_name = catalogues[0].removesuffix("data.pkl")
         if root_name + "constants.pkl" in entries:
-            raise CorruptFile("a TorchScript archive, not a state dict", hint="save model.state_dict() instead")
+            raise CorruptFile(
+                "a TorchScript archive, not a state dict", hint="save model.state_dict() instead"
+            )
         _check_byteorder(archive, entries.get(root_name + "byteorder"))
         root, _, _ = _unpickle(_small_entry(archive, entries[catalogues[0]]))
         prefix = root_name + "data/"
@@ -163,7 +190,9 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
 
 def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.file_size > CATALOGUE_LIMIT:
-        raise CorruptFile(f"{info.filename} takes {info.file_size} bytes (the limit is {CATALOGUE_LIMIT})")
+        raise CorruptFile(
+            f"{info.filename} takes {info.file_size} bytes (the limit is {CATALOGUE_LIMIT})"
+        )
     with archive.open(info) as entry:
         return entry.read(CATALOGUE_LIMIT)
 
@@ -186,7 +215,9 @@ def _locate(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> _Blob:
     name, extra = struct.unpack("<HH", local[26:30])
     start = info.header_offset + 30 + name + extra
     if start + info.file_size > size:
-        raise CorruptFile(f"truncated: entry {info.filename!r} ends at {start + info.file_size}, the file has {size}")
+        raise CorruptFile(
+            f"truncated: entry {info.filename!r} ends at {start + info.file_size}, the file has {size}"
+        )
     return _Blob(start, info.file_size, None)
 
 
@@ -209,7 +240,9 @@ def _open_legacy(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
     return root, _legacy_blobs(file, keys, {storage.key: storage for storage in storages}, at, size)
 
 
-def _legacy_blobs(file: BinaryIO, keys: Iterable[str], storages: Mapping[str, _Storage], at: int, size: int) -> _Blobs:
+def _legacy_blobs(
+    file: BinaryIO, keys: Iterable[str], storages: Mapping[str, _Storage], at: int, size: int
+) -> _Blobs:
     """Each storage: its number of elements (int64), then its bytes."""
     blobs: _Blobs = {}
     for key in keys:
@@ -220,7 +253,9 @@ def _legacy_blobs(file: BinaryIO, keys: Iterable[str], storages: Mapping[str, _S
         dtype = storages[key].dtype
         length = numel * (1 if dtype is None else itemsize(dtype))
         if numel < 0 or at + 8 + length > size:
-            raise CorruptFile(f"truncated: storage {key!r} takes {length} bytes from {at + 8}, the file has {size}")
+            raise CorruptFile(
+                f"truncated: storage {key!r} takes {length} bytes from {at + 8}, the file has {size}"
+            )
         blobs[key] = _Blob(at + 8, length, None)
         at += 8 + length
     return blobs
@@ -238,9 +273,13 @@ def _scan(data: bytes, start: int) -> int:
     nesting = _Nesting()
     for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in _REFUSED_OPCODES:
-            raise UnsafePickle(f"uses the opcode {opcode.name}, which torch.save never writes", hint=_CONVERT)
+            raise UnsafePickle(
+                f"uses the opcode {opcode.name}, which torch.save never writes", hint=_CONVERT
+            )
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
-            raise CorruptFile("damaged pickle: a memo index beyond what it has stored")  # the memo is an array
+            raise CorruptFile(
+                "damaged pickle: a memo index beyond what it has stored"
+            )  # the memo is an array
         if opcode.name == "BYTEARRAY8":
             raise CorruptFile("damaged pickle: a bytearray among the weights")
         nesting.follow(opcode, arg)
@@ -296,7 +335,11 @@ def _unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[_Storage]]
         raise
     except Exception as error:  # a hostile pickle can make the unpickler raise anything
         reason = f"{type(error).__name__}: {error}"[:200]
-        hint = f"a pickle larger than {CATALOGUE_LIMIT} bytes?" if len(data) >= CATALOGUE_LIMIT else None
+        hint = (
+            f"a pickle larger than {CATALOGUE_LIMIT} bytes?"
+            if len(data) >= CATALOGUE_LIMIT
+            else None
+        )
         raise CorruptFile(f"damaged pickle ({reason})", hint=hint) from error
 
 
@@ -316,7 +359,14 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: object) -> _Storage:
         match pid:
-            case ("storage", _StorageType() as kind, str() | int() as key, _, int() as numel, *rest) if numel >= 0:
+            case (
+                "storage",
+                _StorageType() as kind,
+                str() | int() as key,
+                _,
+                int() as numel,
+                *rest,
+            ) if numel >= 0:
                 storage = _Storage(str(key), kind.dtype, numel, _view_offset(rest))
                 self.storages.append(storage)
                 return storage
@@ -398,7 +448,11 @@ def _table(*args: object) -> _Table:
 
 
 def _sizes(value: object) -> tuple[int, ...]:
-    if isinstance(value, tuple | list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in value):
+    if (
+        isinstance(value, tuple | list)
+        and len(value) <= 64
+        and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    ):
         return tuple(value)
     _malformed("a size")
 
@@ -422,7 +476,9 @@ def _first_tensor(*args: object) -> _Tensor:
 
 def _rebuild_from_type(*args: object) -> _Tensor:
     match args:
-        case (_Call() as function, _Opaque(), tuple() as inner, *_) if isinstance(made := function(*inner), _Tensor):
+        case (_Call() as function, _Opaque(), tuple() as inner, *_) if isinstance(
+            made := function(*inner), _Tensor
+        ):
             return made
     _malformed("a tensor")
 
@@ -461,7 +517,9 @@ def _globals() -> dict[tuple[str, str], object]:
     ):  # fmt: skip
         table[module, name] = _Opaque()
     for name, dtype in _TYPED.items():
-        table["torch", name + "Storage"] = table["torch.storage", name + "Storage"] = _StorageType(dtype)
+        table["torch", name + "Storage"] = table["torch.storage", name + "Storage"] = _StorageType(
+            dtype
+        )
     for dtype, name in TORCH_NAMES.items():
         table["torch", name] = _DType(dtype)
     return table
@@ -496,7 +554,13 @@ def _catalogue(root: object, blobs: Mapping[str, _Blob], size: int) -> Catalogue
 
 
 def _label(key: object) -> str:
-    return key if isinstance(key, str) else str(key) if isinstance(key, int) else f"({type(key).__name__})"
+    return (
+        key
+        if isinstance(key, str)
+        else str(key)
+        if isinstance(key, int)
+        else f"({type(key).__name__})"
+    )
 
 
 def _holds_tensors(value: object) -> bool:
@@ -506,7 +570,11 @@ def _holds_tensors(value: object) -> bool:
 def _state_dict(root: object, ignored: list[str]) -> Mapping[object, object]:
     """The table of tensors: the file's object, its `state_dict`, or the only value that is one."""
     if not isinstance(root, dict):
-        what = "a single tensor" if isinstance(root, _Tensor) else f"a {type(root).__name__.strip('_').lower()}"
+        what = (
+            "a single tensor"
+            if isinstance(root, _Tensor)
+            else f"a {type(root).__name__.strip('_').lower()}"
+        )
         raise CorruptFile(f"holds {what}, not a table of named tensors")
     inside = [key for key, value in root.items() if _holds_tensors(value)]
     if "state_dict" in inside:
@@ -515,7 +583,9 @@ def _state_dict(root: object, ignored: list[str]) -> Mapping[object, object]:
         return root
     if len(inside) != 1:
         found = ", ".join(sorted(_label(key) for key in inside or root)[:10])
-        reason = f"holds several tables of tensors: {found}" if inside else "holds no table of tensors"
+        reason = (
+            f"holds several tables of tensors: {found}" if inside else "holds no table of tensors"
+        )
         raise CorruptFile(reason, hint=None if inside or not found else f"it holds: {found}")
     ignored.extend(_label(key) for key in root if key != inside[0])
     table: Mapping[object, object] = root[inside[0]]
@@ -526,13 +596,19 @@ def _place(draft: _Draft, name: str, tensor: _Tensor, blobs: Mapping[str, _Blob]
     """Work out which bytes of the file a tensor takes."""
     blob = blobs.get(tensor.storage.key)
     if blob is None:
-        raise CorruptFile(f"its storage {tensor.storage.key!r} is missing from the file", tensor=name)
+        raise CorruptFile(
+            f"its storage {tensor.storage.key!r} is missing from the file", tensor=name
+        )
     unit = itemsize(tensor.dtype)
-    shift = tensor.storage.offset * (1 if tensor.storage.dtype is None else itemsize(tensor.storage.dtype))
+    shift = tensor.storage.offset * (
+        1 if tensor.storage.dtype is None else itemsize(tensor.storage.dtype)
+    )
     start = shift + tensor.offset * unit
     stop = start + _extent(tensor.shape, tensor.stride) * unit
     if stop > blob.nbytes:
-        raise CorruptFile(f"it ends at byte {stop} of a storage of {blob.nbytes} bytes", tensor=name)
+        raise CorruptFile(
+            f"it ends at byte {stop} of a storage of {blob.nbytes} bytes", tensor=name
+        )
     if math.prod(tensor.shape) * unit > max(blob.nbytes, _EXPANSION_LIMIT):
         message = f"a storage of {blob.nbytes} bytes is expanded to shape {list(tensor.shape)}"
         raise CorruptFile(message, tensor=name)
@@ -541,7 +617,9 @@ def _place(draft: _Draft, name: str, tensor: _Tensor, blobs: Mapping[str, _Blob]
     if blob.entry is not None:
         draft.packed[name] = Packed(blob.entry, start, stop)
         start = stop = 0
-    draft.infos.append(TensorInfo(name, tensor.dtype, tensor.shape, blob.start + start, blob.start + stop))
+    draft.infos.append(
+        TensorInfo(name, tensor.dtype, tensor.shape, blob.start + start, blob.start + stop)
+    )
 
 
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:

@@ -28,7 +28,11 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # what can be computed with as it is sto
 FP8 = ("F8_E4M3", "F8_E5M2")
 
 _SCALES = ("scale_weight", "weight_scale")
-_UNUSED = ("scale_input", "input_scale", "comfy_quant")  # of the activations, and what the scales say already
+_UNUSED = (
+    "scale_input",
+    "input_scale",
+    "comfy_quant",
+)  # of the activations, and what the scales say already
 _FOREIGN = {  # each changes what the stored numbers mean
     "weight_scale_2": "nvfp4",
     "weight_scale_inv": "fp8 with a scale per block of rows and columns",

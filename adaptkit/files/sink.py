@@ -31,7 +31,9 @@ HAS_COPY_FILE_RANGE = hasattr(os, "copy_file_range")
 HAS_FADVISE = hasattr(os, "posix_fadvise")
 _CHUNK = 1 << 30  # bytes per system call; some systems refuse or cut 2 GiB and more
 HAS_PREADV = hasattr(os, "preadv")
-_COPY_BUFFER = 2 << 20  # stays in the processor's cache: of 256 KiB to 32 MiB, up to 4 MiB are alike, more is slower
+_COPY_BUFFER = (
+    2 << 20
+)  # stays in the processor's cache: of 256 KiB to 32 MiB, up to 4 MiB are alike, more is slower
 _BLOCK = 4096  # bytes: what file systems that share blocks between files share
 _MUCH = 16 << 20  # bytes that two threads copy in less time than one
 _LARGE = 1 << 29  # bytes: a file from here on does not stay in the system's cache
@@ -53,12 +55,16 @@ class _Run(NamedTuple):
 def _cannot_write(path: Path, error: OSError, needed: int) -> CannotWrite:
     """The `CannotWrite` that says what the operating system said, and what to do."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        return CannotWrite(f"the disk is full: {needed} bytes are needed", file=path, hint="free space or use -o")
+        return CannotWrite(
+            f"the disk is full: {needed} bytes are needed", file=path, hint="free space or use -o"
+        )
     if isinstance(error, PermissionError):
         hint = "check the mode of the folder; on Windows, close whatever holds the file open"
         return CannotWrite("no permission to write here", file=path, hint=hint)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return CannotWrite(f"there is no folder {str(path.parent)!r}", file=path, hint="create it first")
+        return CannotWrite(
+            f"there is no folder {str(path.parent)!r}", file=path, hint="create it first"
+        )
     if error.errno == errno.EROFS:
         return CannotWrite("the disk is read-only", file=path, hint="choose another output with -o")
     return CannotWrite(f"cannot be written: {error.strerror or error}", file=path)
@@ -69,7 +75,9 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     whole = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    flat = whole.as_strided((whole.numel(),), (1,))  # a dimension of size 1 may have any stride, which view() refuses
+    flat = whole.as_strided(
+        (whole.numel(),), (1,)
+    )  # a dimension of size 1 may have any stride, which view() refuses
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -105,7 +113,10 @@ class _Trail:
             sent, self._sent, self._fresh, self._bytes = self._sent, self._fresh, [], 0
             fresh = self._sent
         with suppress(OSError):
-            for span in (*fresh, *sent):  # the first time dirty pages are sent, the second time clean ones are dropped
+            for span in (
+                *fresh,
+                *sent,
+            ):  # the first time dirty pages are sent, the second time clean ones are dropped
                 os.posix_fadvise(file.fileno(), *span, os.POSIX_FADV_DONTNEED)
 
 
@@ -137,7 +148,9 @@ class Pieces:
     def close(self) -> None:
         """All of it is written."""
         if self._left:
-            raise RuntimeError(f"{self._left} bytes of {self._info.name!r} were not written, or some twice")
+            raise RuntimeError(
+                f"{self._left} bytes of {self._info.name!r} were not written, or some twice"
+            )
         self._sink._written.add(self._info.name)
 
 
@@ -171,7 +184,9 @@ class TensorSink:
         self._file: io.FileIO | None = None
         self._trail = _Trail(self.size)
         _check_target(self.path, self.size, overwrite)
-        self._temporary = self.path.with_name(f".{self.path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
+        self._temporary = self.path.with_name(
+            f".{self.path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part"
+        )
         try:
             with self._os_errors():
                 self._file = self._temporary.open("x+b", buffering=0)  # mode 0666 less the umask
@@ -214,7 +229,11 @@ class TensorSink:
         """Write one tensor's raw bytes."""
         info = self._info(name)
         if len(data) != info.nbytes:
-            raise ShapeMismatch(f"{len(data)} bytes given for a tensor of {info.nbytes}", file=self.path, tensor=name)
+            raise ShapeMismatch(
+                f"{len(data)} bytes given for a tensor of {info.nbytes}",
+                file=self.path,
+                tensor=name,
+            )
         self._claim(name)
         self._write(data, info.start)
         self._written.add(name)
@@ -227,7 +246,9 @@ class TensorSink:
             while done < info.nbytes:
                 count = self._read_some(file, buffer[done:], info.start + done)
                 if not count:
-                    raise CorruptFile("the file was cut short while it was written", file=self.path, tensor=name)
+                    raise CorruptFile(
+                        "the file was cut short while it was written", file=self.path, tensor=name
+                    )
                 done += count
         return buffer
 
@@ -246,9 +267,15 @@ class TensorSink:
         """Copy `(name, source, source name)`; neighbours in both files go in one piece, at the speed of the disk."""
         runs: list[_Run] = []
         claimed: list[str] = []
-        loose: list[tuple[str, TensorSource, str]] = []  # strided or compressed: no raw bytes to copy
+        loose: list[
+            tuple[str, TensorSource, str]
+        ] = []  # strided or compressed: no raw bytes to copy
         for name, source, source_name in items:
-            info, span, given = self._info(name), source.span(source_name), source.infos[source_name]
+            info, span, given = (
+                self._info(name),
+                source.span(source_name),
+                source.infos[source_name],
+            )
             if given.numel != info.numel or given.dtype != info.dtype:
                 self._check(info, given)
             if span is None:
@@ -270,7 +297,11 @@ class TensorSink:
         missing = [name for name in self.infos if name not in self._written]
         try:
             if missing or self._file is None:
-                what = f"{len(missing)} tensors were never written, {missing[:1]}" if missing else "the sink is closed"
+                what = (
+                    f"{len(missing)} tensors were never written, {missing[:1]}"
+                    if missing
+                    else "the sink is closed"
+                )
                 raise RuntimeError(what)
             file = self._close()
             assert file is not None
@@ -300,7 +331,10 @@ class TensorSink:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.abort()
 
@@ -314,8 +348,13 @@ class TensorSink:
 
     def _check(self, info: TensorInfo, given: TensorSpec | TensorInfo) -> None:
         if (given.dtype, given.shape) != (info.dtype, info.shape):
-            promised, found = f"{info.dtype} {list(info.shape)}", f"{given.dtype} {list(given.shape)}"
-            raise ShapeMismatch(f"{promised} was promised, {found} came", file=self.path, tensor=info.name)
+            promised, found = (
+                f"{info.dtype} {list(info.shape)}",
+                f"{given.dtype} {list(given.shape)}",
+            )
+            raise ShapeMismatch(
+                f"{promised} was promised, {found} came", file=self.path, tensor=info.name
+            )
 
     def _claim(self, name: str) -> None:
         with self._state:
@@ -422,9 +461,13 @@ class TensorSink:
             return done
         while HAS_COPY_FILE_RANGE and done < run.length:
             count = min(run.length - done, _WINDOW)
-            with self._open_file() as file:  # anew each time, so that whoever gives the output up need not wait
+            with (
+                self._open_file() as file
+            ):  # anew each time, so that whoever gives the output up need not wait
                 try:
-                    copied = os.copy_file_range(source.fileno(), file.fileno(), count, run.start + done, run.at + done)
+                    copied = os.copy_file_range(
+                        source.fileno(), file.fileno(), count, run.start + done, run.at + done
+                    )
                 except OSError as error:
                     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
                         raise
@@ -484,7 +527,9 @@ def _by_file(runs: Iterable[_Run]) -> dict[Path, list[_Run]]:
 
 def _refuse_existing(path: Path) -> None:
     if path.exists():
-        raise WouldOverwrite("the output exists", file=path, hint="use --overwrite, or another name with -o")
+        raise WouldOverwrite(
+            "the output exists", file=path, hint="use --overwrite, or another name with -o"
+        )
 
 
 def _check_target(path: Path, needed: int, overwrite: bool) -> None:
@@ -495,7 +540,9 @@ def _check_target(path: Path, needed: int, overwrite: bool) -> None:
         if path.is_dir():
             raise CannotWrite("the output is a folder", file=path, hint="name a file in it")
         if not path.parent.is_dir():
-            raise CannotWrite(f"there is no folder {str(path.parent)!r}", file=path, hint="create it first")
+            raise CannotWrite(
+                f"there is no folder {str(path.parent)!r}", file=path, hint="create it first"
+            )
         if path.exists() and not path.is_file():
             raise CannotWrite("the output is a device or pipe, no file", file=path)
         if not overwrite:
@@ -541,7 +588,9 @@ def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> I
         made.mkdir()
         yield made
         check_folder(path, known, overwrite)  # a long while later
-        if not (path.exists() and exchange(made, path)):  # after an exchange, `made` is the old folder
+        if not (
+            path.exists() and exchange(made, path)
+        ):  # after an exchange, `made` is the old folder
             if path.exists():
                 path.rename(old)
             made.rename(path)
@@ -569,17 +618,25 @@ def _remove_folder(path: Path) -> None:
 def check_folder(path: Path, known: Set[str], overwrite: bool) -> None:
     """Refuse an output folder that cannot be made, or whose replacement would destroy something else."""
     if not path.parent.is_dir():
-        raise CannotWrite(f"there is no folder {str(path.parent)!r}", file=path, hint="create it first")
+        raise CannotWrite(
+            f"there is no folder {str(path.parent)!r}", file=path, hint="create it first"
+        )
     if not path.exists():
         return
     if not path.is_dir():
-        raise WouldOverwrite("this format is a folder, and a file of that name exists", file=path, hint="name another")
+        raise WouldOverwrite(
+            "this format is a folder, and a file of that name exists",
+            file=path,
+            hint="name another",
+        )
     if not overwrite:
         _refuse_existing(path)
     strange = sorted(item.name for item in path.iterdir() if item.name not in known)
     if strange:
         raise WouldOverwrite(
-            f"the folder holds other things, {strange[0]!r}: it is not replaced", file=path, hint="name another folder"
+            f"the folder holds other things, {strange[0]!r}: it is not replaced",
+            file=path,
+            hint="name another folder",
         )
 
 
@@ -651,6 +708,9 @@ class Spool:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

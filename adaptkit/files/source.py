@@ -38,7 +38,15 @@ HAS_PREADV = hasattr(os, "preadv")
 HAS_FADVISE = hasattr(os, "posix_fadvise")
 _CHUNK = 1 << 30  # bytes per system call; macOS and Linux refuse or cut reads of 2 GiB and more
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "vae",
+)
 """The folders of a diffusers model that hold weights, in the order in which they are read."""
 
 
@@ -63,7 +71,9 @@ class _Reader:
                 raise unreadable(self.path, reason).at(tensor=tensor) from error
             if count == 0:
                 message = f"truncated: {len(view)} bytes expected at {start}, {done} found"
-                raise CorruptFile(message, file=self.path, tensor=tensor, hint="did the file change meanwhile?")
+                raise CorruptFile(
+                    message, file=self.path, tensor=tensor, hint="did the file change meanwhile?"
+                )
             done += count
 
     def _some(self, file: io.FileIO, view: memoryview, start: int) -> int:
@@ -147,7 +157,10 @@ class TensorSource(ABC):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -188,7 +201,11 @@ class _FileSource(TensorSource):
     def scalar(self, name: str) -> float:
         info = self.info(name)
         if info.numel != 1:
-            raise ShapeMismatch(f"a single number expected, shape is {list(info.shape)}", file=self.path, tensor=name)
+            raise ShapeMismatch(
+                f"a single number expected, shape is {list(info.shape)}",
+                file=self.path,
+                tensor=name,
+            )
         raw = bytearray(info.nbytes)
         self._fill(info, memoryview(raw), 0)
         return _decode_scalar(bytes(raw), info, self.path)
@@ -242,11 +259,17 @@ class _PickleSource(_FileSource):
         first, count = _row_range(info, rows)
         shape = info.shape if rows is None else (count, *info.shape[1:])
         unit = itemsize(info.dtype)
-        extent = 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        extent = (
+            0
+            if 0 in shape
+            else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        )
         buffer = _buffer(info, self.path, extent * unit)
         self._fill(info, _view(buffer), first * stride[0] * unit)
         view = buffer.view(_torch_dtype(info, self.path)).as_strided(shape, stride)
-        return view.new_empty(shape).copy_(view)  # contiguous() would keep odd strides of dimensions of size 1
+        return view.new_empty(shape).copy_(
+            view
+        )  # contiguous() would keep odd strides of dimensions of size 1
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         packed = self._packed.get(info.name)
@@ -257,7 +280,9 @@ class _PickleSource(_FileSource):
 
         data = packed_bytes(self.path, packed._replace(start=start, stop=start + len(view)))
         if len(data) != len(view):
-            message = f"truncated: {len(view)} bytes expected in {packed.entry!r}, {len(data)} found"
+            message = (
+                f"truncated: {len(view)} bytes expected in {packed.entry!r}, {len(data)} found"
+            )
             raise CorruptFile(message, file=self.path, tensor=info.name)
         view[:] = data
         return None
@@ -274,9 +299,13 @@ class _JoinedSource(TensorSource):
         self.files = tuple(file for _, part in parts for file in part.files)
         self.size = sum(part.size for _, part in parts)
         self.ignored = tuple(prefix + name for prefix, part in parts for name in part.ignored)
-        self.metadata = {key: value for _, part in reversed(parts) for key, value in part.metadata.items()}
+        self.metadata = {
+            key: value for _, part in reversed(parts) for key, value in part.metadata.items()
+        }
         self._parts = [part for _, part in parts]
-        self._places: dict[str, tuple[TensorSource, str, int]] = {}  # the last: index of the part's first file
+        self._places: dict[
+            str, tuple[TensorSource, str, int]
+        ] = {}  # the last: index of the part's first file
         infos: dict[str, TensorInfo] = {}
         index = 0
         for prefix, part in parts:
@@ -289,7 +318,9 @@ class _JoinedSource(TensorSource):
     def _place(self, full: str, part: TensorSource, name: str, index: int) -> None:
         if full in self._places:
             other = self._places[full][0].path.name
-            raise CorruptFile(f"it stands in both {other} and {part.path.name}", file=self.path, tensor=full)
+            raise CorruptFile(
+                f"it stands in both {other} and {part.path.name}", file=self.path, tensor=full
+            )
         self._places[full] = part, name, index
 
     def _find(self, name: str) -> tuple[TensorSource, str, int]:
@@ -339,7 +370,9 @@ def _row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
         raise ShapeMismatch("a single number has no rows", tensor=info.name)
     start, stop, step = rows.indices(info.shape[0])
     if step != 1:
-        raise ShapeMismatch(f"rows are read one after another, not with step {step}", tensor=info.name)
+        raise ShapeMismatch(
+            f"rows are read one after another, not with step {step}", tensor=info.name
+        )
     return start, max(stop - start, 0)
 
 
@@ -367,7 +400,9 @@ def _torch_dtype(info: TensorInfo, path: Path) -> torch.dtype:
     dtype = getattr(torch, TORCH_NAMES.get(info.dtype, ""), None)
     if dtype is None:
         message = f"torch {torch.__version__} has no dtype for {info.dtype}"
-        raise UnreadableFile(message, file=path, tensor=info.name, hint="such tensors can only be copied unchanged")
+        raise UnreadableFile(
+            message, file=path, tensor=info.name, hint="such tensors can only be copied unchanged"
+        )
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -387,7 +422,9 @@ def _decode_scalar(raw: bytes, info: TensorInfo, path: Path) -> float:
         return float(struct.unpack("<e", b"\0" + raw)[0])
     if info.dtype == "F8_E4M3":
         return _decode_e4m3(raw[0])
-    raise UnreadableFile(f"a number of dtype {info.dtype} cannot be decoded", file=path, tensor=info.name)
+    raise UnreadableFile(
+        f"a number of dtype {info.dtype} cannot be decoded", file=path, tensor=info.name
+    )
 
 
 def _decode_e4m3(byte: int) -> float:
@@ -429,7 +466,9 @@ def _near(path: Path) -> str | None:
         return f"there is no folder {str(path.parent)!r}"
     from difflib import get_close_matches
 
-    near = get_close_matches(path.name, [item.name for item in path.parent.iterdir()], n=3, cutoff=0.6)
+    near = get_close_matches(
+        path.name, [item.name for item in path.parent.iterdir()], n=3, cutoff=0.6
+    )
     return f"did you mean {' or '.join(near)}?" if near else None
 
 
@@ -457,7 +496,13 @@ class _WeightsName(NamedTuple):
 
 
 _PICKLE_SUFFIXES = ("bin", "ckpt", "pt", "pth")
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model", "pytorch_lora_weights")
+_STEMS = (
+    "diffusion_pytorch_model",
+    "model",
+    "pytorch_model",
+    "adapter_model",
+    "pytorch_lora_weights",
+)
 _VARIANTS = ("", "fp32", "bf16", "fp16")
 _PATTERN = re.compile(
     r"(?P<stem>.+?)(?:\.(?P<before>fp32|bf16|fp16|non_ema|ema|int8|fp8))?(?:-\d{5}-of-(?P<shards>\d{5}))?"
@@ -473,7 +518,9 @@ def _parse_name(name: str) -> _WeightsName | None:
         return None
     variant = match["before"] or match["after"] or match["last"] or ""
     is_pickle = match["kind"].lower() in _PICKLE_SUFFIXES
-    return _WeightsName(match["stem"], variant, is_pickle, int(match["shards"] or 0), match["index"] is not None)
+    return _WeightsName(
+        match["stem"], variant, is_pickle, int(match["shards"] or 0), match["index"] is not None
+    )
 
 
 def _rank(name: _WeightsName) -> tuple[bool, bool, int, int]:
@@ -486,7 +533,9 @@ def _rank(name: _WeightsName) -> tuple[bool, bool, int, int]:
 def _open_folder(path: Path) -> TensorSource:
     parts = [(name, path / name) for name in COMPONENTS if _weight_files(path / name)]
     if parts and ((path / "model_index.json").exists() or not _weight_files(path)):
-        return _JoinedSource(path, [(f"{name}.", _open_component(folder)) for name, folder in parts])
+        return _JoinedSource(
+            path, [(f"{name}.", _open_component(folder)) for name, folder in parts]
+        )
     return _open_component(path)
 
 
@@ -506,7 +555,9 @@ def _open_component(folder: Path) -> TensorSource:
     chosen = [(name, item) for name, item in found if _rank(name) == best]
     if len({(name.stem, name.variant) for name, _ in chosen}) > 1:
         names = ", ".join(item.name for _, item in chosen[:8])
-        raise UnreadableFile("the folder holds several weights", file=folder, hint=f"name one of them: {names}")
+        raise UnreadableFile(
+            "the folder holds several weights", file=folder, hint=f"name one of them: {names}"
+        )
     indices = [item for name, item in chosen if name.is_index]
     if indices:
         return _open_index(indices[0])
@@ -537,7 +588,9 @@ def _open_index(path: Path) -> TensorSource:
     shards = {name: _open_file(path.parent / name) for name in names}
     for name, shard in weight_map.items():
         if name not in shards[shard].infos:
-            raise CorruptFile(f"the index places it in {shard}, which does not hold it", file=path, tensor=name)
+            raise CorruptFile(
+                f"the index places it in {shard}, which does not hold it", file=path, tensor=name
+            )
     return _JoinedSource(path, [("", shard) for shard in shards.values()])
 
 
@@ -552,11 +605,21 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise UnreadableFile("neither weights nor a shard index", file=path, hint=hint)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_inside(shard):
-            raise CorruptFile(f"the index places it in {shard!r}, which is no file beside it", file=path, tensor=name)
+            raise CorruptFile(
+                f"the index places it in {shard!r}, which is no file beside it",
+                file=path,
+                tensor=name,
+            )
     return weight_map
 
 
 def _is_inside(name: str) -> bool:
     """Whether a relative path stays in its folder, by the rules of every system."""
     parts = PurePosixPath(name.replace("\\", "/"))
-    return bool(name) and not parts.is_absolute() and ".." not in parts.parts and ":" not in name and "\0" not in name
+    return (
+        bool(name)
+        and not parts.is_absolute()
+        and ".." not in parts.parts
+        and ":" not in name
+        and "\0" not in name
+    )

@@ -14,7 +14,9 @@ FORMAT = KeyFormat(
     style="processor",
     private=True,
     alpha=Alpha.NONE,
-    spelling=MappingProxyType({"lora": MappingProxyType({"up": "up.weight", "down": "down.weight"})}),
+    spelling=MappingProxyType(
+        {"lora": MappingProxyType({"up": "up.weight", "down": "down.weight"})}
+    ),
     written_by="diffusers' training scripts before 0.20",
     note="has names for attention layers only; diffusers still loads it",
 )

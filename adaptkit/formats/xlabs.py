@@ -14,7 +14,9 @@ FORMAT = KeyFormat(
     style="xlabs",
     private=True,
     alpha=Alpha.NONE,
-    spelling=MappingProxyType({"lora": MappingProxyType({"up": "up.weight", "down": "down.weight"})}),
+    spelling=MappingProxyType(
+        {"lora": MappingProxyType({"up": "up.weight", "down": "down.weight"})}
+    ),
     written_by="XLabs x-flux, USO",
     note="has names for the attention of double blocks only",
 )

@@ -12,7 +12,20 @@ if TYPE_CHECKING:
 
     from adaptkit.names import Slot
 
-__all__ = ["DORA", "NOTHING", "PARTIAL", "SD", "TE", "UNETS", "Cell", "Host", "Loss", "Piece", "Recipe", "Verdict"]
+__all__ = [
+    "DORA",
+    "NOTHING",
+    "PARTIAL",
+    "SD",
+    "TE",
+    "UNETS",
+    "Cell",
+    "Host",
+    "Loss",
+    "Piece",
+    "Recipe",
+    "Verdict",
+]
 
 SD = ("sd1", "sd2")
 UNETS = (*SD, "sdxl", "sdxl-refiner")
@@ -90,7 +103,9 @@ class Loss:
             and piece.algorithm not in self.besides
             and (not self.named or self.named in piece.namings)
             and (not self.unnamed or (denoiser and self.unnamed not in piece.namings))
-            and (not self.suffix or any(suffix.startswith(self.suffix) for suffix in piece.suffixes))
+            and (
+                not self.suffix or any(suffix.startswith(self.suffix) for suffix in piece.suffixes)
+            )
             and (not self.told or piece.told)
             and (not self.stated or piece.stated)
             and (not self.odd or (piece.told and piece.alpha != common.get(piece.slot.component)))
@@ -99,7 +114,9 @@ class Loss:
 
 
 NOTHING = Loss("no such name is read: nothing loads, and no error is shown", whole=True)
-PARTIAL = Loss("its converter stops where a kind of block module is missing, and one is", whole=True)
+PARTIAL = Loss(
+    "its converter stops where a kind of block module is missing, and one is", whole=True
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,9 @@ class Cell:
         """Whether this cell is about such a file."""
         if format != self.format or family not in self.families:
             return False
-        return not self.having or any(re.search(self.having, str(piece.slot.target)) for piece in pieces)
+        return not self.having or any(
+            re.search(self.having, str(piece.slot.target)) for piece in pieces
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,9 @@ class Host:
 
     def formats(self, family: str) -> tuple[str, ...]:
         """The formats to write for a family, the best first."""
-        return () if family in self.unsupported else self.writes.get(family, self.writes.get("", ()))
+        return (
+            () if family in self.unsupported else self.writes.get(family, self.writes.get("", ()))
+        )
 
     def cell(self, format: str, family: str, pieces: tuple[Piece, ...]) -> Cell | None:
         """What is known about a file of this format and family, if anything."""

@@ -38,7 +38,9 @@ def complete(host: Host, format: str) -> list[str]:
     found: list[str] = []
     for name in families():
         pieces = examples(name, format)
-        known = pieces and name not in host.unsupported and host.cell(format, name, pieces) is not None
+        known = (
+            pieces and name not in host.unsupported and host.cell(format, name, pieces) is not None
+        )
         if known and not _lost(host, format, name, pieces):
             found.append(name)
     return found
@@ -59,15 +61,23 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
     return Verdict(True)
 
 
-def _lost(host: Host, format: str, family: str, pieces: tuple[Piece, ...]) -> dict[Loss, list[Piece]]:
+def _lost(
+    host: Host, format: str, family: str, pieces: tuple[Piece, ...]
+) -> dict[Loss, list[Piece]]:
     """What a host does not load of these modules, each module under its first loss; a loss of the whole file alone."""
     cell = host.cell(format, family, pieces)
-    if cell is not None and not all(any(re.search(p, str(x.slot.target)) for x in pieces) for p in cell.needs):
+    if cell is not None and not all(
+        any(re.search(p, str(x.slot.target)) for x in pieces) for p in cell.needs
+    ):
         return {PARTIAL: list(pieces)}
     common = common_alphas(pieces)
     found: dict[Loss, list[Piece]] = {}
     for piece in pieces:
-        losses = (loss for loss in (*(cell.losses if cell else ()), *host.always) if loss.holds(piece, common))
+        losses = (
+            loss
+            for loss in (*(cell.losses if cell else ()), *host.always)
+            if loss.holds(piece, common)
+        )
         for loss in sorted(losses, key=lambda loss: not loss.whole)[:1]:
             found.setdefault(loss, []).append(piece)
     whole = next((loss for loss in found if loss.whole), None)
@@ -106,26 +116,40 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
     path = adapter.source.path
     if not adapter.known:
         raise NotRepresentable(
-            f"what {target.title} loads is not known for an unknown family", hint="say the format: --to", file=path
+            f"what {target.title} loads is not known for an unknown family",
+            hint="say the format: --to",
+            file=path,
         )
     tried = [
-        made for format in target.formats(adapter.family.name) for made in _forms(target, adapter, format, algorithm)
+        made
+        for format in target.formats(adapter.family.name)
+        for made in _forms(target, adapter, format, algorithm)
     ]
     if not tried:
         family = adapter.family
-        why = target.unsupported.get(family.name, f"{target.title} loads no adapter for {family.title}")
+        why = target.unsupported.get(
+            family.name, f"{target.title} loads no adapter for {family.title}"
+        )
         raise NotRepresentable(why, hint="see `adaptkit inspect` for what does load it", file=path)
     missing, form, lost, total = min(tried, key=lambda made: made[0])
     reasons = tuple(_reasons(lost, total))
     if missing == 1.0:  # of what the format has a place for, nothing is left
-        kinds = sorted({piece.algorithm for loss, pieces in lost.items() if loss.besides for piece in pieces})
-        what = f"{' and '.join(kinds)} for {adapter.family.title}" if kinds else f"form of this adapter: {reasons[0]}"
+        kinds = sorted(
+            {piece.algorithm for loss, pieces in lost.items() if loss.besides for piece in pieces}
+        )
+        what = (
+            f"{' and '.join(kinds)} for {adapter.family.title}"
+            if kinds
+            else f"form of this adapter: {reasons[0]}"
+        )
         raise NotRepresentable(
             f"{target.title} loads no {what}",
             hint="--algo lora writes a LoRA where that is exact; --skip leaves modules out",
             file=path,
         )
-    return Recipe(form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons))
+    return Recipe(
+        form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons)
+    )
 
 
 def _forms(

@@ -52,7 +52,9 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
     )
 
 
-def pieces_as(adapter: Adapter, format: str, fold: bool, algorithm: str | None) -> tuple[tuple[Piece, ...], int]:
+def pieces_as(
+    adapter: Adapter, format: str, fold: bool, algorithm: str | None
+) -> tuple[tuple[Piece, ...], int]:
     """The modules as `convert` writes them, and how many the format has no place for."""
     keys = compile_keys(adapter.family.name, format)
     fold = fold or keys.format.alpha is Alpha.NONE
@@ -75,7 +77,9 @@ def _written(keys: KeyMap, slot: Slot) -> tuple[Slot, ...]:
     return (slot,) if slot in whole else whole
 
 
-def _made(adapter: Adapter, keys: KeyMap, slot: Slot, entry: Entry, fold: bool, algorithm: str | None) -> Piece:
+def _made(
+    adapter: Adapter, keys: KeyMap, slot: Slot, entry: Entry, fold: bool, algorithm: str | None
+) -> Piece:
     changed = algorithm is not None and not entry.facts.vector
     kind = algorithms()[algorithm] if changed and algorithm else entry.kind
     scale, rank = (1.0 if fold else entry.facts.scale), entry.facts.rank
@@ -99,12 +103,18 @@ def examples(family: str, format: str) -> tuple[Piece, ...]:
     """One module of every row of the denoiser that a format has names for, as a LoRA with alpha = rank that it writes."""
     keys = compile_keys(family, format)
     part = keys.family.components[0]
-    targets = (Target(part.name, _INDEX.sub("0", row.target)) for row in part.rows if row.kind is Kind.MATRIX)
+    targets = (
+        Target(part.name, _INDEX.sub("0", row.target))
+        for row in part.rows
+        if row.kind is Kind.MATRIX
+    )
     return tuple(_example(keys, slot) for target in targets for slot in keys.slots(target))
 
 
 def _example(keys: KeyMap, slot: Slot) -> Piece:
-    roles = [keys.spell(slot, "lora", role) for role in ("up", "down")] if keys.holds("lora") else []
+    roles = (
+        [keys.spell(slot, "lora", role) for role in ("up", "down")] if keys.holds("lora") else []
+    )
     return Piece(
         slot=slot,
         label=str(slot),

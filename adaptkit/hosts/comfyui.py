@@ -14,7 +14,9 @@ MAPPED = ("sd3", "sd35-large", "flux", "chroma", "flux2", "qwen-image", "z-image
 UNMAPPED = ("wan", *HUNYUAN, "lumina2", "krea2", "ideogram4", "anima", "ltx", "ltx2")
 READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
 
-IN_MEMORY = Loss(DROPPED, unnamed="comfy")  # what a checkpoint's layers are called once they are loaded
+IN_MEMORY = Loss(
+    DROPPED, unnamed="comfy"
+)  # what a checkpoint's layers are called once they are loaded
 FUSED = Loss(DROPPED, unnamed="native")
 TEXT = Loss(DROPPED, modules=TE)
 PROJECTION = Loss(DROPPED, modules=rf"{TE}\w*\.text_projection")
@@ -43,7 +45,11 @@ HOST = Host(
         Cell("diffusers", ("flux2",), (SHARED,)),
         Cell("diffusers", ("z-image", "auraflow"), (TEXT,)),
         Cell("diffusers", ("flux",), (FLAT, Loss(DROPPED, modules=r"^text_encoder_2\."))),
-        Cell("diffusers", ("sd3", "sd35-large"), (FLAT, PROJECTION, Loss(DROPPED, modules=r"^text_encoder_3\."))),
+        Cell(
+            "diffusers",
+            ("sd3", "sd35-large"),
+            (FLAT, PROJECTION, Loss(DROPPED, modules=r"^text_encoder_3\.")),
+        ),
         Cell("diffusers", ("qwen-image",)),
         Cell("diffusers", UNMAPPED, (NOTHING,)),
         Cell("diffusers-old", UNETS, (TEXT,)),
@@ -55,13 +61,25 @@ HOST = Host(
         Cell("onetrainer", ("chroma",), (GUIDANCE, TEXT)),
         Cell("onetrainer", ("flux2",), (SHARED,)),
         Cell("onetrainer", ("qwen-image", "z-image", "auraflow", *UNMAPPED), (NOTHING,)),
-        Cell("bare", ("flux",), having=r"single_blocks\.0\.norm\.key_norm"),  # black-forest-labs' control LoRAs
+        Cell(
+            "bare", ("flux",), having=r"single_blocks\.0\.norm\.key_norm"
+        ),  # black-forest-labs' control LoRAs
         Cell("bare", ("qwen-image",)),
         Cell("bare", ("z-image",), (Loss(DROPPED, unnamed="diffusers"),)),
         Cell("bare", ("flux", "chroma", "flux2", "auraflow", *UNMAPPED), (NOTHING,)),
-        Cell("peft", (*UNETS, "flux", "chroma", "flux2", "qwen-image", "z-image", "auraflow", *UNMAPPED), (NOTHING,)),
         Cell(
-            "xlabs", ("flux",), (Loss("it reads XLabs files only with all 19 double and 38 single blocks", whole=True),)
+            "peft",
+            (*UNETS, "flux", "chroma", "flux2", "qwen-image", "z-image", "auraflow", *UNMAPPED),
+            (NOTHING,),
+        ),
+        Cell(
+            "xlabs",
+            ("flux",),
+            (
+                Loss(
+                    "it reads XLabs files only with all 19 double and 38 single blocks", whole=True
+                ),
+            ),
         ),
         Cell("kohya-oft", ("sdxl", *SD, *GENERIC), (NOTHING,)),
         Cell("omi", ("flux",), (NOTHING,)),
@@ -70,8 +88,18 @@ HOST = Host(
     always=(
         Loss("are {kinds}, which it does not read", besides=(*READ, "kohya-oft")),
         Loss("have their alpha in metadata, which it does not read", stated=True),
-        Loss("lose their DoRA magnitudes under PEFT's name", algorithms=DORA, suffix="lora_magnitude_vector"),
-        Loss("are DoRA on the output axis, where it divides by another norm", algorithms=DORA, axis="output"),
+        Loss(
+            "lose their DoRA magnitudes under PEFT's name",
+            algorithms=DORA,
+            suffix="lora_magnitude_vector",
+        ),
+        Loss(
+            "are DoRA on the output axis, where it divides by another norm",
+            algorithms=DORA,
+            axis="output",
+        ),
     ),
-    unsupported={"framepack": "ComfyUI itself does not run FramePack; its wrapper nodes load kohya files"},
+    unsupported={
+        "framepack": "ComfyUI itself does not run FramePack; its wrapper nodes load kohya files"
+    },
 )

@@ -18,16 +18,22 @@ TEXTLESS = tuple(set(FAMILIES) - {"sd3", "sd35-large", "flux"})
 STOPS = Loss(RAISES, whole=True)
 SILENT = NOTHING
 TEXT = Loss(DROPPED, modules=TE)
-ALPHA = Loss("have alpha tensors, which it refuses or ignores under these names", told=True, whole=True)
+ALPHA = Loss(
+    "have alpha tensors, which it refuses or ignores under these names", told=True, whole=True
+)
 # every other algorithm: a converter raises, or the keys pass through it and are not read
-ONLY_LORA = Loss("are {kinds}, which it does not load in this format", besides=("lora", *DORA), whole=True)
+ONLY_LORA = Loss(
+    "are {kinds}, which it does not load in this format", besides=("lora", *DORA), whole=True
+)
 NO_DORA = Loss("are DoRA, which it loads as plain LoRA", algorithms=DORA)
 OF_LORA = (ONLY_LORA, NO_DORA)
 # one alpha for a network's attention: its pattern keys never match (0.42.1, `_get_alpha_name`)
 ODD = Loss(
     "get the alpha that most modules have, not their own", modules=rf"\.attn\d\.|{TE}", odd=True
 )  # fmt: skip
-DOWN = Loss("are called lora_down and lora_up, which it does not read here", suffix="lora_down", whole=True)
+DOWN = Loss(
+    "are called lora_down and lora_up, which it does not read here", suffix="lora_down", whole=True
+)
 SHARED = Loss(DROPPED, modules=r"^transformer.*(stream_modulation|final_layer\.adaLN)")
 
 WAN_BLOCK = (
@@ -48,12 +54,20 @@ HOST = Host(
     title="diffusers",
     measured="0.42.1",
     cells=(
-        Cell("kohya", SD, (Loss("stop its converter", unnamed="diffusers", whole=True), ODD, *OF_LORA)),
+        Cell(
+            "kohya",
+            SD,
+            (Loss("stop its converter", unnamed="diffusers", whole=True), ODD, *OF_LORA),
+        ),
         Cell(
             "kohya",
             ("sdxl",),
             (
-                Loss("get one name for two, so one is lost", modules="add_embedding|label_emb", unnamed="native"),
+                Loss(
+                    "get one name for two, so one is lost",
+                    modules="add_embedding|label_emb",
+                    unnamed="native",
+                ),
                 ODD,
                 *OF_LORA,
             ),
@@ -93,7 +107,11 @@ HOST = Host(
             "kohya",
             ("wan",),
             (
-                Loss("stop its converter", modules=r"^transformer\.(text_|time_|patch_|head)", whole=True),
+                Loss(
+                    "stop its converter",
+                    modules=r"^transformer\.(text_|time_|patch_|head)",
+                    whole=True,
+                ),
                 *OF_LORA,
             ),
             needs=WAN_BLOCK,
@@ -109,7 +127,11 @@ HOST = Host(
                 ALPHA,
                 DOWN,
                 NO_DORA,
-                Loss("are {kinds}, which it does not load in this format", besides=("lora", "lokr", *DORA), whole=True),
+                Loss(
+                    "are {kinds}, which it does not load in this format",
+                    besides=("lora", "lokr", *DORA),
+                    whole=True,
+                ),
             ),
         ),
         Cell(
@@ -125,14 +147,27 @@ HOST = Host(
             ("z-image",),
             (
                 Loss(DROPPED, modules=r"attention\.|final_layer|x_embedder", unnamed="diffusers"),
-                Loss("have alpha tensors, which stop its converter", told=True, suffix="lora_A", whole=True),
+                Loss(
+                    "have alpha tensors, which stop its converter",
+                    told=True,
+                    suffix="lora_A",
+                    whole=True,
+                ),
                 TEXT,
                 NO_DORA,
-                Loss("are {kinds}, which it does not load in this format", besides=("lora", "lokr", *DORA), whole=True),
+                Loss(
+                    "are {kinds}, which it does not load in this format",
+                    besides=("lora", "lokr", *DORA),
+                    whole=True,
+                ),
             ),
         ),
         Cell("comfy", ("krea2", "anima", "ltx2"), (ALPHA, DOWN, TEXT, *OF_LORA)),
-        Cell("comfy", ("ltx",), (ALPHA, DOWN, Loss(DROPPED, modules="adaln_single|patchify_proj"), *OF_LORA)),
+        Cell(
+            "comfy",
+            ("ltx",),
+            (ALPHA, DOWN, Loss(DROPPED, modules="adaln_single|patchify_proj"), *OF_LORA),
+        ),
         Cell("comfy", ("lumina2", "ideogram4"), (STOPS,)),
         Cell(
             "comfy",
@@ -149,10 +184,18 @@ HOST = Host(
                 *OF_LORA,
             ),
         ),
-        Cell("comfy", (*UNETS, "flux", "chroma", "sd3", "sd35-large", "framepack", "auraflow"), (SILENT,)),
-        Cell("diffusers", ("flux",), (ALPHA, ONLY_LORA, Loss(DROPPED, modules=r"^text_encoder_2\."))),
         Cell(
-            "diffusers", (*UNETS, "sd3", "sd35-large"), (ALPHA, ONLY_LORA, Loss(DROPPED, modules=r"^text_encoder_3\."))
+            "comfy",
+            (*UNETS, "flux", "chroma", "sd3", "sd35-large", "framepack", "auraflow"),
+            (SILENT,),
+        ),
+        Cell(
+            "diffusers", ("flux",), (ALPHA, ONLY_LORA, Loss(DROPPED, modules=r"^text_encoder_2\."))
+        ),
+        Cell(
+            "diffusers",
+            (*UNETS, "sd3", "sd35-large"),
+            (ALPHA, ONLY_LORA, Loss(DROPPED, modules=r"^text_encoder_3\.")),
         ),
         Cell(
             "diffusers",
@@ -160,7 +203,11 @@ HOST = Host(
             (
                 ALPHA,
                 TEXT,
-                Loss("are {kinds}, which it does not load", besides=("lora", "lokr", *DORA), whole=True),
+                Loss(
+                    "are {kinds}, which it does not load",
+                    besides=("lora", "lokr", *DORA),
+                    whole=True,
+                ),
             ),
         ),
         Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA, TEXT)),
@@ -168,7 +215,11 @@ HOST = Host(
         Cell(
             "lycoris",
             ("flux2",),
-            (Loss("are {kinds}: of these names it reads only LoKr", besides=("lokr",), whole=True),),
+            (
+                Loss(
+                    "are {kinds}: of these names it reads only LoKr", besides=("lokr",), whole=True
+                ),
+            ),
         ),
         Cell("lycoris", (*UNETS, *FAMILIES), (SILENT,)),
         Cell("xlabs", ("flux",)),
@@ -182,13 +233,23 @@ HOST = Host(
         Cell(
             "onetrainer",
             ("flux",),
-            (Loss("its converter gives different modules one name, so the last one wins", whole=True),),
+            (
+                Loss(
+                    "its converter gives different modules one name, so the last one wins",
+                    whole=True,
+                ),
+            ),
         ),
         Cell("onetrainer", FAMILIES, (SILENT,)),
         Cell(
             "peft",
             ("flux", "chroma"),
-            (Loss("it takes such a file for fal's and wants exactly the modules of those", whole=True),),
+            (
+                Loss(
+                    "it takes such a file for fal's and wants exactly the modules of those",
+                    whole=True,
+                ),
+            ),
         ),
         Cell("peft", ("krea2", "flux2"), (STOPS,)),
         Cell("peft", (*UNETS, *FAMILIES), (SILENT,)),

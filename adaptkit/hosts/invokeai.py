@@ -21,14 +21,20 @@ ANY = (
 # grouping keys by layer, it cuts other suffixes than LoRA's in the wrong place
 LORA = Loss(REFUSES, besides=("lora",), whole=True)
 LORA_OR_DORA = Loss(REFUSES, besides=("lora", "lora+dora"), whole=True)
-PEFT_DORA = Loss("have PEFT's DoRA magnitudes, which stop its loader", suffix="lora_magnitude_vector", whole=True)
+PEFT_DORA = Loss(
+    "have PEFT's DoRA magnitudes, which stop its loader", suffix="lora_magnitude_vector", whole=True
+)
 UNSCALED = Loss("have alpha tensors beside lora_A, which it ignores", told=True, suffix="lora_A")
 NO_DORA = Loss("lose their DoRA magnitudes", algorithms=DORA)
 ALPHA = Loss("have alpha tensors, which stop its loader", told=True, suffix="lora_", whole=True)
 NORM_OUT = Loss("make it refuse the whole file", modules=r"final_layer\.adaLN", whole=True)
 WAN = Loss(PASSED_OVER, modules=rf"_img$|{OUTSIDE}")
 TEXT = Loss(PASSED_OVER, modules=TE)
-DOWN = Loss("are called lora_down and lora_up: it does not recognise the file", suffix="lora_down", whole=True)
+DOWN = Loss(
+    "are called lora_down and lora_up: it does not recognise the file",
+    suffix="lora_down",
+    whole=True,
+)
 
 HOST = Host(
     name="invokeai",
@@ -46,7 +52,11 @@ HOST = Host(
                     modules=r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer\.adaLN)",
                     whole=True,
                 ),
-                Loss("are called lora_te3: it does not recognise the file", modules=r"^text_encoder_2\.", whole=True),
+                Loss(
+                    "are called lora_te3: it does not recognise the file",
+                    modules=r"^text_encoder_2\.",
+                    whole=True,
+                ),
                 Loss(PASSED_OVER, modules=r"final_layer\.linear"),
                 *ANY,
             ),
@@ -65,15 +75,28 @@ HOST = Host(
                 *ANY,
             ),
         ),
-        Cell("kohya", ("qwen-image",), (Loss(PASSED_OVER, modules=r"^transformer\.(?!transformer_blocks)"), *ANY)),
+        Cell(
+            "kohya",
+            ("qwen-image",),
+            (Loss(PASSED_OVER, modules=r"^transformer\.(?!transformer_blocks)"), *ANY),
+        ),
         Cell("kohya", ("wan",), (WAN, *ANY)),
         Cell(
             "kohya",
             ("krea2",),
-            (Loss("are {kinds}, which it does not load under these names", besides=("lora", "lora+dora")),),
+            (
+                Loss(
+                    "are {kinds}, which it does not load under these names",
+                    besides=("lora", "lora+dora"),
+                ),
+            ),
         ),
         Cell("kohya", ("anima",), (Loss(PASSED_OVER, modules=r"^text_conditioner.*mlp"), *ANY)),
-        Cell("kohya", ("z-image",), (Loss("it wants `lora_unet__` with two underscores: nothing loads", whole=True),)),
+        Cell(
+            "kohya",
+            ("z-image",),
+            (Loss("it wants `lora_unet__` with two underscores: nothing loads", whole=True),),
+        ),
         Cell(
             "comfy",
             ("flux",),
@@ -94,13 +117,19 @@ HOST = Host(
                 Loss(REFUSES, besides=("lora", "loha", "lokr"), whole=True),
             ),
         ),
-        Cell("comfy", ("qwen-image",), (Loss("`diffusion_model.` is not stripped: nothing loads", whole=True),)),
+        Cell(
+            "comfy",
+            ("qwen-image",),
+            (Loss("`diffusion_model.` is not stripped: nothing loads", whole=True),),
+        ),
         Cell("comfy", ("wan",), (WAN, LORA_OR_DORA)),
         Cell(
             "comfy",
             ("z-image",),
             (
-                Loss(PASSED_OVER, modules=r"attention\.|final_layer|x_embedder", unnamed="diffusers"),
+                Loss(
+                    PASSED_OVER, modules=r"attention\.|final_layer|x_embedder", unnamed="diffusers"
+                ),
                 UNSCALED,
                 NO_DORA,
                 TEXT,
@@ -149,11 +178,17 @@ HOST = Host(
         Cell("bare", ("flux", "sdxl", *SD), (UNKNOWN,)),
         Cell("bare", ("flux2",), (Loss(PASSED_OVER, unnamed="diffusers"), DOWN, ALPHA, LORA)),
         Cell(
-            "bare", ("qwen-image", "z-image"), (Loss(PASSED_OVER, unnamed="diffusers"), UNSCALED, NO_DORA, LORA_OR_DORA)
+            "bare",
+            ("qwen-image", "z-image"),
+            (Loss(PASSED_OVER, unnamed="diffusers"), UNSCALED, NO_DORA, LORA_OR_DORA),
         ),
         Cell("bare", ("krea2",), (LORA_OR_DORA,)),
         Cell("bare", ("wan",), (WAN, LORA_OR_DORA)),
-        Cell("bare", ("anima",), (Loss(PASSED_OVER, unnamed="native"), UNSCALED, NO_DORA, LORA_OR_DORA)),
+        Cell(
+            "bare",
+            ("anima",),
+            (Loss(PASSED_OVER, unnamed="native"), UNSCALED, NO_DORA, LORA_OR_DORA),
+        ),
         Cell("peft", ("flux",), (NORM_OUT, ALPHA, LORA)),
         Cell("peft", ("flux2",), (ALPHA, LORA)),
         Cell("peft", ("sdxl", *SD), (UNKNOWN,)),
@@ -168,11 +203,19 @@ HOST = Host(
     },
     always=(
         Loss("have their alpha in metadata, which it does not read", stated=True),
-        Loss("are DoRA on the output axis, which it takes for the input axis", algorithms=DORA, axis="output"),
+        Loss(
+            "are DoRA on the output axis, which it takes for the input axis",
+            algorithms=DORA,
+            axis="output",
+        ),
     ),
     unsupported={
-        **dict.fromkeys(("chroma", "hunyuan-video", "hunyuan-image", "hunyuan-video-15", "framepack"), MISREAD),
-        **dict.fromkeys(("sd3", "sd35-large", "lumina2", "ideogram4", "auraflow", "ltx", "ltx2"), NONE),
+        **dict.fromkeys(
+            ("chroma", "hunyuan-video", "hunyuan-image", "hunyuan-video-15", "framepack"), MISREAD
+        ),
+        **dict.fromkeys(
+            ("sd3", "sd35-large", "lumina2", "ideogram4", "auraflow", "ltx", "ltx2"), NONE
+        ),
         "sdxl-refiner": "it takes the block names of the refiner for those of SDXL",
     },
 )

@@ -9,7 +9,8 @@ FAMILIES = (
     "hunyuan-image", "qwen-image", "wan", "z-image", "lumina2", "anima", "krea2", "ideogram4",
 )  # fmt: skip
 FOREIGN = Loss(
-    "its tools read kohya keys; musubi-tuner and sd-scripts convert others with scripts of their own", whole=True
+    "its tools read kohya keys; musubi-tuner and sd-scripts convert others with scripts of their own",
+    whole=True,
 )
 NOT_FOUND = "are not found under these names"
 READ = ("lora", "loha", "lokr", "full", "oft", "boft", "glora", "ia3", "kohya-oft", *DORA)
@@ -44,6 +45,7 @@ HOST = Host(
         Loss("have their alpha in metadata, which its tools do not read", stated=True),
     ),
     unsupported=dict.fromkeys(
-        ("auraflow", "ltx", "ltx2", "sdxl-refiner"), "neither sd-scripts nor musubi-tuner knows this family"
+        ("auraflow", "ltx", "ltx2", "sdxl-refiner"),
+        "neither sd-scripts nor musubi-tuner knows this family",
     ),
 )

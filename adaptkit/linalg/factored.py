@@ -21,7 +21,9 @@ __all__ = ["Core", "factored_core", "factored_svd", "product_distance", "product
 
 CLEAR = 256.0  # times the length of a product: its terms may be so long, and float32 still gives six digits of it
 LOST = 1e-4  # of ‖ΔW‖²: below it a loss is that of rounding alone, which float32 does not tell well enough
-REGULAR = 1e-3  # of the largest pivot: a Gram matrix with none below is as good as its Cholesky factor
+REGULAR = (
+    1e-3  # of the largest pivot: a Gram matrix with none below is as good as its Cholesky factor
+)
 CANCELLED = 1e-10  # below this share of the norms a difference of Gram matrices has lost digits that a QR keeps
 
 Factors = tuple[Tensor, Tensor]
@@ -58,7 +60,9 @@ class Core:
         """Cores, each with its leading `rank` triplets and zeros up to the highest rank."""
         most = max(ranks)
         s = torch.stack([core.s[:most] for core in cores])
-        s *= torch.arange(most, device=s.device) < torch.tensor(ranks, device=s.device).unsqueeze(-1)
+        s *= torch.arange(most, device=s.device) < torch.tensor(ranks, device=s.device).unsqueeze(
+            -1
+        )
         left, right = [core.left[:, :most] for core in cores], [core.right[:most] for core in cores]
         grams = [core.grams for core in cores if core.grams is not None]
         whole = torch.stack(grams) if len(grams) == len(cores) else None
@@ -72,7 +76,9 @@ class Core:
     def coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What the factors are multiplied by to be cut: (..., r, k) and (..., k, r), √s on both sides."""
         root = self.s.sqrt()
-        return (self.left * root.unsqueeze(-2)).to(dtype), (root.unsqueeze(-1) * self.right).to(dtype)
+        return (self.left * root.unsqueeze(-2)).to(dtype), (root.unsqueeze(-1) * self.right).to(
+            dtype
+        )
 
     def kept(self, left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """(left (..., m, k), right (..., k, n)): the best approximation of rank k, √s on both sides.
@@ -108,7 +114,9 @@ class Core:
         return (self.grams[..., 0, :, :] * self.grams[..., 1, :, :]).sum((-1, -2))
 
 
-def _stored_grams(cut: Tensor, gram: Tensor, change: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _stored_grams(
+    cut: Tensor, gram: Tensor, change: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of one side of a stored product, s = cut · factorᵀ + change (k, m): s · factor, s · sᵀ, and whether no digits cancel.
 
     cut: (..., k, r)   gram = factorᵀ · factor: (..., r, r)   change: (..., k, m)   factor: (..., m, r)
@@ -138,7 +146,9 @@ def factored_core(left: Tensor, right: Tensor) -> Core:
     squares, y = eigh(root.mT @ grams[..., 1, :, :] @ root)
     kept = squares > up.shape[-1] * torch.finfo(wide).eps * squares[..., :1]
     s = torch.where(kept, squares, 0.0).sqrt()
-    ours, theirs = signed(solved(y) * kept.unsqueeze(-2), root @ y * _inverse(s, kept).unsqueeze(-2))
+    ours, theirs = signed(
+        solved(y) * kept.unsqueeze(-2), root @ y * _inverse(s, kept).unsqueeze(-2)
+    )
     return Core(*(t.to(device) for t in (ours, s, theirs.mT, grams)))
 
 

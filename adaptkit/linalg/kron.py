@@ -83,7 +83,9 @@ def rearrange(x: Tensor, a: int, b: int) -> Tensor:
         raise ShapeMismatch(f"{x.shape[-2]} × {x.shape[-1]} does not divide into {a} × {b} blocks")
     c, d = x.shape[-2] // a, x.shape[-1] // b
     whole = empty((*x.shape[:-2], a * b, c * d), x.dtype, x.device)
-    whole.view(*x.shape[:-2], a, b, c, d).copy_(x.reshape(*x.shape[:-2], a, c, b, d).transpose(-3, -2))
+    whole.view(*x.shape[:-2], a, b, c, d).copy_(
+        x.reshape(*x.shape[:-2], a, c, b, d).transpose(-3, -2)
+    )
     return whole
 
 
@@ -171,7 +173,9 @@ def _alternate(
     low, captured = _second(r, w1, shape, spec)
     active = torch.ones_like(captured, dtype=torch.bool)
     for _ in range(sweeps):
-        better = (r @ (low.u @ (low.s.unsqueeze(-1) * low.vh)).flatten(-2).unsqueeze(-1)).squeeze(-1)
+        better = (r @ (low.u @ (low.s.unsqueeze(-1) * low.vh)).flatten(-2).unsqueeze(-1)).squeeze(
+            -1
+        )
         trial = better / better.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(better.dtype).tiny)
         found, energy = _second(r, trial, shape, spec)
         gained = energy - captured
@@ -221,5 +225,10 @@ def _each(x: Tensor, fit: Callable[[Tensor], K]) -> K:
     """`fit` on every member of a batch, stacked again; an empty batch gives empty stacks of the same shapes."""
     batch, flat = x.shape[:-2], x.flatten(0, -3)
     members = [fit(member) for member in flat] or [fit(x.new_zeros(x.shape[-2:]))]
-    found = {f.name: torch.stack([getattr(one, f.name) for one in members])[: len(flat)] for f in fields(members[0])}
-    return type(members[0])(**{name: whole.reshape(*batch, *whole.shape[1:]) for name, whole in found.items()})
+    found = {
+        f.name: torch.stack([getattr(one, f.name) for one in members])[: len(flat)]
+        for f in fields(members[0])
+    }
+    return type(members[0])(
+        **{name: whole.reshape(*batch, *whole.shape[1:]) for name, whole in found.items()}
+    )

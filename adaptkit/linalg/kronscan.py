@@ -17,7 +17,16 @@ from adaptkit.linalg.precision import accumulate_dtype, norm_squared, upcast
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["FACTORS", "RECOGNISED", "KronScan", "Split", "scan_kron", "second_noise", "second_rank", "splits"]
+__all__ = [
+    "FACTORS",
+    "RECOGNISED",
+    "KronScan",
+    "Split",
+    "scan_kron",
+    "second_noise",
+    "second_rank",
+    "splits",
+]
 
 FACTORS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, -1)
 RECOGNISED = 0.5  # from this score on it is a product: others measured below .35, products above .6 (reference §3.4)
@@ -72,7 +81,9 @@ class KronScan:
             return torch.full(self.total.shape, -1, device=self.total.device)
         score = self.score
         if floor is not None:
-            rounding = torch.maximum(UNEXPLAINED * floor.to(self.total), NEGLIGIBLE * self.total).unsqueeze(-1)
+            rounding = torch.maximum(
+                UNEXPLAINED * floor.to(self.total), NEGLIGIBLE * self.total
+            ).unsqueeze(-1)
             score = torch.where(self.total.unsqueeze(-1) - self.captured <= rounding, score, -1.0)
         best = score.amax(-1, keepdim=True)
         good = score >= best - TIE * (1 - best) - EXACT
@@ -92,7 +103,11 @@ def splits(m: int, n: int, window: int = 1, factors: Sequence[int] = FACTORS) ->
     for factor in factors:
         (a, c), (b, d) = factorization(m, factor), factorization(n // window, factor)
         found.setdefault((a, b, c, d * window), []).append(factor)
-    return [Split(tuple(who), *key) for key, who in found.items() if key[0] * key[1] > 1 and key[2] * key[3] > 1]
+    return [
+        Split(tuple(who), *key)
+        for key, who in found.items()
+        if key[0] * key[1] > 1 and key[2] * key[3] > 1
+    ]
 
 
 def scan_kron(x: Tensor, window: int = 1, factors: Sequence[int] = FACTORS) -> KronScan:
@@ -125,7 +140,9 @@ def _scores(captured: Tensor, block: Tensor, total: Tensor, ways: list[Split]) -
     chance = captured.new_tensor(noise).clamp_max(1.0)
     whole = torch.where(total > 0, total, 1.0).unsqueeze(-1)
     rho, share = captured / whole, block / whole
-    found = torch.minimum(_beyond(rho, chance), torch.where(share < 1, 2 * _beyond(rho, share), 1.0))
+    found = torch.minimum(
+        _beyond(rho, chance), torch.where(share < 1, 2 * _beyond(rho, share), 1.0)
+    )
     return torch.where(total.unsqueeze(-1) > 0, found, 0.0)
 
 
@@ -148,7 +165,9 @@ def _leading(x: Tensor, ways: list[Split]) -> tuple[Tensor, Tensor]:
             if way.a % other.a == 0 and way.b % other.b == 0:
                 coarse = _coarser(gram, way, other)
                 values[other] = float(eigenvalues(coarse)[0]), float(coarse.diagonal().max())
-    found = torch.tensor([values[way] for way in ways], dtype=accumulate_dtype(x.device), device=x.device)
+    found = torch.tensor(
+        [values[way] for way in ways], dtype=accumulate_dtype(x.device), device=x.device
+    )
     captured, block = found.reshape(-1, 2).unbind(-1)
     return captured, block
 
@@ -224,4 +243,6 @@ def second_rank(x: Tensor, noise: RoundingNoise, a: int, b: int) -> NoiseRank:
     best = nearest_kron(x, a, b)
     size = best.w1.square().sum((-2, -1), keepdim=True).sqrt()
     least = STRUCTURED * x.shape[-2] * x.shape[-1]
-    return rank_above_noise(best.w2 * size, second_noise(noise, best.w1 / size), margin=1.05, least=least)
+    return rank_above_noise(
+        best.w2 * size, second_noise(noise, best.w1 / size), margin=1.05, least=least
+    )

@@ -27,7 +27,9 @@ def block_width(n: int, rank: int) -> int:
 
 def start_block(rows: int, width: int, seed: int) -> Tensor:
     """Gaussian (rows, width), drawn on the CPU so that every device starts alike."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return torch.randn(
+        rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+    )
 
 
 def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,9 @@ class Krylov:
         self._v = empty((self.limit, n), a.dtype, a.device)
         self._w = empty((self.limit, m), a.dtype, a.device)
         self._back = empty((self.limit, n), a.dtype, a.device)
-        self.gram = torch.zeros(self.limit, self.limit, dtype=accumulate_dtype(a.device), device=a.device)
+        self.gram = torch.zeros(
+            self.limit, self.limit, dtype=accumulate_dtype(a.device), device=a.device
+        )
         self.size = 0
         self.total = total
         self.scale = power_of_two(self.total).to(a.dtype)
@@ -143,7 +147,9 @@ class Krylov:
         q, r = torch.linalg.qr(x.mT)
         lengths = r.diagonal().abs()
         x = q.mT
-        if bool(lengths.min() < WORN * before):  # what is left of a direction is half rounding: once more
+        if bool(
+            lengths.min() < WORN * before
+        ):  # what is left of a direction is half rounding: once more
             x = x[lengths > DEAD * before]
             x = x - (x @ old.mT) @ old
             q, r = torch.linalg.qr(x.mT)
@@ -185,7 +191,9 @@ def explored(a: Tensor, rank: int, tol: float, seed: int, norm: Tensor | None = 
         values = space.values()
         errors.append(max(0.0, total - float(values.sum())))
         if _settled(errors, total, tol):
-            if not bool(_repeated(values, space.width)) or total - errors[-1] <= known * (1 + EQUAL):
+            if not bool(_repeated(values, space.width)) or total - errors[-1] <= known * (
+                1 + EQUAL
+            ):
                 break
             known, errors = total - errors[-1], errors[-1:]
             space.refresh(seed + looked)
@@ -259,6 +267,8 @@ def stacked_orthonormal(x: Tensor, space: Tensor) -> Tensor:
         gram = gram_columns(x)
         gram = gram + 1e-10 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor, failed = torch.linalg.cholesky_ex(gram)
-        solved = torch.linalg.solve_triangular(factor.mT, x.to(gram.dtype), upper=True, left=False).to(x.dtype)
+        solved = torch.linalg.solve_triangular(
+            factor.mT, x.to(gram.dtype), upper=True, left=False
+        ).to(x.dtype)
         x = torch.linalg.qr(x)[0] if bool(failed.any()) else solved
     return x

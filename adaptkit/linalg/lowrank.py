@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, gram_columns
-from adaptkit.linalg.precision import SCRATCH, accumulate_dtype, norm_squared, upcast, works_on_stacks
+from adaptkit.linalg.precision import (
+    SCRATCH,
+    accumulate_dtype,
+    norm_squared,
+    upcast,
+    works_on_stacks,
+)
 
 __all__ = [
     "LowRank",
@@ -44,7 +50,9 @@ class LowRank:
     def head(self, rank: int) -> LowRank:
         """The leading `rank` triplets; the residual counts what is left out."""
         left = self.s[..., rank:].to(self.residual.dtype).square().sum(-1)
-        return LowRank(self.u[..., :rank], self.s[..., :rank], self.vh[..., :rank, :], self.residual + left)
+        return LowRank(
+            self.u[..., :rank], self.s[..., :rank], self.vh[..., :rank, :], self.residual + left
+        )
 
     def balanced(self) -> tuple[Tensor, Tensor]:
         """(left (..., m, k), right (..., k, n)) with √s on both sides, which suits fp16 best (reference §6)."""
@@ -96,7 +104,9 @@ def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
         return _each(a, spec)
     found = _finish(flat, *((u, s, v) if wide is flat else (v, s, u)), norm_squared(flat))
     batch = a.shape[:-2]
-    return LowRank(*(t.reshape(*batch, *t.shape[1:]) for t in (found.u, found.s, found.vh, found.residual)))
+    return LowRank(
+        *(t.reshape(*batch, *t.shape[1:]) for t in (found.u, found.s, found.vh, found.residual))
+    )
 
 
 def _stacked_half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +128,12 @@ def _each(a: Tensor, spec: SvdSpec) -> LowRank:
         rank = min(spec.rank, *a.shape[-2:])
         empty = a.new_zeros
         wide = torch.zeros(batch, dtype=accumulate_dtype(a.device), device=a.device)
-        return LowRank(empty(*batch, a.shape[-2], rank), empty(*batch, rank), empty(*batch, rank, a.shape[-1]), wide)
+        return LowRank(
+            empty(*batch, a.shape[-2], rank),
+            empty(*batch, rank),
+            empty(*batch, rank, a.shape[-1]),
+            wide,
+        )
 
     def stacked(name: str) -> Tensor:
         whole = torch.stack([getattr(one, name) for one in found])
@@ -209,7 +224,9 @@ def _lanczos(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor
     if float(total - values.sum()) < EXPLICIT * float(total):
         v, s, u = _half_step(a.mT, q)
     else:
-        turned = torch.linalg.solve_triangular(r, (space.back @ vectors) / space.scale, upper=True, left=False)
+        turned = torch.linalg.solve_triangular(
+            r, (space.back @ vectors) / space.scale, upper=True, left=False
+        )
         v, s, u = _decomposed(turned, q)
     return u, s, v
 
@@ -259,7 +276,12 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
         svd = truncated_svd(a, spec or SvdSpec(rank))
         return svd.s.to(svd.residual.dtype).square()
     if a.ndim > 2 and not a.numel():
-        return torch.zeros(*a.shape[:-2], min(rank, *a.shape[-2:]), dtype=accumulate_dtype(a.device), device=a.device)
+        return torch.zeros(
+            *a.shape[:-2],
+            min(rank, *a.shape[-2:]),
+            dtype=accumulate_dtype(a.device),
+            device=a.device,
+        )
     if a.ndim > 2:
         members = [energies(member, rank, spec) for member in a.reshape(-1, *a.shape[-2:])]
         return torch.stack(members).reshape(*a.shape[:-2], -1)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["mix", "thinned", "trimmed"]
 
-CHUNK = 1 << 22  # random numbers drawn at a time, always on the CPU so that every device drops the same entries
+CHUNK = (
+    1 << 22
+)  # random numbers drawn at a time, always on the CPU so that every device drops the same entries
 
 
 def mix(deltas: Sequence[Tensor], method: str, density: float, seeds: Sequence[str]) -> Tensor:

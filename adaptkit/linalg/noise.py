@@ -38,9 +38,7 @@ MAX_RANK = 256  # ranks above are not looked for
 EXPLAINED = 1.25  # a residual of up to this many times the rounding is rounding: of LoRAs .95 to 1.15 (reference §2.3)
 UNCOUNTED = 2.5  # or up to this many, the base's own rounding being left out: if what stands out ends in a step
 STEP = 1.5  # of σ², from the last direction to the next: the spectra of finetunes have none
-NEGLIGIBLE = (
-    1e-5  # of the energy: a flat residual this small is an adapter merged in half precision, whatever the grid,
-)
+NEGLIGIBLE = 1e-5  # of the energy: a flat residual this small is an adapter merged in half precision, whatever the grid,
 CLIFF = 100.0  # and begins where σ² falls by so much: its noise is of each entry's own size, and has directions that stand out
 FIRST = 48  # singular values looked at first: those of a LoRA of rank 32, and what tells them from noise
 SPARE = 16  # looked at beyond the rank that a part suggests
@@ -95,7 +93,9 @@ def rounding_noise(*rounded: Tensor) -> RoundingNoise:
 def _variances(rounded: list[Tensor]) -> Tensor:
     """Σ ulp²/12 in float32, in units of the first dtype's at 1, which keeps them far from underflow."""
     unit = _weight(rounded[0].dtype)
-    squares = [_octaves(x).clamp_min_(torch.finfo(x.dtype).smallest_normal).square_() for x in rounded]
+    squares = [
+        _octaves(x).clamp_min_(torch.finfo(x.dtype).smallest_normal).square_() for x in rounded
+    ]
     total = squares[0]
     for x, square in zip(rounded[1:], squares[1:], strict=True):
         total = total.add_(square, alpha=_weight(x.dtype) / unit)
@@ -157,7 +157,9 @@ class _Spikes(NamedTuple):
         return self.rank >= 0 and (self.variance <= EXPLAINED or (little and self.step >= STEP))
 
 
-def rank_above_noise(delta: Tensor, noise: RoundingNoise, margin: float = 1.02, least: float = 0.0) -> NoiseRank:
+def rank_above_noise(
+    delta: Tensor, noise: RoundingNoise, margin: float = 1.02, least: float = 0.0
+) -> NoiseRank:
     """How many singular values of delta (..., m, n) lie above its rounding noise (reference §2.3).
 
     Rows and columns are scaled to equal noise; then r ← #{σᵢ > edge(r)} from r = 0 until it stays, edge(r) being where the
@@ -171,14 +173,20 @@ def rank_above_noise(delta: Tensor, noise: RoundingNoise, margin: float = 1.02, 
     """
     *batch, m, n = delta.shape
     white = _whitened(delta, noise)
-    found = [_spikes(one, _Bar(noise_edge(m, n, margin), least)) for one in white.reshape(math.prod(batch), m, n)]
+    found = [
+        _spikes(one, _Bar(noise_edge(m, n, margin), least))
+        for one in white.reshape(math.prod(batch), m, n)
+    ]
 
     def stacked(values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=delta.device).reshape(batch)
 
     wide = accumulate_dtype(delta.device)
     ratio = stacked([one.variance for one in found], wide)
-    rank, alone = stacked([one.rank for one in found], torch.int64), stacked([one.alone for one in found], torch.bool)
+    rank, alone = (
+        stacked([one.rank for one in found], torch.int64),
+        stacked([one.alone for one in found], torch.bool),
+    )
     return NoiseRank(rank, (ratio * noise.rows.mean(-1)).sqrt(), ratio, alone)
 
 
@@ -205,7 +213,9 @@ def _scales(noise: RoundingNoise) -> tuple[Tensor, Tensor]:
     """Standard deviations of rows and of columns, none of them 0."""
     means = noise.rows.mean(-1, keepdim=True), noise.columns.mean(-1, keepdim=True)
     pairs = zip((noise.rows, noise.columns), means, strict=True)
-    rows, columns = (torch.where(mean > 0, x.maximum(FLOOR * mean), 1.0).sqrt() for x, mean in pairs)
+    rows, columns = (
+        torch.where(mean > 0, x.maximum(FLOOR * mean), 1.0).sqrt() for x, mean in pairs
+    )
     return rows, columns
 
 
@@ -248,7 +258,9 @@ def _found(
     left = [total]
     for square in squares:
         left.append(max(0.0, left[-1] - square))
-    variances = [rest / max(1, (m - taken - r) * (n - taken - r)) for r, rest in enumerate(left[:-1])]
+    variances = [
+        rest / max(1, (m - taken - r) * (n - taken - r)) for r, rest in enumerate(left[:-1])
+    ]
     rank = _fixed(squares, variances, bar.edge)
     if rank is None:
         return None
@@ -305,7 +317,9 @@ def _crowd(white: Tensor, limit: int) -> tuple[float, int]:
     And how many singular values it then takes, judging by those that stand out of the part: weak ones do not.
     """
     draw = torch.Generator().manual_seed(0)
-    rows, columns = (torch.randperm(side, generator=draw)[: 2 * limit].to(white.device) for side in white.shape)
+    rows, columns = (
+        torch.randperm(side, generator=draw)[: 2 * limit].to(white.device) for side in white.shape
+    )
     part = white[rows][:, columns]
     part = part if part.shape[0] >= part.shape[1] else part.mT
     p, q = part.shape

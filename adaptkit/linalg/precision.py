@@ -31,7 +31,9 @@ STREAM = 1 << 19  # elements of a block that is widened and subtracted as it is 
 SCRATCH = 1 << 18  # elements of a scratch block that fits the cache
 CHUNK = 1 << 20  # elements widened in one piece: no full-size copy is ever made
 RUN = 1024  # elements summed in float32 before float64 takes over
-FEW = 16 * RUN  # up to here roundings of single runs show (3e-7 measured), and float64 throughout costs nothing
+FEW = (
+    16 * RUN
+)  # up to here roundings of single runs show (3e-7 measured), and float64 throughout costs nothing
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -104,7 +106,9 @@ def _subtract(result: Tensor, x: Tensor, y: Tensor, scratch: Tensor) -> None:
     result.copy_(x).sub_(scratch[..., : result.shape[-2], :].copy_(y))
 
 
-def streamed_difference(blocks: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def streamed_difference(
+    blocks: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """(x − y (m, n), ‖x − y‖² ()) of two matrices of this shape on the CPU that come in blocks of rows (…, n), together.
 
     As `difference` and `norm_squared`, which each read the whole anew; neither matrix is ever held.
@@ -151,7 +155,9 @@ def _refuse_overflow(wide: Tensor, dtype: torch.dtype) -> None:
         # a NaN or infinity of the input hides an overflow from the extremes: look at each entry
         lost = wide[torch.isfinite(wide) & (wide.abs() >= _overflow(dtype))]
         if lost.numel():
-            raise NonFinite(f"{float(lost.abs().max()):.4g} does not fit {str(dtype).removeprefix('torch.')}")
+            raise NonFinite(
+                f"{float(lost.abs().max()):.4g} does not fit {str(dtype).removeprefix('torch.')}"
+            )
 
 
 def _within(x: Tensor, bound: float) -> bool:

@@ -6,9 +6,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptkit.ops import advise, batch, combine, compare, convert, extract, inspect, merge, resize
+    from adaptkit.ops import (
+        advise,
+        batch,
+        combine,
+        compare,
+        convert,
+        extract,
+        inspect,
+        merge,
+        resize,
+    )
 
-__all__ = ["advise", "batch", "combine", "compare", "convert", "extract", "inspect", "merge", "resize"]
+__all__ = [
+    "advise",
+    "batch",
+    "combine",
+    "compare",
+    "convert",
+    "extract",
+    "inspect",
+    "merge",
+    "resize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Base", "Cuts", "Job", "Side", "of_adapters", "of_checkpoint"]
 
-THIN = 0.5  # of the entries of ΔW: factors that have more are dearer than its rows, a block at a time
+THIN = (
+    0.5  # of the entries of ΔW: factors that have more are dearer than its rows, a block at a time
+)
 _TWICE = "adapts rows that another module of this file adapts too"
 
 
@@ -116,7 +118,9 @@ def fits(checkpoint: Checkpoint, adapter: Adapter, entry: Entry, pieces: tuple[P
     check_size(adapter, adapter.label(entry.slot), "the checkpoint", there, _size(entry))
 
 
-def check_size(adapter: Adapter, label: str, where: str, there: tuple[int, int], here: tuple[int, int]) -> None:
+def check_size(
+    adapter: Adapter, label: str, where: str, there: tuple[int, int], here: tuple[int, int]
+) -> None:
     """ShapeMismatch where two sizes (0: not told) differ."""
     if any(one and other and one != other for one, other in zip(there, here, strict=True)):
         shown = ["{} × {}".format(*(n or "?" for n in size)) for size in (there, here)]
@@ -213,7 +217,11 @@ def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Jo
             _check_sides(ours, entry, b, sides)
             jobs.append(Job(ours.label(slot), base.side(a, Part(entry)), sides))
     only = [(job.label, slot, job.parts) for slot, job in found.items() if slot not in ours.entries]
-    only += [(theirs.label(slot), slot, (Part(e),)) for slot, e in theirs.entries.items() if slot not in shared]
+    only += [
+        (theirs.label(slot), slot, (Part(e),))
+        for slot, e in theirs.entries.items()
+        if slot not in shared
+    ]
     for label, slot, parts in only:
         if selected(label, slot.component, select):
             jobs.append(Job(label, None, tuple(base.side(b, part) for part in parts)))
@@ -233,7 +241,10 @@ def _unused(adapter: Adapter, twice: Iterable[str]) -> Iterator[Unused]:
     name = adapter.source.path.name
     yield from (Unused(key, f"{name}: {reason}") for key, reason in adapter.unclaimed.items())
     yield from (Unused(key, f"{name}: {_TWICE}") for key in twice)
-    yield from (Unused(key, f"{name}: beside the adapter, no weights of a module") for key in adapter.carried)
+    yield from (
+        Unused(key, f"{name}: beside the adapter, no weights of a module")
+        for key in adapter.carried
+    )
 
 
 # an adapter and two checkpoints ----------------------------------------------------------------------------------

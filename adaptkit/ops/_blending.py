@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Blender", "Merged", "Task", "combined", "step_of"]
 
 BLOCK = 1 << 19  # entries added to at a time: three blocks of float32, which stay in the cache
-LARGEST = 1 << 22  # entries that a block may have where a kind can only be cut between its own blocks
+LARGEST = (
+    1 << 22
+)  # entries that a block may have where a kind can only be cut between its own blocks
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def step_of(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job
     """The step of one job; its bytes are those of one output."""
     shared, own = _sizes(job, base, adapters)
     factors = sum(_factors(job, adapters).values())
-    return Step(job, _shape(job, base, adapters), shared + own + factors, base.source.order(job.name))
+    return Step(
+        job, _shape(job, base, adapters), shared + own + factors, base.source.order(job.name)
+    )
 
 
 def combined(plans: Sequence[Plan]) -> tuple[Step[Task], ...]:
@@ -74,10 +78,14 @@ def combined(plans: Sequence[Plan]) -> tuple[Step[Task], ...]:
     for number, plan in enumerate(plans):
         for step in plan.steps:
             found.setdefault(step.payload.name, []).append((number, step))
-    return tuple(_combined(name, steps, plans) for name in base.source.infos if (steps := found.get(name)))
+    return tuple(
+        _combined(name, steps, plans) for name in base.source.infos if (steps := found.get(name))
+    )
 
 
-def _combined(name: str, steps: Sequence[tuple[int, Step[Job]]], plans: Sequence[Plan]) -> Step[Task]:
+def _combined(
+    name: str, steps: Sequence[tuple[int, Step[Job]]], plans: Sequence[Plan]
+) -> Step[Task]:
     jobs: list[Job | None] = [None] * len(plans)
     own, shared = 0, 0
     factors: dict[tuple[Path, Slot], int] = {}
@@ -89,7 +97,12 @@ def _combined(name: str, steps: Sequence[tuple[int, Step[Job]]], plans: Sequence
         jobs[number] = step.payload
     sources = _sources(jobs, plans)
     shape = sources, tuple((number, step.shape) for number, step in steps)
-    return Step(Task(name, tuple(jobs), sources), shape, shared + own + sum(factors.values()), steps[0][1].order)
+    return Step(
+        Task(name, tuple(jobs), sources),
+        shape,
+        shared + own + sum(factors.values()),
+        steps[0][1].order,
+    )
 
 
 def _sources(jobs: Sequence[Job | None], plans: Sequence[Plan]) -> tuple[tuple[int, ...], ...]:
@@ -116,7 +129,9 @@ def _sizes(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int
         block = 4 * min(info.numel, max(BLOCK, apart * _columns(info.shape)))
         return info.nbytes + 4 * block, min(own, block)
     kinds = ((c.entry.facts.rank, c.entry.kind.name) for c in job.contributions if c.strength)
-    dense = max((0 if rank and kind == "lora" else 4 * info.numel for rank, kind in kinds), default=0)
+    dense = max(
+        (0 if rank and kind == "lora" else 4 * info.numel for rank, kind in kinds), default=0
+    )
     scaled = 8 * info.numel if base.quantization.widens(info) else 0
     return info.nbytes + 4 * info.numel + dense + scaled, own
 
@@ -127,7 +142,9 @@ def _factors(job: Job, adapters: Sequence[Adapter]) -> dict[tuple[Path, Slot], i
     for c in job.contributions:
         if c.strength:
             source = adapters[c.adapter].source
-            found[source.path, c.entry.slot] = 5 * sum(source.infos[key].nbytes for _, key in c.entry.tensors())
+            found[source.path, c.entry.slot] = 5 * sum(
+                source.infos[key].nbytes for _, key in c.entry.tensors()
+            )
     return found
 
 
@@ -171,7 +188,9 @@ def row_step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> int | N
     step = 1
     for c in job.contributions:
         if c.strength:
-            shapes = {role: adapters[c.adapter].source.infos[key].shape for role, key in c.entry.tensors()}
+            shapes = {
+                role: adapters[c.adapter].source.infos[key].shape for role, key in c.entry.tensors()
+            }
             own = None if c.entry.swapped else c.entry.kind.row_step(shapes, c.entry.facts)
             if own is None or (own > 1 and c.rows is not None):
                 return None
@@ -290,7 +309,9 @@ class Blender:
             for n, merged in enumerate(self._whole(number, tasks, tensors, stored, scale)):
                 found[n][number] = merged
         if rows:
-            for number, merged_tasks in zip(rows, self._by_rows(rows, tasks, tensors, stored), strict=True):
+            for number, merged_tasks in zip(
+                rows, self._by_rows(rows, tasks, tensors, stored), strict=True
+            ):
                 for n, merged in enumerate(merged_tasks):
                     found[n][number] = merged
         return found
@@ -301,9 +322,13 @@ class Blender:
         """What this output adds, with factors in their compute dtype, and with which strength."""
         from adaptkit.linalg.precision import upcast
 
-        for c, source in zip(_given(task.jobs[number]).contributions, task.sources[number], strict=True):
+        for c, source in zip(
+            _given(task.jobs[number]).contributions, task.sources[number], strict=True
+        ):
             if c.strength:
-                weights = c.entry.decode({role: upcast(tensors[f"{source}/{role}"]) for role, _ in c.entry.tensors()})
+                weights = c.entry.decode(
+                    {role: upcast(tensors[f"{source}/{role}"]) for role, _ in c.entry.tensors()}
+                )
                 if c.cut is not None:
                     weights = weights.part(*c.cut)
                 start, stop = c.rows or (0, rows)
@@ -312,7 +337,11 @@ class Blender:
     # in blocks of rows
 
     def _by_rows(
-        self, numbers: Sequence[int], tasks: Sequence[Task], tensors: Mapping[str, Tensor], stored: Tensor
+        self,
+        numbers: Sequence[int],
+        tasks: Sequence[Task],
+        tensors: Mapping[str, Tensor],
+        stored: Tensor,
     ) -> list[list[Merged]]:
         """What became of the tensors in each output; every block is written as soon as it is rounded."""
         import torch
@@ -321,10 +350,17 @@ class Blender:
 
         flat = stored.reshape(*stored.shape[:2], -1)
         batch, m, n = flat.shape
-        step = math.lcm(*(row_step(_given(tasks[0].jobs[i]), self.base, self.plans[i].adapters) or 1 for i in numbers))
+        step = math.lcm(
+            *(
+                row_step(_given(tasks[0].jobs[i]), self.base, self.plans[i].adapters) or 1
+                for i in numbers
+            )
+        )
         k = min(m, max(step, BLOCK // n // step * step))
         targets = self._targets(numbers, tasks, tensors, flat, k)
-        old, new, spare = (empty((batch, k, n), compute_dtype(stored), flat.device) for _ in range(3))
+        old, new, spare = (
+            empty((batch, k, n), compute_dtype(stored), flat.device) for _ in range(3)
+        )
         weight = torch.zeros(batch, dtype=torch.float64)
         deltas = _Deltas(targets)
         for start in range(0, m, k):
@@ -334,7 +370,9 @@ class Blender:
             weight += norm_squared(before).cpu()
             for target in targets:
                 target.delta.add_(_blended(target, deltas, start, before, after, rest))
-                target.rounding.add_(norm_squared(rest.copy_(target.write(after, start)).sub_(after)).cpu())
+                target.rounding.add_(
+                    norm_squared(rest.copy_(target.write(after, start)).sub_(after)).cpu()
+                )
             deltas.clear()
         return [
             [
@@ -345,7 +383,12 @@ class Blender:
         ]
 
     def _targets(
-        self, numbers: Sequence[int], tasks: Sequence[Task], tensors: Mapping[str, Tensor], flat: Tensor, rows: int
+        self,
+        numbers: Sequence[int],
+        tasks: Sequence[Task],
+        tensors: Mapping[str, Tensor],
+        flat: Tensor,
+        rows: int,
     ) -> list[_Target]:
         import torch
 
@@ -358,13 +401,17 @@ class Blender:
             shape = self.base.source.infos[tasks[0].name].shape
             pieces = tuple(self.outputs[number].pieces(task.name, dtype, shape) for task in tasks)
             parts = self._parts(number, tasks[0], tensors, flat.shape[1])
-            same = tuple((known.setdefault(part.origin, part), strength) for part, strength in parts)
+            same = tuple(
+                (known.setdefault(part.origin, part), strength) for part, strength in parts
+            )
             out = empty((len(flat), rows, flat.shape[2]), dtype, flat.device)
             delta, rounding = torch.zeros(2, len(flat), dtype=torch.float64)
             targets.append(_Target(out, pieces, same, delta, rounding))
         return targets
 
-    def _checked(self, number: int, task: Task, pieces: Pieces | Scattered, *sums: Tensor) -> Merged:
+    def _checked(
+        self, number: int, task: Task, pieces: Pieces | Scattered, *sums: Tensor
+    ) -> Merged:
         weight, delta, rounding = (float(value) for value in sums)
         job = _given(task.jobs[number])
         if not (math.isfinite(weight) and math.isfinite(delta)):
@@ -377,7 +424,12 @@ class Blender:
     # as a whole
 
     def _whole(
-        self, number: int, tasks: Sequence[Task], tensors: Mapping[str, Tensor], stored: Tensor, scale: Tensor | None
+        self,
+        number: int,
+        tasks: Sequence[Task],
+        tensors: Mapping[str, Tensor],
+        stored: Tensor,
+        scale: Tensor | None,
     ) -> list[Merged]:
         wide = widened(stored, scale)
         # what ΔW is measured from: the numbers that were meant, not their codes
@@ -401,7 +453,9 @@ class Blender:
         if place.swapped:
             matrix.copy_(exchanged(view, -2))
 
-    def _finished(self, number: int, job: Job, merged: Tensor, stored: Tensor, scale: Tensor | None) -> Merged:
+    def _finished(
+        self, number: int, job: Job, merged: Tensor, stored: Tensor, scale: Tensor | None
+    ) -> Merged:
         rounded, scale, back = self._rounded(number, job, merged, scale)
         weight, delta, rounding = 0.0, 0.0, 0.0
         for old, new, out in _chunks(stored, merged, back):
@@ -412,7 +466,9 @@ class Blender:
             raise self._non_finite(number, job)
         if not math.isfinite(rounding):
             raise self._too_large(number, job)
-        return Merged(rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding)
+        return Merged(
+            rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding
+        )
 
     def _rounded(
         self, number: int, job: Job, merged: Tensor, scale: Tensor | None
@@ -455,7 +511,9 @@ class Blender:
         return NonFinite("the merged weight overflows", file=plan.output, tensor=job.name)
 
 
-def _blended(target: _Target, deltas: _Deltas, start: int, before: Tensor, after: Tensor, spare: Tensor) -> Tensor:
+def _blended(
+    target: _Target, deltas: _Deltas, start: int, before: Tensor, after: Tensor, spare: Tensor
+) -> Tensor:
     """Put W + Σ strength·ΔW of a block of rows into `after`; ‖after − before‖² of it."""
     import torch
 
@@ -472,7 +530,9 @@ def _blended(target: _Target, deltas: _Deltas, start: int, before: Tensor, after
     for part, strength in target.parts:
         first, last = part.within(start, stop)
         if first < last:
-            after[:, first - start : last - start].add_(deltas.of(part, first, last)[0], alpha=strength)
+            after[:, first - start : last - start].add_(
+                deltas.of(part, first, last)[0], alpha=strength
+            )
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 

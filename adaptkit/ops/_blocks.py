@@ -38,7 +38,12 @@ UNET = ("BASE", *_numbered("IN", range(12)), "M00", *_numbered("OUT", range(12))
 FLUX = ("CLIP", "T5", "IN", *_numbered("D", range(19), 3), *_numbered("S", range(38), 3), "OUT")
 # as hako-mikan's sd-webui-lora-block-weight orders them; 57 are FLUX' blocks alone (PR 1575 of sd-scripts)
 VECTORS: Mapping[tuple[str, int], tuple[str, ...]] = {
-    ("unet", 17): ("BASE", *_numbered("IN", (1, 2, 4, 5, 7, 8)), "M00", *_numbered("OUT", range(3, 12))),
+    ("unet", 17): (
+        "BASE",
+        *_numbered("IN", (1, 2, 4, 5, 7, 8)),
+        "M00",
+        *_numbered("OUT", range(3, 12)),
+    ),
     ("unet", 26): UNET,
     ("sdxl", 12): ("BASE", *_numbered("IN", (4, 5, 7, 8)), "M00", *_numbered("OUT", range(6))),
     ("sdxl", 20): ("BASE", *_numbered("IN", range(9)), "M00", *_numbered("OUT", range(9))),
@@ -82,7 +87,9 @@ def _parsed(text: str, family: ModelFamily) -> Iterator[Rule]:
         if name:
             yield Rule(name.strip(), _number(number, text))
         elif part != "=":
-            raise WrongUsage(f"--blocks {text!r}: {part or 'an empty rule'!r} is no NAME=VALUE", hint=_EXAMPLES)
+            raise WrongUsage(
+                f"--blocks {text!r}: {part or 'an empty rule'!r} is no NAME=VALUE", hint=_EXAMPLES
+            )
 
 
 _EXAMPLES = "for example --blocks 'unet.down_blocks.*=0.5,te=0', or a vector such as 1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1"
@@ -103,8 +110,14 @@ def _spread(values: Sequence[float], family: ModelFamily) -> Iterator[Rule]:
     names = VECTORS.get((scheme, len(values)))
     if names is None:
         lengths = [str(n) for known, n in VECTORS if known == scheme]
-        fits = f"vectors for {family.title} have {' or '.join(lengths)} values" if lengths else "name blocks instead"
-        raise WrongUsage(f"--blocks: no vector of {len(values)} values is known for {family.title}", hint=fits)
+        fits = (
+            f"vectors for {family.title} have {' or '.join(lengths)} values"
+            if lengths
+            else "name blocks instead"
+        )
+        raise WrongUsage(
+            f"--blocks: no vector of {len(values)} values is known for {family.title}", hint=fits
+        )
     return (Rule(name, value, vector=True) for name, value in zip(names, values, strict=True))
 
 
@@ -167,11 +180,19 @@ class Blocks:
     def records(self) -> list[dict[str, Any]]:
         """What each rule got: its name, its weight, the modules it decided for; those without a rule last."""
         found: list[dict[str, Any]] = [
-            {"rule": rule.name, "weight": rule.weight, "modules": self._decided.get(n, 0), "vector": rule.vector}
+            {
+                "rule": rule.name,
+                "weight": rule.weight,
+                "modules": self._decided.get(n, 0),
+                "vector": rule.vector,
+            }
             for n, rule in enumerate(self.rules)
         ]
         rest = self._decided.get(None, 0)
-        return [*found, *([{"rule": NO_RULE, "weight": 1.0, "modules": rest, "vector": False}] if rest else [])]
+        return [
+            *found,
+            *([{"rule": NO_RULE, "weight": 1.0, "modules": rest, "vector": False}] if rest else []),
+        ]
 
 
 def _runs(blocks: Iterable[str]) -> list[str]:
@@ -179,9 +200,14 @@ def _runs(blocks: Iterable[str]) -> list[str]:
     numbers: dict[str, list[int]] = {}
     for block in blocks:
         found = NUMBERED.fullmatch(block)
-        numbers.setdefault(found[1] if found else block, []).extend([int(found[2])] if found else [])
+        numbers.setdefault(found[1] if found else block, []).extend(
+            [int(found[2])] if found else []
+        )
     ends = {name: (min(held), max(held)) for name, held in numbers.items() if held}
-    return [f"{n}.{'-'.join(str(e) for e in dict.fromkeys(ends[n]))}" if n in ends else n for n in numbers]
+    return [
+        f"{n}.{'-'.join(str(e) for e in dict.fromkeys(ends[n]))}" if n in ends else n
+        for n in numbers
+    ]
 
 
 def block_name(family: ModelFamily, slot: Slot) -> str | None:
@@ -209,7 +235,14 @@ def _flux_block(native: str) -> str:
 
 def _names(family: ModelFamily, slot: Slot) -> Iterator[str]:
     """What a rule may call a module, the report's name first: every naming, under every name of its component, or none."""
-    stems = dict.fromkeys((label(family, slot), label(family, slot, "native"), str(slot.target), *_whole(family, slot)))
+    stems = dict.fromkeys(
+        (
+            label(family, slot),
+            label(family, slot, "native"),
+            str(slot.target),
+            *_whole(family, slot),
+        )
+    )
     number = slot.component.removeprefix(_TEXT).lstrip("_") or "1"
     heads = ("te", f"te{number}") if slot.component.startswith(_TEXT) else ("unet",)
     for stem in stems:
@@ -224,7 +257,9 @@ def _whole(family: ModelFamily, slot: Slot) -> Iterator[str]:
     known = slot.rows is None and family.name in families()
     parts = compile_keys(family.name, "diffusers").slots(slot.target) if known else ()
     if len(parts) > 1:
-        yield ".".join(segments[0] for segments in _alike(label(family, part).split(".") for part in parts))
+        yield ".".join(
+            segments[0] for segments in _alike(label(family, part).split(".") for part in parts)
+        )
 
 
 def _alike(names: Iterable[Sequence[str]]) -> Iterator[tuple[str, ...]]:

@@ -19,7 +19,9 @@ __all__ = ["Choice", "Layer", "Pick", "choose", "choose_any"]
 
 ROUNDS = 16  # budgets tried until the file fits its size
 SPARE = 1e-4  # of the size: less is not worth another one
-EXPLAINED = 1.1  # times the noise that rounding is expected to leave: a residual of no more is noise
+EXPLAINED = (
+    1.1  # times the noise that rounding is expected to leave: a residual of no more is noise
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,18 @@ class Layer:
         """Every form and rank, and its bytes in the file; `trimmed`: of those that hold more than the noise of rounding."""
         found = []
         for form in self.fitted.forms:
-            beside = len(form.shapes) * self.overhead + (self.alpha if form.alpha is not None else 0)
+            beside = len(form.shapes) * self.overhead + (
+                self.alpha if form.alpha is not None else 0
+            )
             ranks = form.ranks[: form.signal] if trimmed and form.ladder else form.ranks
             found += [(Pick(form, rank), form.bytes(rank) + beside) for rank in ranks]
         if not trimmed:
             return found
         # what takes more than the smallest form that leaves but noise would spend it on noise
-        enough = min((size for pick, size in found if pick.error <= EXPLAINED * self.fitted.noise), default=math.inf)
+        enough = min(
+            (size for pick, size in found if pick.error <= EXPLAINED * self.fitted.noise),
+            default=math.inf,
+        )
         return [(pick, size) for pick, size in found if size <= enough]
 
 
@@ -82,9 +89,13 @@ def _ladders(layers: Sequence[Layer], *, trimmed: bool) -> list[Ladder]:
     return [layer.rungs() for layer in layers]
 
 
-def _all_signal(layers: Sequence[Layer], ladders: Sequence[Ladder], picks: Sequence[Pick | None]) -> bool:
+def _all_signal(
+    layers: Sequence[Layer], ladders: Sequence[Ladder], picks: Sequence[Pick | None]
+) -> bool:
     """Whether every layer has the best of its trimmed rungs, and there are others."""
-    shorter = any(len(ladder) < len(layer.rungs()) for layer, ladder in zip(layers, ladders, strict=True))
+    shorter = any(
+        len(ladder) < len(layer.rungs()) for layer, ladder in zip(layers, ladders, strict=True)
+    )
     least = [min((pick.error for pick, _ in ladder), default=math.inf) for ladder in ladders]
     return shorter and all(
         error == math.inf or (pick is not None and pick.error <= error)
@@ -93,7 +104,10 @@ def _all_signal(layers: Sequence[Layer], ladders: Sequence[Ladder], picks: Seque
 
 
 def choose(
-    layers: Sequence[Layer], rest: float, policy: Policy, measure: Callable[[Sequence[Pick | None]], int]
+    layers: Sequence[Layer],
+    rest: float,
+    policy: Policy,
+    measure: Callable[[Sequence[Pick | None]], int],
 ) -> Choice:
     """By a rank rule, over the ladder of one kind. `rest`: ‖·‖² of what no adapter holds, part of every error.
 
@@ -106,7 +120,10 @@ def choose(
         modules.append(Module((), rest, (0,)))
 
     def picked(ranks: Sequence[int]) -> list[Pick | None]:
-        return [ladder[rank - 1][0] if rank else None for ladder, rank in zip(ladders, ranks, strict=False)]
+        return [
+            ladder[rank - 1][0] if rank else None
+            for ladder, rank in zip(ladders, ranks, strict=False)
+        ]
 
     picks = picked(policy.choose(modules, lambda ranks: measure(picked(ranks))))
     if isinstance(policy, Error):
@@ -152,7 +169,9 @@ def choose_any(
             best = [min((p for p, _ in ladder if p), key=lambda p: p.error) for ladder in ladders]
             _check_error(layers, best, rest, error)
             raise
-        return Choice(tuple(picked(found.chosen)), 1 - found.bound / found.bytes if found.bytes else 0.0)
+        return Choice(
+            tuple(picked(found.chosen)), 1 - found.bound / found.bytes if found.bytes else 0.0
+        )
     choice = _within(options, picked, size, rest, measure)
     return replace(choice, all_signal=_all_signal(layers, rungs, choice.picks))
 
@@ -174,13 +193,20 @@ def _within(
         if taken <= size:
             bound = math.sqrt(max(0.0, found.bound) + rest)
             reached = math.sqrt(found.error + rest)
-            best, least = Choice(tuple(picks), max(0.0, 1 - bound / reached) if reached else 0.0), budget
+            best, least = (
+                Choice(tuple(picks), max(0.0, 1 - bound / reached) if reached else 0.0),
+                budget,
+            )
             if size - taken <= SPARE * size:
                 break
             budget = min(found.bytes + size - taken, exceeds - 1)
         else:
             exceeds = budget
-            budget = max(found.bytes - (taken - size), least + 1) if any(picks) else (least + exceeds) // 2
+            budget = (
+                max(found.bytes - (taken - size), least + 1)
+                if any(picks)
+                else (least + exceeds) // 2
+            )
         if not least < budget < exceeds:
             budget = (least + exceeds) // 2
             if budget <= least:
@@ -193,13 +219,20 @@ def _within(
     return best
 
 
-def _check_error(layers: Sequence[Layer], picks: Sequence[Pick | None], rest: float, asked: float) -> None:
+def _check_error(
+    layers: Sequence[Layer], picks: Sequence[Pick | None], rest: float, asked: float
+) -> None:
     total = sum(layer.fitted.norm for layer in layers) + rest
     left = rest + sum(
-        layer.fitted.norm if pick is None else pick.error for layer, pick in zip(layers, picks, strict=True)
+        layer.fitted.norm if pick is None else pick.error
+        for layer, pick in zip(layers, picks, strict=True)
     )
     if left > asked**2 * total * (1 + 1e-9):
-        out = f", of which {math.sqrt(rest / total):.3g} are biases, norms and others left out" if rest else ""
+        out = (
+            f", of which {math.sqrt(rest / total):.3g} are biases, norms and others left out"
+            if rest
+            else ""
+        )
         raise NotRepresentable(
             f"no ranks reach a relative error of {asked:g}: the least is {math.sqrt(left / total):.6g}{out}",
             hint="raise --max-rank, carry biases and norms with --vectors, or use --algo auto or full",

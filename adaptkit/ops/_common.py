@@ -92,7 +92,9 @@ class WriterReport:
 def matches(label: str, component: str, globs: Iterable[str]) -> bool:
     """Whether a module is meant: a glob over its name with or without its component, or the component itself."""
     bare = label.removeprefix(f"{component}.")
-    return any(glob == component or fnmatchcase(label, glob) or fnmatchcase(bare, glob) for glob in globs)
+    return any(
+        glob == component or fnmatchcase(label, glob) or fnmatchcase(bare, glob) for glob in globs
+    )
 
 
 def selected(label: str, component: str, options: Shared) -> bool:
@@ -117,19 +119,32 @@ def split_strength(argument: str) -> tuple[Path, float]:
 
 def default_output(beside: Path, suffix: str, *, folder: bool = False) -> Path:
     """`style.ckpt` → `style-<suffix>.safetensors`, or the folder `style-<suffix>`, in the same folder."""
-    beside = beside if beside.name else beside.resolve()  # the folder `.` has a name only when resolved
-    stem = beside.name if beside.is_dir() else beside.name.removesuffix(".index.json").rpartition(".")[0] or beside.name
-    return beside.parent / f"{stem.removesuffix('.safetensors')}-{suffix}{'' if folder else '.safetensors'}"
+    beside = (
+        beside if beside.name else beside.resolve()
+    )  # the folder `.` has a name only when resolved
+    stem = (
+        beside.name
+        if beside.is_dir()
+        else beside.name.removesuffix(".index.json").rpartition(".")[0] or beside.name
+    )
+    return (
+        beside.parent
+        / f"{stem.removesuffix('.safetensors')}-{suffix}{'' if folder else '.safetensors'}"
+    )
 
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse an output that exists or cannot be, before any work."""
     if path.exists() and not overwrite:
         raise WouldOverwrite(
-            "the output exists already", hint="pass --overwrite to replace it, or another --output", file=path
+            "the output exists already",
+            hint="pass --overwrite to replace it, or another --output",
+            file=path,
         )
     if path.is_dir():
-        raise WouldOverwrite("the output is a folder", hint="name a file, for example out.safetensors", file=path)
+        raise WouldOverwrite(
+            "the output is a folder", hint="name a file, for example out.safetensors", file=path
+        )
     if not path.parent.is_dir():
         raise CannotWrite(f"no such folder: {path.parent}", hint="create it first", file=path)
 

@@ -13,12 +13,26 @@ if TYPE_CHECKING:
 
     from adaptkit.algorithms._weights import Weights
 
-__all__ = ["BLOCK", "Form", "Numbers", "alike", "applied", "difference", "form", "measure", "widened"]
+__all__ = [
+    "BLOCK",
+    "Form",
+    "Numbers",
+    "alike",
+    "applied",
+    "difference",
+    "form",
+    "measure",
+    "widened",
+]
 
 Factors = tuple["Tensor", "Tensor"]
 
-BLOCK = 1 << 19  # entries of ΔW that are formed at a time: 4 MB in float64, and four of them are alive
-CANCELLED = 1e-6  # of ‖A‖² + ‖B‖²: a smaller ‖A − B‖² is not left to the difference of their Gram numbers
+BLOCK = (
+    1 << 19
+)  # entries of ΔW that are formed at a time: 4 MB in float64, and four of them are alive
+CANCELLED = (
+    1e-6  # of ‖A‖² + ‖B‖²: a smaller ‖A − B‖² is not left to the difference of their Gram numbers
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +148,10 @@ class Form:
             return torch.cat([self.block(first, last) for first, last in parts if last > first])
 
         return Form(
-            self.rows, self.columns, block, None if whole is None else lambda: (whole()[0].roll(half, 0), whole()[1])
+            self.rows,
+            self.columns,
+            block,
+            None if whole is None else lambda: (whole()[0].roll(half, 0), whole()[1]),
         )
 
 
@@ -147,7 +164,10 @@ def _rows(factors: Factors, start: int, stop: int) -> Factors:
 
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stored tensors in float64 (float32 on MPS); flags as they are."""
-    return {role: _wide(tensor) if tensor.is_floating_point() else tensor for role, tensor in tensors.items()}
+    return {
+        role: _wide(tensor) if tensor.is_floating_point() else tensor
+        for role, tensor in tensors.items()
+    }
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -166,9 +186,16 @@ def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool
     kron = weights.kron_factors()
     if kron is not None:
         one, two = _wide(kron[0]) * strength, _wide(kron[1])
-        return Form(*size, lambda start, stop: _kron_rows(one, two, start, stop), factors if thin else None, (one, two))
+        return Form(
+            *size,
+            lambda start, stop: _kron_rows(one, two, start, stop),
+            factors if thin else None,
+            (one, two),
+        )
     return Form(
-        *size, lambda start, stop: _wide(weights.part(start, stop).delta()) * strength, factors if thin else None
+        *size,
+        lambda start, stop: _wide(weights.part(start, stop).delta()) * strength,
+        factors if thin else None,
     )
 
 
@@ -191,7 +218,9 @@ def applied(weights: Weights, base: Tensor, strength: float) -> Form:
 def difference(tuned: Tensor, base: Tensor) -> Form:
     """tuned − base, both (rows, columns) in any dtype, widened before they are subtracted."""
     rows, columns = base.shape
-    return Form(rows, columns, lambda start, stop: _wide(tuned[start:stop]) - _wide(base[start:stop]))
+    return Form(
+        rows, columns, lambda start, stop: _wide(tuned[start:stop]) - _wide(base[start:stop])
+    )
 
 
 def alike(one: Any, other: Any) -> bool:

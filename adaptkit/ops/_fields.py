@@ -18,7 +18,17 @@ from adaptkit.ops._common import DTYPES
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-__all__ = ["INPUTS", "Reader", "Rooted", "check_known", "default_of", "inside", "names_of", "nearest", "options_of"]
+__all__ = [
+    "INPUTS",
+    "Reader",
+    "Rooted",
+    "check_known",
+    "default_of",
+    "inside",
+    "names_of",
+    "nearest",
+    "options_of",
+]
 
 INPUTS = {
     "convert": ("adapter",),
@@ -27,7 +37,11 @@ INPUTS = {
     "extract": ("base", "tuned"),
     "merge": ("base", "adapter", "strength"),
 }
-SIZES = ("memory", "size", "shard_size")  # in bytes, which a recipe may write as the command line does
+SIZES = (
+    "memory",
+    "size",
+    "shard_size",
+)  # in bytes, which a recipe may write as the command line does
 CHOICES = {"dtype": ("keep", *DTYPES), "svd": ("auto", "exact")}
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -76,7 +90,11 @@ class Rooted(str):
 
 def inside(root: Path, text: str) -> Path:
     """A path as a recipe gives it: from the recipe's folder, unless it is absolute or begins with `~`."""
-    return Path(text) if isinstance(text, Rooted) else Path(os.path.normpath(root / Path(text).expanduser()))
+    return (
+        Path(text)
+        if isinstance(text, Rooted)
+        else Path(os.path.normpath(root / Path(text).expanduser()))
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,13 @@ class Reader:
 
     def wrong(self, name: str, wanted: str, value: Any) -> WrongUsage:
         """The error for a value that is not what was wanted."""
-        shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else value
+        shown = (
+            f'"{value}"'
+            if isinstance(value, str)
+            else str(value).lower()
+            if isinstance(value, bool)
+            else value
+        )
         several = isinstance(value, list) and self.place.startswith("[[job]]")
         hint = "in a [[matrix]] a list makes several jobs" if several else None
         return WrongUsage(f"{self.place}: {name} is {wanted}, not {shown}", hint=hint)
@@ -124,7 +148,11 @@ class Reader:
 
     def number(self, name: str, value: Any) -> float:
         """A finite number."""
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
             raise self.wrong(name, "a number", value)
         return float(value)
 
@@ -143,7 +171,9 @@ class Reader:
 
     def _whole(self, name: str, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.wrong(name, "a size such as 64MB" if name in SIZES else "a whole number", value)
+            raise self.wrong(
+                name, "a size such as 64MB" if name in SIZES else "a whole number", value
+            )
         return value
 
     def _truth(self, name: str, value: Any) -> bool:

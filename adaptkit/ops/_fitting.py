@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["Fitted", "Fitter", "Form", "Recipe"]
 
 ROUGH = 5e-3  # of the error of a LoRA that is only held beside a LoKr: three digits are shown
-CUT = {"lora": ("up", "down"), "lokr": ("w2_a", "w2_b")}  # by kind: the roles that share a rank, last and first axis
+CUT = {
+    "lora": ("up", "down"),
+    "lokr": ("w2_a", "w2_b"),
+}  # by kind: the roles that share a rank, last and first axis
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,11 @@ class Fitter:
         """ΔW of each (B, m, n), and ‖ΔW‖². In float32: in bf16 one entry in nine would change."""
         from adaptkit.linalg.precision import difference, norm_squared
 
-        delta = tensors.pop("delta") if self.on_cpu else difference(tensors["tuned"], tensors.pop("base"))
+        delta = (
+            tensors.pop("delta")
+            if self.on_cpu
+            else difference(tensors["tuned"], tensors.pop("base"))
+        )
         norms: list[float] = (tensors.pop("norm") if self.on_cpu else norm_squared(delta)).tolist()
         return delta, norms
 
@@ -216,7 +223,9 @@ class Fitter:
         if recipe.kind == "full":
             weights = replace(weights, role=job.role, vector=len(job.shape) == 1)  # type: ignore[type-var]
         try:
-            encoded = {role: t if role == ALPHA else cast(t, dtype) for role, t in weights.encode().items()}
+            encoded = {
+                role: t if role == ALPHA else cast(t, dtype) for role, t in weights.encode().items()
+            }
         except NonFinite as error:
             error.hint = "write with --dtype bf16 or fp32"
             raise error.at(file=self.output, tensor=job.label) from None
@@ -229,7 +238,14 @@ class Fitter:
         tensors = {role: encoded[role].cpu().contiguous() for role in shapes}
         later = recipe.kind == "full" and recipe.ladder
         return Form(
-            recipe.kind, job.dtype, shapes, errors, ladder, alpha, later=later, tensors={} if later else tensors
+            recipe.kind,
+            job.dtype,
+            shapes,
+            errors,
+            ladder,
+            alpha,
+            later=later,
+            tensors={} if later else tensors,
         )
 
     def _non_finite(self, job: Job) -> NonFinite:
@@ -237,9 +253,13 @@ class Fitter:
 
         for checkpoint, pieces in ((self.base, job.base), (self.tuned, job.tuned)):
             if not bool(torch.isfinite(checkpoint.read(pieces)).all()):
-                return NonFinite("holds NaN or infinity", file=checkpoint.source.path, tensor=pieces[0].name)
+                return NonFinite(
+                    "holds NaN or infinity", file=checkpoint.source.path, tensor=pieces[0].name
+                )
         return NonFinite(
-            "the difference of the two checkpoints overflows", file=self.tuned.source.path, tensor=job.label
+            "the difference of the two checkpoints overflows",
+            file=self.tuned.source.path,
+            tensor=job.label,
         )
 
 
@@ -248,7 +268,10 @@ def _noise(rounded: Tensor, delta: Tensor) -> list[float]:
     from adaptkit.linalg.noise import WEAK, rounding_noise, zero_share
 
     floors = rounding_noise(rounded).floor.tolist()
-    return [floor if share < WEAK else 0.0 for floor, share in zip(floors, zero_share(delta).tolist(), strict=True)]
+    return [
+        floor if share < WEAK else 0.0
+        for floor, share in zip(floors, zero_share(delta).tolist(), strict=True)
+    ]
 
 
 def _edge(form: Form, variance: float) -> float:
@@ -341,4 +364,8 @@ def _lora_of_size(job: Job, delta: Tensor, weights: Weights) -> Tensor:
 
     parameters = sum(t.numel() for role, t in weights.encode().items() if role != ALPHA)
     rank = min(parameters // sum(job.matrix), *job.matrix)
-    return delta.new_zeros(len(delta)) if rank == 0 else energies(delta, rank, SvdSpec(rank, tol=ROUGH)).sum(-1)
+    return (
+        delta.new_zeros(len(delta))
+        if rank == 0
+        else energies(delta, rank, SvdSpec(rank, tol=ROUGH)).sum(-1)
+    )

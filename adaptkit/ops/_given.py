@@ -84,7 +84,12 @@ class _File:
 
 
 def open_inputs(
-    a: Argument, b: Argument, base: Path | None, *, family: str | None = None, format: str | None = None
+    a: Argument,
+    b: Argument,
+    base: Path | None,
+    *,
+    family: str | None = None,
+    format: str | None = None,
 ) -> Inputs:
     """Read the headers. ShapeMismatch where the families differ; a look-alike follows the base, or else A, or else B."""
     with ExitStack() as opened:
@@ -93,13 +98,19 @@ def open_inputs(
             source, config = open_adapter_source(path)
             opened.callback(source.close)
             files.append(_File(path, strength, source, config, (family, format)))
-        first, second = sorted(files, key=lambda file: not file.is_adapter)  # stable: the adapter before the checkpoint
+        first, second = sorted(
+            files, key=lambda file: not file.is_adapter
+        )  # stable: the adapter before the checkpoint
         if not first.is_adapter:
             raise UnknownAdapter(
                 f"neither {first.path.name} nor {second.path.name} is an adapter",
                 hint="`adaptkit extract BASE TUNED` makes an adapter of what two checkpoints differ by",
             )
-        inputs = _adapters(first, second, base, opened) if second.is_adapter else _merged(first, second, base, opened)
+        inputs = (
+            _adapters(first, second, base, opened)
+            if second.is_adapter
+            else _merged(first, second, base, opened)
+        )
         opened.pop_all()
     return inputs
 
@@ -125,7 +136,9 @@ def _merged(adapter: _File, checkpoint: _File, path: Path | None, opened: ExitSt
             file=checkpoint.path,
         )
     if checkpoint.strength != 1.0:
-        raise AdaptkitError("a checkpoint takes no strength", hint="the adapter does", file=checkpoint.path)
+        raise AdaptkitError(
+            "a checkpoint takes no strength", hint="the adapter does", file=checkpoint.path
+        )
     checkpoint.source.close()
     try:
         base, tuned = open_pair(path, checkpoint.path, checkpoint.names[0])

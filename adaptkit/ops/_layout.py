@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from adaptkit.files.source import TensorSource
     from adaptkit.ops._relayout import Move
 
-__all__ = ["Layout", "Output", "Volume", "as_single", "gathered", "in_shards", "index_text", "opened", "plan_layout"]
+__all__ = [
+    "Layout",
+    "Output",
+    "Volume",
+    "as_single",
+    "gathered",
+    "in_shards",
+    "index_text",
+    "opened",
+    "plan_layout",
+]
 
 SINGLE = (".safetensors", ".sft")
 WEIGHTS = (*SINGLE, ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf")
@@ -74,23 +84,33 @@ class Layout:
         return [volume.path for volume in self.volumes if volume.path]
 
 
-def as_single(source: TensorSource, output: Path | None, shard_size: int | None, layout: str | None = None) -> bool:
+def as_single(
+    source: TensorSource, output: Path | None, shard_size: int | None, layout: str | None = None
+) -> bool:
     """Whether the output is one file: as `--layout` says, or where it is named as one, or where the base is one.
 
     NotRepresentable where these, or the shards that are asked for, contradict each other.
     """
     named = output is not None and output.suffix.lower() in SINGLE
     if shard_size is not None and (named or layout == "single-file"):
-        raise NotRepresentable("shards go into a folder", hint="name one, without .safetensors", file=output)
+        raise NotRepresentable(
+            "shards go into a folder", hint="name one, without .safetensors", file=output
+        )
     if named and layout == "folder":
-        raise NotRepresentable("--layout folder: the output is named as a file", hint="name a folder", file=output)
+        raise NotRepresentable(
+            "--layout folder: the output is named as a file", hint="name a folder", file=output
+        )
     if layout is not None:
         return layout == "single-file"
     return named or (source.files == (source.path,) and shard_size is None)
 
 
 def plan_layout(
-    source: TensorSource, specs: Sequence[TensorSpec], touched: Iterable[str], single: bool, shard_size: int | None
+    source: TensorSource,
+    specs: Sequence[TensorSpec],
+    touched: Iterable[str],
+    single: bool,
+    shard_size: int | None,
 ) -> Layout:
     """Where each tensor of `specs` (named as in the whole checkpoint) goes; `touched` are those that will differ."""
     if single:
@@ -100,8 +120,12 @@ def plan_layout(
                 hint="name a folder as output, without .safetensors, or pass --layout single-file",
                 file=source.path,
             )
-        return Layout(False, (Volume("", {s.name: s.name for s in specs}, tuple(specs), source.metadata),))
-    return _Folder(source, {spec.name: spec for spec in specs}, frozenset(touched), shard_size).layout()
+        return Layout(
+            False, (Volume("", {s.name: s.name for s in specs}, tuple(specs), source.metadata),)
+        )
+    return _Folder(
+        source, {spec.name: spec for spec in specs}, frozenset(touched), shard_size
+    ).layout()
 
 
 def in_shards(sizes: Mapping[str, int], room: int) -> list[list[str]]:
@@ -136,7 +160,11 @@ class _Folder:
     """Groups the files of the base by the index they belong to, and gives each group its files in the output."""
 
     def __init__(
-        self, source: TensorSource, specs: Mapping[str, TensorSpec], touched: frozenset[str], shard_size: int | None
+        self,
+        source: TensorSource,
+        specs: Mapping[str, TensorSpec],
+        touched: frozenset[str],
+        shard_size: int | None,
     ) -> None:
         self.source, self.specs, self.touched, self.shard_size = source, specs, touched, shard_size
         self.root = _root(source)
@@ -182,7 +210,12 @@ class _Folder:
         assert self.shard_size is not None
         shards = in_shards({name: _size(self.specs[name]) for name in names}, self.shard_size)
         for n, held in enumerate(shards, 1):
-            self._volume(self._path(first.parent, f"{stem}-{n:05}-of-{len(shards):05}.safetensors"), first, held, None)
+            self._volume(
+                self._path(first.parent, f"{stem}-{n:05}-of-{len(shards):05}.safetensors"),
+                first,
+                held,
+                None,
+            )
         self._index(self._path(first.parent, f"{stem}.safetensors.index.json"), names)
 
     def _volume(self, path: str, file: Path, held: Sequence[str], copied: Path | None) -> None:
@@ -207,7 +240,9 @@ class _Folder:
 
     def _index(self, path: str, names: Sequence[str]) -> None:
         place = {
-            stored: volume.path.rpartition("/")[2] for volume in self.volumes for stored in self._stored(volume, names)
+            stored: volume.path.rpartition("/")[2]
+            for volume in self.volumes
+            for stored in self._stored(volume, names)
         }
         self.indices[path] = index_text(place, sum(_size(self.specs[name]) for name in names))
 
@@ -225,7 +260,11 @@ class _Folder:
         left_out: list[str] = []
         for item in sorted(self.root.rglob("*")):
             path = item.relative_to(self.root)
-            if not item.is_file() or item in self.source.files or any(part.startswith(".") for part in path.parts):
+            if (
+                not item.is_file()
+                or item in self.source.files
+                or any(part.startswith(".") for part in path.parts)
+            ):
                 continue
             is_weights = item.suffix.lower() in WEIGHTS or ".index." in item.name
             if item.parent in folders and is_weights:
@@ -237,7 +276,8 @@ class _Folder:
 
     def _is_index(self, item: Path) -> bool:
         return item.suffix == ".json" and any(
-            _stem(file) == item.name.partition(".")[0] and file.parent == item.parent for file in self.source.files
+            _stem(file) == item.name.partition(".")[0] and file.parent == item.parent
+            for file in self.source.files
         )
 
 
@@ -260,12 +300,16 @@ class Output:
     `place` gives the sink and the name in it of each tensor that is not copied with its whole file.
     """
 
-    def __init__(self, layout: Layout, sinks: Mapping[str, TensorSink], at: Callable[[str], Path]) -> None:
+    def __init__(
+        self, layout: Layout, sinks: Mapping[str, TensorSink], at: Callable[[str], Path]
+    ) -> None:
         self.layout, self.at = layout, at
         self._sinks = sinks
         self._parts: dict[tuple[str, str], Pieces] = {}
         if layout.moves:
-            stored = ((volume.path, spec.name) for volume in layout.volumes for spec in volume.specs)
+            stored = (
+                (volume.path, spec.name) for volume in layout.volumes for spec in volume.specs
+            )
             self._parts = {(path, name): sinks[path].parts(name) for path, name in stored}
         self._place = {
             name: (sinks[volume.path], stored)
@@ -309,7 +353,9 @@ class Output:
 
     def _copy_moved(self, source: TensorSource, names: Iterable[str]) -> None:
         """Rows go as bytes from file to file; what is turned, or has no bytes of its own there, through memory."""
-        found: dict[str, list[tuple[Pieces, Path, int, int, int]]] = {path: [] for path in self._sinks}
+        found: dict[str, list[tuple[Pieces, Path, int, int, int]]] = {
+            path: [] for path in self._sinks
+        }
         for name in names:
             span, row = source.span(name), _row_bytes(source.infos[name])
             moves = self.layout.moves[name]
@@ -317,7 +363,13 @@ class Output:
                 self.put(name, source.read(name))
                 continue
             for m in moves:
-                stretch = self._parts[m.path, m.stored], span[0], span[1] + m.start * row, m.count * row, m.at * row
+                stretch = (
+                    self._parts[m.path, m.stored],
+                    span[0],
+                    span[1] + m.start * row,
+                    m.count * row,
+                    m.at * row,
+                )
                 found[m.path].append(stretch)
         for path, items in found.items():
             self._sinks[path].copy_parts(items)
@@ -339,12 +391,16 @@ class Output:
 class Scattered:
     """One tensor of the base whose rows go to several places: stretches of it, then `close`."""
 
-    def __init__(self, moves: Sequence[tuple[Move, Pieces]], dtype: dtype, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, moves: Sequence[tuple[Move, Pieces]], dtype: dtype, shape: tuple[int, ...]
+    ) -> None:
         import torch
 
         self._moves, self._shape = moves, shape
         self._row = dtype.itemsize * math.prod(shape[1:])
-        self._turned = torch.empty(shape, dtype=dtype) if any(move.transposed for move, _ in moves) else None
+        self._turned = (
+            torch.empty(shape, dtype=dtype) if any(move.transposed for move, _ in moves) else None
+        )
 
     def put(self, tensor: Tensor, first: int) -> None:
         """Write `tensor` as the elements from number `first` on, counted row by row."""
@@ -367,7 +423,9 @@ class Scattered:
                 parts.put(self._turned.T.contiguous(), 0)
 
 
-def gathered(moves: Sequence[Move], info: TensorInfo, stored: Mapping[tuple[str, str], TensorSource]) -> Tensor:
+def gathered(
+    moves: Sequence[Move], info: TensorInfo, stored: Mapping[tuple[str, str], TensorSource]
+) -> Tensor:
     """A tensor of the base (as `info` has it) put together again from where its rows went."""
     import torch
 
@@ -387,7 +445,12 @@ def _row_bytes(info: TensorInfo) -> int:
 
 @contextmanager
 def opened(
-    layout: Layout, path: Path, metadata: Callable[[Volume], Mapping[str, str]], *, overwrite: bool, hidden: bool
+    layout: Layout,
+    path: Path,
+    metadata: Callable[[Volume], Mapping[str, str]],
+    *,
+    overwrite: bool,
+    hidden: bool,
 ) -> Iterator[Output]:
     """The output in the making; it appears as `path` when the block ends well.
 
@@ -399,14 +462,20 @@ def opened(
         with publish_folder(path, layout.top, overwrite=overwrite) as made, ExitStack() as stack:
             _beside(layout, made)
             sinks = {
-                volume.path: stack.enter_context(TensorSink(made / volume.path, volume.specs, metadata(volume)))
+                volume.path: stack.enter_context(
+                    TensorSink(made / volume.path, volume.specs, metadata(volume))
+                )
                 for volume in layout.volumes
                 if volume.copied is None
             }
             yield Output(layout, sinks, lambda name: made / name)
         return
     (volume,) = layout.volumes
-    target = path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.checked.part") if hidden else path
+    target = (
+        path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.checked.part")
+        if hidden
+        else path
+    )
     try:
         with TensorSink(target, volume.specs, metadata(volume), overwrite=overwrite) as sink:
             yield Output(layout, {"": sink}, lambda _: target)

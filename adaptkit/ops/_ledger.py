@@ -30,7 +30,9 @@ __all__ = ["Ledger"]
 
 LOG, HASHES = ".log.jsonl", ".hashes.jsonl"
 FRESH = 2.0  # seconds: a file as young as this may change once more without a new time
-NEUTRAL = frozenset({"output", "overwrite", "device", "memory"})  # options that do not change what is written
+NEUTRAL = frozenset(
+    {"output", "overwrite", "device", "memory"}
+)  # options that do not change what is written
 
 
 class Ledger:
@@ -193,13 +195,17 @@ def _append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> Non
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     try:
         with path.open("ab+", buffering=0) as file:
-            if (end := file.seek(0, os.SEEK_END)) and (file.seek(end - 1), file.read(1))[1] != b"\n":
+            if (end := file.seek(0, os.SEEK_END)) and (file.seek(end - 1), file.read(1))[
+                1
+            ] != b"\n":
                 line = b"\n" + line
             file.write(line)
             if sync:
                 os.fsync(file.fileno())
     except OSError as error:
-        raise CannotWrite(f"the log cannot be written: {error.strerror or error}", file=path) from error
+        raise CannotWrite(
+            f"the log cannot be written: {error.strerror or error}", file=path
+        ) from error
 
 
 def _stamp(path: Path) -> list[list[Any]]:

@@ -89,13 +89,24 @@ class State:
 
     def modules(self) -> list[Module]:
         """The modules as a PEFT configuration names them."""
-        return [self.module(task, stored) for task in self.plan.tasks if (stored := self.outcome(task)) is not None]
+        return [
+            self.module(task, stored)
+            for task in self.plan.tasks
+            if (stored := self.outcome(task)) is not None
+        ]
 
     def module(self, task: Task, stored: Stored) -> Module:
         name = self.plan.keys.module(task.slot)
         # two full LoKr factors have no rank; PEFT multiplies them by alpha / r all the same, so both are 1
         rank, alpha = (1, 1.0) if stored.rank is None else (stored.rank, stored.alpha)
-        return Module(name, stored.kind.name, rank, alpha, frozenset(stored.shapes), factor_rows(stored.shapes))
+        return Module(
+            name,
+            stored.kind.name,
+            rank,
+            alpha,
+            frozenset(stored.shapes),
+            factor_rows(stored.shapes),
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,10 @@ def stays(state: State, task: Task, found: Decomposition, rank: int) -> bool:
         task.ready is not None
         and rank == len(found.energies)
         and found.shapes(rank).keys() == state.unchanged(task).shapes.keys()
-        and all(count(found.shapes(rank)[r]) == count(s) for r, s in state.unchanged(task).shapes.items())
+        and all(
+            count(found.shapes(rank)[r]) == count(s)
+            for r, s in state.unchanged(task).shapes.items()
+        )
     )
 
 
@@ -147,7 +161,9 @@ def dtype_of(plan: Recast, task: Task) -> str:
         raise NotRepresentable(
             f"stored as {', '.join(sorted(kept - set(FLOATS)))}; only plain floats can be computed with"
         )
-    widest = min(kept, key=FLOATS.index) if len(kept) == 1 or "F32" in kept or "F64" in kept else "F32"
+    widest = (
+        min(kept, key=FLOATS.index) if len(kept) == 1 or "F32" in kept or "F64" in kept else "F32"
+    )
     return stored_dtype(plan.options.dtype, widest)
 
 
@@ -168,15 +184,21 @@ class Worker:
             found["base"] = self.plan.base.read(task.base)
         return found
 
-    def first(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> Sequence[Stored | Decomposition | Cut]:
+    def first(
+        self, tasks: Sequence[Task], tensors: dict[str, Tensor]
+    ) -> Sequence[Stored | Decomposition | Cut]:
         """Take apart what has a rank to choose, and keep what can be known by itself; store the rest."""
         found = self._stacked(self._first_stack, tasks, tensors)
-        return found or [self._guarded(self._first, task, tensors, n) for n, task in enumerate(tasks)]
+        return found or [
+            self._guarded(self._first, task, tensors, n) for n, task in enumerate(tasks)
+        ]
 
     def second(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> Sequence[Stored]:
         """Keep the ranks chosen."""
         found = self._stacked(self._second_stack, tasks, tensors)
-        return found or [self._guarded(self._second, task, tensors, n) for n, task in enumerate(tasks)]
+        return found or [
+            self._guarded(self._second, task, tensors, n) for n, task in enumerate(tasks)
+        ]
 
     def _stacked(self, work: Any, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Any:
         """The results of tasks that are alike; None: they have to be done one by one, so that the one at fault is named."""
@@ -200,7 +222,11 @@ class Worker:
         if task.ranked:
             exact = exact.widened()
             taken = self._taken(task, exact, tensors)
-            return self._cut(task, exact, taken, tensors) if self.plan.policy and self.plan.policy.local else taken
+            return (
+                self._cut(task, exact, taken, tensors)
+                if self.plan.policy and self.plan.policy.local
+                else taken
+            )
         whole = exact if isinstance(exact, task.kind) else self._changed(task, exact)
         found = self._store(task, exact if whole.additive else whole, whole, tensors)
         if found.norm is not None and not math.isfinite(found.norm):
@@ -208,7 +234,9 @@ class Worker:
             raise NonFinite("ΔW overflows")
         return found
 
-    def _first_stack(self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Sequence[Decomposition | Cut]:
+    def _first_stack(
+        self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]
+    ) -> Sequence[Decomposition | Cut]:
         exact, policy = self._exact(tasks[0], tensors).computed(), self.plan.policy
         found = tasks[0].kind.decompose_stack(exact, self._spec(tasks[0]))
         if not all(math.isfinite(one.norm) for one in found):
@@ -217,7 +245,10 @@ class Worker:
             return found
         pairs = list(zip(tasks, found, strict=True))
         ranks = policy.choose([choice(self.plan, task, one) for task, one in pairs])
-        stay = [rank == 0 or stays(self.state, task, one, rank) for (task, one), rank in zip(pairs, ranks, strict=True)]
+        stay = [
+            rank == 0 or stays(self.state, task, one, rank)
+            for (task, one), rank in zip(pairs, ranks, strict=True)
+        ]
         stored: Sequence[Stored | None] = [None] * len(tasks)
         if not all(stay):
             stored = self._store_stack(tasks, exact, found, ranks)
@@ -235,7 +266,9 @@ class Worker:
             raise NonFinite("ΔW overflows")
         return found
 
-    def _cut(self, task: Task, exact: Weights, found: Decomposition, tensors: Mapping[str, Tensor]) -> Cut:
+    def _cut(
+        self, task: Task, exact: Weights, found: Decomposition, tensors: Mapping[str, Tensor]
+    ) -> Cut:
         assert self.plan.policy is not None
         (rank,) = self.plan.policy.choose([choice(self.plan, task, found)])
         stored = None
@@ -269,7 +302,9 @@ class Worker:
         kept = found.keep(exact, self.state.ranks[id(task)])
         return self._store(task, exact.widened(), kept, tensors, found)
 
-    def _second_stack(self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Sequence[Stored]:
+    def _second_stack(
+        self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]
+    ) -> Sequence[Stored]:
         exact = self._exact(tasks[0], tensors).computed()
         found = [self.state.taken[id(task)] for task in tasks]
         ranks = [self.state.ranks[id(task)] for task in tasks]
@@ -287,7 +322,11 @@ class Worker:
     def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, in the target's order of rows of the new format, nothing rounded."""
         parts = [self._term(task, number, term, tensors) for number, term in enumerate(task.terms)]
-        whole = parts[0] if len(parts) == 1 and self.plan.mixing is None else self._together(task, parts)
+        whole = (
+            parts[0]
+            if len(parts) == 1 and self.plan.mixing is None
+            else self._together(task, parts)
+        )
         return whole.swapped() if self.plan.keys.swapped(task.slot) else whole
 
     def _together(self, task: Task, parts: Sequence[Weights]) -> Weights:
@@ -296,8 +335,12 @@ class Worker:
             return self._mixed(task, parts)
         if vector:
             return type(parts[0]).sum(parts)
-        kind = algorithms()["full" if task.kind.name == "full" or self._thick(task, parts) else "lora"]
-        return kind.sum([part if type(part) is kind else kind.exactly(part, task.kernel) for part in parts])
+        kind = algorithms()[
+            "full" if task.kind.name == "full" or self._thick(task, parts) else "lora"
+        ]
+        return kind.sum(
+            [part if type(part) is kind else kind.exactly(part, task.kernel) for part in parts]
+        )
 
     def _thick(self, task: Task, parts: Sequence[Weights]) -> bool:
         """Whether the sum is better taken as a matrix than by its factors: to decompose it, or where ranks exceed its sides."""
@@ -315,7 +358,9 @@ class Worker:
         numbers = [term.number for term in task.terms]
         deltas = [part.delta() for part in parts]
         label = task.label
-        mixed = mix(deltas, how.method, how.density, [f"{how.seed}/{number}/{label}" for number in numbers])
+        mixed = mix(
+            deltas, how.method, how.density, [f"{how.seed}/{number}/{label}" for number in numbers]
+        )
         full = algorithms()["full"]
         return full(mixed, task.kernel or ())  # type: ignore[call-arg]
 
@@ -331,7 +376,9 @@ class Worker:
         """Whether the base is only for measuring: the kind stays, or stays what it becomes when it is resized."""
         return task.ranked and not weights.additive and type(weights).resized == task.kind.name
 
-    def _joined(self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]) -> Weights:
+    def _joined(
+        self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]
+    ) -> Weights:
         """The parts of one adapter, cut and put together."""
         found: list[Weights | None] = []
         entries = iter(enumerate(term.job.entries))
@@ -345,7 +392,9 @@ class Worker:
                 found.append(None)
                 continue
             n, entry = next(entries)
-            weights = entry.decode({role: tensors[f"{number}.{n}/{role}"] for role, _ in entry.tensors()})
+            weights = entry.decode(
+                {role: tensors[f"{number}.{n}/{role}"] for role, _ in entry.tensors()}
+            )
             found.append(weights if part.cut is None else weights.part(*part.cut))
         known = [weights for weights in found if weights is not None]
         if len(found) == 1:
@@ -356,7 +405,8 @@ class Worker:
             known = [weights for weights in found if weights is not None]
         like = known[0]
         filled = [
-            like.zeros(like, part.rows) if w is None else w for w, part in zip(found, term.job.parts, strict=True)
+            like.zeros(like, part.rows) if w is None else w
+            for w, part in zip(found, term.job.parts, strict=True)
         ]
         return type(like).fuse(filled)
 
@@ -372,7 +422,11 @@ class Worker:
     ) -> Stored:
         """Round to what is written, and measure what that leaves of the exact weights."""
         kind, place = type(kept), self.plan.keys.format.alpha
-        folded = kept.folded() if "folded" in task.changes or (place is Alpha.NONE and not kept.bounded) else kept
+        folded = (
+            kept.folded()
+            if "folded" in task.changes or (place is Alpha.NONE and not kept.bounded)
+            else kept
+        )
         dtype = torch_dtype(dtype_of(self.plan, task))
         whole = folded.encode()
         encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
@@ -380,14 +434,20 @@ class Worker:
         alpha = None if ALPHA not in encoded else Stated(float(encoded[ALPHA]))
         facts = kind.facts(shapes, alpha)
         rounded = kind.decode({role: encoded[role] for role in shapes}, facts)
-        norm, error = _lost(exact, rounded, tensors.get("base"), None if taken is None else taken.norm)
+        norm, error = _lost(
+            exact, rounded, tensors.get("base"), None if taken is None else taken.norm
+        )
         found = self._laid_out(task, kind, facts, encoded)
         value = 0.0 if alpha is None else alpha.value
         vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
         return Stored(kind, facts.rank, value, shapes, norm, error, vanished, tensors=found)
 
     def _store_stack(
-        self, tasks: Sequence[Task], exact: Weights, taken: Sequence[Decomposition], ranks: Sequence[int]
+        self,
+        tasks: Sequence[Task],
+        exact: Weights,
+        taken: Sequence[Decomposition],
+        ranks: Sequence[int],
     ) -> list[Stored]:
         """`_store` of a stack, each cut to its rank."""
         import torch
@@ -402,10 +462,18 @@ class Worker:
         results = []
         for n, (task, one, rank) in enumerate(zip(tasks, taken, ranks, strict=True)):
             shapes = one.shapes(rank)
-            own = {role: encoded[role][n][tuple(map(slice, shape))] for role, shape in shapes.items()}
+            own = {
+                role: encoded[role][n][tuple(map(slice, shape))] for role, shape in shapes.items()
+            }
             tensors = self._laid_out(task, kind, facts, {**own, ALPHA: torch.tensor(float(rank))})
-            gone = sum(_vanished(whole[role][n], encoded[role][n]) for role in shapes) if vanished else 0
-            results.append(Stored(kind, rank, float(rank), shapes, one.norm, errors[n], gone, tensors=tensors))
+            gone = (
+                sum(_vanished(whole[role][n], encoded[role][n]) for role in shapes)
+                if vanished
+                else 0
+            )
+            results.append(
+                Stored(kind, rank, float(rank), shapes, one.norm, errors[n], gone, tensors=tensors)
+            )
         return results
 
     def _laid_out(
@@ -418,7 +486,9 @@ class Worker:
             for role, name, shape in named(self.plan, task, kind, shapes)
         }
         if ALPHA in encoded and not self._silent(task, kind, facts.scale):
-            found[self.plan.keys.spell(task.slot, kind.name, ALPHA)] = encoded[ALPHA].contiguous().cpu()
+            found[self.plan.keys.spell(task.slot, kind.name, ALPHA)] = (
+                encoded[ALPHA].contiguous().cpu()
+            )
         return found
 
     def _silent(self, task: Task, kind: type[Weights], scale: float) -> bool:
@@ -449,7 +519,9 @@ def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
                 raise NonFinite("the base weight holds NaN or infinity")
             job = task.terms[int(number)].job
             raise NonFinite(
-                "holds NaN or infinity", file=job.adapter.source.path, tensor=job.entries[int(n)].keys[role]
+                "holds NaN or infinity",
+                file=job.adapter.source.path,
+                tensor=job.entries[int(n)].keys[role],
             )
 
 

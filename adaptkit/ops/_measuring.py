@@ -11,7 +11,17 @@ from adaptkit.algorithms._weights import same
 from adaptkit.checkpoint import exchanged
 from adaptkit.engine import Step
 from adaptkit.errors import NonFinite, NotRepresentable
-from adaptkit.ops._differences import BLOCK, Form, Numbers, alike, applied, difference, form, measure, widened
+from adaptkit.ops._differences import (
+    BLOCK,
+    Form,
+    Numbers,
+    alike,
+    applied,
+    difference,
+    form,
+    measure,
+    widened,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -68,7 +78,9 @@ class Worker:
         if side.entry.kind.name == "full":
             return 2 * stored
         size = stored + 2 * WIDE * elements
-        if side.base is not None and self.base is not None:  # the weight, what becomes of it, and one more meanwhile
+        if (
+            side.base is not None and self.base is not None
+        ):  # the weight, what becomes of it, and one more meanwhile
             return size + 3 * WIDE * math.prod(self.base.slot_shape(side.base))
         # factors: scaled, put together with those of the other side, and what QR makes of that
         return size + 4 * WIDE * (side.rank or 0) * (facts.rows + facts.columns)
@@ -89,7 +101,10 @@ class Worker:
         found = {name: checkpoint.read(pieces) for name, checkpoint, pieces in self._pieces(job)}
         for n, side in enumerate(job.sides):
             if side.entry is not None:
-                found |= {f"{n}/{role}": tensor for role, tensor in side.given.adapter.read(side.entry).items()}
+                found |= {
+                    f"{n}/{role}": tensor
+                    for role, tensor in side.given.adapter.read(side.entry).items()
+                }
         return found
 
     def work(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[Numbers]:
@@ -149,7 +164,9 @@ def _operand(job: Job, n: int, stored: Mapping[str, Tensor]) -> _Operand | None:
     if side.entry is None:
         return None
     found = {role: stored[f"{n}/{role}"] for role, _ in side.entry.tensors()}
-    return _Operand(side, side.entry, job.label, found, None if side.base is None else stored[_name(side.base)])
+    return _Operand(
+        side, side.entry, job.label, found, None if side.base is None else stored[_name(side.base)]
+    )
 
 
 def _pair(mine: _Operand, other: _Operand | None, rows: tuple[int, int] | None) -> Numbers:

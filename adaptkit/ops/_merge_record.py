@@ -30,9 +30,13 @@ class Provenance:
         from adaptkit.files.provenance import sha256
 
         self.plan = plan
-        for file in {file for adapter in plan.adapters for file in adapter.source.files} - known.keys():
+        for file in {
+            file for adapter in plan.adapters for file in adapter.source.files
+        } - known.keys():
             known[file] = sha256(file)
-        self.hashes = ["+".join(known[file] for file in adapter.source.files) for adapter in plan.adapters]
+        self.hashes = [
+            "+".join(known[file] for file in adapter.source.files) for adapter in plan.adapters
+        ]
 
     def metadata(self, volume: Volume) -> dict[str, str]:
         """The metadata of one file of the output."""
@@ -44,14 +48,23 @@ class Provenance:
             {"name": a.source.path.name, "sha256": digest, "strength": strength}
             for a, digest, strength in zip(plan.adapters, self.hashes, plan.strengths, strict=True)
         ]
-        record: dict[str, Any] = {"adaptkit": __version__, "command": "merge", "base": base, "adapters": merged}
+        record: dict[str, Any] = {
+            "adaptkit": __version__,
+            "command": "merge",
+            "base": base,
+            "adapters": merged,
+        }
         if plan.options.blocks:
             record["blocks"] = list(plan.options.blocks)
         for option in ("only", "skip"):
             if getattr(plan.options, option):
                 record[option] = list(getattr(plan.options, option))
         found = updated(volume.metadata, record)
-        return {**found, **_for_hosts(found, base, merged)} if any(job.changes for job in plan.jobs) else found
+        return (
+            {**found, **_for_hosts(found, base, merged)}
+            if any(job.changes for job in plan.jobs)
+            else found
+        )
 
 
 def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -63,7 +76,10 @@ def _for_hosts(
     metadata: Mapping[str, str], base: Mapping[str, str], merged: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
     earlier = metadata.get("modelspec.merged_from")
-    names = [earlier or base["name"].rpartition(".")[0] or base["name"], *(_bare(item["name"]) for item in merged)]
+    names = [
+        earlier or base["name"].rpartition(".")[0] or base["name"],
+        *(_bare(item["name"]) for item in merged),
+    ]
     recipe = {
         "type": "adaptkit",
         "base_model": dict(base),

@@ -105,12 +105,15 @@ class Plan:
             "modules": sum(len(job.contributions) for job in self.jobs),
             "tensors_changed": sum(job.changes for job in self.jobs),
             "tensors_copied": len(self.specs) - sum(len(job.writes()) for job in self.working),
-            "bytes_in": self.base.source.size + sum(adapter.source.size for adapter in self.adapters),
+            "bytes_in": self.base.source.size
+            + sum(adapter.source.size for adapter in self.adapters),
             "bytes_out": sum(nbytes(spec.dtype, spec.shape) for spec in self.specs),
             "peak_memory": peak_memory(self.steps, self.options.memory),
             "device": self.options.device,
             "adapters": self.described(),
-            "block_weights": [f"{r['rule']} = {r['weight']:g}: {r['modules']} modules" for r in self.rules],
+            "block_weights": [
+                f"{r['rule']} = {r['weight']:g}: {r['modules']} modules" for r in self.rules
+            ],
             "files": self.layout.files(),
             "unused": [item.to_dict() for item in self.unused],
             "details": [
@@ -129,7 +132,8 @@ class Plan:
     def described(self) -> list[dict[str, Any]]:
         """The adapters: path, format, strength, how many of their modules apply."""
         counts = [
-            sum(c.adapter == n for job in self.jobs for c in job.contributions) for n in range(len(self.adapters))
+            sum(c.adapter == n for job in self.jobs for c in job.contributions)
+            for n in range(len(self.adapters))
         ]
         return [
             {"path": str(a.source.path), "format": a.format.name, "strength": s, "modules": n}

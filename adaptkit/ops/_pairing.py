@@ -59,7 +59,9 @@ class Wanted:
     options: Shared
 
 
-def open_pair(base: Path, tuned: Path, family: str | None, *, ema: bool = False) -> tuple[Checkpoint, Checkpoint]:
+def open_pair(
+    base: Path, tuned: Path, family: str | None, *, ema: bool = False
+) -> tuple[Checkpoint, Checkpoint]:
     """Both checkpoints, of one family; a look-alike follows the base. ShapeMismatch where they are of two.
 
     Where no family fits the base: both under their own names, if these are the same (`known` is then False). `ema`: the
@@ -75,7 +77,11 @@ def open_pair(base: Path, tuned: Path, family: str | None, *, ema: bool = False)
         pair = first, _partner(first, tuned, family, ema)
     if ema and not any(checkpoint.ema for checkpoint in pair):
         _close(pair)
-        raise NoSuchName("neither checkpoint holds averaged (EMA) weights", hint="read the plain ones", file=tuned)
+        raise NoSuchName(
+            "neither checkpoint holds averaged (EMA) weights",
+            hint="read the plain ones",
+            file=tuned,
+        )
     return pair
 
 
@@ -103,13 +109,17 @@ def _partner(first: Checkpoint, tuned: Path, family: str | None, ema: bool) -> C
     return second
 
 
-def _under_own_names(base: Path, tuned: Path, ema: bool, unknown: UnknownAdapter) -> tuple[Checkpoint, Checkpoint]:
+def _under_own_names(
+    base: Path, tuned: Path, ema: bool, unknown: UnknownAdapter
+) -> tuple[Checkpoint, Checkpoint]:
     """Two checkpoints of a family without a table, where they name their modules alike; else `unknown` of the base."""
     sources: list[TensorSource] = []
     try:
         for path in (base, tuned):
             sources.append(open_source(path))
-        family = family_of_weights(*({n: info.shape for n, info in s.infos.items()} for s in sources))
+        family = family_of_weights(
+            *({n: info.shape for n, info in s.infos.items()} for s in sources)
+        )
         first, second = (Checkpoint.under_own_names(source, family, ema=ema) for source in sources)
         ours, theirs = first.targets().keys(), second.targets().keys()
         adapters = any(is_adapter(source.infos) for source in sources)
@@ -122,7 +132,10 @@ def _under_own_names(base: Path, tuned: Path, ema: bool, unknown: UnknownAdapter
     return first, second
 
 
-_PASSED_OVER = {"ema": "not compared", "replaced": "its average is read instead"}  # parts of no interest here
+_PASSED_OVER = {
+    "ema": "not compared",
+    "replaced": "its average is read instead",
+}  # parts of no interest here
 
 
 class Pairing:
@@ -169,7 +182,9 @@ class Pairing:
             if checkpoint.ema:
                 yield f"Of the {which}, the averaged (EMA) values of {checkpoint.ema} weights are read."
 
-    def _target(self, target: Target, ours: Mapping[Slot, str], theirs: Mapping[Slot, str]) -> Iterator[Job]:
+    def _target(
+        self, target: Target, ours: Mapping[Slot, str], theirs: Mapping[Slot, str]
+    ) -> Iterator[Job]:
         refusal = self.base.refusal(ours.values()) or self.tuned.refusal(theirs.values())
         for slot in self.keys.slots(target) or (Slot(target),):
             label = self.base.label(slot)
@@ -184,18 +199,26 @@ class Pairing:
             else:
                 yield from self._pair(slot, label, base, tuned)
 
-    def _pair(self, slot: Slot, label: str, base: tuple[Piece, ...], tuned: tuple[Piece, ...]) -> Iterator[Job]:
+    def _pair(
+        self, slot: Slot, label: str, base: tuple[Piece, ...], tuned: tuple[Piece, ...]
+    ) -> Iterator[Job]:
         first, second = self.base.slot_shape(base), self.tuned.slot_shape(tuned)
         if _squeezed(first) != _squeezed(second):
             self.lost.append(
-                Unused(tuned[0].name, f"shape {list(first)} in the base, {list(second)} in the tuned checkpoint")
+                Unused(
+                    tuned[0].name,
+                    f"shape {list(first)} in the base, {list(second)} in the tuned checkpoint",
+                )
             )
             return
         yield self._choose(Job(slot, label, base, tuned, second, self._dtype(base, tuned)))
 
     def _dtype(self, base: tuple[Piece, ...], tuned: tuple[Piece, ...]) -> str:
         """The dtype to write: the tuned checkpoint's, or that of the base where the tuned one's is fp8; float16 for two fp8."""
-        found = [c.source.infos[pieces[0].name].dtype for c, pieces in ((self.tuned, tuned), (self.base, base))]
+        found = [
+            c.source.infos[pieces[0].name].dtype
+            for c, pieces in ((self.tuned, tuned), (self.base, base))
+        ]
         kept = next((dtype for dtype in found if dtype in FLOATS), "F16")
         return stored_dtype(self.options.dtype, "F32" if kept == "F64" else kept)
 
@@ -229,11 +252,17 @@ class Pairing:
                 yield from self._other(name, part)
             else:
                 renamed = part != "unknown" and part in ours.values()
-                reason = "the base has it under other names" if renamed else "not in the base checkpoint"
+                reason = (
+                    "the base has it under other names" if renamed else "not in the base checkpoint"
+                )
                 self.left.append(Unused(name, f"{part}: {reason}"))
         for name, part in ours.items():
             named = name in theirs or part in {*_PASSED_OVER, "scale"}
-            if not named and (part == "unknown" or part not in theirs.values()) and selected(name, part, self.options):
+            if (
+                not named
+                and (part == "unknown" or part not in theirs.values())
+                and selected(name, part, self.options)
+            ):
                 self.left.append(Unused(name, f"{part}: not in the tuned checkpoint"))
 
     def _other(self, name: str, part: str) -> Iterator[Job]:

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Module", "adapter_file", "check_adapter_output", "diffusers_metadata", "factor_rows", "peft_config"]
+__all__ = [
+    "Module",
+    "adapter_file",
+    "check_adapter_output",
+    "diffusers_metadata",
+    "factor_rows",
+    "peft_config",
+]
 
 TEXT_MODEL = "text_model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -54,7 +61,10 @@ def peft_config(modules: Sequence[Module]) -> dict[str, Any]:
         )
     (algorithm,) = algorithms
     alpha_name = "lora_alpha" if KINDS[algorithm] == "LORA" else "alpha"
-    ranks, alphas = _patterns((m.name, m.rank) for m in modules), _patterns((m.name, m.alpha) for m in modules)
+    ranks, alphas = (
+        _patterns((m.name, m.rank) for m in modules),
+        _patterns((m.name, m.alpha) for m in modules),
+    )
     config: dict[str, Any] = {
         "peft_type": KINDS[algorithm],
         "base_model_name_or_path": None,
@@ -70,8 +80,17 @@ def peft_config(modules: Sequence[Module]) -> dict[str, Any]:
 
 def _special(algorithm: str, modules: Sequence[Module]) -> dict[str, Any]:
     if algorithm in ("lora", "lora+dora"):
-        return {"use_dora": algorithm == "lora+dora", "use_rslora": False, "bias": "none", "fan_in_fan_out": False}
-    tucker = {bool(module.roles & {"t1", "t2"}) for module in modules if module.roles & {"t1", "t2", "w2_b", "w1_b"}}
+        return {
+            "use_dora": algorithm == "lora+dora",
+            "use_rslora": False,
+            "bias": "none",
+            "fan_in_fan_out": False,
+        }
+    tucker = {
+        bool(module.roles & {"t1", "t2"})
+        for module in modules
+        if module.roles & {"t1", "t2", "w2_b", "w1_b"}
+    }
     fields: dict[str, Any] = {"use_effective_conv2d": True in tucker}
     if algorithm == "loha":
         return fields
@@ -92,11 +111,15 @@ def _patterns(values: Iterable[tuple[str, float]]) -> tuple[float, dict[str, flo
     """
     listed = list(values)
     usual = Counter(value for _, value in listed).most_common(1)[0][0]
-    return _plain(usual), {_exactly(name): _plain(value) for name, value in listed if value != usual}
+    return _plain(usual), {
+        _exactly(name): _plain(value) for name, value in listed if value != usual
+    }
 
 
 def _exactly(name: str) -> str:
-    return name if name.startswith("encoder.layers.") else f"^{name}"  # of a text encoder, perhaps below `text_model.`
+    return (
+        name if name.startswith("encoder.layers.") else f"^{name}"
+    )  # of a text encoder, perhaps below `text_model.`
 
 
 def _anywhere(module: Module) -> Module:
@@ -130,7 +153,9 @@ def check_adapter_output(output: Path, *, folder: bool, overwrite: bool) -> None
 
 
 @contextmanager
-def adapter_file(output: Path, modules: Sequence[Module] | None, overwrite: bool) -> Iterator[tuple[Path, bool]]:
+def adapter_file(
+    output: Path, modules: Sequence[Module] | None, overwrite: bool
+) -> Iterator[tuple[Path, bool]]:
     """The file to write weights into, and whether it may exist: `output`, or for PEFT (`modules`) one in a new folder
     `output`, which appears with its configuration when the block ends."""
     if modules is None:

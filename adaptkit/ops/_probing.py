@@ -63,8 +63,12 @@ class Probe:
         if self.made is None:
             return []
         if self.rank is not None:
-            return [f"this difference is a rank-{self.rank} LoRA: --rank {self.rank} keeps all of it but rounding."]
-        return [f"this difference is a LoKr: --algo lokr --factor {self.factor} keeps all of it but rounding."]
+            return [
+                f"this difference is a rank-{self.rank} LoRA: --rank {self.rank} keeps all of it but rounding."
+            ]
+        return [
+            f"this difference is a LoKr: --algo lokr --factor {self.factor} keeps all of it but rounding."
+        ]
 
 
 def as_rounded(tuned: Checkpoint, job: Job, tensor: Tensor) -> Tensor:
@@ -74,13 +78,17 @@ def as_rounded(tuned: Checkpoint, job: Job, tensor: Tensor) -> Tensor:
     return tensor.to(torch_dtype(min(dtypes))) if dtypes <= set(FP8) and not scaled else tensor
 
 
-def look(job: Job, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None) -> Look:
+def look(
+    job: Job, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
+) -> Look:
     """At one difference (m, n) of norm² > 0, `rounded` being the tuned weight in its own dtype."""
     from adaptkit.linalg.kronscan import FACTORS, scan_kron
     from adaptkit.linalg.noise import WEAK, rank_above_noise, rounding_noise, zero_share
 
     noise = rounding_noise(rounded)
-    scan = scan or scan_kron(delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0])
+    scan = scan or scan_kron(
+        delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0]
+    )
     which = int(scan.recognised(noise.floor))
     told = float(zero_share(delta)) < WEAK
     found = rank_above_noise(delta, noise) if told else None
@@ -103,7 +111,12 @@ def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
     if factors:
         best = vote(factors)
         if best.agree > MOST * len(looks):
-            return {"algorithm": "lokr", "factor": best.value, "layers": best.agree, "of": len(looks)}
+            return {
+                "algorithm": "lokr",
+                "factor": best.value,
+                "layers": best.agree,
+                "of": len(looks),
+            }
     ranks = [one.rank for one in looks if one.rank]
     if ranks:
         best = vote(ranks)
@@ -114,14 +127,20 @@ def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
 
 def sample(jobs: Sequence[Job]) -> list[Job]:
     """Twice as many layers as are needed, evenly spread, handy ones first: some may not have changed."""
-    matrices = [job for job in jobs if job.algorithm is not None and job.role == "diff" and min(job.matrix) > 1]
+    matrices = [
+        job
+        for job in jobs
+        if job.algorithm is not None and job.role == "diff" and min(job.matrix) > 1
+    ]
     handy = [job for job in matrices if math.prod(job.matrix) <= HANDY]
     chosen = handy if len(handy) >= SAMPLE else matrices
     count = min(2 * SAMPLE, len(chosen))
     return [chosen[n * len(chosen) // count] for n in range(count)]
 
 
-def probe(base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Job], resources: engine.Resources) -> Probe:
+def probe(
+    base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Job], resources: engine.Resources
+) -> Probe:
     """Look at a sample of the layers."""
     looks: list[Look] = []
     steps = [_step(job, base, tuned) for job in sample(jobs)]

@@ -85,7 +85,10 @@ class Ray:
             while todo or busy:
                 while len(busy) < self.workers and (bundle := todo.take()) is not None:
                     worker = idle.pop() if idle else self._worker(ray)
-                    busy[worker.actor.perform.remote([job.to_dict() for job in bundle])] = worker, bundle
+                    busy[worker.actor.perform.remote([job.to_dict() for job in bundle])] = (
+                        worker,
+                        bundle,
+                    )
                 for ready in ray.wait(list(busy), timeout=POLL)[0] if busy else []:
                     worker, bundle = busy.pop(ready)
                     outcomes = _outcomes(ray, ready, bundle)
@@ -97,7 +100,12 @@ class Ray:
                     if len(bundle) > 1:
                         todo.split(bundle)
                     else:
-                        yield bundle[0], Outcome(error="its worker process on the Ray cluster was killed", hint=HINT)
+                        yield (
+                            bundle[0],
+                            Outcome(
+                                error="its worker process on the Ray cluster was killed", hint=HINT
+                            ),
+                        )
         finally:
             for worker, bundle in busy.values():
                 _kill(ray, worker)
@@ -108,7 +116,11 @@ class Ray:
                 ray.shutdown()
 
     def _worker(self, ray: Any) -> _Worker:
-        options = {"num_cpus": 1, "max_restarts": 0, "runtime_env": {"env_vars": dict(self._environment())}}
+        options = {
+            "num_cpus": 1,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": dict(self._environment())},
+        }
         actor = ray.remote(_Actor).options(**options).remote(os.getcwd())  # noqa: PTH109 - as text
         return _Worker(actor, actor.pid.remote())
 
@@ -135,7 +147,8 @@ def _outcomes(ray: Any, ready: Any, bundle: Bundle) -> list[Outcome] | None:
         if "The actor died because of an error raised in its creation task" in str(error):
             words = str(error.__cause__ or error).strip().splitlines()[-1]
             failed = Outcome(
-                error=f"no worker can start on the Ray cluster: {words}", hint="files must be on shared storage"
+                error=f"no worker can start on the Ray cluster: {words}",
+                hint="files must be on shared storage",
             )
             return [failed] * len(bundle)
         return None

@@ -13,7 +13,13 @@ from adaptkit.algorithms._weights import ALPHA, THIN
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory, peak_memory
-from adaptkit.errors import AdaptkitError, AmbiguousAdapter, NothingToDo, NotRepresentable, ShapeMismatch
+from adaptkit.errors import (
+    AdaptkitError,
+    AmbiguousAdapter,
+    NothingToDo,
+    NotRepresentable,
+    ShapeMismatch,
+)
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats._format import Alpha
 from adaptkit.keymap import KeyMap, algorithms, compile_keys
@@ -46,7 +52,18 @@ __all__ = [
 ]
 
 SANE = 1e4  # an alpha above this, where it multiplies nothing, is a placeholder (ai-toolkit writes 9999999999)
-CHANGES = ("renamed", "split", "fused", "swapped", "folded", "scaled", "summed", "changed", "resized", "cast")
+CHANGES = (
+    "renamed",
+    "split",
+    "fused",
+    "swapped",
+    "folded",
+    "scaled",
+    "summed",
+    "changed",
+    "resized",
+    "cast",
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,11 @@ class Task:
     @cached_property
     def dtypes(self) -> frozenset[str]:
         """The dtypes of all their tensors."""
-        terms = ((term.job.adapter.source.infos, entry) for term in self.terms for entry in term.job.entries)
+        terms = (
+            (term.job.adapter.source.infos, entry)
+            for term in self.terms
+            for entry in term.job.entries
+        )
         return frozenset(infos[key].dtype for infos, entry in terms for _, key in entry.tensors())
 
     @cached_property
@@ -178,7 +199,11 @@ class Recast:
     def to_dict(self) -> dict[str, Any]:
         """What `--dry-run` prints; `bytes_out_copied` leaves out what has to be computed first."""
         ready = [
-            item for task in self.tasks if not task.ranked for item in task.ready or () if isinstance(item, Copied)
+            item
+            for task in self.tasks
+            if not task.ranked
+            for item in task.ready or ()
+            if isinstance(item, Copied)
         ]
         return {
             "output": str(self.output),
@@ -284,7 +309,11 @@ def recast(
     tasks = planner.tasks()
     refuse_unused(planner.unused, options.allow_unused, path)
     if not tasks:
-        raise NothingToDo(f"no module of this adapter is left to {command}", hint="see --only and --skip", file=path)
+        raise NothingToDo(
+            f"no module of this adapter is left to {command}",
+            hint="see --only and --skip",
+            file=path,
+        )
     _check_family(first, into.format, tasks, options)
     steps = tuple(_step(task) for task in tasks if task.ready is None or task.ranked)
     check_memory(steps, options.memory)
@@ -310,15 +339,24 @@ def _base(path: Path, adapter: Adapter) -> Checkpoint:
     found = Checkpoint.open(path, family=adapter.family.name if adapter.known else None)
     if adapter.known and found.family is not adapter.family:
         found.close()
-        raise ShapeMismatch(f"the base is {found.family.title}, the adapter is for {adapter.family.title}", file=path)
+        raise ShapeMismatch(
+            f"the base is {found.family.title}, the adapter is for {adapter.family.title}",
+            file=path,
+        )
     return found
 
 
 def _keys(adapter: Adapter, format: str) -> KeyMap:
-    return compile_keys(adapter.family.name, format) if adapter.known else KeyMap(adapter.family, formats()[format])
+    return (
+        compile_keys(adapter.family.name, format)
+        if adapter.known
+        else KeyMap(adapter.family, formats()[format])
+    )
 
 
-def _check_family(adapter: Adapter, format: str, tasks: Sequence[Task], options: RecastOptions) -> None:
+def _check_family(
+    adapter: Adapter, format: str, tasks: Sequence[Task], options: RecastOptions
+) -> None:
     """AmbiguousAdapter where a look-alike family would give other names."""
     if options.family is not None or format == adapter.format.name:
         return
@@ -348,7 +386,9 @@ def _step(task: Task) -> Step[Task]:
     for term in task.terms:
         infos = term.job.adapter.source.infos
         fused = len(term.job.parts) if len(term.job.parts) > 1 else 1
-        elements += fused * sum(infos[key].numel for entry in term.job.entries for _, key in entry.tensors())
+        elements += fused * sum(
+            infos[key].numel for entry in term.job.entries for _, key in entry.tensors()
+        )
         dense = max(dense, sum(e.facts.rows * e.facts.columns for e in term.job.entries))
     whole = "changed" in task.changes or task.kind.name == "full" or task.base is not None
     order = adapter.source.order(next(task.entries[0].tensors())[1])
@@ -387,7 +427,11 @@ class _Planner:
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
         self.held = {} if base is None else base.targets()
         self.notes: list[str] = []
-        self.unused = [Unused(key, _why(one, key, why)) for one in adapters for key, why in one.unclaimed.items()]
+        self.unused = [
+            Unused(key, _why(one, key, why))
+            for one in adapters
+            for key, why in one.unclaimed.items()
+        ]
         self.carried = tuple(self._carried())
 
     def _carried(self) -> Iterator[Copied]:
@@ -396,7 +440,11 @@ class _Planner:
         for number, adapter in enumerate(self.adapters):
             for name in adapter.carried:
                 if name in taken:
-                    self.unused.append(Unused(name, f"{adapter.source.path.name}: another input has one of this name"))
+                    self.unused.append(
+                        Unused(
+                            name, f"{adapter.source.path.name}: another input has one of this name"
+                        )
+                    )
                 else:
                     taken.add(name)
                     yield Copied(name, name, _spec(adapter, name), number)
@@ -414,7 +462,11 @@ class _Planner:
         if not (self.options.only or self.options.skip):
             return adapter.entries
         label = adapter.label
-        return {s: e for s, e in adapter.entries.items() if selected(label(s), s.component, self.options)}
+        return {
+            s: e
+            for s, e in adapter.entries.items()
+            if selected(label(s), s.component, self.options)
+        }
 
     def _task(self, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None)
@@ -466,12 +518,16 @@ class _Planner:
         """Of a sum: of LoRAs a LoRA of all ranks together; else that, or the full difference where it is smaller."""
         if self.policy is not None:
             return algorithms()["lora"]
-        if self.mixing is not None or any(kind.name == "full" or not kind.additive for kind in kinds):
+        if self.mixing is not None or any(
+            kind.name == "full" or not kind.additive for kind in kinds
+        ):
             return algorithms()["full"]
         rank = sum(product_rank(term) for term in task.terms)
         facts = task.entries[0].facts
         rows = sum(entry.facts.rows for entry in task.terms[0].job.entries)
-        lora = {kind.name for kind in kinds} == {"lora"} or rank * (rows + facts.columns) < rows * facts.columns
+        lora = {kind.name for kind in kinds} == {"lora"} or rank * (
+            rows + facts.columns
+        ) < rows * facts.columns
         return algorithms()["lora" if lora else "full"]
 
     def _ranked(self, task: Task, kind: type[Weights]) -> bool:
@@ -484,7 +540,9 @@ class _Planner:
         """Where the slot lies in the base, for terms that have no difference of their own; NotRepresentable without one."""
         dependent = [entry for entry in task.entries if not entry.kind.additive]
         alone = len(task.terms) == 1 and self.mixing is None and task.terms[0].weight == 1.0
-        if not dependent or (alone and all(entry.kind is kind or _turned(entry.kind, kind) for entry in dependent)):
+        if not dependent or (
+            alone and all(entry.kind is kind or _turned(entry.kind, kind) for entry in dependent)
+        ):
             return None if self.base is None or not dependent else self._located(task)
         if self.base is None:
             name = dependent[0].kind.name
@@ -498,7 +556,9 @@ class _Planner:
         assert self.base is not None
         pieces = self.base.locate(task.slot, self.held.get(task.slot.target, {}))
         if pieces is None:
-            raise NotRepresentable(f"the base checkpoint has no {task.label}", hint="is it the right --base?")
+            raise NotRepresentable(
+                f"the base checkpoint has no {task.label}", hint="is it the right --base?"
+            )
         return pieces
 
     # what is done to it ---------------------------------------------------------------------------------------------
@@ -565,9 +625,13 @@ class _Planner:
             return None
         name = self.keys.spell(term.job.slot, entry.kind.name, ALPHA)
         stored, rank = entry.keys.get(ALPHA), entry.facts.rank
-        placeholder = rank is None and not entry.kind.bounded and not abs(entry.alpha or math.inf) <= SANE
+        placeholder = (
+            rank is None and not entry.kind.bounded and not abs(entry.alpha or math.inf) <= SANE
+        )
         if stored is not None and not placeholder:
-            return Copied(name, stored, _spec(term.job.adapter, stored)._replace(name=name), term.number)
+            return Copied(
+                name, stored, _spec(term.job.adapter, stored)._replace(name=name), term.number
+            )
         return Written(name, 1.0 if rank is None else entry.facts.scale * rank)
 
     def _silent(self, entry: Entry) -> bool:

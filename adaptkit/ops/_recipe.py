@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.errors import AdaptkitError, CorruptFile, NothingToDo, WrongUsage
 from adaptkit.files.header import unreadable
 from adaptkit.ops._common import split_strength
-from adaptkit.ops._fields import INPUTS, Reader, Rooted, check_known, default_of, inside, names_of, nearest, options_of
+from adaptkit.ops._fields import (
+    INPUTS,
+    Reader,
+    Rooted,
+    check_known,
+    default_of,
+    inside,
+    names_of,
+    nearest,
+    options_of,
+)
 from adaptkit.ops._ranks import RULES
 from adaptkit.ops._template import filled, stem
 
@@ -65,12 +75,19 @@ class Job:
 
     def reads(self) -> tuple[Path, ...]:
         """All files and folders that it reads, those that options name among them."""
-        named = (value for name, value in self.options.items() if isinstance(value, Path) and name != "output")
+        named = (
+            value
+            for name, value in self.options.items()
+            if isinstance(value, Path) and name != "output"
+        )
         return (*(item.path for item in self.inputs), *named)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for a process of its own."""
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in self.options.items()}
+        options = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in self.options.items()
+        }
         inputs = [[item.role, str(item.path), item.strength] for item in self.inputs]
         return {
             "number": self.number,
@@ -85,7 +102,9 @@ class Job:
         """The inverse of `to_dict`."""
         kinds = options_of(record["command"])
         options = {name: _restored(kinds[name], value) for name, value in record["options"].items()}
-        inputs = tuple(Input(role, Path(path), strength) for role, path, strength in record["inputs"])
+        inputs = tuple(
+            Input(role, Path(path), strength) for role, path, strength in record["inputs"]
+        )
         return cls(record["number"], record["place"], record["command"], inputs, options)
 
 
@@ -123,7 +142,9 @@ def _jobs(path: Path, text: str, made: frozenset[Path]) -> Iterator[Job]:
     try:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise CorruptFile(f"is not valid TOML: {error}", hint="https://toml.io shows the syntax") from None
+        raise CorruptFile(
+            f"is not valid TOML: {error}", hint="https://toml.io shows the syntax"
+        ) from None
     for name in document.keys() - {"job", "matrix", "defaults"}:
         raise nearest("table", name, ["job", "matrix", "defaults"], "at the top")
     defaults = _Defaults.read(document.get("defaults", {}))
@@ -143,10 +164,14 @@ def _tables(document: Mapping[str, Any], text: str) -> Iterator[tuple[str, dict[
     found = {kind: document.get(kind, []) for kind in ("job", "matrix")}
     for kind, tables in found.items():
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            raise WrongUsage(f"`{kind}` is not a list of tables", hint=f"write [[{kind}]] above each")
+            raise WrongUsage(
+                f"`{kind}` is not a list of tables", hint=f"write [[{kind}]] above each"
+            )
     lines = [(m.group(1), text.count("\n", 0, m.start(1)) + 1) for m in TABLE.finditer(text)]
     if any(sum(k == kind for k, _ in lines) != len(tables) for kind, tables in found.items()):
-        lines = [(kind, 0) for kind, tables in found.items() for _ in tables]  # spelled in another way: no lines
+        lines = [
+            (kind, 0) for kind, tables in found.items() for _ in tables
+        ]  # spelled in another way: no lines
     seen = dict.fromkeys(found, 0)
     for kind, line in lines:
         seen[kind] += 1
@@ -162,7 +187,9 @@ def _singular(table: Mapping[str, Any], place: str) -> dict[str, Any]:
     for name, value in table.items():
         singular = PLURALS.get(name, name)
         if singular in found:
-            raise WrongUsage(f"{place}: {singular} and {name} are the same", hint="give one of them")
+            raise WrongUsage(
+                f"{place}: {singular} and {name} are the same", hint="give one of them"
+            )
         found[singular] = value
     return found
 
@@ -185,7 +212,9 @@ class _Defaults:
             each[name] = _singular(values, f"[defaults.{name}]")
             for key in each[name]:
                 check_known(key, names_of(name), f"[defaults.{name}]")
-        every = _singular({name: value for name, value in table.items() if name not in each}, "[defaults]")
+        every = _singular(
+            {name: value for name, value in table.items() if name not in each}, "[defaults]"
+        )
         for name in every:
             check_known(name, set().union(*map(names_of, INPUTS)), "[defaults]")
         return cls(every, each)
@@ -194,7 +223,10 @@ class _Defaults:
         """(command, all that is said for it): a job's own words before those for its command before those for all."""
         command = given.pop("command", None)
         if not isinstance(command, str):
-            raise WrongUsage(f"{place}: it does not say what to do", hint=f"add command, one of: {', '.join(INPUTS)}")
+            raise WrongUsage(
+                f"{place}: it does not say what to do",
+                hint=f"add command, one of: {', '.join(INPUTS)}",
+            )
         if command not in INPUTS:
             raise nearest("command", command, INPUTS, place)
         known = names_of(command)
@@ -204,7 +236,10 @@ class _Defaults:
         every = {name: value for name, value in self.every.items() if name in known}
         for stronger in (every, self.each.get(command, {}), given):
             beaten = {name for group in RIVALS if stronger.keys() & {*group} for name in group}
-            found = {**{name: value for name, value in found.items() if name not in beaten}, **stronger}
+            found = {
+                **{name: value for name, value in found.items() if name not in beaten},
+                **stronger,
+            }
         return command, found
 
 
@@ -223,7 +258,9 @@ class _Axes:
         yield from (dict(chosen) for chosen in product(*axes))
 
     def _axis(self, name: str, value: Any) -> list[Any]:
-        if options_of(self.command).get(name, "").startswith("tuple"):  # a list is one value, a list of lists several
+        if (
+            options_of(self.command).get(name, "").startswith("tuple")
+        ):  # a list is one value, a list of lists several
             several = isinstance(value, list) and any(isinstance(item, list) for item in value)
             return value if several else [value]
         values = value if isinstance(value, list) else [value]
@@ -238,12 +275,16 @@ class _Axes:
         if not isinstance(item, str) or not any(mark in item for mark in "*?["):
             return [item]
         whole = inside(self.root, item)
-        path, strength = split_strength(str(whole)) if "strength" in INPUTS[self.command] else (whole, 1.0)
+        path, strength = (
+            split_strength(str(whole)) if "strength" in INPUTS[self.command] else (whole, 1.0)
+        )
         if path.exists():
             return [item]
         after = "" if path == whole else f":{strength!r}"
         anchor = Path(path.anchor)
-        found = [match for match in anchor.glob(str(path.relative_to(anchor))) if self._meant(match)]
+        found = [
+            match for match in anchor.glob(str(path.relative_to(anchor))) if self._meant(match)
+        ]
         if not found:
             raise WrongUsage(f"{self.place}: nothing matches {name} = {item!r}")
         return [Rooted(f"{match}{after}") for match in sorted(found)]
@@ -263,19 +304,31 @@ class _Table:
         self._check_complete()
         reader, command = self.reader, self.reader.command
         given = {name: value for name, value in self.values.items() if name in options_of(command)}
-        options = {name: reader.option(name, value) for name, value in given.items() if name != "output"}
+        options = {
+            name: reader.option(name, value) for name, value in given.items() if name != "output"
+        }
         inputs = tuple(self._inputs())
         return Job(
-            number, reader.place, command, inputs, {**options, "output": self._output(number, inputs, given, options)}
+            number,
+            reader.place,
+            command,
+            inputs,
+            {**options, "output": self._output(number, inputs, given, options)},
         )
 
     def _check_complete(self) -> None:
         place, command = self.reader.place, self.reader.command
         for name in INPUTS[command]:
             if name != "strength" and name not in self.values:
-                raise WrongUsage(f"{place}: {command} needs {name}", hint=f"add {name}, the path of a file or folder")
+                raise WrongUsage(
+                    f"{place}: {command} needs {name}",
+                    hint=f"add {name}, the path of a file or folder",
+                )
         if command == "convert" and not self.values.keys() & {"to", "host", "algo", "dtype"}:
-            raise WrongUsage(f"{place}: it does not say what to write", hint="add to, the name of a format, or host")
+            raise WrongUsage(
+                f"{place}: it does not say what to write",
+                hint="add to, the name of a format, or host",
+            )
         if "output" not in self.values:
             names = "-".join(f"{{{name}}}" for name in INPUTS[command])
             hint = f'add output = "{names}.safetensors", here or under [defaults.{command}]'
@@ -298,20 +351,30 @@ class _Table:
             yield Input("adapter", path, factor * strength)
 
     def _output(
-        self, number: int, inputs: tuple[Input, ...], given: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        number: int,
+        inputs: tuple[Input, ...],
+        given: Mapping[str, Any],
+        options: Mapping[str, Any],
     ) -> Path:
         """Sizes stand in a name as the recipe writes them, paths by their stems."""
         command = self.reader.command
-        names: dict[str, Any] = {name: default_of(command, name) for name in options_of(command) if name != "output"}
+        names: dict[str, Any] = {
+            name: default_of(command, name) for name in options_of(command) if name != "output"
+        }
         for name, value in options.items():
             names[name] = stem(value) if isinstance(value, Path) else given[name]
         names |= {"number": number, "command": command}
         for role in INPUTS[command]:
             if role != "strength":
                 names[role] = "+".join(stem(item.path) for item in inputs if item.role == role)
-        strengths = list(dict.fromkeys(item.strength for item in inputs if item.strength is not None))
+        strengths = list(
+            dict.fromkeys(item.strength for item in inputs if item.strength is not None)
+        )
         if strengths:
-            names["strength"] = strengths[0] if len(strengths) == 1 else "+".join(f"{s:g}" for s in strengths)
+            names["strength"] = (
+                strengths[0] if len(strengths) == 1 else "+".join(f"{s:g}" for s in strengths)
+            )
         template = self.reader.text("output", self.values["output"])
         return inside(self.reader.root, filled(template, names, self.reader.place))
 
@@ -328,9 +391,7 @@ def _check_apart(jobs: tuple[Job, ...]) -> None:
         for path in job.reads():
             maker = writers.get(_whole(path))
             if maker is not None:
-                hint = (
-                    "jobs run in any order, on files that stay as they are: use another recipe for what builds on this"
-                )
+                hint = "jobs run in any order, on files that stay as they are: use another recipe for what builds on this"
                 raise WrongUsage(f"{job.place} reads what {maker.place} writes: {path}", hint=hint)
 
 

@@ -72,14 +72,23 @@ def wanted(base: Checkpoint, layout: str | None) -> bool:
 def _is_native(base: Checkpoint) -> bool:
     """Whether all weights have the names that an original file gives them, so that they need only be joined."""
     keys = CheckpointMap(base.family, beside=True)
-    return all(name in _native(keys, place) for name in base.source.infos if (place := keys.parse(name)) is not None)
+    return all(
+        name in _native(keys, place)
+        for name in base.source.infos
+        if (place := keys.parse(name)) is not None
+    )
 
 
 def _native(keys: CheckpointMap, place: Place) -> Iterator[str]:
     part = keys.family.component(place.slot.component)
     naming = _naming(part, SINGLE)
     spelled = keys.spelled(place.slot.target, naming)
-    return (p + one.key for p in part.checkpoints.get(naming, ()) if p != f"{part.name}." for one in spelled)
+    return (
+        p + one.key
+        for p in part.checkpoints.get(naming, ())
+        if p != f"{part.name}."
+        for one in spelled
+    )
 
 
 def _naming(part: Component, layout: str) -> str:
@@ -144,7 +153,12 @@ class Relayout:
         for name in self.given:
             place = self.keys.parse(name)
             if place is None:
-                self._lose(name, MADE_ANEW if _CONSTANTS.match(name) else "no table says what this layout calls it")
+                self._lose(
+                    name,
+                    MADE_ANEW
+                    if _CONSTANTS.match(name)
+                    else "no table says what this layout calls it",
+                )
             elif place.slot in found.get(place.slot.target, {}):
                 self._lose(name, "held twice; the first one is kept")
             else:
@@ -162,7 +176,10 @@ class Relayout:
         if place is None or not spelled:
             for name in held.values():
                 self._lose(
-                    name, f"the layout has no place for the {part.title}" if place is None else "it has no name there"
+                    name,
+                    f"the layout has no place for the {part.title}"
+                    if place is None
+                    else "it has no name there",
                 )
             return
         path, prefix = place
@@ -180,7 +197,10 @@ class Relayout:
             stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
             return None if prefix is None else (f"{part.name}/{stem}.safetensors", prefix)
         if self._alone and "" in prefixes and part.name == "transformer":
-            return "", ""  # as the families' own releases have it, and kohya's and musubi's tools want it
+            return (
+                "",
+                "",
+            )  # as the families' own releases have it, and kohya's and musubi's tools want it
         prefix = next((p for p in prefixes if p not in ("", own)), None)
         return None if prefix is None else ("", prefix)
 
@@ -199,7 +219,11 @@ class Relayout:
     def _rows(self, held: Mapping[Slot, str]) -> int:
         """The rows of a target, of which these tensors hold all."""
         whole = next((name for slot, name in held.items() if slot.rows is None), None)
-        return self._shape(whole)[0] if whole is not None else sum(self._shape(name)[0] for name in held.values())
+        return (
+            self._shape(whole)[0]
+            if whole is not None
+            else sum(self._shape(name)[0] for name in held.values())
+        )
 
     def _spans(self, slot: Slot, name: str, rows: int) -> Iterator[_Span]:
         bounds = (0, rows) if slot.rows is None else slot.rows.bounds(rows)
@@ -207,26 +231,35 @@ class Relayout:
             raise self._refusal("its parts do not make the whole", name)
         return _lies(name, bounds, self._places[name].swapped)
 
-    def _tensor(self, path: str, prefix: str, one: Spelled, rows: int, spans: Sequence[_Span]) -> None:
+    def _tensor(
+        self, path: str, prefix: str, one: Spelled, rows: int, spans: Sequence[_Span]
+    ) -> None:
         """One tensor of the output, put together from the spans of its target."""
         key = prefix + one.key
         bounds = (0, rows) if one.place.slot.rows is None else one.place.slot.rows.bounds(rows)
         if bounds is None:
             raise self._refusal(f"{rows} rows cannot be cut as {key} needs", spans[0].name)
         moves = [
-            (b.name, Move(path, key, b.row + first - b.first, last - first, o.row + first - o.first))
+            (
+                b.name,
+                Move(path, key, b.row + first - b.first, last - first, o.row + first - o.first),
+            )
             for o in _lies(key, bounds, one.place.swapped)
             for b in spans
             if (first := max(o.first, b.first)) < (last := min(o.last, b.last))
         ]
         if sum(move.count for _, move in moves) != bounds[1] - bounds[0]:
-            raise self._refusal(f"it is only a part of {key}, and the others are missing", spans[0].name)
+            raise self._refusal(
+                f"it is only a part of {key}, and the others are missing", spans[0].name
+            )
         if one.place.transposed or any(self._places[name].transposed for name, _ in moves):
             moves = [self._whole(moves, one)]
         dtypes = {self.given[name].dtype for name, _ in moves}
         if len(dtypes) > 1:
             raise self._refusal(
-                f"{key} would hold {' and '.join(sorted(dtypes))}", spans[0].name, "choose one with --dtype"
+                f"{key} would hold {' and '.join(sorted(dtypes))}",
+                spans[0].name,
+                "choose one with --dtype",
             )
         shape = self._stored_shape(moves[0][0], one, bounds[1] - bounds[0])
         if key in self.specs.setdefault(path, {}):
@@ -240,7 +273,8 @@ class Relayout:
         name, move = moves[0]
         if len(moves) > 1 or move.count != self._shape(name)[0]:
             raise self._refusal(
-                f"{move.stored} is stored the other way round, of which only a whole tensor can be", name
+                f"{move.stored} is stored the other way round, of which only a whole tensor can be",
+                name,
             )
         turned = one.place.transposed != self._places[name].transposed
         return name, Move(move.path, move.stored, 0, self.given[name].shape[0], 0, turned)
@@ -251,13 +285,22 @@ class Relayout:
             return ()
         tail = self._shape(name)[1:]
         place = self._places[name]
-        ours = next((s for s in self.keys.spelled(place.slot.target, place.naming) if s.place.slot == place.slot), one)
+        ours = next(
+            (
+                s
+                for s in self.keys.spelled(place.slot.target, place.naming)
+                if s.place.slot == place.slot
+            ),
+            one,
+        )
         if ours.kernel != one.kernel and one.kernel is not None:
             tail = (*tail[:1], *one.kernel)
         return (rows, *tail)[::-1] if one.place.transposed else (rows, *tail)
 
     def _refusal(self, what: str, name: str, hint: str = "leave --layout away") -> NotRepresentable:
-        return NotRepresentable(f"--layout {self.wanted}: {what}", hint=hint, file=self.base.source.path, tensor=name)
+        return NotRepresentable(
+            f"--layout {self.wanted}: {what}", hint=hint, file=self.base.source.path, tensor=name
+        )
 
 
 def _lies(name: str, bounds: tuple[int, int], swapped: bool) -> Iterator[_Span]:

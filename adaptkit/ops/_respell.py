@@ -88,7 +88,9 @@ class Respelling:
             have = _span(theirs.rows)
             if have[0] <= want[0] and want[1] <= have[1]:
                 return (Part(entry, self._cut(entry, have, want)),)
-        inside = sorted((_span(t.rows), e) for t, e in held.items() if want[0] <= _span(t.rows)[0] < want[1])
+        inside = sorted(
+            (_span(t.rows), e) for t, e in held.items() if want[0] <= _span(t.rows)[0] < want[1]
+        )
         return tuple(self._joined(want, inside)) if inside else ()
 
     def _cut(self, entry: Entry, have: Span, want: Span) -> tuple[int, int]:

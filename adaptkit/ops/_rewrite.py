@@ -102,7 +102,11 @@ class _Computing:
     def first(self) -> None:
         """Fill `state`: after this it knows every tensor of the output, and the spool has those computed so far."""
         self._pass(self.plan.steps, self.worker.first, 0)
-        ranked = [task for task in self.plan.tasks if id(task) in self.state.taken.keys() - self.state.ranks.keys()]
+        ranked = [
+            task
+            for task in self.plan.tasks
+            if id(task) in self.state.taken.keys() - self.state.ranks.keys()
+        ]
         if ranked:
             self._choose(ranked)
             cut = {id(task) for task in ranked if self._cuts(task)}
@@ -118,8 +122,12 @@ class _Computing:
             return
         report, total = self.progress, self.total
         resources = engine.Resources.choose(self.plan.options.device, self.plan.options.memory)
-        work: engine.Work[Task, Any] = engine.Work(self.worker.load, kernel, self._store, _held, STACK)
-        engine.run(steps, work, resources, None if report is None else lambda n: report(done + n, total))
+        work: engine.Work[Task, Any] = engine.Work(
+            self.worker.load, kernel, self._store, _held, STACK
+        )
+        engine.run(
+            steps, work, resources, None if report is None else lambda n: report(done + n, total)
+        )
 
     def _store(self, task: Task, result: Stored | Decomposition | Cut) -> None:
         if isinstance(result, Cut):
@@ -188,9 +196,14 @@ class _Measure:
     def _stored(self, task: Task, rank: int) -> Stored:
         shapes = self.state.taken[id(task)].shapes(rank)
         dtype = dtype_of(self.plan, task)
-        specs = [TensorSpec(name, dtype, shape) for _, name, shape in named(self.plan, task, task.kind, shapes)]
+        specs = [
+            TensorSpec(name, dtype, shape)
+            for _, name, shape in named(self.plan, task, task.kind, shapes)
+        ]
         if ALPHA in task.kind.roles and self.plan.keys.format.alpha is Alpha.TENSOR:
-            specs.append(TensorSpec(self.plan.keys.spell(task.slot, task.kind.name, ALPHA), "F32", ()))
+            specs.append(
+                TensorSpec(self.plan.keys.spell(task.slot, task.kind.name, ALPHA), "F32", ())
+            )
         return Stored(task.kind, rank, float(rank), shapes, specs=tuple(specs))
 
 
@@ -215,7 +228,9 @@ def _report(plan: Recast, state: State, size: int, seconds: float) -> Report:
         relative_error=(error / norm) ** 0.5 if error and norm else 0.0,
         unused=plan.unused,
         seconds=seconds,
-        details=tuple(_detail(state, task, found) for task, found in zip(plan.tasks, lost, strict=True)),
+        details=tuple(
+            _detail(state, task, found) for task, found in zip(plan.tasks, lost, strict=True)
+        ),
         family=plan.adapter.family.name,
         source_format=plan.adapter.format.name,
         format=plan.keys.format.name,
@@ -259,7 +274,11 @@ def _untouched(plan: Recast, state: State) -> float:
 def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[str, Any]:
     stored = state.outcome(task)
     error = (
-        None if lost is None and id(task) in state.stored else (lost[1] / lost[0]) ** 0.5 if lost and lost[1] else 0.0
+        None
+        if lost is None and id(task) in state.stored
+        else (lost[1] / lost[0]) ** 0.5
+        if lost and lost[1]
+        else 0.0
     )
     if stored is None:
         return {**detail(task, 1.0, 0), "change": "left out"}
@@ -283,7 +302,11 @@ def _notes(plan: Recast, state: State) -> Iterator[str]:
     ranked = [task for task in plan.tasks if id(task) in state.taken]
     if ranked and not any(id(task) in state.stored for task in ranked) and not dropped:
         yield "nothing was cut: every module has no more rank than that."
-    directions = sum(1 for task in ranked if not task.kind.additive and id(task) in state.stored and task.base is None)
+    directions = sum(
+        1
+        for task in ranked
+        if not task.kind.additive and id(task) in state.stored and task.base is None
+    )
     if directions:
         yield (
             f"{directions} DoRA modules: their directions were resized and their magnitudes kept; how far the merged weights "

@@ -22,14 +22,28 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._weights import Facts, Weights
     from adaptkit.ops._common import Progress
 
-__all__ = ["KINDS", "NUMBERED", "Measured", "block_of", "kind_of", "measure", "problems", "rolled_up", "total_norm"]
+__all__ = [
+    "KINDS",
+    "NUMBERED",
+    "Measured",
+    "block_of",
+    "kind_of",
+    "measure",
+    "problems",
+    "rolled_up",
+    "total_norm",
+]
 
 HALF = 65504.0  # the largest float16
 EDGE = 1e-12  # of the whole energy: sums of equal parts may miss a share by their rounding
 LIST = r"(?:blocks?|layers?|refiner|stages?)"  # how the names of lists of equal blocks end
 BLOCK = re.compile(rf"(?:.*?[._])?(?:(?:mid|middle)_block|\w*?{LIST}[._]\d+)(?=[._])")
 NUMBERED = re.compile(rf"(.*{LIST})[._](\d+)")  # `unet.down_blocks.1`, but not `text_encoder_2`
-STAGES = (("down_blocks", "input_blocks"), ("mid_block", "middle_block"), ("up_blocks", "output_blocks"))
+STAGES = (
+    ("down_blocks", "input_blocks"),
+    ("mid_block", "middle_block"),
+    ("up_blocks", "output_blocks"),
+)
 # the first that is found in a module's name below its block; biases and norms are told by their shape
 PATTERNS = {
     "mod": r"ada_?(ln|norm)|modulation|(^|[._])mod([._]|$)|norm\w*[._]linear|scale_shift",
@@ -44,7 +58,22 @@ PATTERNS = {
     "out": r"(to_(add_)?out|(^|[._])wo|att\w*[._](proj|out|o|out_proj|o_proj|output_proj))([._]\d+)?$",
     "proj": r"proj",
 }
-KINDS = ("q", "k", "v", "qkv", "out", "fused", "ff", "mod", "conv", "proj", "emb", "norm", "bias", "other")
+KINDS = (
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "out",
+    "fused",
+    "ff",
+    "mod",
+    "conv",
+    "proj",
+    "emb",
+    "norm",
+    "bias",
+    "other",
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +147,9 @@ def _measured(adapter: Adapter, entry: Entry) -> Measured:
     block = block_of(label, entry.slot.component)
     kind = kind_of(label.removeprefix(block), entry.slot.param, entry.facts)
     tensors = adapter.read(entry)
-    extremes = {entry.keys[role]: _extremes(tensor) for role, tensor in tensors.items() if tensor.numel()}
+    extremes = {
+        entry.keys[role]: _extremes(tensor) for role, tensor in tensors.items() if tensor.numel()
+    }
     bad = tuple(key for key, found in extremes.items() if not all(map(math.isfinite, found)))
     zero = sum(found == (0.0, 0.0) for found in extremes.values())
     norm, sigma = (None, ()) if bad else _sizes(entry.decode(tensors), entry.facts.vector)
@@ -130,7 +161,11 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
     """(least, greatest); NaN where there is one."""
     import torch
 
-    wide = tensor if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else tensor.float()
+    wide = (
+        tensor
+        if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        else tensor.float()
+    )
     low, high = torch.aminmax(wide)
     return float(low), float(high)
 
@@ -163,7 +198,9 @@ def _problem(label: str, norm: float | None, bad: tuple[str, ...]) -> Problem | 
     if norm == 0.0:
         return Problem("warning", label, "ΔW is zero: the module does nothing")
     if not math.isfinite(norm):
-        return Problem("error", label, "ΔW overflows: its tensors are finite, but their product is not")
+        return Problem(
+            "error", label, "ΔW overflows: its tensors are finite, but their product is not"
+        )
     return Problem("warning", label, f"‖ΔW‖ is {norm:.3g}: merged into fp16 it may overflow")
 
 
@@ -207,7 +244,11 @@ def rolled_up(measured: Sequence[Measured], components: Sequence[str]) -> list[d
     lists = {name: n for n, name in enumerate(dict.fromkeys(map(_list_of, groups)))}
 
     def place(block: str) -> tuple[int, ...]:
-        component, run, numbered = groups[block][0].component, _list_of(block), NUMBERED.fullmatch(block)
+        component, run, numbered = (
+            groups[block][0].component,
+            _list_of(block),
+            NUMBERED.fullmatch(block),
+        )
         stage = next((n for n, names in enumerate(STAGES) if run.endswith(names)), 0)
         part = components.index(component) if component in components else len(components)
         return part, block == component, stage, lists[run], int(numbered[2]) if numbered else 0

@@ -22,8 +22,12 @@ def filled(template: str, names: Mapping[str, Any], place: str) -> str:
     try:
         pieces = list(Formatter().parse(template))
     except ValueError as error:
-        raise WrongUsage(f"{place}: output {template!r}: {error}", hint="write {{ for a brace in the name") from None
-    return "".join(before + _value(names, name, form or "", place) for before, name, form, _ in pieces)
+        raise WrongUsage(
+            f"{place}: output {template!r}: {error}", hint="write {{ for a brace in the name"
+        ) from None
+    return "".join(
+        before + _value(names, name, form or "", place) for before, name, form, _ in pieces
+    )
 
 
 def _value(names: Mapping[str, Any], name: str | None, form: str, place: str) -> str:
@@ -34,7 +38,9 @@ def _value(names: Mapping[str, Any], name: str | None, form: str, place: str) ->
         raise NoSuchName(f"{place}: {error.message} in its output", hint=error.hint)
     value = names[name]
     if value is None or value == ():
-        raise WrongUsage(f"{place}: {{{name}}} in its output has no value here", hint=f"give {name}")
+        raise WrongUsage(
+            f"{place}: {{{name}}} in its output has no value here", hint=f"give {name}"
+        )
     try:
         text = _spelled(value) if not form else format(value, form)
     except (ValueError, TypeError) as error:

@@ -29,7 +29,9 @@ __all__ = ["Verified", "verify"]
 
 BLOCK = 1 << 16  # entries compared at a time: half a megabyte in float64, which stays in the cache
 CHUNK = 8 << 20
-SLACK = 2.0**-18  # of the largest |ΔW| (and a 16th of it of |W|): what float32 sums may be off besides the one rounding
+SLACK = (
+    2.0**-18
+)  # of the largest |ΔW| (and a 16th of it of |W|): what float32 sums may be off besides the one rounding
 RULE = "within one rounding of base + ΔW (float64)"
 
 
@@ -74,8 +76,14 @@ def verify(plan: Plan, at: Callable[[str], Path]) -> Verified:
 class _Verifier:
     def __init__(self, plan: Plan, opened: Sequence[tuple[Volume, TensorSource]]) -> None:
         self.plan, self.opened = plan, opened
-        self.place = {name: (source, stored) for volume, source in opened for name, stored in volume.names.items()}
-        self.stored = {(volume.path, spec.name): source for volume, source in opened for spec in volume.specs}
+        self.place = {
+            name: (source, stored)
+            for volume, source in opened
+            for name, stored in volume.names.items()
+        }
+        self.stored = {
+            (volume.path, spec.name): source for volume, source in opened for spec in volume.specs
+        }
         self.largest = 0.0
 
     def run(self) -> Verified:
@@ -103,7 +111,9 @@ class _Verifier:
             promised = {spec.name: (spec.dtype, spec.shape) for spec in volume.specs}
             found = {name: (info.dtype, info.shape) for name, info in source.infos.items()}
             if promised != found:
-                wrong = next(name for name in (*promised, *found) if promised.get(name) != found.get(name))
+                wrong = next(
+                    name for name in (*promised, *found) if promised.get(name) != found.get(name)
+                )
                 raise self._wrong(wrong, "its header is not what was written")
 
     def _wrong(self, name: str, what: str) -> CorruptFile:
@@ -148,7 +158,11 @@ class _Verifier:
         job, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
         kinds = [c.entry.kind for c in job.contributions if c.strength]
         whole = 8 * numel * (0 if all(kind.name == "lora" for kind in kinds) else 1)
-        whole += 40 * numel * (0 if all(kind.additive for kind in kinds) and not self._turned(job) else 1)
+        whole += (
+            40
+            * numel
+            * (0 if all(kind.additive for kind in kinds) and not self._turned(job) else 1)
+        )
         return replace(step, bytes=2 * step.bytes + 64 * min(numel, BLOCK) + whole)
 
     def _turned(self, job: Job) -> bool:
@@ -179,10 +193,16 @@ class _Verifier:
         place = self.plan.base.places.get(job.name)
         if place is not None and (place.transposed or place.swapped):
             base, found = base.turned(place), found.turned(place)
-        decoded = [(c, self._decoded(n, c, tensors)) for n, c in enumerate(job.contributions) if c.strength]
+        decoded = [
+            (c, self._decoded(n, c, tensors)) for n, c in enumerate(job.contributions) if c.strength
+        ]
         additive = all(c.entry.kind.additive for c, _ in decoded)
         parts = [_Added.of(c, weights, base.rows) for c, weights in decoded]
-        step = max(1, BLOCK // max(1, base.columns)) if all(part.cuts for part in parts) else max(1, base.rows)
+        step = (
+            max(1, BLOCK // max(1, base.columns))
+            if all(part.cuts for part in parts)
+            else max(1, base.rows)
+        )
         worst = 0.0
         for start in range(0, base.rows, step):
             rows = slice(start, min(start + step, base.rows))
@@ -192,10 +212,14 @@ class _Verifier:
             for part in parts:
                 part.add(expected, rows)
                 largest = max(largest, float((expected - before).abs_().max()))
-            slack = SLACK * largest + (2.0**-22 if additive else 2.0**-20) * float(before.abs().max())
+            slack = SLACK * largest + (2.0**-22 if additive else 2.0**-20) * float(
+                before.abs().max()
+            )
             error = _excess(expected, after, found.unit(rows), tensors["out"].dtype, slack)
             if not error <= 1.0:
-                raise self._wrong(job.name, f"it is not base + ΔW: off by {error:.3g} times what rounding allows")
+                raise self._wrong(
+                    job.name, f"it is not base + ΔW: off by {error:.3g} times what rounding allows"
+                )
             worst = max(worst, error)
         return [worst]
 
@@ -242,9 +266,9 @@ class _Stored:
     def matrix(self, rows: slice) -> Tensor:
         part = self.tensor[rows]
         scale = self._scale(rows)
-        return widened(part.unsqueeze(0).double(), None if scale is None else scale.unsqueeze(0))[0].reshape(
-            len(part), -1
-        )
+        return widened(part.unsqueeze(0).double(), None if scale is None else scale.unsqueeze(0))[
+            0
+        ].reshape(len(part), -1)
 
     def unit(self, rows: slice) -> Tensor:
         """What one unit of the stored numbers means, broadcast over `matrix`."""
@@ -252,7 +276,11 @@ class _Stored:
 
         scale = self._scale(rows)
         if scale is None or scale.numel() == 1:
-            return torch.ones(1, 1, dtype=torch.float64) if scale is None else scale.abs().reshape(1, 1)
+            return (
+                torch.ones(1, 1, dtype=torch.float64)
+                if scale is None
+                else scale.abs().reshape(1, 1)
+            )
         each = scale.abs().reshape(len(self.tensor[rows]), -1)
         return each.repeat_interleave(self.columns // each.shape[1], dim=1)
 
@@ -304,10 +332,14 @@ class _Added:
             return
         view = block[first - rows.start : last - rows.start]
         if self.delta is not None:
-            view.add_(self.delta[first - self.start : last - self.start], alpha=self.contribution.strength)
+            view.add_(
+                self.delta[first - self.start : last - self.start], alpha=self.contribution.strength
+            )
             return
         whole = (first, last) == (self.start, self.stop)
-        weights = self.weights if whole else self.weights.part(first - self.start, last - self.start)
+        weights = (
+            self.weights if whole else self.weights.part(first - self.start, last - self.start)
+        )
         applied = weights.apply(view, self.contribution.strength)
         if applied is not view:
             view.copy_(applied)

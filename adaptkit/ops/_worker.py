@@ -22,7 +22,9 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n") as replies:
         os.dup2(2, 1)
         for line in sys.stdin.buffer:
-            replies.write(answer(perform(tuple(Job.from_dict(record) for record in json.loads(line)))))
+            replies.write(
+                answer(perform(tuple(Job.from_dict(record) for record in json.loads(line))))
+            )
             replies.flush()
 
 

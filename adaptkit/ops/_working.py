@@ -104,7 +104,9 @@ def perform(bundle: Bundle) -> list[Outcome]:
             else:
                 plans[n] = plan
                 stack.callback(plan.close)
-        together = _attempt(lambda: import_module("adaptkit.ops.merge").run_together(list(plans.values())))
+        together = _attempt(
+            lambda: import_module("adaptkit.ops.merge").run_together(list(plans.values()))
+        )
     if isinstance(together, list):
         for n, report in zip(plans, together, strict=True):
             found[n] = Outcome(_numbers(report.to_dict()), seconds=report.seconds)
@@ -134,7 +136,9 @@ def _attempt(work: Callable[[], T]) -> T | Outcome:
     except AdaptkitError as error:
         return Outcome(error=str(error), hint=error.hint)
     except MemoryError:
-        return Outcome(error="out of memory", hint="lower memory in the recipe, or use fewer --jobs")
+        return Outcome(
+            error="out of memory", hint="lower memory in the recipe, or use fewer --jobs"
+        )
     except OSError as error:
         return Outcome(error=str(error))
     except Exception as error:  # a defect of ours must not take the other jobs with it
@@ -271,7 +275,10 @@ class _Worker:
             return Outcome(error=f"its worker process was killed ({_signal(-code)})", hint=hint)
         self.said.seek(0)
         words = self.said.read().decode("utf-8", "replace").strip().splitlines()
-        return Outcome(error=": ".join([f"its worker process ended with exit code {code}", *words[-1:]]), hint=hint)
+        return Outcome(
+            error=": ".join([f"its worker process ended with exit code {code}", *words[-1:]]),
+            hint=hint,
+        )
 
     def clean(self, bundle: Bundle) -> None:
         """Take away what it had begun to write."""
@@ -325,9 +332,20 @@ def environment(count: int) -> dict[str, str]:
     """The cores are shared out, unless the user did that; the package is found where it was found here."""
     home = str(Path(import_module("adaptkit").__file__ or "").parents[1])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ours = {"OMP_NUM_THREADS": str(max(1, cores // count)), "OMP_WAIT_POLICY": "PASSIVE"} if count > 1 else {}
-    return {"OMP_WAIT_POLICY": "PASSIVE", **ours, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    ours = (
+        {"OMP_NUM_THREADS": str(max(1, cores // count)), "OMP_WAIT_POLICY": "PASSIVE"}
+        if count > 1
+        else {}
+    )
+    return {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **ours,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
 
 
 def _signal(number: int) -> str:

@@ -32,7 +32,9 @@ class Writing:
         kept = [task for task in plan.tasks if state.copied(task)]
         ready = [item for task in kept for item in task.ready or ()]
         self.copied = [item for item in (*ready, *plan.carried) if isinstance(item, Copied)]
-        self.scalars = {item.key: struct.pack("<f", item.value) for item in ready if isinstance(item, Written)}
+        self.scalars = {
+            item.key: struct.pack("<f", item.value) for item in ready if isinstance(item, Written)
+        }
 
     def write(self, fill: Callable[[TensorSink], None]) -> int:
         """Publish the output, and its size in bytes; `fill` writes what is neither copied nor in the spool."""
@@ -42,14 +44,22 @@ class Writing:
         specs = self.specs()
         modules = self.state.modules() if plan.keys.format.alpha is Alpha.CONFIG else None
         with adapter_file(plan.output, modules, plan.options.overwrite) as (path, overwrite):
-            return self._write(TensorSink(path, specs, metadata, overwrite=overwrite), metadata, fill)
+            return self._write(
+                TensorSink(path, specs, metadata, overwrite=overwrite), metadata, fill
+            )
 
-    def _write(self, sink: TensorSink, metadata: Mapping[str, str], fill: Callable[[TensorSink], None]) -> int:
+    def _write(
+        self, sink: TensorSink, metadata: Mapping[str, str], fill: Callable[[TensorSink], None]
+    ) -> int:
         with sink:
             fill(sink)
             hashing = _Hashing(self, sink, metadata)
             for number, adapter in enumerate(self.plan.adapters):
-                mine = [(item.key, adapter.source, item.source) for item in self.copied if item.number == number]
+                mine = [
+                    (item.key, adapter.source, item.source)
+                    for item in self.copied
+                    if item.number == number
+                ]
                 sink.copy_many(mine)
             for key, data in self.scalars.items():
                 sink.put_bytes(key, memoryview(data))
@@ -70,7 +80,8 @@ class Writing:
         twice = [name for name, n in Counter(spec.name for spec in found).items() if n > 1]
         if twice:
             raise NotRepresentable(
-                f"two modules would both be written as {twice[0]}", file=self.plan.adapter.source.path
+                f"two modules would both be written as {twice[0]}",
+                file=self.plan.adapter.source.path,
             )
         return sorted(found, key=lambda spec: (-WIDTHS[spec.dtype], spec.name))
 
@@ -79,7 +90,9 @@ class Writing:
         from adaptkit.files.provenance import sshs_places, updated
 
         plan = self.plan
-        kept = {name: value for name, value in _common(plan).items() if name != "lora_adapter_metadata"}
+        kept = {
+            name: value for name, value in _common(plan).items() if name != "lora_adapter_metadata"
+        }
         changed = self._ranks() | self._network() | self._for_diffusers()
         return updated(kept | changed, _record(plan)) | sshs_places(plan.adapter.metadata)
 
@@ -97,7 +110,10 @@ class Writing:
 
     def _network(self) -> dict[str, str]:
         """`ss_network_module` where the algorithm changed."""
-        if "ss_network_module" not in self.plan.adapter.metadata or "changed" not in self.plan.counts():
+        if (
+            "ss_network_module" not in self.plan.adapter.metadata
+            or "changed" not in self.plan.counts()
+        ):
             return {}
         kinds = {task.kind.name for task in self.plan.tasks}
         return {"ss_network_module": "networks.lora" if kinds <= {"lora"} else "lycoris.kohya"}
@@ -135,7 +151,11 @@ class Writing:
 def _common(plan: Recast) -> dict[str, str]:
     """The metadata that all inputs agree on."""
     first, *others = (adapter.metadata for adapter in plan.adapters)
-    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+    return {
+        name: value
+        for name, value in first.items()
+        if all(other.get(name) == value for other in others)
+    }
 
 
 def _record(plan: Recast) -> dict[str, Any]:
@@ -147,7 +167,9 @@ def _record(plan: Recast) -> dict[str, Any]:
     if len(sources) == 1 and plan.weights == (1.0,):
         record["source"] = sources[0]
     else:
-        record["sources"] = [{"file": name, "weight": w} for name, w in zip(sources, plan.weights, strict=True)]
+        record["sources"] = [
+            {"file": name, "weight": w} for name, w in zip(sources, plan.weights, strict=True)
+        ]
     record |= {"from": plan.adapter.format.name, "to": plan.keys.format.name, **plan.counts()}
     rule = asked(plan.options)
     if rule is not None:
@@ -156,7 +178,11 @@ def _record(plan: Recast) -> dict[str, Any]:
         if getattr(plan.options, name) is not None:
             record[name] = getattr(plan.options, name)
     if plan.mixing is not None:
-        record |= {"method": plan.mixing.method, "density": plan.mixing.density, "seed": plan.mixing.seed}
+        record |= {
+            "method": plan.mixing.method,
+            "density": plan.mixing.density,
+            "seed": plan.mixing.seed,
+        }
     return record
 
 
@@ -179,7 +205,9 @@ class _Hashing:
         from adaptkit.files.provenance import sshs_hashes
 
         try:
-            training = {name: value for name, value in self.metadata.items() if name.startswith("ss_")}
+            training = {
+                name: value for name, value in self.metadata.items() if name.startswith("ss_")
+            }
             header, _ = build_header(sink.infos.values(), training)
             self._found = sshs_hashes(writing.data(sink), len(header))
         except BaseException as error:

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
 MAX_RANK = 128
-USUAL = (2, 4, 8, 16, 32)  # factors of LoKr shown always; others where the difference was made with them
+USUAL = (
+    2,
+    4,
+    8,
+    16,
+    32,
+)  # factors of LoKr shown always; others where the difference was made with them
 HEADER = 76  # bytes that the file's header takes per tensor, beside its name
 BASIS = 3  # of Lanczos: columns kept, as a multiple of the rank
 
@@ -124,11 +130,17 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: one record per rank, and one per factor."""
         ranks = [
-            {"rank": k, "lora_rank": c.to_dict(), "lora_size": self.size[k].to_dict(), "auto": self.auto[k].to_dict()}
+            {
+                "rank": k,
+                "lora_rank": c.to_dict(),
+                "lora_size": self.size[k].to_dict(),
+                "auto": self.auto[k].to_dict(),
+            }
             for k, c in self.rank.items()
         ]
         factors = [
-            {"factor": f, "lokr": c.to_dict(), "lora_size": self.beside[f].to_dict()} for f, c in self.lokr.items()
+            {"factor": f, "lokr": c.to_dict(), "lora_size": self.beside[f].to_dict()}
+            for f, c in self.lokr.items()
         ]
         return {
             "family": self.family,
@@ -185,7 +197,9 @@ class _Layer:
     job: Job
     norm: float
     energies: tuple[float, ...] = ()
-    captured: Mapping[int, tuple[float, int]] = field(default_factory=dict)  # by factor: energy, and numbers stored
+    captured: Mapping[int, tuple[float, int]] = field(
+        default_factory=dict
+    )  # by factor: energy, and numbers stored
     seen: Look | None = None
 
 
@@ -229,12 +243,16 @@ class _Worker:
         delta = difference(tuned, base)
         norm = float(norm_squared(delta))
         if not math.isfinite(norm):
-            raise NonFinite("holds NaN or infinity", file=self.plan.tuned.source.path, tensor=job.tuned[0].name)
+            raise NonFinite(
+                "holds NaN or infinity", file=self.plan.tuned.source.path, tensor=job.tuned[0].name
+            )
         if norm == 0.0 or job.algorithm is None:
             return _Layer(job, norm)
         rank = min(self.plan.options.max_rank, *delta.shape)
         kept = tuple(energies(delta, rank, SvdSpec(rank)).tolist())
-        scan = scan_kron(delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0])
+        scan = scan_kron(
+            delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0]
+        )
         captured = {
             factor: (energy, split.parameters)
             for split, energy in zip(scan.splits, scan.captured.tolist(), strict=True)
@@ -256,7 +274,9 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
             file=plan.tuned.source.path,
         )
     curves = _Curves(plan, fitted, sum(layer.norm for layer in layers))
-    ranks = [k for k in (2**n for n in range(20)) if k < plan.options.max_rank] + [plan.options.max_rank]
+    ranks = [k for k in (2**n for n in range(20)) if k < plan.options.max_rank] + [
+        plan.options.max_rank
+    ]
     same = {k: curves.lora([min(k, len(layer.energies)) for layer in fitted]) for k in ranks}
     looks = [layer.seen for layer in fitted if layer.seen]
     probe = Probe(math.sqrt(sum(one.floor for one in looks) / curves.total), made_by(looks))
@@ -297,7 +317,9 @@ class _Curves:
 
     def __init__(self, plan: Plan, layers: Sequence[_Layer], total: float) -> None:
         self.plan, self.layers, self.total = plan, layers, total
-        self.rest = max(0.0, total - sum(layer.norm for layer in layers))  # of what no adapter holds
+        self.rest = max(
+            0.0, total - sum(layer.norm for layer in layers)
+        )  # of what no adapter holds
         self.alpha = plan.keys.format.alpha is Alpha.TENSOR
         self.modules = [self._module(layer, layer.energies) for layer in layers]
         # as `extract --size`, which is not filled with noise of rounding
@@ -306,14 +328,18 @@ class _Curves:
         self.options = [list(self._options(n)) for n in range(len(layers))]
 
     def _module(self, layer: _Layer, energies: Sequence[float]) -> Module:
-        sizes = [k and self._bytes(layer, k * sum(layer.job.matrix), 2) for k in range(len(energies) + 1)]
+        sizes = [
+            k and self._bytes(layer, k * sum(layer.job.matrix), 2) for k in range(len(energies) + 1)
+        ]
         return Module(energies, layer.norm, sizes)
 
     def _bytes(self, layer: _Layer, numbers: int, tensors: int) -> int:
         """In the file: the numbers, and about what its header takes."""
         assert layer.job.slot is not None
         name = len(self.plan.keys.stem(layer.job.slot)) + HEADER
-        return numbers * WIDTHS[layer.job.dtype] // 8 + (tensors + self.alpha) * name + 4 * self.alpha
+        return (
+            numbers * WIDTHS[layer.job.dtype] // 8 + (tensors + self.alpha) * name + 4 * self.alpha
+        )
 
     def _options(self, n: int) -> Iterator[tuple[str, int, float]]:
         """(kind, bytes, squared error) of a layer: nothing, LoRA of each rank, LoKr of each factor, full.
@@ -332,13 +358,17 @@ class _Curves:
         enough = min(size for _, size, error in found if error <= noise)
         return (option for option in found if option[1] <= enough)
 
-    def _choice(self, bytes: int, left: float, mix: Mapping[str, int] | None = None, gap: float = 0.0) -> Choice:
+    def _choice(
+        self, bytes: int, left: float, mix: Mapping[str, int] | None = None, gap: float = 0.0
+    ) -> Choice:
         return Choice(bytes, math.sqrt((left + self.rest) / self.total), mix or {}, gap)
 
     def lora(self, ranks: Sequence[int]) -> Choice:
         """LoRA with these ranks."""
         picked = list(zip(self.modules, ranks, strict=True))
-        return self._choice(sum(m.sizes[k] for m, k in picked), sum(m.errors()[k] for m, k in picked))
+        return self._choice(
+            sum(m.sizes[k] for m, k in picked), sum(m.errors()[k] for m, k in picked)
+        )
 
     def lora_within(self, bytes: int) -> Choice:
         """LoRA with the best ranks within a size, at least that of the smallest layer at rank 1."""
@@ -356,7 +386,9 @@ class _Curves:
 
     def auto(self, bytes: int) -> Choice:
         """For each layer the best of everything."""
-        found = least_error([[(size, error) for _, size, error in one] for one in self.options], bytes)
+        found = least_error(
+            [[(size, error) for _, size, error in one] for one in self.options], bytes
+        )
         mix: dict[str, int] = {}
         for one, which in zip(self.options, found.chosen, strict=True):
             mix[one[which][0]] = mix.get(one[which][0], 0) + 1

@@ -156,12 +156,19 @@ class Preview:
             "open_sizes": self.open_sizes,
             "peak_memory": self.peak_memory,
             "failures": [result.to_dict() for result in self.failures],
-            "plans": [{k: v for k, v in plan.items() if details or k != "details"} for plan in self.plans],
+            "plans": [
+                {k: v for k, v in plan.items() if details or k != "details"} for plan in self.plans
+            ],
         }
 
 
 def _name(job: Job) -> dict[str, Any]:
-    return {"job": job.number, "place": job.place, "command": job.command, "output": str(job.output)}
+    return {
+        "job": job.number,
+        "place": job.place,
+        "command": job.command,
+        "output": str(job.output),
+    }
 
 
 def plan(recipe: Path, options: Options) -> Plan:
@@ -178,7 +185,9 @@ def _by_base(jobs: Iterable[Job]) -> tuple[tuple[Job, ...], ...]:
     """Jobs on the same base beside one another, the rest by themselves; otherwise in the recipe's order."""
     groups: dict[object, list[Job]] = {}
     for job in jobs:
-        base = next((os.path.abspath(item.path) for item in job.inputs if item.role == "base"), None)  # noqa: PTH100
+        base = next(
+            (os.path.abspath(item.path) for item in job.inputs if item.role == "base"), None
+        )
         groups.setdefault(job.number if base is None else base, []).append(job)
     return tuple(map(tuple, groups.values()))
 
@@ -220,10 +229,16 @@ def _foreseen(job: Job) -> dict[str, Any]:
 
 def _claimed(plan: Plan, job: Job) -> Job:
     """The job, allowed to replace its output where this recipe wrote it; WouldOverwrite where another did."""
-    allowed = plan.options.overwrite or job.options.get("overwrite", False) or plan.ledger.ours(job.output)
+    allowed = (
+        plan.options.overwrite
+        or job.options.get("overwrite", False)
+        or plan.ledger.ours(job.output)
+    )
     if job.output.exists() and not allowed:
         hint = "pass --overwrite to replace it, or change the output in the recipe"
-        raise WouldOverwrite("exists already, and this recipe did not write it", hint=hint, file=job.output)
+        raise WouldOverwrite(
+            "exists already, and this recipe did not write it", hint=hint, file=job.output
+        )
     return replace(job, options={**job.options, "overwrite": allowed})
 
 
@@ -247,7 +262,13 @@ def run(
         for job, outcome in outcomes:
             found.ended(job, outcome)
     results = tuple(sorted(found.results, key=lambda result: result.job.number))
-    return Report(plan.recipe, plan.ledger.log, results, len(plan.jobs) - len(results), time.perf_counter() - started)
+    return Report(
+        plan.recipe,
+        plan.ledger.log,
+        results,
+        len(plan.jobs) - len(results),
+        time.perf_counter() - started,
+    )
 
 
 def _engine(options: Options) -> Engine:
@@ -263,7 +284,9 @@ class _Key:
 
     def __init__(self, ledger: Ledger, job: Job, *, meanwhile: bool) -> None:
         self._found: list[str | AdaptkitError] = []
-        self._thread = threading.Thread(target=self._hash, args=(ledger, job), name="adaptkit-hash", daemon=True)
+        self._thread = threading.Thread(
+            target=self._hash, args=(ledger, job), name="adaptkit-hash", daemon=True
+        )
         self._thread.start()
         if not meanwhile:
             self.get()
@@ -339,7 +362,10 @@ class _Run:
         if outcome.error is not None:
             self._failed(job, outcome)
         elif self.plan.ledger.signature(job) != signature:
-            self._failed(job, Outcome(error=CHANGED, hint="run the batch again when the inputs stay as they are"))
+            self._failed(
+                job,
+                Outcome(error=CHANGED, hint="run the batch again when the inputs stay as they are"),
+            )
         else:
             self.plan.ledger.done(job, found, outcome.report, outcome.seconds)
             self._add(Result(job, "done", outcome))

@@ -46,16 +46,30 @@ def plan(inputs: Sequence[tuple[Path, float]], options: Options) -> Recast:
         chosen("format", formats(), options.to)
     counted = [(path, weight) for path, weight in inputs if weight != 0.0]
     if not counted:
-        raise NothingToDo("every weight is 0", hint="write the weight after the name: a.safetensors:0.5")
+        raise NothingToDo(
+            "every weight is 0", hint="write the weight after the name: a.safetensors:0.5"
+        )
     paths, weights = [path for path, _ in counted], [weight for _, weight in counted]
     adapters = open_all(paths, options)
     try:
         into = Into.plain(options.to or adapters[0].format.name)
         output = options.output or default_output(inputs[-1][0], "combined", folder=into.config)
         ranks = policy(options)
-        left = [f"{path}: its weight is 0, so it is not in the output." for path, weight in inputs if weight == 0.0]
+        left = [
+            f"{path}: its weight is 0, so it is not in the output."
+            for path, weight in inputs
+            if weight == 0.0
+        ]
         made = recast(
-            "combine", adapters, into, output, options, weights=weights, policy=ranks, mixing=mixing, notes=left
+            "combine",
+            adapters,
+            into,
+            output,
+            options,
+            weights=weights,
+            policy=ranks,
+            mixing=mixing,
+            notes=left,
         )
         check_peft(made)
     except AdaptkitError:
@@ -70,7 +84,9 @@ def _mixing(options: Options) -> Mixing | None:
         raise NoSuchName.among("method", options.method, METHODS)
     if options.method == "sum":
         if options.density is not None:
-            raise WrongUsage("--density has no meaning for a sum", hint="choose --method ties, dare or magnitude")
+            raise WrongUsage(
+                "--density has no meaning for a sum", hint="choose --method ties, dare or magnitude"
+            )
         return None
     density = 0.5 if options.density is None else options.density
     if not 0.0 < density <= 1.0:

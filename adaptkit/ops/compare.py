@@ -132,7 +132,14 @@ class Report:
         }
 
     def _module(self, one: Module) -> dict[str, Any]:
-        names = ("module", "relative_error", "norm_a", "norm_b", "cosine", *(("strength",) if self.checkpoint else ()))
+        names = (
+            "module",
+            "relative_error",
+            "norm_a",
+            "norm_b",
+            "cosine",
+            *(("strength",) if self.checkpoint else ()),
+        )
         return {name: getattr(one, name) for name in names}
 
 
@@ -161,9 +168,13 @@ def _planned(inputs: Inputs, options: Options) -> Plan:
         jobs, unused = of_checkpoint(inputs.a, (inputs.base, inputs.tuned), select)
     if not any(job.both for job in jobs):
         others = (
-            "these adapters have no module in common" if inputs.b else "no module of this adapter is in the checkpoint"
+            "these adapters have no module in common"
+            if inputs.b
+            else "no module of this adapter is in the checkpoint"
         )
-        raise NothingToDo(others, hint="see --only, --skip and `adaptkit inspect --modules` on both")
+        raise NothingToDo(
+            others, hint="see --only, --skip and `adaptkit inspect --modules` on both"
+        )
     for job in jobs:
         _check_base(job)
     worker = Worker(inputs.base, inputs.tuned)
@@ -203,7 +214,9 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         )
     finally:
         plan.close()
-    return _report(plan, [(job, found[id(job)]) for job in plan.jobs], time.perf_counter() - started)
+    return _report(
+        plan, [(job, found[id(job)]) for job in plan.jobs], time.perf_counter() - started
+    )
 
 
 def _report(plan: Plan, found: Sequence[tuple[Job, Numbers]], seconds: float) -> Report:
@@ -213,10 +226,14 @@ def _report(plan: Plan, found: Sequence[tuple[Job, Numbers]], seconds: float) ->
     common = _sum(numbers for _, numbers in both)
     total = _sum(numbers for job, numbers in found if job.mine or not against)
     outside = sum(numbers.b for job, numbers in found if job.mine is None and job.counted)
-    only_b = [job.label for job, numbers in found if job.mine is None and (numbers.b > 0.0 or not against)]
+    only_b = [
+        job.label for job, numbers in found if job.mine is None and (numbers.b > 0.0 or not against)
+    ]
     return Report(
         a=_described(inputs.a),
-        b=_described(inputs.b) if inputs.b else {"path": str(inputs.tuned and inputs.tuned.source.path)},
+        b=_described(inputs.b)
+        if inputs.b
+        else {"path": str(inputs.tuned and inputs.tuned.source.path)},
         family=inputs.a.adapter.family.name,
         relative_error=total.over_a if against else total.over_b,
         common=common.over_a if against else common.over_b,

@@ -38,7 +38,9 @@ def plan(path: Path, options: Options) -> Recast:
         into, notes = _target(adapter, options)
         output = options.output or default_output(path, into.format, folder=into.config)
         chosen_ranks = None if rule is None else policy(options)
-        made = recast("convert", (adapter,), into, output, options, policy=chosen_ranks, notes=notes)
+        made = recast(
+            "convert", (adapter,), into, output, options, policy=chosen_ranks, notes=notes
+        )
         check_peft(made)
     except AdaptkitError:
         adapter.close()
@@ -55,4 +57,6 @@ def _target(adapter: Adapter, options: Options) -> tuple[Into, tuple[str, ...]]:
     from adaptkit.hosts import recipe
 
     found = recipe(options.host, adapter, options.algo)
-    return Into(found.format, found.fold_alpha or formats()[found.format].alpha is Alpha.NONE), found.warnings
+    return Into(
+        found.format, found.fold_alpha or formats()[found.format].alpha is Alpha.NONE
+    ), found.warnings

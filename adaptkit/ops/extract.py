@@ -47,7 +47,9 @@ BLOCKS = 6_000_000  # bytes that reading a weight in blocks of rows takes
 MAX_RANK = 128  # of the ladder from which a rule chooses, unless --max-rank says otherwise
 SPOOL = 64_000_000  # bytes of results held in memory before they go to a temporary file
 HEADER = 76  # bytes that the file's header takes per tensor beside its name: for comparing ranks; the size is counted exactly
-GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: every factor below is guessed right
+GUESSED = (
+    32  # swept over all SD shapes with lycoris-lora 4.1.3: every factor below is guessed right
+)
 LITTLE = 0.5  # a LoKr that keeps less of ‖ΔW‖² than this is worth a word
 
 
@@ -95,13 +97,20 @@ class Plan:
             "format": self.keys.format.name,
             "algorithm": self.options.algo,
             "modules": len(fitted),
-            "bytes_in": sum(self.base.stored_bytes(j.base) + self.tuned.stored_bytes(j.tuned) for j in self.jobs),
+            "bytes_in": sum(
+                self.base.stored_bytes(j.base) + self.tuned.stored_bytes(j.tuned) for j in self.jobs
+            ),
             "bytes_out_at_most": sum(_stored_bytes(job, self.options) for job in fitted),
             "peak_memory": peak_memory(self.steps, self.options.memory),
             "device": self.options.device,
             "unused": [item.to_dict() for item in self.unused],
             "details": [
-                {"module": j.label, "algorithm": j.algorithm, "rank": _rank(j, self.options), "shape": list(j.shape)}
+                {
+                    "module": j.label,
+                    "algorithm": j.algorithm,
+                    "rank": _rank(j, self.options),
+                    "shape": list(j.shape),
+                }
                 for j in fitted
             ],
         }
@@ -168,7 +177,16 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     steps = tuple(_step(job, first, second, options, streamed=True) for job in jobs)
     check_memory(steps, options.memory)
     return Plan(
-        first, second, options, output, jobs, tuple(pairing.lost + pairing.left), steps, keys, rule, pairing.notes
+        first,
+        second,
+        options,
+        output,
+        jobs,
+        tuple(pairing.lost + pairing.left),
+        steps,
+        keys,
+        rule,
+        pairing.notes,
     )
 
 
@@ -180,12 +198,21 @@ def _check(options: Options) -> Policy | None:
     chosen("format", formats(), options.to)
     rule = asked(options)
     if options.algo == "auto" and rule not in ("size", "error"):
-        raise WrongUsage("--algo auto chooses within a size or an error", hint="give --size or --error")
+        raise WrongUsage(
+            "--algo auto chooses within a size or an error", hint="give --size or --error"
+        )
     if options.algo == "full" and rule is not None:
-        raise WrongUsage("a full difference has no rank", hint="leave the rank rule out, or use --algo lora or auto")
-    if options.alpha is not None and (options.algo != "lora" or rule not in ("rank", None) or options.alpha <= 0):
+        raise WrongUsage(
+            "a full difference has no rank",
+            hint="leave the rank rule out, or use --algo lora or auto",
+        )
+    if options.alpha is not None and (
+        options.algo != "lora" or rule not in ("rank", None) or options.alpha <= 0
+    ):
         raise WrongUsage("--alpha goes with --algo lora and --rank, and is above 0")
-    if options.clamp_quantile is not None and (options.algo != "lora" or not 0 < options.clamp_quantile <= 1):
+    if options.clamp_quantile is not None and (
+        options.algo != "lora" or not 0 < options.clamp_quantile <= 1
+    ):
         raise WrongUsage("--clamp-quantile goes with --algo lora, and is above 0 and at most 1")
     if options.decompose_both and (options.algo != "lokr" or rule != "rank"):
         raise WrongUsage("--decompose-both goes with --algo lokr and --rank")
@@ -220,7 +247,9 @@ def _recipes(job: Job, options: Options, probe: Probe) -> tuple[Recipe, ...]:
     if kind == "full":
         return (Recipe("full"),)
     factor = options.factor or probe.factor or DEFAULT_FACTOR
-    lora = Recipe("lora", rank, ladder, svd=options.svd, alpha=options.alpha, quantile=options.clamp_quantile)
+    lora = Recipe(
+        "lora", rank, ladder, svd=options.svd, alpha=options.alpha, quantile=options.clamp_quantile
+    )
     if kind == "auto":
         return lora, Recipe("lokr", rank, ladder=True, factor=factor), Recipe("full", ladder=True)
     if kind == "lora":
@@ -238,7 +267,9 @@ def _stored_bytes(job: Job, options: Options) -> int:
     return rows * columns * size + 4
 
 
-def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options, *, streamed: bool) -> Step[Job]:
+def _step(
+    job: Job, base: Checkpoint, tuned: Checkpoint, options: Options, *, streamed: bool
+) -> Step[Job]:
     """`streamed`: on a CPU, where weights are subtracted as they are read."""
     rows, columns = job.matrix
     dense, rank = 4 * rows * columns, _rank(job, options) or DEFAULT_FACTOR
@@ -246,8 +277,17 @@ def _step(job: Job, base: Checkpoint, tuned: Checkpoint, options: Options, *, st
     copies = {"lora": 1, "auto": 4}.get(job.algorithm or "", 2)
     working = dense * copies + 4 * (rows + columns + min(rows, columns)) * 8 * rank
     sides = (base, job.base, not streamed), (tuned, job.tuned, not streamed or _ladder(options))
-    stored = sum(c.nbytes(p) if whole or not c.streams(p) else min(c.nbytes(p), BLOCKS) for c, p, whole in sides)
-    shape = (job.shape, job.dtype, job.algorithm, job.role, base.source.infos[job.base[0].name].dtype)
+    stored = sum(
+        c.nbytes(p) if whole or not c.streams(p) else min(c.nbytes(p), BLOCKS)
+        for c, p, whole in sides
+    )
+    shape = (
+        job.shape,
+        job.dtype,
+        job.algorithm,
+        job.role,
+        base.source.infos[job.base[0].name].dtype,
+    )
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))
 
 
@@ -272,14 +312,18 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
 class _Fitting:
     """Runs the fitter over layers; their tensors go to the spool, under the number of the layer, of the form, and the role."""
 
-    def __init__(self, plan: Plan, looked: Probe, spool: Spool, resources: engine.Resources) -> None:
+    def __init__(
+        self, plan: Plan, looked: Probe, spool: Spool, resources: engine.Resources
+    ) -> None:
         self.plan, self.spool, self.resources = plan, spool, resources
         self.recipes = {id(job): _recipes(job, plan.options, looked) for job in plan.jobs}
         self.found: dict[int, Fitted] = {}
         self.places = {id(job): n for n, job in enumerate(plan.jobs)}
         self.steps: Sequence[Step[Job]] = plan.steps
         if not resources.on_cpu:  # which gets both weights whole
-            self.steps = [_step(job, plan.base, plan.tuned, plan.options, streamed=False) for job in plan.jobs]
+            self.steps = [
+                _step(job, plan.base, plan.tuned, plan.options, streamed=False) for job in plan.jobs
+            ]
 
     def run(self, progress: Progress | None) -> None:
         total = len(self.steps)
@@ -288,7 +332,11 @@ class _Fitting:
 
     def finish(self, result: _Result, progress: Progress | None) -> None:
         """Now that the ranks are known: the tensors that were left for later, and both factors of a LoKr fitted together."""
-        recipes = {id(job): again for job, pick in result.picked() if pick and (again := self._again(job, pick))}
+        recipes = {
+            id(job): again
+            for job, pick in result.picked()
+            if pick and (again := self._again(job, pick))
+        }
         steps = [step for step in self.steps if id(step.payload) in recipes]
         total = len(steps)
         if steps:
@@ -299,7 +347,10 @@ class _Fitting:
         """How a layer is fitted once more."""
         if pick.form.later:
             return (Recipe("full"),)
-        first = next((recipe for recipe in self.recipes[id(job)] if recipe.kind == "lokr" and recipe.ladder), None)
+        first = next(
+            (recipe for recipe in self.recipes[id(job)] if recipe.kind == "lokr" and recipe.ladder),
+            None,
+        )
         if first is None or pick.form.kind != "lokr":
             return ()
         return (replace(first, rank=pick.rank if pick.form.ladder else None, ladder=False),)
@@ -326,7 +377,9 @@ class _Fitting:
         assert pick is not None
         found.lora = fitted.lora
         if pick.form.later:
-            self._spool(job, next(n for n, other in enumerate(found.forms) if other is pick.form), form)
+            self._spool(
+                job, next(n for n, other in enumerate(found.forms) if other is pick.form), form
+            )
         elif form.shapes == pick.form.at(pick.rank) and form.error(0) < pick.error:
             found.forms.append(form)
             self._spool(job, len(found.forms) - 1, form)
@@ -348,7 +401,9 @@ class _Result:
     picks: dict[int, Pick | None] = field(default_factory=dict)
     gap: float | None = None
     all_signal: bool = False
-    noise: tuple[int, int] | None = None  # of ladders: how many of the ranks lie within the noise, and of how many
+    noise: tuple[int, int] | None = (
+        None  # of ladders: how many of the ranks lie within the noise, and of how many
+    )
 
     @property
     def fitted(self) -> list[tuple[Job, Fitted]]:
@@ -369,7 +424,9 @@ class _Result:
         changed = [(job, found) for job, found in self.measured if found.norm > 0]
         if not self.fitted:
             raise NothingToDo(
-                _nothing(changed), hint="are these the two files you meant?", file=self.plan.tuned.source.path
+                _nothing(changed),
+                hint="are these the two files you meant?",
+                file=self.plan.tuned.source.path,
             )
         options, rule = self.plan.options, self.plan.policy
         free = [(job, found) for job, found in self.fitted if job.algorithm != "full"]
@@ -379,7 +436,9 @@ class _Result:
         layers = [self._layer(job, found) for job, found in free]
         mine = {id(job) for job, _ in free}
         others = [
-            (self.picks.get(id(job)), found) for job, found in self.measured if job.counted and id(job) not in mine
+            (self.picks.get(id(job)), found)
+            for job, found in self.measured
+            if job.counted and id(job) not in mine
         ]
         rest = sum(found.norm if pick is None else pick.error for pick, found in others)
         measure = self._measure([job for job, _ in free])
@@ -406,7 +465,10 @@ class _Result:
 
         def size(picks: Sequence[Pick | None]) -> int:
             trial = _Result(
-                self.plan, self.probe, self.measured, self.picks | dict(zip(map(id, jobs), picks, strict=True))
+                self.plan,
+                self.probe,
+                self.measured,
+                self.picks | dict(zip(map(id, jobs), picks, strict=True)),
             )
             writing = _Writing(self.plan, trial, None)
             specs = writing.specs()
@@ -419,12 +481,22 @@ class _Result:
         """Everything but the size of the file and the time."""
         plan = self.plan
         changed = [(job, found) for job, found in self.measured if found.norm > 0]
-        left = [Unused(job.label, f"differs, but {job.why}") for job, _ in changed if job.algorithm is None]
-        stored = [(job, found, pick) for job, found in self.fitted if (pick := self.picks[id(job)]) is not None]
+        left = [
+            Unused(job.label, f"differs, but {job.why}")
+            for job, _ in changed
+            if job.algorithm is None
+        ]
+        stored = [
+            (job, found, pick)
+            for job, found in self.fitted
+            if (pick := self.picks[id(job)]) is not None
+        ]
         dropped = len(self.fitted) - len(stored)
         norm = self.norm
         residual = norm - sum(found.norm - pick.error for job, found, pick in stored if job.counted)
-        if all(job.algorithm for job, _ in changed if job.counted) and not dropped:  # nothing to cancel
+        if (
+            all(job.algorithm for job, _ in changed if job.counted) and not dropped
+        ):  # nothing to cancel
             residual = sum(pick.error for job, _, pick in stored if job.counted)
         residual = max(0.0, residual)
         same_size = _same_size(stored)
@@ -535,8 +607,14 @@ def _about(options: Options, result: _Result) -> Iterator[str]:
     if dropped:
         verb = "is" if dropped == 1 else "are"
         yield f"{dropped} of {len(result.fitted)} changed layers {verb} left out: their share is not worth its bytes."
-    ladders = [(pick, found) for (_, pick), (_, found) in zip(result.picked(), result.fitted, strict=True)]
-    bound = [pick for pick, _ in ladders if pick and pick.form.ladder and pick.rank == len(pick.form.errors) - 1]
+    ladders = [
+        (pick, found) for (_, pick), (_, found) in zip(result.picked(), result.fitted, strict=True)
+    ]
+    bound = [
+        pick
+        for pick, _ in ladders
+        if pick and pick.form.ladder and pick.rank == len(pick.form.errors) - 1
+    ]
     if _ladder(options) and bound and options.max_rank is None and options.size is None:
         full = [pick for pick in bound if pick.rank == MAX_RANK]
         if full:
@@ -574,8 +652,13 @@ class _Writing:
         from adaptkit.files.sink import TensorSink
 
         plan = self.plan
-        with adapter_file(plan.output, self._modules(), plan.options.overwrite) as (path, overwrite):
-            with TensorSink(path, self.specs(), _metadata(plan, draft), overwrite=overwrite) as sink:
+        with adapter_file(plan.output, self._modules(), plan.options.overwrite) as (
+            path,
+            overwrite,
+        ):
+            with TensorSink(
+                path, self.specs(), _metadata(plan, draft), overwrite=overwrite
+            ) as sink:
                 self._fill(sink)
                 plan.close()
                 sink.commit()
@@ -607,7 +690,9 @@ class _Writing:
             rank, shapes = _stored_rank(pick) or 1, pick.form.at(pick.rank)
             alpha = rank if pick.form.alpha is None else _alpha(pick)
             name = self.plan.keys.module(job.slot)
-            found.append(Module(name, pick.form.kind, rank, alpha, frozenset(shapes), factor_rows(shapes)))
+            found.append(
+                Module(name, pick.form.kind, rank, alpha, frozenset(shapes), factor_rows(shapes))
+            )
         return found
 
 
@@ -624,7 +709,11 @@ def _metadata(plan: Plan, draft: Report) -> dict[str, str]:
 
     family, options = plan.base.family, plan.options
     kinds = {item["algorithm"] for item in draft.details}
-    ranks = {item["rank"] for item in draft.details if item["algorithm"] != "full" and item["rank"] is not None}
+    ranks = {
+        item["rank"]
+        for item in draft.details
+        if item["algorithm"] != "full" and item["rank"] is not None
+    }
     module = "networks.lora" if kinds <= {"lora"} or options.algo == "lora" else "lycoris.kohya"
     hosts = {"ss_network_module": module}
     if family.modelspec:
@@ -647,7 +736,10 @@ def _metadata(plan: Plan, draft: Report) -> dict[str, str]:
         "rank": options.rank,
         "conv_rank": options.conv_rank,
         "factor": options.factor if options.algo in ("lokr", "auto") else None,
-        **{name: getattr(options, name) for name in ("energy", "error", "size", "sv_ratio", "sv_fro", "sv_cumulative")},
+        **{
+            name: getattr(options, name)
+            for name in ("energy", "error", "size", "sv_ratio", "sv_fro", "sv_cumulative")
+        },
         **{name: getattr(options, name) for name in ("max_rank", "alpha", "clamp_quantile")},
         "relative_error": float(f"{draft.relative_error:.6g}"),
         "modules": draft.modules,

@@ -60,7 +60,11 @@ def expand(paths: Iterable[Path]) -> Iterator[Path]:
     """Files as they are; a folder that is one model or adapter as one, any other folder as the weight files below it."""
     for path in paths:
         if path.is_dir() and not _is_one(path):
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            found = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in SUFFIXES and file.is_file()
+            )
             yield from found or [path]
         else:
             yield path
@@ -85,7 +89,11 @@ def run(path: Path, options: Options | None = None, progress: Progress | None = 
     with source:
         try:
             adapter = is_adapter(source.infos)
-            report = _adapter(source, config, options, progress) if adapter else _checkpoint(source, options)
+            report = (
+                _adapter(source, config, options, progress)
+                if adapter
+                else _checkpoint(source, options)
+            )
         except AdaptkitError as error:
             return _failed(path, error)
     hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
@@ -113,13 +121,21 @@ def _dtypes(infos: Iterable[TensorInfo]) -> dict[str, int]:
 
 def _keys(source: TensorSource, reasons: Mapping[str, str]) -> tuple[Mapping[str, Any], ...]:
     return tuple(
-        {"key": info.name, "dtype": info.dtype, "shape": list(info.shape), "note": reasons.get(info.name)}
+        {
+            "key": info.name,
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "note": reasons.get(info.name),
+        }
         for info in source.infos.values()
     )
 
 
 def _adapter(
-    source: TensorSource, config: Mapping[str, object] | None, options: Options, progress: Progress | None
+    source: TensorSource,
+    config: Mapping[str, object] | None,
+    options: Options,
+    progress: Progress | None,
 ) -> Report:
     try:
         adapter = Adapter.understand(source, config, family=options.family, format=options.format)
@@ -137,9 +153,13 @@ def _adapter(
         "algorithms": adapter.algorithms(),
         "components": dict(Counter(entry.slot.component for entry in entries).most_common()),
         "modules": len(entries),
-        "parameters": sum(source.infos[key].numel for entry in entries for _, key in entry.tensors()),
+        "parameters": sum(
+            source.infos[key].numel for entry in entries for _, key in entry.tensors()
+        ),
         "dtypes": _dtypes(source.infos.values()),
-        "ranks": _counted(str(entry.facts.rank) for entry in entries if entry.facts.rank is not None),
+        "ranks": _counted(
+            str(entry.facts.rank) for entry in entries if entry.facts.rank is not None
+        ),
         "scales": _counted(f"{entry.facts.scale:g}" for entry in entries if not entry.kind.bounded),
         "alpha_source": adapter.alpha_source,
         "unclaimed": list(adapter.unclaimed),
@@ -167,11 +187,16 @@ def _traps(adapter: Adapter) -> Iterator[Problem]:
     ranked = [entry for entry in adapter.entries.values() if entry.facts.rank is not None]
     silent = [entry for entry in ranked if entry.alpha is None]
     if silent and adapter.format.alpha is Alpha.TENSOR:
-        yield Problem("warning", None, f"{len(silent)} modules have no alpha: every host takes alpha = rank")
+        yield Problem(
+            "warning", None, f"{len(silent)} modules have no alpha: every host takes alpha = rank"
+        )
     for what, found in (
         ("alpha is 0, so they do nothing", [e for e in ranked if e.facts.scale == 0]),
         ("alpha is negative, so they work backwards", [e for e in ranked if e.facts.scale < 0]),
-        (f"alpha is more than {STRONG:g} times the rank", [e for e in ranked if e.facts.scale > STRONG]),
+        (
+            f"alpha is more than {STRONG:g} times the rank",
+            [e for e in ranked if e.facts.scale > STRONG],
+        ),
     ):
         if found:
             yield Problem("warning", adapter.label(found[0].slot), f"{len(found)} modules: {what}")
@@ -187,9 +212,14 @@ def _with_stats(adapter: Adapter, report: Report, progress: Progress | None) -> 
         "norm": _stats.total_norm(found),
         "blocks": _stats.rolled_up(found, [part.name for part in adapter.family.components]),
     }
-    modules = tuple({**module, **one.to_dict()} for module, one in zip(report.modules, found, strict=True))
+    modules = tuple(
+        {**module, **one.to_dict()} for module, one in zip(report.modules, found, strict=True)
+    )
     return replace(
-        report, record={**report.record, **added}, modules=modules, spectra=tuple(one.sigma for one in found)
+        report,
+        record={**report.record, **added},
+        modules=modules,
+        spectra=tuple(one.sigma for one in found),
     )
 
 
@@ -270,11 +300,18 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
     parts = [place.slot.component for place in checkpoint.places.values()]
     record["components"] = dict(Counter([*parts, *checkpoint.others.values()]).most_common())
     record["modules"] = len({place.slot.target.module for place in checkpoint.places.values()})
-    record["layout"] = ", ".join(dict.fromkeys(place.naming for place in checkpoint.places.values()))
+    record["layout"] = ", ".join(
+        dict.fromkeys(place.naming for place in checkpoint.places.values())
+    )
     return Report(record, _keys(source, checkpoint.others), tuple(_places(checkpoint)))
 
 
 def _places(checkpoint: Checkpoint) -> Iterator[Mapping[str, Any]]:
     for name, place in checkpoint.places.items():
         info = checkpoint.source.infos[name]
-        yield {"module": checkpoint.label(place.slot), "key": name, "dtype": info.dtype, "shape": list(info.shape)}
+        yield {
+            "module": checkpoint.label(place.slot),
+            "key": name,
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+        }

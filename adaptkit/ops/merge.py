@@ -93,18 +93,26 @@ UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
     """Find the place of every adapter module in the base; reads headers only, and fails here if anything can."""
     with ExitStack() as failing:
-        checkpoint = failing.enter_context(Checkpoint.open(base, family=options.family, strangers=True))
+        checkpoint = failing.enter_context(
+            Checkpoint.open(base, family=options.family, strangers=True)
+        )
         opened = []
         for path, _ in adapters:
             opened.append(_open_adapter(checkpoint, path, options))
             failing.callback(opened[-1].close)
-        made = _planned(base, checkpoint, tuple(opened), tuple(strength for _, strength in adapters), options)
+        made = _planned(
+            base, checkpoint, tuple(opened), tuple(strength for _, strength in adapters), options
+        )
         failing.pop_all()
         return made
 
 
 def _planned(
-    path: Path, base: Checkpoint, adapters: tuple[Adapter, ...], strengths: tuple[float, ...], options: Options
+    path: Path,
+    base: Checkpoint,
+    adapters: tuple[Adapter, ...],
+    strengths: tuple[float, ...],
+    options: Options,
 ) -> Plan:
     single = as_single(base.source, options.output, options.shard_size, options.layout)
     renamed = wanted(base, options.layout)
@@ -117,14 +125,19 @@ def _planned(
         refuse_unused(lost, options.allow_unused, adapter.source.path)
     if not jobs:
         raise NothingToDo(
-            "no module of these adapters applies to this checkpoint", hint="see --only and --skip", file=path
+            "no module of these adapters applies to this checkpoint",
+            hint="see --only and --skip",
+            file=path,
         )
     places.blocks.check()
     working = _working(base, jobs, options)
     specs = tuple(_specs(base, {job.name: job for job in working}, options))
     if renamed:
         made = _relayout(base, specs, options)
-        specs, layout = tuple(spec for spec in specs if spec.name in made.moves), made.layout(options.shard_size)
+        specs, layout = (
+            tuple(spec for spec in specs if spec.name in made.moves),
+            made.layout(options.shard_size),
+        )
         places.unused.append(made.lost)
     else:
         touched = {name for job in working for name in job.writes()}
@@ -135,7 +148,9 @@ def _planned(
     check_memory(steps, options.memory)
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
-    return Plan(base, adapters, strengths, options, output, jobs, specs, unused, steps, layout, rules)
+    return Plan(
+        base, adapters, strengths, options, output, jobs, specs, unused, steps, layout, rules
+    )
 
 
 def _relayout(base: Checkpoint, specs: Sequence[TensorSpec], options: Options) -> Relayout:
@@ -186,7 +201,9 @@ def _working(base: Checkpoint, jobs: Sequence[Job], options: Options) -> tuple[J
 def _new_dtype(base: Checkpoint, name: str, options: Options) -> str:
     """The dtype a tensor gets: numbers are converted when asked for, indices and what cannot be read stay."""
     info = base.source.infos[name]
-    return info.dtype if base.quantization.refusal(info) else stored_dtype(options.dtype, info.dtype)
+    return (
+        info.dtype if base.quantization.refusal(info) else stored_dtype(options.dtype, info.dtype)
+    )
 
 
 def _specs(base: Checkpoint, working: Mapping[str, Job], options: Options) -> Iterator[TensorSpec]:
@@ -195,7 +212,11 @@ def _specs(base: Checkpoint, working: Mapping[str, Job], options: Options) -> It
     dropped = stored.extras if options.dtype != "keep" else frozenset[str]()
     for info in base.source.infos.values():
         if info.name not in dropped:
-            yield TensorSpec(info.name, working[info.name].dtype if info.name in working else info.dtype, info.shape)
+            yield TensorSpec(
+                info.name,
+                working[info.name].dtype if info.name in working else info.dtype,
+                info.shape,
+            )
 
 
 def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
@@ -220,13 +241,18 @@ class _Places:
     """Finds where each entry applies; what finds no place goes to `unused`, per adapter."""
 
     def __init__(
-        self, base: Checkpoint, adapters: Sequence[Adapter], strengths: Sequence[float], options: Options
+        self,
+        base: Checkpoint,
+        adapters: Sequence[Adapter],
+        strengths: Sequence[float],
+        options: Options,
     ) -> None:
         self.base, self.adapters, self.strengths, self.options = base, adapters, strengths, options
         self.blocks = Blocks(options.blocks, base.family)
         self.held = base.targets()
         self.unused: list[list[Unused]] = [
-            [Unused(key, reason) for key, reason in adapter.unclaimed.items()] for adapter in adapters
+            [Unused(key, reason) for key, reason in adapter.unclaimed.items()]
+            for adapter in adapters
         ]
         self.found: dict[str, list[Contribution]] = {}
 
@@ -261,14 +287,21 @@ class _Places:
         self._check_shape(adapter, label, entry, pieces)
         strength = self.strengths[number] * self.blocks.weight(slot)
         for piece, cut in _cuts(self.base, pieces):
-            self.found.setdefault(piece.name, []).append(Contribution(number, entry, piece.rows, cut, label, strength))
+            self.found.setdefault(piece.name, []).append(
+                Contribution(number, entry, piece.rows, cut, label, strength)
+            )
 
-    def _check_shape(self, adapter: Adapter, label: str, entry: Entry, pieces: tuple[Piece, ...]) -> None:
+    def _check_shape(
+        self, adapter: Adapter, label: str, entry: Entry, pieces: tuple[Piece, ...]
+    ) -> None:
         shape = self.base.slot_shape(pieces)
         rows, columns = shape[0] if shape else 1, 1
         for n in shape[1:]:
             columns *= n
-        known = entry.facts.rows or rows, entry.facts.columns or columns  # some kinds do not tell both
+        known = (
+            entry.facts.rows or rows,
+            entry.facts.columns or columns,
+        )  # some kinds do not tell both
         if known != (rows, columns):
             raise ShapeMismatch(
                 f"{label} is {rows} × {columns} in the checkpoint, {known[0]} × {known[1]} in the adapter",
@@ -277,7 +310,9 @@ class _Places:
             )
 
 
-def _cuts(base: Checkpoint, pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, tuple[int, int] | None]]:
+def _cuts(
+    base: Checkpoint, pieces: tuple[Piece, ...]
+) -> Iterator[tuple[Piece, tuple[int, int] | None]]:
     """Each piece with the rows of the entry that fall on it (None: all of them)."""
     if len(pieces) == 1:
         yield pieces[0], None
@@ -328,7 +363,9 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         last.callback(copying.join)  # after the outputs are given up, which ends it
 
         def store(task: Task, results: Sequence[Merged | None]) -> None:
-            for job, result, output, records in zip(task.jobs, results, outputs, found, strict=True):
+            for job, result, output, records in zip(
+                task.jobs, results, outputs, found, strict=True
+            ):
                 if job is not None and result is not None:
                     if result.tensor is not None:
                         output.put(job.name, result.tensor)
@@ -338,12 +375,16 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
 
         resources = engine.Resources.choose(options.device, options.memory)
         told = None if progress is None else lambda done: progress(done, len(steps))
-        engine.run(steps, engine.Work(blender.load, blender.blend, store, held=_held), resources, told)
+        engine.run(
+            steps, engine.Work(blender.load, blender.blend, store, held=_held), resources, told
+        )
         copying.wait()
         for plan in plans:
             if not plan.options.verify:
                 plan.close()  # on Windows a file that is open cannot be replaced
-        with ThreadPoolExecutor(len(plans)) as disk:  # each waits for the disk, which takes them all at once
+        with ThreadPoolExecutor(
+            len(plans)
+        ) as disk:  # each waits for the disk, which takes them all at once
             verified = list(disk.map(_finished, plans, outputs))
     seconds = (time.perf_counter() - started) / len(plans)
     return [_report(*each, seconds) for each in zip(plans, found, verified, strict=True)]
@@ -352,7 +393,13 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
 def _output(plan: Plan, hashes: dict[Path, str]) -> AbstractContextManager[Output]:
     records = Provenance(plan, hashes)
     options = plan.options
-    return opened(plan.layout, plan.output, records.metadata, overwrite=options.overwrite, hidden=options.verify)
+    return opened(
+        plan.layout,
+        plan.output,
+        records.metadata,
+        overwrite=options.overwrite,
+        hidden=options.verify,
+    )
 
 
 def _finished(plan: Plan, output: Output) -> Verified | None:
@@ -367,7 +414,11 @@ def _finished(plan: Plan, output: Output) -> Verified | None:
 
 
 def _held(results: Sequence[Merged | None]) -> int:
-    return sum(result.tensor.nbytes for result in results if result is not None and result.tensor is not None)
+    return sum(
+        result.tensor.nbytes
+        for result in results
+        if result is not None and result.tensor is not None
+    )
 
 
 class _Background:
@@ -401,13 +452,19 @@ def _copy_untouched(plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
         output.copy(plan.base.source, [spec.name for spec in plan.specs if spec.name not in made])
 
 
-def _report(plan: Plan, found: Mapping[str, Merged], verified: Verified | None, seconds: float) -> Report:
+def _report(
+    plan: Plan, found: Mapping[str, Merged], verified: Verified | None, seconds: float
+) -> Report:
     results = {job.name: found.get(job.name, UNCHANGED) for job in plan.jobs}
     delta = sum(result.delta for result in results.values())
     # what a change of dtype does to the layers without an adapter is no loss of theirs
     rounding = sum(result.rounding for result in results.values())
     weight = sum(result.weight for result in results.values())
-    written = (plan.output / path for path in plan.layout.files()) if plan.layout.folder else [plan.output]
+    written = (
+        (plan.output / path for path in plan.layout.files())
+        if plan.layout.folder
+        else [plan.output]
+    )
     return Report(
         output=plan.output,
         bytes=sum(path.stat().st_size for path in written),
@@ -416,7 +473,9 @@ def _report(plan: Plan, found: Mapping[str, Merged], verified: Verified | None, 
         relative_error=_ratio(rounding, delta) or 0.0,
         unused=plan.unused,
         seconds=seconds,
-        details=tuple(_detail(job, c, results[job.name]) for job in plan.jobs for c in job.contributions),
+        details=tuple(
+            _detail(job, c, results[job.name]) for job in plan.jobs for c in job.contributions
+        ),
         family=plan.base.family.name,
         adapters=tuple(plan.described()),
         tensors=len(plan.specs),

@@ -29,7 +29,8 @@ def plan(path: Path, options: Options) -> Recast:
     """Every module and what it may become; reads headers only, and fails here if anything can."""
     if asked(options) is None:
         raise WrongUsage(
-            "nothing says which ranks to keep", hint="give --rank, --energy, --error, --size or an --sv-* rule"
+            "nothing says which ranks to keep",
+            hint="give --rank, --energy, --error, --size or an --sv-* rule",
         )
     if options.algo == "full":
         raise WrongUsage("a full difference has no rank", hint="use `adaptkit convert --algo full`")

@@ -33,7 +33,9 @@ class TestFull(AlgorithmLaws):
 
 def test_fit_is_the_difference() -> None:
     delta = torch.randn(8, 54)
-    assert torch.equal(Full.fit(delta, FitSpec(kernel=(3, 3))).encode()["diff"], delta.reshape(8, 6, 3, 3))
+    assert torch.equal(
+        Full.fit(delta, FitSpec(kernel=(3, 3))).encode()["diff"], delta.reshape(8, 6, 3, 3)
+    )
 
 
 def test_a_scalar_is_refused() -> None:

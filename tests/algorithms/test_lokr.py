@@ -25,7 +25,10 @@ def _w1() -> dict[str, dict[str, Array]]:
 
 def _w2(kernel: tuple[int, ...]) -> dict[str, dict[str, Array]]:
     window = int(np.prod(kernel))
-    forms = {"w2": {"w2": array(3, 5, *kernel)}, "w2 factored": {"w2_a": array(3, 2), "w2_b": array(2, 5 * window)}}
+    forms = {
+        "w2": {"w2": array(3, 5, *kernel)},
+        "w2 factored": {"w2_a": array(3, 2), "w2_b": array(2, 5 * window)},
+    }
     if kernel:
         forms["w2 tucker"] = {"t2": array(2, 2, *kernel), "w2_a": array(2, 3), "w2_b": array(2, 5)}
     return forms
@@ -41,11 +44,16 @@ class TestLokr(AlgorithmLaws):
                 for two, second in _w2(kernel).items():
                     for alpha in (None, 3.0):
                         yield Layout(
-                            f"{one}, {two}, kernel {kernel}, alpha {alpha}", {**first, **second}, alpha, kernel
+                            f"{one}, {two}, kernel {kernel}, alpha {alpha}",
+                            {**first, **second},
+                            alpha,
+                            kernel,
                         )
         # ai-toolkit writes alpha ≈ 1e10, which is infinite in fp16, beside two full factors
         for alpha in (9999220736.0, float("inf")):
-            yield Layout(f"full factors, alpha {alpha}", {"w1": array(4, 2), "w2": array(3, 5)}, alpha)
+            yield Layout(
+                f"full factors, alpha {alpha}", {"w1": array(4, 2), "w2": array(3, 5)}, alpha
+            )
 
     @staticmethod
     def oracle(layout: Layout) -> Array:
@@ -95,7 +103,9 @@ def test_fit_is_the_nearest_kronecker_product(kernel: tuple[int, ...]) -> None:
         "w2": (6, 10, *kernel),
         "alpha": (),
     }
-    assert float((fitted.delta() - delta).norm()) == pytest.approx(oracle.best_kron(delta.numpy(), 4, 4), rel=1e-6)
+    assert float((fitted.delta() - delta).norm()) == pytest.approx(
+        oracle.best_kron(delta.numpy(), 4, 4), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])

@@ -30,18 +30,33 @@ class TestLora(AlgorithmLaws):
         yield Layout("conv 3×3", {"up": array(12, 3, 1, 1), "down": array(3, 5, 3, 3)}, 1.0, (3, 3))
         yield Layout("conv 1×1", {"up": array(12, 2, 1, 1), "down": array(2, 5, 1, 1)}, 4.0, (1, 1))
         yield Layout("conv 1-D", {"up": array(12, 2, 1), "down": array(2, 5, 3)}, 4.0, (3,))
-        yield Layout("conv 3-D, not cubic", {"up": array(12, 2, 1, 1, 1), "down": array(2, 5, 1, 2, 3)}, 4.0, (1, 2, 3))
         yield Layout(
-            "tucker", {"up": array(12, 3, 1, 1), "down": array(3, 5, 1, 1), "mid": array(3, 3, 3, 3)}, 2.0, (3, 3)
+            "conv 3-D, not cubic",
+            {"up": array(12, 2, 1, 1, 1), "down": array(2, 5, 1, 2, 3)},
+            4.0,
+            (1, 2, 3),
         )
-        yield Layout("tucker 1-D", {"up": array(12, 3, 1), "down": array(3, 5, 1), "mid": array(3, 3, 5)}, 2.0, (5,))
+        yield Layout(
+            "tucker",
+            {"up": array(12, 3, 1, 1), "down": array(3, 5, 1, 1), "mid": array(3, 3, 3, 3)},
+            2.0,
+            (3, 3),
+        )
+        yield Layout(
+            "tucker 1-D",
+            {"up": array(12, 3, 1), "down": array(3, 5, 1), "mid": array(3, 3, 5)},
+            2.0,
+            (5,),
+        )
         yield Layout("negative alpha", {"up": array(12, 3), "down": array(3, 10)}, -1.5)
 
     @staticmethod
     def oracle(layout: Layout) -> Array:
         rank = layout.tensors["down"].shape[0]
         scale = 1.0 if layout.alpha is None else layout.alpha / rank
-        return oracle.lora(layout.tensors["up"], layout.tensors["down"], scale, layout.tensors.get("mid"))
+        return oracle.lora(
+            layout.tensors["up"], layout.tensors["down"], scale, layout.tensors.get("mid")
+        )
 
 
 @pytest.mark.parametrize(
@@ -76,13 +91,19 @@ def test_rank_scaled_alpha_divides_by_the_root() -> None:
     assert Lora.facts({"up": (12, 4), "down": (4, 10)}, Stated(8.0, rank_scaled=True)).scale == 4.0
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 24, 5), (24, 40, 5), (40, 24, 99), (7, 7, 7)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(40, 24, 5), (24, 40, 5), (40, 24, 99), (7, 7, 7)]
+)
 def test_fit_is_the_best_of_its_rank(rows: int, columns: int, rank: int) -> None:
     delta = torch.from_numpy(RANDOM.standard_normal((rows, columns)))
     fitted = Lora.fit(delta, FitSpec(rank))
     error = float((fitted.delta() - delta).norm())
-    assert error == pytest.approx(oracle.best_rank(delta.numpy(), min(rank, rows, columns)), rel=1e-6, abs=1e-6)
-    assert fitted.up.norm(dim=0).numpy() == pytest.approx(fitted.down.norm(dim=1).numpy(), rel=1e-5)  # balanced
+    assert error == pytest.approx(
+        oracle.best_rank(delta.numpy(), min(rank, rows, columns)), rel=1e-6, abs=1e-6
+    )
+    assert fitted.up.norm(dim=0).numpy() == pytest.approx(
+        fitted.down.norm(dim=1).numpy(), rel=1e-5
+    )  # balanced
 
 
 @pytest.mark.parametrize(

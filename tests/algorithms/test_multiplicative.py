@@ -32,7 +32,12 @@ class Case:
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 0.3) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64) * scale
+    return (
+        torch.randn(
+            *shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64
+        )
+        * scale
+    )
 
 
 def numpy(tensors: Tensors) -> dict[str, np.ndarray]:
@@ -43,8 +48,14 @@ def rotations() -> list[Case]:
     found = []
     for alpha in (0.0, 0.01):
         for rescaled in (False, True):
-            for name, shape, function in (("oft", (4, 4, 4), oracle.oft), ("boft", (3, 4, 4, 4), oracle.boft)):
-                blocks, extra = draw(*shape), {"rescale": draw(ROWS, 1).abs() + 0.5} if rescaled else {}
+            for name, shape, function in (
+                ("oft", (4, 4, 4), oracle.oft),
+                ("boft", (3, 4, 4, 4), oracle.boft),
+            ):
+                blocks, extra = (
+                    draw(*shape),
+                    {"rescale": draw(ROWS, 1).abs() + 0.5} if rescaled else {},
+                )
                 scale = extra["rescale"].numpy() if rescaled else None
                 label = f"{name}-alpha{alpha}-{'rescaled' if rescaled else 'plain'}"
 
@@ -58,7 +69,14 @@ def rotations() -> list[Case]:
                     return f(w, b.numpy(), a * ROWS, s)
 
                 found.append(
-                    Case(label, name, {"blocks": blocks, **extra}, merged, alpha, cuts=name == "oft" and not alpha)
+                    Case(
+                        label,
+                        name,
+                        {"blocks": blocks, **extra},
+                        merged,
+                        alpha,
+                        cuts=name == "oft" and not alpha,
+                    )
                 )
     parts = {"part0": draw(2, 4, 4), "part1": draw(2, 2, 2), "part2": draw(1, 4, 4)}
     for alpha in (1.0, 0.01):
@@ -136,7 +154,9 @@ def doras() -> list[Case]:
         ):
             m = draw(*shape).abs() + 0.5
 
-            def merged(w: np.ndarray, d: np.ndarray = delta, m: torch.Tensor = m, a: int = axis) -> np.ndarray:
+            def merged(
+                w: np.ndarray, d: np.ndarray = delta, m: torch.Tensor = m, a: int = axis
+            ) -> np.ndarray:
                 return oracle.dora(w, d, m.numpy().reshape(-1), a)
 
             found.append(
@@ -164,7 +184,14 @@ def others() -> list[Case]:
             "b2": draw(2, INPUTS, *kernel),
         }
         found.append(
-            Case(f"glora-{kernel}", "glora", glora, lambda w, t=glora: oracle.glora(w, numpy(t), 1.5), 3.0, kernel)
+            Case(
+                f"glora-{kernel}",
+                "glora",
+                glora,
+                lambda w, t=glora: oracle.glora(w, numpy(t), 1.5),
+                3.0,
+                kernel,
+            )
         )
         for on_input in (0, 1):
             count = INPUTS if on_input else ROWS
@@ -230,7 +257,8 @@ def test_a1_the_merged_weight_is_the_oracles(case: Case) -> None:
 def test_a2_stored_shapes_come_back(case: Case) -> None:
     encoded = opened(case).encode()
     stored = {
-        algorithms()[case.algorithm].stored_as(role, peft="vector" in case.tensors): t for role, t in encoded.items()
+        algorithms()[case.algorithm].stored_as(role, peft="vector" in case.tensors): t
+        for role, t in encoded.items()
     }
     for role, tensor in case.tensors.items():
         assert torch.equal(stored[role].reshape(-1).double(), tensor.reshape(-1).double()), role
@@ -258,7 +286,9 @@ def test_a5_a_batch_is_its_members(case: Case) -> None:
     }
     two = opened(case, stack).apply(torch.stack([flat(base(case))] * 2), 1.0)
     for n in range(2):
-        one = opened(case, {role: tensor[n] for role, tensor in stack.items()}).apply(flat(base(case)), 1.0)
+        one = opened(case, {role: tensor[n] for role, tensor in stack.items()}).apply(
+            flat(base(case)), 1.0
+        )
         torch.testing.assert_close(two[n], one)
         member = opened(case, stack).member(n)
         torch.testing.assert_close(member.apply(flat(base(case)), 1.0), one)
@@ -282,7 +312,10 @@ def test_a_difference_is_refused_with_a_hint(case: Case) -> None:
 def test_folding_keeps_what_it_does(case: Case) -> None:
     folded = opened(case).folded()
     torch.testing.assert_close(
-        folded.apply(flat(base(case)), 1.0), opened(case).apply(flat(base(case)), 1.0), rtol=1e-5, atol=1e-6
+        folded.apply(flat(base(case)), 1.0),
+        opened(case).apply(flat(base(case)), 1.0),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -293,11 +326,19 @@ def test_doras_fuse_and_swap_by_rows(kernel: tuple[int, ...]) -> None:
     again = type(weights).fuse([weights.part(0, 6), weights.part(6, ROWS)])
     torch.testing.assert_close(again.apply(weight.clone(), 1.0), weights.apply(weight.clone(), 1.0))
     swapped = weights.swapped().apply(torch.cat([weight[8:], weight[:8]]), 1.0)
-    torch.testing.assert_close(torch.cat([swapped[8:], swapped[:8]]), weights.apply(weight.clone(), 1.0))
-    inputs = next(c for c in doras() if c.kernel == kernel and c.tensors.get("magnitude", draw(2, 2)).shape[0] == 1)
+    torch.testing.assert_close(
+        torch.cat([swapped[8:], swapped[:8]]), weights.apply(weight.clone(), 1.0)
+    )
+    inputs = next(
+        c
+        for c in doras()
+        if c.kernel == kernel and c.tensors.get("magnitude", draw(2, 2)).shape[0] == 1
+    )
     weights = opened(inputs)
     swapped = weights.swapped().apply(torch.cat([weight[8:], weight[:8]]), 1.0)
-    torch.testing.assert_close(torch.cat([swapped[8:], swapped[:8]]), weights.apply(weight.clone(), 1.0))
+    torch.testing.assert_close(
+        torch.cat([swapped[8:], swapped[:8]]), weights.apply(weight.clone(), 1.0)
+    )
     with pytest.raises(NotRepresentable, match="input axis"):
         type(weights).fuse([weights, weights])
 
@@ -329,15 +370,32 @@ def test_magnitudes_change_their_layout_between_lycoris_and_peft() -> None:
     assert kind.laid_out("magnitude", (1, 8, 1, 1), conv, peft=False) == (1, 8, 1, 1)
     with pytest.raises(NotRepresentable, match="no PEFT form"):
         kind.laid_out("magnitude", (1, 8, 1, 1), conv, peft=True)
-    assert (kind.stored_as("magnitude", peft=True), kind.stored_as("vector", peft=False)) == ("vector", "magnitude")
+    assert (kind.stored_as("magnitude", peft=True), kind.stored_as("vector", peft=False)) == (
+        "vector",
+        "magnitude",
+    )
 
 
 def by_name(name: str) -> Weights:
     return opened(next(c for c in CASES if c.name == name))
 
 
-BY_ROWS = ["oft-alpha0.0-plain", "oft-alpha0.0-rescaled", "ia3-()-0", "ia3-(3, 3)-0", "ia3-peft-0", "glora-()"]
-BY_COLUMNS = ["ia3-()-1", "ia3-(3, 3)-1", "ia3-peft-1", "peft-oft-()-2", "onetrainer-oft-()", "peft-boft-()-2-4"]
+BY_ROWS = [
+    "oft-alpha0.0-plain",
+    "oft-alpha0.0-rescaled",
+    "ia3-()-0",
+    "ia3-(3, 3)-0",
+    "ia3-peft-0",
+    "glora-()",
+]
+BY_COLUMNS = [
+    "ia3-()-1",
+    "ia3-(3, 3)-1",
+    "ia3-peft-1",
+    "peft-oft-()-2",
+    "onetrainer-oft-()",
+    "peft-boft-()-2-4",
+]
 
 
 @pytest.mark.parametrize("name", [*BY_ROWS, *BY_COLUMNS])
@@ -360,13 +418,19 @@ def test_swapped_exchanges_the_halves(name: str) -> None:
 def test_missing_parts_leave_their_rows_alone(name: str) -> None:
     weight = draw(ROWS, INPUTS * 9 if "(3, 3)" in name else INPUTS)
     part = by_name(name).part(4, 8)
-    filled = type(part).fuse([type(part).zeros(part, 4), part, type(part).zeros(part, 8)]).apply(weight.clone(), 1.0)
+    filled = (
+        type(part)
+        .fuse([type(part).zeros(part, 4), part, type(part).zeros(part, 8)])
+        .apply(weight.clone(), 1.0)
+    )
     torch.testing.assert_close(filled[4:8], by_name(name).apply(weight.clone(), 1.0)[4:8])
     assert torch.equal(filled[:4], weight[:4])
     assert torch.equal(filled[8:], weight[8:])
 
 
-@pytest.mark.parametrize("name", ["glora-()", "ia3-()-1", "peft-oft-()-2", "peft-boft-()-2-4", "oft-alpha0.01-plain"])
+@pytest.mark.parametrize(
+    "name", ["glora-()", "ia3-()-1", "peft-oft-()-2", "peft-boft-()-2-4", "oft-alpha0.01-plain"]
+)
 def test_what_acts_differently_on_its_rows_is_not_fused(name: str) -> None:
     one = by_name(name)
     case = next(c for c in CASES if c.name == name)
@@ -402,7 +466,8 @@ def test_a_batch_may_hold_factors_of_rows_and_of_columns() -> None:
     """`on_input` is a value: two square layers of one shape may differ in it."""
     kind, weight = algorithms()["ia3"], draw(2, 8)
     stack = kind.decode(
-        {"weight": weight, "on_input": torch.tensor([0, 1])}, kind.facts({"weight": (8,), "on_input": ()})
+        {"weight": weight, "on_input": torch.tensor([0, 1])},
+        kind.facts({"weight": (8,), "on_input": ()}),
     )
     square = draw(8, 8)
     two = stack.apply(torch.stack([square, square]), 0.5)
@@ -427,7 +492,9 @@ def test_magnitudes_of_a_batch_of_square_layers(count: int, role: str) -> None:
     exact = oracle.dora(weight.numpy(), (one["up"] @ one["down"]).numpy(), one[role].numpy(), 0)
     merged = stack.apply(torch.stack([weight] * count), 1.0)
     np.testing.assert_allclose(merged[count - 1].numpy(), exact, rtol=1e-7)
-    torch.testing.assert_close(stack.member(count - 1).apply(weight.clone(), 1.0), merged[count - 1])
+    torch.testing.assert_close(
+        stack.member(count - 1).apply(weight.clone(), 1.0), merged[count - 1]
+    )
 
 
 def test_magnitudes_of_a_convolution_whose_factors_are_flat() -> None:
@@ -439,7 +506,9 @@ def test_magnitudes_of_a_convolution_whose_factors_are_flat() -> None:
     assert facts.kernel is None
     weight = draw(6, 4, 3, 3)
     delta = (stored["w1_a"] @ stored["w1_b"]) * (stored["w2_a"] @ stored["w2_b"])
-    merged = kind.decode({**stored, "magnitude": m}, facts).apply(weight.reshape(6, -1).clone(), 1.0)
+    merged = kind.decode({**stored, "magnitude": m}, facts).apply(
+        weight.reshape(6, -1).clone(), 1.0
+    )
     exact = oracle.dora(weight.numpy(), delta.reshape(6, 4, 3, 3).numpy(), m.numpy().reshape(-1), 1)
     np.testing.assert_allclose(merged.numpy(), exact.reshape(6, -1), rtol=1e-7)
 

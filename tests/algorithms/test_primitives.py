@@ -20,10 +20,20 @@ FORMS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "lora": ("lora", {"up": (ROWS, 3), "down": (3, COLUMNS)}),
     "lora-conv": ("lora", {"up": (ROWS, 3, 1, 1), "down": (3, 5, 3, 3)}),
     "lora-tucker": ("lora", {"up": (ROWS, 3, 1, 1), "mid": (3, 3, 3, 3), "down": (3, 5, 1, 1)}),
-    "loha": ("loha", {"w1_a": (ROWS, 2), "w1_b": (2, COLUMNS), "w2_a": (ROWS, 2), "w2_b": (2, COLUMNS)}),
+    "loha": (
+        "loha",
+        {"w1_a": (ROWS, 2), "w1_b": (2, COLUMNS), "w2_a": (ROWS, 2), "w2_b": (2, COLUMNS)},
+    ),
     "loha-tucker": (
         "loha",
-        {"w1_a": (2, ROWS), "w1_b": (2, 5), "t1": (2, 2, 3, 3), "w2_a": (2, ROWS), "w2_b": (2, 5), "t2": (2, 2, 3, 3)},
+        {
+            "w1_a": (2, ROWS),
+            "w1_b": (2, 5),
+            "t1": (2, 2, 3, 3),
+            "w2_a": (2, ROWS),
+            "w2_b": (2, 5),
+            "t2": (2, 2, 3, 3),
+        },
     ),
     "lokr": ("lokr", {"w1": (6, 2), "w2": (2, 5)}),
     "lokr-low": ("lokr", {"w1": (6, 2), "w2_a": (2, 1), "w2_b": (1, 5)}),
@@ -73,13 +83,17 @@ def test_different_things_fuse_or_are_refused(form: str) -> None:
         assert caught.value.hint
         return
     fused = type(one).fuse([one, other])
-    torch.testing.assert_close(fused.delta(), torch.cat([one.delta(), other.delta()]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        fused.delta(), torch.cat([one.delta(), other.delta()]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_swapped_exchanges_the_halves(form: str) -> None:
     whole = made(form)
     half = ROWS // 2
-    torch.testing.assert_close(whole.swapped().delta(), torch.cat([whole.delta()[half:], whole.delta()[:half]]))
+    torch.testing.assert_close(
+        whole.swapped().delta(), torch.cat([whole.delta()[half:], whole.delta()[:half]])
+    )
     torch.testing.assert_close(whole.swapped().swapped().delta(), whole.delta())
 
 
@@ -102,7 +116,9 @@ def test_a3_factors_are_exact(form: str) -> None:
 
 def test_the_norm_is_that_of_the_difference(form: str) -> None:
     whole = made(form)
-    assert whole.norm_squared() == pytest.approx(float(whole.delta().double().square().sum()), rel=1e-5)
+    assert whole.norm_squared() == pytest.approx(
+        float(whole.delta().double().square().sum()), rel=1e-5
+    )
 
 
 def test_exactly_another_kind(form: str) -> None:

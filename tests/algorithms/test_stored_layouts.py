@@ -16,7 +16,15 @@ from adaptkit.errors import AdaptkitError
 from adaptkit.keymap import param_of, split_suffix
 
 OUT, IN = 128, 64
-KERNELS = {"lin": (), "conv1": (1, 1), "conv3": (3, 3), "conv1d": (3,), "conv3d": (3, 3, 3), "ln": (), "gn": ()}
+KERNELS = {
+    "lin": (),
+    "conv1": (1, 1),
+    "conv3": (3, 3),
+    "conv1d": (3,),
+    "conv3d": (3, 3, 3),
+    "ln": (),
+    "gn": (),
+}
 # what each holds; of PEFT's other tuners adaptkit knows nothing
 LYCORIS = {
     "lora": "lora",
@@ -43,7 +51,15 @@ PEFT = {
     "ia3": "ia3",
 }
 UNKNOWN = {
-    *("vera", "AdaLoraConfig", "GraloraConfig", "HRAConfig", "FourierFTConfig", "RandLoraConfig", "WaveFTConfig"),
+    *(
+        "vera",
+        "AdaLoraConfig",
+        "GraloraConfig",
+        "HRAConfig",
+        "FourierFTConfig",
+        "RandLoraConfig",
+        "WaveFTConfig",
+    ),
     *("ShiraConfig", "RoadConfig", "MissConfig", "DeloraConfig", "PsoftConfig", "LNTuningConfig"),
 }
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,7 +86,11 @@ def read(shapes: Shapes, alpha: float | None) -> tuple[list[Read], set[str]]:
     for key in shapes:
         split = split_suffix(f"module.{key}")
         # sd-scripts' OFT has the same tensors as LyCORIS', in a format of its own
-        roles = tuple(role for role in split[2] if role[0] != "kohya-oft") if split and split[0] == "module" else ()
+        roles = (
+            tuple(role for role in split[2] if role[0] != "kohya-oft")
+            if split and split[0] == "module"
+            else ()
+        )
         if roles:
             groups.setdefault(param_of(roles[0]), {})[key] = roles
         else:
@@ -80,7 +100,9 @@ def read(shapes: Shapes, alpha: float | None) -> tuple[list[Read], set[str]]:
         for kind, places in _whole(tuple(group.values())):
             own = {role: shapes[names[n]] for role, n in places.items() if role != ALPHA}
             try:
-                found.append(Read(kind, own, kind.facts(own, None if alpha is None else Stated(alpha))))
+                found.append(
+                    Read(kind, own, kind.facts(own, None if alpha is None else Stated(alpha)))
+                )
             except AdaptkitError:
                 continue
             break
@@ -138,7 +160,10 @@ def test_every_tuner_of_peft(corpus: Path) -> None:
             if name in UNKNOWN:
                 assert not found, name
                 continue
-            assert {one.kind.name for one in found} - {"full"} == {expected(PEFT, name)}, (name, module)
+            assert {one.kind.name for one in found} - {"full"} == {expected(PEFT, name)}, (
+                name,
+                module,
+            )
             assert not left
             for one in found:
                 check(one, KERNELS[module], f"{name} {module}")

@@ -20,8 +20,14 @@ from tests.benchmarks import finetuning, inspecting, linalg, measure, renaming, 
 BENCHMARKS = {
     "inspect": (inspecting.run, "a 2,000-key file against the start of torch"),
     "convert": (renaming.run, "renaming a 340 MB LoRA against cp"),
-    "resize": (resizing.run, "a LoRA from its factors against dense SVDs; one of SDXL brought to a size"),
-    "finetune": (finetuning.run, "how near the fits of a real fine-tune come to the optimum; needs the extra `bench`"),
+    "resize": (
+        resizing.run,
+        "a LoRA from its factors against dense SVDs; one of SDXL brought to a size",
+    ),
+    "finetune": (
+        finetuning.run,
+        "how near the fits of a real fine-tune come to the optimum; needs the extra `bench`",
+    ),
     "linalg": (linalg.run, "truncated_svd and nearest_kron against LAPACK"),
     "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 27 GB of disk"),
 }
@@ -29,14 +35,24 @@ BENCHMARKS = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks to run (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="which benchmarks to run (default: all)"
+    )
     parser.add_argument("--list", action="store_true", help="list the benchmarks and stop")
-    parser.add_argument("--folder", type=Path, help="where scratch files go (default: the system's temporary folder)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where scratch files go (default: the system's temporary folder)",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the scratch files")
-    parser.add_argument("--small", action="store_true", help="small inputs, single runs: does everything work?")
+    parser.add_argument(
+        "--small", action="store_true", help="small inputs, single runs: does everything work?"
+    )
     options = parser.parse_args()
     if unknown := set(options.names) - BENCHMARKS.keys():
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+        parser.error(
+            f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
+        )
     return options
 
 
@@ -47,7 +63,9 @@ def main() -> int:
         for name, (_, what) in BENCHMARKS.items():
             console.print(f"{name:8} {what}")
         return 0
-    if options.small:  # two threads that wait for each other on a busy machine take ten times as long
+    if (
+        options.small
+    ):  # two threads that wait for each other on a busy machine take ten times as long
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)

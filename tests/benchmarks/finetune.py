@@ -66,8 +66,13 @@ def trained(folder: Path, steps: int) -> tuple[dict[str, torch.Tensor], dict[str
     draw = torch.Generator().manual_seed(1)
     for _ in range(steps):
         chosen = [lines[i] for i in torch.randperm(len(lines), generator=draw)[:BATCH].tolist()]
-        batch = tokenizer(chosen, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
-        one, two = (torch.nn.functional.normalize(model(**batch).last_hidden_state.mean(1), dim=-1) for _ in range(2))
+        batch = tokenizer(
+            chosen, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt"
+        )
+        one, two = (
+            torch.nn.functional.normalize(model(**batch).last_hidden_state.mean(1), dim=-1)
+            for _ in range(2)
+        )
         loss = torch.nn.functional.cross_entropy(one @ two.mT / WARMTH, torch.arange(len(chosen)))
         optimizer.zero_grad()
         loss.backward()
@@ -95,7 +100,9 @@ def best_of_restarts(delta: np.ndarray, a: int, b: int, rank: int) -> float:
     return math.sqrt(max(0.0, float((delta**2).sum()) - best))
 
 
-def measured(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+def measured(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> list[dict[str, Any]]:
     """For each matrix: our error over the optimum, for LoRA and for both kinds of LoKr."""
     from adaptkit.algorithms._weights import FitSpec
     from adaptkit.keymap import algorithms
@@ -115,11 +122,16 @@ def measured(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) ->
             return float(np.linalg.norm(wide - weights.delta().double().numpy()))
 
         a = b = FACTOR
-        blocks = wide.reshape(a, wide.shape[0] // a, b, wide.shape[1] // b).transpose(0, 2, 1, 3).reshape(a * b, -1)
+        blocks = (
+            wide.reshape(a, wide.shape[0] // a, b, wide.shape[1] // b)
+            .transpose(0, 2, 1, 3)
+            .reshape(a * b, -1)
+        )
         product = math.sqrt(float((np.linalg.svd(blocks, compute_uv=False)[1:] ** 2).sum()))
         row = {
             "module": name,
-            "lora": error(lora.fit(delta, FitSpec(RANK))) / math.sqrt(float((sigma[RANK:] ** 2).sum())),
+            "lora": error(lora.fit(delta, FitSpec(RANK)))
+            / math.sqrt(float((sigma[RANK:] ** 2).sum())),
             "lokr": error(lokr.fit(delta, FitSpec(None, (), FACTOR))) / product,
             "lora_captured": float((sigma[:RANK] ** 2).sum() / (sigma**2).sum()),
             "lokr_captured": 1 - product**2 / float((wide**2).sum()),

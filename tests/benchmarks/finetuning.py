@@ -22,7 +22,9 @@ TITLES = {
 def run(folder: Path, console: Console, small: bool) -> list[str]:
     """Returns what was missed."""
     # transformers talks before
-    rows = json.loads(module("finetune", *(["--small"] if small else [])).output.strip().splitlines()[-1])
+    rows = json.loads(
+        module("finetune", *(["--small"] if small else [])).output.strip().splitlines()[-1]
+    )
     if rows is None:
         console.print('finetune: skipped, it needs the model: pip install ".[bench]"')
         return []

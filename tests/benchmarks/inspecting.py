@@ -25,7 +25,9 @@ def write_kohya(path: Path, keys: int = KEYS) -> Path:
     """A LoRA file of exactly so many keys: SDXL in kohya's names, cut."""
     listing: Listing = load_listing(FIXTURES / "keys" / "sdxl-kohya.tsv")
     assert len(listing) >= keys
-    return write_header_only(path, dict(list(listing.items())[:keys]), metadata={"ss_network_module": "networks.lora"})
+    return write_header_only(
+        path, dict(list(listing.items())[:keys]), metadata={"ss_network_module": "networks.lora"}
+    )
 
 
 def run(folder: Path, console: Console, small: bool) -> list[str]:
@@ -37,7 +39,9 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
         theirs.append(measure.torch_start() if small else child(PYTHON, "-c", "import torch"))
     loaded = child(PYTHON, "-c", LOADED, "inspect", file).output.strip().splitlines()[-1]
     first, second = median([m.seconds for m in ours]), median([m.seconds for m in theirs])
-    table = Table(title=f"inspect: {200 if small else KEYS} keys, median of {len(ours)} alternating runs")
+    table = Table(
+        title=f"inspect: {200 if small else KEYS} keys, median of {len(ours)} alternating runs"
+    )
     for name in ("what", "seconds", "peak MB", "of import torch"):
         table.add_column(name, justify="left" if name == "what" else "right")
     for name, runs, value in (
@@ -55,5 +59,7 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     console.print(f"torch imported by inspect: {'yes' if loaded == 'True' else 'no'}")
     missed = ["inspect imports torch"] if loaded == "True" else []
     if not small and first > LIMIT * second:
-        missed.append(f"inspect takes {first / second:.2f} of the time of importing torch, limit {LIMIT}")
+        missed.append(
+            f"inspect takes {first / second:.2f} of the time of importing torch, limit {LIMIT}"
+        )
     return missed

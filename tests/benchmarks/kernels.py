@@ -16,7 +16,15 @@ from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 
 T = TypeVar("T")
 
-SIZES = ((320, 320), (768, 768), (1280, 1280), (1280, 5120), (10240, 1280), (640, 5760), (1280, 11520))
+SIZES = (
+    (320, 320),
+    (768, 768),
+    (1280, 1280),
+    (1280, 5120),
+    (10240, 1280),
+    (640, 5760),
+    (1280, 11520),
+)
 SMALL = ((96, 64), (320, 320))
 RANK = 32
 FACTOR = 8
@@ -33,7 +41,10 @@ def difference(m: int, n: int, seed: int = 0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     k = min(64, m, n)
     s = torch.arange(1, k + 1).float() ** -0.7
-    left, right = torch.randn(m, k, generator=draw) * (s / s.norm()), torch.randn(k, n, generator=draw)
+    left, right = (
+        torch.randn(m, k, generator=draw) * (s / s.norm()),
+        torch.randn(k, n, generator=draw),
+    )
     return (left @ right + torch.randn(m, n, generator=draw)) * 0.03 / n**0.5
 
 
@@ -48,18 +59,30 @@ def svds(sizes: tuple[tuple[int, int], ...]) -> Iterator[dict[str, Any]]:
         ours, low = timed(lambda a=a: truncated_svd(a, SvdSpec(RANK)))  # type: ignore[misc]
         best = square(full[1][RANK:])
         left = square(torch.addmm(a, low.u * low.s, low.vh, alpha=-1))
-        yield {"what": f"truncated_svd {m} × {n}", "ours": ours, "theirs": theirs, "excess": (left / best) ** 0.5 - 1}
+        yield {
+            "what": f"truncated_svd {m} × {n}",
+            "ours": ours,
+            "theirs": theirs,
+            "excess": (left / best) ** 0.5 - 1,
+        }
 
 
 def krons(sizes: tuple[tuple[int, int], ...]) -> Iterator[dict[str, Any]]:
     for m, n in sizes:
         x = difference(m, n)
         a, b = factorization(m, FACTOR)[0], factorization(n, FACTOR)[0]
-        theirs, full = timed(lambda x=x, a=a, b=b: torch.linalg.svd(rearrange(x, a, b), full_matrices=False))  # type: ignore[misc]
+        theirs, full = timed(
+            lambda x=x, a=a, b=b: torch.linalg.svd(rearrange(x, a, b), full_matrices=False)
+        )  # type: ignore[misc]
         ours, near = timed(lambda x=x, a=a, b=b: nearest_kron(x, a, b))  # type: ignore[misc]
         best = square(full[1][1:])
         left = square(x - torch.kron(near.w1, near.w2))
-        yield {"what": f"nearest_kron {m} × {n}", "ours": ours, "theirs": theirs, "excess": (left / best) ** 0.5 - 1}
+        yield {
+            "what": f"nearest_kron {m} × {n}",
+            "ours": ours,
+            "theirs": theirs,
+            "excess": (left / best) ** 0.5 - 1,
+        }
 
 
 def main() -> None:

@@ -19,7 +19,11 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     for row in found.json():
         ours, theirs = row["ours"], row["theirs"]
         table.add_row(
-            row["what"], f"{1e3 * ours:.1f}", f"{1e3 * theirs:.1f}", ratio(ours, theirs), f"{100 * row['excess']:.4f} %"
+            row["what"],
+            f"{1e3 * ours:.1f}",
+            f"{1e3 * theirs:.1f}",
+            ratio(ours, theirs),
+            f"{100 * row['excess']:.4f} %",
         )
     console.print(table)
     return []

@@ -31,7 +31,9 @@ TORCH = "import torch; print(torch.__version__, torch.get_num_threads(), torch.c
 @dataclass(frozen=True)
 class Measured:
     seconds: float
-    cpu: float | None  # user and system time of the child: less disturbed by other work on the machine
+    cpu: (
+        float | None
+    )  # user and system time of the child: less disturbed by other work on the machine
     peak: int | None  # bytes
     output: str
 
@@ -49,11 +51,18 @@ def child(*command: str | Path) -> Measured:
     """Run a program to its end; ChildFailed, with its output, if it fails."""
     arguments = [str(part) for part in command]
     # an installed package is compiled once, by pip: what is measured must not compile its sources at every start
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment,
         )
         cpu, peak = _wait(process)
         seconds = time.perf_counter() - started
@@ -69,8 +78,12 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[float | None, int | None]:
         process.wait()
         return None, None
     _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    process.returncode = os.waitstatus_to_exitcode(
+        status
+    )  # so that Popen does not wait for it again
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def module(name: str, *arguments: str | Path) -> Measured:

@@ -74,7 +74,9 @@ def merge(base: Path, adapter: Path, output: Path) -> dict[str, float]:
         up, down = state[roles["up"]].float().flatten(1), state[roles["down"]].float().flatten(1)
         held[piece.name] = weight + entry.facts.scale * (up @ down).reshape(weight.shape)
         merged += 1
-    save_file({name: tensor.half() for name, tensor in held.items()}, output, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.half() for name, tensor in held.items()}, output, metadata={"format": "pt"}
+    )
     return {"layers": merged}
 
 
@@ -82,7 +84,10 @@ def subtract(base: Path, tuned: Path) -> dict[str, float]:
     """Both files read tensor by tensor and subtracted in float32: the least that an extraction does."""
     with safe_open(base, "pt") as first, safe_open(tuned, "pt") as second:
         names = list(first.keys())
-        norms = (float((second.get_tensor(key).float() - first.get_tensor(key).float()).norm()) for key in names)
+        norms = (
+            float((second.get_tensor(key).float() - first.get_tensor(key).float()).norm())
+            for key in names
+        )
         return {"norm": sum(norm**2 for norm in norms) ** 0.5}
 
 

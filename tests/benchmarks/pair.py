@@ -48,14 +48,18 @@ class Numbers:
         start = int(self.random.integers(len(self.pool)))
         if start + count <= len(self.pool):
             return self.pool[start : start + count]
-        found = np.concatenate([self.pool[start:], np.resize(self.pool, start + count - len(self.pool))])
+        found = np.concatenate(
+            [self.pool[start:], np.resize(self.pool, start + count - len(self.pool))]
+        )
         return found[:count]
 
     def low_rank(self, m: int, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Factors of a matrix with ‖·‖² = m·n, near enough."""
         k = min(RANK, m, n)
         s = np.arange(1, k + 1, dtype=np.float32) ** -POWER
-        return self.normal(m * k).reshape(m, k) * (s / np.sqrt(np.square(s).sum())), self.normal(k * n).reshape(k, n)
+        return self.normal(m * k).reshape(m, k) * (s / np.sqrt(np.square(s).sum())), self.normal(
+            k * n
+        ).reshape(k, n)
 
 
 def write_pair(folder: Path, small: bool = False) -> tuple[Path, Path]:
@@ -76,10 +80,14 @@ def write_pair(folder: Path, small: bool = False) -> tuple[Path, Path]:
     return paths
 
 
-def _tensor(numbers: Numbers, index: int, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _tensor(
+    numbers: Numbers, index: int, name: str, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = (shape[0] if shape else 1), int(np.prod(shape[1:]))
     if len(shape) < 2:
-        base = (("norm" in name and name.endswith("weight")) + 0.02 * numbers.normal(rows)).astype(np.float16)
+        base = (("norm" in name and name.endswith("weight")) + 0.02 * numbers.normal(rows)).astype(
+            np.float16
+        )
         if index % 4 or not name.startswith(ADAPTED):
             return base, base
         return base, (base + VECTOR * numbers.normal(rows)).astype(np.float16)

@@ -24,7 +24,9 @@ def write_lora(path: Path, size: int, metadata: dict[str, str]) -> Path:
     listing = load_listing(FIXTURES / "keys" / "sdxl-kohya.tsv")
     plain = sum(2 * measure_elements(shape) for _, shape in listing.values())
     rank = max(1, round(4 * size / plain))
-    specs = [TensorSpec(key, dtype, _ranked(key, shape, rank)) for key, (dtype, shape) in listing.items()]
+    specs = [
+        TensorSpec(key, dtype, _ranked(key, shape, rank)) for key, (dtype, shape) in listing.items()
+    ]
     head, infos = build_header(specs, metadata)
     with path.open("wb") as file:
         file.write(head)
@@ -54,7 +56,9 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     hashed = write_lora(folder / "hashed.safetensors", size, hashes)
     missed: list[str] = []
     measure.adaptkit("formats")  # compiles what a first start compiles
-    table = Table(title=f"convert --to comfy: {plain.stat().st_size / 1e6:.0f} MB, median of alternating runs")
+    table = Table(
+        title=f"convert --to comfy: {plain.stat().st_size / 1e6:.0f} MB, median of alternating runs"
+    )
     for name in ("what", "seconds", "peak MB", "of the copy"):
         table.add_column(name, justify="left" if name == "what" else "right")
     for title, source in (("renamed", plain), ("renamed, sshs hashes recomputed", hashed)):
@@ -62,10 +66,14 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
         first, second = median([m.seconds for m in copied]), median([m.seconds for m in ours])
         table.add_row("cp", seconds(first), "", "1")
         peak = max((m.peak for m in ours if m.peak is not None), default=None)
-        table.add_row(f"adaptkit, {title}", seconds(second), measure.megabytes(peak), ratio(second, first))
+        table.add_row(
+            f"adaptkit, {title}", seconds(second), measure.megabytes(peak), ratio(second, first)
+        )
         # the bound is the renaming's: two hashes of every byte take 0.2 s of their own
         if not small and source is plain and second > FACTOR * first + PLUS:
-            missed.append(f"{title}: {second:.2f} s, the bound is {FACTOR} × {first:.2f} + {PLUS} s")
+            missed.append(
+                f"{title}: {second:.2f} s, the bound is {FACTOR} × {first:.2f} + {PLUS} s"
+            )
     console.print(table)
     target = folder / "checked.safetensors"
     output = child(PYTHON, "-c", LOADED, "convert", plain, "--to", "comfy", "-o", target).output
@@ -76,13 +84,28 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     return [*missed, *(["convert imports torch"] if loaded == "True" else [])]
 
 
-def _alternating(source: Path, folder: Path, runs: int) -> tuple[list[measure.Measured], list[measure.Measured]]:
+def _alternating(
+    source: Path, folder: Path, runs: int
+) -> tuple[list[measure.Measured], list[measure.Measured]]:
     copied, ours = [], []
     copy = ["cp"] if os.name == "posix" else [PYTHON, "-c", COPY]
     for _ in range(runs):
         for results, command in (
             (copied, [*copy, source, folder / "copy.safetensors"]),
-            (ours, [PYTHON, "-m", "adaptkit", "convert", source, "--to", "comfy", "-o", folder / "out.safetensors"]),
+            (
+                ours,
+                [
+                    PYTHON,
+                    "-m",
+                    "adaptkit",
+                    "convert",
+                    source,
+                    "--to",
+                    "comfy",
+                    "-o",
+                    folder / "out.safetensors",
+                ],
+            ),
         ):
             measure.settle()
             results.append(child(*command))

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RANK, KEPT = 64, 16
-COMPUTE, WHOLE = 150, 25  # the bounds: so many times faster than the dense loop, computing alone and as whole processes
-IMPORTS, PEAK = 2.5, 1_000_000_000  # an SDXL LoRA: so many times the import of torch, and so many bytes
+COMPUTE, WHOLE = (
+    150,
+    25,
+)  # the bounds: so many times faster than the dense loop, computing alone and as whole processes
+IMPORTS, PEAK = (
+    2.5,
+    1_000_000_000,
+)  # an SDXL LoRA: so many times the import of torch, and so many bytes
 BUDGET = 128_000_000
 
 
@@ -29,7 +35,9 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     sd15, big = folder / "sd15.safetensors", folder / "sdxl.safetensors"
     measure.module("lora", sd15, "sd1-kohya.tsv", unet, rank)
     missed = _against_dense(sd15, folder, console, small)
-    measure.module("lora", big, "sdxl-kohya.tsv", "lora_unet_.*_4_1_" if small else "lora_unet_", rank)
+    measure.module(
+        "lora", big, "sdxl-kohya.tsv", "lora_unet_.*_4_1_" if small else "lora_unet_", rank
+    )
     missed += _to_size(big, folder, console, small)
     for path in (sd15, big):
         path.unlink()
@@ -58,19 +66,38 @@ def _against_dense(source: Path, folder: Path, console: Console, small: bool) ->
     ours = median([r.seconds for r in runs])
     alone = measure.module("resize_alone", source, target, str(kept), *(["1"] if small else []))
     compute = float(alone.output.strip().splitlines()[-1])
-    table = Table(title=f"resize --rank {kept}: {_modules(source)} modules of {source.stat().st_size / 1e6:.0f} MB")
+    table = Table(
+        title=f"resize --rank {kept}: {_modules(source)} modules of {source.stat().st_size / 1e6:.0f} MB"
+    )
     for name in ("what", "whole process", "computing", "peak MB"):
         table.add_column(name, justify="left" if name == "what" else "right")
-    table.add_row("dense SVD of each", seconds(dense.seconds), seconds(computing), measure.megabytes(dense.peak))
-    table.add_row("adaptkit", seconds(ours), seconds(compute), measure.megabytes(max(r.peak or 0 for r in runs)))
+    table.add_row(
+        "dense SVD of each",
+        seconds(dense.seconds),
+        seconds(computing),
+        measure.megabytes(dense.peak),
+    )
+    table.add_row(
+        "adaptkit",
+        seconds(ours),
+        seconds(compute),
+        measure.megabytes(max(r.peak or 0 for r in runs)),
+    )
     table.add_row("ratio", ratio(dense.seconds, ours), ratio(computing, compute), "")
     console.print(table)
     for path in (target, folder / "dense.safetensors"):
         path.unlink()
     if small:
         return []
-    bounds = (("computing", computing, compute, COMPUTE), ("whole process", dense.seconds, ours, WHOLE))
-    return [f"resize, {what}: {a / b:.0f} times, at least {least}" for what, a, b, least in bounds if a < least * b]
+    bounds = (
+        ("computing", computing, compute, COMPUTE),
+        ("whole process", dense.seconds, ours, WHOLE),
+    )
+    return [
+        f"resize, {what}: {a / b:.0f} times, at least {least}"
+        for what, a, b, least in bounds
+        if a < least * b
+    ]
 
 
 def _to_size(source: Path, folder: Path, console: Console, small: bool) -> list[str]:
@@ -81,7 +108,11 @@ def _to_size(source: Path, folder: Path, console: Console, small: bool) -> list[
     for _ in range(1 if small else 5):
         measure.settle()
         torches.append(child(measure.PYTHON, "-c", measure.TORCH))
-        ours.append(measure.adaptkit("resize", source, "--size", str(budget), "-o", _fresh(target), "--json"))
+        ours.append(
+            measure.adaptkit(
+                "resize", source, "--size", str(budget), "-o", _fresh(target), "--json"
+            )
+        )
     start, whole = median([r.seconds for r in torches]), median([r.seconds for r in ours])
     peak = max(r.peak or 0 for r in ours)
     size = target.stat().st_size
@@ -90,16 +121,24 @@ def _to_size(source: Path, folder: Path, console: Console, small: bool) -> list[
     )
     for name in ("what", "seconds", "peak MB", "of import torch"):
         table.add_column(name, justify="left" if name == "what" else "right")
-    table.add_row("adaptkit, whole process", seconds(whole), measure.megabytes(peak), ratio(whole, start))
-    table.add_row('python -c "import torch"', seconds(start), measure.megabytes(torches[0].peak), "1")
+    table.add_row(
+        "adaptkit, whole process", seconds(whole), measure.megabytes(peak), ratio(whole, start)
+    )
+    table.add_row(
+        'python -c "import torch"', seconds(start), measure.megabytes(torches[0].peak), "1"
+    )
     console.print(table)
     report = _report(ours[-1].output)
-    console.print(f"relative error {report['relative_error']:.4f}, {size / budget:.4%} of the budget used")
+    console.print(
+        f"relative error {report['relative_error']:.4f}, {size / budget:.4%} of the budget used"
+    )
     target.unlink()
     if small:
         return []
     missed = [f"resize --size: {size} bytes of {budget}"] * (not 0.99 * budget <= size <= budget)
-    missed += [f"resize --size: {whole / start:.2f} times the import of torch"] * (whole > IMPORTS * start)
+    missed += [f"resize --size: {whole / start:.2f} times the import of torch"] * (
+        whole > IMPORTS * start
+    )
     return missed + [f"resize --size: {peak / 1e6:.0f} MB"] * (peak > PEAK)
 
 

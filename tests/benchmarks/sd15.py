@@ -21,9 +21,7 @@ DENSE = 25  # the bound: so many times faster than the usual loop of dense SVDs
 READING = 3  # and LoKr in at most so many times the time of reading and subtracting both files
 RUNS = 3  # of each command, of which the median counts: the first may find memory that the system has yet to fetch
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of one adapter: a batch
-COPY = (
-    "import os, shutil, sys; shutil.copyfile(*sys.argv[1:]); file = open(sys.argv[2], 'r+b'); os.fsync(file.fileno())"
-)
+COPY = "import os, shutil, sys; shutil.copyfile(*sys.argv[1:]); file = open(sys.argv[2], 'r+b'); os.fsync(file.fileno())"
 
 
 @dataclass
@@ -56,7 +54,13 @@ class Runs:
         return path
 
     def add(
-        self, name: str, what: str, run: Callable[[], Measured], *, limited: bool = False, against: str = ""
+        self,
+        name: str,
+        what: str,
+        run: Callable[[], Measured],
+        *,
+        limited: bool = False,
+        against: str = "",
     ) -> Row:
         found = []
         for _ in range(RUNS if limited and not self.small else 1):
@@ -68,22 +72,32 @@ class Runs:
         return row
 
     def everything(self) -> None:
-        base, tuned, lora, lokr = (self.folder / f"{n}.safetensors" for n in ("base", "tuned", "lora", "lokr"))
+        base, tuned, lora, lokr = (
+            self.folder / f"{n}.safetensors" for n in ("base", "tuned", "lora", "lokr")
+        )
         merged, copy, plain = self.path("merged"), self.path("copy"), self.path("plain")
         made = module("pair", self.folder, *(["--small"] if self.small else []))
         sizes = made.json()["sizes"]
         self.console.print(
             f"  pair of {sizes[0] / 1e6:.0f} MB each: {seconds(made.seconds)} s, {megabytes(made.peak)} MB"
         )
-        self.add("cp", "cp of the base", lambda: self._cp(base, copy))  # the first finds no free pages, the second does
+        self.add(
+            "cp", "cp of the base", lambda: self._cp(base, copy)
+        )  # the first finds no free pages, the second does
         self.add("cp", "cp of the base, again", lambda: self._cp(base, copy))
-        self.add("sync", "copy of the base, synced to disk", lambda: child(PYTHON, "-c", COPY, base, copy))
+        self.add(
+            "sync",
+            "copy of the base, synced to disk",
+            lambda: child(PYTHON, "-c", COPY, base, copy),
+        )
         copy.unlink()
         self.add("torch", 'python -c "import torch"', measure.torch_start)
         self.add(
             "lora",
             "extract --algo lora --rank 32",
-            lambda: measure.adaptkit("extract", base, tuned, "--rank", "32", "-o", lora, "--overwrite", "--json"),
+            lambda: measure.adaptkit(
+                "extract", base, tuned, "--rank", "32", "-o", lora, "--overwrite", "--json"
+            ),
             limited=True,
             against="plain extract",
         )
@@ -91,7 +105,17 @@ class Runs:
             "lokr",
             "extract --algo lokr --factor 8",
             lambda: measure.adaptkit(
-                "extract", base, tuned, "--algo", "lokr", "--factor", "8", "-o", lokr, "--overwrite", "--json"
+                "extract",
+                base,
+                tuned,
+                "--algo",
+                "lokr",
+                "--factor",
+                "8",
+                "-o",
+                lokr,
+                "--overwrite",
+                "--json",
             ),
             limited=True,
         )
@@ -110,12 +134,20 @@ class Runs:
             limited=True,
         )
         merged.unlink()
-        self.add("batch", f"batch: that LoRA at {len(STRENGTHS)} strengths", self._batch, limited=True)
+        self.add(
+            "batch", f"batch: that LoRA at {len(STRENGTHS)} strengths", self._batch, limited=True
+        )
         self._forget()
-        self.add("subtract", "both files read and subtracted", lambda: module("obvious", "subtract", base, tuned))
+        self.add(
+            "subtract",
+            "both files read and subtracted",
+            lambda: module("obvious", "subtract", base, tuned),
+        )
         self._dense("usual extract", "LoRA as sd-scripts extracts it", base, tuned, "--square")
         self._dense("plain extract", "the same without square factors", base, tuned)
-        self.add("plain merge", "obvious merge", lambda: module("obvious", "merge", base, lora, plain))
+        self.add(
+            "plain merge", "obvious merge", lambda: module("obvious", "merge", base, lora, plain)
+        )
         plain.unlink()
 
     def _dense(self, name: str, what: str, *arguments: str | Path) -> None:
@@ -183,7 +215,9 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     runs.everything()
     console.print(runs.table())
     for name in ("lora", "lokr"):
-        console.print(f"captured by {name}: {runs.rows[name].measured.json()['captured']:.4f} of ‖ΔW‖²")
+        console.print(
+            f"captured by {name}: {runs.rows[name].measured.json()['captured']:.4f} of ‖ΔW‖²"
+        )
     lora, lokr, subtract = (runs.rows[name].seconds for name in ("lora", "lokr", "subtract"))
     usual, plain = (runs.rows[name].seconds for name in ("usual extract", "plain extract"))
     console.print(
@@ -197,8 +231,12 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     ]
     if small:
         return missed
-    missed += [f"LoRA: {usual / lora:.1f} times as fast as the usual loop, at least {DENSE}"] * (usual < DENSE * lora)
-    return missed + [f"LoKr: {lokr / subtract:.2f} times reading, at most {READING}"] * (lokr > READING * subtract)
+    missed += [f"LoRA: {usual / lora:.1f} times as fast as the usual loop, at least {DENSE}"] * (
+        usual < DENSE * lora
+    )
+    return missed + [f"LoKr: {lokr / subtract:.2f} times reading, at most {READING}"] * (
+        lokr > READING * subtract
+    )
 
 
 def _typical(found: Sequence[Measured]) -> Measured:

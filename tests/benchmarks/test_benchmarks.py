@@ -40,7 +40,9 @@ def test_small(tmp_path: Path) -> None:
 def test_the_parent_process_stays_small() -> None:
     """What it imports would count as peak memory of every child."""
     code = "import sys, tests.benchmarks.__main__; print({'torch', 'numpy'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.strip() == "set()"
 
 

@@ -59,7 +59,11 @@ def test_options_are_the_fields_of_the_library() -> None:
     command = cli.get_command(click.Context(cli), "batch")
     assert command is not None
     given = command.make_context("batch", ["x"]).params
-    chosen = {k: v for k, v in given.items() if k not in ("recipe", "as_json", "quiet", "verbose", "dry_run")}
+    chosen = {
+        k: v
+        for k, v in given.items()
+        if k not in ("recipe", "as_json", "quiet", "verbose", "dry_run")
+    }
     assert chosen.keys() == {field.name for field in dataclasses.fields(batch.Options)}
     assert batch.Options(**chosen) == batch.Options()
 
@@ -79,7 +83,11 @@ def test_a_hundred_merges_with_three_broken_inputs(folder: Path) -> None:
     assert "97 done · 3 failed" in first.stderr
     assert first.stderr.count("error:") == 1
     assert "3 jobs failed, 97 did not" in first.stderr
-    for name, why in (("a17", "truncated"), ("a41", "no such file"), ("a66", "Stable Diffusion XL")):
+    for name, why in (
+        ("a17", "truncated"),
+        ("a41", "no such file"),
+        ("a66", "Stable Diffusion XL"),
+    ):
         (line,) = (line for line in first.stderr.splitlines() if f"{name}.safetensors: " in line)
         assert line.startswith("[[matrix]] 1 (line 6), ")
         assert why in line
@@ -130,7 +138,10 @@ def test_an_interrupted_batch_goes_on(sent: signal.Signals, jobs: int, folder: P
 def test_streams(folder: Path) -> None:
     path = write(folder, RESIZE)
     first = adaptkit("batch", "recipe.toml", "--jobs", "0", cwd=folder)
-    assert first.stdout.splitlines() == ["out/lora-kohya-1.safetensors", "out/lora-kohya-2.safetensors"]
+    assert first.stdout.splitlines() == [
+        "out/lora-kohya-1.safetensors",
+        "out/lora-kohya-2.safetensors",
+    ]
     assert "recipe.toml.log.jsonl" in first.stderr
     assert adaptkit("batch", path, "--jobs", "0", "-q").stderr == ""
     record = json.loads(adaptkit("batch", path, "--jobs", "0", "--json").stdout)
@@ -166,13 +177,19 @@ def test_a_dry_run_needs_no_torch(folder: Path) -> None:
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert found.returncode == 0, found.stderr
 
 
 def test_refusals(folder: Path) -> None:
     path = write(folder, RESIZE.replace("rank =", "ranks ="))
-    refused(adaptkit("batch", path), "recipe.toml: [[matrix]] 1 (line 2): unknown option 'ranks'", "rank")
+    refused(
+        adaptkit("batch", path),
+        "recipe.toml: [[matrix]] 1 (line 2): unknown option 'ranks'",
+        "rank",
+    )
     refused(adaptkit("batch", folder / "none.toml"), "no such file")
     refused(adaptkit("batch", write(folder, RESIZE), "--jobs", "-1"), "--jobs", code=2)
     assert not list(folder.glob("*.jsonl"))

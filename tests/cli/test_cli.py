@@ -26,13 +26,17 @@ from adaptkit.cli import cli, main
 from adaptkit.ops import combine, convert, extract, inspect, merge, resize
 
 
-def adaptkit(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def adaptkit(
+    *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """What the command line does with these arguments: in this process, which has torch already, or in one of its own
     where it needs an environment."""
     if environment:
         return process(*arguments, cwd=cwd, **environment)
     command = ["adaptkit", *map(str, arguments)]
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)
+    )
     before, code = gc.get_threshold(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -51,7 +55,9 @@ def adaptkit(*arguments: object, cwd: Path | None = None, **environment: str) ->
     return subprocess.CompletedProcess(command, code, *shown)
 
 
-def process(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def process(
+    *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The same in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "adaptkit", *map(str, arguments)],
@@ -94,7 +100,12 @@ class TestExtract:
         again = adaptkit("extract", "base.ckpt", "tuned.ckpt", "--algo", "lokr", cwd=pair)
         refused(again, "exists", "--overwrite")
         before = (pair / "tuned-lokr.safetensors").read_bytes()
-        assert adaptkit("extract", "base.ckpt", "tuned.ckpt", "--algo", "lokr", "--overwrite", cwd=pair).returncode == 0
+        assert (
+            adaptkit(
+                "extract", "base.ckpt", "tuned.ckpt", "--algo", "lokr", "--overwrite", cwd=pair
+            ).returncode
+            == 0
+        )
         assert (pair / "tuned-lokr.safetensors").read_bytes() == before
 
     def test_json_is_one_document_with_the_contracts_fields(self, pair: Path) -> None:
@@ -127,15 +138,22 @@ class TestExtract:
         assert plan["dry_run"] is True
         assert {"modules", "bytes_in", "bytes_out_at_most", "peak_memory", "details"} <= plan.keys()
         assert sorted(pair.iterdir()) == before
-        assert "would write" in adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", "--dry-run").stdout
+        assert (
+            "would write"
+            in adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", "--dry-run").stdout
+        )
 
     def test_quiet_says_only_where(self, pair: Path) -> None:
-        done = adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", "-q", "-o", pair / "o.safetensors")
+        done = adaptkit(
+            "extract", pair / "base.ckpt", pair / "tuned.ckpt", "-q", "-o", pair / "o.safetensors"
+        )
         assert done.stderr == ""
         assert done.stdout.strip() == str(pair / "o.safetensors")
 
     def test_nothing_differs(self, pair: Path) -> None:
-        refused(adaptkit("extract", pair / "base.ckpt", pair / "base.safetensors"), "nothing differs")
+        refused(
+            adaptkit("extract", pair / "base.ckpt", pair / "base.safetensors"), "nothing differs"
+        )
         assert not list(pair.glob("*-lora*"))
 
     def test_the_note_about_lokr(self, pair: Path) -> None:
@@ -145,7 +163,13 @@ class TestExtract:
         base[key] = base[key] + (torch.randn(256, 1) @ torch.randn(1, 32)).half()
         save_file(base, pair / "other.safetensors")
         done = adaptkit(
-            "extract", pair / "base.safetensors", pair / "other.safetensors", "--algo", "lokr", "--factor", 4
+            "extract",
+            pair / "base.safetensors",
+            pair / "other.safetensors",
+            "--algo",
+            "lokr",
+            "--factor",
+            4,
         )
         assert "note: This LoKr keeps only" in " ".join(done.stderr.split())
 
@@ -162,14 +186,22 @@ class TestExtract:
         ],
     )
     def test_wrong_usage_exits_2(self, pair: Path, arguments: tuple[str, ...]) -> None:
-        refused(adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", *arguments), "Usage", code=2)
+        refused(
+            adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", *arguments),
+            "Usage",
+            code=2,
+        )
 
     def test_unknown_names_suggest_near_ones(self, pair: Path) -> None:
         refused(
-            adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", "--algo", "lokrr"), "unknown algorithm", "lokr"
+            adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", "--algo", "lokrr"),
+            "unknown algorithm",
+            "lokr",
         )
         refused(
-            adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", "--to", "khoya"), "unknown format", "kohya"
+            adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", "--to", "khoya"),
+            "unknown format",
+            "kohya",
         )
 
     def test_a_small_memory_bound_is_refused_with_the_figure(self, pair: Path) -> None:
@@ -182,25 +214,37 @@ class TestExtract:
 
 class TestMerge:
     def test_strengths_after_the_last_colon(self, pair: Path) -> None:
-        done = adaptkit("merge", "base.safetensors", "lora-kohya.safetensors:-0.5", "--json", cwd=pair)
+        done = adaptkit(
+            "merge", "base.safetensors", "lora-kohya.safetensors:-0.5", "--json", cwd=pair
+        )
         report = json.loads(done.stdout)
         assert report["adapters"][0]["strength"] == -0.5
         assert report["output"] == "base-merged.safetensors"
         assert report["tensors_changed"] == 104
 
     def test_dry_run_and_summary(self, pair: Path) -> None:
-        done = adaptkit("merge", pair / "base.safetensors", pair / "lora-kohya.safetensors", "--dry-run", "-v")
+        done = adaptkit(
+            "merge", pair / "base.safetensors", pair / "lora-kohya.safetensors", "--dry-run", "-v"
+        )
         assert "would write" in done.stdout
         assert done.returncode == 0
         done = adaptkit(
-            "merge", pair / "base.safetensors", pair / "lora-kohya.safetensors", "-o", pair / "m.safetensors", "-v"
+            "merge",
+            pair / "base.safetensors",
+            pair / "lora-kohya.safetensors",
+            "-o",
+            pair / "m.safetensors",
+            "-v",
         )
         assert "104 of" in done.stderr
 
     def test_an_adapter_for_another_family(self, pair: Path) -> None:
         stem = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
         save_file(
-            {f"{stem}.lora_up.weight": torch.ones(8, 2), f"{stem}.lora_down.weight": torch.ones(2, 8)},
+            {
+                f"{stem}.lora_up.weight": torch.ones(8, 2),
+                f"{stem}.lora_down.weight": torch.ones(2, 8),
+            },
             pair / "xl.safetensors",
         )
         refused(
@@ -259,13 +303,18 @@ class TestBadInput:
 
     def test_inspect_reports_the_good_files_and_exits_1(self, pair: Path) -> None:
         for name, (make, _) in BAD.items():
-            (pair / f"bad {name}.safetensors").write_bytes(make((pair / "base.safetensors").read_bytes()))
+            (pair / f"bad {name}.safetensors").write_bytes(
+                make((pair / "base.safetensors").read_bytes())
+            )
         done = adaptkit("inspect", pair, "--json")
         files = json.loads(done.stdout)["files"]
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert sum("error" in record for record in files) == len(BAD)
-        assert {record["kind"] for record in files if "error" not in record} == {"adapter", "checkpoint"}
+        assert {record["kind"] for record in files if "error" not in record} == {
+            "adapter",
+            "checkpoint",
+        }
         assert not (pair / "pwned").exists()
 
     def test_missing_files_and_folders(self, pair: Path) -> None:
@@ -273,7 +322,13 @@ class TestBadInput:
         (pair / "empty").mkdir()
         refused(adaptkit("merge", pair / "base.ckpt", pair / "empty"), "empty")
         refused(
-            adaptkit("extract", pair / "base.ckpt", pair / "tuned.ckpt", "-o", pair / "no" / "o.safetensors"),
+            adaptkit(
+                "extract",
+                pair / "base.ckpt",
+                pair / "tuned.ckpt",
+                "-o",
+                pair / "no" / "o.safetensors",
+            ),
             "no such folder",
         )
 
@@ -294,12 +349,19 @@ class TestBadInput:
         key = "model.diffusion_model.middle_block.1.proj_in.weight"
         state[key].view(-1)[0] = float("nan")
         save_file(state, pair / "nan.safetensors")
-        refused(adaptkit("extract", pair / "base.ckpt", pair / "nan.safetensors"), "nan.safetensors", key, "NaN")
+        refused(
+            adaptkit("extract", pair / "base.ckpt", pair / "nan.safetensors"),
+            "nan.safetensors",
+            key,
+            "NaN",
+        )
 
     @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
     def test_no_permission(self, pair: Path) -> None:
         pair.chmod(0o500)
-        refused(adaptkit("merge", pair / "base.ckpt", pair / "lora-kohya.safetensors"), "permission")
+        refused(
+            adaptkit("merge", pair / "base.ckpt", pair / "lora-kohya.safetensors"), "permission"
+        )
         pair.chmod(0o700)
 
     @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -313,7 +375,11 @@ class TestBadInput:
         )
         before = sorted(pair.iterdir())
         process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=pair, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            cwd=pair,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         time.sleep(5)
         process.send_signal(signal.SIGINT)
@@ -331,7 +397,11 @@ class TestBadInput:
             "extract.plan = broken\nfrom adaptkit.cli import main\nsys.argv = ['adaptkit', 'extract', 'a', 'b']\nmain()\n"
         )
         run = lambda **env: subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | env
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | env,
         )
         refused(run(), "planted", "ADAPTKIT_DEBUG=1")
         assert "Traceback" in run(ADAPTKIT_DEBUG="1").stderr
@@ -339,7 +409,9 @@ class TestBadInput:
 
 class TestInspect:
     def test_the_record_has_the_contracts_fields(self, pair: Path) -> None:
-        (record,) = json.loads(adaptkit("inspect", pair / "lora-kohya.safetensors", "--json", "--hash").stdout)["files"]
+        (record,) = json.loads(
+            adaptkit("inspect", pair / "lora-kohya.safetensors", "--json", "--hash").stdout
+        )["files"]
         fields = (
             "path bytes kind family format evidence algorithms components modules parameters dtypes ranks scales alpha_source "
             "unclaimed problems loads_in metadata sha256"
@@ -357,7 +429,9 @@ class TestInspect:
         shown = adaptkit("inspect", pair / "lora-kohya.safetensors", "--keys", "--modules")
         assert "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight" in shown.stdout
         assert "unet.mid_block.attentions.0.proj_in" in shown.stdout
-        (record,) = json.loads(adaptkit("inspect", pair / "base.ckpt", "--keys", "--modules", "--json").stdout)["files"]
+        (record,) = json.loads(
+            adaptkit("inspect", pair / "base.ckpt", "--keys", "--modules", "--json").stdout
+        )["files"]
         assert record["kind"] == "checkpoint"
         assert len(record["keys"]) == 882
         assert record["components"] == {"unet": 686, "text_encoder": 196}
@@ -413,7 +487,9 @@ def test_options_are_the_fields_of_the_library(name: str, options: type) -> None
         if field is not None and not parameter.multiple:
             context = click.Context(command)
             default = parameter.get_default(context)
-            assert default == field.default or (not parameter.required and field.default is None), parameter.name
+            assert default == field.default or (not parameter.required and field.default is None), (
+                parameter.name
+            )
 
 
 def test_every_option_has_a_help_text() -> None:
@@ -433,7 +509,14 @@ def test_version_and_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("500KB", 500_000), ("64MB", 64_000_000), ("1.5GB", 1_500_000_000), ("64MiB", 2**26), ("10", 10)]
+    ("text", "size"),
+    [
+        ("500KB", 500_000),
+        ("64MB", 64_000_000),
+        ("1.5GB", 1_500_000_000),
+        ("64MiB", 2**26),
+        ("10", 10),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     from adaptkit.cli.options import SIZE

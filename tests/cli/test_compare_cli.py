@@ -34,7 +34,11 @@ def test_options_are_the_fields_of_the_library() -> None:
     command = cli.get_command(click.Context(cli), "compare")
     assert command is not None
     given = command.make_context("compare", ["x", "y"]).params
-    chosen = {name: value for name, value in given.items() if name not in ("a", "b", "as_json", "quiet", "verbose")}
+    chosen = {
+        name: value
+        for name, value in given.items()
+        if name not in ("a", "b", "as_json", "quiet", "verbose")
+    }
     assert chosen.keys() == {field.name for field in dataclasses.fields(compare.Options)}
     assert compare.Options(**chosen) == compare.Options()
 
@@ -46,7 +50,11 @@ def test_the_document_has_the_contracts_fields(tiny: Path) -> None:
     assert {"module", "relative_error", "norm_a", "norm_b"} <= record["modules"][0].keys()
     assert "strength" not in record["modules"][0]
     assert (len(record["modules"]), len(record["only_a"]), record["only_b"]) == (80, 24, [])
-    assert (record["a"]["strength"], record["a"]["format"], record["b"]["format"]) == (2.0, "kohya", "peft")
+    assert (record["a"]["strength"], record["a"]["format"], record["b"]["format"]) == (
+        2.0,
+        "kohya",
+        "peft",
+    )
     assert record["a"]["algorithms"] == {"lora": 104}
     assert record["relative_error_common"] == 0.0
     assert 0 < record["relative_error"] < 1
@@ -78,7 +86,16 @@ def test_an_exceeded_tolerance_exits_1_and_prints_all_the_same(tiny: Path, flag:
 def test_the_summary_fits_80_columns(tiny: Path) -> None:
     done = adaptkit("compare", tiny / f"{LORA}:0.5", tiny / "lora-peft.safetensors", COLUMNS="80")
     assert done.stderr == ""
-    words = ("× 0.5", "relative error", "cosine", "80 in both", "only in A", "24", "and 21 more", "worst modules")
+    words = (
+        "× 0.5",
+        "relative error",
+        "cosine",
+        "80 in both",
+        "only in A",
+        "24",
+        "and 21 more",
+        "worst modules",
+    )
     for word in words:
         assert word in done.stdout, word
     table = done.stdout.partition("worst modules")[2].splitlines()
@@ -92,7 +109,10 @@ def test_the_summary_fits_80_columns(tiny: Path) -> None:
 def test_verbose_lists_every_module(tiny: Path) -> None:
     done = adaptkit("compare", tiny / LORA, tiny / "lora-diffusers.safetensors", "-v")
     assert (
-        sum("_blocks." in line or "encoder.layers" in line or "mid_block" in line for line in done.stdout.splitlines())
+        sum(
+            "_blocks." in line or "encoder.layers" in line or "mid_block" in line
+            for line in done.stdout.splitlines()
+        )
         == 104
     )
     assert "norm a" in done.stdout
@@ -116,8 +136,14 @@ def test_a_merged_checkpoint(tiny: Path, tmp_path: Path) -> None:
 
 def test_refusals(tiny: Path, tmp_path: Path) -> None:
     lora = tiny / LORA
-    refused(adaptkit("compare", lora, tiny / "sdxl.safetensors"), "sdxl.safetensors", "Stable Diffusion XL")
-    refused(adaptkit("compare", tiny / "base.ckpt", tiny / "tuned.ckpt"), "neither", "adaptkit extract")
+    refused(
+        adaptkit("compare", lora, tiny / "sdxl.safetensors"),
+        "sdxl.safetensors",
+        "Stable Diffusion XL",
+    )
+    refused(
+        adaptkit("compare", tiny / "base.ckpt", tiny / "tuned.ckpt"), "neither", "adaptkit extract"
+    )
     refused(adaptkit("compare", lora, tmp_path / "none.safetensors"), "none.safetensors")
     refused(adaptkit("compare", lora, lora, "--only", "nowhere"), "no module in common", "--only")
     refused(adaptkit("compare", lora, lora, "--memory", "1KB"), "working memory", "--memory")
@@ -125,9 +151,17 @@ def test_refusals(tiny: Path, tmp_path: Path) -> None:
     tensors = load_file(lora)
     tensors[f"{STEM}.lora_up.weight"].view(-1)[0] = float("nan")
     save_file(tensors, tmp_path / "nan.safetensors")
-    refused(adaptkit("compare", lora, tmp_path / "nan.safetensors"), "nan.safetensors", f"{STEM}.lora_up.weight", "NaN")
+    refused(
+        adaptkit("compare", lora, tmp_path / "nan.safetensors"),
+        "nan.safetensors",
+        f"{STEM}.lora_up.weight",
+        "NaN",
+    )
     save_file({"emb_params": torch.ones(4, 4)}, tmp_path / "embedding.safetensors")
-    refused(adaptkit("compare", lora, tmp_path / "embedding.safetensors", "--base", tiny / "base.ckpt"), "embedding")
+    refused(
+        adaptkit("compare", lora, tmp_path / "embedding.safetensors", "--base", tiny / "base.ckpt"),
+        "embedding",
+    )
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(lora.read_bytes()[:1000])
     for pair in ((lora, bad), (bad, lora)):
@@ -143,10 +177,17 @@ def test_a_dora_without_its_base(tiny: Path, tmp_path: Path) -> None:
         save_file(tensors, tmp_path / f"{name}.safetensors")
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     same = document(a, a)
-    assert (same["relative_error"], same["norm_a"], same["modules"][0]["norm_a"]) == (0.0, None, None)
+    assert (same["relative_error"], same["norm_a"], same["modules"][0]["norm_a"]) == (
+        0.0,
+        None,
+        None,
+    )
     assert "--base" in same["notes"][0]
     shown = adaptkit("compare", a, a)
-    assert "note: 80 modules are equal" in shown.stderr or "note: 104 modules are equal" in shown.stderr
+    assert (
+        "note: 80 modules are equal" in shown.stderr
+        or "note: 104 modules are equal" in shown.stderr
+    )
     refused(adaptkit("compare", a, b), "tensor 'text_encoder", "DoRA", "hint:", "--base")
     record = document(a, b, "--base", tiny / "base.ckpt")
     assert record["relative_error"] > 0

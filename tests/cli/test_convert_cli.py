@@ -17,13 +17,17 @@ KEY = "lora_unet_mid_block_attentions_0_proj_in"
 class TestConvert:
     def test_the_report_has_the_contracts_fields(self, tiny: Path, tmp_path: Path) -> None:
         done = adaptkit(
-            "convert", tiny / "lora-kohya.safetensors", "--to", "comfy", "-o", tmp_path / "a.safetensors", "--json"
+            "convert",
+            tiny / "lora-kohya.safetensors",
+            "--to",
+            "comfy",
+            "-o",
+            tmp_path / "a.safetensors",
+            "--json",
         )
         assert done.returncode == 0, done.stderr
         record = json.loads(done.stdout)
-        fields = (
-            "adaptkit command output bytes modules parameters relative_error unused seconds details from to changes"
-        )
+        fields = "adaptkit command output bytes modules parameters relative_error unused seconds details from to changes"
         assert set(fields.split()) <= record.keys()
         assert (record["command"], record["from"], record["to"]) == ("convert", "kohya", "comfy")
         assert (record["modules"], record["relative_error"], record["unused"]) == (104, 0.0, [])
@@ -45,14 +49,28 @@ class TestConvert:
     def test_equal_inputs_give_equal_bytes(self, tiny: Path, tmp_path: Path) -> None:
         for name in ("a", "b"):
             adaptkit(
-                "convert", tiny / "lora-kohya.safetensors", "--to", "diffusers", "-o", tmp_path / f"{name}.safetensors"
+                "convert",
+                tiny / "lora-kohya.safetensors",
+                "--to",
+                "diffusers",
+                "-o",
+                tmp_path / f"{name}.safetensors",
             )
-        assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+        assert (tmp_path / "a.safetensors").read_bytes() == (
+            tmp_path / "b.safetensors"
+        ).read_bytes()
 
     def test_a_dry_run_writes_nothing(self, tiny: Path, tmp_path: Path) -> None:
         output = tmp_path / "a.safetensors"
         done = adaptkit(
-            "convert", tiny / "lora-kohya.safetensors", "--for", "diffusers", "-o", output, "--dry-run", "--json"
+            "convert",
+            tiny / "lora-kohya.safetensors",
+            "--for",
+            "diffusers",
+            "-o",
+            output,
+            "--dry-run",
+            "--json",
         )
         plan = json.loads(done.stdout)
         assert plan["dry_run"] is True
@@ -61,13 +79,19 @@ class TestConvert:
         assert not list(tmp_path.iterdir())
         assert (
             "would write"
-            in adaptkit("convert", tiny / "lora-kohya.safetensors", "--to", "comfy", "-v", "--dry-run").stdout
+            in adaptkit(
+                "convert", tiny / "lora-kohya.safetensors", "--to", "comfy", "-v", "--dry-run"
+            ).stdout
         )
 
     def test_wrong_usage(self, tiny: Path) -> None:
         source = tiny / "lora-kohya.safetensors"
         refused(adaptkit("convert", source), "--to FORMAT or --for HOST", code=2)
-        refused(adaptkit("convert", source, "--to", "comfy", "--for", "comfyui"), "exclude each other", code=2)
+        refused(
+            adaptkit("convert", source, "--to", "comfy", "--for", "comfyui"),
+            "exclude each other",
+            code=2,
+        )
         refused(adaptkit("convert", source, "--for", "a1111"), "a1111", code=2)
         refused(adaptkit("convert", source, "--to", "komfy"), "unknown format 'komfy'", "comfy")
 
@@ -91,7 +115,11 @@ class TestConvert:
             "--allow-unused",
         )
         save_file({"something": torch.ones(2)}, tmp_path / "c.safetensors")
-        refused(adaptkit("convert", tmp_path / "c.safetensors", "--to", "comfy"), "c.safetensors", "no family")
+        refused(
+            adaptkit("convert", tmp_path / "c.safetensors", "--to", "comfy"),
+            "c.safetensors",
+            "no family",
+        )
         (tmp_path / "d.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
         refused(adaptkit("convert", tmp_path / "d.safetensors", "--to", "comfy"), "d.safetensors")
         assert not list(tmp_path.glob("*-comfy*"))
@@ -99,8 +127,15 @@ class TestConvert:
 
 class TestInspect:
     def test_hosts_and_reasons(self, tiny: Path) -> None:
-        (record,) = json.loads(adaptkit("inspect", tiny / "lokr-kohya.safetensors", "--json").stdout)["files"]
-        assert record["loads_in"] == {"comfyui": True, "diffusers": False, "invokeai": True, "kohya": True}
+        (record,) = json.loads(
+            adaptkit("inspect", tiny / "lokr-kohya.safetensors", "--json").stdout
+        )["files"]
+        assert record["loads_in"] == {
+            "comfyui": True,
+            "diffusers": False,
+            "invokeai": True,
+            "kohya": True,
+        }
         assert "lokr" in record["why"]["diffusers"]
         shown = adaptkit("inspect", tiny / "lokr-kohya.safetensors").stdout
         assert "comfyui: yes" in shown
@@ -114,7 +149,9 @@ class TestInspect:
             other = next(key.partition(".")[0] for key in tensors if key.startswith("lora_te_"))
         tensors[f"{other}.lora_down.weight"][0, 0] = torch.nan
         save_file(tensors, tmp_path / "a.safetensors")
-        (plain,) = json.loads(adaptkit("inspect", tmp_path / "a.safetensors", "--json").stdout)["files"]
+        (plain,) = json.loads(adaptkit("inspect", tmp_path / "a.safetensors", "--json").stdout)[
+            "files"
+        ]
         assert plain["problems"] == []
         (record,) = json.loads(
             adaptkit("inspect", tmp_path / "a.safetensors", "--stats", "--json", "--modules").stdout
@@ -125,26 +162,48 @@ class TestInspect:
         assert record["norm"] > 0
         assert sum(module["norm"] is None for module in record["module_list"]) == 1
 
-    @pytest.mark.parametrize(("alpha", "words"), [(0.0, "do nothing"), (-1.0, "backwards"), (64.0, "times the rank")])
+    @pytest.mark.parametrize(
+        ("alpha", "words"), [(0.0, "do nothing"), (-1.0, "backwards"), (64.0, "times the rank")]
+    )
     def test_traps(self, tiny: Path, tmp_path: Path, alpha: float, words: str) -> None:
         tensors = load_file(tiny / "lora-kohya.safetensors") | {f"{KEY}.alpha": torch.tensor(alpha)}
         save_file(tensors, tmp_path / "a.safetensors")
-        (record,) = json.loads(adaptkit("inspect", tmp_path / "a.safetensors", "--json").stdout)["files"]
+        (record,) = json.loads(adaptkit("inspect", tmp_path / "a.safetensors", "--json").stdout)[
+            "files"
+        ]
         (problem,) = record["problems"]
         assert problem["severity"] == "warning"
         assert words in problem["what"]
 
     def test_a_missing_alpha_is_warned_of(self, tiny: Path, tmp_path: Path) -> None:
-        tensors = {key: t for key, t in load_file(tiny / "lora-kohya.safetensors").items() if not key.endswith("alpha")}
+        tensors = {
+            key: t
+            for key, t in load_file(tiny / "lora-kohya.safetensors").items()
+            if not key.endswith("alpha")
+        }
         save_file(tensors, tmp_path / "a.safetensors")
-        (record,) = json.loads(adaptkit("inspect", tmp_path / "a.safetensors", "--json").stdout)["files"]
-        assert ["104 modules have no alpha" in problem["what"] for problem in record["problems"]] == [True]
+        (record,) = json.loads(adaptkit("inspect", tmp_path / "a.safetensors", "--json").stdout)[
+            "files"
+        ]
+        assert [
+            "104 modules have no alpha" in problem["what"] for problem in record["problems"]
+        ] == [True]
 
     def test_an_unknown_family_is_shown_with_its_own_names(self, tmp_path: Path) -> None:
         save_file(
-            {f"diffusion_model.strange.{i}.lora_{s}.weight": torch.ones(4, 4) for i in range(3) for s in "AB"},
+            {
+                f"diffusion_model.strange.{i}.lora_{s}.weight": torch.ones(4, 4)
+                for i in range(3)
+                for s in "AB"
+            },
             tmp_path / "a.safetensors",
         )
-        (record,) = json.loads(adaptkit("inspect", tmp_path / "a.safetensors", "--json").stdout)["files"]
-        assert (record["family"], record["format"], record["algorithms"]) == (None, "comfy", {"lora": 3})
+        (record,) = json.loads(adaptkit("inspect", tmp_path / "a.safetensors", "--json").stdout)[
+            "files"
+        ]
+        assert (record["family"], record["format"], record["algorithms"]) == (
+            None,
+            "comfy",
+            {"lora": 3},
+        )
         assert set(record["loads_in"].values()) == {None}

@@ -65,9 +65,13 @@ class TestHeatMap:
     @pytest.mark.parametrize("width", [80, 120])
     def test_it_fits(self, report: inspect.Report, width: int, coloured: bool) -> None:
         many = dict.fromkeys(_heat.KINDS, 1.0)
-        crowded = [{**block, "kinds": many, "norm": 1.2345e-11} for block in report.record["blocks"]]
+        crowded = [
+            {**block, "kinds": many, "norm": 1.2345e-11} for block in report.record["blocks"]
+        ]
         record = {**report.record, "blocks": crowded}
-        shown = [line.plain.rstrip() for line in _heat.heat_map(record, report.modules, width, coloured)]
+        shown = [
+            line.plain.rstrip() for line in _heat.heat_map(record, report.modules, width, coloured)
+        ]
         assert max(map(cell_len, shown)) <= width
         assert any("want of width" in line for line in shown) == (width == 80)
 
@@ -81,19 +85,27 @@ class TestHeatMap:
             assert style.bgcolor is not None
             contrasts.append(contrast(style.color, style.bgcolor))
         assert min(contrasts) >= 4.5
-        assert [_heat.shade(share) for share in (0.0, 0.19, 0.21, 0.5, 0.7, 0.8, 1.0)] == [*"  ░▒▓██"]
+        assert [_heat.shade(share) for share in (0.0, 0.19, 0.21, 0.5, 0.7, 0.8, 1.0)] == [
+            *"  ░▒▓██"
+        ]
 
     def test_what_has_no_numbers_is_said(self, tiny: Path, tmp_path: Path) -> None:
         tensors = load_file(tiny / "lora-kohya.safetensors")
         ups = [key for key in tensors if "up_blocks_1" in key and "to_q.lora_up" in key]
         for key in ups:
-            tensors[key.replace("lora_up.weight", "dora_scale")] = torch.ones(tensors[key].shape[0], 1)
+            tensors[key.replace("lora_up.weight", "dora_scale")] = torch.ones(
+                tensors[key].shape[0], 1
+            )
         down = next(key for key in tensors if "down_blocks_0" in key and "lora_down" in key)
         tensors[down][:] = torch.nan
         save_file(tensors, tmp_path / "a.safetensors")
         shown = adaptkit("inspect", tmp_path / "a.safetensors", "--stats").stdout
         assert f"what {len(ups)} lora+dora modules change depends on the weights" in shown
-        (row,) = [line for line in shown.splitlines() if line.endswith("NaN/inf") and not line.startswith("all")]
+        (row,) = [
+            line
+            for line in shown.splitlines()
+            if line.endswith("NaN/inf") and not line.startswith("all")
+        ]
         assert row.split()[0] == "0"
 
     def test_out_of_a_terminal_it_is_plain(self, tiny: Path) -> None:
@@ -101,8 +113,15 @@ class TestHeatMap:
         assert "\x1b" not in shown
         assert "█100" in shown
         assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" not in shown
-        assert shown == adaptkit("inspect", tiny / "lora-kohya.safetensors", "--stats", TERM="xterm-256color").stdout
-        verbose = adaptkit("inspect", tiny / "lora-kohya.safetensors", "--stats", "--modules").stdout
+        assert (
+            shown
+            == adaptkit(
+                "inspect", tiny / "lora-kohya.safetensors", "--stats", TERM="xterm-256color"
+            ).stdout
+        )
+        verbose = adaptkit(
+            "inspect", tiny / "lora-kohya.safetensors", "--stats", "--modules"
+        ).stdout
         assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in verbose
 
     @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
@@ -141,7 +160,9 @@ def contrast(one: Color, other: Color) -> float:
 
     def luminance(color: Color) -> float:
         parts = [value / 255 for value in color.get_truecolor()]
-        red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        red, green, blue = (
+            p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+        )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     low, high = sorted((luminance(one), luminance(other)))
@@ -151,9 +172,14 @@ def contrast(one: Color, other: Color) -> float:
 def in_terminal(command: list[str], **environment: str) -> str:
     """What a command prints when its output is a terminal."""
     ours, theirs = os.openpty()
-    variables = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLORTERM", "FORCE_COLOR")}
+    variables = {
+        k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLORTERM", "FORCE_COLOR")
+    }
     process = subprocess.Popen(
-        [sys.executable, "-m", "adaptkit", *command], stdout=theirs, stderr=theirs, env=variables | environment
+        [sys.executable, "-m", "adaptkit", *command],
+        stdout=theirs,
+        stderr=theirs,
+        env=variables | environment,
     )
     os.close(theirs)
     found, end = b"", time.monotonic() + 120
@@ -185,11 +211,20 @@ class TestPlot:
 
     def test_svg_shows_every_block_and_kind(self, report: inspect.Report, tmp_path: Path) -> None:
         _plot.draw(report, tmp_path / "a.svg", overwrite=False)
-        texts = [element.text for element in ElementTree.parse(tmp_path / "a.svg").iter(f"{SVG}text")]
+        texts = [
+            element.text for element in ElementTree.parse(tmp_path / "a.svg").iter(f"{SVG}text")
+        ]
         assert texts.count("lora-kohya.safetensors") == 1
-        for name in ("unet.down_blocks", "unet.mid_block", "unet.up_blocks", "text_encoder.text_model.encoder.layers"):
+        for name in (
+            "unet.down_blocks",
+            "unet.mid_block",
+            "unet.up_blocks",
+            "text_encoder.text_model.encoder.layers",
+        ):
             assert name in texts
-            assert any(text is not None and text.startswith(f"{name}  ·") for text in texts), "its spectra"
+            assert any(text is not None and text.startswith(f"{name}  ·") for text in texts), (
+                "its spectra"
+            )
         assert {"q", "v", "proj", *map(str, range(12))} <= set(texts)
         for block in report.record["blocks"]:
             assert f"{block['norm']:.3g}" in texts
@@ -201,38 +236,63 @@ class TestPlot:
         assert page.startswith("<!doctype html>")
         assert not re.search(r"http|<script|<link|<img|src=|@import|url\((?!#)|data:", page)
         assert "prefers-color-scheme: dark" in page
-        assert not re.search(rf"({_picture.INK}|{_picture.MUTED}|{_picture.PAPER})", page.partition("</style>")[2])
+        assert not re.search(
+            rf"({_picture.INK}|{_picture.MUTED}|{_picture.PAPER})", page.partition("</style>")[2]
+        )
         cells = sum(len(block["kinds"]) for block in report.record["blocks"])
         assert page.count("<title>unet.") + page.count("<title>text_encoder.") == cells
 
     @pytest.mark.parametrize("suffix", ["svg", "html", "png"])
-    def test_the_same_file_gives_the_same_bytes(self, tiny: Path, tmp_path: Path, suffix: str) -> None:
+    def test_the_same_file_gives_the_same_bytes(
+        self, tiny: Path, tmp_path: Path, suffix: str
+    ) -> None:
         """Whatever the hash seed, the user's style and backend."""
-        (tmp_path / "matplotlibrc").write_text("svg.fonttype: path\nlines.markeredgewidth: 4\ngrid.linestyle: :\n")
+        (tmp_path / "matplotlibrc").write_text(
+            "svg.fonttype: path\nlines.markeredgewidth: 4\ngrid.linestyle: :\n"
+        )
         for name, environment in (
             ("a", {"PYTHONHASHSEED": "1"}),
-            ("b", {"PYTHONHASHSEED": "2", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "MPLBACKEND": "TkAgg"}),
+            (
+                "b",
+                {
+                    "PYTHONHASHSEED": "2",
+                    "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+                    "MPLBACKEND": "TkAgg",
+                },
+            ),
         ):
             output = tmp_path / f"{name}.{suffix}"
-            done = adaptkit("inspect", tiny / "lokr-kohya.safetensors", "--plot", output, "-q", **environment)
+            done = adaptkit(
+                "inspect", tiny / "lokr-kohya.safetensors", "--plot", output, "-q", **environment
+            )
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
     def test_it_implies_stats_and_says_what_it_wrote(self, tiny: Path, tmp_path: Path) -> None:
-        done = adaptkit("inspect", tiny / "lora-kohya.safetensors", "--plot", tmp_path / "a.SVG", "--json")
+        done = adaptkit(
+            "inspect", tiny / "lora-kohya.safetensors", "--plot", tmp_path / "a.SVG", "--json"
+        )
         assert len(json.loads(done.stdout)["files"][0]["blocks"]) == 19
         assert done.stderr == f"wrote {tmp_path / 'a.SVG'}\n"
 
     def test_names_are_text_and_nothing_else(self, report: inspect.Report, tmp_path: Path) -> None:
         name = "<script>alert(1)</script> $x$ \x07模型.safetensors"
-        odd = inspect.Report({**report.record, "path": name}, (), report.modules, None, report.spectra)
+        odd = inspect.Report(
+            {**report.record, "path": name}, (), report.modules, None, report.spectra
+        )
         for suffix in ("svg", "html", "png"):
             _plot.draw(odd, tmp_path / f"a.{suffix}", overwrite=False)
-        texts = [element.text for element in ElementTree.parse(tmp_path / "a.svg").iter(f"{SVG}text")]
-        assert "script> $x$ \ufffd模型.safetensors" in texts  # the name of a path: what follows its last slash
+        texts = [
+            element.text for element in ElementTree.parse(tmp_path / "a.svg").iter(f"{SVG}text")
+        ]
+        assert (
+            "script> $x$ \ufffd模型.safetensors" in texts
+        )  # the name of a path: what follows its last slash
         assert "<script" not in (tmp_path / "a.html").read_text(encoding="utf-8")
 
-    @pytest.mark.parametrize("name", ["lokr-kohya", "full-kohya", "tucker-kohya", "lora-peft", "lokr-factored-kohya"])
+    @pytest.mark.parametrize(
+        "name", ["lokr-kohya", "full-kohya", "tucker-kohya", "lora-peft", "lokr-factored-kohya"]
+    )
     def test_every_kind_can_be_drawn(self, tiny: Path, tmp_path: Path, name: str) -> None:
         found = inspect.run(tiny / f"{name}.safetensors", inspect.Options(stats=True))
         _plot.draw(found, tmp_path / "a.svg", overwrite=False)
@@ -260,19 +320,30 @@ class TestRefusals:
         refused(done, "one file", code=2)
         assert not list(tmp_path.iterdir())
 
-    def test_an_existing_picture_stays(self, tiny: Path, tmp_path: Path, report: inspect.Report) -> None:
+    def test_an_existing_picture_stays(
+        self, tiny: Path, tmp_path: Path, report: inspect.Report
+    ) -> None:
         (tmp_path / "a.svg").write_text("mine")
         done = adaptkit("inspect", tiny / "lora-kohya.safetensors", "--plot", tmp_path / "a.svg")
         refused(done, "exists already", "--overwrite")
         with pytest.raises(WouldOverwrite):  # or comes up while the weights are read
             _plot.draw(report, tmp_path / "a.svg", overwrite=False)
         assert (tmp_path / "a.svg").read_text() == "mine"
-        done = adaptkit("inspect", tiny / "lora-kohya.safetensors", "--plot", tmp_path / "a.svg", "--overwrite", "-q")
+        done = adaptkit(
+            "inspect",
+            tiny / "lora-kohya.safetensors",
+            "--plot",
+            tmp_path / "a.svg",
+            "--overwrite",
+            "-q",
+        )
         assert done.returncode == 0
         assert (tmp_path / "a.svg").read_text().startswith("<?xml")
 
     def test_no_folder(self, tiny: Path, tmp_path: Path) -> None:
-        done = adaptkit("inspect", tiny / "lora-kohya.safetensors", "--plot", tmp_path / "nowhere" / "a.svg")
+        done = adaptkit(
+            "inspect", tiny / "lora-kohya.safetensors", "--plot", tmp_path / "nowhere" / "a.svg"
+        )
         refused(done, "no such folder")
 
     def test_without_the_library_nothing_is_read(self, tmp_path: Path) -> None:
@@ -286,7 +357,9 @@ class TestRefusals:
         done = adaptkit(*arguments, PYTHONPATH=f"{tmp_path / 'fake'}{os.pathsep}{Path.cwd()}")
         refused(done, "--plot needs matplotlib", 'pip install "adaptkit[plot]"')
 
-    def test_a_library_that_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_library_that_is_not_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(AdaptkitError, match="needs matplotlib"):
             _picture.check(tmp_path / "a.svg", overwrite=False)

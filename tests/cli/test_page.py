@@ -24,7 +24,13 @@ PRINTED = [
     (facts([("a", "one\ntwo\nthree"), ("much longer", "‖ΔW‖"), ("empty", "")]),),
     (facts([("日本語", "風格\n画風"), ("adapter", "x" * 300)]),),
     (facts([]),),
-    (table(("size", "kind", "file"), [("1.0 kB", "adapter", "a"), ("900.0 MB", "checkpoint", "長い名前")], ("size",)),),
+    (
+        table(
+            ("size", "kind", "file"),
+            [("1.0 kB", "adapter", "a"), ("900.0 MB", "checkpoint", "長い名前")],
+            ("size",),
+        ),
+    ),
     (table(("rank", "none", "last"), [(4, None, "b\nc"), (128, "", "d")], ("rank", "last")),),
     (table(("file", "σ₁"), [("模型", 0.5), ("x", 12.25)], ("σ₁",)),),
     (table(("alone",), [("é",), ("[red]not red[/]",)]),),
@@ -33,9 +39,13 @@ PRINTED = [
 
 
 @pytest.mark.parametrize("parts", PRINTED, ids=lambda parts: str(parts)[:40])
-def test_a_plain_page_reads_as_rich_writes_it(parts: tuple[Any, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plain_page_reads_as_rich_writes_it(
+    parts: tuple[Any, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     out = io.StringIO()
-    Console(file=out, highlight=False, markup=False, emoji=False, width=10_000).print(*parts, style="yellow")
+    Console(file=out, highlight=False, markup=False, emoji=False, width=10_000).print(
+        *parts, style="yellow"
+    )
     Plain(stderr=False).print(*parts, style="yellow")
     said = capsys.readouterr().out
     assert said.split("\n") == [line.rstrip() for line in out.getvalue().split("\n")]
@@ -53,7 +63,8 @@ def test_a_person_gets_rich(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("families",), ("formats",), ("algorithms",), ("convert", "{}", "--to", "comfy", "-v")]
+    "command",
+    [("families",), ("formats",), ("algorithms",), ("convert", "{}", "--to", "comfy", "-v")],
 )
 def test_a_pipe_does_not_pay_for_rich(command: tuple[str, ...], tiny: Path, tmp_path: Path) -> None:
     adapter = shutil.copy(tiny / "lora-kohya.safetensors", tmp_path)
@@ -64,5 +75,7 @@ def test_a_pipe_does_not_pay_for_rich(command: tuple[str, ...], tiny: Path, tmp_
         "assert 'rich.console' not in sys.modules and 'rich.text' not in sys.modules"
     )
     run = [sys.executable, "-c", program, "adaptkit", *words]
-    done = subprocess.run(run, check=False, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(
+        run, check=False, capture_output=True, text=True, encoding="utf-8", timeout=60
+    )
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,11 @@ def place(family: str, key: str) -> Place:
 
 
 def check_pairs(
-    family: str, component: str, mapping: dict[str, Any], prefix: str = "", sizes: dict[str, int] | None = None
+    family: str,
+    component: str,
+    mapping: dict[str, Any],
+    prefix: str = "",
+    sizes: dict[str, int] | None = None,
 ) -> int:
     """Every diffusers name and its original name(s) mean the same slot; how many were compared.
 
@@ -36,17 +40,29 @@ def check_pairs(
         mine = place(family, f"{component}.{ours}")
         if isinstance(theirs, str):
             other = place(family, prefix + theirs)
-            assert (other.slot, other.swapped, other.transposed) == (mine.slot, mine.swapped, False), ours
+            assert (other.slot, other.swapped, other.transposed) == (
+                mine.slot,
+                mine.swapped,
+                False,
+            ), ours
         elif isinstance(theirs, dict):
             other = place(family, prefix + theirs["key"])
             assert other.slot == mine.slot, ours
             assert (other.transposed, mine.transposed) == (True, False), ours
         else:
-            check_slices(family, mine, [(prefix + key, start, stop) for key, start, stop in theirs], rows, prefix)
+            check_slices(
+                family,
+                mine,
+                [(prefix + key, start, stop) for key, start, stop in theirs],
+                rows,
+                prefix,
+            )
     return len(mapping)
 
 
-def check_slices(family: str, mine: Place, slices: list[Slice], rows: dict[str, int], prefix: str) -> None:
+def check_slices(
+    family: str, mine: Place, slices: list[Slice], rows: dict[str, int], prefix: str
+) -> None:
     (key, start, stop), *rest = slices
     other = place(family, key)
     total = rows[key.removeprefix(prefix)]

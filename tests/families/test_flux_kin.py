@@ -50,7 +50,10 @@ ENCODERS = [
     ),
     *((family, "text_encoder", "te_llama3_8b") for family in ("hunyuan-video", "framepack")),
     *((family, "text_encoder_2", "te_clip_l") for family in ("hunyuan-video", "framepack")),
-    *((family, "text_encoder", "te_qwen25_vl_7b_text") for family in ("hunyuan-video-15", "hunyuan-image")),
+    *(
+        (family, "text_encoder", "te_qwen25_vl_7b_text")
+        for family in ("hunyuan-video-15", "hunyuan-image")
+    ),
     ("sdxl-refiner", "text_encoder_2", "te_openclip_bigg"),
 ]
 
@@ -62,7 +65,12 @@ LISTS = [
     ("gen__simpletuner_lycoris_flux1_lokr", "flux", "lycoris", ()),
     ("gen__musubi_flux_kontext_lora", "flux", "kohya", ("chroma", "hunyuan-video")),
     ("invokeai__flux_lora_aitoolkit_format", "flux", "comfy", ("chroma", "hunyuan-video")),
-    ("invokeai__flux_lora_diffusers_base_model_format", "flux", "peft", ("chroma", "framepack", "hunyuan-video")),
+    (
+        "invokeai__flux_lora_diffusers_base_model_format",
+        "flux",
+        "peft",
+        ("chroma", "framepack", "hunyuan-video"),
+    ),
     ("invokeai__flux_lora_diffusers_format", "flux", "diffusers", ("framepack", "hunyuan-video")),
     ("invokeai__flux_lora_kohya_format", "flux", "kohya", ("hunyuan-video",)),
     ("invokeai__flux_lora_xlabs_format", "flux", "xlabs", ()),
@@ -96,10 +104,17 @@ def params(corpus: Path, name: str) -> list[str]:
     """Every parameter of a model of the corpus, by diffusers' names."""
     modules, extra = read(corpus, "modules", name), read(corpus, "modules_extra", name)
     weights = [f"{module}.weight" for module in modules]
-    return [*weights, *(f"{m}.bias" for m in extra["modules_with_bias"]), *extra["norm_params"], *extra["other_params"]]
+    return [
+        *weights,
+        *(f"{m}.bias" for m in extra["modules_with_bias"]),
+        *extra["norm_params"],
+        *extra["other_params"],
+    ]
 
 
-def original(mapping: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def original(
+    mapping: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Shapes of the original checkpoint: slices of one key add up."""
     found: dict[str, tuple[int, ...]] = {}
     for ours, shape in shapes.items():
@@ -111,7 +126,10 @@ def original(mapping: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dic
 
 @pytest.mark.parametrize(("family", "name"), DENOISERS)
 def test_both_namings_mean_the_same_slot(family: str, name: str, corpus: Path) -> None:
-    assert check_pairs(family, "transformer", read(corpus, "ckpt", name), "model.diffusion_model.") > 160
+    assert (
+        check_pairs(family, "transformer", read(corpus, "ckpt", name), "model.diffusion_model.")
+        > 160
+    )
 
 
 @pytest.mark.parametrize("name", COMFY)
@@ -153,34 +171,48 @@ def test_text_encoders(family: str, component: str, name: str, corpus: Path) -> 
 @pytest.mark.parametrize("family", ["sd3", "sd35-large"])
 def test_single_files_of_sd3_hold_their_text_encoders(family: str, corpus: Path) -> None:
     assert check_pairs(family, "text_encoder", read(corpus, "ckpt", "te_clip_l@sd3")) == 197
-    assert check_pairs(family, "text_encoder_2", read(corpus, "ckpt", "te_openclip_bigg@sd3")) == 517
+    assert (
+        check_pairs(family, "text_encoder_2", read(corpus, "ckpt", "te_openclip_bigg@sd3")) == 517
+    )
     known = compile_checkpoint(family)
-    assert known.parse("text_encoders.t5xxl.transformer.encoder.block.3.layer.0.SelfAttention.q.weight")
+    assert known.parse(
+        "text_encoders.t5xxl.transformer.encoder.block.3.layer.0.SelfAttention.q.weight"
+    )
 
 
 def test_the_refiner_of_sdxl(corpus: Path) -> None:
     mapping = read(corpus, "ckpt", "sdxl_refiner_unet")
     assert check_pairs("sdxl-refiner", "unet", mapping) == 1220
-    assert check_known("sdxl-refiner", [f"unet.{key}" for key in params(corpus, "sdxl_refiner_unet")]) == 1220
+    assert (
+        check_known("sdxl-refiner", [f"unet.{key}" for key in params(corpus, "sdxl_refiner_unet")])
+        == 1220
+    )
     encoder = {
-        ours: _moved(theirs) for ours, theirs in read(corpus, "ckpt", "te_openclip_bigg@sdxl").items()
+        ours: _moved(theirs)
+        for ours, theirs in read(corpus, "ckpt", "te_openclip_bigg@sdxl").items()
     }  # the base model's second encoder is the refiner's only one
     assert check_pairs("sdxl-refiner", "text_encoder_2", encoder) == 517
-    shapes = {f"{m}.weight": tuple(s) for m, s in read(corpus, "modules", "sdxl_refiner_unet").items()}
+    shapes = {
+        f"{m}.weight": tuple(s) for m, s in read(corpus, "modules", "sdxl_refiner_unet").items()
+    }
     for keys in (shapes, original(mapping, shapes)):
         found = detect_checkpoint(header(keys), {})
         assert (found.family, found.claimed, found.alternatives) == ("sdxl-refiner", len(keys), ())
 
 
 def _moved(theirs: Any) -> Any:
-    return json.loads(json.dumps(theirs).replace("conditioner.embedders.1.", "conditioner.embedders.0."))
+    return json.loads(
+        json.dumps(theirs).replace("conditioner.embedders.1.", "conditioner.embedders.0.")
+    )
 
 
 @pytest.mark.parametrize(("name", "family", "format", "alike"), LISTS)
 def test_adapters_are_recognised(
     name: str, family: str, format: str, alike: tuple[str, ...], corpus: Path, tmp_path: Path
 ) -> None:
-    path = write_header_only(tmp_path / "adapter.safetensors", corpus_listing(corpus / "adapters" / f"{name}.json"))
+    path = write_header_only(
+        tmp_path / "adapter.safetensors", corpus_listing(corpus / "adapters" / f"{name}.json")
+    )
     with Adapter.open(path) as adapter:
         assert (adapter.family.name, adapter.format.name) == (family, format)
         assert set(adapter.detection.alternatives) <= set(alike)
@@ -192,7 +224,9 @@ def test_adapters_are_recognised(
 @pytest.mark.parametrize(("family", "name"), DENOISERS)
 def test_checkpoints_are_recognised(family: str, name: str, corpus: Path) -> None:
     """Each model in every naming, weights only: the family wins."""
-    shapes = {f"{module}.weight": tuple(shape) for module, shape in read(corpus, "modules", name).items()}
+    shapes = {
+        f"{module}.weight": tuple(shape) for module, shape in read(corpus, "modules", name).items()
+    }
     maps = [name, f"{name}@comfy"] if name in COMFY else [name]
     for keys in (shapes, *(original(read(corpus, "ckpt", one), shapes) for one in maps)):
         found = detect_checkpoint(header(keys), {})
@@ -288,7 +322,9 @@ def pair_of(stem: str, rows: int, columns: int) -> dict[str, TensorInfo]:
         ("single_blocks.40.linear2", 6144, 24576, "flux2", ()),
     ],
 )
-def test_shapes_tell_look_alikes_apart(module: str, rows: int, columns: int, family: str, alike: tuple[str]) -> None:
+def test_shapes_tell_look_alikes_apart(
+    module: str, rows: int, columns: int, family: str, alike: tuple[str]
+) -> None:
     found = detect_adapter(pair_of(f"diffusion_model.{module}", rows, columns), {})
     assert (found.family, tuple(sorted(found.alternatives))) == (family, alike)
 
@@ -326,23 +362,35 @@ def test_what_a_family_writes_of_itself_it_recognises(family: str) -> None:
     mine = families()[family]
     said = mine.modelspec.lower()
     assert said.startswith(mine.architectures)
-    others = {name for name, other in families().items() if said.startswith(other.architectures)} - {family}
-    assert others <= {"hunyuan-video", "sdxl"}  # whose names are the beginnings of their successors'
+    others = {
+        name for name, other in families().items() if said.startswith(other.architectures)
+    } - {family}
+    assert others <= {
+        "hunyuan-video",
+        "sdxl",
+    }  # whose names are the beginnings of their successors'
 
 
 def test_private_namings_are_flux_1_s_alone() -> None:
-    qkv, linear = (Target("transformer", name) for name in ("double_blocks.3.txt_attn.qkv", "single_blocks.3.linear1"))
+    qkv, linear = (
+        Target("transformer", name)
+        for name in ("double_blocks.3.txt_attn.qkv", "single_blocks.3.linear1")
+    )
     omi, xlabs = compile_keys("flux", "omi"), compile_keys("flux", "xlabs")
     assert omi.stem(Slot(qkv, Rows(1, 2, 3))) == "transformer.double_blocks.3.txt_attn.qkv.1"
     assert omi.slot("transformer.single_blocks.3.linear1.1") == Slot(linear, Rows(1, 2, 7))
     assert omi.slot("transformer.single_blocks.3.linear1.3") == Slot(linear, Rows(3, 7, 7))
-    assert xlabs.slot("double_blocks.3.processor.qkv_lora2") == Slot(qkv)  # 1 is the image, 2 the text
+    assert xlabs.slot("double_blocks.3.processor.qkv_lora2") == Slot(
+        qkv
+    )  # 1 is the image, 2 the text
     assert (
         xlabs.stem(Slot(Target("transformer", "double_blocks.3.img_attn.proj")))
         == "double_blocks.3.processor.proj_lora1"
     )
     for family in ("chroma", "flux2"):
-        assert not any({"omi", "xlabs"} & set(row.names) for row in families()[family].components[0].rows)
+        assert not any(
+            {"omi", "xlabs"} & set(row.names) for row in families()[family].components[0].rows
+        )
 
 
 @pytest.mark.parametrize(
@@ -361,7 +409,8 @@ def test_the_refiner_is_told_from_the_base_model(module: str, columns: int, fami
 
 def test_the_base_model_is_likelier_than_the_refiner() -> None:
     found = detect_adapter(
-        pair_of("diffusion_model.input_blocks.7.1.transformer_blocks.2.attn1.to_out.0", 640, 640), {}
+        pair_of("diffusion_model.input_blocks.7.1.transformer_blocks.2.attn1.to_out.0", 640, 640),
+        {},
     )
     assert found.family == "sdxl"
     assert "sdxl-refiner" in found.alternatives
@@ -372,5 +421,13 @@ def test_the_base_model_is_likelier_than_the_refiner() -> None:
 def test_clip_l_and_clip_g_of_sd3_are_not_mixed_up() -> None:
     """Names without a component could be either's, so formats that have only such names hold neither."""
     for family in ("sd3", "sd35-large"):
-        assert compile_keys(family, "peft").slot("base_model.model.text_model.encoder.layers.0.mlp.fc1") is None
-        assert compile_keys(family, "peft").slot("base_model.model.joint_blocks.0.x_block.mlp.fc1") is not None
+        assert (
+            compile_keys(family, "peft").slot(
+                "base_model.model.text_model.encoder.layers.0.mlp.fc1"
+            )
+            is None
+        )
+        assert (
+            compile_keys(family, "peft").slot("base_model.model.joint_blocks.0.x_block.mlp.fc1")
+            is not None
+        )

@@ -36,7 +36,11 @@ DENOISERS = [
     ("ltx2", "transformer", "ltx2_video"),
 ]
 ENCODERS = [("lumina2", "te_gemma2_2b"), ("anima", "te_qwen3_0.6b"), ("z-image", "te_qwen3_4b")]
-ORIGINALS = [(family, name) for family, _, name in DENOISERS if not name.startswith(("anima_", "auraflow", "ltx"))]
+ORIGINALS = [
+    (family, name)
+    for family, _, name in DENOISERS
+    if not name.startswith(("anima_", "auraflow", "ltx"))
+]
 FAMILIES = tuple(dict.fromkeys(family for family, _, _ in DENOISERS))
 
 # adapter lists of the corpus: what they are called there, and the format
@@ -76,18 +80,27 @@ LISTS = [
 
 
 def listing(path: Path) -> dict[str, TensorInfo]:
-    return {key: TensorInfo(key, dtype, shape, 0, 0) for key, (dtype, shape) in corpus_listing(path).items()}
+    return {
+        key: TensorInfo(key, dtype, shape, 0, 0)
+        for key, (dtype, shape) in corpus_listing(path).items()
+    }
 
 
 @pytest.mark.parametrize(("family", "component", "name"), DENOISERS)
-def test_both_namings_mean_the_same_slot(family: str, component: str, name: str, corpus: Path) -> None:
+def test_both_namings_mean_the_same_slot(
+    family: str, component: str, name: str, corpus: Path
+) -> None:
     assert check_pairs(family, component, read(corpus, "ckpt", name)) > 50
 
 
 @pytest.mark.parametrize(("family", "component", "name"), DENOISERS)
-def test_every_parameter_is_in_the_table(family: str, component: str, name: str, corpus: Path) -> None:
+def test_every_parameter_is_in_the_table(
+    family: str, component: str, name: str, corpus: Path
+) -> None:
     modules, extra = read(corpus, "modules", name), read(corpus, "modules_extra", name)
-    keys = [f"{module}.weight" for module in modules] + [f"{module}.bias" for module in extra["modules_with_bias"]]
+    keys = [f"{module}.weight" for module in modules] + [
+        f"{module}.bias" for module in extra["modules_with_bias"]
+    ]
     keys += [*extra["norm_params"], *extra["other_params"]]
     assert check_known(family, [f"{component}.{key}" for key in keys]) > 50
 
@@ -112,8 +125,12 @@ def test_text_encoders(family: str, name: str, corpus: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "family", "format"), LISTS)
-def test_adapters_are_recognised(name: str, family: str, format: str, corpus: Path, tmp_path: Path) -> None:
-    path = write_header_only(tmp_path / "adapter.safetensors", corpus_listing(corpus / "adapters" / f"{name}.json"))
+def test_adapters_are_recognised(
+    name: str, family: str, format: str, corpus: Path, tmp_path: Path
+) -> None:
+    path = write_header_only(
+        tmp_path / "adapter.safetensors", corpus_listing(corpus / "adapters" / f"{name}.json")
+    )
     with Adapter.open(path) as adapter:
         assert (adapter.family.name, adapter.format.name) == (family, format)
         assert adapter.detection.alternatives == ()
@@ -124,17 +141,25 @@ def test_adapters_are_recognised(name: str, family: str, format: str, corpus: Pa
 
 
 @pytest.mark.parametrize(("family", "component", "name"), DENOISERS)
-def test_checkpoints_are_recognised_by_their_shapes(family: str, component: str, name: str, corpus: Path) -> None:
+def test_checkpoints_are_recognised_by_their_shapes(
+    family: str, component: str, name: str, corpus: Path
+) -> None:
     """Each model in both namings, weights only: the family wins alone, and no other comes near it."""
     if component != "transformer":
         pytest.skip("never alone in a file")
-    shapes = {f"{module}.weight": tuple(shape) for module, shape in read(corpus, "modules", name).items()}
+    shapes = {
+        f"{module}.weight": tuple(shape) for module, shape in read(corpus, "modules", name).items()
+    }
     for keys in (shapes, _original(read(corpus, "ckpt", name), shapes)):
-        found = detect_checkpoint({key: TensorInfo(key, "BF16", shape, 0, 0) for key, shape in keys.items()}, {})
+        found = detect_checkpoint(
+            {key: TensorInfo(key, "BF16", shape, 0, 0) for key, shape in keys.items()}, {}
+        )
         assert (found.family, found.claimed, found.alternatives) == (family, len(keys), ())
 
 
-def _original(mapping: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _original(
+    mapping: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Shapes of the original checkpoint: slices of one key add up."""
     found: dict[str, tuple[int, ...]] = {}
     for ours, shape in shapes.items():
@@ -164,7 +189,9 @@ def test_widths_tell_look_alikes_apart(family: str, module: str, columns: int) -
     """One module whose name several families know."""
     stem = f"diffusion_model.{module}"
     shapes = {f"{stem}.lora_A.weight": (4, columns), f"{stem}.lora_B.weight": (columns, 4)}
-    found = detect_adapter({key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {})
+    found = detect_adapter(
+        {key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {}
+    )
     assert (found.family, found.alternatives) == (family, ())
 
 
@@ -172,7 +199,9 @@ def test_self_attention_of_ltx_could_be_anima() -> None:
     """28 blocks, 2048 wide, in diffusers' names, which are LTX-Video's own too."""
     stem = "transformer.transformer_blocks.0.attn1.to_q"
     shapes = {f"{stem}.lora_A.weight": (4, 2048), f"{stem}.lora_B.weight": (2048, 4)}
-    found = detect_adapter({key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {})
+    found = detect_adapter(
+        {key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {}
+    )
     assert (found.family, found.alternatives) == ("ltx", ("anima",))
 
 
@@ -182,7 +211,9 @@ def test_an_excerpt_of_qwen_image_could_be_flux(corpus: Path) -> None:
     found = detect_adapter(infos, {})
     assert (found.family, found.claimed) == ("flux", len(infos))
     assert "qwen-image" in found.alternatives
-    assert detect_adapter(infos, {"modelspec.architecture": "Qwen-Image/lora"}).family == "qwen-image"
+    assert (
+        detect_adapter(infos, {"modelspec.architecture": "Qwen-Image/lora"}).family == "qwen-image"
+    )
     assert detect_adapter(infos, {"ss_base_model_version": "qwen_image_edit"}).alternatives == ()
 
 
@@ -190,22 +221,35 @@ def test_text_encoders_alone_are_told_by_their_width() -> None:
     for family, columns in (("lumina2", 2304), ("anima", 1024)):
         stem = "lora_te_layers_0_self_attn_q_proj"
         shapes = {f"{stem}.lora_down.weight": (4, columns), f"{stem}.lora_up.weight": (2048, 4)}
-        found = detect_adapter({key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {})
+        found = detect_adapter(
+            {key: TensorInfo(key, "F16", shape, 0, 0) for key, shape in shapes.items()}, {}
+        )
         assert (found.family, found.format, found.alternatives) == (family, "kohya", ())
 
 
 def test_z_image_is_fused_for_comfy_and_split_for_kohya() -> None:
     qkv = Target("transformer", "layers.3.attention.qkv")
-    split = [compile_keys("z-image", "kohya").stem(slot) for slot in compile_keys("z-image", "kohya").slots(qkv)]
+    split = [
+        compile_keys("z-image", "kohya").stem(slot)
+        for slot in compile_keys("z-image", "kohya").slots(qkv)
+    ]
     assert split == [f"lora_unet_layers_3_attention_to_{letter}" for letter in "qkv"]
-    assert compile_keys("z-image", "comfy").stem(Slot(qkv)) == "diffusion_model.layers.3.attention.qkv"
+    assert (
+        compile_keys("z-image", "comfy").stem(Slot(qkv)) == "diffusion_model.layers.3.attention.qkv"
+    )
     fused = compile_keys("z-image", "kohya").slot("lora_unet__layers_3_attention_qkv")
     assert fused == Slot(qkv)
 
 
 def test_lumina2_shares_its_rows_unequally() -> None:
-    slots = compile_keys("lumina2", "diffusers").slots(Target("transformer", "layers.0.attention.qkv"))
-    assert [slot.rows.bounds(3840) for slot in slots if slot.rows] == [(0, 2304), (2304, 3072), (3072, 3840)]
+    slots = compile_keys("lumina2", "diffusers").slots(
+        Target("transformer", "layers.0.attention.qkv")
+    )
+    assert [slot.rows.bounds(3840) for slot in slots if slot.rows] == [
+        (0, 2304),
+        (2304, 3072),
+        (3072, 3840),
+    ]
 
 
 def test_anima_s_adapter_of_the_language_model() -> None:
@@ -226,7 +270,9 @@ def test_wan_s_second_expert_is_diffusers_alone() -> None:
     keys = compile_keys("wan", "diffusers")
     assert keys.stem(Slot(target)) == "transformer_2.blocks.39.attn1.to_q"
     assert keys.slot("transformer_2.blocks.39.attn1.to_q") == Slot(target)
-    assert place("wan", "transformer_2.blocks.0.norm2.weight").slot.target.module == "blocks.0.norm3"
+    assert (
+        place("wan", "transformer_2.blocks.0.norm2.weight").slot.target.module == "blocks.0.norm3"
+    )
     for format in ("kohya", "comfy", "lycoris", "bare"):
         with pytest.raises(NotRepresentable, match="has no place for the Wan transformer"):
             compile_keys("wan", format).stem(Slot(target))

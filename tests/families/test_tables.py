@@ -16,7 +16,11 @@ from tests.synth import FIXTURES, load_listing
 MAPS = {
     "sd1": {"unet": "sd15_unet", "text_encoder": "te_clip_l@sd15"},
     "sd2": {"unet": "sd21_unet", "text_encoder": "te_openclip_h@sd21"},
-    "sdxl": {"unet": "sdxl_unet", "text_encoder": "te_clip_l@sdxl", "text_encoder_2": "te_openclip_bigg@sdxl"},
+    "sdxl": {
+        "unet": "sdxl_unet",
+        "text_encoder": "te_clip_l@sdxl",
+        "text_encoder_2": "te_openclip_bigg@sdxl",
+    },
 }
 
 
@@ -60,14 +64,20 @@ def test_the_fixture_header_is_recognised(family: str) -> None:
     assert found.alternatives == ()
     keys = compile_checkpoint(family)
     # only MAPS' fixtures are of files that hold an autoencoder too
-    assert {keys.other(key) for key in listing if keys.parse(key) is None} == ({"vae"} if family in MAPS else set())
+    assert {keys.other(key) for key in listing if keys.parse(key) is None} == (
+        {"vae"} if family in MAPS else set()
+    )
 
 
-@pytest.mark.parametrize(("family", "unet"), [("sd1", "sd15_unet"), ("sd2", "sd21_unet"), ("sdxl", "sdxl_unet")])
+@pytest.mark.parametrize(
+    ("family", "unet"), [("sd1", "sd15_unet"), ("sd2", "sd21_unet"), ("sdxl", "sdxl_unet")]
+)
 def test_fixture_shapes_are_those_of_the_model(family: str, unet: str, corpus: Path) -> None:
     listing = load_listing(FIXTURES / "checkpoints" / f"{family}.tsv")
     native = json.loads((corpus / "ckpt" / f"{unet}.json").read_text())
-    for module, (o, i, *kernel) in json.loads((corpus / "modules" / f"{unet}.json").read_text()).items():
+    for module, (o, i, *kernel) in json.loads(
+        (corpus / "modules" / f"{unet}.json").read_text()
+    ).items():
         _, shape = listing[native[f"{module}.weight"]]
         assert shape == (o, i, *kernel), module
 
@@ -96,14 +106,19 @@ def test_short_fixtures_are_the_model_without_its_middle(family: str, corpus: Pa
     outer = {
         key: shape
         for key, shape in theirs.items()
-        if ((found := BLOCK.match(key)) is None or found[0] in blocks) and not key.startswith(CONSTANTS)
+        if ((found := BLOCK.match(key)) is None or found[0] in blocks)
+        and not key.startswith(CONSTANTS)
     }
     assert ours == outer
 
 
 def test_the_table_claims_nothing_it_should_not() -> None:
     keys = compile_checkpoint("sd1")
-    for foreign in ("model.diffusion_model.input_blocks.12.0.in_layers.2.weight", "first_stage_model.conv.weight", "x"):
+    for foreign in (
+        "model.diffusion_model.input_blocks.12.0.in_layers.2.weight",
+        "first_stage_model.conv.weight",
+        "x",
+    ):
         assert keys.parse(foreign) is None
     assert keys.other("first_stage_model.decoder.conv_in.weight") == "vae"
     assert keys.other("model_ema.decay") == "ema"

@@ -13,17 +13,35 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
-from adaptkit.errors import AdaptkitError, CannotWrite, CorruptFile, NotRepresentable, UnreadableFile
-from adaptkit.files.header import DTYPES, TensorSpec, build_header, itemsize, nbytes, parse_header, read_header
+from adaptkit.errors import (
+    AdaptkitError,
+    CannotWrite,
+    CorruptFile,
+    NotRepresentable,
+    UnreadableFile,
+)
+from adaptkit.files.header import (
+    DTYPES,
+    TensorSpec,
+    build_header,
+    itemsize,
+    nbytes,
+    parse_header,
+    read_header,
+)
 
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
 @st.composite
 def spec_lists(draw):
     names = draw(st.lists(NAMES, unique=True, max_size=6))
-    specs = [TensorSpec(name, draw(st.sampled_from(sorted(DTYPES))), draw(SHAPES)) for name in names]
+    specs = [
+        TensorSpec(name, draw(st.sampled_from(sorted(DTYPES))), draw(SHAPES)) for name in names
+    ]
     return [spec for spec in specs if math.prod(spec.shape) * DTYPES[spec.dtype] % 8 == 0]
 
 
@@ -47,9 +65,16 @@ def test_parse_undoes_build_and_the_library_agrees(specs, metadata):
     assert parsed.infos == infos
     assert parsed.metadata == metadata
     assert list(parsed.metadata) == list(metadata)
-    assert [(i.name, i.dtype, i.shape) for i in infos.values()] == [(s.name, s.dtype, s.shape) for s in specs]
-    assert {i.name: i.start for i in parsed.infos.values()} == {name: i.start for name, i in infos.items()}
-    official = {name: (entry["dtype"], tuple(entry["shape"]), len(entry["data"])) for name, entry in deserialize(data)}
+    assert [(i.name, i.dtype, i.shape) for i in infos.values()] == [
+        (s.name, s.dtype, s.shape) for s in specs
+    ]
+    assert {i.name: i.start for i in parsed.infos.values()} == {
+        name: i.start for name, i in infos.items()
+    }
+    official = {
+        name: (entry["dtype"], tuple(entry["shape"]), len(entry["data"]))
+        for name, entry in deserialize(data)
+    }
     assert official == {i.name: (i.dtype, i.shape, i.nbytes) for i in infos.values()}
     assert build_header(specs, metadata)[0] == header
 
@@ -86,7 +111,10 @@ REFUSED = {
     "empty": (b"", "is empty"),
     "four bytes": (b"abcd", "too few"),
     "length 2^63": (struct.pack("<Q", 2**63) + b"{}", "would take 9223372036854775808"),
-    "length beyond file": (struct.pack("<Q", 1000) + b"{}", "the header takes 1008 bytes, the file has 10"),
+    "length beyond file": (
+        struct.pack("<Q", 1000) + b"{}",
+        "the header takes 1008 bytes, the file has 10",
+    ),
     "length 0": (struct.pack("<Q", 0), "zero bytes"),
     "truncated data": (file_of({"a": entry()}, b"x"), "truncated: the header promises"),
     "rest": (file_of({"a": entry()}, b"xxx"), "goes on for 1 bytes"),
@@ -99,13 +127,25 @@ REFUSED = {
     "nan": (file_of(b'{"a":NaN}'), "NaN is not JSON"),
     "huge float": (file_of(GOOD.replace(b"[2]", b'[2],"z":1e999'), b"xx"), "out of range"),
     "minus zero": (file_of(GOOD.replace(b"[2]", b"[-0]"), b"xx"), "shape is not a list of sizes"),
-    "long integer": (file_of(GOOD.replace(b"[2]", b"[" + b"9" * 5000 + b"]"), b"xx"), "not valid JSON"),
+    "long integer": (
+        file_of(GOOD.replace(b"[2]", b"[" + b"9" * 5000 + b"]"), b"xx"),
+        "not valid JSON",
+    ),
     "lone surrogate": (file_of(GOOD.replace(b'"a"', b'"\\ud800"'), b"xx"), "not valid JSON"),
     "control character": (file_of(GOOD.replace(b'"a"', b'"\x01"'), b"xx"), "not valid JSON"),
     "deep": (file_of(b'{"a":' + b"[" * 100_000), "not valid JSON"),
-    "nested extra": (file_of(GOOD.replace(b"[2]", b'[2],"z":' + b"[" * 130 + b"]" * 130), b"xx"), "nested value"),
-    "twice inside": (file_of(GOOD.replace(b'"dtype"', b'"dtype":"U8","dtype"'), b"xx"), "key 'dtype' twice"),
-    "metadata twice": (file_of(b'{"__metadata__":{},"__metadata__":{}}'), "key '__metadata__' twice"),
+    "nested extra": (
+        file_of(GOOD.replace(b"[2]", b'[2],"z":' + b"[" * 130 + b"]" * 130), b"xx"),
+        "nested value",
+    ),
+    "twice inside": (
+        file_of(GOOD.replace(b'"dtype"', b'"dtype":"U8","dtype"'), b"xx"),
+        "key 'dtype' twice",
+    ),
+    "metadata twice": (
+        file_of(b'{"__metadata__":{},"__metadata__":{}}'),
+        "key '__metadata__' twice",
+    ),
     "metadata number": (file_of({"__metadata__": {"k": 1}}), "metadata 'k' is not a string but 1"),
     "metadata list": (file_of({"__metadata__": []}), "not a table"),
     "entry not a table": (file_of({"a": 3}), "not a table"),
@@ -118,11 +158,23 @@ REFUSED = {
     "size 2^64": (file_of({"a": entry(shape=[2**64])}, b"xx"), "shape is not a list"),
     "overflow": (file_of({"a": entry(shape=[2**63 - 1, 4, 0], data_offsets=[0, 0])}), "too large"),
     "overflow in bits": (file_of({"a": entry(shape=[2**63], data_offsets=[0, 0])}), "too large"),
-    "wraps to 0 bytes": (file_of({"a": entry(shape=[2**32, 2**32], data_offsets=[0, 0])}), "too large"),
-    "three offsets": (file_of({"a": entry(data_offsets=[0, 1, 2])}, b"xx"), "not a start and a stop"),
+    "wraps to 0 bytes": (
+        file_of({"a": entry(shape=[2**32, 2**32], data_offsets=[0, 0])}),
+        "too large",
+    ),
+    "three offsets": (
+        file_of({"a": entry(data_offsets=[0, 1, 2])}, b"xx"),
+        "not a start and a stop",
+    ),
     "backwards": (file_of({"a": entry(data_offsets=[2, 0])}, b"xx"), "not a start and a stop"),
-    "negative offset": (file_of({"a": entry(data_offsets=[-2, 0])}, b"xx"), "data_offsets is not a list"),
-    "shape and bytes": (file_of({"a": entry(shape=[3])}, b"xx"), "takes 3 bytes, the header gives it 2"),
+    "negative offset": (
+        file_of({"a": entry(data_offsets=[-2, 0])}, b"xx"),
+        "data_offsets is not a list",
+    ),
+    "shape and bytes": (
+        file_of({"a": entry(shape=[3])}, b"xx"),
+        "takes 3 bytes, the header gives it 2",
+    ),
     "half bytes": (file_of({"a": entry(dtype="F4", shape=[3])}, b"xx"), "do not fill whole bytes"),
     "overlap": (file_of(two(data_offsets=[1, 3]), b"xxx"), "overlap those of 'a'"),
     "same place": (file_of(two(data_offsets=[0, 2]), b"xx"), "overlap those of 'a'"),
@@ -153,7 +205,10 @@ def test_refuses_equal_names_and_leading_space_though_the_library_does_not():
 
 
 FOREIGN = {
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer, not the file"),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "a Git LFS pointer, not the file",
+    ),
     "html": (b"\n<!DOCTYPE html><html>", "a web page"),
     "zip": (b"PK\x03\x04" + bytes(40), "a zip archive"),
     "pickle": (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "a torch pickle"),
@@ -176,7 +231,11 @@ def test_says_what_a_foreign_file_is(case, tmp_path):
 @settings(deadline=None, max_examples=400)
 @given(st.data())
 def test_never_accepts_a_damaged_file_that_the_library_refuses(data):
-    specs = [TensorSpec("a.b", "F16", (2, 3)), TensorSpec("ü", "F32", (1,)), TensorSpec("z", "U8", (0,))]
+    specs = [
+        TensorSpec("a.b", "F16", (2, 3)),
+        TensorSpec("ü", "F32", (1,)),
+        TensorSpec("z", "U8", (0,)),
+    ]
     header, infos = build_header(specs, {"k": "v"})
     raw = bytearray(whole(header, infos))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -196,7 +255,9 @@ def test_never_accepts_a_damaged_file_that_the_library_refuses(data):
     except SafetensorError:
         official = None
     try:
-        ours = {name: info.shape for name, info in parse_header(bytes(raw), len(raw), "x").infos.items()}
+        ours = {
+            name: info.shape for name, info in parse_header(bytes(raw), len(raw), "x").infos.items()
+        }
     except CorruptFile:
         return
     assert ours == official
@@ -205,7 +266,11 @@ def test_never_accepts_a_damaged_file_that_the_library_refuses(data):
 @settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=80))
 def test_random_bytes_raise_nothing_but_our_errors(raw):
-    for data in (raw, struct.pack("<Q", len(raw)) + raw, struct.pack("<Q", len(raw) + 2) + b"{" + raw + b"}"):
+    for data in (
+        raw,
+        struct.pack("<Q", len(raw)) + raw,
+        struct.pack("<Q", len(raw) + 2) + b"{" + raw + b"}",
+    ):
         try:
             parse_header(data, len(data), "x")
         except CorruptFile:
@@ -221,7 +286,14 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_item_sizes():
-    assert [itemsize(d) for d in ("F64", "F32", "BF16", "F8_E4M3", "BOOL", "C64")] == [8, 4, 2, 1, 1, 8]
+    assert [itemsize(d) for d in ("F64", "F32", "BF16", "F8_E4M3", "BOOL", "C64")] == [
+        8,
+        4,
+        2,
+        1,
+        1,
+        8,
+    ]
     assert nbytes("F4", (4, 3)) == 6
     with pytest.raises(NotRepresentable):
         itemsize("F6_E2M3")

@@ -103,12 +103,16 @@ def test_modules_state_dict_with_its_metadata(tmp_path, new):
 @FORMATS
 def test_wrappers_and_what_is_ignored(tmp_path, new):
     state = {"a": torch.ones(2), "_step": 3, 7: torch.ones(1), ("t",): 1}
-    path = save(tmp_path / "x.ckpt", {"epoch": 1, "state_dict": state, "ema": {"a": torch.zeros(2)}}, new)
+    path = save(
+        tmp_path / "x.ckpt", {"epoch": 1, "state_dict": state, "ema": {"a": torch.zeros(2)}}, new
+    )
     with open_source(path) as source:
         assert list(source.infos) == ["a"]
         assert source.read("a").tolist() == [1, 1]
         assert sorted(source.ignored) == ["(tuple)", "7", "_step", "ema", "epoch"]
-    path = save(tmp_path / "y.ckpt", OrderedDict(optimizer=[1], model=OrderedDict(b=torch.ones(1))), new)
+    path = save(
+        tmp_path / "y.ckpt", OrderedDict(optimizer=[1], model=OrderedDict(b=torch.ones(1))), new
+    )
     assert list(open_source(path).infos) == ["b"]
 
 
@@ -116,7 +120,9 @@ def test_wrappers_and_what_is_ignored(tmp_path, new):
 @FORMATS
 def test_later_pickle_protocols(tmp_path, new, protocol):
     state = {"a": torch.arange(3), "b": torch.ones(2, 2).t()}
-    torch.save(state, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+    torch.save(
+        state, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=new
+    )
     assert_same(tmp_path / "x.pt", state)
 
 
@@ -132,14 +138,23 @@ def test_file_order(tmp_path):
     big = torch.arange(10.0)
     path = save(tmp_path / "x.pt", {"z": torch.ones(1), "late": big[6:], "early": big[:3]})
     source = open_source(path)
-    assert [source.order(name) for name in source.infos] == sorted(source.order(name) for name in source.infos)
+    assert [source.order(name) for name in source.infos] == sorted(
+        source.order(name) for name in source.infos
+    )
     assert list(source.infos).index("early") < list(source.infos).index("late")
 
 
 def test_compressed_entries(tmp_path):
-    state = {"a": torch.arange(100), "t": torch.arange(6.0).reshape(2, 3).t(), "n": torch.tensor(2.5)}
+    state = {
+        "a": torch.arange(100),
+        "t": torch.arange(6.0).reshape(2, 3).t(),
+        "n": torch.tensor(2.5),
+    }
     stored = save(tmp_path / "x.pt", state)
-    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(stored) as old,
+        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     source = assert_same(tmp_path / "y.pt", state)
@@ -180,10 +195,14 @@ def zip_of(path, raw, entries=()):
 @FORMATS
 def test_a_pickle_that_runs_a_command_is_refused_and_runs_nothing(tmp_path, new):
     marker = tmp_path / "marker"
-    path = save(tmp_path / "x.ckpt", {"a": torch.ones(1), "b": Run(os.system, f"touch '{marker}'")}, new)
+    path = save(
+        tmp_path / "x.ckpt", {"a": torch.ones(1), "b": Run(os.system, f"touch '{marker}'")}, new
+    )
     with pytest.raises(UnsafePickle) as caught:
         open_source(path)
-    assert f"refers to {os.system.__module__}.system: loading it would run code" in str(caught.value)
+    assert f"refers to {os.system.__module__}.system: loading it would run code" in str(
+        caught.value
+    )
     assert "trust" in caught.value.hint
     assert not marker.exists()
     torch.load(path, weights_only=False)  # the file is as dangerous as it claims
@@ -226,17 +245,36 @@ FLOAT = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ"
         (V2 + b"(" + FLOAT + b"K\x00(J\xff\xff\xff\xfft(K\x01ttR.", "a size with arguments"),
         (V2 + b"(" + FLOAT + b"K\x00(K\x04t(K\x01K\x01ttR.", "a tensor with arguments"),
         (V2 + b"(" + FLOAT + b"K\x00)K\x05tR.", "a size with arguments"),
-        (b"}\x8c\x01a" + V2 + b"(" + FLOAT + b"K\x01(K\x04t(K\x01ttRs.", "ends at byte 20 of a storage of 16"),
-        (b"}\x8c\x01a" + V2 + b"(" + FLOAT + b"K\x00(K\x04K\x04t(K\x04K\x02ttRs.", "of a storage of 16"),
-        (b"}\x8c\x01a" + V2 + b"(" + FLOAT + b"K\x00(J\xff\xff\xff\x7ft(K\x00ttRs.", "is expanded to shape"),
-        (b"}\x8c\x01a" + V2 + b"(" + FLOAT.replace(b"\x010", b"\x019") + b"K\x00(K\x04t(K\x01ttRs.", "'9' is missing"),
+        (
+            b"}\x8c\x01a" + V2 + b"(" + FLOAT + b"K\x01(K\x04t(K\x01ttRs.",
+            "ends at byte 20 of a storage of 16",
+        ),
+        (
+            b"}\x8c\x01a" + V2 + b"(" + FLOAT + b"K\x00(K\x04K\x04t(K\x04K\x02ttRs.",
+            "of a storage of 16",
+        ),
+        (
+            b"}\x8c\x01a" + V2 + b"(" + FLOAT + b"K\x00(J\xff\xff\xff\x7ft(K\x00ttRs.",
+            "is expanded to shape",
+        ),
+        (
+            b"}\x8c\x01a"
+            + V2
+            + b"("
+            + FLOAT.replace(b"\x010", b"\x019")
+            + b"K\x00(K\x04t(K\x01ttRs.",
+            "'9' is missing",
+        ),
         (FLOAT.replace(b"storage", b"nothing") + b".", "persistent id"),
         (FLOAT.replace(b"K\x04t", b"J\xff\xff\xff\xfft") + b".", "persistent id"),
         (FLOAT.replace(b"ctorch\nFloatStorage\n", b"K\x01") + b".", "persistent id"),
         (b"ccollections\nOrderedDict\n(K\x01tR.", "OrderedDict with arguments"),
         (b"ccollections\nOrderedDict\n}\x8c\x03run" + V2 + b"sb.", "not a table"),
         (b"ctorch._utils\n_rebuild_parameter\n)R.", "a parameter with arguments"),
-        (b"ctorch._tensor\n_rebuild_from_type_v2\n(" + V2 + b"K\x01)tR.", "a tensor with arguments"),
+        (
+            b"ctorch._tensor\n_rebuild_from_type_v2\n(" + V2 + b"K\x01)tR.",
+            "a tensor with arguments",
+        ),
         (b"ctorch\nfloat32\n(K\x01tR.", "not a table"),
         (b"ctorch\nFloatStorage\n)\x81.", "damaged pickle"),
         (V2 + b"N}\x8c\x08__code__K\x01s\x86b.", "not a table"),
@@ -275,7 +313,9 @@ def test_stand_ins_keep_no_state(tmp_path):
 
 
 def test_several_tables_are_not_chosen_from(tmp_path):
-    path = save(tmp_path / "x.pt", {"params": {"a": torch.ones(1)}, "params_ema": {"a": torch.ones(1)}})
+    path = save(
+        tmp_path / "x.pt", {"params": {"a": torch.ones(1)}, "params_ema": {"a": torch.ones(1)}}
+    )
     with pytest.raises(CorruptFile, match=r"several tables of tensors: params, params_ema$"):
         open_source(path)
 
@@ -326,7 +366,9 @@ def test_damage_raises_only_our_errors(tmp_path_factory, data):
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(4), "b": torch.ones(2, 3).t()}, buffer,
                _use_new_zipfile_serialization=data.draw(st.booleans()))  # fmt: skip
-    raw = bytearray(buffer.getvalue())  # its length differs by a byte or two: storages are named by their addresses
+    raw = bytearray(
+        buffer.getvalue()
+    )  # its length differs by a byte or two: storages are named by their addresses
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, 4095)) % len(raw)] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "damaged.pt"

@@ -38,7 +38,12 @@ def test_records_pile_up_newest_last():
 
 @pytest.mark.parametrize(
     ("text", "before"),
-    [('{"a":1}', [{"a": 1}]), ("[1,2]", [1, 2]), ("free text", ["free text"]), ("[" * 100_000, ["[" * 100_000])],
+    [
+        ('{"a":1}', [{"a": 1}]),
+        ("[1,2]", [1, 2]),
+        ("free text", ["free text"]),
+        ("[" * 100_000, ["[" * 100_000]),
+    ],
 )
 def test_what_others_left_under_our_key_is_kept(text, before):
     assert json.loads(updated({KEY: text}, {"n": 1})[KEY]) == [*before, {"n": 1}]

@@ -138,7 +138,9 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EPERM])
-def test_a_system_that_refuses_gets_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_system_that_refuses_gets_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     """A file system or a sandbox says no; a C library has no such call."""
     asked = []
 
@@ -158,7 +160,10 @@ def test_a_system_that_refuses_gets_renames(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.skipif(not ATOMIC, reason="no exchange here")
 def test_the_exchange(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "ö\udcff" if sys.platform == "linux" else tmp_path / "ö"
+    one, other = (
+        tmp_path / "one",
+        tmp_path / "ö\udcff" if sys.platform == "linux" else tmp_path / "ö",
+    )
     for folder in (one, other):
         folder.mkdir()
         fill(folder, folder.name.encode("utf-8", "replace").decode())
@@ -172,7 +177,11 @@ def test_the_exchange(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("platform", "name", "fixed"),
-    [("linux", "renameat2", (-100, b"a", -100, b"b", 2)), ("darwin", "renamex_np", (b"a", b"b", 2)), ("win32", "", ())],
+    [
+        ("linux", "renameat2", (-100, b"a", -100, b"b", 2)),
+        ("darwin", "renamex_np", (b"a", b"b", 2)),
+        ("win32", "", ()),
+    ],
 )
 def test_the_call_of_each_system(
     monkeypatch: pytest.MonkeyPatch, platform: str, name: str, fixed: tuple[object, ...]
@@ -196,7 +205,9 @@ def test_the_call_of_each_system(
         assert call() is None
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
+)
 def test_no_permission_is_said(tmp_path: Path, way: str) -> None:
     path = tmp_path / "in" / "out"
     path.mkdir(parents=True)
@@ -228,7 +239,9 @@ def test_killed_at_every_line(tmp_path: Path, portable: bool) -> None:
         assert exchanging.exchange(path, tmp_path / "probe")
     (tmp_path / "probe").rmdir()
     arguments = [sys.executable, "-c", SERVER, str(path), "portable" if portable else ""]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdin is not None
         assert server.stdout is not None
         current, step = "0", 1
@@ -244,7 +257,9 @@ def test_killed_at_every_line(tmp_path: Path, portable: bool) -> None:
                 seen["new" if found == str(step) else "old"] += 1
                 current = found
             for left in tmp_path.iterdir():
-                assert left == path or (left.name.startswith(".out.") and left.suffix in (".part", ".old")), left
+                assert left == path or (
+                    left.name.startswith(".out.") and left.suffix in (".part", ".old")
+                ), left
             step += 1
             server.stdin.write("\n")
             server.stdin.flush()

@@ -19,7 +19,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adaptkit.errors import CannotWrite, CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile, WouldOverwrite
+from adaptkit.errors import (
+    CannotWrite,
+    CorruptFile,
+    NoSuchName,
+    ShapeMismatch,
+    UnreadableFile,
+    WouldOverwrite,
+)
 from adaptkit.files import sink as module
 from adaptkit.files import source as source_module
 from adaptkit.files.header import TensorSpec
@@ -98,7 +105,10 @@ def test_no_tensors_at_all(tmp_path):
 def test_threads_write_together_in_pieces(tmp_path, way, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 300)
     state = {f"t{i}": torch.full((997,), i, dtype=torch.int16) for i in range(100)}
-    with TensorSink(tmp_path / "a.safetensors", specs_of(state)) as sink, ThreadPoolExecutor(8) as pool:
+    with (
+        TensorSink(tmp_path / "a.safetensors", specs_of(state)) as sink,
+        ThreadPoolExecutor(8) as pool,
+    ):
         list(pool.map(lambda item: sink.put(*item), state.items()))
         sink.commit()
     found = load_file(tmp_path / "a.safetensors")
@@ -148,7 +158,10 @@ def test_checks(tmp_path):
 
 def source_file(folder):
     torch.manual_seed(0)
-    state = {f"m{i:02}": torch.randn(40 + i).to([torch.float32, torch.bfloat16][i % 2]) for i in range(30)}
+    state = {
+        f"m{i:02}": torch.randn(40 + i).to([torch.float32, torch.bfloat16][i % 2])
+        for i in range(30)
+    }
     save_file(state, folder / "in.safetensors", {"k": "v"})
     return folder / "in.safetensors", state
 
@@ -169,8 +182,13 @@ def test_copy_many_is_exact_and_joins_neighbours(tmp_path, way, monkeypatch):
             sink.copy_many((name, source, name) for name in source.infos)
             sink.commit()
         assert (tmp_path / "out").read_bytes() == path.read_bytes()
-        assert [piece.length for piece in pieces] == [sum(info.nbytes for info in source.infos.values())]
-        renamed = [TensorSpec("new." + name, info.dtype, info.shape) for name, info in sorted(source.infos.items())]
+        assert [piece.length for piece in pieces] == [
+            sum(info.nbytes for info in source.infos.values())
+        ]
+        renamed = [
+            TensorSpec("new." + name, info.dtype, info.shape)
+            for name, info in sorted(source.infos.items())
+        ]
         with TensorSink(tmp_path / "renamed", renamed) as sink:
             for name in state:
                 sink.copy("new." + name, source, name)
@@ -246,7 +264,10 @@ def test_copy_of_shards_views_and_packed_bits(tmp_path, way):
     first = {"t": torch.arange(6.0).reshape(2, 3).t(), "e": torch.zeros(0)}
     torch.save(first, tmp_path / "in" / "model-00001-of-00002.bin")
     torch.save({"u": torch.arange(5)}, tmp_path / "in" / "model-00002-of-00002.bin")
-    with open_source(tmp_path / "in") as source, TensorSink(tmp_path / "out", source.infos.values()) as sink:
+    with (
+        open_source(tmp_path / "in") as source,
+        TensorSink(tmp_path / "out", source.infos.values()) as sink,
+    ):
         sink.copy_many((name, source, name) for name in source.infos)
         sink.commit()
     found = load_file(tmp_path / "out")
@@ -265,13 +286,21 @@ def test_copy_of_shards_views_and_packed_bits(tmp_path, way):
 def test_neighbours_by_number_in_two_files_are_not_joined(tmp_path, way):
     folder = tmp_path / "in"
     folder.mkdir()
-    write(folder / "model-00001-of-00002.safetensors", {"a": torch.full((200,), 1, dtype=torch.uint8)})
+    write(
+        folder / "model-00001-of-00002.safetensors", {"a": torch.full((200,), 1, dtype=torch.uint8)}
+    )
     end = (folder / "model-00001-of-00002.safetensors").stat().st_size
-    state = {"b": torch.full((100,), 2, dtype=torch.uint8), "c": torch.full((9,), 3, dtype=torch.uint8)}
+    state = {
+        "b": torch.full((100,), 2, dtype=torch.uint8),
+        "c": torch.full((9,), 3, dtype=torch.uint8),
+    }
     start = len(module.build_header(specs_of(state))[0])
     state["b"] = torch.full((end - start,), 2, dtype=torch.uint8)
     write(folder / "model-00002-of-00002.safetensors", state)
-    with open_source(folder) as source, TensorSink(tmp_path / "out", [source.infos["a"], source.infos["c"]]) as sink:
+    with (
+        open_source(folder) as source,
+        TensorSink(tmp_path / "out", [source.infos["a"], source.infos["c"]]) as sink,
+    ):
         assert source.span("a")[2] == source.span("c")[1]
         sink.copy_many([("a", source, "a"), ("c", source, "c")])
         sink.commit()
@@ -280,7 +309,10 @@ def test_neighbours_by_number_in_two_files_are_not_joined(tmp_path, way):
 
 def test_copy_checks(tmp_path, way):
     path, _ = source_file(tmp_path)
-    with open_source(path) as source, TensorSink(tmp_path / "out", [TensorSpec("m00", "F32", (41,))]) as sink:
+    with (
+        open_source(path) as source,
+        TensorSink(tmp_path / "out", [TensorSpec("m00", "F32", (41,))]) as sink,
+    ):
         with pytest.raises(ShapeMismatch):
             sink.copy("m00", source)
         with pytest.raises(NoSuchName):
@@ -302,7 +334,10 @@ def test_the_kernel_copies_where_whole_blocks_may_be_shared(tmp_path, monkeypatc
     while shift and len(module.build_header(specs_of(state), metadata)[0]) < head + shift:
         metadata["k"] += "v"
     monkeypatch.setattr(os, "copy_file_range", lambda *args: calls.append(args) or real(*args))
-    with open_source(path) as source, TensorSink(tmp_path / "out", source.infos.values(), metadata) as sink:
+    with (
+        open_source(path) as source,
+        TensorSink(tmp_path / "out", source.infos.values(), metadata) as sink,
+    ):
         assert min(info.start for info in sink.infos.values()) == head + shift
         sink.copy_many((name, source, name) for name in source.infos)
         sink.commit()
@@ -326,7 +361,10 @@ def test_copy_falls_back_when_the_kernel_will_not(tmp_path, monkeypatch, fault):
         return real(source, target, min(count, 50), at, to)
 
     monkeypatch.setattr(os, "copy_file_range", stubborn)
-    with open_source(path) as source, TensorSink(tmp_path / "out", source.infos.values(), source.metadata) as sink:
+    with (
+        open_source(path) as source,
+        TensorSink(tmp_path / "out", source.infos.values(), source.metadata) as sink,
+    ):
         sink.copy_many((name, source, name) for name in source.infos)
         sink.commit()
     assert (tmp_path / "out").read_bytes() == path.read_bytes()
@@ -382,7 +420,9 @@ def test_stopped_at_any_call_leaves_the_old_state(tmp_path, monkeypatch, old, er
         assert leftovers(tmp_path) == []
         if state["countdown"] > 0:
             break
-        if out.exists() and out.read_bytes() != b"old":  # only the sync after the rename may still fail
+        if (
+            out.exists() and out.read_bytes() != b"old"
+        ):  # only the sync after the rename may still fail
             assert len(load_file(out)) == len(names)
             out.write_bytes(b"old") if old else out.unlink()
         else:
@@ -402,7 +442,9 @@ def test_killed_in_mid_write(tmp_path, old):
         "s = TensorSink(sys.argv[1], [TensorSpec('a', 'U8', (9,)), TensorSpec('b', 'U8', (9,))], overwrite=True)\n"
         "s.put_bytes('a', memoryview(bytes(9))); print('half', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout.readline() == b"half\n"
         process.send_signal(signal.SIGKILL)
     assert len(leftovers(tmp_path)) == 1
@@ -451,7 +493,9 @@ def test_output_may_be_the_input(tmp_path, way):
         for name, info in source.infos.items():
             if info.dtype == "F32":
                 sink.put(name, source.read(name) * 2)
-        sink.copy_many((name, source, name) for name, info in source.infos.items() if info.dtype != "F32")
+        sink.copy_many(
+            (name, source, name) for name, info in source.infos.items() if info.dtype != "F32"
+        )
         source.close()
         sink.commit()
     found = load_file(path)
@@ -573,7 +617,10 @@ def test_spool_faults(tmp_path):
     with Spool(0, tmp_path) as spool:
         spool.append("x", torch.ones(4))
         spool._file.truncate(3)
-        with TensorSink(tmp_path / "a", spool.specs()) as sink, pytest.raises(CorruptFile, match="cut short"):
+        with (
+            TensorSink(tmp_path / "a", spool.specs()) as sink,
+            pytest.raises(CorruptFile, match="cut short"),
+        ):
             spool.write_to(sink)
 
 
@@ -586,7 +633,9 @@ def test_bytes_of_a_tensor_are_not_copied(tmp_path):
 
 def test_a_tensor_in_pieces(tmp_path, way):
     tensor = torch.randn(7, 4, 3).half()
-    with TensorSink(tmp_path / "a", [TensorSpec("x", "F16", (7, 4, 3)), TensorSpec("y", "F32", (1,))]) as sink:
+    with TensorSink(
+        tmp_path / "a", [TensorSpec("x", "F16", (7, 4, 3)), TensorSpec("y", "F32", (1,))]
+    ) as sink:
         with pytest.raises(ShapeMismatch, match=r"F16 \[7, 4, 3\] was promised, BF16"):
             sink.pieces("x", torch.bfloat16, (7, 4, 3))
         pieces = sink.pieces("x", torch.float16, (7, 4, 3))
@@ -621,7 +670,9 @@ def test_a_large_file_leaves_the_cache_while_it_is_written(tmp_path, monkeypatch
     monkeypatch.setattr(module, "_WINDOW", 1 << 16)
     told = []
     if advice:
-        monkeypatch.setattr(os, "posix_fadvise", lambda file, at, length, kind: told.append((at, length)))
+        monkeypatch.setattr(
+            os, "posix_fadvise", lambda file, at, length, kind: told.append((at, length))
+        )
     state = {str(n): torch.randn(1 << 14) for n in range(20)}
     source = write(tmp_path / "source", state)
     twice = {span for span in told if told.count(span) == 2}

@@ -64,11 +64,17 @@ def test_equals_the_official_reading_for_every_dtype_and_shape(tmp_path, way):
     with safe_open(path, "pt") as official, open_source(path) as source:
         assert source.metadata == official.metadata()
         assert set(source.infos) == set(official.keys())
-        assert [i.start for i in source.infos.values()] == sorted(i.start for i in source.infos.values())
+        assert [i.start for i in source.infos.values()] == sorted(
+            i.start for i in source.infos.values()
+        )
         assert (source.files, source.size) == ((path,), path.stat().st_size)
         for name in source.infos:
             found, wanted = source.read(name), official.get_tensor(name)
-            assert (found.dtype, found.shape, raw(found)) == (wanted.dtype, wanted.shape, raw(wanted))
+            assert (found.dtype, found.shape, raw(found)) == (
+                wanted.dtype,
+                wanted.shape,
+                raw(wanted),
+            )
             assert found.is_contiguous()
             file, start, stop = source.span(name)
             assert list(file.read_bytes()[start:stop]) == raw(wanted)
@@ -141,7 +147,10 @@ NUMBERS = [d for d in DTYPES if not any(part in str(d) for part in ("complex", "
 @pytest.mark.parametrize("dtype", NUMBERS)
 def test_scalars_equal_torch(tmp_path, dtype):
     values = [0, 1, 0.5, -2.25, 100, 3e-3] if dtype.is_floating_point else [0, 1, 3]
-    state = {f"{i}": torch.tensor(value).to(dtype).reshape((1,) * (i % 3)) for i, value in enumerate(values)}
+    state = {
+        f"{i}": torch.tensor(value).to(dtype).reshape((1,) * (i % 3))
+        for i, value in enumerate(values)
+    }
     path = tmp_path / "s.safetensors"
     save_file(state, path)
     with open_source(path) as source:
@@ -149,14 +158,25 @@ def test_scalars_equal_torch(tmp_path, dtype):
             assert source.scalar(name) == tensor.to(torch.float64).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16]
+)
 def test_every_small_float_decodes_as_torch_does(tmp_path, dtype):
     step = 1 if dtype.itemsize == 1 else 97
-    bits = torch.arange(0, 256**dtype.itemsize, step).to(torch.uint8 if step == 1 else torch.uint16).view(dtype)
+    bits = (
+        torch.arange(0, 256**dtype.itemsize, step)
+        .to(torch.uint8 if step == 1 else torch.uint16)
+        .view(dtype)
+    )
     spelling = {v: k for k, v in module.TORCH_NAMES.items()}[str(dtype).removeprefix("torch.")]
     info = module.TensorInfo("x", spelling, (), 0, dtype.itemsize)
-    found = [module._decode_scalar(bytes(b.reshape(1).view(torch.uint8).tolist()), info, Path()) for b in bits]
-    assert torch.equal(torch.tensor(found, dtype=torch.float64).nan_to_num(-7), bits.double().nan_to_num(-7))
+    found = [
+        module._decode_scalar(bytes(b.reshape(1).view(torch.uint8).tolist()), info, Path())
+        for b in bits
+    ]
+    assert torch.equal(
+        torch.tensor(found, dtype=torch.float64).nan_to_num(-7), bits.double().nan_to_num(-7)
+    )
 
 
 def test_sub_byte_dtypes_are_listed_but_not_read(tmp_path):
@@ -259,7 +279,9 @@ def test_an_unreadable_sector(tmp_path, monkeypatch):
 
 
 def index(folder, weight_map, name="model.safetensors.index.json"):
-    (folder / name).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}), "utf-8")
+    (folder / name).write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}), "utf-8"
+    )
     return folder / name
 
 
@@ -297,7 +319,11 @@ def test_faulty_indices(tmp_path):
     path = shards(tmp_path)
     whole = json.loads(path.read_text())["weight_map"]
     first, second = sorted(set(whole.values()))
-    assert sorted(open_source(index(tmp_path, {"x": first, "z": second})).infos) == ["x", "y", "z"]  # extra ones count
+    assert sorted(open_source(index(tmp_path, {"x": first, "z": second})).infos) == [
+        "x",
+        "y",
+        "z",
+    ]  # extra ones count
     for weight_map, error, reason in (
         (whole | {"w": first}, CorruptFile, "does not hold it"),
         (whole | {"w": "model-3.safetensors"}, UnreadableFile, "1 of 3 shards are missing"),
@@ -322,7 +348,9 @@ def test_faulty_indices(tmp_path):
 def test_one_name_in_two_shards(tmp_path):
     path = shards(tmp_path)
     write(tmp_path / "model-00002-of-00002.safetensors", z=ones(3), x=ones(1))
-    with pytest.raises(CorruptFile, match=r"both model-00001-of-00002.safetensors and model-00002") as caught:
+    with pytest.raises(
+        CorruptFile, match=r"both model-00001-of-00002.safetensors and model-00002"
+    ) as caught:
         open_source(path)
     assert caught.value.tensor == "x"
 
@@ -360,7 +388,11 @@ def test_diffusers_folder(tmp_path):
 
 def test_only_variants_and_sharded_variants(tmp_path):
     write(tmp_path / "a" / "model.fp16-00001-of-00001.safetensors", x=ones(1))
-    index(tmp_path / "a", {"x": "model.fp16-00001-of-00001.safetensors"}, "model.safetensors.index.fp16.json")
+    index(
+        tmp_path / "a",
+        {"x": "model.fp16-00001-of-00001.safetensors"},
+        "model.safetensors.index.fp16.json",
+    )
     write(tmp_path / "a" / "pytorch_model.fp16.bin", x=ones(9))
     assert open_source(tmp_path / "a").infos["x"].shape == (1,)
 
@@ -384,7 +416,9 @@ def test_threads_read_together(tmp_path, way):
     state = {f"t{i}": torch.full((1000,), float(i)) for i in range(64)}
     save_file(state, tmp_path / "a.safetensors")
     with open_source(tmp_path / "a.safetensors") as source, ThreadPoolExecutor(8) as pool:
-        for name, tensor in zip(list(state) * 4, pool.map(source.read, list(state) * 4), strict=True):
+        for name, tensor in zip(
+            list(state) * 4, pool.map(source.read, list(state) * 4), strict=True
+        ):
             assert torch.equal(tensor, state[name])
 
 
@@ -413,5 +447,7 @@ def test_reading_does_not_keep_the_file_resident(tmp_path):
         "with open_source(sys.argv[1]) as s:\n for n in s.infos: assert s.read(n).numel() == 10_000_000\n"
         "print(peak() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], check=True, capture_output=True, timeout=60
+    )
     assert int(done.stdout) < 100_000_000

@@ -100,7 +100,10 @@ def test_verdicts_are_the_measured_ones(name: str, corpus: Path, tmp_path: Path)
         found = judge(adapter)
     for host, measured in zip(("comfyui", "diffusers", "invokeai"), MEASURED[name], strict=True):
         verdict = found[host]
-        assert verdict.loads == (measured if measured is None else measured is True), (host, verdict)
+        assert verdict.loads == (measured if measured is None else measured is True), (
+            host,
+            verdict,
+        )
         assert bool(verdict.why) == (measured is not True)
         if measured is not True and isinstance(measured, int) and measured:
             assert re.match(rf"{measured} of \d+ modules", verdict.why), (host, verdict)
@@ -135,7 +138,9 @@ def test_the_tables_name_what_exists() -> None:
         known = {family for cell in host.cells for family in cell.families} | set(host.unsupported)
         assert known <= families().keys()
         assert {cell.format for cell in host.cells} <= formats().keys()
-        assert {format for written in host.writes.values() for format in written} <= formats().keys()
+        assert {
+            format for written in host.writes.values() for format in written
+        } <= formats().keys()
         for loss in (*host.always, *(loss for cell in host.cells for loss in cell.losses)):
             assert loss.what
             assert re.compile(loss.modules)
@@ -191,7 +196,9 @@ def test_dora_axes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("host", "family"), CASES)
 @pytest.mark.parametrize("source", ["diffusers", "kohya"])
-def test_a_recipe_s_scale_is_the_host_s_too(host: str, family: str, source: str, tmp_path: Path) -> None:
+def test_a_recipe_s_scale_is_the_host_s_too(
+    host: str, family: str, source: str, tmp_path: Path
+) -> None:
     """alpha = rank / 2: where a host ignores alpha tensors or refuses them, it is folded; the rest loads as written."""
     path = lora(family, source, tmp_path / "a.safetensors", scale=0.5)
     with Adapter.open(path, family=family, format=source) as adapter:
@@ -201,14 +208,20 @@ def test_a_recipe_s_scale_is_the_host_s_too(host: str, family: str, source: str,
         pieces, _ = pieces_as(adapter, made.format, made.fold_alpha, None)
     # a fused layer's rank, and with it alpha, shows only when its parts are read
     meant = {piece.slot: replace(piece, alpha=None, label="") for piece in pieces}
-    with Adapter.open(_converted(path, host, family, tmp_path), family=family, format=made.format) as written:
-        assert {piece.slot: replace(piece, alpha=None, label="") for piece in pieces_of(written)} == meant
+    with Adapter.open(
+        _converted(path, host, family, tmp_path), family=family, format=made.format
+    ) as written:
+        assert {
+            piece.slot: replace(piece, alpha=None, label="") for piece in pieces_of(written)
+        } == meant
         assert judge(written)[host].loads is (not made.warnings)
 
 
 def _converted(path: Path, host: str, family: str, folder: Path) -> Path:
     output = folder / "b.safetensors"
-    plan = convert.plan(path, convert.Options(host=host, family=family, allow_unused=True, output=output))
+    plan = convert.plan(
+        path, convert.Options(host=host, family=family, allow_unused=True, output=output)
+    )
     convert.run(plan)
     plan.close()
     return output
@@ -225,7 +238,11 @@ def test_what_invokeai_s_loaders_make_of_alpha(tmp_path: Path) -> None:
         path = lora(family, format, tmp_path / "a.safetensors", scale=0.5)
         if format == "diffusers":
             tensors = load_file(path)
-            alphas = {key.replace("lora_A.weight", "alpha"): torch.tensor(1.0) for key in tensors if "lora_A" in key}
+            alphas = {
+                key.replace("lora_A.weight", "alpha"): torch.tensor(1.0)
+                for key in tensors
+                if "lora_A" in key
+            }
             save_file(tensors | alphas, path)
         with Adapter.open(path, family=family) as adapter:
             verdict = judge(adapter)["invokeai"]
@@ -264,10 +281,14 @@ def test_equal_scales_with_unequal_alphas(tmp_path: Path) -> None:
         ("kohya", "flux", "loha", "kohya"),
     ],
 )
-def test_algorithms(host: str, family: str, algorithm: str, format: str | None, tmp_path: Path) -> None:
+def test_algorithms(
+    host: str, family: str, algorithm: str, format: str | None, tmp_path: Path
+) -> None:
     path = lora(family, "diffusers", tmp_path / "a.safetensors")
     blocks = {
-        k: v for k, v in load_file(path).items() if re.search(r"transformer(?!_2).*(blocks|layers)\.|unet\..*attn", k)
+        k: v
+        for k, v in load_file(path).items()
+        if re.search(r"transformer(?!_2).*(blocks|layers)\.|unet\..*attn", k)
     }
     save_file({k: v for k, v in blocks.items() if not k.startswith("text")}, path)
     with Adapter.open(path, family=family) as adapter:

@@ -44,7 +44,9 @@ class Sd1:
         self.base: State = {name: t.float() for name, t in Tiny().base.items()}
         for name, tensor in self.base.items():  # norms and biases that are not all alike
             if tensor.ndim == 1:
-                self.base[name] = tensor + torch.from_numpy(0.1 * random.standard_normal(tensor.shape)).float()
+                self.base[name] = (
+                    tensor + torch.from_numpy(0.1 * random.standard_normal(tensor.shape)).float()
+                )
         self.path = self._save("base", self.base)
         self._tuned: dict[str, Path] = {}
 
@@ -62,19 +64,33 @@ class Sd1:
         if name not in self._tuned:
             random = np.random.default_rng(23)
             state = dict(self.base)
-            for key in self.matrices() + ([k for k, t in self.base.items() if t.ndim == 1] if vectors else []):
+            for key in self.matrices() + (
+                [k for k, t in self.base.items() if t.ndim == 1] if vectors else []
+            ):
                 change = delta if self.base[key].ndim > 1 else noise
-                state[key] = (state[key].double() + torch.from_numpy(change(tuple(state[key].shape), random))).float()
+                state[key] = (
+                    state[key].double() + torch.from_numpy(change(tuple(state[key].shape), random))
+                ).float()
             self._tuned[name] = self._save(f"tuned-{name}", state)
         return self._tuned[name]
 
     def extract(self, tuned: Path, output: Path, **options: Any) -> extract.Report:
         """`adaptkit extract`."""
-        return extract.run(extract.plan(self.path, tuned, extract.Options(output=output, overwrite=True, **options)))
+        return extract.run(
+            extract.plan(
+                self.path, tuned, extract.Options(output=output, overwrite=True, **options)
+            )
+        )
 
     def merge(self, adapter: Path, output: Path, strength: float = 1.0, **options: Any) -> State:
         """`adaptkit merge`."""
-        merge.run(merge.plan(self.path, [(adapter, strength)], merge.Options(output=output, overwrite=True, **options)))
+        merge.run(
+            merge.plan(
+                self.path,
+                [(adapter, strength)],
+                merge.Options(output=output, overwrite=True, **options),
+            )
+        )
         return load_file(output)
 
     def unet(self, state: State | None = None) -> Any:
@@ -108,7 +124,9 @@ def unet_names(state: State) -> State:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     part = {name: t for name, t in state.items() if name.startswith(UNET)}
-    return dict(convert_ldm_unet_checkpoint(part, {"layers_per_block": 2, "class_embed_type": None}))
+    return dict(
+        convert_ldm_unet_checkpoint(part, {"layers_per_block": 2, "class_embed_type": None})
+    )
 
 
 def clip_names(state: State) -> State:

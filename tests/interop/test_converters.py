@@ -43,10 +43,16 @@ def narrow(listing: Listing) -> dict[str, torch.Tensor]:
     for name in bare:
         for found in re.finditer(r"(\w*(?:blocks|layers|refiner))\.(\d+)\.", name):
             runs.setdefault(found.group(1), set()).add(int(found.group(2)))
-    order = {run: {old: new for new, old in enumerate(sorted(numbers))} for run, numbers in runs.items()}
+    order = {
+        run: {old: new for new, old in enumerate(sorted(numbers))} for run, numbers in runs.items()
+    }
 
     def renumbered(name: str) -> str:
-        return re.sub(r"(\w*(?:blocks|layers|refiner))\.(\d+)\.", lambda m: f"{m[1]}.{order[m[1]][int(m[2])]}.", name)
+        return re.sub(
+            r"(\w*(?:blocks|layers|refiner))\.(\d+)\.",
+            lambda m: f"{m[1]}.{order[m[1]][int(m[2])]}.",
+            name,
+        )
 
     draw = torch.Generator().manual_seed(0)
     return {

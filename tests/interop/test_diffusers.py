@@ -29,7 +29,9 @@ def load(sd1: Sd1, path: Path) -> tuple[Any, Any]:
         str(path.parent), weight_name=path.name, unet_config=unet.config, return_lora_metadata=True
     )
     pipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
-    pipeline.load_lora_into_text_encoder(state, network_alphas=alphas, text_encoder=clip, metadata=metadata)
+    pipeline.load_lora_into_text_encoder(
+        state, network_alphas=alphas, text_encoder=clip, metadata=metadata
+    )
     return unet, clip
 
 
@@ -42,8 +44,12 @@ def in_layers(unet: Any, clip: Any) -> dict[str, torch.Tensor]:
         for name, module in model.named_modules():
             if isinstance(module, BaseTunerLayer):
                 (adapter,) = module.active_adapters
-                root = "text_encoder.text_model." if part == "text_encoder" else "unet."  # transformers 5 leaves it out
-                found[root + name.removeprefix("text_model.")] = module.get_delta_weight(adapter).detach()
+                root = (
+                    "text_encoder.text_model." if part == "text_encoder" else "unet."
+                )  # transformers 5 leaves it out
+                found[root + name.removeprefix("text_model.")] = module.get_delta_weight(
+                    adapter
+                ).detach()
     return found
 
 
@@ -88,7 +94,9 @@ def test_a_fused_model_is_the_merged_checkpoint(sd1: Sd1, tmp_path: Path, to: st
     fused, expected = unet.state_dict(), unet_names(merged)
     assert fused.keys() == expected.keys()
     assert all(close(fused[name], tensor, 5e-7) for name, tensor in expected.items())
-    assert all(close(fused[name], tensor, 1e-6) for name, tensor in unet_names(load_file(tuned)).items())
+    assert all(
+        close(fused[name], tensor, 1e-6) for name, tensor in unet_names(load_file(tuned)).items()
+    )
     texts = clip_names(merged)
     theirs = in_layers(sd1.unet(), clip)
     for label, delta in theirs.items():
@@ -115,18 +123,24 @@ def test_a_whole_pipeline_loads_it(sd1: Sd1, noisy: Path, tmp_path: Path, to: st
     for name, tensor in unet_names(merged).items():
         assert close(pipe.unet.state_dict()[name], tensor, 5e-7), name
     found = {
-        n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in pipe.text_encoder.state_dict().items()
+        n if n.startswith("text_model.") else f"text_model.{n}": t
+        for n, t in pipe.text_encoder.state_dict().items()
     }
     for name, tensor in clip_names(merged).items():
         assert close(found[name], tensor, 5e-7), name
 
 
-def test_the_merged_checkpoint_predicts_what_the_loaded_lora_does(sd1: Sd1, noisy: Path, tmp_path: Path) -> None:
+def test_the_merged_checkpoint_predicts_what_the_loaded_lora_does(
+    sd1: Sd1, noisy: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out.safetensors"
     sd1.extract(noisy, output, rank=4)
     merged = sd1.merge(output, tmp_path / "merged.safetensors")
     generator = torch.Generator().manual_seed(9)
-    sample, tokens = torch.randn(1, 4, 16, 16, generator=generator), torch.randint(2, 256, (1, 20), generator=generator)
+    sample, tokens = (
+        torch.randn(1, 4, 16, 16, generator=generator),
+        torch.randint(2, 256, (1, 20), generator=generator),
+    )
 
     @torch.no_grad()
     def predict(unet: Any, clip: Any) -> torch.Tensor:
@@ -146,7 +160,9 @@ def test_diffusers_refuses_vectors_under_kohya_names(sd1: Sd1, tmp_path: Path) -
     output = tmp_path / "out.safetensors"
     tuned = sd1.tuned("noise-vectors", noise, vectors=True)
     sd1.extract(tuned, output, rank=4, vectors=True)
-    with pytest.raises(ValueError, match=r"not been correctly renamed(?s:.*)\.(diff_b|w_norm|b_norm)"):
+    with pytest.raises(
+        ValueError, match=r"not been correctly renamed(?s:.*)\.(diff_b|w_norm|b_norm)"
+    ):
         load(sd1, output)
     report = sd1.extract(tuned, output, rank=4, only=("unet.mid_block.*", "text_encoder.*.0.*"))
     assert len(in_layers(*load(sd1, output))) == report.modules > 20
@@ -167,7 +183,9 @@ def test_diffusers_drops_vectors_under_its_own_names(sd1: Sd1, tmp_path: Path) -
     assert all(torch.equal(t, before[name]) for name, t in unet.state_dict().items() if t.ndim == 1)
 
 
-def test_diffusers_misscales_attention_where_alphas_differ(sd1: Sd1, noisy: Path, tmp_path: Path) -> None:
+def test_diffusers_misscales_attention_where_alphas_differ(
+    sd1: Sd1, noisy: Path, tmp_path: Path
+) -> None:
     """A kohya file whose ranks differ (here: rank 32 clipped by small layers), each alpha equal to its rank.
 
     diffusers spells the alpha of an attention layer so that its own pattern never matches, and takes the commonest
@@ -178,7 +196,11 @@ def test_diffusers_misscales_attention_where_alphas_differ(sd1: Sd1, noisy: Path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # peft does say that patterns match nothing
         off = wrong(in_layers(*load(sd1, output)), deltas(output))
-    assert {round(factor, 3) for factor in off.values()} == {0.25, 0.333, 0.5}  # the commonest alpha here is 8
+    assert {round(factor, 3) for factor in off.values()} == {
+        0.25,
+        0.333,
+        0.5,
+    }  # the commonest alpha here is 8
     assert all(".attn" in name for name in off)
     sd1.extract(noisy, output, rank=32, to="diffusers", only=only)
     assert not wrong(in_layers(*load(sd1, output)), deltas(output))

@@ -117,13 +117,19 @@ def model(family: str) -> torch.nn.Module:
 def layers(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Every linear and convolutional layer with its weight's shape."""
     kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    return {name: tuple(layer.weight.shape) for name, layer in module.named_modules() if isinstance(layer, kinds)}
+    return {
+        name: tuple(layer.weight.shape)
+        for name, layer in module.named_modules()
+        if isinstance(layer, kinds)
+    }
 
 
 def matrices(family: str) -> list[Parameter]:
     shapes = {f"{name}.weight": shape for name, shape in layers(built(family)).items()}
     part = families()[family].component("transformer")
-    return [p for p in parameters(part, shapes) if p.kind is Kind.MATRIX and p.target.param == "weight"]
+    return [
+        p for p in parameters(part, shapes) if p.kind is Kind.MATRIX and p.target.param == "weight"
+    ]
 
 
 def source(family: str, path: Path) -> Path:
@@ -132,10 +138,18 @@ def source(family: str, path: Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for parameter in matrices(family):
         for slot in keys.slots(parameter.target):
-            start, stop = (0, parameter.shape[0]) if slot.rows is None else slot.rows.bounds(parameter.shape[0])  # type: ignore[misc]
+            start, stop = (
+                (0, parameter.shape[0])
+                if slot.rows is None
+                else slot.rows.bounds(parameter.shape[0])
+            )  # type: ignore[misc]
             ones = (1,) * (len(parameter.shape) - 2)
-            tensors[keys.spell(slot, "lora", "up")] = torch.randn(stop - start, RANK, *ones, generator=draw)
-            tensors[keys.spell(slot, "lora", "down")] = torch.randn(RANK, *parameter.shape[1:], generator=draw)
+            tensors[keys.spell(slot, "lora", "up")] = torch.randn(
+                stop - start, RANK, *ones, generator=draw
+            )
+            tensors[keys.spell(slot, "lora", "down")] = torch.randn(
+                RANK, *parameter.shape[1:], generator=draw
+            )
             tensors[keys.spell(slot, "lora", "alpha")] = torch.tensor(RANK / 2)
     save_file(tensors, path)
     return path
@@ -190,19 +204,25 @@ def load_delta(adapter: Adapter, slot: Any) -> np.ndarray:
 @pytest.mark.parametrize("family", MODELS)
 def test_the_table_has_every_layer_of_the_model(family: str) -> None:
     keys = compile_keys(family, "diffusers")
-    named = {keys.module(slot) for parameter in matrices(family) for slot in keys.slots(parameter.target)}
+    named = {
+        keys.module(slot) for parameter in matrices(family) for slot in keys.slots(parameter.target)
+    }
     assert named == layers(built(family)).keys()
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_diffusers_loads_what_convert_writes(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_diffusers_loads_what_convert_writes(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = FIRST.get(family, "kohya")
     path, output = source(family, tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     report = converted(path, output, family, "diffusers", first)
     fresh = model(family)
     with caplog.at_level(logging.WARNING):
         fresh.load_lora_adapter(load_file(output), prefix="transformer")
-    assert not [record.message for record in caplog.records if "unexpected" in record.message.lower()]
+    assert not [
+        record.message for record in caplog.records if "unexpected" in record.message.lower()
+    ]
     found = loaded(fresh)
     assert len(found) == report.modules == len(layers(built(family)))
     compare(family, output, "diffusers", found)
@@ -216,7 +236,13 @@ def test_the_pipelines_own_loader_takes_the_file(family: str, tmp_path: Path) ->
     if pipeline is None:
         pytest.skip(f"this diffusers has no {PIPELINES[family]}")
     output = tmp_path / "b.safetensors"
-    converted(source(family, tmp_path / "a.safetensors"), output, family, "diffusers", FIRST.get(family, "kohya"))
+    converted(
+        source(family, tmp_path / "a.safetensors"),
+        output,
+        family,
+        "diffusers",
+        FIRST.get(family, "kohya"),
+    )
     state = pipeline.lora_state_dict(str(output))
     state = state[0] if isinstance(state, tuple) else state
     assert state.keys() == load_file(output).keys()
@@ -240,13 +266,17 @@ def assert_same(
                 found.setdefault((module, "parts"), np.zeros((0, delta.shape[1])))
         for module in {module for module, rows in found if rows == "parts"}:
             parts = sorted(
-                (start(rows), d) for (m, rows), d in found.items() if m == module and rows.startswith("Rows")
+                (start(rows), d)
+                for (m, rows), d in found.items()
+                if m == module and rows.startswith("Rows")
             )
             found[module, "None"] = np.concatenate([d for _, d in parts])
     wholes = {module for module, rows in ours if rows == "None"}
     assert wholes == {module for module, rows in theirs if rows == "None"}, family
     for module in wholes:
-        np.testing.assert_allclose(theirs[module, "None"], ours[module, "None"], rtol=1e-4, atol=1e-5, err_msg=module)
+        np.testing.assert_allclose(
+            theirs[module, "None"], ours[module, "None"], rtol=1e-4, atol=1e-5, err_msg=module
+        )
 
 
 def start(rows: str) -> int:
@@ -261,7 +291,9 @@ def test_peft_loads_what_convert_writes(family: str, tmp_path: Path) -> None:
     found = loaded(wrapped, "base_model.model.")
     assert len(found) == report.modules == len(layers(built(family)))
     compare(family, tmp_path / "made", "peft", found)
-    fresh = peft.get_peft_model(model(family), peft.PeftConfig.from_pretrained(str(tmp_path / "made")))
+    fresh = peft.get_peft_model(
+        model(family), peft.PeftConfig.from_pretrained(str(tmp_path / "made"))
+    )
     state = load_file(tmp_path / "made" / "adapter_model.safetensors")
     result = peft.set_peft_model_state_dict(fresh, state)
     assert not result.unexpected_keys
@@ -271,12 +303,21 @@ def test_peft_loads_what_convert_writes(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_what_diffusers_and_peft_save_is_read(family: str, tmp_path: Path) -> None:
     fresh = model(family)
-    config = peft.LoraConfig(r=RANK, lora_alpha=3, target_modules=sorted(layers(fresh)), init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=3, target_modules=sorted(layers(fresh)), init_lora_weights=False
+    )
     fresh.add_adapter(config)
     fresh.save_lora_adapter(tmp_path, weight_name="saved.safetensors")
     expected = loaded(fresh)
-    state = {f"transformer.{key}": tensor for key, tensor in load_file(tmp_path / "saved.safetensors").items()}
-    told = {f"transformer.{key}": value for key, value in config.to_dict().items() if isinstance(value, int | str)}
+    state = {
+        f"transformer.{key}": tensor
+        for key, tensor in load_file(tmp_path / "saved.safetensors").items()
+    }
+    told = {
+        f"transformer.{key}": value
+        for key, value in config.to_dict().items()
+        if isinstance(value, int | str)
+    }
     save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(told)})
     compare(family, tmp_path / "a.safetensors", "diffusers", expected)
     wrapped = peft.get_peft_model(model(family), config)
@@ -284,4 +325,8 @@ def test_what_diffusers_and_peft_save_is_read(family: str, tmp_path: Path) -> No
     compare(family, tmp_path / "peft", "peft", loaded(wrapped, "base_model.model."))
     first = FIRST.get(family, "kohya")
     converted(tmp_path / "peft", tmp_path / "b.safetensors", family, first, "peft")
-    assert_same(deltas(tmp_path / "peft", family, "peft"), deltas(tmp_path / "b.safetensors", family, first), family)
+    assert_same(
+        deltas(tmp_path / "peft", family, "peft"),
+        deltas(tmp_path / "b.safetensors", family, first),
+        family,
+    )

@@ -36,7 +36,9 @@ def test_the_autoencoder_is_named_as_diffusers_names_it(tmp_path: Path) -> None:
     state = whole("sd1", torch.float32)
     base = save(tmp_path / "base.safetensors", state)
     lora = adapter(tmp_path, "sd1", base, state)
-    merge.run(merge.plan(base, [(lora, 1.0)], merge.Options(output=tmp_path / "out", layout="folder")))
+    merge.run(
+        merge.plan(base, [(lora, 1.0)], merge.Options(output=tmp_path / "out", layout="folder"))
+    )
     found = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     model = vae()
     theirs = single_file_utils.convert_ldm_vae_checkpoint(dict(state), dict(model.config))
@@ -83,4 +85,6 @@ def test_a_folder_that_diffusers_wrote_becomes_the_single_file(tmp_path: Path) -
     back = single_file_utils.convert_ldm_vae_checkpoint(dict(single), dict(parts["vae"].config))
     theirs = parts["vae"].state_dict()
     assert back.keys() == theirs.keys()
-    assert all(torch.equal(back[key].reshape(tensor.shape), tensor) for key, tensor in theirs.items())
+    assert all(
+        torch.equal(back[key].reshape(tensor.shape), tensor) for key, tensor in theirs.items()
+    )

@@ -44,7 +44,9 @@ def kohya_layers(sd1: Sd1) -> dict[str, nn.Module]:
 def labelled(by_label: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Labels (`unet.a.b`, `text_encoder.a.b`) to kohya's names."""
     return {
-        f"lora_{name.replace('text_encoder', 'te', 1) if name.startswith('text') else name}".replace(".", "_"): delta
+        f"lora_{name.replace('text_encoder', 'te', 1) if name.startswith('text') else name}".replace(
+            ".", "_"
+        ): delta
         for name, delta in by_label.items()
     }
 
@@ -53,17 +55,28 @@ def added(module: Any, layer: nn.Module, delta: torch.Tensor) -> tuple[torch.Ten
     """(what LyCORIS' forward adds, what `delta` would) on enough random inputs that equal outputs mean equal ΔW."""
     generator = torch.Generator().manual_seed(5)
     if isinstance(layer, nn.Linear):
-        x = torch.randn(layer.in_features + 3, layer.in_features, generator=generator, dtype=torch.float64)
+        x = torch.randn(
+            layer.in_features + 3, layer.in_features, generator=generator, dtype=torch.float64
+        )
         return module(x) - layer(x), nn.functional.linear(x, delta.reshape(layer.weight.shape))
     spatial = len(layer.kernel_size)
     samples = 1 + layer.weight[0].numel() // 3**spatial  # a stride of 2 leaves 3 places a side
-    x = torch.randn(samples, layer.in_channels, *([6] * spatial), generator=generator, dtype=torch.float64)
+    x = torch.randn(
+        samples, layer.in_channels, *([6] * spatial), generator=generator, dtype=torch.float64
+    )
     op = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[spatial - 1]
-    geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+    geometry = {
+        "stride": layer.stride,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
+        "groups": layer.groups,
+    }
     return module(x) - layer(x), op(x, delta.reshape(layer.weight.shape), None, **geometry)
 
 
-def loaded(state: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any, nn.Module]]:
+def loaded(
+    state: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Any, nn.Module]]:
     """Every module of a file as LyCORIS makes it."""
     for name in dict.fromkeys(key.split(".")[0] for key in state):
         kind, params = lycoris_modules.get_module(state, name)
@@ -81,17 +94,31 @@ def layers(sd1: Sd1) -> dict[str, nn.Module]:
 NARROW = ("*conv_in", "*conv_out")
 
 CASES: dict[str, tuple[Any, dict[str, Any], type[Any]]] = {
-    "lokr-factor-8": (lokr(8), {"algo": "lokr", "factor": 8, "skip": NARROW}, lycoris_modules.LokrModule),
+    "lokr-factor-8": (
+        lokr(8),
+        {"algo": "lokr", "factor": 8, "skip": NARROW},
+        lycoris_modules.LokrModule,
+    ),
     "lokr-factor-4": (lokr(4), {"algo": "lokr", "factor": 4}, lycoris_modules.LokrModule),
-    "lokr-low-rank": (lokr(4, 2), {"algo": "lokr", "factor": 4, "rank": 2}, lycoris_modules.LokrModule),
-    "lokr-of-a-finetune": (noise, {"algo": "lokr", "factor": 2, "rank": 3}, lycoris_modules.LokrModule),
+    "lokr-low-rank": (
+        lokr(4, 2),
+        {"algo": "lokr", "factor": 4, "rank": 2},
+        lycoris_modules.LokrModule,
+    ),
+    "lokr-of-a-finetune": (
+        noise,
+        {"algo": "lokr", "factor": 2, "rank": 3},
+        lycoris_modules.LokrModule,
+    ),
     "lora": (lora(3), {"rank": 3}, lycoris_modules.LoConModule),
     "locon-of-a-finetune": (noise, {"rank": 6, "conv_rank": 2}, lycoris_modules.LoConModule),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_lycoris_loads_what_extract_writes(sd1: Sd1, layers: dict[str, nn.Module], tmp_path: Path, case: str) -> None:
+def test_lycoris_loads_what_extract_writes(
+    sd1: Sd1, layers: dict[str, nn.Module], tmp_path: Path, case: str
+) -> None:
     delta, options, kind = CASES[case]
     output = tmp_path / f"{case}.safetensors"
     report = sd1.extract(sd1.tuned(case, delta), output, **options)
@@ -118,7 +145,11 @@ def kohya_named(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of a checkpoint by kohya's module names, through diffusers' converter."""
     found = {f"lora_unet_{n}": t for n, t in unet_names(dict(state)).items()}
     found |= {f"lora_te_{n}": t for n, t in clip_names(dict(state)).items()}
-    return {n.removesuffix(".weight").replace(".", "_"): t for n, t in found.items() if n.endswith(".weight")}
+    return {
+        n.removesuffix(".weight").replace(".", "_"): t
+        for n, t in found.items()
+        if n.endswith(".weight")
+    }
 
 
 @pytest.mark.parametrize("algo", ["lora", "lokr", "full"])
@@ -148,7 +179,11 @@ def test_lycoris_applies_vectors_only_beside_their_own_weight(
     """What hosts on LyCORIS make of `diff_b`, `w_norm` and `b_norm`: the README's reason for leaving them out unless --vectors."""
     output = tmp_path / "out.safetensors"
     sd1.extract(
-        sd1.tuned("noise-vectors", noise, vectors=True), output, rank=4, only=("unet.mid_block.*",), vectors=True
+        sd1.tuned("noise-vectors", noise, vectors=True),
+        output,
+        rank=4,
+        only=("unet.mid_block.*",),
+        vectors=True,
     )
     state, ours = load_file(output), labelled(deltas(output))
     norm = "lora_unet_mid_block_resnets_0_norm1"
@@ -164,8 +199,14 @@ def test_lycoris_applies_vectors_only_beside_their_own_weight(
     assert kind is lycoris_modules.LoConModule
     assert not any(t is state[f"{conv}.diff_b"] for t in params if t is not None)
     # a norm whose bias alone changed, or a bias without a weight: unknown to it
-    assert lycoris_modules.get_module({f"{norm}.b_norm": state[f"{norm}.b_norm"]}, norm) == (None, None)
-    assert lycoris_modules.get_module({f"{conv}.diff_b": state[f"{conv}.diff_b"]}, conv) == (None, None)
+    assert lycoris_modules.get_module({f"{norm}.b_norm": state[f"{norm}.b_norm"]}, norm) == (
+        None,
+        None,
+    )
+    assert lycoris_modules.get_module({f"{conv}.diff_b": state[f"{conv}.diff_b"]}, conv) == (
+        None,
+        None,
+    )
     assert ours
 
 
@@ -183,9 +224,24 @@ def conv(out: int, inputs: int, *kernel: int) -> nn.Module:
 HADAMARD = {"w1_a", "w1_b", "w2_a", "w2_b"}
 SAVED: dict[str, tuple[nn.Module, str, dict[str, Any], set[str]]] = {
     "both-full": (linear(32, 24), "lokr", {"full_matrix": True, "factor": 8}, {"w1", "w2"}),
-    "both-full-conv": (conv(16, 12, 3, 3), "lokr", {"full_matrix": True, "factor": 4}, {"w1", "w2"}),
-    "factor-4": (linear(32, 24), "lokr", {"factor": 4, "lora_dim": 2, "alpha": 1}, {"w1", "w2_a", "w2_b"}),
-    "low-rank": (linear(40, 24), "lokr", {"factor": -1, "lora_dim": 2, "alpha": 5}, {"w1", "w2_a", "w2_b"}),
+    "both-full-conv": (
+        conv(16, 12, 3, 3),
+        "lokr",
+        {"full_matrix": True, "factor": 4},
+        {"w1", "w2"},
+    ),
+    "factor-4": (
+        linear(32, 24),
+        "lokr",
+        {"factor": 4, "lora_dim": 2, "alpha": 1},
+        {"w1", "w2_a", "w2_b"},
+    ),
+    "low-rank": (
+        linear(40, 24),
+        "lokr",
+        {"factor": -1, "lora_dim": 2, "alpha": 5},
+        {"w1", "w2_a", "w2_b"},
+    ),
     "both-low-rank": (
         linear(640, 96),
         "lokr",
@@ -198,7 +254,12 @@ SAVED: dict[str, tuple[nn.Module, str, dict[str, Any], set[str]]] = {
         {"factor": 24, "lora_dim": 11, "alpha": 1, "decompose_both": True},
         {"w1_a", "w1_b", "w2_a", "w2_b"},
     ),
-    "low-rank-conv": (conv(32, 24, 3, 3), "lokr", {"factor": 4, "lora_dim": 2, "alpha": 1}, {"w1", "w2_a", "w2_b"}),
+    "low-rank-conv": (
+        conv(32, 24, 3, 3),
+        "lokr",
+        {"factor": 4, "lora_dim": 2, "alpha": 1},
+        {"w1", "w2_a", "w2_b"},
+    ),
     "both-low-rank-conv": (
         conv(64, 64, 3, 3),
         "lokr",
@@ -223,10 +284,25 @@ SAVED: dict[str, tuple[nn.Module, str, dict[str, Any], set[str]]] = {
         {"factor": 4, "lora_dim": 3, "alpha": 1, "use_tucker": True},
         {"w1", "t2", "w2_a", "w2_b"},
     ),
-    "conv1d": (conv(32, 24, 3), "lokr", {"factor": 4, "lora_dim": 2, "alpha": 1}, {"w1", "w2_a", "w2_b"}),
+    "conv1d": (
+        conv(32, 24, 3),
+        "lokr",
+        {"factor": 4, "lora_dim": 2, "alpha": 1},
+        {"w1", "w2_a", "w2_b"},
+    ),
     "conv1d-full": (conv(32, 24, 3), "lokr", {"factor": 4, "full_matrix": True}, {"w1", "w2"}),
-    "conv3d": (conv(16, 24, 3, 3, 3), "lokr", {"factor": 4, "lora_dim": 1, "alpha": 2}, {"w1", "w2_a", "w2_b"}),
-    "conv3d-full": (conv(16, 24, 1, 3, 3), "lokr", {"factor": 4, "full_matrix": True}, {"w1", "w2"}),
+    "conv3d": (
+        conv(16, 24, 3, 3, 3),
+        "lokr",
+        {"factor": 4, "lora_dim": 1, "alpha": 2},
+        {"w1", "w2_a", "w2_b"},
+    ),
+    "conv3d-full": (
+        conv(16, 24, 1, 3, 3),
+        "lokr",
+        {"factor": 4, "full_matrix": True},
+        {"w1", "w2"},
+    ),
     "unbalanced": (
         linear(32, 24),
         "lokr",
@@ -241,7 +317,12 @@ SAVED: dict[str, tuple[nn.Module, str, dict[str, Any], set[str]]] = {
     ),
     "prime": (linear(31, 24), "lokr", {"factor": 8, "full_matrix": True}, {"w1", "w2"}),
     "lora": (linear(32, 24), "lora", {"lora_dim": 4, "alpha": 1}, {"up", "down"}),
-    "lora-rank-scaled": (linear(32, 24), "lora", {"lora_dim": 4, "alpha": 3, "rs_lora": True}, {"up", "down"}),
+    "lora-rank-scaled": (
+        linear(32, 24),
+        "lora",
+        {"lora_dim": 4, "alpha": 3, "rs_lora": True},
+        {"up", "down"},
+    ),
     "locon": (conv(32, 24, 3, 3), "lora", {"lora_dim": 4, "alpha": 2}, {"up", "down"}),
     "locon-1x1": (conv(32, 24, 1, 1), "lora", {"lora_dim": 4, "alpha": 2}, {"up", "down"}),
     "locon-tucker": (
@@ -259,7 +340,12 @@ SAVED: dict[str, tuple[nn.Module, str, dict[str, Any], set[str]]] = {
         {"up", "mid", "down"},
     ),
     "loha": (linear(32, 24), "loha", {"lora_dim": 3, "alpha": 2}, HADAMARD),
-    "loha-rank-scaled": (linear(32, 24), "loha", {"lora_dim": 4, "alpha": 3, "rs_lora": True}, HADAMARD),
+    "loha-rank-scaled": (
+        linear(32, 24),
+        "loha",
+        {"lora_dim": 4, "alpha": 3, "rs_lora": True},
+        HADAMARD,
+    ),
     "loha-conv": (conv(32, 24, 3, 3), "loha", {"lora_dim": 3, "alpha": 1}, HADAMARD),
     "loha-conv1d": (conv(32, 24, 3), "loha", {"lora_dim": 3, "alpha": 1}, HADAMARD),
     "loha-tucker": (
@@ -300,10 +386,15 @@ def test_adaptkit_reads_what_lycoris_writes(case: str) -> None:
     named = {spelled[key]: tensor for key, tensor in stored.items()}
     alpha = float(named.pop("alpha"))
     assert set(named) == roles
-    facts = ours.facts({role: tuple(t.shape) for role, t in named.items()}, None if alpha is None else Stated(alpha))
+    facts = ours.facts(
+        {role: tuple(t.shape) for role, t in named.items()},
+        None if alpha is None else Stated(alpha),
+    )
     delta = ours.decode({role: t.double() for role, t in named.items()}, facts).delta()
     out, result = added(module.double(), layer.double(), delta)
-    assert close(result, out, 1e-7 if "rs_lora" in options else 1e-9)  # LyCORIS stores alpha·√rank, in float32
+    assert close(
+        result, out, 1e-7 if "rs_lora" in options else 1e-9
+    )  # LyCORIS stores alpha·√rank, in float32
     assert facts.rows * facts.columns == layer.weight.numel()
     if algo == "lokr":
         kernel = tuple(layer.weight.shape[2:])
@@ -317,7 +408,9 @@ def test_a_file_that_lycoris_saves_is_opened_whole(sd1: Sd1, tmp_path: Path, pre
     from lycoris import LycorisNetwork, create_lycoris
 
     unet = sd1.unet()
-    LycorisNetwork.apply_preset({"target_module": ["Transformer2DModel", "ResnetBlock2D"], "lora_prefix": prefix})
+    LycorisNetwork.apply_preset(
+        {"target_module": ["Transformer2DModel", "ResnetBlock2D"], "lora_prefix": prefix}
+    )
     try:
         torch.manual_seed(2)
         network = create_lycoris(
@@ -397,7 +490,11 @@ def test_lycoris_guesses_the_factor(family: str, factor: int) -> None:
 
 def test_lycoris_misreads_some_shapes_of_large_factors() -> None:
     """From 32 on it does not: 320 × 640 is cut as (10 · 32) × (20 · 32), which it takes for a factor of 20."""
-    assert sorted({shape[:2] for shape in misread("sd1", 32)}) == [(320, 640), (320, 960), (640, 320)]
+    assert sorted({shape[:2] for shape in misread("sd1", 32)}) == [
+        (320, 640),
+        (320, 960),
+        (640, 320),
+    ]
     assert (2560, 320, None, 32) in misread("sd1", 33)
 
 
@@ -411,12 +508,18 @@ def misread(family: str, factor: int) -> list[tuple[Any, ...]]:
             w2 = {"w2_a": (c, rank), "w2_b": (rank, wide)}
         shapes = {"w1": (a, b), **w2}
         roles = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "", "t2")
-        tensors = [torch.empty(shapes[role], device="meta") if role in shapes else None for role in roles]
+        tensors = [
+            torch.empty(shapes[role], device="meta") if role in shapes else None for role in roles
+        ]
         with pytest.raises(Guessed) as found:
             Guess.make_module_from_state_dict("m", None, *tensors, torch.tensor(1.0), None)
         dim, guess, full = found.value.args
         as_stored = full == ("w2" in shapes) and (full or dim == rank)
-        if not as_stored or factorization(out, guess) != (a, c) or factorization(inputs, guess) != (b, d):
+        if (
+            not as_stored
+            or factorization(out, guess) != (a, c)
+            or factorization(inputs, guess) != (b, d)
+        ):
             failed.append((out, inputs, *kernel, rank, guess))
     return failed
 
@@ -425,9 +528,16 @@ def test_the_file_is_read_from_disk_as_lycoris_does(tmp_path: Path) -> None:
     """A planted wrong scale is seen: the comparisons above can fail."""
     layer, _, options, _ = SAVED["factor-4"]
     module = randomised(lycoris_modules.LokrModule, layer, options)
-    save_file({k: t.detach().contiguous() for k, t in module.state_dict().items()}, tmp_path / "m.safetensors")
+    save_file(
+        {k: t.detach().contiguous() for k, t in module.state_dict().items()},
+        tmp_path / "m.safetensors",
+    )
     stored = load_file(tmp_path / "m.safetensors")
     named = {key.removeprefix("lokr_"): t.double() for key, t in stored.items() if key != "alpha"}
-    wrong = ours_lokr.Lokr.facts({k: tuple(t.shape) for k, t in named.items()}, Stated(2 * float(stored["alpha"])))
-    out, result = added(module.double(), layer.double(), ours_lokr.Lokr.decode(named, wrong).delta())
+    wrong = ours_lokr.Lokr.facts(
+        {k: tuple(t.shape) for k, t in named.items()}, Stated(2 * float(stored["alpha"]))
+    )
+    out, result = added(
+        module.double(), layer.double(), ours_lokr.Lokr.decode(named, wrong).delta()
+    )
     assert not close(result, out, 0.5)

@@ -43,7 +43,11 @@ OTHERS: list[tuple[str, type, dict[str, Any]]] = [
 
 
 def layer(conv: bool) -> torch.nn.Module:
-    return torch.nn.Conv2d(IN, OUT, 3, padding=1, bias=False) if conv else torch.nn.Linear(IN, OUT, bias=False)
+    return (
+        torch.nn.Conv2d(IN, OUT, 3, padding=1, bias=False)
+        if conv
+        else torch.nn.Linear(IN, OUT, bias=False)
+    )
 
 
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])

@@ -41,7 +41,11 @@ pytestmark = pytest.mark.interop
 
 ROOT = "down_blocks.1"  # both kinds of convolution, a stride of 2, norms, attention, two widths
 OTHERS = ("conv_in.", "mid_block.resnets.0.")  # parts of the base that no adapter touches
-DTYPES = {"fp32": (torch.float32, 1.0), "fp16": (torch.float16, 0.6), "bf16": (torch.bfloat16, -1.0)}
+DTYPES = {
+    "fp32": (torch.float32, 1.0),
+    "fp16": (torch.float16, 0.6),
+    "bf16": (torch.bfloat16, -1.0),
+}
 
 
 @pytest.fixture(params=DTYPES)
@@ -53,7 +57,10 @@ def number(request: pytest.FixtureRequest) -> tuple[torch.dtype, float]:
 @cache
 def _block(sd1: Sd1) -> nn.Module:
     block = sd1.unet().get_submodule(ROOT)
-    block.attentions, block.resnets = block.attentions[:1], block.resnets[:1]  # the others are of the same shapes
+    block.attentions, block.resnets = (
+        block.attentions[:1],
+        block.resnets[:1],
+    )  # the others are of the same shapes
     return block  # type: ignore[no-any-return]
 
 
@@ -62,24 +69,38 @@ class Real:
 
     def __init__(self, sd1: Sd1, dtype: torch.dtype, folder: Path) -> None:
         whole = unet_names(sd1.base)
-        key_of = {id(tensor): key for key, tensor in sd1.base.items()}  # diffusers' converter moves, and copies nothing
+        key_of = {
+            id(tensor): key for key, tensor in sd1.base.items()
+        }  # diffusers' converter moves, and copies nothing
         kept = {f"{ROOT}.{name}" for name in _block(sd1).state_dict()}
-        self.named = {name: t.to(dtype) for name, t in whole.items() if name in kept or name.startswith(OTHERS)}
+        self.named = {
+            name: t.to(dtype)
+            for name, t in whole.items()
+            if name in kept or name.startswith(OTHERS)
+        }
         self.keys = {name: key_of[id(whole[name])] for name in self.named}
         self.dtype, self.folder = dtype, folder
         self.path = folder / "base.safetensors"
-        save_file({self.keys[name]: t for name, t in self.named.items()}, self.path, metadata={"format": "pt"})
+        save_file(
+            {self.keys[name]: t for name, t in self.named.items()},
+            self.path,
+            metadata={"format": "pt"},
+        )
 
     def block(self, sd1: Sd1) -> nn.Module:
         """The real modules below `ROOT`, in float32."""
         made = copy.deepcopy(_block(sd1))
-        made.load_state_dict({n.removeprefix(f"{ROOT}."): t for n, t in self.named.items() if n.startswith(ROOT)})
+        made.load_state_dict(
+            {n.removeprefix(f"{ROOT}."): t for n, t in self.named.items() if n.startswith(ROOT)}
+        )
         return made
 
     def merged(self, *adapters: tuple[Path, float]) -> State:
         """`adaptkit merge`, under diffusers' names."""
         output = self.folder / "merged.safetensors"
-        plan = merge.plan(self.path, adapters, merge.Options(output=output, overwrite=True, family="sd1"))
+        plan = merge.plan(
+            self.path, adapters, merge.Options(output=output, overwrite=True, family="sd1")
+        )
         merge.run(plan)
         plan.close()
         found = load_file(output)
@@ -100,9 +121,13 @@ class Real:
 
 def assert_rounded(found: torch.Tensor, exact: torch.Tensor, name: str) -> None:
     """Half a unit in the last place of the stored dtype, and what float32 may lose on the way there."""
-    allowed = exact.abs() * torch.finfo(found.dtype).eps / 2 * 1.01 + 2e-6 * exact.abs().max().clamp(min=1.0)
+    allowed = exact.abs() * torch.finfo(
+        found.dtype
+    ).eps / 2 * 1.01 + 2e-6 * exact.abs().max().clamp(min=1.0)
     error = (found.double().reshape(exact.shape) - exact).abs()
-    assert bool((error <= allowed).all()), f"{name}: off by {float((error / allowed).max()):.3g} roundings"
+    assert bool((error <= allowed).all()), (
+        f"{name}: off by {float((error / allowed).max()):.3g} roundings"
+    )
 
 
 # --- LyCORIS: the forward pass (its merge is no oracle: gotcha 16) -----------------------------------------------------
@@ -198,7 +223,9 @@ def effective(module: Any, layer: nn.Module) -> State:
     if weight.ndim == 1:
         return norm_of(module, layer)
     units = torch.eye(weight[0].numel(), dtype=torch.float64)
-    if isinstance(layer, nn.Conv2d):  # one pixel at a time, all of which one place of the output sees
+    if isinstance(
+        layer, nn.Conv2d
+    ):  # one pixel at a time, all of which one place of the output sees
         at, size = layer.stride[0] - int(layer.padding[0]), weight.shape[2]
         x = torch.zeros(len(units) + 1, weight.shape[1], 4, 4, dtype=torch.float64)
         x[:-1, :, at : at + size, at : at + size] = units.reshape(-1, *weight.shape[1:])
@@ -212,7 +239,9 @@ def effective(module: Any, layer: nn.Module) -> State:
 def norm_of(module: Any, layer: nn.Module) -> State:
     """The same for a norm, which is odd apart from its bias."""
     grouped = isinstance(layer, nn.GroupNorm)
-    x = torch.randn(2, len(layer.get_parameter("weight")), *([4, 4] if grouped else []), dtype=torch.float64)
+    x = torch.randn(
+        2, len(layer.get_parameter("weight")), *([4, 4] if grouped else []), dtype=torch.float64
+    )
     plus, minus, plain = module(x), module(-x), layer_of(layer)(x)
     axes = (0, 2, 3) if grouped else (0,)
     weight = ((plus - minus) / 2 * plain).sum(axes) / plain.square().sum(axes)
@@ -230,7 +259,11 @@ def layer_of(norm: nn.Module) -> nn.Module:
 @pytest.mark.usefixtures("_whole_block")
 @pytest.mark.parametrize("case", LYCORIS)
 def test_a_merge_is_the_forward_pass_of_lycoris(
-    sd1: Sd1, tmp_path: Path, case: str, number: tuple[torch.dtype, float], monkeypatch: pytest.MonkeyPatch
+    sd1: Sd1,
+    tmp_path: Path,
+    case: str,
+    number: tuple[torch.dtype, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dtype, strength = number
     real = Real(sd1, dtype, tmp_path)
@@ -251,7 +284,9 @@ def test_a_merge_is_the_forward_pass_of_lycoris(
             if parameter == "weight" or not torch.allclose(value, before, atol=1e-9):
                 exact[f"{ROOT}.{name}.{parameter}"] = value
     assert len(network.loras) > 15
-    assert any(name.endswith("bias") for name in exact) == (case.startswith("full") or case.endswith("norm"))
+    assert any(name.endswith("bias") for name in exact) == (
+        case.startswith("full") or case.endswith("norm")
+    )
     real.check(real.merged((tmp_path / "a.safetensors", strength)), exact, strength)
 
 
@@ -303,11 +338,17 @@ def trained(model: nn.Module, config: Any) -> Any:
 
 @pytest.mark.parametrize("case", PEFT)
 def test_a_merge_is_what_peft_merges(
-    sd1: Sd1, tmp_path: Path, case: str, number: tuple[torch.dtype, float], monkeypatch: pytest.MonkeyPatch
+    sd1: Sd1,
+    tmp_path: Path,
+    case: str,
+    number: tuple[torch.dtype, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from peft.tuners.boft import layer
 
-    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: None)  # PEFT would compile BOFT's CUDA extension
+    monkeypatch.setattr(
+        layer, "get_fbd_cuda", lambda: None
+    )  # PEFT would compile BOFT's CUDA extension
     dtype, strength = number
     real = Real(sd1, dtype, tmp_path)
     kind, options = PEFT[case]
@@ -315,7 +356,9 @@ def test_a_merge_is_what_peft_merges(
     model.save_pretrained(str(tmp_path / "adapter"))
     before = {n.removeprefix("base_model.model."): t for n, t in real.named.items()}
     after = model.double().merge_and_unload().state_dict()
-    changed = {n: t for n, t in after.items() if not torch.allclose(t, before[n].double(), atol=1e-9)}
+    changed = {
+        n: t for n, t in after.items() if not torch.allclose(t, before[n].double(), atol=1e-9)
+    }
     assert len(changed) >= 2
     assert any(name.endswith("bias") for name in changed) == (case == "lora-bias")
     real.check(real.merged((tmp_path / "adapter", strength)), changed, strength)
@@ -330,7 +373,9 @@ STRENGTHS = (1.0, 0.6, -1.0)
     ("family", "strength"),
     [
         *(("flux", strength) for strength in STRENGTHS),
-        *zip(sorted(family_models.MODELS.keys() - {"flux"}), itertools.cycle(STRENGTHS), strict=False),
+        *zip(
+            sorted(family_models.MODELS.keys() - {"flux"}), itertools.cycle(STRENGTHS), strict=False
+        ),
     ],
 )
 def test_a_merge_is_what_diffusers_fuses(family: str, strength: float, tmp_path: Path) -> None:
@@ -340,25 +385,34 @@ def test_a_merge_is_what_diffusers_fuses(family: str, strength: float, tmp_path:
     """
     first = family_models.FIRST.get(family, "kohya")
     source = family_models.source(family, tmp_path / "a.safetensors")
-    save_file({k: t for k, t in load_file(source).items() if not k.startswith("lora_unet_img_in_proj.")}, source)
+    save_file(
+        {k: t for k, t in load_file(source).items() if not k.startswith("lora_unet_img_in_proj.")},
+        source,
+    )
     family_models.converted(source, tmp_path / "b.safetensors", family, "diffusers", first)
     model = family_models.model(family).bfloat16()
     model.save_pretrained(tmp_path / "transformer")
     base = model.state_dict()
     fused = fresh_fused(family, base, [(tmp_path / "b.safetensors", strength)])
     for adapter in (tmp_path / "b.safetensors", source):  # and as the trainer wrote it
-        found = merged_transformer(family, tmp_path, [(adapter, strength)], first if adapter is source else "diffusers")
+        found = merged_transformer(
+            family, tmp_path, [(adapter, strength)], first if adapter is source else "diffusers"
+        )
         compare(base, fused, found)
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
-def test_a_merge_of_kohyas_flux_is_what_diffusers_own_converter_makes_of_it(strength: float, tmp_path: Path) -> None:
+def test_a_merge_of_kohyas_flux_is_what_diffusers_own_converter_makes_of_it(
+    strength: float, tmp_path: Path
+) -> None:
     """One LoRA of q, k and v together becomes three.
 
     Of the layers outside the blocks diffusers drops all (gotcha 2), and of `linear1` it knows the real model's sizes only.
     """
     source = family_models.source("flux", tmp_path / "a.safetensors")
-    state = {key: t for key, t in load_file(source).items() if "_blocks_" in key and "linear1" not in key}
+    state = {
+        key: t for key, t in load_file(source).items() if "_blocks_" in key and "linear1" not in key
+    }
     save_file(state, source)
     model = family_models.model("flux").bfloat16()
     model.save_pretrained(tmp_path / "transformer")
@@ -378,7 +432,9 @@ def test_a_merge_of_two_is_what_diffusers_fuses(family: str, tmp_path: Path) -> 
     for n in range(2):
         source = family_models.source(family, tmp_path / "a.safetensors")
         if n:
-            save_file({k: t if "alpha" in k else t.flip(0) for k, t in load_file(source).items()}, source)
+            save_file(
+                {k: t if "alpha" in k else t.flip(0) for k, t in load_file(source).items()}, source
+            )
         paths.append(tmp_path / f"{n}.safetensors")
         family_models.converted(source, paths[-1], family, "diffusers", "kohya")
     model = family_models.model(family).bfloat16()
@@ -395,7 +451,9 @@ def fresh_fused(family: str, base: State, adapters: list[tuple[Path, float]]) ->
     for n, (path, _) in enumerate(adapters):
         model.load_lora_adapter(load_file(path), prefix="transformer", adapter_name=str(n))
     if len(adapters) > 1:
-        model.set_adapters([str(n) for n in range(len(adapters))], [strength for _, strength in adapters])
+        model.set_adapters(
+            [str(n) for n in range(len(adapters))], [strength for _, strength in adapters]
+        )
         model.fuse_lora()
     else:
         model.fuse_lora(lora_scale=adapters[0][1])
@@ -403,8 +461,12 @@ def fresh_fused(family: str, base: State, adapters: list[tuple[Path, float]]) ->
     return dict(model.state_dict())
 
 
-def merged_transformer(family: str, folder: Path, adapters: list[tuple[Path, float]], format: str) -> State:
-    options = merge.Options(output=folder / "m.safetensors", overwrite=True, family=family, format=format)
+def merged_transformer(
+    family: str, folder: Path, adapters: list[tuple[Path, float]], format: str
+) -> State:
+    options = merge.Options(
+        output=folder / "m.safetensors", overwrite=True, family=family, format=format
+    )
     (base,) = (folder / "transformer").glob("*.safetensors")
     plan = merge.plan(base, adapters, options)
     merge.run(plan)

@@ -20,11 +20,22 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.interop
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-CONVOLUTIONS = ["conv1", "conv2", "proj_in", "time_emb_proj", "conv_shortcut", "downsamplers.0.conv"]
+CONVOLUTIONS = [
+    "conv1",
+    "conv2",
+    "proj_in",
+    "time_emb_proj",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+]
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "alpha-is-not-the-rank": {"r": 4, "lora_alpha": 2, "target_modules": [*ATTENTION, *CONVOLUTIONS]},
+    "alpha-is-not-the-rank": {
+        "r": 4,
+        "lora_alpha": 2,
+        "target_modules": [*ATTENTION, *CONVOLUTIONS],
+    },
     "patterns": {
         "r": 4,
         "lora_alpha": 2,
@@ -69,7 +80,9 @@ def in_layers(model: Any) -> dict[str, torch.Tensor]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {
-        f"unet.{name.removeprefix('base_model.model.')}": module.get_delta_weight("default").detach()
+        f"unet.{name.removeprefix('base_model.model.')}": module.get_delta_weight(
+            "default"
+        ).detach()
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
@@ -88,7 +101,11 @@ def test_a_saved_lora_is_merged_as_peft_merges_it(sd1: Sd1, tmp_path: Path, case
     assert expected.keys() == merged.keys()
     for name, tensor in expected.items():
         assert close(merged[name], tensor, 5e-7), name
-    assert sum(not torch.equal(before[name], tensor) for name, tensor in merged.items()) == len(theirs) > 30
+    assert (
+        sum(not torch.equal(before[name], tensor) for name, tensor in merged.items())
+        == len(theirs)
+        > 30
+    )
 
 
 def test_the_configuration_matters(sd1: Sd1, tmp_path: Path) -> None:
@@ -97,8 +114,12 @@ def test_the_configuration_matters(sd1: Sd1, tmp_path: Path) -> None:
     theirs = in_layers(saved(sd1, folder, peft.LoraConfig(**CONFIGS["patterns"])))
     assert all(close(theirs[name].reshape(d.shape), d, 1e-6) for name, d in deltas(folder).items())
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3, "alpha_pattern": {"conv1": 7}}))
-    same = {name for name, d in deltas(folder).items() if close(theirs[name].reshape(d.shape), d, 1e-6)}
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"lora_alpha": 3, "alpha_pattern": {"conv1": 7}})
+    )
+    same = {
+        name for name, d in deltas(folder).items() if close(theirs[name].reshape(d.shape), d, 1e-6)
+    }
     assert same == {name for name in theirs if name.endswith("conv1")}
 
 
@@ -122,8 +143,18 @@ def test_peft_loads_what_extract_writes(sd1: Sd1, tmp_path: Path, rank: dict[str
 LOKR: dict[str, dict[str, Any]] = {
     "both-full": {"r": 64, "alpha": 32, "target_modules": ["to_q", "conv1"]},
     "low-rank": {"r": 2, "alpha": 3, "target_modules": r".*mid_block.*(to_q|to_k|conv1)"},
-    "both-low-rank": {"r": 1, "alpha": 3, "target_modules": ["to_q", "conv1"], "decompose_both": True},
-    "tucker": {"r": 2, "alpha": 3, "target_modules": r".*mid_block.*conv1", "use_effective_conv2d": True},
+    "both-low-rank": {
+        "r": 1,
+        "alpha": 3,
+        "target_modules": ["to_q", "conv1"],
+        "decompose_both": True,
+    },
+    "tucker": {
+        "r": 2,
+        "alpha": 3,
+        "target_modules": r".*mid_block.*conv1",
+        "use_effective_conv2d": True,
+    },
 }
 
 
@@ -137,7 +168,9 @@ LOKR: dict[str, dict[str, Any]] = {
     ],
 )
 def test_a_saved_lokr_means_what_peft_makes_of_it(sd1: Sd1, tmp_path: Path, case: str) -> None:
-    theirs = in_layers(saved(sd1, tmp_path / "adapter", peft.LoKrConfig(**LOKR[case], decompose_factor=4)))
+    theirs = in_layers(
+        saved(sd1, tmp_path / "adapter", peft.LoKrConfig(**LOKR[case], decompose_factor=4))
+    )
     ours = deltas(tmp_path / "adapter")
     assert theirs.keys() == ours.keys()
     assert all(close(theirs[name].reshape(d.shape), d, 1e-6) for name, d in ours.items())

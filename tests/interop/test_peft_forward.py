@@ -32,7 +32,9 @@ def _without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 class Tiny(nn.Module):
     def __init__(self, *, conv: bool, bias: bool) -> None:
         super().__init__()
-        self.layer = nn.Conv2d(IN, OUT, 3, padding=1, bias=bias) if conv else nn.Linear(IN, OUT, bias=bias)
+        self.layer = (
+            nn.Conv2d(IN, OUT, 3, padding=1, bias=bias) if conv else nn.Linear(IN, OUT, bias=bias)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
@@ -74,7 +76,10 @@ def merged(algorithm: str, model: Any, alpha: float | None) -> torch.Tensor:
         assert algorithm in roles, key
         found[roles[algorithm]] = tensor
     assert frozenset(found) in kind.forms
-    facts = kind.facts({role: tuple(t.shape) for role, t in found.items()}, None if alpha is None else Stated(alpha))
+    facts = kind.facts(
+        {role: tuple(t.shape) for role, t in found.items()},
+        None if alpha is None else Stated(alpha),
+    )
     base = model.base_model.model.layer.base_layer.weight
     if facts.kernel is None:
         facts = replace(facts, kernel=tuple(base.shape[2:]))
@@ -96,14 +101,20 @@ def equal_outputs(model: Any, weight: torch.Tensor, x: torch.Tensor) -> None:
     assert (before - expected).abs().max() > 0.05
 
 
-@pytest.mark.parametrize(("case", "conv"), [*((case, False) for case in LINEAR), *((case, True) for case in CONV)])
+@pytest.mark.parametrize(
+    ("case", "conv"), [*((case, False) for case in LINEAR), *((case, True) for case in CONV)]
+)
 def test_the_forward_pass_is_the_merged_weights(case: str, conv: bool) -> None:
     algorithm, name, options = LINEAR[case]
     config = getattr(peft, name)(target_modules=["layer"], **options)
     # PEFT multiplies the bias too by an IA³ on the output, which a weight cannot do
     model = trained(config, conv=conv, bias=case != "ia3-output")
     alpha = options.get("lora_alpha", options.get("alpha"))
-    equal_outputs(model, merged(algorithm, model, alpha), torch.randn(2, IN, 5, 5) if conv else torch.randn(3, IN))
+    equal_outputs(
+        model,
+        merged(algorithm, model, alpha),
+        torch.randn(2, IN, 5, 5) if conv else torch.randn(3, IN),
+    )
 
 
 def test_oft_of_a_convolution_is_merged_as_peft_merges_it() -> None:
@@ -127,10 +138,16 @@ def test_butterfly_stages(monkeypatch: pytest.MonkeyPatch, factors: int, conv: b
 
     monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
     monkeypatch.setattr(layer, "FastBlockDiag", BlockDiagonal)
-    config = peft.BOFTConfig(target_modules=["layer"], boft_block_size=2, boft_n_butterfly_factor=factors)
+    config = peft.BOFTConfig(
+        target_modules=["layer"], boft_block_size=2, boft_n_butterfly_factor=factors
+    )
     model = trained(config, conv=conv)
     assert model.base_model.model.layer.boft_R["default"].shape[0] == factors
-    equal_outputs(model, merged("peft-boft", model, None), torch.randn(2, IN, 5, 5) if conv else torch.randn(3, IN))
+    equal_outputs(
+        model,
+        merged("peft-boft", model, None),
+        torch.randn(2, IN, 5, 5) if conv else torch.randn(3, IN),
+    )
 
 
 def test_ia3_of_a_convolution_is_refused() -> None:
@@ -147,6 +164,12 @@ def test_the_bias_of_a_lora_is_a_difference_of_its_own() -> None:
     assert split is not None
     assert dict(split[2])["full"] == "diff_b"
     layer = model.base_model.model.layer
-    x, up, down = torch.randn(3, IN), stored[key.replace("bias", "weight")], layer.lora_A["default"].weight
-    plain = nn.functional.linear(x, layer.base_layer.weight + up @ down, layer.base_layer.bias + stored[key])
+    x, up, down = (
+        torch.randn(3, IN),
+        stored[key.replace("bias", "weight")],
+        layer.lora_A["default"].weight,
+    )
+    plain = nn.functional.linear(
+        x, layer.base_layer.weight + up @ down, layer.base_layer.bias + stored[key]
+    )
     torch.testing.assert_close(plain, model(x), rtol=1e-4, atol=1e-5)

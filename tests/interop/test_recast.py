@@ -37,7 +37,9 @@ def kronecker(sd1: Sd1, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_lokr_as_a_lora_is_loaded_whole(sd1: Sd1, kronecker: Path, tmp_path: Path) -> None:
     output = tmp_path / "lora.safetensors"
-    report = convert.run(convert.plan(kronecker, convert.Options(to="diffusers", algo="lora", output=output)))
+    report = convert.run(
+        convert.plan(kronecker, convert.Options(to="diffusers", algo="lora", output=output))
+    )
     assert report.relative_error < 1e-6
     ours, before, theirs = deltas(output), deltas(kronecker), in_layers(*load(sd1, output))
     assert theirs.keys() == ours.keys() == before.keys()
@@ -55,7 +57,9 @@ def test_ranks_that_differ_are_loaded_as_they_are(sd1: Sd1, noisy: Path, tmp_pat
     assert not wrong(theirs, deltas(output))
 
 
-def test_where_ranks_that_differ_are_not_loaded_so_inspect_says_it(sd1: Sd1, noisy: Path, tmp_path: Path) -> None:
+def test_where_ranks_that_differ_are_not_loaded_so_inspect_says_it(
+    sd1: Sd1, noisy: Path, tmp_path: Path
+) -> None:
     """Of kohya keys diffusers gives attention layers the alpha that most have."""
     source, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     sd1.extract(noisy, source, rank=8)
@@ -65,11 +69,15 @@ def test_where_ranks_that_differ_are_not_loaded_so_inspect_says_it(sd1: Sd1, noi
         assert judge(adapter)["diffusers"].loads is False
 
 
-def test_a_combination_is_loaded_whole(sd1: Sd1, kronecker: Path, noisy: Path, tmp_path: Path) -> None:
+def test_a_combination_is_loaded_whole(
+    sd1: Sd1, kronecker: Path, noisy: Path, tmp_path: Path
+) -> None:
     source, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     sd1.extract(noisy, source, rank=3)
     inputs = [(source, 0.75), (kronecker, -0.5)]
-    combine.run(combine.plan(inputs, combine.Options(to="diffusers", algo="lora", rank=64, output=output)))
+    combine.run(
+        combine.plan(inputs, combine.Options(to="diffusers", algo="lora", rank=64, output=output))
+    )
     theirs, first, second = in_layers(*load(sd1, output)), deltas(source), deltas(kronecker)
     for name, delta in theirs.items():
         expected = 0.75 * first[name] - 0.5 * second[name]
@@ -85,7 +93,9 @@ def test_a_resized_lokr_is_a_lokr_for_lycoris(sd1: Sd1, kronecker: Path, tmp_pat
     found = 0
     for name in names:
         state = {key: t for key, t in tensors.items() if key.startswith(f"{name}.")}
-        label = next((n for n in ours if n.replace(".", "_").endswith(name.removeprefix("lora_unet_"))), None)
+        label = next(
+            (n for n in ours if n.replace(".", "_").endswith(name.removeprefix("lora_unet_"))), None
+        )
         if label is None or not name.startswith("lora_unet_"):
             continue
         delta = ours[label]

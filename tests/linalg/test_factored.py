@@ -32,9 +32,14 @@ def test_factored_svd_is_exact_without_the_product(condition: float) -> None:
 
 def test_factored_svd_reveals_rank_and_survives_zeros() -> None:
     left, right = torch.randn(50, 4), torch.randn(4, 60)
-    twice = factored_svd(torch.cat([left, left, torch.zeros(50, 2)], 1), torch.cat([right, right, torch.randn(2, 60)]))
+    twice = factored_svd(
+        torch.cat([left, left, torch.zeros(50, 2)], 1),
+        torch.cat([right, right, torch.randn(2, 60)]),
+    )
     assert int((twice.s > 1e-6 * twice.s[0]).sum()) == 4
-    torch.testing.assert_close(torch.from_numpy(reconstructed(twice)).float(), 2 * left @ right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.from_numpy(reconstructed(twice)).float(), 2 * left @ right, rtol=1e-4, atol=1e-4
+    )
     nothing = factored_svd(torch.zeros(3, 5, 2), torch.randn(3, 2, 6))
     assert not nothing.s.any()
     assert torch.isfinite(nothing.u).all()
@@ -54,7 +59,9 @@ def test_factored_svd_fixes_signs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(factored, "supports_float64", lambda _, float64=float64: float64)
         found = factored_svd(left, right)
         assert (found.u.gather(-2, found.u.abs().argmax(-2, keepdim=True)) > 0).all()
-        torch.testing.assert_close(torch.from_numpy(reconstructed(found)).float(), left @ right, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(reconstructed(found)).float(), left @ right, rtol=1e-4, atol=1e-4
+        )
         wide = factored_svd(torch.randn(3, 8), torch.randn(8, 5))
         assert (wide.u.shape, wide.s.shape, wide.vh.shape) == ((3, 8), (8,), (8, 5))
 
@@ -69,10 +76,16 @@ def test_core_keeps_the_best_of_each_rank(float64: bool, monkeypatch: pytest.Mon
     sigma = np.linalg.svd(dense, compute_uv=False)[:12]
     for k in (1, 5, 12):
         up, down = core.kept(left, right, k)
-        np.testing.assert_allclose(np.linalg.norm(up.numpy(), axis=0), np.sqrt(sigma[:k]), rtol=1e-6)
-        np.testing.assert_allclose(np.linalg.norm(down.numpy(), axis=1), np.sqrt(sigma[:k]), rtol=1e-6)
+        np.testing.assert_allclose(
+            np.linalg.norm(up.numpy(), axis=0), np.sqrt(sigma[:k]), rtol=1e-6
+        )
+        np.testing.assert_allclose(
+            np.linalg.norm(down.numpy(), axis=1), np.sqrt(sigma[:k]), rtol=1e-6
+        )
         least = np.sqrt((sigma[k:] ** 2).sum())
-        assert np.linalg.norm(dense - (up @ down).numpy()) == pytest.approx(least, rel=1e-7, abs=1e-8 * sigma[0])
+        assert np.linalg.norm(dense - (up @ down).numpy()) == pytest.approx(
+            least, rel=1e-7, abs=1e-8 * sigma[0]
+        )
 
 
 def test_inner_and_distance_of_products() -> None:
@@ -100,7 +113,9 @@ def test_distance_of_nearly_equal_products_is_not_lost_to_cancellation() -> None
     assert float(product_distance((left, right), (moved, right))) == pytest.approx(true, rel=1e-5)
 
 
-def stored_as(factors: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def stored_as(
+    factors: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     return factors[0].to(dtype).float(), factors[1].to(dtype).float()
 
 
@@ -161,7 +176,9 @@ def test_a_product_whose_terms_cancel_is_left_to_float64(closeness: float) -> No
     core = factored.Core.stack(list(factored_core(left, right).members()), [1])
     kept = core.kept(left, right, 1)
     stored = stored_as(kept, torch.float16)
-    measured = float((left.double() @ right.double() - stored[0].double() @ stored[1].double()).square().sum())
+    measured = float(
+        (left.double() @ right.double() - stored[0].double() @ stored[1].double()).square().sum()
+    )
     found = float(core.distances((left, right), kept, stored))
     assert np.isnan(found) == (closeness < 1e-2)
     assert np.isnan(found) or found == pytest.approx(measured, rel=1e-6)

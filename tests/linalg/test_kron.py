@@ -45,7 +45,9 @@ def test_factorization_is_lycoris() -> None:
 def test_kron_is_numpys() -> None:
     w1, w2 = tensor(2, 3, 4), tensor(2, 5, 6)
     for n in range(2):
-        np.testing.assert_array_equal(kron(w1, w2)[n].numpy(), np.kron(w1[n].numpy(), w2[n].numpy()))
+        np.testing.assert_array_equal(
+            kron(w1, w2)[n].numpy(), np.kron(w1[n].numpy(), w2[n].numpy())
+        )
 
 
 def test_rearrange_turns_a_kronecker_product_into_an_outer_one() -> None:
@@ -63,7 +65,9 @@ def test_nearest_is_the_leading_singular_pair(a: int, b: int, c: int, d: int) ->
     error = float((x - kron(found.w1, found.w2)).norm())
     assert error == pytest.approx(oracle.best_kron(x.numpy(), a, b), rel=1e-9, abs=1e-9)
     assert float(found.captured) == pytest.approx(float(x.square().sum()) - error**2, rel=1e-9)
-    assert float(found.w1.square().mean()) == pytest.approx(float(found.w2.square().mean()), rel=1e-9)
+    assert float(found.w1.square().mean()) == pytest.approx(
+        float(found.w2.square().mean()), rel=1e-9
+    )
     assert found.w1.flatten()[found.w1.abs().argmax()] > 0
 
 
@@ -84,7 +88,9 @@ def test_lanczos_captures_what_the_gram_matrix_does(a: int) -> None:
     captured = float(nearest_kron(x, a, a).captured)
     assert sigma**2 * 0.995 <= captured <= sigma**2 * (1 + 1e-6)
     r = rearrange(x, a, a)[None]
-    stacked = lowrank._stacked(r, SvdSpec(module.STACK_RANK, method="lanczos")).u[0, :, 0]  # what a GPU runs
+    stacked = lowrank._stacked(r, SvdSpec(module.STACK_RANK, method="lanczos")).u[
+        0, :, 0
+    ]  # what a GPU runs
     assert float((stacked @ r[0]).norm()) ** 2 >= sigma**2 * 0.995
 
 
@@ -128,7 +134,9 @@ def test_the_stacked_form_of_accelerators_gives_the_same(monkeypatch: pytest.Mon
         torch.testing.assert_close(one.captured, two.captured)
         for name in ("w1", "w2", "left", "right"):
             if hasattr(one, name):
-                torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(
+                    getattr(one, name), getattr(two, name), rtol=1e-5, atol=1e-7
+                )
 
 
 class TestLowRank:
@@ -136,7 +144,9 @@ class TestLowRank:
         w1, left, right = tensor(4, 4), tensor(16, 3), tensor(3, 20)
         x = kron(w1, left @ right)
         found = nearest_kron_lowrank(x, 4, 4, 3)
-        torch.testing.assert_close(kron(found.w1, found.left @ found.right), x, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            kron(found.w1, found.left @ found.right), x, rtol=1e-6, atol=1e-6
+        )
 
     def test_never_worse_than_truncating_and_never_better_than_full(self) -> None:
         x = tensor(48, 60)

@@ -41,7 +41,9 @@ def tensor(*shape: int) -> torch.Tensor:
 def rows_of_blocks(x: Array, a: int, b: int) -> Array:
     """R(X), block by block."""
     c, d = x.shape[0] // a, x.shape[1] // b
-    return np.stack([x[i * c : i * c + c, j * d : j * d + d].ravel() for i in range(a) for j in range(b)])
+    return np.stack(
+        [x[i * c : i * c + c, j * d : j * d + d].ravel() for i in range(a) for j in range(b)]
+    )
 
 
 def leading(x: Array, a: int, b: int) -> float:
@@ -61,7 +63,9 @@ def lokr(random: np.random.Generator, way: tuple[int, int, int, int], rank: int 
     return np.kron(random.standard_normal((a, b)), second)
 
 
-def lokrs(strengths: tuple[float, ...], ranks: tuple[int, ...]) -> Iterator[tuple[tuple[object, ...], Merged]]:
+def lokrs(
+    strengths: tuple[float, ...], ranks: tuple[int, ...]
+) -> Iterator[tuple[tuple[object, ...], Merged]]:
     for (m, n), window in SHAPES.items():
         for factor in LOKR_FACTORS:
             for rank in ranks:
@@ -76,7 +80,9 @@ def unavoidable(one: Merged, w1: Array, w2: Array) -> float:
     """The energy of that part of the rounding which small changes of w1 and w2 look like: no fit can tell it apart."""
     rounding = rows_of_blocks(one.delta.double().numpy() - one.truth, *w1.shape)
     first, second = (w.ravel() / np.linalg.norm(w) for w in (w1, w2))
-    return energy(first @ rounding) + energy(rounding @ second) - float(first @ rounding @ second) ** 2
+    return (
+        energy(first @ rounding) + energy(rounding @ second) - float(first @ rounding @ second) ** 2
+    )
 
 
 def recognised(one: Merged, window: int = 1, *, aided: bool = True) -> Split | None:
@@ -99,7 +105,11 @@ def test_merged_lokrs_are_recognised_and_recovered_to_the_floor() -> None:
         a, b, *_ = way = cut(m, n, SHAPES[m, n], factor)
         found = recognised(one, SHAPES[m, n])
         of += 1
-        if found is None or (found.a, found.b, found.c, found.d) != way or factor not in found.factors:
+        if (
+            found is None
+            or (found.a, found.b, found.c, found.d) != way
+            or factor not in found.factors
+        ):
             wrong.append((name, found))
         if ulp < 4:
             continue
@@ -112,7 +122,9 @@ def test_merged_lokrs_are_recognised_and_recovered_to_the_floor() -> None:
         w1, w2 = best.w1.double().numpy(), best.w2.double().numpy()
         error = energy(np.kron(w1, w2) - one.truth)
         assert error <= 1.02 * unavoidable(one, w1, w2), name
-        if ulp == 20 and rank != 1:  # below, and for rank 1, rounding on a grid depends on the change
+        if (
+            ulp == 20 and rank != 1
+        ):  # below, and for rank 1, rounding on a grid depends on the change
             floors.append(error / ((w1.size + w2.size) / (m * n) * one.floor))
     assert (of, ranked) == (288, 128)
     assert len(wrong) <= of // 100, wrong
@@ -195,15 +207,21 @@ def test_splits_are_those_of_the_loaders(window: int) -> None:
         found = splits(m, n * window, window)
         expected: dict[tuple[int, int, int, int], list[int]] = {}
         for factor in FACTORS:
-            expected.setdefault(cut(m, n * window, window, factor if factor > 0 else 10**6), []).append(factor)
-        whole = {way: who for way, who in expected.items() if way[0] * way[1] > 1 and way[2] * way[3] > 1}
+            expected.setdefault(
+                cut(m, n * window, window, factor if factor > 0 else 10**6), []
+            ).append(factor)
+        whole = {
+            way: who for way, who in expected.items() if way[0] * way[1] > 1 and way[2] * way[3] > 1
+        }
         assert {(way.a, way.b, way.c, way.d): list(way.factors) for way in found} == whole
         assert all(way.parameters == way.a * way.b + way.c * way.d for way in found)
     with pytest.raises(ShapeMismatch, match="30 columns are no multiple of a window of 9"):
         splits(10, 30, 9)
 
 
-@pytest.mark.parametrize(("m", "n", "window"), [(48, 80, 1), (60, 36 * 9, 9), (1, 64, 1), (90, 2, 1), (7, 11, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "window"), [(48, 80, 1), (60, 36 * 9, 9), (1, 64, 1), (90, 2, 1), (7, 11, 1)]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_captured_is_the_leading_singular_value(
     m: int, n: int, window: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -228,7 +246,9 @@ def test_captured_is_the_leading_singular_value(
 
 
 @pytest.mark.parametrize("kind", ["noise", "product", "rounded", "noisy", "power"])
-def test_lanczos_captures_what_the_gram_matrix_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanczos_captures_what_the_gram_matrix_does(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond 256 blocks. White noise is the worst case; of a product, what remains must be told from rounding."""
     random = generator("lanczos", kind)
     product = lokr(random, (15, 20, 24, 24))
@@ -256,7 +276,8 @@ def test_finest_of_equals_is_not_taken_but_the_cheapest() -> None:
     """A product of three is one by two splits: the one with fewer parameters is meant."""
     random = generator("nested")
     change = np.kron(
-        random.standard_normal((4, 4)), np.kron(random.standard_normal((2, 2)), random.standard_normal((15, 20)))
+        random.standard_normal((4, 4)),
+        np.kron(random.standard_normal((2, 2)), random.standard_normal((15, 20))),
     )
     scan = scan_kron(torch.from_numpy(change))
     by = {way.a: float(score) for way, score in zip(scan.splits, scan.score, strict=True)}
@@ -318,12 +339,16 @@ def test_noise_of_the_second_factor_is_that_of_the_weighted_sum() -> None:
     rows, columns = random.uniform(0.1, 2, (2, a * c)), random.uniform(0.1, 2, (2, b * d))
     columns /= columns.mean(1, keepdims=True)
     w1 = random.standard_normal((2, a, b))
-    found = second_noise(RoundingNoise(torch.from_numpy(rows), torch.from_numpy(columns)), torch.from_numpy(w1))
+    found = second_noise(
+        RoundingNoise(torch.from_numpy(rows), torch.from_numpy(columns)), torch.from_numpy(w1)
+    )
     for k in range(2):
         variances = rows_of_blocks(np.outer(rows[k], columns[k]), a, b)
         exact = (w1[k].ravel() ** 2 @ variances).reshape(c, d)
         np.testing.assert_allclose(found.rows[k].numpy(), exact.mean(1), rtol=1e-12)
-        np.testing.assert_allclose(found.columns[k].numpy(), exact.mean(0) / exact.mean(), rtol=1e-12)
+        np.testing.assert_allclose(
+            found.columns[k].numpy(), exact.mean(0) / exact.mean(), rtol=1e-12
+        )
         assert float(found.floor[k]) == pytest.approx(exact.sum())
 
 
@@ -333,7 +358,9 @@ def test_noise_of_the_second_factor_is_what_rounding_leaves_in_it() -> None:
     one = merged(base, change, 20, torch.bfloat16, "master")
     w1 = nearest_kron(one.delta, 4, 4).w1.double().numpy()
     w1 /= np.linalg.norm(w1)
-    error = (w1.ravel() @ rows_of_blocks(one.delta.double().numpy() - one.truth, 4, 4)).reshape(80, 100)
+    error = (w1.ravel() @ rows_of_blocks(one.delta.double().numpy() - one.truth, 4, 4)).reshape(
+        80, 100
+    )
     found = second_noise(one.noise, torch.from_numpy(w1))
     assert float(found.floor) == pytest.approx(energy(error), rel=0.1)
     exact = (w1.ravel() ** 2 @ rows_of_blocks(variance(one.rounded[0]), 4, 4)).sum()
@@ -343,7 +370,8 @@ def test_noise_of_the_second_factor_is_what_rounding_leaves_in_it() -> None:
 def test_second_ranks_of_a_batch_and_of_zero() -> None:
     random = generator("second batch")
     members = [
-        merged(weight(random, 96, 120), lokr(random, (4, 4, 24, 30), rank), 30, torch.float16) for rank in (2, 5)
+        merged(weight(random, 96, 120), lokr(random, (4, 4, 24, 30), rank), 30, torch.float16)
+        for rank in (2, 5)
     ]
     delta = torch.stack([*(one.delta for one in members), torch.zeros(96, 120)])
     tuned = torch.stack([*(one.rounded[0] for one in members), members[0].rounded[0]])

@@ -30,7 +30,9 @@ def family(name: str, m: int, n: int, seed: int = 0) -> Array:
     power = {"steep": 2.0, "slow": 0.25}.get(name) or float(name.removeprefix("pl"))
     a = (u * i**-power) @ v.T
     a /= np.linalg.norm(a)
-    return a if name in ("steep", "slow") else 0.7**0.5 * a + 0.3**0.5 * noise / np.linalg.norm(noise)
+    return (
+        a if name in ("steep", "slow") else 0.7**0.5 * a + 0.3**0.5 * noise / np.linalg.norm(noise)
+    )
 
 
 def reconstructed(found: lowrank.LowRank) -> Array:
@@ -38,7 +40,9 @@ def reconstructed(found: lowrank.LowRank) -> Array:
 
 
 @pytest.mark.parametrize("name", ["pl0.5", "pl1", "pl1.5", "steep", "slow", "lora", "qkv"])
-@pytest.mark.parametrize(("m", "n", "k"), [(320, 640, 8), (640, 320, 32), (448, 448, 16), (300, 900, 24)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(320, 640, 8), (640, 320, 32), (448, 448, 16), (300, 900, 24)]
+)
 def test_within_a_thousandth_of_the_optimum(name: str, m: int, n: int, k: int) -> None:
     a = family(name, m, n)
     best = float(np.sqrt((np.linalg.svd(a, compute_uv=False)[k:] ** 2).sum()))
@@ -47,13 +51,17 @@ def test_within_a_thousandth_of_the_optimum(name: str, m: int, n: int, k: int) -
         error = np.linalg.norm(a - reconstructed(found))
         assert error <= best * 1.001 + 3e-7 * np.linalg.norm(a), method
         # the reported residual is the real one
-        assert float(found.residual) ** 0.5 == pytest.approx(error, rel=1e-4, abs=2e-7 * np.linalg.norm(a))
+        assert float(found.residual) ** 0.5 == pytest.approx(
+            error, rel=1e-4, abs=2e-7 * np.linalg.norm(a)
+        )
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
 @pytest.mark.parametrize("tail", [0.5, 0.1, 1e-3])
 @pytest.mark.parametrize(("copies", "k"), [(20, 20), (32, 32), (32, 48), (48, 32), (64, 64)])
-def test_a_singular_value_more_often_than_a_block_has_columns(copies: int, k: int, tail: float, spread: float) -> None:
+def test_a_singular_value_more_often_than_a_block_has_columns(
+    copies: int, k: int, tail: float, spread: float
+) -> None:
     """One start finds as many copies of a σ as it has columns: a merged LoRA with orthonormal factors has `copies` of them."""
     random = np.random.default_rng(3)
     m, n = 1280, 640
@@ -105,7 +113,9 @@ def test_zero_gives_zeros(method: str) -> None:
 
 
 def test_factors_are_orthonormal_signed_and_descending() -> None:
-    found = truncated_svd(torch.from_numpy(family("pl1", 300, 400)).float(), SvdSpec(16, method="lanczos"))
+    found = truncated_svd(
+        torch.from_numpy(family("pl1", 300, 400)).float(), SvdSpec(16, method="lanczos")
+    )
     eye = torch.eye(16)
     torch.testing.assert_close(found.u.mT @ found.u, eye, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.vh @ found.vh.mT, eye, atol=1e-5, rtol=0)
@@ -117,7 +127,9 @@ def test_factors_are_orthonormal_signed_and_descending() -> None:
 
 
 def test_equal_bits_alone_and_in_any_batch() -> None:
-    stack = torch.stack([torch.from_numpy(family("pl1", 200, 300, seed)).float() for seed in range(3)])
+    stack = torch.stack(
+        [torch.from_numpy(family("pl1", 200, 300, seed)).float() for seed in range(3)]
+    )
     alone = truncated_svd(stack[1], SvdSpec(8, method="lanczos"))
     for batch in (stack, stack.flip(0), stack.reshape(3, 1, 200, 300)):
         found = truncated_svd(batch, SvdSpec(8, method="lanczos"))
@@ -133,7 +145,10 @@ def test_equal_bits_alone_and_in_any_batch() -> None:
 def test_the_stacked_form_of_accelerators_is_as_good(m: int, n: int, k: int) -> None:
     """What a GPU runs, run here: one stack of easy, hard, zero and low-rank members."""
     names = ("pl0.5", "pl1", "steep", "lora", "qkv")
-    members = [family(name, m, n) for name in names] + [np.zeros((m, n)), np.outer(np.arange(m), np.ones(n))]
+    members = [family(name, m, n) for name in names] + [
+        np.zeros((m, n)),
+        np.outer(np.arange(m), np.ones(n)),
+    ]
     stack = torch.from_numpy(np.stack(members)).float()
     bests = [float(np.sqrt((np.linalg.svd(a, compute_uv=False)[k:] ** 2).sum())) for a in members]
     for method in ("lanczos", "gram", "auto"):
@@ -144,7 +159,9 @@ def test_the_stacked_form_of_accelerators_is_as_good(m: int, n: int, k: int) -> 
         for i, (a, best) in enumerate(zip(members, bests, strict=True)):
             error = np.linalg.norm(a - reconstructed(found)[i, 0])
             assert error <= best * 1.001 + 3e-6 * np.linalg.norm(a), (method, i)
-            assert float(found.residual[i, 0]) ** 0.5 == pytest.approx(error, rel=1e-3, abs=3e-6 * np.linalg.norm(a))
+            assert float(found.residual[i, 0]) ** 0.5 == pytest.approx(
+                error, rel=1e-3, abs=3e-6 * np.linalg.norm(a)
+            )
         assert not found.s[5].any()
 
 
@@ -216,7 +233,10 @@ def test_errors_of_all_truncations_whatever_the_factors(m: int, n: int, rank: in
     """Rounded factors, factors that are no singular vectors, and a residual that is nearly zero."""
     draw = torch.Generator().manual_seed(m)
     left, right = torch.randn(m, rank, generator=draw), torch.randn(rank, n, generator=draw) * 0.1
-    for a in (torch.randn(m, n, generator=draw), left @ right + 1e-4 * torch.randn(m, n, generator=draw)):
+    for a in (
+        torch.randn(m, n, generator=draw),
+        left @ right + 1e-4 * torch.randn(m, n, generator=draw),
+    ):
         stored = left.half().double(), right.half().double()
         found = truncation_errors(a, left.half().float(), right.half().float())
         assert found.shape == (rank + 1,)

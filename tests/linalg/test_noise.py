@@ -23,7 +23,12 @@ from adaptkit.linalg.noise import (
 
 Array = np.ndarray
 HALF = (torch.float16, torch.bfloat16)
-SHAPES = {(320, 320): 1, (640, 768): 1, (320, 1280): 1, (320, 320 * 9): 9}  # and the window of a convolution's kernel
+SHAPES = {
+    (320, 320): 1,
+    (640, 768): 1,
+    (320, 1280): 1,
+    (320, 320 * 9): 9,
+}  # and the window of a convolution's kernel
 DIGITS = {  # stored digits of the fraction, the exponent of the smallest normal number
     torch.float16: (10, -14),
     torch.bfloat16: (7, -126),
@@ -40,7 +45,10 @@ def generator(*seed: object) -> np.random.Generator:
 
 def ulps(x: Array, dtype: torch.dtype) -> Array:
     digits, least = DIGITS[dtype]
-    return 2.0 ** (np.maximum(np.frexp(x)[1] - 1.0, least, where=x != 0, out=np.full(x.shape, float(least))) - digits)
+    return 2.0 ** (
+        np.maximum(np.frexp(x)[1] - 1.0, least, where=x != 0, out=np.full(x.shape, float(least)))
+        - digits
+    )
 
 
 def variance(tensor: Tensor) -> Array:
@@ -67,7 +75,9 @@ def power_law(random: np.random.Generator, m: int, n: int, power: float) -> Arra
 def blocks(random: np.random.Generator, m: int, n: int) -> Array:
     """Heads that changed by different amounts, in different directions."""
     scales = np.exp(random.standard_normal((m // 40, 1)))
-    return np.repeat(scales, 40, axis=0) * (low_rank(random, m, n, 20) / 20**0.5 + random.standard_normal((m, n)))
+    return np.repeat(scales, 40, axis=0) * (
+        low_rank(random, m, n, 20) / 20**0.5 + random.standard_normal((m, n))
+    )
 
 
 def finetune(random: np.random.Generator, m: int, n: int, kind: str) -> Array:
@@ -93,7 +103,9 @@ class Merged:
         return float(sum(variance(one).sum() for one in self.rounded))
 
 
-def merged(base: Array, change: Array, ulp: float, dtype: torch.dtype, mode: str = "grid") -> Merged:
+def merged(
+    base: Array, change: Array, ulp: float, dtype: torch.dtype, mode: str = "grid"
+) -> Merged:
     """`change` scaled to an rms of `ulp` times that of the ulps of `base`.
 
     grid: the base was a file of this dtype; master: it is float32; both: it was rounded, and tuned from before that.
@@ -111,15 +123,26 @@ def loras() -> Iterator[tuple[tuple[object, ...], int, Merged]]:
     for m, n in SHAPES:
         for rank in (1, 2, 4, 8, 16, 32, 64):
             random = generator("lora", m, n, rank)
-            base, change = weight(random, m, n, 0.3 if rank % 3 == 1 else 0.0), low_rank(random, m, n, rank)
+            base, change = (
+                weight(random, m, n, 0.3 if rank % 3 == 1 else 0.0),
+                low_rank(random, m, n, rank),
+            )
             for dtype in HALF:
                 for ulp, mode in ((4, "grid"), (30, "master"), (5, "both")):
-                    yield (m, n, dtype, rank, ulp, mode), rank, merged(base, change, ulp, dtype, mode)
+                    yield (
+                        (m, n, dtype, rank, ulp, mode),
+                        rank,
+                        merged(base, change, ulp, dtype, mode),
+                    )
 
 
-def finetunes(strengths: tuple[float, ...] = (0.5, 4, 50)) -> Iterator[tuple[tuple[object, ...], Merged]]:
+def finetunes(
+    strengths: tuple[float, ...] = (0.5, 4, 50),
+) -> Iterator[tuple[tuple[object, ...], Merged]]:
     for (m, n), kind in (
-        (shape, kind) for shape in SHAPES for kind in (".25", ".5", "1", "1.5", "2", "white", "blocks")
+        (shape, kind)
+        for shape in SHAPES
+        for kind in (".25", ".5", "1", "1.5", "2", "white", "blocks")
     ):
         random = generator("full", m, n, kind)
         base, change = weight(random, m, n), finetune(random, m, n, kind)
@@ -162,7 +185,9 @@ def fixed_point(delta: Array, variances: Array, margin: float = 1.02) -> int:
 def test_floor_and_rows_are_those_of_the_ulps(dtype: torch.dtype) -> None:
     x = torch.from_numpy(weight(generator(0), 48, 70, 1.0)).to(dtype)
     x[3, :5] = 0
-    x[4, :3] = torch.finfo(dtype).smallest_normal * 0.5  # its ulp is that of the smallest normal number
+    x[4, :3] = (
+        torch.finfo(dtype).smallest_normal * 0.5
+    )  # its ulp is that of the smallest normal number
     found, exact = rounding_noise(x), variance(x)
     np.testing.assert_allclose(found.rows.numpy(), exact.mean(1), rtol=1e-5)
     assert float(found.floor) == pytest.approx(exact.sum(), rel=1e-5)
@@ -185,7 +210,9 @@ def test_noise_of_two_files_of_different_dtypes_adds_up() -> None:
     pair = w.half(), w.bfloat16()
     for one, two in (pair, pair[::-1]):
         found = rounding_noise(one, two)
-        np.testing.assert_allclose(found.rows.numpy(), (variance(one) + variance(two)).mean(1), rtol=1e-5)
+        np.testing.assert_allclose(
+            found.rows.numpy(), (variance(one) + variance(two)).mean(1), rtol=1e-5
+        )
     assert torch.equal(rounding_noise(w.double()).rows.isfinite(), torch.ones(40, dtype=torch.bool))
 
 
@@ -229,8 +256,12 @@ def test_merged_loras_are_recognised_and_recovered_to_the_floor() -> None:
         if int(found.rank) != rank or not bool(found.low_rank):
             wrong.append((name, int(found.rank), float(found.ratio)))
         m, n = one.delta.shape
-        best = rank * (m + n - rank) / (m * n) * one.floor  # of noise, what fits into rank-r matrices near the truth
-        errors.append((energy(product(denoised(one.delta, one.noise, rank)) - one.truth) / best, name))
+        best = (
+            rank * (m + n - rank) / (m * n) * one.floor
+        )  # of noise, what fits into rank-r matrices near the truth
+        errors.append(
+            (energy(product(denoised(one.delta, one.noise, rank)) - one.truth) / best, name)
+        )
         assert 0.5 < float(found.ratio) < 1.4, name
     assert of == 168
     assert len(wrong) <= of // 100, wrong
@@ -241,11 +272,18 @@ def test_merged_loras_are_recognised_and_recovered_to_the_floor() -> None:
 
 
 def test_the_rank_is_that_of_the_whole_spectrum() -> None:
-    names = [((320, 320), 8, 4.0), ((320, 640), 20, 10.0), ((640, 320), 3, 40.0), ((300, 2000), 60, 4.0)]
+    names = [
+        ((320, 320), 8, 4.0),
+        ((320, 640), 20, 10.0),
+        ((640, 320), 3, 40.0),
+        ((300, 2000), 60, 4.0),
+    ]
     for dtype in HALF:
         for (m, n), rank, ulp in names:
             random = generator("svd", m, n)
-            one = merged(weight(random, m, n, 0.5), low_rank(random, m, n, rank), ulp, dtype, "master")
+            one = merged(
+                weight(random, m, n, 0.5), low_rank(random, m, n, rank), ulp, dtype, "master"
+            )
             expected = fixed_point(one.delta.double().numpy(), variance(one.rounded[0]))
             assert int(rank_above_noise(one.delta, one.noise).rank) == expected == rank
 
@@ -295,9 +333,13 @@ def test_strong_directions_hide_nothing(lead: float, dtype: torch.dtype) -> None
     """Rank 6 whose σ span seven decades: the weak three are far below what float32 sums of the whole can tell."""
     random = generator("decades")
     u, v = (np.linalg.qr(random.standard_normal((400, 6)))[0] for _ in range(2))
-    noise = RoundingNoise(torch.full((400,), 1e-8, dtype=torch.float64), torch.ones(400, dtype=torch.float64))
+    noise = RoundingNoise(
+        torch.full((400,), 1e-8, dtype=torch.float64), torch.ones(400, dtype=torch.float64)
+    )
     sigma = 1e-4 * 40 * np.array([lead, lead / 2, lead / 30, 4.0, 3.0, 2.0])
-    delta = torch.from_numpy((u * sigma) @ v.T + 1e-4 * random.standard_normal((400, 400))).to(dtype)
+    delta = torch.from_numpy((u * sigma) @ v.T + 1e-4 * random.standard_normal((400, 400))).to(
+        dtype
+    )
     found = rank_above_noise(delta, noise)
     assert (int(found.rank), bool(found.low_rank)) == (6, True)
     assert float(found.ratio) == pytest.approx(1.0, abs=0.05)
@@ -325,7 +367,9 @@ def test_an_adapter_merged_in_half_precision_is_low_rank_still() -> None:
 
 def test_the_rounding_of_the_base_may_go_uncounted() -> None:
     random = generator("uncounted")
-    one = merged(weight(random, 320, 400), low_rank(random, 320, 400, 12), 20, torch.float16, "both")
+    one = merged(
+        weight(random, 320, 400), low_rank(random, 320, 400, 12), 20, torch.float16, "both"
+    )
     found = rank_above_noise(one.delta, rounding_noise(one.rounded[0]))
     assert (int(found.rank), bool(found.low_rank)) == (12, True)
     assert float(found.ratio) == pytest.approx(2.0, rel=0.1)
@@ -333,7 +377,9 @@ def test_the_rounding_of_the_base_may_go_uncounted() -> None:
 
 def test_directions_below_the_least_are_not_counted() -> None:
     random = generator("least")
-    one = merged(weight(random, 320, 400), low_rank(random, 320, 400, 5), 10, torch.float16, "master")
+    one = merged(
+        weight(random, 320, 400), low_rank(random, 320, 400, 5), 10, torch.float16, "master"
+    )
     sigma = np.linalg.svd(one.delta.double().numpy(), compute_uv=False) ** 2 / one.floor * 320 * 400
     found = rank_above_noise(one.delta, one.noise, least=float(sigma[2] + sigma[3]) / 2)
     whole = rank_above_noise(one.delta, one.noise)
@@ -383,7 +429,10 @@ def test_a_base_that_is_nowhere_rounded_has_no_noise() -> None:
 def test_members_of_a_batch_strides_and_threads_change_nothing() -> None:
     random = generator("batch")
     base = weight(random, 320, 400)
-    members = [merged(base, low_rank(random, 320, 400, rank), 10, torch.bfloat16) for rank in (2, 9, 30, 70)]
+    members = [
+        merged(base, low_rank(random, 320, 400, rank), 10, torch.bfloat16)
+        for rank in (2, 9, 30, 70)
+    ]
     delta = torch.stack([one.delta for one in members]).reshape(2, 2, 320, 400)
     tuned = torch.stack([one.rounded[0] for one in members]).reshape(2, 2, 320, 400)
     found = rank_above_noise(delta, rounding_noise(tuned))
@@ -403,7 +452,10 @@ def test_members_of_a_batch_strides_and_threads_change_nothing() -> None:
     assert none.rank.shape == (0, 2)
     try:
         torch.set_num_threads(2)
-        again, clean_again = rank_above_noise(delta, rounding_noise(tuned)), denoised(delta, rounding_noise(tuned), 9)
+        again, clean_again = (
+            rank_above_noise(delta, rounding_noise(tuned)),
+            denoised(delta, rounding_noise(tuned), 9),
+        )
     finally:
         torch.set_num_threads(1)
     assert torch.equal(again.rank, found.rank)
@@ -417,14 +469,22 @@ def test_float32_files(ulp: float) -> None:
     """Their rounding is some 1e-13 of the energy, as far down as float32 sums and products themselves."""
     for rank in (1, 12):
         random = generator("float32", rank)
-        one = merged(weight(random, 320, 400, 0.3), low_rank(random, 320, 400, rank), ulp, torch.float32)
+        one = merged(
+            weight(random, 320, 400, 0.3), low_rank(random, 320, 400, rank), ulp, torch.float32
+        )
         found = rank_above_noise(one.delta, one.noise)
         assert (int(found.rank), bool(found.low_rank)) == (rank, True)
 
 
 def test_float8_files() -> None:
     random = generator("float8")
-    one = merged(weight(random, 320, 400) * 20, low_rank(random, 320, 400, 6), 8, torch.float8_e4m3fn, "master")
+    one = merged(
+        weight(random, 320, 400) * 20,
+        low_rank(random, 320, 400, 6),
+        8,
+        torch.float8_e4m3fn,
+        "master",
+    )
     assert int(rank_above_noise(one.delta, one.noise).rank) == 6
 
 
@@ -438,15 +498,25 @@ def test_denoised_is_closer_than_truncating(dtype: torch.dtype) -> None:
     for ulp in (0.5, 1.0, 4.0, 40.0):
         for rank, rows in ((2, 0.0), (8, 0.0), (8, 1.0), (30, 1.0)):
             random = generator("denoise", ulp, rank)
-            one = merged(weight(random, 320, 400, rows), low_rank(random, 320, 400, rank), ulp, dtype, "master")
+            one = merged(
+                weight(random, 320, 400, rows),
+                low_rank(random, 320, 400, rank),
+                ulp,
+                dtype,
+                "master",
+            )
             plain = energy(truncated(one.delta.double().numpy(), rank) - one.truth)
             found = denoised(one.delta, one.noise, rank)
             gains[ulp, rank, rows] = energy(product(found) - one.truth) / plain
             left = energy(one.delta.double().numpy() - product(found))
             assert float(found.residual) == pytest.approx(left, rel=1e-4)
     assert max(gains.values()) < 1.002, gains
-    assert max(gain for (_, _, rows), gain in gains.items() if rows) < 0.9, gains  # a tenth of it at .5 ulp
-    assert max(gain for (ulp, _, rows), gain in gains.items() if not rows and ulp < 1) < 0.996, gains
+    assert max(gain for (_, _, rows), gain in gains.items() if rows) < 0.9, (
+        gains
+    )  # a tenth of it at .5 ulp
+    assert max(gain for (ulp, _, rows), gain in gains.items() if not rows and ulp < 1) < 0.996, (
+        gains
+    )
 
 
 def test_denoised_is_zero_within_the_noise() -> None:

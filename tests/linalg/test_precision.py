@@ -26,7 +26,9 @@ def test_compute_dtype() -> None:
 def test_sums_are_accurate_in_blocks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(precision, "CHUNK", 70)
     x = (1e3 * torch.randn(2, 37, 11)).to(dtype)
-    torch.testing.assert_close(norm_squared(x), x.double().square().sum((-1, -2)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        norm_squared(x), x.double().square().sum((-1, -2)), rtol=1e-7, atol=0
+    )
     assert norm_squared(x).dtype == torch.float64
 
 
@@ -40,7 +42,9 @@ def test_small_sums_are_as_accurate() -> None:
     """A single float32 run errs by up to 3e-7; nothing averages that out."""
     draw = torch.Generator().manual_seed(0)
     x = 1e3 * torch.randn(200, 5, 11, generator=draw)
-    torch.testing.assert_close(norm_squared(x), x.double().square().sum((-1, -2)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        norm_squared(x), x.double().square().sum((-1, -2)), rtol=1e-12, atol=0
+    )
 
 
 def test_difference_is_widened_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,10 +56,17 @@ def test_difference_is_widened_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtypes", [(torch.float16, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.float16)]
+    "dtypes",
+    [
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.float16),
+    ],
 )
 @pytest.mark.parametrize("rows", [1, 5, 17, 100])
-def test_a_difference_in_blocks_is_the_difference(rows: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_a_difference_in_blocks_is_the_difference(
+    rows: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
     x, y = torch.randn(17, 9).to(dtypes[0]), torch.randn(17, 9).to(dtypes[1])
     found, norm = streamed_difference(zip(x.split(rows), y.split(rows), strict=True), (17, 9))
     assert torch.equal(found, difference(x, y))
@@ -91,7 +102,9 @@ def test_cast_sees_overflow_beside_what_is_not_finite(other: float, value: float
 
 
 def test_cast_lets_through_what_was_not_finite_and_what_rounds_down() -> None:
-    x = torch.tensor([float("inf"), float("nan"), 65519.0])  # 65520 is the first to round to infinity
+    x = torch.tensor(
+        [float("inf"), float("nan"), 65519.0]
+    )  # 65520 is the first to round to infinity
     found = cast(x, torch.float16)
     assert torch.isinf(found[0])
     assert torch.isnan(found[1])

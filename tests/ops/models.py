@@ -18,7 +18,10 @@ Delta = Callable[[tuple[int, ...], np.random.Generator], np.ndarray]  # (shape, 
 
 
 def tiny_base(dtype: torch.dtype = torch.float32) -> State:
-    return {key: tensor.to(dtype) for key, tensor in load_file(FIXTURES / "tiny" / "base.safetensors").items()}
+    return {
+        key: tensor.to(dtype)
+        for key, tensor in load_file(FIXTURES / "tiny" / "base.safetensors").items()
+    }
 
 
 def small(family: str, dtype: torch.dtype = torch.float32, by: int = 32) -> State:
@@ -27,7 +30,9 @@ def small(family: str, dtype: torch.dtype = torch.float32, by: int = 32) -> Stat
     keys = compile_checkpoint(family)
     listing = shrink(load_listing(FIXTURES / "checkpoints" / f"{family}.tsv"), by)
     return {
-        key: torch.from_numpy(random.standard_normal(shape) / np.sqrt(max(1, int(np.prod(shape[1:]))))).to(dtype)
+        key: torch.from_numpy(
+            random.standard_normal(shape) / np.sqrt(max(1, int(np.prod(shape[1:]))))
+        ).to(dtype)
         for key, (_, shape) in listing.items()
         if keys.parse(key) is not None
     }
@@ -35,7 +40,9 @@ def small(family: str, dtype: torch.dtype = torch.float32, by: int = 32) -> Stat
 
 def matrices(state: Mapping[str, torch.Tensor], *parts: str) -> list[str]:
     return [
-        key for key, t in state.items() if t.ndim >= 2 and any(part in key for part in parts) and "embedding" not in key
+        key
+        for key, t in state.items()
+        if t.ndim >= 2 and any(part in key for part in parts) and "embedding" not in key
     ]
 
 
@@ -64,14 +71,18 @@ def lokr_delta(factor: int, rank: int | None = None, size: float = 0.05) -> Delt
         (a, c), (b, d) = oracle.factorization(o, factor), oracle.factorization(i, factor)
         w2 = random.standard_normal((c, d, *kernel))
         if rank is not None:
-            w2 = (random.standard_normal((c, rank)) @ random.standard_normal((rank, w2[0].size))).reshape(w2.shape)
+            w2 = (
+                random.standard_normal((c, rank)) @ random.standard_normal((rank, w2[0].size))
+            ).reshape(w2.shape)
         return size / np.sqrt(np.prod(shape[1:])) * oracle.lokr(random.standard_normal((a, b)), w2)
 
     return make
 
 
 def noise_delta(size: float = 0.05) -> Delta:
-    return lambda shape, random: size / np.sqrt(max(1, np.prod(shape[1:]))) * random.standard_normal(shape)
+    return lambda shape, random: (
+        size / np.sqrt(max(1, np.prod(shape[1:]))) * random.standard_normal(shape)
+    )
 
 
 def save(path: Path, state: State) -> Path:

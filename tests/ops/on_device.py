@@ -55,13 +55,23 @@ def device() -> Iterator[str]:
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """Base and tuned checkpoints of a model that no family knows, by what was done to them."""
     draw = torch.Generator().manual_seed(0)
-    base = {f"blocks.{n}.layer.weight": torch.randn(shape, generator=draw) / 16 for n, shape in enumerate(SHAPES)}
+    base = {
+        f"blocks.{n}.layer.weight": torch.randn(shape, generator=draw) / 16
+        for n, shape in enumerate(SHAPES)
+    }
     base = {key: tensor.half() for key, tensor in base.items()}
     found = {}
-    for name, delta in (("lora", lora_delta(4)), ("lokr", lokr_delta(4)), ("falling", falling_delta())):
+    for name, delta in (
+        ("lora", lora_delta(4)),
+        ("lokr", lokr_delta(4)),
+        ("falling", falling_delta()),
+    ):
         folder = tmp_path_factory.mktemp(name)
         tuned, _ = changed(base, base, delta)
-        found[name] = save(folder / "base.safetensors", base), save(folder / "tuned.safetensors", tuned)
+        found[name] = (
+            save(folder / "base.safetensors", base),
+            save(folder / "tuned.safetensors", tuned),
+        )
     return found
 
 
@@ -73,7 +83,9 @@ def run(op: Any, inputs: tuple[Any, ...], options: dict[str, Any], **more: Any) 
         plan.close()
 
 
-def both(op: Any, inputs: tuple[Any, ...], options: dict[str, Any], device: str, folder: Path) -> tuple[Any, Any]:
+def both(
+    op: Any, inputs: tuple[Any, ...], options: dict[str, Any], device: str, folder: Path
+) -> tuple[Any, Any]:
     """The reports of the CPU and of the device; the same modules and ranks, and errors that differ by rounding."""
     here = run(op, inputs, options, output=folder / "cpu.safetensors", device="cpu")
     there = run(op, inputs, options, output=folder / "device.safetensors", device=device)
@@ -81,7 +93,9 @@ def both(op: Any, inputs: tuple[Any, ...], options: dict[str, Any], device: str,
     for one, two in zip(here.details, there.details, strict=True):
         assert (one["module"], one["algorithm"]) == (two["module"], two["algorithm"])
         if one["relative_error"] is not None:
-            assert two["relative_error"] == pytest.approx(one["relative_error"], rel=10 * CLOSE, abs=1e-4)
+            assert two["relative_error"] == pytest.approx(
+                one["relative_error"], rel=10 * CLOSE, abs=1e-4
+            )
     return here, there
 
 
@@ -107,13 +121,21 @@ def both(op: Any, inputs: tuple[Any, ...], options: dict[str, Any], device: str,
     ],
 )
 def test_extract(
-    pair: str, options: dict[str, Any], pairs: dict[str, tuple[Path, Path]], device: str, tmp_path: Path
+    pair: str,
+    options: dict[str, Any],
+    pairs: dict[str, tuple[Path, Path]],
+    device: str,
+    tmp_path: Path,
 ) -> None:
     here, there = both(extract, pairs[pair], options, device, tmp_path)
     assert there.made_by == here.made_by
     assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-3)
-    shapes = [{k: tuple(t.shape) for k, t in load_file(report.output).items()} for report in (here, there)]
-    if not {"energy", "size", "error"} & options.keys():  # there a hair's breadth decides about a rank
+    shapes = [
+        {k: tuple(t.shape) for k, t in load_file(report.output).items()} for report in (here, there)
+    ]
+    if (
+        not {"energy", "size", "error"} & options.keys()
+    ):  # there a hair's breadth decides about a rank
         assert shapes[0] == shapes[1]
 
 
@@ -154,10 +176,14 @@ def test_change_of_algorithm(kind: str, algo: str, device: str, tmp_path: Path) 
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("cpu", "device"))
     assert one.keys() == two.keys()
     for key, tensor in one.items():
-        np.testing.assert_allclose(tensor.float(), two[key].float(), rtol=2e-3, atol=2e-3 * float(tensor.abs().max()))
+        np.testing.assert_allclose(
+            tensor.float(), two[key].float(), rtol=2e-3, atol=2e-3 * float(tensor.abs().max())
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"method": "dare-ties", "density": 0.5, "seed": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 3}, {"method": "dare-ties", "density": 0.5, "seed": 1}]
+)
 def test_combine(options: dict[str, Any], device: str, tmp_path: Path) -> None:
     inputs = [
         (adapter(tmp_path / "a.safetensors", "lora"), 0.7),
@@ -168,14 +194,23 @@ def test_combine(options: dict[str, Any], device: str, tmp_path: Path) -> None:
     assert relative(one, two) < 1e-3
 
 
-def test_compare_merge_and_advise(pairs: dict[str, tuple[Path, Path]], device: str, tmp_path: Path) -> None:
+def test_compare_merge_and_advise(
+    pairs: dict[str, tuple[Path, Path]], device: str, tmp_path: Path
+) -> None:
     base, tuned = pairs["lora"]
-    made = run(extract, (base, tuned), {"rank": 4}, output=tmp_path / "a.safetensors", device="cpu").output
+    made = run(
+        extract, (base, tuned), {"rank": 4}, output=tmp_path / "a.safetensors", device="cpu"
+    ).output
     found = {}
     for where in ("cpu", device):
         against = run(compare, ((made, 1.0), (tuned, 1.0)), {"base": base}, device=where)
         merged = run(
-            merge, (base, [(made, 1.0)]), {"verify": True}, output=tmp_path / "m", device=where, overwrite=True
+            merge,
+            (base, [(made, 1.0)]),
+            {"verify": True},
+            output=tmp_path / "m",
+            device=where,
+            overwrite=True,
         )
         advised = run(advise, (base, tuned), {}, device=where)
         found[where] = against, load_file(merged.output), advised
@@ -189,10 +224,14 @@ def test_compare_merge_and_advise(pairs: dict[str, tuple[Path, Path]], device: s
         assert len(told[key]) == len(said[key]) > 1
         for ours, theirs in zip(told[key], said[key], strict=True):
             assert theirs[kind]["bytes"] == ours[kind]["bytes"]
-            assert theirs[kind]["relative_error"] == pytest.approx(ours[kind]["relative_error"], rel=1e-2, abs=1e-4)
+            assert theirs[kind]["relative_error"] == pytest.approx(
+                ours[kind]["relative_error"], rel=1e-2, abs=1e-4
+            )
 
 
-def test_what_is_not_finite_is_named(pairs: dict[str, tuple[Path, Path]], device: str, tmp_path: Path) -> None:
+def test_what_is_not_finite_is_named(
+    pairs: dict[str, tuple[Path, Path]], device: str, tmp_path: Path
+) -> None:
     base, tuned = pairs["falling"]
     state = load_file(tuned)
     key = "blocks.1.layer.weight"

@@ -17,18 +17,33 @@ from tests import oracle
 from tests.cli.test_cli import adaptkit, refused
 from tests.ops.models import changed, lokr_delta, lora_delta, matrices, noise_delta, save, tiny_base
 
-LAYERS = ("attn1.to_q", "attn2.to_v", "proj_in", "in_layers.2", "skip_connection", "self_attn.q_proj", "fc1")
+LAYERS = (
+    "attn1.to_q",
+    "attn2.to_v",
+    "proj_in",
+    "in_layers.2",
+    "skip_connection",
+    "self_attn.q_proj",
+    "fc1",
+)
 
 
-def advice(folder: Path, base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], rank: int = 8) -> advise.Report:
-    first, second = save(folder / "base.safetensors", base), save(folder / "tuned.safetensors", tuned)
+def advice(
+    folder: Path, base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], rank: int = 8
+) -> advise.Report:
+    first, second = (
+        save(folder / "base.safetensors", base),
+        save(folder / "tuned.safetensors", tuned),
+    )
     return advise.run(advise.plan(first, second, advise.Options(max_rank=rank)))
 
 
 def differences(folder: Path) -> list[np.ndarray]:
     """Of all matrices that differ, dense, in float64."""
     base, tuned = load_file(folder / "base.safetensors"), load_file(folder / "tuned.safetensors")
-    found = [(tuned[key].double() - base[key].double()).numpy() for key in base if base[key].ndim > 1]
+    found = [
+        (tuned[key].double() - base[key].double()).numpy() for key in base if base[key].ndim > 1
+    ]
     return [delta.reshape(len(delta), -1) for delta in found if delta.any()]
 
 
@@ -40,7 +55,9 @@ def noisy(tmp_path: Path) -> advise.Report:
     return advice(tmp_path, base, tuned)
 
 
-def test_the_curve_of_one_rank_is_that_of_the_dense_svd(noisy: advise.Report, tmp_path: Path) -> None:
+def test_the_curve_of_one_rank_is_that_of_the_dense_svd(
+    noisy: advise.Report, tmp_path: Path
+) -> None:
     deltas = differences(tmp_path)
     assert noisy.layers == len(deltas)
     squares = [np.linalg.svd(delta, compute_uv=False) ** 2 for delta in deltas]
@@ -52,7 +69,9 @@ def test_the_curve_of_one_rank_is_that_of_the_dense_svd(noisy: advise.Report, tm
         assert choice.relative_error >= math.sqrt(left / whole) * (1 - 1e-6)
 
 
-def test_the_points_of_lokr_are_those_of_the_nearest_products(noisy: advise.Report, tmp_path: Path) -> None:
+def test_the_points_of_lokr_are_those_of_the_nearest_products(
+    noisy: advise.Report, tmp_path: Path
+) -> None:
     base, whole = load_file(tmp_path / "base.safetensors"), 0.0
     tuned = load_file(tmp_path / "tuned.safetensors")
     left = dict.fromkeys(noisy.lokr, 0.0)
@@ -63,9 +82,16 @@ def test_the_points_of_lokr_are_those_of_the_nearest_products(noisy: advise.Repo
         delta, window = delta.reshape(len(delta), -1), math.prod(tensor.shape[2:])
         whole += float((delta**2).sum())
         for factor in left:
-            a, b = oracle.factorization(len(delta), factor)[0], oracle.factorization(tensor.shape[1], factor)[0]
+            a, b = (
+                oracle.factorization(len(delta), factor)[0],
+                oracle.factorization(tensor.shape[1], factor)[0],
+            )
             rows, columns = delta.shape
-            blocks = delta.reshape(a, rows // a, b, columns // b).transpose(0, 2, 1, 3).reshape(a * b, -1)
+            blocks = (
+                delta.reshape(a, rows // a, b, columns // b)
+                .transpose(0, 2, 1, 3)
+                .reshape(a * b, -1)
+            )
             left[factor] += float((np.linalg.svd(blocks, compute_uv=False)[1:] ** 2).sum())
             assert columns % (b * window) == 0
     for factor, choice in noisy.lokr.items():
@@ -87,7 +113,9 @@ def test_chosen_is_never_worse_than_not(noisy: advise.Report) -> None:
 def test_extract_then_writes_what_was_promised(noisy: advise.Report, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     options = extract.Options(rank=4, conv_rank=4, output=output)
-    report = extract.run(extract.plan(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", options))
+    report = extract.run(
+        extract.plan(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", options)
+    )
     promised = noisy.rank[4]
     assert promised.relative_error == pytest.approx(report.relative_error, rel=1e-3)
     assert promised.bytes == pytest.approx(report.bytes, rel=0.05)
@@ -95,7 +123,9 @@ def test_extract_then_writes_what_was_promised(noisy: advise.Report, tmp_path: P
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("algorithm", "delta"), [("lora", lora_delta(3)), ("lokr", lokr_delta(8))])
-def test_a_merged_adapter_is_recognised(tmp_path: Path, algorithm: str, delta: object, dtype: torch.dtype) -> None:
+def test_a_merged_adapter_is_recognised(
+    tmp_path: Path, algorithm: str, delta: object, dtype: torch.dtype
+) -> None:
     base = tiny_base(dtype)
     tuned, _ = changed(base, matrices(base, *LAYERS), delta)  # type: ignore[arg-type]
     report = advice(tmp_path, base, tuned)

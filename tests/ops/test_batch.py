@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from adaptkit.errors import AdaptkitError, CannotWrite, CorruptFile, NoSuchName, NothingToDo, WrongUsage
+from adaptkit.errors import (
+    AdaptkitError,
+    CannotWrite,
+    CorruptFile,
+    NoSuchName,
+    NothingToDo,
+    WrongUsage,
+)
 from adaptkit.ops import batch, merge
 from adaptkit.ops._fields import INPUTS, Reader, options_of
 from adaptkit.ops._ledger import Ledger
@@ -67,7 +74,10 @@ def statuses(report: batch.Report) -> str:
 
 
 def events(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(f"{path}.log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in Path(f"{path}.log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 class TestRecipe:
@@ -91,7 +101,9 @@ class TestRecipe:
         }
         assert Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job
 
-    def test_a_matrix_is_the_product_of_its_lists_the_last_the_fastest(self, tmp_path: Path) -> None:
+    def test_a_matrix_is_the_product_of_its_lists_the_last_the_fastest(
+        self, tmp_path: Path
+    ) -> None:
         found = jobs(
             tmp_path,
             '[[matrix]]\ncommand = "merge"\nbases = ["a.ckpt", "b.ckpt"]\nadapters = ["x.pt", ["x.pt:0.5", "y.pt:2"]]\n'
@@ -126,11 +138,14 @@ class TestRecipe:
         with pytest.raises(WrongUsage, match=r"nothing matches adapter = '\*.bin'"):
             load(recipe(tmp_path, text % "*.bin"))
 
-    def test_a_relative_recipe_and_its_globs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_relative_recipe_and_its_globs(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "a.pt").touch()
         recipe(
-            tmp_path / "in", '[[matrix]]\ncommand = "resize"\nadapter = "*.pt"\nrank = 1\noutput = "../{adapter}.st"'
+            tmp_path / "in",
+            '[[matrix]]\ncommand = "resize"\nadapter = "*.pt"\nrank = 1\noutput = "../{adapter}.st"',
         )
         monkeypatch.chdir(tmp_path)
         (job,) = load(Path("in/recipe.toml"))
@@ -143,7 +158,8 @@ class TestRecipe:
         )
         found = jobs(
             tmp_path,
-            head + '[[job]]\ncommand = "resize"\n[[job]]\ncommand = "resize"\nsize = "1MB"\ndtype = "keep"\n'
+            head
+            + '[[job]]\ncommand = "resize"\n[[job]]\ncommand = "resize"\nsize = "1MB"\ndtype = "keep"\n'
             '[[job]]\ncommand = "convert"\nhost = "comfyui"\n'
             '[[job]]\ncommand = "merge"\nbase = "b"\nadapter = "c"\n',
         )
@@ -158,7 +174,14 @@ class TestRecipe:
     @pytest.mark.parametrize("command", INPUTS)
     def test_every_option_of_every_command_can_be_read(self, command: str, tmp_path: Path) -> None:
         reader = Reader(tmp_path, "here", command)
-        values = {"int": 3, "float": 0.5, "bool": True, "str": "auto", "Path": "x", "tuple[str, ...]": ["a", "b"]}
+        values = {
+            "int": 3,
+            "float": 0.5,
+            "bool": True,
+            "str": "auto",
+            "Path": "x",
+            "tuple[str, ...]": ["a", "b"],
+        }
         special = {"dtype": "bf16"}
         options = import_module(f"adaptkit.ops.{command}").Options
         for name, kind in options_of(command).items():
@@ -181,14 +204,36 @@ class TestRecipe:
             ('[[job]]\ncommand = "merg"\n', NoSuchName, "unknown command 'merg'"),
             ('[[job]]\ncommand = "resize"\nadapter = "a"\n', WrongUsage, "it has no output"),
             ('[[job]]\ncommand = "resize"\noutput = "a"\n', WrongUsage, "resize needs adapter"),
-            ('[[job]]\ncommand = "convert"\nadapter = "b"\noutput = "a"\n', WrongUsage, "what to write"),
-            ('\n\n[[job]]\ncommand = "resize"\nrnk = 1\n', NoSuchName, "[[job]] 1 (line 3): unknown option 'rnk'"),
-            ('[[job]]\ncommand = "resize"\nadapter = "a"\nadapters = "b"\n', WrongUsage, "are the same"),
-            ('[[job]]\ncommand = "resize"\nadapter = 3\noutput = "a"\n', WrongUsage, "adapter is a path, not 3"),
-            ('[[matrix]]\ncommand = "resize"\nadapter = []\noutput = "a"\n', WrongUsage, "adapter is an empty list"),
+            (
+                '[[job]]\ncommand = "convert"\nadapter = "b"\noutput = "a"\n',
+                WrongUsage,
+                "what to write",
+            ),
+            (
+                '\n\n[[job]]\ncommand = "resize"\nrnk = 1\n',
+                NoSuchName,
+                "[[job]] 1 (line 3): unknown option 'rnk'",
+            ),
+            (
+                '[[job]]\ncommand = "resize"\nadapter = "a"\nadapters = "b"\n',
+                WrongUsage,
+                "are the same",
+            ),
+            (
+                '[[job]]\ncommand = "resize"\nadapter = 3\noutput = "a"\n',
+                WrongUsage,
+                "adapter is a path, not 3",
+            ),
+            (
+                '[[matrix]]\ncommand = "resize"\nadapter = []\noutput = "a"\n',
+                WrongUsage,
+                "adapter is an empty list",
+            ),
         ],
     )
-    def test_what_is_refused(self, text: str, error: type[AdaptkitError], words: str, tmp_path: Path) -> None:
+    def test_what_is_refused(
+        self, text: str, error: type[AdaptkitError], words: str, tmp_path: Path
+    ) -> None:
         with pytest.raises(error, match=re.escape(words)) as caught:
             jobs(tmp_path, text)
         assert str(tmp_path / "recipe.toml") in str(caught.value)
@@ -199,14 +244,19 @@ class TestRecipe:
             ("rank = true", "rank is a whole number, not true"),
             ("rank = 1.5", "rank is a whole number, not 1.5"),
             ("rank = [1, 2]", "rank is a whole number, not [1, 2]"),
-            ('size = "5 furlongs"', 'size is a size such as 500KB, 64MB, 1.5GB or 64MiB, not "5 furlongs"'),
+            (
+                'size = "5 furlongs"',
+                'size is a size such as 500KB, 64MB, 1.5GB or 64MiB, not "5 furlongs"',
+            ),
             ("error = nan", "error is a number, not nan"),
             ('overwrite = "yes"', 'overwrite is true or false, not "yes"'),
             ('dtype = "fp8"', 'dtype is one of keep, fp32, fp16, bf16, not "fp8"'),
             ("only = [1]", "only is a list of texts, not [1]"),
         ],
     )
-    def test_wrong_types_are_named_with_their_place(self, line: str, words: str, tmp_path: Path) -> None:
+    def test_wrong_types_are_named_with_their_place(
+        self, line: str, words: str, tmp_path: Path
+    ) -> None:
         with pytest.raises(WrongUsage, match=re.escape(f"[[job]] 2 (line 5): {words}")):
             jobs(
                 tmp_path,
@@ -219,25 +269,41 @@ class TestRecipe:
             jobs(tmp_path, RESIZE.replace("-{rank}", "").replace(', "lora-comfy.safetensors"', ""))
         assert "{strength}" in str(caught.value.hint)
         with pytest.raises(WrongUsage, match="both write"):  # one file on Windows and macOS
-            jobs(tmp_path, RESIZE.replace("{adapter}-{rank}", "{number}a") + RESIZE.replace("{adapter}-{rank}", "1A"))
+            jobs(
+                tmp_path,
+                RESIZE.replace("{adapter}-{rank}", "{number}a")
+                + RESIZE.replace("{adapter}-{rank}", "1A"),
+            )
 
     def test_a_job_on_what_another_writes_is_refused(self, tmp_path: Path) -> None:
         text = '[[job]]\ncommand = "resize"\nadapter = "%s"\nrank = 1\noutput = "%s"\n'
-        with pytest.raises(WrongUsage, match=r"\[\[job\]\] 2 .* reads what \[\[job\]\] 1 .* writes"):
+        with pytest.raises(
+            WrongUsage, match=r"\[\[job\]\] 2 .* reads what \[\[job\]\] 1 .* writes"
+        ):
             jobs(tmp_path, text % ("a", "b") + text % ("x/../b", "c"))
         with pytest.raises(WrongUsage, match="reads what"):
             jobs(tmp_path, text % ("a", "a"))
 
     def test_templates(self) -> None:
-        names = {"base": "a/b", "strength": 0.30000000000000004, "rank": None, "number": 7, "only": ()}
-        assert filled("{{{base}}}-{strength}-{strength:.3f}-{number:03}", names, "") == "{a_b}-0.3-0.300-007"
+        names = {
+            "base": "a/b",
+            "strength": 0.30000000000000004,
+            "rank": None,
+            "number": 7,
+            "only": (),
+        }
+        assert (
+            filled("{{{base}}}-{strength}-{strength:.3f}-{number:03}", names, "")
+            == "{a_b}-0.3-0.300-007"
+        )
         with pytest.raises(NoSuchName, match=r"unknown name '\{bas\}'"):
             filled("{bas}", names, "")
         for text in ("{rank}", "{only}", "{", "{number:q}", "{base.__class__}", "{}"):
             with pytest.raises((WrongUsage, NoSuchName)):
                 filled(text, names, "")
         names_of = [
-            stem(Path(p)) for p in ("m/style.v2.safetensors", "f/style.v2", "x.safetensors.index.json", "a.ckpt")
+            stem(Path(p))
+            for p in ("m/style.v2.safetensors", "f/style.v2", "x.safetensors.index.json", "a.ckpt")
         ]
         assert names_of == ["style.v2", "style.v2", "x", "a"]
 
@@ -247,7 +313,11 @@ class TestRuns:
         report = run(recipe(folder, MERGE % "-0.5"))
         alone = folder / "alone.safetensors"
         options = merge.Options(output=alone)
-        merge.run(merge.plan(folder / "base.safetensors", [(folder / "tucker-kohya.safetensors", -0.5)], options))
+        merge.run(
+            merge.plan(
+                folder / "base.safetensors", [(folder / "tucker-kohya.safetensors", -0.5)], options
+            )
+        )
         assert (folder / "out" / "tucker-kohya--0.5.safetensors").read_bytes() == alone.read_bytes()
         assert (report.count("done"), report.results[0].bytes) == (1, alone.stat().st_size)
 
@@ -279,7 +349,10 @@ class TestRuns:
         assert statuses(run(path)) == "ssdd"
         recipe(folder, RESIZE.replace("[1, 2]", "[1, 2]\nonly = 'unet'"))
         assert statuses(run(path)) == "dddd"
-        recipe(folder, RESIZE.replace("[1, 2]", "[1, 2]\nonly = 'unet'\nmemory = '1GB'\ndevice = 'cpu'"))
+        recipe(
+            folder,
+            RESIZE.replace("[1, 2]", "[1, 2]\nonly = 'unet'\nmemory = '1GB'\ndevice = 'cpu'"),
+        )
         assert statuses(run(path)) == "ssss", "neither changes what is written"
 
     def test_contents_count_not_names_and_times(self, folder: Path) -> None:
@@ -291,12 +364,18 @@ class TestRuns:
         moved = folder.rename(folder.with_name("elsewhere"))
         assert statuses(run(moved / "recipe.toml")) == "ssss"
 
-    def test_hashes_are_read_from_the_side_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_hashes_are_read_from_the_side_file(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = recipe(folder, RESIZE)
         for file in folder.glob("lora-*"):
-            os.utime(file, (1e9, 1e9))  # younger files are hashed each time: they may change within one tick
+            os.utime(
+                file, (1e9, 1e9)
+            )  # younger files are hashed each time: they may change within one tick
         run(path)
-        monkeypatch.setattr("adaptkit.ops._ledger.sha256", lambda path: pytest.fail(f"{path} was hashed again"))
+        monkeypatch.setattr(
+            "adaptkit.ops._ledger.sha256", lambda path: pytest.fail(f"{path} was hashed again")
+        )
         assert statuses(run(path)) == "ssss"
 
     def test_a_foreign_file_is_not_replaced(self, folder: Path) -> None:
@@ -410,7 +489,12 @@ class TestPreview:
         found = batch.preview(batch.plan(path, batch.Options(jobs=2)))
         assert sorted(folder.rglob("*")) == before
         record = found.to_dict()
-        assert (record["jobs"], record["to_do"], record["failed"], record["skipped"]) == (6, 4, 2, 0)
+        assert (record["jobs"], record["to_do"], record["failed"], record["skipped"]) == (
+            6,
+            4,
+            2,
+            0,
+        )
         assert record["bytes_in"] == sum(plan["bytes_in"] for plan in found.plans)
         assert record["bytes_out"] > 2_500_000
         assert record["open_sizes"] == 2
@@ -429,7 +513,9 @@ class TestPreview:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 class TestWorkers:
-    def test_a_killed_worker_fails_its_job_alone(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_killed_worker_fails_its_job_alone(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         send = _Worker.send
         left: list[Path] = []
 
@@ -438,7 +524,9 @@ class TestWorkers:
             for job in bundle:
                 if job.number == 2:
                     worker.process.send_signal(signal.SIGSTOP)
-                    left.append(job.output.with_name(f".{job.output.name}.{worker.process.pid}-00.part"))
+                    left.append(
+                        job.output.with_name(f".{job.output.name}.{worker.process.pid}-00.part")
+                    )
                     left[-1].parent.mkdir(exist_ok=True)
                     left[-1].touch()
                     worker.process.kill()
@@ -491,7 +579,9 @@ class TestTogether:
         read: list[str] = []
         for plan in plans:
             source = plan.base.source
-            monkeypatch.setattr(source, "read", lambda name, inner=source.read: (read.append(name), inner(name))[1])
+            monkeypatch.setattr(
+                source, "read", lambda name, inner=source.read: (read.append(name), inner(name))[1]
+            )
         merge.run_together(plans)
         touched = {job.name for plan in plans for job in plan.working}
         assert sorted(read) == sorted(touched)
@@ -500,7 +590,10 @@ class TestTogether:
     def test_as_many_at_once_as_fit_in_memory(self, folder: Path) -> None:
         plans = self.plans(folder)
         steps = merge.combined(plans)
-        least, most = max(step.bytes for plan in plans for step in plan.steps), max(step.bytes for step in steps)
+        least, most = (
+            max(step.bytes for plan in plans for step in plan.steps),
+            max(step.bytes for step in steps),
+        )
         assert least < most
         assert [len(group) for group in merge._groups(plans)] == [len(plans)]
         for memory, count in ((most, 1), (most - 1, 2)):

@@ -21,7 +21,10 @@ from adaptkit.ops import batch
 from adaptkit.ops._working import Processes
 from tests.cli.test_cli import adaptkit
 
-pytestmark = [pytest.mark.interop, pytest.mark.skipif(os.name == "nt", reason="Ray on Windows is not supported")]
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(os.name == "nt", reason="Ray on Windows is not supported"),
+]
 
 RECIPE = """
 [[matrix]]
@@ -82,14 +85,20 @@ def test_the_same_files_the_same_log_the_same_failures(tmp_path: Path, tiny: Pat
     for result in one.results[:8]:
         path = result.job.output
         assert (there.parent / "out" / path.name).read_bytes() == path.read_bytes()
-    assert json.loads(json.dumps(events(here)).replace(str(here.parent), str(there.parent))) == events(there)
+    assert json.loads(
+        json.dumps(events(here)).replace(str(here.parent), str(there.parent))
+    ) == events(there)
     assert statuses(batch.run(batch.plan(there, OPTIONS))) == "ssssssssff"
     assert not list((there.parent / "out").glob(".*"))
 
 
 def test_without_keep_going_the_first_failure_ends_it(tmp_path: Path, tiny: Path) -> None:
     recipe = made(tmp_path / "x", tiny)
-    recipe.write_text(RECIPE.replace('"lora-kohya.safetensors", ', '"broken.safetensors", "lora-kohya.safetensors", '))
+    recipe.write_text(
+        RECIPE.replace(
+            '"lora-kohya.safetensors", ', '"broken.safetensors", "lora-kohya.safetensors", '
+        )
+    )
     recipe.write_text(recipe.read_text().replace(', "broken.safetensors"]', "]"))
     report = batch.run(batch.plan(recipe, batch.Options(jobs=1, engine="ray")))
     assert len(report.failures) == 1
@@ -155,7 +164,9 @@ def test_on_the_command_line(tmp_path: Path, tiny: Path) -> None:
     assert (record["done"], record["failed"]) == (8, 2)
 
 
-def test_ray_is_asked_for_only_where_it_is_used(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_asked_for_only_where_it_is_used(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = made(tmp_path / "x", tiny)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(AdaptkitError, match="--engine ray needs Ray") as caught:

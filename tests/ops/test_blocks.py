@@ -63,7 +63,11 @@ def test_modules_stand_in_the_blocks_that_the_extension_says(family: str, stem: 
 @pytest.mark.parametrize(
     ("family", "count", "names"),
     [
-        ("sd1", 17, "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11"),
+        (
+            "sd1",
+            17,
+            "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11",
+        ),
         ("sdxl", 12, "BASE IN04 IN05 IN07 IN08 M00 OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"),
         (
             "sdxl",
@@ -74,7 +78,9 @@ def test_modules_stand_in_the_blocks_that_the_extension_says(family: str, stem: 
 )
 def test_vectors_are_in_the_order_of_the_extension(family: str, count: int, names: str) -> None:
     rules = _blocks.parse([",".join(str(n / 8) for n in range(count))], families()[family])
-    assert [(rule.name, rule.weight) for rule in rules] == [(name, n / 8) for n, name in enumerate(names.split())]
+    assert [(rule.name, rule.weight) for rule in rules] == [
+        (name, n / 8) for n, name in enumerate(names.split())
+    ]
 
 
 @pytest.mark.parametrize(("family", "count"), [("sd2", 26), ("flux", 57), ("flux", 61)])
@@ -110,14 +116,24 @@ SD1 = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
             "te te1 BASE text_encoder te.text_model.encoder.layers.0-5 text_model.encoder.layers.3",
             "unet te2 text_encoder_2 te.text_model.encoder.layers.4-9",
         ),
-        ("sdxl", "lora_te2_text_model_encoder_layers_3_mlp_fc1", "te te2 text_encoder_2 BASE", "te1 text_encoder unet"),
+        (
+            "sdxl",
+            "lora_te2_text_model_encoder_layers_3_mlp_fc1",
+            "te te2 text_encoder_2 BASE",
+            "te1 text_encoder unet",
+        ),
         (
             "flux",
             "lora_unet_double_blocks_4_img_attn_qkv",
             "double double.0-5 double_blocks.4 transformer.double.4 unet D004 D000-D010 transformer_blocks.4 transformer_blocks.4.attn",
             "single.0-5 double.5-9 S004 te D005-S037",
         ),
-        ("flux", "lora_unet_single_blocks_4_linear2", "single.0-5 S004 D005-S037", "double.0-5 D004"),
+        (
+            "flux",
+            "lora_unet_single_blocks_4_linear2",
+            "single.0-5 S004 D005-S037",
+            "double.0-5 D004",
+        ),
     ],
 )
 def test_what_a_name_means(family: str, stem: str, yes: str, no: str) -> None:
@@ -138,7 +154,11 @@ def test_a_part_of_a_fused_layer_is_meant_by_both_names() -> None:
 
 def test_the_last_rule_that_matches_counts_and_each_is_reported() -> None:
     blocks = Blocks(["unet=0.5,down=0.25", "down.1=2"], families()["sd1"])
-    stems = ["lora_unet_mid_block_attentions_0_proj_in", SD1, "lora_unet_down_blocks_0_attentions_0_proj_in"]
+    stems = [
+        "lora_unet_mid_block_attentions_0_proj_in",
+        SD1,
+        "lora_unet_down_blocks_0_attentions_0_proj_in",
+    ]
     stems.append("lora_te_text_model_encoder_layers_3_mlp_fc1")
     assert [blocks.weight(slot("sd1", stem)) for stem in stems] == [0.5, 2.0, 0.25, 1.0]
     blocks.check()
@@ -177,9 +197,15 @@ def test_a_family_without_vectors_says_so() -> None:
 # in a merge ------------------------------------------------------------------------------------------------------------
 
 
-def merged(folder: Path, tiny: Path, *blocks: str, adapter: str = "lora-kohya", **options: Any) -> merge.Report:
-    target = merge.Options(output=folder / "o.safetensors", overwrite=True, blocks=blocks, **options)
-    return merge.run(merge.plan(tiny / "base.safetensors", [(tiny / f"{adapter}.safetensors", 0.5)], target))
+def merged(
+    folder: Path, tiny: Path, *blocks: str, adapter: str = "lora-kohya", **options: Any
+) -> merge.Report:
+    target = merge.Options(
+        output=folder / "o.safetensors", overwrite=True, blocks=blocks, **options
+    )
+    return merge.run(
+        merge.plan(tiny / "base.safetensors", [(tiny / f"{adapter}.safetensors", 0.5)], target)
+    )
 
 
 def test_weights_multiply_the_strength_and_zero_is_a_copy(tmp_path: Path, tiny: Path) -> None:
@@ -187,13 +213,23 @@ def test_weights_multiply_the_strength_and_zero_is_a_copy(tmp_path: Path, tiny: 
     report = merged(tmp_path, tiny, "te=0,unet.mid_block=0.5,up=-1")
     found = load_file(tmp_path / "o.safetensors")
     strengths = {detail["tensor"]: detail["strength"] for detail in report.details}
-    expected = {"cond_stage": 0.0, "model.diffusion_model.middle": 0.25, "model.diffusion_model.output": -0.5}
+    expected = {
+        "cond_stage": 0.0,
+        "model.diffusion_model.middle": 0.25,
+        "model.diffusion_model.output": -0.5,
+    }
     for tensor, strength in strengths.items():
-        assert strength == next((s for start, s in expected.items() if tensor.startswith(start)), 0.5), tensor
+        assert strength == next(
+            (s for start, s in expected.items() if tensor.startswith(start)), 0.5
+        ), tensor
     by_strength = {}
     for strength in sorted(set(strengths.values())):
         target = merge.Options(output=tmp_path / "p.safetensors", overwrite=True)
-        merge.run(merge.plan(tiny / "base.safetensors", [(tiny / "lora-kohya.safetensors", strength)], target))
+        merge.run(
+            merge.plan(
+                tiny / "base.safetensors", [(tiny / "lora-kohya.safetensors", strength)], target
+            )
+        )
         by_strength[strength] = load_file(tmp_path / "p.safetensors")
     for key, tensor in found.items():
         assert torch.equal(tensor, by_strength.get(strengths.get(key, 0.0), base)[key]), key
@@ -214,7 +250,9 @@ def test_a_vector_applies_in_a_merge(tmp_path: Path, tiny: Path) -> None:
     assert report.changed == len(changed)
 
 
-def test_a_rule_that_matches_nothing_is_an_error_with_the_blocks_there_are(tmp_path: Path, tiny: Path) -> None:
+def test_a_rule_that_matches_nothing_is_an_error_with_the_blocks_there_are(
+    tmp_path: Path, tiny: Path
+) -> None:
     with pytest.raises(NoSuchName, match="'unet.down_block.7' matches no module") as caught:
         merged(tmp_path, tiny, "unet.down_block.7=0.5")
     assert "unet.down_blocks" in caught.value.hint
@@ -245,11 +283,20 @@ def test_blocks_that_a_vector_leaves_open_are_asked_for(tmp_path: Path) -> None:
     vector = ",".join(["0.5"] * 17)
 
     def run(*blocks: str) -> dict[str, float]:
-        target = merge.Options(output=tmp_path / "o.safetensors", family="sd1", overwrite=True, blocks=blocks)
-        plan = merge.plan(tmp_path / "base.safetensors", [(tmp_path / "a.safetensors", 1.0)], target)
+        target = merge.Options(
+            output=tmp_path / "o.safetensors", family="sd1", overwrite=True, blocks=blocks
+        )
+        plan = merge.plan(
+            tmp_path / "base.safetensors", [(tmp_path / "a.safetensors", 1.0)], target
+        )
         return {c.label: c.strength for job in plan.jobs for c in job.contributions}
 
-    with pytest.raises(WrongUsage, match="nothing of IN00, where these adapters have 1 module") as caught:
+    with pytest.raises(
+        WrongUsage, match="nothing of IN00, where these adapters have 1 module"
+    ) as caught:
         run(vector)
     assert "IN00=0" in caught.value.hint
-    assert run(vector, "IN00=0") == {"unet.conv_in": 0.0, "unet.down_blocks.0.attentions.0.proj_in": 0.5}
+    assert run(vector, "IN00=0") == {
+        "unet.conv_in": 0.0,
+        "unet.down_blocks.0.attentions.0.proj_in": 0.5,
+    }

@@ -72,7 +72,9 @@ def test_ranks_add_up_and_rules_cut_them_to_the_optimum(tmp_path: Path) -> None:
     cut = run(inputs, tmp_path / "d.safetensors", rank=4)
     expected, found = summed(inputs), deltas(tmp_path / "d.safetensors")
     for name, delta in expected.items():
-        assert np.linalg.norm(delta - found[name]) == pytest.approx(oracle.best_rank(delta, 4), rel=1e-5)
+        assert np.linalg.norm(delta - found[name]) == pytest.approx(
+            oracle.best_rank(delta, 4), rel=1e-5
+        )
     assert cut.relative_error == pytest.approx(relative(found, expected), rel=1e-6)
 
 
@@ -85,7 +87,9 @@ def test_modules_of_one_input_alone_are_kept(tmp_path: Path) -> None:
     assert relative(deltas(tmp_path / "c.safetensors"), summed(inputs)) < 1e-6
     same = {key: tensor for key, tensor in load_file(b).items() if key.startswith(WIDE)}
     written = load_file(tmp_path / "c.safetensors")
-    assert all(torch.equal(written[key], tensor) for key, tensor in same.items()), "what nobody changes is copied"
+    assert all(torch.equal(written[key], tensor) for key, tensor in same.items()), (
+        "what nobody changes is copied"
+    )
 
 
 def test_formats_may_differ(tmp_path: Path) -> None:
@@ -105,12 +109,18 @@ def test_vectors_add_up(tmp_path: Path) -> None:
     a = adapter(tmp_path / "a.safetensors", extra={f"{LINEAR}.diff_b": one})
     b = adapter(tmp_path / "b.safetensors", extra={f"{LINEAR}.diff_b": two})
     run([(a, 1.0), (b, -0.5)], tmp_path / "c.safetensors", rank=3)
-    torch.testing.assert_close(load_file(tmp_path / "c.safetensors")[f"{LINEAR}.diff_b"], one - 0.5 * two)
+    torch.testing.assert_close(
+        load_file(tmp_path / "c.safetensors")[f"{LINEAR}.diff_b"], one - 0.5 * two
+    )
 
 
 def test_metadata_that_differs_is_dropped_and_the_recipe_told(tmp_path: Path) -> None:
-    a = adapter(tmp_path / "a.safetensors", metadata={"ss_sd_model_name": "sd15", "ss_output_name": "one"})
-    b = adapter(tmp_path / "b.safetensors", metadata={"ss_sd_model_name": "sd15", "ss_output_name": "two"})
+    a = adapter(
+        tmp_path / "a.safetensors", metadata={"ss_sd_model_name": "sd15", "ss_output_name": "one"}
+    )
+    b = adapter(
+        tmp_path / "b.safetensors", metadata={"ss_sd_model_name": "sd15", "ss_output_name": "two"}
+    )
     run([(a, 0.5), (b, 0.25)], tmp_path / "c.safetensors")
     with safe_open(tmp_path / "c.safetensors", "pt") as file:
         found = file.metadata()
@@ -152,7 +162,12 @@ def test_kinds_without_a_difference_need_the_base(tmp_path: Path, tiny: Path) ->
     rows, inputs = weight.shape
     up, down = 0.1 * draw.standard_normal((rows, 2)), 0.1 * draw.standard_normal((2, inputs))
     magnitude = np.linalg.norm(weight + up @ down, axis=1, keepdims=True) * 1.05
-    dora = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": magnitude, "alpha": np.float64(2.0)}
+    dora = {
+        "lora_up.weight": up,
+        "lora_down.weight": down,
+        "dora_scale": magnitude,
+        "alpha": np.float64(2.0),
+    }
     other = module("lora", LINEAR, weight.shape, draw, 2)
     one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file({f"{LINEAR}.{k}": torch.tensor(t, dtype=torch.float32) for k, t in dora.items()}, one)
@@ -165,7 +180,9 @@ def test_kinds_without_a_difference_need_the_base(tmp_path: Path, tiny: Path) ->
     changed = oracle.dora(weight, up @ down, magnitude, 0) - weight
     shapes = {LINEAR: weight.shape}
     expected = 0.5 * changed + deltas(two, shapes)[LINEAR]
-    np.testing.assert_allclose(deltas(tmp_path / "c.safetensors", shapes)[LINEAR], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        deltas(tmp_path / "c.safetensors", shapes)[LINEAR], expected, atol=1e-6
+    )
 
 
 # the other methods ---------------------------------------------------------------------------------------------------
@@ -197,7 +214,10 @@ def test_ties_elects_signs_and_averages() -> None:
 
 @pytest.mark.parametrize("method", ["ties", "dare", "dare-ties", "magnitude"])
 def test_methods_over_files(method: str, tmp_path: Path) -> None:
-    a, b = adapter(tmp_path / "a.safetensors", seed=1), adapter(tmp_path / "b.safetensors", "lokr", seed=2)
+    a, b = (
+        adapter(tmp_path / "a.safetensors", seed=1),
+        adapter(tmp_path / "b.safetensors", "lokr", seed=2),
+    )
     inputs = [(a, 1.0), (b, 0.5)]
     report = run(inputs, tmp_path / "c.safetensors", method=method, density=1.0)
     found, expected = deltas(tmp_path / "c.safetensors"), summed(inputs)
@@ -206,10 +226,16 @@ def test_methods_over_files(method: str, tmp_path: Path) -> None:
     thin = run(inputs, tmp_path / "d.safetensors", method=method, density=0.3, seed=1)
     again = run(inputs, tmp_path / "e.safetensors", method=method, density=0.3, seed=1)
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "e.safetensors").read_bytes()
-    assert {item["algorithm"] for item in thin.details} == {"full"} == {item["algorithm"] for item in report.details}
+    assert (
+        {item["algorithm"] for item in thin.details}
+        == {"full"}
+        == {item["algorithm"] for item in report.details}
+    )
     assert again.relative_error == thin.relative_error
     low = run(inputs, tmp_path / "f.safetensors", method=method, density=0.3, seed=1, rank=3)
     assert {item["rank"] for item in low.details} == {3}
     exact = deltas(tmp_path / "d.safetensors")
     for name, delta in deltas(tmp_path / "f.safetensors").items():
-        assert np.linalg.norm(exact[name] - delta) == pytest.approx(oracle.best_rank(exact[name], 3), rel=1e-4)
+        assert np.linalg.norm(exact[name] - delta) == pytest.approx(
+            oracle.best_rank(exact[name], 3), rel=1e-4
+        )

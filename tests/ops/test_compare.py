@@ -57,14 +57,20 @@ def lora(shape: tuple[int, ...], new: Callable[..., Array]) -> tuple[dict[str, A
     o, i, *kernel = shape
     up, down = new(o, 3), new(3, i, *kernel)
     ones = (1,) * len(kernel)
-    stored = {"lora_up.weight": up.reshape(o, 3, *ones), "lora_down.weight": down, "alpha": np.float32(1.2)}
+    stored = {
+        "lora_up.weight": up.reshape(o, 3, *ones),
+        "lora_down.weight": down,
+        "alpha": np.float32(1.2),
+    }
     return stored, oracle.lora(up, down, float(np.float32(1.2)) / 3)
 
 
 def tucker(shape: tuple[int, ...], new: Callable[..., Array]) -> tuple[dict[str, Array], Array]:
     o, i, *kernel = shape
     up, mid, down = new(o, 2, 1, 1), new(2, 2, *kernel), new(2, i, 1, 1)
-    return {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down}, oracle.lora(up, down, 1.0, mid)
+    return {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down}, oracle.lora(
+        up, down, 1.0, mid
+    )
 
 
 def loha(shape: tuple[int, ...], new: Callable[..., Array]) -> tuple[dict[str, Array], Array]:
@@ -74,7 +80,9 @@ def loha(shape: tuple[int, ...], new: Callable[..., Array]) -> tuple[dict[str, A
     return _named("hada_", t, 3.0), oracle.loha(t, 3.0, tuple(kernel))
 
 
-def loha_tucker(shape: tuple[int, ...], new: Callable[..., Array]) -> tuple[dict[str, Array], Array]:
+def loha_tucker(
+    shape: tuple[int, ...], new: Callable[..., Array]
+) -> tuple[dict[str, Array], Array]:
     o, i, *kernel = shape
     t = {f"t{n}": new(2, 2, *kernel) for n in "12"}
     t |= {f"w{n}_a": new(2, o) for n in "12"} | {f"w{n}_b": new(2, i) for n in "12"}
@@ -92,8 +100,14 @@ def lokr(factor: int, one: bool = False, two: bool = False, core: bool = False) 
         if core:
             t |= {"t2": new(2, 2, *kernel), "w2_a": new(2, c), "w2_b": new(2, d)}
         else:
-            t |= {"w2_a": new(c, 2), "w2_b": new(2, d * window)} if two else {"w2": new(c, d, *kernel)}
-        alpha = 1.0 if one or two or core else 1e10  # which says nothing where both factors are full
+            t |= (
+                {"w2_a": new(c, 2), "w2_b": new(2, d * window)}
+                if two
+                else {"w2": new(c, d, *kernel)}
+            )
+        alpha = (
+            1.0 if one or two or core else 1e10
+        )  # which says nothing where both factors are full
         return _named("lokr_", t, alpha), oracle.lokr_stored(t, alpha, tuple(kernel))
 
     return make
@@ -118,12 +132,20 @@ KINDS: dict[str, Any] = {
     "lokr-products": lokr(2, one=True, two=True),
     "full": full,
 }
-CONVOLUTIONS = KINDS | {"tucker": tucker, "loha-tucker": loha_tucker, "lokr-core": lokr(4, core=True)}
+CONVOLUTIONS = KINDS | {
+    "tucker": tucker,
+    "loha-tucker": loha_tucker,
+    "lokr-core": lokr(4, core=True),
+}
 
 
 def file(path: Path, modules: Mapping[str, Mapping[str, Any]]) -> Path:
     """An adapter: stored tensors by suffix, by stem."""
-    state = {f"{stem}.{suffix}": torch.as_tensor(t) for stem, stored in modules.items() for suffix, t in stored.items()}
+    state = {
+        f"{stem}.{suffix}": torch.as_tensor(t)
+        for stem, stored in modules.items()
+        for suffix, t in stored.items()
+    }
     save_file({key: t.contiguous().clone() for key, t in state.items()}, path)
     return path
 
@@ -147,9 +169,14 @@ def test_every_pair_of_algorithms(
         monkeypatch.setattr(_differences, "BLOCK", 100)
     kinds = KINDS if len(shape) == 2 else CONVOLUTIONS
     made = {name: make(shape, draw(n)) for n, (name, make) in enumerate(kinds.items())}
-    pairs = {f"diffusion_model.layer.{n}": pair for n, pair in enumerate(itertools.product(made, made))}
+    pairs = {
+        f"diffusion_model.layer.{n}": pair for n, pair in enumerate(itertools.product(made, made))
+    }
     a, b = (
-        file(tmp_path / f"{n}.safetensors", {stem: made[pair[n]][0] for stem, pair in pairs.items()}) for n in range(2)
+        file(
+            tmp_path / f"{n}.safetensors", {stem: made[pair[n]][0] for stem, pair in pairs.items()}
+        )
+        for n in range(2)
     )
     report = run((a, 0.7), (b, -1.5))
     assert len(report.modules) == len(pairs)
@@ -161,7 +188,9 @@ def test_every_pair_of_algorithms(
         assert found.relative_error == pytest.approx(relative(one, other), rel=1e-12), names
         assert found.cosine == pytest.approx(cosine(one, other), abs=1e-12), names
     whole = [np.concatenate([made[pair[n]][1] for pair in pairs.values()]) for n in range(2)]
-    assert report.relative_error == pytest.approx(relative(0.7 * whole[0], -1.5 * whole[1]), rel=1e-12)
+    assert report.relative_error == pytest.approx(
+        relative(0.7 * whole[0], -1.5 * whole[1]), rel=1e-12
+    )
     assert report.cosine == pytest.approx(cosine(0.7 * whole[0], -1.5 * whole[1]), abs=1e-12)
 
 
@@ -178,8 +207,15 @@ def test_formats_do_not_matter(tiny: Path) -> None:
     """kohya's and lycoris' files have alpha = rank / 2 of the same tensors."""
     for format in ("diffusers", "comfy"):
         report = run((tiny / "lora-kohya.safetensors", 2.0), tiny / f"lora-{format}.safetensors")
-        assert (report.relative_error, len(report.modules), report.only_a, report.only_b) == (0.0, 104, (), ())
-        report = run(tiny / f"lora-{format}.safetensors", tiny / "lora-lycoris.safetensors", only=("unet",))
+        assert (report.relative_error, len(report.modules), report.only_a, report.only_b) == (
+            0.0,
+            104,
+            (),
+            (),
+        )
+        report = run(
+            tiny / f"lora-{format}.safetensors", tiny / "lora-lycoris.safetensors", only=("unet",)
+        )
         assert report.relative_error == pytest.approx(1.0, rel=1e-14)
         assert report.cosine == pytest.approx(1.0, rel=1e-14)
 
@@ -194,7 +230,10 @@ def test_another_factorization_is_told_apart_to_machine_precision(tmp_path: Path
     b = file(tmp_path / "b.safetensors", {LINEAR: again})
     assert run(a, b, family="sd1").relative_error < 3e-15
     moved = up @ turn + 1e-11 * random.standard_normal((64, 4))
-    c = file(tmp_path / "c.safetensors", {LINEAR: {"lora_up.weight": moved, "lora_down.weight": turn.T @ down}})
+    c = file(
+        tmp_path / "c.safetensors",
+        {LINEAR: {"lora_up.weight": moved, "lora_down.weight": turn.T @ down}},
+    )
     true = relative(up @ turn @ (turn.T @ down), moved @ (turn.T @ down))
     assert run(a, c, family="sd1").relative_error == pytest.approx(true, rel=1e-3)
 
@@ -212,13 +251,17 @@ def test_a_lokr_and_its_lora_agree(tmp_path: Path) -> None:
     assert run(a, full, family="sd1").relative_error < 3e-15
 
 
-def test_small_factors_never_form_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_factors_never_form_the_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dense(self: Lora) -> torch.Tensor:
         raise AssertionError("ΔW was formed")
 
     monkeypatch.setattr(Lora, "delta", dense)
     monkeypatch.setattr(_differences, "_dense", dense)
-    a, b = (file(tmp_path / f"{n}.safetensors", {LINEAR: lora((64, 48), draw(n))[0]}) for n in (1, 2))
+    a, b = (
+        file(tmp_path / f"{n}.safetensors", {LINEAR: lora((64, 48), draw(n))[0]}) for n in (1, 2)
+    )
     kron = file(tmp_path / "k.safetensors", {LINEAR: lokr(4)((64, 48), draw(3))[0]})
     for one, other in ((a, b), (a, kron), (kron, a), (kron, kron)):
         run((one, 2.0), other, family="sd1")
@@ -231,14 +274,20 @@ def test_modules_of_one_side_count_in_full(tmp_path: Path) -> None:
     a = file(tmp_path / "a.safetensors", {LINEAR: s1, k: s2})
     b = file(tmp_path / "b.safetensors", {LINEAR: s3, out: s4})
     report = run(a, b, family="sd1")
-    assert [one.module for one in report.modules] == ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+    assert [one.module for one in report.modules] == [
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    ]
     assert report.only_a == ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k",)
     assert report.only_b == ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",)
     none = np.zeros_like(d1)
     one, two = np.stack([d1, d2, none]), np.stack([d3, none, d4])
     assert report.relative_error == pytest.approx(relative(one, two), rel=1e-12)
     assert report.cosine == pytest.approx(cosine(one, two), rel=1e-12)
-    assert report.common == report.modules[0].relative_error == pytest.approx(relative(d1, d3), rel=1e-12)
+    assert (
+        report.common
+        == report.modules[0].relative_error
+        == pytest.approx(relative(d1, d3), rel=1e-12)
+    )
 
 
 def test_a_difference_from_nothing_has_no_relative_error(tmp_path: Path) -> None:
@@ -264,7 +313,10 @@ def peft(stored: Mapping[str, Array]) -> dict[str, Array]:
     """kohya's LoRA as diffusers spells it, its alpha in the weights."""
     scale = float(stored["alpha"]) / len(stored["lora_down.weight"])
     up = stored["lora_up.weight"].astype(np.float64)
-    return {"lora_B.weight": up * scale, "lora_A.weight": stored["lora_down.weight"].astype(np.float64)}
+    return {
+        "lora_B.weight": up * scale,
+        "lora_A.weight": stored["lora_down.weight"].astype(np.float64),
+    }
 
 
 @pytest.mark.parametrize("fused", [lora, lokr(3), lokr(2), full, loha])
@@ -275,15 +327,24 @@ def test_fused_against_split(tmp_path: Path, fused: Any, missing: str | None) ->
     parts = {name: lora((16, 12), draw(n)) for n, name in enumerate(("to_q", "to_k", "to_v"), 1)}
     held = [np.zeros((16, 12)) if name == missing else d for name, (_, d) in parts.items()]
     a = file(tmp_path / "a.safetensors", {QKV: whole})
-    b = file(tmp_path / "b.safetensors", {f"{ATTENTION}.{n}": peft(s) for n, (s, _) in parts.items() if n != missing})
+    b = file(
+        tmp_path / "b.safetensors",
+        {f"{ATTENTION}.{n}": peft(s) for n, (s, _) in parts.items() if n != missing},
+    )
     split = np.concatenate(held)
     report = run(a, b)
     (found,) = report.modules
     assert found.module == "transformer.double_blocks.0.img_attn.qkv"
-    assert report.relative_error == found.relative_error == pytest.approx(relative(dense, split), rel=1e-12)
+    assert (
+        report.relative_error
+        == found.relative_error
+        == pytest.approx(relative(dense, split), rel=1e-12)
+    )
     assert report.cosine == pytest.approx(cosine(dense, split), rel=1e-9)
     back = run(b, a)
-    assert {one.module for one in back.modules} == {f"{ATTENTION}.{name}" for name in parts if name != missing}
+    assert {one.module for one in back.modules} == {
+        f"{ATTENTION}.{name}" for name in parts if name != missing
+    }
     assert len(back.only_b) == (missing is not None)
     assert back.relative_error == pytest.approx(relative(split, dense), rel=1e-12)
     for one in back.modules:
@@ -295,13 +356,20 @@ def test_fused_against_split(tmp_path: Path, fused: Any, missing: str | None) ->
 def test_a_lokr_is_cut_anywhere(tmp_path: Path) -> None:
     """linear1 is q, k, v and an mlp of four shares: cuts that fall into the blocks of two LoKr."""
     (one, dense), (two, other) = lokr(4)((56, 12), draw(0)), lokr(2)((56, 12), draw(1))
-    a, b = file(tmp_path / "a.safetensors", {LINEAR1: one}), file(tmp_path / "b.safetensors", {LINEAR1: two})
-    assert run(a, b, family="flux").relative_error == pytest.approx(relative(dense, other), rel=1e-12)
+    a, b = (
+        file(tmp_path / "a.safetensors", {LINEAR1: one}),
+        file(tmp_path / "b.safetensors", {LINEAR1: two}),
+    )
+    assert run(a, b, family="flux").relative_error == pytest.approx(
+        relative(dense, other), rel=1e-12
+    )
     for n, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
         stored, delta = lora((8, 12), draw(9))
         c = file(tmp_path / "c.safetensors", {f"{SINGLE}.{name}": peft(stored)})
         (found,) = run(c, a, family="flux").modules
-        assert found.relative_error == pytest.approx(relative(delta, dense[8 * n : 8 * n + 8]), rel=1e-12)
+        assert found.relative_error == pytest.approx(
+            relative(delta, dense[8 * n : 8 * n + 8]), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("other", [lora, lokr(4), lokr(3), full, loha])
@@ -311,8 +379,12 @@ def test_halves_in_the_other_order(tmp_path: Path, other: Any) -> None:
     a = file(tmp_path / "a.safetensors", {FINAL: one})
     b = file(tmp_path / "b.safetensors", {NORM_OUT: _as_diffusers(two)})
     turned = np.concatenate([delta[12:], delta[:12]])
-    assert run(a, b, family="flux").relative_error == pytest.approx(relative(dense, turned), rel=1e-12)
-    assert run(b, a, family="flux").relative_error == pytest.approx(relative(turned, dense), rel=1e-12)
+    assert run(a, b, family="flux").relative_error == pytest.approx(
+        relative(dense, turned), rel=1e-12
+    )
+    assert run(b, a, family="flux").relative_error == pytest.approx(
+        relative(turned, dense), rel=1e-12
+    )
     assert run(b, b, family="flux").relative_error == 0.0
 
 
@@ -358,12 +430,17 @@ def glora(seed: int) -> tuple[dict[str, Array], Callable[[Array], Array]]:
     new = draw(seed)
     t = {"a1": new(32, 2), "a2": new(2, 32), "b1": new(32, 2), "b2": new(2, 32)}
     wide = {name: value.astype(np.float64) for name, value in t.items()}
-    return {f"{role}.weight": value for role, value in t.items()}, lambda w: oracle.glora(w, wide, 1.0) - w
+    return {
+        f"{role}.weight": value for role, value in t.items()
+    }, lambda w: oracle.glora(w, wide, 1.0) - w
 
 
 def ia3(seed: int) -> tuple[dict[str, Array], Callable[[Array], Array]]:
     factor = draw(seed)(32)
-    return {"weight": factor, "on_input": np.array(False)}, lambda w: oracle.ia3(w, factor.astype(np.float64), 0) - w
+    return {
+        "weight": factor,
+        "on_input": np.array(False),
+    }, lambda w: oracle.ia3(w, factor.astype(np.float64), 0) - w
 
 
 DEPENDENT = {"dora": dora, "oft": oft, "glora": glora, "ia3": ia3}
@@ -374,21 +451,36 @@ def test_kinds_that_depend_on_the_weight(tmp_path: Path, tiny: Path, name: str) 
     make = DEPENDENT[name]
     (one, first), (two, second) = make(1), make(2)
     a, again, b = (
-        file(tmp_path / f"{n}.safetensors", {LINEAR: stored}) for n, stored in (("a", one), ("again", one), ("b", two))
+        file(tmp_path / f"{n}.safetensors", {LINEAR: stored})
+        for n, stored in (("a", one), ("again", one), ("b", two))
     )
     report = run(a, again, family="sd1", tolerance=0.0)
-    assert (report.relative_error, report.cosine, report.norm_a, report.norm_b) == (0.0, None, None, None)
+    assert (report.relative_error, report.cosine, report.norm_a, report.norm_b) == (
+        0.0,
+        None,
+        None,
+        None,
+    )
     (found,) = report.modules
-    assert (found.relative_error, found.norm_a, found.norm_b, report.exceeded) == (0.0, None, None, None)
+    assert (found.relative_error, found.norm_a, found.norm_b, report.exceeded) == (
+        0.0,
+        None,
+        None,
+        None,
+    )
     assert "--base" in report.notes[0]
     for other, strength in ((b, 1.0), (a, 0.5)):
-        with pytest.raises(NotRepresentable, match=r"mid_block.attentions.0.transformer_blocks.0.attn1.to_q") as caught:
+        with pytest.raises(
+            NotRepresentable, match=r"mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+        ) as caught:
             run(a, (other, strength), family="sd1")
         assert "--base" in (caught.value.hint or "")
     weight = base_weight()
     base = tiny / "base.safetensors"
     report = run((a, 0.5), b, family="sd1", base=base)
-    assert report.relative_error == pytest.approx(relative(0.5 * first(weight), second(weight)), rel=1e-6)
+    assert report.relative_error == pytest.approx(
+        relative(0.5 * first(weight), second(weight)), rel=1e-6
+    )
     assert report.norm_a == pytest.approx(np.linalg.norm(0.5 * first(weight)), rel=1e-6)
     report = run(a, again, family="sd1", base=base)
     assert (report.relative_error, report.cosine) == (0.0, 1.0)
@@ -402,7 +494,9 @@ def test_kinds_that_depend_on_the_weight(tmp_path: Path, tiny: Path, name: str) 
         run(plain, a, family="sd1")
 
 
-def test_a_module_that_depends_on_the_weight_needs_the_base_where_it_is_alone(tmp_path: Path, tiny: Path) -> None:
+def test_a_module_that_depends_on_the_weight_needs_the_base_where_it_is_alone(
+    tmp_path: Path, tiny: Path
+) -> None:
     plain, (other, change) = lora((32, 32), draw(0)), dora(1)
     a = file(tmp_path / "a.safetensors", {OTHER: plain[0]})
     b = file(tmp_path / "b.safetensors", {OTHER: plain[0], LINEAR: other})
@@ -411,7 +505,9 @@ def test_a_module_that_depends_on_the_weight_needs_the_base_where_it_is_alone(tm
             run(one, two, family="sd1")
     report = run(a, b, family="sd1", base=tiny / "base.safetensors")
     size = np.linalg.norm(change(base_weight()))
-    assert report.relative_error == pytest.approx(size / np.hypot(size, np.linalg.norm(plain[1])), rel=1e-6)
+    assert report.relative_error == pytest.approx(
+        size / np.hypot(size, np.linalg.norm(plain[1])), rel=1e-6
+    )
 
 
 def test_equal_parts_of_a_dora_are_equal(tmp_path: Path) -> None:
@@ -444,13 +540,25 @@ def test_a_fused_dora_and_its_base_in_parts(tmp_path: Path) -> None:
     weight, up, down = new(48, 12), new(48, 2), new(2, 12)
     magnitude = np.abs(new(1, 12)) + 0.5
     parts = {name: lora((16, 12), draw(n)) for n, name in enumerate(("to_q", "to_k", "to_v"), 1)}
-    held = {f"transformer_blocks.0.attn.{name}.weight": weight[16 * n : 16 * n + 16] for n, name in enumerate(parts)}
-    save_file({key: torch.from_numpy(t).contiguous() for key, t in held.items()}, tmp_path / "base.safetensors")
+    held = {
+        f"transformer_blocks.0.attn.{name}.weight": weight[16 * n : 16 * n + 16]
+        for n, name in enumerate(parts)
+    }
+    save_file(
+        {key: torch.from_numpy(t).contiguous() for key, t in held.items()},
+        tmp_path / "base.safetensors",
+    )
     stored = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": magnitude}
     a = file(tmp_path / "a.safetensors", {QKV: stored})
-    b = file(tmp_path / "b.safetensors", {f"{ATTENTION}.{name}": peft(s) for name, (s, _) in parts.items()})
+    b = file(
+        tmp_path / "b.safetensors",
+        {f"{ATTENTION}.{name}": peft(s) for name, (s, _) in parts.items()},
+    )
     wide = weight.astype(np.float64)
-    fused = oracle.dora(wide, oracle.lora(up, down, 1.0), magnitude.astype(np.float64).ravel(), 1) - wide
+    fused = (
+        oracle.dora(wide, oracle.lora(up, down, 1.0), magnitude.astype(np.float64).ravel(), 1)
+        - wide
+    )
     split = np.concatenate([d for _, d in parts.values()])
     options = {"family": "flux", "base": tmp_path / "base.safetensors"}
     assert run(a, b, **options).relative_error == pytest.approx(relative(fused, split), rel=1e-6)
@@ -463,7 +571,9 @@ def test_the_base_has_to_have_the_layer(tmp_path: Path) -> None:
     a, b = (file(tmp_path / f"{n}.safetensors", {LINEAR: dora(n)[0]}) for n in (1, 2))
     with pytest.raises(NotRepresentable, match=r"the base has no .*to_q"):
         run(a, b, family="sd1", base=save(tmp_path / "base.safetensors", state))
-    wide, again = (file(tmp_path / f"wide{n}.safetensors", {LINEAR: dora(n, 48)[0]}) for n in (1, 2))
+    wide, again = (
+        file(tmp_path / f"wide{n}.safetensors", {LINEAR: dora(n, 48)[0]}) for n in (1, 2)
+    )
     with pytest.raises(ShapeMismatch, match="32 × 32 in the checkpoint, 48 × 32 in this adapter"):
         run(wide, again, family="sd1", base=save(tmp_path / "base.safetensors", tiny_base()))
 
@@ -492,12 +602,16 @@ def deltas(adapter: Path) -> dict[str, Array]:
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.6])
-def test_the_strength_is_found_in_an_fp16_checkpoint(tmp_path: Path, tiny: Path, strength: float) -> None:
+def test_the_strength_is_found_in_an_fp16_checkpoint(
+    tmp_path: Path, tiny: Path, strength: float
+) -> None:
     base, adapter = tiny / "base.safetensors", tiny / "lora-kohya.safetensors"
     tuned = merged(tmp_path, base, (adapter, strength))
     report = run(adapter, tuned, base=base)
     before, after = load_file(base), load_file(tuned)
-    change = np.sqrt(sum(float(((after[k].double() - before[k].double()) ** 2).sum()) for k in before))
+    change = np.sqrt(
+        sum(float(((after[k].double() - before[k].double()) ** 2).sum()) for k in before)
+    )
     size = np.sqrt(sum((d**2).sum() for d in deltas(adapter).values()))
     assert report.norm_a == pytest.approx(size, rel=1e-12)
     assert report.norm_b == pytest.approx(change, rel=1e-12)
@@ -506,7 +620,9 @@ def test_the_strength_is_found_in_an_fp16_checkpoint(tmp_path: Path, tiny: Path,
     assert (len(report.modules), report.only_a, report.only_b, report.outside) == (104, (), (), 0.0)
     if strength == 1.0:
         assert 0 < report.relative_error < 0.05
-        assert run(tuned, adapter, base=base).to_dict() | {"seconds": 0} == report.to_dict() | {"seconds": 0}
+        assert run(tuned, adapter, base=base).to_dict() | {"seconds": 0} == report.to_dict() | {
+            "seconds": 0
+        }
     else:
         assert report.relative_error == pytest.approx(1.6, rel=1e-2)
     # the strength that is found is the adapter's own, whatever it was given
@@ -524,13 +640,18 @@ def test_each_number_of_a_merged_module(tmp_path: Path, tiny: Path) -> None:
     tuned[elsewhere] = base[elsewhere] + 0.5
     vae = {"first_stage_model.conv.weight": torch.zeros(4, 4)}
     tuned |= {name: t + 1.0 for name, t in vae.items()}
-    first, second = save(tmp_path / "base.safetensors", base | vae), save(tmp_path / "tuned.safetensors", tuned)
+    first, second = (
+        save(tmp_path / "base.safetensors", base | vae),
+        save(tmp_path / "tuned.safetensors", tuned),
+    )
     a = file(tmp_path / "a.safetensors", {LINEAR: stored})
     report = run(a, second, base=first)
     change = tuned[TO_Q].double().numpy() - base[TO_Q].double().numpy()
     (found,) = report.modules
     assert found.norm_b == pytest.approx(np.linalg.norm(change), rel=1e-12)
-    assert found.relative_error == pytest.approx(np.linalg.norm(change - delta) / np.linalg.norm(delta), rel=1e-12)
+    assert found.relative_error == pytest.approx(
+        np.linalg.norm(change - delta) / np.linalg.norm(delta), rel=1e-12
+    )
     assert found.cosine == pytest.approx(cosine(delta, change), rel=1e-12)
     assert found.strength == pytest.approx((change * delta).sum() / (delta**2).sum(), rel=1e-12)
     assert (report.strength, report.cosine) == (found.strength, found.cosine)
@@ -561,12 +682,20 @@ def test_a_split_adapter_in_a_fused_checkpoint(tmp_path: Path) -> None:
     up, down = draw(0)(width, 2), draw(0)(2, width)
     a = file(
         tmp_path / "a.safetensors",
-        {"lora_te2_text_model_encoder_layers_3_self_attn_v_proj": {"lora_up.weight": up, "lora_down.weight": down}},
+        {
+            "lora_te2_text_model_encoder_layers_3_self_attn_v_proj": {
+                "lora_up.weight": up,
+                "lora_down.weight": down,
+            }
+        },
     )
     tuned = base | {fused: base[fused].clone()}
     tuned[fused][2 * width :] += 0.5 * torch.from_numpy(up @ down)
     tuned[fused][:width] += 1.0
-    first, second = save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", tuned)
+    first, second = (
+        save(tmp_path / "base.safetensors", base),
+        save(tmp_path / "tuned.safetensors", tuned),
+    )
     report = run(a, second, base=first)
     (found,) = report.modules
     assert found.module.endswith("layers.3.self_attn.v_proj")
@@ -581,7 +710,12 @@ def test_modules_that_the_checkpoint_does_not_have(tmp_path: Path, tiny: Path) -
     tuned = save(tmp_path / "tuned.safetensors", state)
     report = run(tiny / "lora-kohya.safetensors", tuned, base=base)
     assert report.only_a == ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",)
-    assert (len(report.modules), report.relative_error, report.strength, report.cosine) == (103, 1.0, 0.0, None)
+    assert (len(report.modules), report.relative_error, report.strength, report.cosine) == (
+        103,
+        1.0,
+        0.0,
+        None,
+    )
 
 
 # what is refused --------------------------------------------------------------------------------------------------
@@ -614,21 +748,33 @@ def test_files_that_do_not_go_together(tmp_path: Path, tiny: Path) -> None:
 
 def test_nothing_in_common(tmp_path: Path, tiny: Path) -> None:
     (one, _), (two, _) = (lora((16, 12), draw(n)) for n in range(2))
-    a, b = file(tmp_path / "a.safetensors", {LINEAR: one}), file(tmp_path / "b.safetensors", {OTHER: two})
+    a, b = (
+        file(tmp_path / "a.safetensors", {LINEAR: one}),
+        file(tmp_path / "b.safetensors", {OTHER: two}),
+    )
     with pytest.raises(NothingToDo, match="no module in common"):
         run(a, b, family="sd1")
     with pytest.raises(NothingToDo, match="no module in common"):
         run(tiny / "lora-kohya.safetensors", tiny / "lora-kohya.safetensors", only=("x.*",))
     with pytest.raises(NothingToDo, match="in the checkpoint"):
-        run(tiny / "lora-kohya.safetensors", tiny / "tuned.ckpt", base=tiny / "base.ckpt", only=("x.*",))
+        run(
+            tiny / "lora-kohya.safetensors",
+            tiny / "tuned.ckpt",
+            base=tiny / "base.ckpt",
+            only=("x.*",),
+        )
 
 
 def test_sizes_that_differ(tmp_path: Path) -> None:
-    (one, _), (two, _), (three, _) = (lora(shape, draw(0)) for shape in ((16, 12), (32, 12), (16, 24)))
+    (one, _), (two, _), (three, _) = (
+        lora(shape, draw(0)) for shape in ((16, 12), (32, 12), (16, 24))
+    )
     a = file(tmp_path / "a.safetensors", {LINEAR: one})
     for stored, size in ((two, "32 × 12"), (three, "16 × 24")):
         b = file(tmp_path / "b.safetensors", {LINEAR: stored})
-        with pytest.raises(ShapeMismatch, match=rf"16 × 12 in a.safetensors, {size} in this adapter") as caught:
+        with pytest.raises(
+            ShapeMismatch, match=rf"16 × 12 in a.safetensors, {size} in this adapter"
+        ) as caught:
             run(a, b, family="sd1")
         assert Path(str(caught.value.file)).name == "b.safetensors"
 
@@ -645,7 +791,10 @@ def test_nan_names_the_file_and_the_tensor(tmp_path: Path, kind: Any, where: str
         paths[name] = file(tmp_path / f"{name}.safetensors", {LINEAR: stored})
     with pytest.raises(NonFinite, match="NaN or infinity") as caught:
         run(paths["a"], paths["b"], family="sd1")
-    assert (Path(str(caught.value.file)).name, caught.value.tensor) == (f"{where}.safetensors", f"{LINEAR}.{suffix}")
+    assert (Path(str(caught.value.file)).name, caught.value.tensor) == (
+        f"{where}.safetensors",
+        f"{LINEAR}.{suffix}",
+    )
 
 
 def test_nan_in_a_dora_or_a_checkpoint(tmp_path: Path, tiny: Path) -> None:
@@ -666,14 +815,22 @@ def test_nan_in_a_dora_or_a_checkpoint(tmp_path: Path, tiny: Path) -> None:
 def test_keys_that_nobody_understands_are_named_and_keep_no_tolerance(tmp_path: Path) -> None:
     stored, _ = lora((16, 12), draw(0))
     a = file(tmp_path / "a.safetensors", {LINEAR: stored, OTHER: stored})
-    b = file(tmp_path / "b.safetensors", {LINEAR: stored, OTHER: stored, "lora_unet_nowhere": stored})
+    b = file(
+        tmp_path / "b.safetensors", {LINEAR: stored, OTHER: stored, "lora_unet_nowhere": stored}
+    )
     report = run(a, b, family="sd1", tolerance=0.5)
     assert (report.relative_error, len(report.unused)) == (0.0, 3)
     assert all("b.safetensors" in item.reason for item in report.unused)
     assert "3 keys are not understood" in (report.exceeded or "")
-    beside = file(tmp_path / "c.safetensors", {LINEAR: stored, OTHER: stored, "bundle_emb.x": {"clip_l": np.ones(4)}})
+    beside = file(
+        tmp_path / "c.safetensors",
+        {LINEAR: stored, OTHER: stored, "bundle_emb.x": {"clip_l": np.ones(4)}},
+    )
     report = run(a, beside, family="sd1", tolerance=0.5)
-    assert ([item.key for item in report.unused], report.exceeded) == (["bundle_emb.x.clip_l"], None)
+    assert ([item.key for item in report.unused], report.exceeded) == (
+        ["bundle_emb.x.clip_l"],
+        None,
+    )
 
 
 # families and the engine ------------------------------------------------------------------------------------------
@@ -695,18 +852,28 @@ def test_a_look_alike_follows_the_other(tmp_path: Path) -> None:
     base = small("sd2")
     assert base[weight].shape == (40, 40)
     square = file(tmp_path / "square.safetensors", {LINEAR: lora((40, 40), draw(0))[0]})
-    first, second = save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", base)
+    first, second = (
+        save(tmp_path / "base.safetensors", base),
+        save(tmp_path / "tuned.safetensors", base),
+    )
     assert run(square, second, base=first).family == "sd2"
     assert run(square, square, base=first).family == "sd2"
 
 
 def test_families_nobody_knows(tmp_path: Path) -> None:
     new = draw(0)
-    state = {f"diffusion_model.strange.{i}": {"lora_B.weight": new(8, 2), "lora_A.weight": new(2, 6)} for i in range(3)}
+    state = {
+        f"diffusion_model.strange.{i}": {"lora_B.weight": new(8, 2), "lora_A.weight": new(2, 6)}
+        for i in range(3)
+    }
     a = file(tmp_path / "a.safetensors", state)
     b = file(tmp_path / "b.safetensors", dict(list(state.items())[1:]))
     report = run(a, b)
-    assert (report.family, len(report.modules), report.only_a) == ("unknown", 2, ("transformer.strange.0",))
+    assert (report.family, len(report.modules), report.only_a) == (
+        "unknown",
+        2,
+        ("transformer.strange.0",),
+    )
     assert report.common == 0.0
 
 
@@ -719,7 +886,9 @@ def test_modules_are_chosen_by_as_names(tiny: Path) -> None:
     assert not report.only_b
 
 
-def test_s1_stacked_buckets_give_the_same_numbers(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s1_stacked_buckets_give_the_same_numbers(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"base": tiny / "base.safetensors"}
     pairs = [
         (tiny / "lora-kohya.safetensors", tiny / "lora-peft.safetensors"),
@@ -742,6 +911,8 @@ def test_the_plan_of_a_large_layer_fits_a_small_bound(tmp_path: Path) -> None:
     stem = "lora_unet_single_blocks_0_linear1"
     stored = {"lora_up.weight": new(21504, 16), "lora_down.weight": new(16, 3072)}
     other = {"lokr_w1": new(8, 8), "lokr_w2": new(2688, 384)}
-    a, b = (file(tmp_path / f"{n}.safetensors", {stem: t}) for n, t in (("a", stored), ("b", other)))
+    a, b = (
+        file(tmp_path / f"{n}.safetensors", {stem: t}) for n, t in (("a", stored), ("b", other))
+    )
     plan = compare.plan((a, 1.0), (b, 1.0), compare.Options(memory=100_000_000))
     plan.close()

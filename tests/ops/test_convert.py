@@ -38,7 +38,9 @@ def lora(family: str, format: str, path: Path, *, scale: float = 1.0, seed: int 
     tensors: dict[str, torch.Tensor] = {}
     for slot, rows in tiny_slots(family, format):
         tensors[keys.spell(slot, "lora", "up")] = torch.randn(rows, RANK, generator=draw).half()
-        tensors[keys.spell(slot, "lora", "down")] = torch.randn(RANK, COLUMNS, generator=draw).half()
+        tensors[keys.spell(slot, "lora", "down")] = torch.randn(
+            RANK, COLUMNS, generator=draw
+        ).half()
         if formats()[format].alpha in (Alpha.TENSOR, Alpha.OPTIONAL):
             tensors[keys.spell(slot, "lora", "alpha")] = torch.tensor(RANK * scale)
     save_file(tensors, path)
@@ -73,7 +75,13 @@ def out(folder: Path, name: str, format: str) -> Path:
     return folder / (name if formats()[format].alpha is Alpha.CONFIG else f"{name}.safetensors")
 
 
-PAIRS = [(family, a, b) for family in families() for a in ("kohya", "diffusers") for b in WRITTEN if a != b]
+PAIRS = [
+    (family, a, b)
+    for family in families()
+    for a in ("kohya", "diffusers")
+    for b in WRITTEN
+    if a != b
+]
 
 
 @pytest.mark.parametrize(("family", "first", "second"), PAIRS)
@@ -83,7 +91,9 @@ def test_c1_c2_there_and_back(family: str, first: str, second: str, tmp_path: Pa
     source = lora(family, first, tmp_path / "a.safetensors")
     options = {"family": family, "overwrite": True}
     there, back = out(tmp_path, "b", second), tmp_path / "c.safetensors"
-    narrow = formats()[second].private or len(components(family, first) - components(family, second)) > 0
+    narrow = (
+        formats()[second].private or len(components(family, first) - components(family, second)) > 0
+    )
     report = run(source, there, to=second, format=first, allow_unused=narrow, **options)
     assert report.relative_error == 0.0
     mine, theirs = deltas(source, family, first), deltas(there, family, second)
@@ -125,7 +135,10 @@ def test_c1_folding(family: str, scale: float, tmp_path: Path) -> None:
     report = run(source, tmp_path / "b.safetensors", to="diffusers", family=family)
     assert report.changes["folded"] == report.modules
     assert not any(key.endswith("alpha") for key in load_file(tmp_path / "b.safetensors"))
-    mine, theirs = deltas(source, family, "kohya"), deltas(tmp_path / "b.safetensors", family, "diffusers")
+    mine, theirs = (
+        deltas(source, family, "kohya"),
+        deltas(tmp_path / "b.safetensors", family, "diffusers"),
+    )
     norm = sum(float((d**2).sum()) for d in mine.values())
     error = sum(float(((theirs[t] - d) ** 2).sum()) for t, d in mine.items())
     assert report.relative_error == pytest.approx((error / norm) ** 0.5, rel=1e-2, abs=1e-7)
@@ -140,7 +153,10 @@ def test_c3_by_way_of_another(family: str, tmp_path: Path) -> None:
     run(source, tmp_path / "b.safetensors", to="comfy", **options)
     run(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya", **options)
     run(source, tmp_path / "d.safetensors", to="kohya", **options)
-    one, two = deltas(tmp_path / "c.safetensors", family, "kohya"), deltas(tmp_path / "d.safetensors", family, "kohya")
+    one, two = (
+        deltas(tmp_path / "c.safetensors", family, "kohya"),
+        deltas(tmp_path / "d.safetensors", family, "kohya"),
+    )
     assert one.keys() == two.keys()
     for target, delta in one.items():
         equal(delta, two[target], fused=True)
@@ -149,11 +165,18 @@ def test_c3_by_way_of_another(family: str, tmp_path: Path) -> None:
 def test_missing_parts_become_rows_of_zeros(tmp_path: Path) -> None:
     """q and v trained, k not: the others are not dropped (sd-scripts' converter raises or loses them)."""
     source = lora("flux", "diffusers", tmp_path / "a.safetensors")
-    kept = {key: t for key, t in load_file(source).items() if ".to_k." not in key and ".add_k_proj." not in key}
+    kept = {
+        key: t
+        for key, t in load_file(source).items()
+        if ".to_k." not in key and ".add_k_proj." not in key
+    }
     save_file(kept, tmp_path / "a.safetensors")
     report = run(source, tmp_path / "b.safetensors", to="kohya", family="flux")
     assert report.changes["fused"]
-    mine, theirs = deltas(source, "flux", "diffusers"), deltas(tmp_path / "b.safetensors", "flux", "kohya")
+    mine, theirs = (
+        deltas(source, "flux", "diffusers"),
+        deltas(tmp_path / "b.safetensors", "flux", "kohya"),
+    )
     qkv = next(target for target in theirs if target.module.endswith("img_attn.qkv"))
     third = theirs[qkv].shape[0] // 3
     assert not theirs[qkv][third : 2 * third].any()
@@ -164,13 +187,20 @@ def test_missing_parts_become_rows_of_zeros(tmp_path: Path) -> None:
 def test_pure_renames_copy_bytes_and_keep_what_else_is_there(tmp_path: Path) -> None:
     source = lora("sd1", "kohya", tmp_path / "a.safetensors")
     extra = {"bundle_emb.style.clip_l": torch.ones(2, 3)}
-    metadata = {"ss_tag_frequency": "{}", "modelspec.title": "ä", "foo": "bar", "lora_adapter_metadata": "{}"}
+    metadata = {
+        "ss_tag_frequency": "{}",
+        "modelspec.title": "ä",
+        "foo": "bar",
+        "lora_adapter_metadata": "{}",
+    }
     save_file(load_file(source) | extra, source, metadata)
     report = run(source, tmp_path / "b.safetensors", to="comfy")
     assert report.changes == {"renamed": report.modules}
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         stored = file.metadata()
-        assert torch.equal(file.get_tensor("bundle_emb.style.clip_l"), extra["bundle_emb.style.clip_l"])
+        assert torch.equal(
+            file.get_tensor("bundle_emb.style.clip_l"), extra["bundle_emb.style.clip_l"]
+        )
     assert {key: stored[key] for key in ("ss_tag_frequency", "modelspec.title", "foo")} == {
         key: metadata[key] for key in ("ss_tag_frequency", "modelspec.title", "foo")
     }
@@ -198,7 +228,10 @@ def test_sd_scripts_hashes_are_recomputed(tmp_path: Path) -> None:
         run(source, output, to=to)
         with safe_open(output, "pt") as file:
             stored = file.metadata()
-        blob = save(load_file(output), {key: value for key, value in stored.items() if key.startswith("ss_")})
+        blob = save(
+            load_file(output),
+            {key: value for key, value in stored.items() if key.startswith("ss_")},
+        )
         start = 8 + int.from_bytes(blob[:8], "little")
         assert stored["sshs_model_hash"] == hashlib.sha256(blob[start:]).hexdigest()
         assert stored["sshs_legacy_hash"] == hashlib.sha256(blob[0x100000:0x110000]).hexdigest()[:8]
@@ -263,13 +296,18 @@ def test_mixed_ranks_are_told_to_diffusers(tmp_path: Path) -> None:
     source = lora("sd1", "kohya", tmp_path / "a.safetensors")
     tensors = load_file(source)
     stem = next(key for key in tensors if key.startswith("lora_unet_")).partition(".")[0]
-    wider = {f"{stem}.lora_up.weight": torch.ones(8, 5).half(), f"{stem}.lora_down.weight": torch.ones(5, 6).half()}
+    wider = {
+        f"{stem}.lora_up.weight": torch.ones(8, 5).half(),
+        f"{stem}.lora_down.weight": torch.ones(5, 6).half(),
+    }
     save_file(tensors | wider | {f"{stem}.alpha": torch.tensor(5.0)}, source)
     run(source, tmp_path / "b.safetensors", to="diffusers")
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (told["unet.r"], told["unet.lora_alpha"]) == (RANK, RANK)
-    assert list(told["unet.rank_pattern"].values()) == list(told["unet.alpha_pattern"].values()) == [5]
+    assert (
+        list(told["unet.rank_pattern"].values()) == list(told["unet.alpha_pattern"].values()) == [5]
+    )
     before = deltas(source, "sd1", "kohya")
     for target, delta in deltas(tmp_path / "b.safetensors", "sd1", "diffusers").items():
         np.testing.assert_array_equal(delta, before[target])
@@ -282,8 +320,9 @@ class TestRefusals:
         save_file(load_file(source) | {wrong: torch.ones(2, 2)}, source)
         with pytest.raises(Unclaimed, match="atn1_to_q") as caught:
             run(source, tmp_path / "b.safetensors", to="comfy")
-        assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight" in str(
-            caught.value
+        assert (
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
+            in str(caught.value)
         )
         assert not (tmp_path / "b.safetensors").exists()
         report = run(source, tmp_path / "b.safetensors", to="comfy", allow_unused=True)
@@ -316,7 +355,9 @@ class TestRefusals:
 
 def test_an_unknown_family_keeps_its_names(tmp_path: Path) -> None:
     tensors = {
-        f"diffusion_model.strange.{i}.layer.lora_{side}.weight": torch.ones(4, 4) for i in range(3) for side in "AB"
+        f"diffusion_model.strange.{i}.layer.lora_{side}.weight": torch.ones(4, 4)
+        for i in range(3)
+        for side in "AB"
     }
     save_file(tensors, tmp_path / "a.safetensors")
     report = run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="kohya")
@@ -325,20 +366,24 @@ def test_an_unknown_family_keeps_its_names(tmp_path: Path) -> None:
     assert "lora_unet_strange_1_layer.lora_up.weight" in keys
     with pytest.raises(Unclaimed, match="no place|no name"):
         run(tmp_path / "a.safetensors", tmp_path / "c.safetensors", to="diffusers")
-    with pytest.raises(Unclaimed, match="no place|no name"):  # underscores cannot be turned back into dots
+    with pytest.raises(
+        Unclaimed, match="no place|no name"
+    ):  # underscores cannot be turned back into dots
         run(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="comfy")
 
 
 def test_dtype_and_dry_plan(tmp_path: Path) -> None:
     source = lora("sd1", "kohya", tmp_path / "a.safetensors")
-    plan = convert.plan(source, convert.Options(to="comfy", output=tmp_path / "b.safetensors", dtype="bf16"))
+    plan = convert.plan(
+        source, convert.Options(to="comfy", output=tmp_path / "b.safetensors", dtype="bf16")
+    )
     assert plan.to_dict()["cast"] == plan.to_dict()["modules"]
     report = convert.run(plan)
     plan.close()
     assert 0 < report.relative_error < 2**-8
-    assert {t.dtype for key, t in load_file(tmp_path / "b.safetensors").items() if "alpha" not in key} == {
-        torch.bfloat16
-    }
+    assert {
+        t.dtype for key, t in load_file(tmp_path / "b.safetensors").items() if "alpha" not in key
+    } == {torch.bfloat16}
     assert replace(report, seconds=0.0).to_dict()["changes"] == {"cast": report.modules}
 
 
@@ -349,7 +394,11 @@ def test_look_alikes_ask_only_where_the_names_differ(tmp_path: Path) -> None:
     if "chroma" not in families():
         pytest.skip("no look-alike here yet")
     keys = compile_keys("flux", "kohya")
-    slots = [(s, r) for s, r in tiny_slots("flux", "kohya") if s.target.module.endswith(("img_attn.proj", "linear2"))]
+    slots = [
+        (s, r)
+        for s, r in tiny_slots("flux", "kohya")
+        if s.target.module.endswith(("img_attn.proj", "linear2"))
+    ]
     tensors = {keys.spell(s, "lora", "up"): torch.ones(r, 2) for s, r in slots}
     tensors |= {keys.spell(s, "lora", "down"): torch.ones(2, 4) for s, _ in slots}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -370,7 +419,9 @@ def test_look_alikes_ask_only_where_the_names_differ(tmp_path: Path) -> None:
 
 def test_not_representable_says_what_would_work(tmp_path: Path) -> None:
     keys = compile_keys("flux", "kohya")
-    slot = next(s for s, _ in tiny_slots("flux", "kohya") if s.target.module.endswith("img_attn.qkv"))
+    slot = next(
+        s for s, _ in tiny_slots("flux", "kohya") if s.target.module.endswith("img_attn.qkv")
+    )
     tensors = {
         keys.spell(slot, "lokr", "w1"): torch.ones(2, 2),
         keys.spell(slot, "lokr", "w2"): torch.ones(12, 3),

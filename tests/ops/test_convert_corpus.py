@@ -22,19 +22,51 @@ LISTS = sorted(path.stem for path in (CORPUS / "adapters").glob("*.json"))
 # the same model, all its modules, in two namings: what is converted is named as the other list names it
 SAME = [
     ("gen__comfynative_anima_allmodules", "gen__diffusers_peft_anima_allmodules", "diffusers"),
-    ("gen__comfynative_flux1_dev_allmodules", "gen__diffusers_peft_flux1_dev_allmodules", "diffusers"),
-    ("gen__comfynative_flux2_klein_4b_allmodules", "gen__diffusers_peft_flux2_klein_4b_allmodules", "diffusers"),
-    ("gen__comfynative_hunyuan_video_allmodules", "gen__diffusers_peft_hunyuan_video_allmodules", "diffusers"),
+    (
+        "gen__comfynative_flux1_dev_allmodules",
+        "gen__diffusers_peft_flux1_dev_allmodules",
+        "diffusers",
+    ),
+    (
+        "gen__comfynative_flux2_klein_4b_allmodules",
+        "gen__diffusers_peft_flux2_klein_4b_allmodules",
+        "diffusers",
+    ),
+    (
+        "gen__comfynative_hunyuan_video_allmodules",
+        "gen__diffusers_peft_hunyuan_video_allmodules",
+        "diffusers",
+    ),
     ("gen__comfynative_krea2_allmodules", "gen__diffusers_peft_krea2_allmodules", "diffusers"),
-    ("gen__comfynative_sd3_medium_allmodules", "gen__diffusers_peft_sd3_medium_allmodules", "diffusers"),
-    ("gen__comfynative_wan21_t2v_14b_allmodules", "gen__diffusers_peft_wan21_t2v_14b_allmodules", "diffusers"),
+    (
+        "gen__comfynative_sd3_medium_allmodules",
+        "gen__diffusers_peft_sd3_medium_allmodules",
+        "diffusers",
+    ),
+    (
+        "gen__comfynative_wan21_t2v_14b_allmodules",
+        "gen__diffusers_peft_wan21_t2v_14b_allmodules",
+        "diffusers",
+    ),
     ("gen__comfynative_z_image_allmodules", "gen__diffusers_peft_z_image_allmodules", "diffusers"),
     ("gen__diffusers_peft_flux1_dev_allmodules", "gen__comfynative_flux1_dev_allmodules", "comfy"),
-    ("gen__diffusers_peft_flux2_klein_4b_allmodules", "gen__comfynative_flux2_klein_4b_allmodules", "comfy"),
+    (
+        "gen__diffusers_peft_flux2_klein_4b_allmodules",
+        "gen__comfynative_flux2_klein_4b_allmodules",
+        "comfy",
+    ),
     ("gen__diffusers_peft_krea2_allmodules", "gen__comfynative_krea2_allmodules", "comfy"),
     ("gen__diffusers_peft_lumina2_allmodules", "gen__comfynative_lumina2_allmodules", "comfy"),
-    ("gen__diffusers_peft_sd3_medium_allmodules", "gen__comfynative_sd3_medium_allmodules", "comfy"),
-    ("gen__diffusers_peft_wan21_t2v_14b_allmodules", "gen__comfynative_wan21_t2v_14b_allmodules", "comfy"),
+    (
+        "gen__diffusers_peft_sd3_medium_allmodules",
+        "gen__comfynative_sd3_medium_allmodules",
+        "comfy",
+    ),
+    (
+        "gen__diffusers_peft_wan21_t2v_14b_allmodules",
+        "gen__comfynative_wan21_t2v_14b_allmodules",
+        "comfy",
+    ),
     ("gen__diffusers_peft_z_image_allmodules", "gen__comfynative_z_image_allmodules", "comfy"),
     ("gen__lycoris_wrapper_sdxl_locon", "gen__comfynative_sdxl_unet_allmodules", "comfy"),
     ("invokeai__flux_lora_aitoolkit_format", "gen__musubi_flux_kontext_lora", "kohya"),
@@ -43,18 +75,24 @@ SAME = [
 
 
 @pytest.mark.parametrize(("source", "target", "format"), SAME)
-def test_names_are_those_of_real_files(source: str, target: str, format: str, corpus: Path, tmp_path: Path) -> None:
+def test_names_are_those_of_real_files(
+    source: str, target: str, format: str, corpus: Path, tmp_path: Path
+) -> None:
     listing = corpus_listing(corpus / "adapters" / f"{source}.json")
     path = write_header_only(tmp_path / "a.safetensors", listing)
     family = None
     if "chroma" not in source:
         with Adapter.open(path) as adapter:
             family = adapter.family.name
-    plan = convert.plan(path, convert.Options(to=format, family=family, output=tmp_path / "b.safetensors"))
+    plan = convert.plan(
+        path, convert.Options(to=format, family=family, output=tmp_path / "b.safetensors")
+    )
     ours = {plan.keys.stem(task.slot) for task in plan.tasks}
     plan.close()
     theirs = {
-        found[0] for key in corpus_listing(corpus / "adapters" / f"{target}.json") if (found := split_suffix(key))
+        found[0]
+        for key in corpus_listing(corpus / "adapters" / f"{target}.json")
+        if (found := split_suffix(key))
     }
     assert ours == theirs
 
@@ -81,7 +119,8 @@ def whole(path: Path, family: str, format: str) -> dict[str, np.ndarray]:
             if not entry.kind.additive:
                 stored = adapter.read(entry)
                 found |= {
-                    f"{slot}/{entry.kind.stored_as(r, peft=False)}": t.flatten().numpy() for r, t in stored.items()
+                    f"{slot}/{entry.kind.stored_as(r, peft=False)}": t.flatten().numpy()
+                    for r, t in stored.items()
                 }
                 continue
             delta = adapter.weights(entry).delta().numpy()
@@ -106,7 +145,13 @@ def test_there_and_back(name: str, corpus: Path, tmp_path: Path) -> None:
     if first == "kohya-oft":
         pytest.skip("no other format holds it")
     source = fill(tmp_path / "a.safetensors", shrink(listing))
-    second = "comfy" if first == "onetrainer" else "diffusers" if first not in ("diffusers", "xlabs") else "kohya"
+    second = (
+        "comfy"
+        if first == "onetrainer"
+        else "diffusers"
+        if first not in ("diffusers", "xlabs")
+        else "kohya"
+    )
     if name == "gen__simpletuner_lycoris_flux1_lokr":
         second = "onetrainer"  # whose modules are cut alike: LoKr in parts with different factors cannot be fused
     if name == "invokeai__flux_dora_onetrainer_format":

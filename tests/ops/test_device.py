@@ -15,7 +15,15 @@ def test_every_command_on_a_device(tmp_path: Path) -> None:
     """`on_device.py`, in a process of its own: an emulated device, once there, is there for all that the process does."""
     if not torch.cuda.is_available() and not emulated.available():
         pytest.skip("no CUDA device, and this torch cannot emulate one")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'made'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={tmp_path / 'made'}",
+    ]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "on_device.py")],
         check=False, cwd=FIXTURES.parent, capture_output=True, text=True, encoding="utf-8", timeout=600,

@@ -12,13 +12,36 @@ from safetensors.torch import load_file, save_file
 from adaptkit import engine
 from adaptkit.adapter import Adapter
 from adaptkit.detect import families
-from adaptkit.errors import AdaptkitError, NonFinite, NoSuchName, NothingToDo, ShapeMismatch, Unclaimed, WouldOverwrite
+from adaptkit.errors import (
+    AdaptkitError,
+    NonFinite,
+    NoSuchName,
+    NothingToDo,
+    ShapeMismatch,
+    Unclaimed,
+    WouldOverwrite,
+)
 from adaptkit.ops import extract, merge
-from tests.ops.models import changed, distance, lokr_delta, lora_delta, matrices, noise_delta, save, small, tiny_base
+from tests.ops.models import (
+    changed,
+    distance,
+    lokr_delta,
+    lora_delta,
+    matrices,
+    noise_delta,
+    save,
+    small,
+    tiny_base,
+)
 
 
-def run(folder: Path, base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], **options: Any) -> extract.Report:
-    first, second = save(folder / "base.safetensors", base), save(folder / "tuned.safetensors", tuned)
+def run(
+    folder: Path, base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], **options: Any
+) -> extract.Report:
+    first, second = (
+        save(folder / "base.safetensors", base),
+        save(folder / "tuned.safetensors", tuned),
+    )
     chosen = extract.Options(output=folder / "out.safetensors", overwrite=True, **options)
     return extract.run(extract.plan(first, second, chosen))
 
@@ -29,7 +52,15 @@ def merged(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "merged.safetensors")
 
 
-ATTENTION = ("attn1.to_q", "attn2.to_v", "proj_in", "in_layers.2", "skip_connection", "self_attn.q_proj", "fc1")
+ATTENTION = (
+    "attn1.to_q",
+    "attn2.to_v",
+    "proj_in",
+    "in_layers.2",
+    "skip_connection",
+    "self_attn.q_proj",
+    "fc1",
+)
 
 
 @pytest.mark.parametrize("algo", ["lora", "lokr", "lokr-rank"])
@@ -42,7 +73,10 @@ def test_e1_a_known_adapter_is_recovered_in_float32(tmp_path: Path, algo: str) -
     assert report.modules == len(deltas)
     assert report.relative_error <= 1e-3
     result = merged(tmp_path)
-    true = {key: base[key].double() + deltas[key] if key in deltas else base[key].double() for key in base}
+    true = {
+        key: base[key].double() + deltas[key] if key in deltas else base[key].double()
+        for key in base
+    }
     whole = sum(d.square().sum() for d in deltas.values()) ** 0.5
     assert distance(result, true) <= 1e-3 * whole
 
@@ -50,8 +84,16 @@ def test_e1_a_known_adapter_is_recovered_in_float32(tmp_path: Path, algo: str) -
 @pytest.mark.parametrize("algo", ["lora", "lokr"])
 def test_e1_recovered_to_the_rounding_of_an_fp16_checkpoint(tmp_path: Path, algo: str) -> None:
     base = tiny_base(torch.float16)
-    tuned, deltas = changed(base, matrices(base, *ATTENTION), {"lora": lora_delta(3), "lokr": lokr_delta(8)}[algo])
-    rounding = sum(float((tuned[k].double() - base[k].double() - d).square().sum()) for k, d in deltas.items()) ** 0.5
+    tuned, deltas = changed(
+        base, matrices(base, *ATTENTION), {"lora": lora_delta(3), "lokr": lokr_delta(8)}[algo]
+    )
+    rounding = (
+        sum(
+            float((tuned[k].double() - base[k].double() - d).square().sum())
+            for k, d in deltas.items()
+        )
+        ** 0.5
+    )
     report = run(tmp_path, base, tuned, algo=algo, **({"rank": 3} if algo == "lora" else {}))
     whole = sum(float(d.square().sum()) for d in deltas.values()) ** 0.5
     # what is left is the checkpoint's rounding and the adapter's own
@@ -66,7 +108,9 @@ def test_the_merge_is_off_by_exactly_the_reported_error(tmp_path: Path, algo: st
     # a full fine-tune: every matrix, bias and norm changes, nothing in it is low-rank
     keys = [key for key in base if "embedding" not in key]
     tuned, _ = changed(base, keys, noise_delta())
-    report = run(tmp_path, base, tuned, algo=algo, **({"rank": 4, "conv_rank": 2} if algo == "lora" else {}))
+    report = run(
+        tmp_path, base, tuned, algo=algo, **({"rank": 4, "conv_rank": 2} if algo == "lora" else {})
+    )
     left = distance(merged(tmp_path), tuned)
     whole = distance(base, tuned)
     assert left / whole == pytest.approx(report.relative_error, rel=1e-4, abs=1e-6)
@@ -78,7 +122,9 @@ def test_the_merge_is_off_by_exactly_the_reported_error(tmp_path: Path, algo: st
 
 def test_e2_nothing_differs(tmp_path: Path, tiny: Path) -> None:
     plan = extract.plan(
-        tiny / "base.ckpt", tiny / "base.safetensors", extract.Options(output=tmp_path / "o.safetensors")
+        tiny / "base.ckpt",
+        tiny / "base.safetensors",
+        extract.Options(output=tmp_path / "o.safetensors"),
     )
     with pytest.raises(NothingToDo, match="nothing differs"):
         extract.run(plan)
@@ -104,7 +150,10 @@ def _lokr_pair() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 def test_the_lora_beside_a_lokr_is_measured(tmp_path: Path) -> None:
     """The share that a LoRA of as many parameters keeps equals what extracting one keeps."""
-    base, key = tiny_base(), "model.diffusion_model.middle_block.1.transformer_blocks.0.ff.net.0.proj.weight"
+    base, key = (
+        tiny_base(),
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.ff.net.0.proj.weight",
+    )
     tuned, _ = changed(base, [key], noise_delta())
     lokr = run(tmp_path, base, tuned, algo="lokr", factor=4)
     rank = lokr.parameters // sum(base[key].shape)
@@ -114,7 +163,11 @@ def test_the_lora_beside_a_lokr_is_measured(tmp_path: Path) -> None:
 
 def test_vectors_are_carried_or_listed(tmp_path: Path) -> None:
     base = tiny_base()
-    keys = [key for key in base if key.endswith((".bias", "norm1.weight", "layer_norm1.weight")) and "unet" not in key]
+    keys = [
+        key
+        for key in base
+        if key.endswith((".bias", "norm1.weight", "layer_norm1.weight")) and "unet" not in key
+    ]
     tuned, _ = changed(base, [*keys, *matrices(base, "attn1.to_q")], noise_delta())
     carried = run(tmp_path, base, tuned, rank=2, vectors=True)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
@@ -131,7 +184,10 @@ def test_vectors_are_carried_or_listed(tmp_path: Path) -> None:
 
 
 def test_what_an_adapter_cannot_hold_is_listed(tmp_path: Path) -> None:
-    base = tiny_base() | {"first_stage_model.conv.weight": torch.zeros(4, 4), "model_ema.decay": torch.zeros(1)}
+    base = tiny_base() | {
+        "first_stage_model.conv.weight": torch.zeros(4, 4),
+        "model_ema.decay": torch.zeros(1),
+    }
     token = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     keys = [token, "first_stage_model.conv.weight", *matrices(base, "attn1.to_q")]
     tuned, deltas = changed(base, keys, noise_delta())
@@ -140,7 +196,9 @@ def test_what_an_adapter_cannot_hold_is_listed(tmp_path: Path) -> None:
     assert "embeddings" in reasons["text_encoder.text_model.embeddings.token_embedding"]
     assert "vae" in reasons["first_stage_model.conv.weight"]
     assert "ema" in reasons["model_ema.decay"]
-    whole = sum(float(d.square().sum()) for key, d in deltas.items() if "first_stage" not in key) ** 0.5
+    whole = (
+        sum(float(d.square().sum()) for key, d in deltas.items() if "first_stage" not in key) ** 0.5
+    )
     assert report.relative_error == pytest.approx(float(deltas[token].norm()) / whole, rel=1e-3)
     full = run(tmp_path, base, tuned, algo="full")
     assert full.relative_error < 1e-6  # a full difference does hold the embedding
@@ -149,14 +207,19 @@ def test_what_an_adapter_cannot_hold_is_listed(tmp_path: Path) -> None:
 def test_layers_without_a_partner_fail_unless_allowed(tmp_path: Path) -> None:
     base = tiny_base()
     tuned, _ = changed(base, matrices(base, "attn1.to_q"), noise_delta())
-    gone, odd = "model.diffusion_model.out.2.weight", "model.diffusion_model.input_blocks.0.0.weight"
+    gone, odd = (
+        "model.diffusion_model.out.2.weight",
+        "model.diffusion_model.input_blocks.0.0.weight",
+    )
     del tuned[gone]
     tuned[odd] = torch.zeros(8, 9, 3, 3)  # an inpainting model's input
     with pytest.raises(Unclaimed, match="2 keys would be lost") as caught:
         run(tmp_path, base, tuned)
     assert "--allow-unused" in caught.value.hint
     assert not (tmp_path / "out.safetensors").exists()
-    reasons = {item.key: item.reason for item in run(tmp_path, base, tuned, allow_unused=True).unused}
+    reasons = {
+        item.key: item.reason for item in run(tmp_path, base, tuned, allow_unused=True).unused
+    }
     assert "not in the tuned" in reasons[gone]
     assert "[8, 4, 3, 3] in the base, [8, 9, 3, 3]" in reasons[odd]
     assert run(tmp_path, base, tuned, skip=("unet.conv_in", "*conv_out")).unused == ()
@@ -165,12 +228,14 @@ def test_layers_without_a_partner_fail_unless_allowed(tmp_path: Path) -> None:
 def test_only_and_skip_choose_modules(tmp_path: Path) -> None:
     base = tiny_base()
     tuned, _ = changed(base, matrices(base, "attn1.to_q", "self_attn.q_proj"), noise_delta())
-    assert {d["module"].partition(".")[0] for d in run(tmp_path, base, tuned, only=("text_encoder",)).details} == {
-        "text_encoder"
-    }
-    assert {d["module"].partition(".")[0] for d in run(tmp_path, base, tuned, skip=("text_encoder",)).details} == {
-        "unet"
-    }
+    assert {
+        d["module"].partition(".")[0]
+        for d in run(tmp_path, base, tuned, only=("text_encoder",)).details
+    } == {"text_encoder"}
+    assert {
+        d["module"].partition(".")[0]
+        for d in run(tmp_path, base, tuned, skip=("text_encoder",)).details
+    } == {"unet"}
     assert run(tmp_path, base, tuned, only=("*mid_block*",)).modules == 1
     with pytest.raises(NothingToDo, match="selected"):
         run(tmp_path, base, tuned, only=("nothing.like.this",))
@@ -225,17 +290,26 @@ def test_unknown_names_are_refused_before_work(tmp_path: Path, tiny: Path) -> No
 
 
 @pytest.mark.parametrize("algo", ["lora", "lokr", "full"])
-def test_equal_inputs_give_equal_bytes_in_any_container(tmp_path: Path, tiny: Path, algo: str) -> None:
+def test_equal_inputs_give_equal_bytes_in_any_container(
+    tmp_path: Path, tiny: Path, algo: str
+) -> None:
     contents = []
     for n, suffix in enumerate(("ckpt", "safetensors", "ckpt")):
         output = tmp_path / str(n) / "out.safetensors"
         output.parent.mkdir()
         extract.run(
-            extract.plan(tiny / f"base.{suffix}", tiny / f"tuned.{suffix}", extract.Options(output=output, algo=algo))
+            extract.plan(
+                tiny / f"base.{suffix}",
+                tiny / f"tuned.{suffix}",
+                extract.Options(output=output, algo=algo),
+            )
         )
         contents.append(output.read_bytes())
     assert contents[0] == contents[2]
-    assert load_file(tmp_path / "0" / "out.safetensors").keys() == load_file(tmp_path / "1" / "out.safetensors").keys()
+    assert (
+        load_file(tmp_path / "0" / "out.safetensors").keys()
+        == load_file(tmp_path / "1" / "out.safetensors").keys()
+    )
 
 
 @pytest.mark.parametrize("algo", ["lora", "lokr"])
@@ -245,7 +319,9 @@ def test_s1_stacked_buckets_give_the_same_adapter(
     """The path a GPU takes, run on the CPU: many layers of one shape at once."""
     found = []
     for stacked in (False, True):
-        monkeypatch.setattr(engine.Resources, "on_cpu", property(lambda _, stacked=stacked: not stacked))
+        monkeypatch.setattr(
+            engine.Resources, "on_cpu", property(lambda _, stacked=stacked: not stacked)
+        )
         options = extract.Options(output=tmp_path / f"{stacked}.safetensors", algo=algo, rank=4)
         extract.run(extract.plan(tiny / "base.safetensors", tiny / "tuned.safetensors", options))
         found.append(load_file(options.output))
@@ -259,7 +335,10 @@ def test_sdxl_with_its_fused_text_encoder(tmp_path: Path) -> None:
     base = small("sdxl")
     g = "conditioner.embedders.1.model."
     keys = [f"{g}transformer.resblocks.{n}.attn.in_proj_weight" for n in (0, 31)]
-    keys += [f"{g}text_projection", "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight"]
+    keys += [
+        f"{g}text_projection",
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight",
+    ]
     tuned, _ = changed(base, keys, noise_delta())
     report = run(tmp_path, base, tuned, rank=512)
     names = set(load_file(tmp_path / "out.safetensors"))
@@ -296,11 +375,20 @@ def test_a_diffusers_folder_pairs_with_a_single_file(tmp_path: Path) -> None:
             for key, p in places.items()
             if p.slot.component == part
         }
-        state = {name if name.endswith("bias") else f"{name}.weight": tuned[key] for key, name in names.items()}
-        save_file(state, folder / ("diffusion_pytorch_model.safetensors" if part == "unet" else "model.safetensors"))
+        state = {
+            name if name.endswith("bias") else f"{name}.weight": tuned[key]
+            for key, name in names.items()
+        }
+        save_file(
+            state,
+            folder
+            / ("diffusion_pytorch_model.safetensors" if part == "unet" else "model.safetensors"),
+        )
     save(tmp_path / "base.safetensors", base)
     plan = extract.plan(
-        tmp_path / "base.safetensors", tmp_path / "tuned", extract.Options(output=tmp_path / "o.safetensors", rank=64)
+        tmp_path / "base.safetensors",
+        tmp_path / "tuned",
+        extract.Options(output=tmp_path / "o.safetensors", rank=64),
     )
     report = extract.run(plan)
     assert report.modules == len(matrices(base, "attn1.to_q"))
@@ -309,7 +397,11 @@ def test_a_diffusers_folder_pairs_with_a_single_file(tmp_path: Path) -> None:
 
 def test_metadata_says_what_was_done(tmp_path: Path, tiny: Path) -> None:
     output = tmp_path / "out.safetensors"
-    report = extract.run(extract.plan(tiny / "base.ckpt", tiny / "tuned.ckpt", extract.Options(output=output, rank=4)))
+    report = extract.run(
+        extract.plan(
+            tiny / "base.ckpt", tiny / "tuned.ckpt", extract.Options(output=output, rank=4)
+        )
+    )
     with safe_open(output, "pt") as file:
         metadata = file.metadata()
     (record,) = json.loads(metadata["adaptkit"])
@@ -326,7 +418,9 @@ def test_metadata_says_what_was_done(tmp_path: Path, tiny: Path) -> None:
 
 def test_the_plan_is_made_without_reading_weights(tmp_path: Path, tiny: Path) -> None:
     plan = extract.plan(
-        tiny / "base.ckpt", tiny / "tuned.ckpt", extract.Options(output=tmp_path / "o.safetensors", rank=4)
+        tiny / "base.ckpt",
+        tiny / "tuned.ckpt",
+        extract.Options(output=tmp_path / "o.safetensors", rank=4),
     )
     described = plan.to_dict()
     report = extract.run(plan)

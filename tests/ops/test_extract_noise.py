@@ -29,14 +29,21 @@ class Merged:
                 key = f"layers.{block}.{name}.weight"
                 base[key] = (torch.randn(rows, columns, generator=draw) / columns**0.5).to(dtype)
                 grid = torch.finfo(dtype).eps * float(base[key].float().abs().mean())
-                factors = torch.randn(rows, RANK, generator=draw) @ torch.randn(RANK, columns, generator=draw)
+                factors = torch.randn(rows, RANK, generator=draw) @ torch.randn(
+                    RANK, columns, generator=draw
+                )
                 self.true[key] = (ulps * grid / RANK**0.5 * factors).double()
                 tuned[key] = (base[key].double() + self.true[key]).to(dtype)
         self.folder = folder
-        self.paths = save(folder / "base.safetensors", base), save(folder / "tuned.safetensors", tuned)
+        self.paths = (
+            save(folder / "base.safetensors", base),
+            save(folder / "tuned.safetensors", tuned),
+        )
 
     def extract(self, **options: Any) -> extract.Report:
-        chosen = extract.Options(output=self.folder / "out.safetensors", overwrite=True, to="bare", **options)
+        chosen = extract.Options(
+            output=self.folder / "out.safetensors", overwrite=True, to="bare", **options
+        )
         return extract.run(extract.plan(*self.paths, chosen))
 
     def error(self) -> float:
@@ -83,8 +90,12 @@ def test_auto_stores_no_noise_either(merged: Merged) -> None:
     assert any("not filled with noise" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("options", [{"energy": 0.999999}, {"error": 0.01}, {"algo": "auto", "error": 0.01}])
-def test_what_is_asked_of_the_difference_as_it_is_holds(tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"energy": 0.999999}, {"error": 0.01}, {"algo": "auto", "error": 0.01}]
+)
+def test_what_is_asked_of_the_difference_as_it_is_holds(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     """These rules promise something about the files as they are; how much of that is noise is said."""
     merged = Merged(tmp_path, torch.bfloat16, ulps=6.0)
     report = merged.extract(**options, max_rank=160)
@@ -107,7 +118,10 @@ def test_in_float32_there_is_no_noise_to_speak_of(tmp_path: Path) -> None:
     merged = Merged(tmp_path, torch.float32, ulps=3e4)
     draw = torch.Generator().manual_seed(1)
     state = load_file(merged.paths[1])
-    save(merged.paths[1], {key: t + 1e-4 * torch.randn(t.shape, generator=draw) for key, t in state.items()})
+    save(
+        merged.paths[1],
+        {key: t + 1e-4 * torch.randn(t.shape, generator=draw) for key, t in state.items()},
+    )
     report = merged.extract(size=500_000)
     assert 495_000 < report.bytes <= 500_000
 
@@ -120,4 +134,6 @@ def test_advice_knows_it_too(merged: Merged) -> None:
     assert report.size[16] == report.size[8] == report.size[32]
     assert report.auto[16] == report.auto[8]
     assert report.auto[16].mix == {"lora": 12}
-    assert report.rank[16].relative_error < report.rank[8].relative_error  # of the files as they are
+    assert (
+        report.rank[16].relative_error < report.rank[8].relative_error
+    )  # of the files as they are

@@ -18,7 +18,15 @@ from tests import oracle
 from tests.cli.test_cli import adaptkit, refused
 from tests.ops.models import changed, lokr_delta, lora_delta, matrices, noise_delta, save, tiny_base
 
-LAYERS = ("attn1.to_q", "attn2.to_v", "proj_in", "in_layers.2", "skip_connection", "self_attn.q_proj", "fc1")
+LAYERS = (
+    "attn1.to_q",
+    "attn2.to_v",
+    "proj_in",
+    "in_layers.2",
+    "skip_connection",
+    "self_attn.q_proj",
+    "fc1",
+)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -75,28 +83,36 @@ def stored_deltas(path: Path) -> list[np.ndarray]:
             two = roles.get("lokr_w2")
             kernel = two.shape[2:] if two is not None else ()
             named = {role.removeprefix("lokr_"): array for role, array in roles.items()}
-            whole = oracle.lokr_stored({k: v for k, v in named.items() if k != "alpha"}, float(named["alpha"]), kernel)
+            whole = oracle.lokr_stored(
+                {k: v for k, v in named.items() if k != "alpha"}, float(named["alpha"]), kernel
+            )
             found.append(whole.reshape(len(whole), -1))
     return found
 
 
 @pytest.mark.parametrize("algo", ["lora", "lokr", "auto"])
 @pytest.mark.parametrize("share", [0.15, 0.4])
-def test_a_size_is_kept_to_the_byte_and_used(pair: Path, tmp_path: Path, algo: str, share: float) -> None:
+def test_a_size_is_kept_to_the_byte_and_used(
+    pair: Path, tmp_path: Path, algo: str, share: float
+) -> None:
     whole = run(pair, tmp_path / "whole.safetensors", rank=64).bytes
     size = int(whole * share)
     report = run(pair, tmp_path / "out.safetensors", algo=algo, size=size)
     assert report.bytes == (tmp_path / "out.safetensors").stat().st_size <= size
     if algo != "lokr":  # whose layers may all be full at less
         assert report.bytes >= 0.985 * size
-    assert report.relative_error == pytest.approx(true_error(pair, tmp_path / "out.safetensors"), rel=1e-4)
+    assert report.relative_error == pytest.approx(
+        true_error(pair, tmp_path / "out.safetensors"), rel=1e-4
+    )
     if algo == "auto":
         assert 0 <= report.gap < 0.05
 
 
 @pytest.mark.parametrize("algo", ["lora", "auto"])
 @pytest.mark.parametrize("error", [0.6, 0.3])
-def test_an_error_is_kept_on_what_is_stored(pair: Path, tmp_path: Path, algo: str, error: float) -> None:
+def test_an_error_is_kept_on_what_is_stored(
+    pair: Path, tmp_path: Path, algo: str, error: float
+) -> None:
     report = run(pair, tmp_path / "out.safetensors", algo=algo, error=error)
     assert 0.9 * error < report.relative_error <= error
     assert true_error(pair, tmp_path / "out.safetensors") <= error * (1 + 1e-6)
@@ -105,9 +121,12 @@ def test_an_error_is_kept_on_what_is_stored(pair: Path, tmp_path: Path, algo: st
 def test_auto_is_never_worse_than_one_algorithm(pair: Path, tmp_path: Path) -> None:
     for size in (60_000, 150_000):
         found = {
-            algo: run(pair, tmp_path / f"{algo}.safetensors", algo=algo, size=size) for algo in ("lora", "lokr", "auto")
+            algo: run(pair, tmp_path / f"{algo}.safetensors", algo=algo, size=size)
+            for algo in ("lora", "lokr", "auto")
         }
-        assert found["auto"].relative_error <= min(found[a].relative_error for a in ("lora", "lokr")) * (1 + 1e-3)
+        assert found["auto"].relative_error <= min(
+            found[a].relative_error for a in ("lora", "lokr")
+        ) * (1 + 1e-3)
         assert {one["algorithm"] for one in found["auto"].details} <= {"lora", "lokr", "full"}
 
 
@@ -126,9 +145,10 @@ def test_local_rules_give_the_least_ranks_that_the_spectrum_says(
     report = run(pair, tmp_path / "out.safetensors", **{rule: value})
     spectra = sorted(tuple(np.linalg.svd(d, compute_uv=False)) for d in differences(pair).values())
     wanted = sorted(_least(np.array(sigma), rule, value) for sigma in spectra)
-    assert [abs(a - b) <= 1 for a, b in zip(wanted, sorted(d["rank"] for d in report.details), strict=True)].count(
-        False
-    ) == 0
+    assert [
+        abs(a - b) <= 1
+        for a, b in zip(wanted, sorted(d["rank"] for d in report.details), strict=True)
+    ].count(False) == 0
 
 
 def _least(sigma: np.ndarray, rule: str, value: float) -> int:
@@ -145,26 +165,38 @@ def test_alpha_changes_what_is_stored_and_not_what_it_means(pair: Path, tmp_path
     plain = run(pair, tmp_path / "a.safetensors", rank=4)
     other = run(pair, tmp_path / "b.safetensors", rank=4, alpha=1.0)
     assert other.relative_error == pytest.approx(plain.relative_error, rel=1e-4)
-    alphas = {float(t) for key, t in load_file(tmp_path / "b.safetensors").items() if key.endswith("alpha")}
+    alphas = {
+        float(t)
+        for key, t in load_file(tmp_path / "b.safetensors").items()
+        if key.endswith("alpha")
+    }
     assert alphas == {1.0}
-    assert true_error(pair, tmp_path / "b.safetensors") == pytest.approx(other.relative_error, rel=1e-4)
+    assert true_error(pair, tmp_path / "b.safetensors") == pytest.approx(
+        other.relative_error, rel=1e-4
+    )
 
 
 def test_clamping_costs_what_the_report_says(pair: Path, tmp_path: Path) -> None:
     plain = run(pair, tmp_path / "a.safetensors", rank=4)
     clamped = run(pair, tmp_path / "b.safetensors", rank=4, clamp_quantile=0.9)
     assert clamped.relative_error > plain.relative_error * 1.01
-    assert true_error(pair, tmp_path / "b.safetensors") == pytest.approx(clamped.relative_error, rel=1e-4)
+    assert true_error(pair, tmp_path / "b.safetensors") == pytest.approx(
+        clamped.relative_error, rel=1e-4
+    )
 
 
 def test_both_factors_of_a_lokr(pair: Path, tmp_path: Path) -> None:
-    report = run(pair, tmp_path / "out.safetensors", algo="lokr", rank=2, factor=8, decompose_both=True)
+    report = run(
+        pair, tmp_path / "out.safetensors", algo="lokr", rank=2, factor=8, decompose_both=True
+    )
     keys = load_file(tmp_path / "out.safetensors")
     assert any(key.endswith("lokr_w1_a") for key in keys)
     for key, tensor in keys.items():
         if key.endswith("lokr_w1_b"):
             assert tensor.shape[0] == keys[key.replace("w1_b", "w2_b")].shape[0]
-    assert true_error(pair, tmp_path / "out.safetensors") == pytest.approx(report.relative_error, rel=1e-4)
+    assert true_error(pair, tmp_path / "out.safetensors") == pytest.approx(
+        report.relative_error, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("rule", [{"energy": 0.2}, {"size": 30_000}, {"sv_ratio": 3.0}])
@@ -178,7 +210,9 @@ def test_the_factors_of_a_lokr_are_fitted_to_the_rank_that_was_chosen(
     assert found.lora_same_size is not None
     monkeypatch.setattr(extract._Fitting, "_again", lambda *_: ())
     before = run(pair, tmp_path / "b.safetensors", algo="lokr", factor=2, dtype="fp32", **rule)
-    assert before.relative_error == pytest.approx(true_error(pair, tmp_path / "b.safetensors"), rel=1e-5)
+    assert before.relative_error == pytest.approx(
+        true_error(pair, tmp_path / "b.safetensors"), rel=1e-5
+    )
     assert (found.parameters, found.modules) == (before.parameters, before.modules)
     assert found.relative_error < before.relative_error
     for one, other in zip(found.details, before.details, strict=True):
@@ -221,7 +255,9 @@ def test_nothing_depends_on_the_memory_bound(pair: Path, tmp_path: Path) -> None
         ({"factor": 0}, "--factor"),
     ],
 )
-def test_options_that_make_no_sense(pair: Path, tmp_path: Path, options: dict[str, Any], what: str) -> None:
+def test_options_that_make_no_sense(
+    pair: Path, tmp_path: Path, options: dict[str, Any], what: str
+) -> None:
     with pytest.raises(WrongUsage) as caught:
         run(pair, tmp_path / "out.safetensors", **options)
     assert what in f"{caught.value} {caught.value.hint}"
@@ -229,7 +265,9 @@ def test_options_that_make_no_sense(pair: Path, tmp_path: Path, options: dict[st
 
 def test_on_the_command_line(pair: Path, tmp_path: Path) -> None:
     given = ("extract", pair / "base.safetensors", pair / "tuned.safetensors")
-    done = adaptkit(*given, "--algo", "auto", "--size", "100KB", "-o", tmp_path / "a.safetensors", "--json")
+    done = adaptkit(
+        *given, "--algo", "auto", "--size", "100KB", "-o", tmp_path / "a.safetensors", "--json"
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["bytes"] <= 100_000

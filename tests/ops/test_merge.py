@@ -12,7 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adaptkit import engine
-from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, ShapeMismatch, Unclaimed, UnknownAdapter
+from adaptkit.errors import (
+    NonFinite,
+    NothingToDo,
+    NotRepresentable,
+    ShapeMismatch,
+    Unclaimed,
+    UnknownAdapter,
+)
 from adaptkit.keymap import compile_checkpoint, compile_keys
 from adaptkit.ops import merge
 from tests import oracle
@@ -25,7 +32,9 @@ def run(output: Path, base: Path, *adapters: Any, **options: Any) -> merge.Repor
     """A merge that is read back and checked."""
     pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
     options = {"verify": True, **options}
-    return merge.run(merge.plan(base, pairs, merge.Options(output=output, overwrite=True, **options)))
+    return merge.run(
+        merge.plan(base, pairs, merge.Options(output=output, overwrite=True, **options))
+    )
 
 
 def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -36,9 +45,9 @@ def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
     stems: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in load_file(adapter).items():
         stem, _, suffix = key.partition(".")
-        stems.setdefault(stem, {})[suffix.removesuffix(".weight").removeprefix("lora_").removeprefix("lokr_")] = (
-            tensor.numpy()
-        )
+        stems.setdefault(stem, {})[
+            suffix.removesuffix(".weight").removeprefix("lora_").removeprefix("lokr_")
+        ] = tensor.numpy()
     found = {}
     for stem, tensors in stems.items():
         slot = keys.slot(stem)
@@ -50,7 +59,10 @@ def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
         elif "up" in tensors:
             rank = tensors["down"].shape[0]
             delta = oracle.lora(
-                tensors["up"], tensors["down"], 1.0 if alpha is None else alpha / rank, tensors.get("mid")
+                tensors["up"],
+                tensors["down"],
+                1.0 if alpha is None else alpha / rank,
+                tensors.get("mid"),
             )
         else:
             delta = oracle.lokr_stored(tensors, alpha, shape[2:])
@@ -59,15 +71,22 @@ def deltas(adapter: Path, scale: float = 1.0) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["lora-kohya", "lokr-kohya", "lokr-factored-kohya", "tucker-kohya", "full-kohya"])
+@pytest.mark.parametrize(
+    "name", ["lora-kohya", "lokr-kohya", "lokr-factored-kohya", "tucker-kohya", "full-kohya"]
+)
 def test_the_merged_weight_is_the_oracles_within_one_rounding(
     tmp_path: Path, tiny: Path, name: str, dtype: torch.dtype
 ) -> None:
     base = tiny_base(dtype)
     report = run(
-        tmp_path / "out.safetensors", save(tmp_path / "base.safetensors", base), (tiny / f"{name}.safetensors", -0.7)
+        tmp_path / "out.safetensors",
+        save(tmp_path / "base.safetensors", base),
+        (tiny / f"{name}.safetensors", -0.7),
     )
-    found, expected = load_file(tmp_path / "out.safetensors"), deltas(tiny / f"{name}.safetensors", -0.7)
+    found, expected = (
+        load_file(tmp_path / "out.safetensors"),
+        deltas(tiny / f"{name}.safetensors", -0.7),
+    )
     assert len(expected) == report.changed == report.modules
     for key, tensor in found.items():
         if key not in expected:
@@ -77,18 +96,36 @@ def test_the_merged_weight_is_the_oracles_within_one_rounding(
         # half a unit in the last place of the output dtype, and float32's own
         allowed = np.abs(exact) * torch.finfo(dtype).eps / 2 * 1.01 + 2e-6
         assert (np.abs(tensor.double().numpy() - exact) <= allowed).all(), key
-        assert np.abs(exact - base[key].double().numpy()).max() > 10 * allowed.max() or dtype != torch.float32
+        assert (
+            np.abs(exact - base[key].double().numpy()).max() > 10 * allowed.max()
+            or dtype != torch.float32
+        )
 
 
 def test_every_format_of_one_lora_gives_one_result(tmp_path: Path, tiny: Path) -> None:
     results = {}
-    for format, strength in (("kohya", 2.0), ("lycoris", 2.0), ("diffusers", 1.0), ("peft", 1.0), ("comfy", 1.0)):
-        output = tmp_path / f"{format}.safetensors"  # kohya's and lycoris' files have alpha = rank / 2
-        run(output, tiny / "base.safetensors", (tiny / f"lora-{format}.safetensors", strength), only=("unet",))
+    for format, strength in (
+        ("kohya", 2.0),
+        ("lycoris", 2.0),
+        ("diffusers", 1.0),
+        ("peft", 1.0),
+        ("comfy", 1.0),
+    ):
+        output = (
+            tmp_path / f"{format}.safetensors"
+        )  # kohya's and lycoris' files have alpha = rank / 2
+        run(
+            output,
+            tiny / "base.safetensors",
+            (tiny / f"lora-{format}.safetensors", strength),
+            only=("unet",),
+        )
         results[format] = load_file(output)
     for format, state in results.items():
         for key, tensor in state.items():
-            torch.testing.assert_close(tensor, results["kohya"][key], rtol=2e-3, atol=1e-3, msg=f"{format} {key}")
+            torch.testing.assert_close(
+                tensor, results["kohya"][key], rtol=2e-3, atol=1e-3, msg=f"{format} {key}"
+            )
     assert not torch.equal(results["kohya"][_to_q()], load_file(tiny / "base.safetensors")[_to_q()])
 
 
@@ -96,13 +133,25 @@ def _to_q() -> str:
     return "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 
 
-def test_m1_m2_strength_zero_and_untouched_tensors_are_identical(tmp_path: Path, tiny: Path) -> None:
+def test_m1_m2_strength_zero_and_untouched_tensors_are_identical(
+    tmp_path: Path, tiny: Path
+) -> None:
     base = load_file(tiny / "base.safetensors")
-    report = run(tmp_path / "zero.safetensors", tiny / "base.safetensors", (tiny / "lora-kohya.safetensors", 0.0))
+    report = run(
+        tmp_path / "zero.safetensors",
+        tiny / "base.safetensors",
+        (tiny / "lora-kohya.safetensors", 0.0),
+    )
     assert report.changed == 0
-    assert all(torch.equal(tensor, base[key]) for key, tensor in load_file(tmp_path / "zero.safetensors").items())
+    assert all(
+        torch.equal(tensor, base[key])
+        for key, tensor in load_file(tmp_path / "zero.safetensors").items()
+    )
     run(tmp_path / "one.safetensors", tiny / "base.safetensors", tiny / "lora-kohya.safetensors")
-    with safe_open(tiny / "base.safetensors", "pt") as one, safe_open(tmp_path / "one.safetensors", "pt") as two:
+    with (
+        safe_open(tiny / "base.safetensors", "pt") as one,
+        safe_open(tmp_path / "one.safetensors", "pt") as two,
+    ):
         assert list(one.keys()) == list(two.keys())
         same = [key for key in one.keys() if torch.equal(one.get_tensor(key), two.get_tensor(key))]  # noqa: SIM118
     assert len(base) - len(same) == 104
@@ -130,7 +179,9 @@ def test_several_adapters_are_rounded_once(tmp_path: Path) -> None:
     step = torch.finfo(torch.float16).eps / 2 * 0.75  # below half a unit at 1
     slot = compile_checkpoint("sd1").parse(key).slot
     name = compile_keys("sd1", "kohya").spell(slot, "full", "diff")
-    save_file({name: torch.full_like(base[key], step, dtype=torch.float32)}, tmp_path / "a.safetensors")
+    save_file(
+        {name: torch.full_like(base[key], step, dtype=torch.float32)}, tmp_path / "a.safetensors"
+    )
     path = save(tmp_path / "base.safetensors", base)
     run(tmp_path / "one.safetensors", path, tmp_path / "a.safetensors")
     assert torch.equal(load_file(tmp_path / "one.safetensors")[key], base[key])
@@ -141,8 +192,14 @@ def test_several_adapters_are_rounded_once(tmp_path: Path) -> None:
 def test_adding_and_subtracting_gives_the_base_back(tmp_path: Path, tiny: Path) -> None:
     base = save(tmp_path / "base.safetensors", tiny_base())
     run(tmp_path / "plus.safetensors", base, tiny / "lora-kohya.safetensors")
-    run(tmp_path / "minus.safetensors", tmp_path / "plus.safetensors", (tiny / "lora-kohya.safetensors", -1.0))
-    torch.testing.assert_close(load_file(tmp_path / "minus.safetensors"), tiny_base(), rtol=1e-6, atol=1e-6)
+    run(
+        tmp_path / "minus.safetensors",
+        tmp_path / "plus.safetensors",
+        (tiny / "lora-kohya.safetensors", -1.0),
+    )
+    torch.testing.assert_close(
+        load_file(tmp_path / "minus.safetensors"), tiny_base(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_a_split_adapter_applies_to_the_rows_of_a_fused_layer(tmp_path: Path) -> None:
@@ -151,8 +208,14 @@ def test_a_split_adapter_applies_to_the_rows_of_a_fused_layer(tmp_path: Path) ->
     width = base[fused].shape[1]
     up, down = torch.randn(width, 2), torch.randn(2, width)
     stem = "lora_te2_text_model_encoder_layers_3_self_attn_v_proj"
-    save_file({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}, tmp_path / "a.safetensors")
-    run(tmp_path / "out.safetensors", save(tmp_path / "base.safetensors", base), tmp_path / "a.safetensors")
+    save_file(
+        {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}, tmp_path / "a.safetensors"
+    )
+    run(
+        tmp_path / "out.safetensors",
+        save(tmp_path / "base.safetensors", base),
+        tmp_path / "a.safetensors",
+    )
     found = load_file(tmp_path / "out.safetensors")[fused]
     assert torch.equal(found[: 2 * width], base[fused][: 2 * width])
     torch.testing.assert_close(found[2 * width :], base[fused][2 * width :] + up @ down)
@@ -164,9 +227,17 @@ def test_a_transposed_layer_gets_the_transposed_difference(tmp_path: Path) -> No
     base[key] = torch.randn(40, 24)
     up, down = torch.randn(24, 2), torch.randn(2, 40)
     stem = "text_encoder_2.text_projection"
-    save_file({f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down}, tmp_path / "a.safetensors")
-    run(tmp_path / "out.safetensors", save(tmp_path / "base.safetensors", base), tmp_path / "a.safetensors")
-    torch.testing.assert_close(load_file(tmp_path / "out.safetensors")[key], base[key] + (up @ down).T)
+    save_file(
+        {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down}, tmp_path / "a.safetensors"
+    )
+    run(
+        tmp_path / "out.safetensors",
+        save(tmp_path / "base.safetensors", base),
+        tmp_path / "a.safetensors",
+    )
+    torch.testing.assert_close(
+        load_file(tmp_path / "out.safetensors")[key], base[key] + (up @ down).T
+    )
 
 
 def test_a_module_without_a_place_fails_unless_allowed(tmp_path: Path, tiny: Path) -> None:
@@ -177,7 +248,9 @@ def test_a_module_without_a_place_fails_unless_allowed(tmp_path: Path, tiny: Pat
         run(tmp_path / "out.safetensors", path, tiny / "lora-kohya.safetensors")
     assert "--allow-unused" in caught.value.hint
     assert not (tmp_path / "out.safetensors").exists()
-    report = run(tmp_path / "out.safetensors", path, tiny / "lora-kohya.safetensors", allow_unused=True)
+    report = run(
+        tmp_path / "out.safetensors", path, tiny / "lora-kohya.safetensors", allow_unused=True
+    )
     assert len(report.unused) == 3
     assert report.modules == 103
 
@@ -193,7 +266,12 @@ def test_keys_nobody_understands_fail_unless_allowed(tmp_path: Path, tiny: Path)
     save_file(state | extra, tmp_path / "a.safetensors")
     with pytest.raises(Unclaimed, match="keys would be lost"):
         run(tmp_path / "out.safetensors", tiny / "base.safetensors", tmp_path / "a.safetensors")
-    report = run(tmp_path / "out.safetensors", tiny / "base.safetensors", tmp_path / "a.safetensors", allow_unused=True)
+    report = run(
+        tmp_path / "out.safetensors",
+        tiny / "base.safetensors",
+        tmp_path / "a.safetensors",
+        allow_unused=True,
+    )
     assert {item.key for item in report.unused} >= set(extra)
     half = {key: value for key, value in state.items() if key != f"{stem}.lora_up.weight"}
     save_file(half, tmp_path / "half.safetensors")
@@ -221,10 +299,20 @@ def test_an_adapter_for_another_family_or_size_is_refused(tmp_path: Path, tiny: 
     with pytest.raises(ShapeMismatch, match=r"Stable Diffusion XL.*Stable Diffusion 1"):
         run(tmp_path / "o.safetensors", tiny / "base.safetensors", tmp_path / "xl.safetensors")
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    wide = {f"{stem}.lora_up.weight": torch.ones(1280, 2), f"{stem}.lora_down.weight": torch.ones(2, 1280)}
+    wide = {
+        f"{stem}.lora_up.weight": torch.ones(1280, 2),
+        f"{stem}.lora_down.weight": torch.ones(2, 1280),
+    }
     save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(ShapeMismatch, match="32 × 32 in the checkpoint, 1280 × 1280 in the adapter"):
-        run(tmp_path / "o.safetensors", tiny / "base.safetensors", tmp_path / "wide.safetensors", family="sd1")
+    with pytest.raises(
+        ShapeMismatch, match="32 × 32 in the checkpoint, 1280 × 1280 in the adapter"
+    ):
+        run(
+            tmp_path / "o.safetensors",
+            tiny / "base.safetensors",
+            tmp_path / "wide.safetensors",
+            family="sd1",
+        )
     with pytest.raises(UnknownAdapter, match="no family"):
         run(tmp_path / "o.safetensors", tiny / "base.safetensors", tiny / "base.safetensors")
 
@@ -236,10 +324,17 @@ def test_a_look_alike_adapter_follows_the_checkpoint(tmp_path: Path) -> None:
     rows, columns = base[key].shape
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file(
-        {f"{stem}.lora_up.weight": torch.ones(rows, 1), f"{stem}.lora_down.weight": torch.ones(1, columns)},
+        {
+            f"{stem}.lora_up.weight": torch.ones(rows, 1),
+            f"{stem}.lora_down.weight": torch.ones(1, columns),
+        },
         tmp_path / "a.safetensors",
     )
-    report = run(tmp_path / "o.safetensors", save(tmp_path / "base.safetensors", base), tmp_path / "a.safetensors")
+    report = run(
+        tmp_path / "o.safetensors",
+        save(tmp_path / "base.safetensors", base),
+        tmp_path / "a.safetensors",
+    )
     assert (report.family, report.changed) == ("sd2", 1)
 
 
@@ -255,19 +350,29 @@ def test_nan_names_the_file_and_the_tensor(tmp_path: Path, tiny: Path, where: st
     save_file(base, tmp_path / "base.safetensors")
     save_file(adapter, tmp_path / "adapter.safetensors")
     with pytest.raises(NonFinite, match="NaN or infinity") as caught:
-        run(tmp_path / "o.safetensors", tmp_path / "base.safetensors", tmp_path / "adapter.safetensors")
+        run(
+            tmp_path / "o.safetensors",
+            tmp_path / "base.safetensors",
+            tmp_path / "adapter.safetensors",
+        )
     assert (caught.value.tensor, Path(caught.value.file).name) == (key, f"{where}.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "base.safetensors"]
 
 
 def test_overflow_of_the_output_is_refused(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(NonFinite, match="float16") as caught:
-        run(tmp_path / "o.safetensors", tiny / "base.safetensors", (tiny / "lora-kohya.safetensors", 1e9))
+        run(
+            tmp_path / "o.safetensors",
+            tiny / "base.safetensors",
+            (tiny / "lora-kohya.safetensors", 1e9),
+        )
     assert "bf16" in caught.value.hint
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}], ids=["keep", "bf16"])
-def test_a_quantised_base_is_refused_with_what_would_work(tmp_path: Path, tiny: Path, options: dict[str, Any]) -> None:
+def test_a_quantised_base_is_refused_with_what_would_work(
+    tmp_path: Path, tiny: Path, options: dict[str, Any]
+) -> None:
     base = load_file(tiny / "base.safetensors")
     base[_to_q()] = base[_to_q()].to(torch.int8)
     with pytest.raises(NotRepresentable, match="int8") as caught:
@@ -284,8 +389,14 @@ def test_a_quantised_base_is_refused_with_what_would_work(tmp_path: Path, tiny: 
 
 def test_a_pickle_merges_like_a_safetensors_file(tmp_path: Path, tiny: Path) -> None:
     for suffix in ("ckpt", "safetensors"):
-        run(tmp_path / f"{suffix}.safetensors", tiny / f"base.{suffix}", tiny / "lora-kohya.safetensors")
-    first, second = (load_file(tmp_path / f"{suffix}.safetensors") for suffix in ("ckpt", "safetensors"))
+        run(
+            tmp_path / f"{suffix}.safetensors",
+            tiny / f"base.{suffix}",
+            tiny / "lora-kohya.safetensors",
+        )
+    first, second = (
+        load_file(tmp_path / f"{suffix}.safetensors") for suffix in ("ckpt", "safetensors")
+    )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -316,8 +427,16 @@ def test_s1_stacked_buckets_give_the_same_checkpoint(
 
 
 def test_metadata_is_kept_and_says_what_was_merged(tmp_path: Path, tiny: Path) -> None:
-    save_file(tiny_base(), tmp_path / "base.safetensors", metadata={"modelspec.title": "x", "sshs_model_hash": "stale"})
-    run(tmp_path / "o.safetensors", tmp_path / "base.safetensors", (tiny / "lora-kohya.safetensors", 0.5))
+    save_file(
+        tiny_base(),
+        tmp_path / "base.safetensors",
+        metadata={"modelspec.title": "x", "sshs_model_hash": "stale"},
+    )
+    run(
+        tmp_path / "o.safetensors",
+        tmp_path / "base.safetensors",
+        (tiny / "lora-kohya.safetensors", 0.5),
+    )
     with safe_open(tmp_path / "o.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.title"] == "x"
@@ -335,14 +454,26 @@ def test_metadata_is_kept_and_says_what_was_merged(tmp_path: Path, tiny: Path) -
 
 def test_a_merge_that_adds_nothing_claims_nothing(tmp_path: Path, tiny: Path) -> None:
     """F7 left `modelspec.merged_from` on a file nothing was merged into."""
-    run(tmp_path / "o.safetensors", tiny / "base.safetensors", (tiny / "lora-kohya.safetensors", 0.0))
+    run(
+        tmp_path / "o.safetensors",
+        tiny / "base.safetensors",
+        (tiny / "lora-kohya.safetensors", 0.0),
+    )
     with safe_open(tmp_path / "o.safetensors", "pt") as file:
-        assert not {"modelspec.merged_from", "sd_merge_recipe", "sd_merge_models"} & file.metadata().keys()
+        assert (
+            not {"modelspec.merged_from", "sd_merge_recipe", "sd_merge_models"}
+            & file.metadata().keys()
+        )
 
 
 def test_a_second_merge_continues_the_record(tmp_path: Path, tiny: Path) -> None:
     run(tmp_path / "one.safetensors", tiny / "base.safetensors", tiny / "lora-kohya.safetensors")
-    run(tmp_path / "two.safetensors", tmp_path / "one.safetensors", tiny / "lokr-kohya.safetensors", blocks=("mid=0",))
+    run(
+        tmp_path / "two.safetensors",
+        tmp_path / "one.safetensors",
+        tiny / "lokr-kohya.safetensors",
+        blocks=("mid=0",),
+    )
     with safe_open(tmp_path / "two.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.merged_from"] == "base, lora-kohya, lokr-kohya"
@@ -353,17 +484,30 @@ def test_a_second_merge_continues_the_record(tmp_path: Path, tiny: Path) -> None
 
 def test_the_same_merge_gives_the_same_bytes(tmp_path: Path, tiny: Path) -> None:
     for name in ("one", "two"):
-        run(tmp_path / f"{name}.safetensors", tiny / "base.safetensors", (tiny / "lora-kohya.safetensors", 0.5))
-    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+        run(
+            tmp_path / f"{name}.safetensors",
+            tiny / "base.safetensors",
+            (tiny / "lora-kohya.safetensors", 0.5),
+        )
+    assert (tmp_path / "one.safetensors").read_bytes() == (
+        tmp_path / "two.safetensors"
+    ).read_bytes()
 
 
 def test_the_report_sums_by_block(tmp_path: Path, tiny: Path) -> None:
     base = load_file(tiny / "base.safetensors")
-    report = run(tmp_path / "o.safetensors", tiny / "base.safetensors", tiny / "lora-kohya.safetensors", only=("unet",))
+    report = run(
+        tmp_path / "o.safetensors",
+        tiny / "base.safetensors",
+        tiny / "lora-kohya.safetensors",
+        only=("unet",),
+    )
     found = load_file(tmp_path / "o.safetensors")
     (middle,) = [block for block in report.blocks if block["block"] == "unet.mid_block"]
     changed = [
-        k for k in base if k.startswith("model.diffusion_model.middle_block") and not torch.equal(base[k], found[k])
+        k
+        for k in base
+        if k.startswith("model.diffusion_model.middle_block") and not torch.equal(base[k], found[k])
     ]
     delta = sum(float((found[k].double() - base[k].double()).square().sum()) for k in changed)
     weight = sum(float(base[k].double().square().sum()) for k in changed)
@@ -373,8 +517,12 @@ def test_the_report_sums_by_block(tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_another_dtype_is_that_of_every_tensor_that_holds_numbers(tmp_path: Path, tiny: Path, dtype: str) -> None:
-    base = tiny_base() | {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+def test_another_dtype_is_that_of_every_tensor_that_holds_numbers(
+    tmp_path: Path, tiny: Path, dtype: str
+) -> None:
+    base = tiny_base() | {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]
+    }
     report = run(
         tmp_path / "o.safetensors",
         save(tmp_path / "base.safetensors", base),
@@ -395,13 +543,20 @@ def test_alpha_from_a_peft_folder_and_from_diffusers_metadata(tmp_path: Path, ti
     """Hosts that ignore alpha in metadata give these the wrong strength (gotcha 11)."""
     folder = tmp_path / "peft"
     folder.mkdir()
-    (folder / "adapter_model.safetensors").write_bytes((tiny / "lora-peft.safetensors").read_bytes())
+    (folder / "adapter_model.safetensors").write_bytes(
+        (tiny / "lora-peft.safetensors").read_bytes()
+    )
     config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {"mid_block.attentions.0.proj_in": 2}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     run(tmp_path / "peft.safetensors", tiny / "base.safetensors", folder)
     run(tmp_path / "plain.safetensors", tiny / "base.safetensors", tiny / "lora-peft.safetensors")
     base, plain, scaled = (
-        load_file(p) for p in (tiny / "base.safetensors", tmp_path / "plain.safetensors", tmp_path / "peft.safetensors")
+        load_file(p)
+        for p in (
+            tiny / "base.safetensors",
+            tmp_path / "plain.safetensors",
+            tmp_path / "peft.safetensors",
+        )
     )
     ratio = (scaled[_to_q()].double() - base[_to_q()].double()).norm() / (
         plain[_to_q()].double() - base[_to_q()].double()
@@ -417,10 +572,14 @@ def test_alpha_from_a_peft_folder_and_from_diffusers_metadata(tmp_path: Path, ti
         "text_encoder.lora_alpha": 8,
         "text_encoder.use_rslora": True,
     }
-    save_file(state, tmp_path / "d.safetensors", metadata={"lora_adapter_metadata": json.dumps(stored)})
+    save_file(
+        state, tmp_path / "d.safetensors", metadata={"lora_adapter_metadata": json.dumps(stored)}
+    )
     from adaptkit.adapter import Adapter
 
     with Adapter.open(tmp_path / "d.safetensors") as adapter:
-        scales = {(slot.component, round(entry.facts.scale, 6)) for slot, entry in adapter.entries.items()}
+        scales = {
+            (slot.component, round(entry.facts.scale, 6)) for slot, entry in adapter.entries.items()
+        }
         assert scales == {("unet", 4.0), ("text_encoder", round(8 / 2**0.5, 6))}
         assert adapter.alpha_source == "metadata"

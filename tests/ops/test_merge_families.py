@@ -37,7 +37,9 @@ def checkpoint(family: str, naming: str, path: Path) -> Path:
             for name in row.names.get(naming, row.names["diffusers"]):
                 start, stop = (0, rows) if name.rows is None else name.rows.bounds(rows)  # type: ignore[misc]
                 held = whole[start:stop]
-                tensors[fill(name.weight, indices)] = (exchanged(held) if name.swapped else held).contiguous()
+                tensors[fill(name.weight, indices)] = (
+                    exchanged(held) if name.swapped else held
+                ).contiguous()
     save_file(tensors, path)
     return path
 
@@ -60,7 +62,10 @@ def family(request: pytest.FixtureRequest) -> str:
 
 def test_the_layout_of_the_base_does_not_matter(family: str, tmp_path: Path) -> None:
     adapters = [lora(family, "kohya", tmp_path / "a.safetensors")]
-    plan = convert.plan(adapters[0], convert.Options(to="diffusers", family=family, output=tmp_path / "b.safetensors"))
+    plan = convert.plan(
+        adapters[0],
+        convert.Options(to="diffusers", family=family, output=tmp_path / "b.safetensors"),
+    )
     convert.run(plan)
     plan.close()
     adapters.append(tmp_path / "b.safetensors")
@@ -90,20 +95,30 @@ def test_what_was_merged_is_extracted(family: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(5)
     tensors = load_file(base)
     tuned = {
-        k: t + torch.randn(t.shape[0], 2, generator=generator) @ torch.randn(2, t.shape[1], generator=generator)
+        k: t
+        + torch.randn(t.shape[0], 2, generator=generator)
+        @ torch.randn(2, t.shape[1], generator=generator)
         if t.ndim == 2
         else t
         for k, t in tensors.items()
     }
     save_file(tuned, tmp_path / "tuned.safetensors")
-    options = extract.Options(output=tmp_path / "e.safetensors", family=family, to="comfy", rank=6, dtype="fp32")
+    options = extract.Options(
+        output=tmp_path / "e.safetensors", family=family, to="comfy", rank=6, dtype="fp32"
+    )
     plan = extract.plan(base, tmp_path / "tuned.safetensors", options)
     report = extract.run(plan)
     assert report.captured > 0.3
-    merged = merge.plan(base, [(report.output, 1.0)], merge.Options(output=tmp_path / "m.safetensors", family=family))
+    merged = merge.plan(
+        base,
+        [(report.output, 1.0)],
+        merge.Options(output=tmp_path / "m.safetensors", family=family),
+    )
     merge.run(merged)
     merged.close()
-    after, aim, start = (weights(tmp_path / f"{n}.safetensors", family) for n in ("m", "tuned", "base"))
+    after, aim, start = (
+        weights(tmp_path / f"{n}.safetensors", family) for n in ("m", "tuned", "base")
+    )
     error = sum(float((after[t] - aim[t]).square().sum()) for t in aim)
     norm = sum(float((start[t] - aim[t]).square().sum()) for t in aim)
     assert (error / norm) ** 0.5 == pytest.approx(report.relative_error, abs=1e-3)

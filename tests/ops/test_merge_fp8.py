@@ -28,7 +28,9 @@ def grid(dtype: torch.dtype) -> np.ndarray:
     return np.unique(numbers[np.isfinite(numbers)])
 
 
-def base_file(folder: Path, dtype: torch.dtype = E4M3, scales: str | None = "one", key: str = "scale_weight") -> Path:
+def base_file(
+    folder: Path, dtype: torch.dtype = E4M3, scales: str | None = "one", key: str = "scale_weight"
+) -> Path:
     """Scaled fp8 as ComfyUI writes it: weight, scale, a mark and a scale of the activations; convolutions in fp16."""
     draw = torch.Generator().manual_seed(3)
     state: State = {VAE: torch.randn(5, 3, 3, 3, generator=draw).half()}
@@ -50,7 +52,9 @@ def base_file(folder: Path, dtype: torch.dtype = E4M3, scales: str | None = "one
         state[place] = groups.reshape(shape).clamp(-end, end).to(dtype)
         stem = place.removesuffix("weight")
         state[stem + key] = scale
-        state[stem + ("scale_input" if key == "scale_weight" else "input_scale")] = torch.tensor(0.5)
+        state[stem + ("scale_input" if key == "scale_weight" else "input_scale")] = torch.tensor(
+            0.5
+        )
     save_file(state, folder / "base.safetensors", metadata={"format": "pt"})
     return folder / "base.safetensors"
 
@@ -63,7 +67,9 @@ def scale_of(state: State, place: str) -> np.ndarray:
     if scale is None:
         return np.ones(shape)
     numbers = scale.double().numpy().reshape(-1, 1)
-    return np.broadcast_to(numbers, (len(numbers), int(np.prod(shape)) // len(numbers))).reshape(shape)
+    return np.broadcast_to(numbers, (len(numbers), int(np.prod(shape)) // len(numbers))).reshape(
+        shape
+    )
 
 
 def meant(state: State, place: str) -> np.ndarray:
@@ -71,19 +77,32 @@ def meant(state: State, place: str) -> np.ndarray:
 
 
 def run(base: Path, *adapters: tuple[Path, float], **options: Any) -> merge.Report:
-    options = {"output": base.with_name("out.safetensors"), "family": "sd1", "overwrite": True, **options}
+    options = {
+        "output": base.with_name("out.safetensors"),
+        "family": "sd1",
+        "overwrite": True,
+        **options,
+    }
     return merge.run(merge.plan(base, adapters, merge.Options(**options)))
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("scales", [None, *SCALES])
-def test_f9_a_scaled_weight_gets_the_whole_difference(tmp_path: Path, scales: str | None, dtype: torch.dtype) -> None:
+def test_f9_a_scaled_weight_gets_the_whole_difference(
+    tmp_path: Path, scales: str | None, dtype: torch.dtype
+) -> None:
     """sd-scripts adds to the codes: 0.009 of the strength for a scale of 0.009."""
     base = base_file(tmp_path, dtype, scales)
     adapter = made.adapter(tmp_path / "a.safetensors")
     report = run(base, (adapter, 0.5), verify=True)
-    before, after, deltas = load_file(base), load_file(tmp_path / "out.safetensors"), made.deltas(adapter)
-    assert {k: (t.dtype, t.shape) for k, t in before.items()} == {k: (t.dtype, t.shape) for k, t in after.items()}
+    before, after, deltas = (
+        load_file(base),
+        load_file(tmp_path / "out.safetensors"),
+        made.deltas(adapter),
+    )
+    assert {k: (t.dtype, t.shape) for k, t in before.items()} == {
+        k: (t.dtype, t.shape) for k, t in after.items()
+    }
     lost, moved = 0.0, 0.0
     for place, name in KEYS.items():
         old = meant(before, place)
@@ -97,14 +116,20 @@ def test_f9_a_scaled_weight_gets_the_whole_difference(tmp_path: Path, scales: st
         assert (np.abs(found - codes) <= nearest * (1 + 1e-5) + 3e-7 * codes.max()).all()
         if scales is not None:
             ends = np.abs(exact).reshape(unit.shape) / unit
-            for one in np.unique(unit):  # each scale puts the largest it scales at the end of the format
+            for one in np.unique(
+                unit
+            ):  # each scale puts the largest it scales at the end of the format
                 assert ends[unit == one].max() == pytest.approx(torch.finfo(dtype).max, rel=1e-5)
         lost += ((found * unit - exact) ** 2).sum()
         moved += ((exact - old) ** 2).sum()
         detail = next(d for d in report.details if d["tensor"] == place)
         error = (((found * unit - exact) ** 2).sum() / ((exact - old) ** 2).sum()) ** 0.5
         assert detail["relative_error"] == pytest.approx(error, rel=1e-3)
-    untouched = [k for k in before if k not in PLACES.values() and not k.endswith((".scale_weight", ".weight_scale"))]
+    untouched = [
+        k
+        for k in before
+        if k not in PLACES.values() and not k.endswith((".scale_weight", ".weight_scale"))
+    ]
     assert all(torch.equal(before[k].double(), after[k].double()) for k in untouched)
     assert (report.quantised, report.changed) == (2, 4)
     assert report.verified is not None
@@ -125,7 +150,10 @@ def test_the_newer_names_of_scales(tmp_path: Path) -> None:
 
 
 def test_a_difference_below_the_steps_of_the_format_is_reported_as_lost(tmp_path: Path) -> None:
-    base, adapter = base_file(tmp_path, scales=None), made.adapter(tmp_path / "a.safetensors", names=[made.LINEAR])
+    base, adapter = (
+        base_file(tmp_path, scales=None),
+        made.adapter(tmp_path / "a.safetensors", names=[made.LINEAR]),
+    )
     report = run(base, (adapter, 1e-5))
     assert report.relative_error == pytest.approx(1.0, abs=0.2)
     assert run(base, (adapter, 0.3)).relative_error < 0.1
@@ -143,7 +171,10 @@ def test_strength_zero_leaves_every_byte_of_a_scaled_base(tmp_path: Path) -> Non
 @pytest.mark.parametrize("scales", [None, "one", "blocks"])
 def test_with_dtype_the_scales_are_multiplied_in_and_go(tmp_path: Path, scales: str | None) -> None:
     """Touched or not: nothing in the output needs a scale, and none is left."""
-    base, adapter = base_file(tmp_path, E4M3, scales), made.adapter(tmp_path / "a.safetensors", names=[made.LINEAR])
+    base, adapter = (
+        base_file(tmp_path, E4M3, scales),
+        made.adapter(tmp_path / "a.safetensors", names=[made.LINEAR]),
+    )
     report = run(base, (adapter, 0.5), dtype="bf16", verify=True)
     before, after = load_file(base), load_file(tmp_path / "out.safetensors")
     assert set(after) == {*PLACES.values(), VAE}
@@ -166,17 +197,24 @@ def test_add_and_subtract_in_bf16_gives_the_scaled_base_back(tmp_path: Path) -> 
 
 
 def test_what_does_not_fit_plain_fp8_is_refused_not_clamped(tmp_path: Path) -> None:
-    base, adapter = base_file(tmp_path, scales=None), made.adapter(tmp_path / "a.safetensors", "full")
+    base, adapter = (
+        base_file(tmp_path, scales=None),
+        made.adapter(tmp_path / "a.safetensors", "full"),
+    )
     with pytest.raises(NonFinite, match="does not fit float8_e4m3fn") as caught:
         run(base, (adapter, 1000.0))
     assert "bf16" in str(caught.value.hint)
-    assert run(base_file(tmp_path, scales="rows"), (adapter, 1000.0)).changed == 4  # a scale makes room
+    assert (
+        run(base_file(tmp_path, scales="rows"), (adapter, 1000.0)).changed == 4
+    )  # a scale makes room
 
 
 @pytest.mark.parametrize(
     ("extra", "what"), [("SCB", "int8"), ("weight_scale_inv", "block"), ("weight_scale_2", "nvfp4")]
 )
-def test_what_cannot_be_stored_again_is_refused_by_name(tmp_path: Path, extra: str, what: str) -> None:
+def test_what_cannot_be_stored_again_is_refused_by_name(
+    tmp_path: Path, extra: str, what: str
+) -> None:
     state = load_file(base_file(tmp_path))
     place = PLACES[made.LINEAR]
     state[place.removesuffix("weight") + extra] = torch.ones(2)
@@ -202,10 +240,14 @@ def test_stacked_layers_give_the_same_bytes(
     place = PLACES[made.LINEAR]
     twin = place.replace("to_q", "to_k")
     for key in [key for key in state if key.startswith(place.removesuffix("weight"))]:
-        state[key.replace("to_q", "to_k")] = state[key] * 3 if key.endswith("scale_weight") else state[key].clone()
+        state[key.replace("to_q", "to_k")] = (
+            state[key] * 3 if key.endswith("scale_weight") else state[key].clone()
+        )
     save_file(state, base)
     monkeypatch.setitem(made.SHAPES, made.LINEAR.replace("to_q", "to_k"), shape)
-    adapter = made.adapter(tmp_path / "a.safetensors", names=[made.LINEAR, made.LINEAR.replace("to_q", "to_k")])
+    adapter = made.adapter(
+        tmp_path / "a.safetensors", names=[made.LINEAR, made.LINEAR.replace("to_q", "to_k")]
+    )
     run(base, (adapter, 0.5))
     alone = load_file(tmp_path / "out.safetensors")
     monkeypatch.setattr(engine.Resources, "on_cpu", property(lambda _: False))

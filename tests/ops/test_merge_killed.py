@@ -45,7 +45,9 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module", params=["file", "folder"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+def base(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path
+) -> Path:
     """The tiny checkpoint with ballast, so that a merge takes a while; its output is a file, or a folder of shards."""
     state = load_file(tiny / "base.safetensors")
     state |= {f"first_stage_model.ballast.{n}": torch.randn(1 << 20) for n in range(8)}
@@ -56,7 +58,10 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_an_output_is_the_old_one_or_the_new_one(tmp_path: Path, tiny: Path, base: Path) -> None:
-    adapter, output = tiny / "lora-kohya.safetensors", tmp_path / ("out" if base.is_dir() else "out.safetensors")
+    adapter, output = (
+        tiny / "lora-kohya.safetensors",
+        tmp_path / ("out" if base.is_dir() else "out.safetensors"),
+    )
     wanted: dict[str, float] = {}
     for strength in (0.25, 0.5):
         target = merge.Options(output=output, overwrite=True)
@@ -65,7 +70,9 @@ def test_an_output_is_the_old_one_or_the_new_one(tmp_path: Path, tiny: Path, bas
     assert len(wanted) == 2
     arguments = [sys.executable, "-c", SERVER, str(base), str(adapter), str(output)]
     draw, seen = random.Random(0), Counter[str]()
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdin is not None
         assert server.stdout is not None
 
@@ -92,7 +99,9 @@ def test_an_output_is_the_old_one_or_the_new_one(tmp_path: Path, tiny: Path, bas
             seen["new" if found == other else "old"] += 1
             current = found
             for left in tmp_path.iterdir():
-                assert left == output or (left.name.startswith(".") and left.suffix == ".part"), left
+                assert left == output or (left.name.startswith(".") and left.suffix == ".part"), (
+                    left
+                )
         server.stdin.close()
     assert seen["killed"] >= KILLS // 4
     # what a killed merge left is in nobody's way
@@ -103,7 +112,9 @@ def test_an_output_is_the_old_one_or_the_new_one(tmp_path: Path, tiny: Path, bas
 
 def _digest(path: Path) -> str:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join(file.name.encode() + file.read_bytes() for file in files)
+    ).hexdigest()
 
 
 def _kill(child: int) -> None:

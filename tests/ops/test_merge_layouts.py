@@ -29,7 +29,9 @@ def parts() -> dict[str, State]:
 
     found: dict[str, State] = {name: {} for name in FOLDERS}
     base = tiny_base()
-    with Checkpoint.open(Path(__file__).parents[2] / "fixtures" / "tiny" / "base.safetensors") as opened:
+    with Checkpoint.open(
+        Path(__file__).parents[2] / "fixtures" / "tiny" / "base.safetensors"
+    ) as opened:
         keys = {place.slot: name for name, place in opened.places.items()}
     part = {component.name: component for component in families()["sd1"].components}
     for slot, name in keys.items():
@@ -49,7 +51,9 @@ def pipeline(folder: Path, *, shards: bool = False, pickled: bool = False) -> Pa
         elif shards and name == "unet":
             sharded(folder / name, stem, state)
         else:
-            save_file(state, folder / name / f"{stem}.safetensors", metadata={"format": "pt", "of": name})
+            save_file(
+                state, folder / name / f"{stem}.safetensors", metadata={"format": "pt", "of": name}
+            )
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.json").write_text("{}")
@@ -94,7 +98,9 @@ def same(path: Path, single: Mapping[Slot, torch.Tensor]) -> None:
     assert found.keys() == single.keys()
     # half of the base is fp16 in the fixture and everything float32 here: compared as numbers
     for slot, tensor in found.items():
-        torch.testing.assert_close(tensor.float(), single[slot].float(), rtol=1e-3, atol=1e-4, msg=str(slot))
+        torch.testing.assert_close(
+            tensor.float(), single[slot].float(), rtol=1e-3, atol=1e-4, msg=str(slot)
+        )
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -107,7 +113,12 @@ def test_a_diffusers_folder_becomes_one(
     assert report.output == output
     assert files(output) == files(base)
     same(output, single)
-    for path in ("model_index.json", "unet/config.json", "tokenizer/vocab.json", "safety_checker/model.safetensors"):
+    for path in (
+        "model_index.json",
+        "unet/config.json",
+        "tokenizer/vocab.json",
+        "safety_checker/model.safetensors",
+    ):
         assert (output / path).read_bytes() == (base / path).read_bytes()
     for file in output.glob("unet/*.safetensors"):
         with safe_open(file, "pt") as merged, safe_open(base / "unet" / file.name, "pt") as before:
@@ -148,7 +159,9 @@ def test_other_copies_of_the_weights_are_left_out_and_named(tmp_path: Path, tiny
 
 
 @pytest.mark.parametrize("by_index", [False, True])
-def test_shards_stay_shards(tmp_path: Path, tiny: Path, single: Mapping[Slot, torch.Tensor], by_index: bool) -> None:
+def test_shards_stay_shards(
+    tmp_path: Path, tiny: Path, single: Mapping[Slot, torch.Tensor], by_index: bool
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     sharded(folder, "model", tiny_base())
@@ -165,7 +178,9 @@ def test_shards_stay_shards(tmp_path: Path, tiny: Path, single: Mapping[Slot, to
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_shard_size_cuts_anew(tmp_path: Path, tiny: Path, single: Mapping[Slot, torch.Tensor], whole: bool) -> None:
+def test_shard_size_cuts_anew(
+    tmp_path: Path, tiny: Path, single: Mapping[Slot, torch.Tensor], whole: bool
+) -> None:
     base = tiny / "base.safetensors" if whole else pipeline(tmp_path / "base")
     size = 300_000
     report = run(base, tiny / "lora-kohya.safetensors", output=tmp_path / "out", shard_size=size)
@@ -178,9 +193,9 @@ def test_shard_size_cuts_anew(tmp_path: Path, tiny: Path, single: Mapping[Slot, 
         assert (tmp_path / "out" / name).stat().st_size <= max(size, largest) + header
     index = next((tmp_path / "out").rglob("*.index.json"))
     table = json.loads(index.read_text())
-    assert {name for f in set(table["weight_map"].values()) for name in load_file(index.parent / f)} == set(
-        table["weight_map"]
-    )
+    assert {
+        name for f in set(table["weight_map"].values()) for name in load_file(index.parent / f)
+    } == set(table["weight_map"])
 
 
 def test_what_one_file_cannot_hold_is_refused(tmp_path: Path, tiny: Path) -> None:
@@ -188,7 +203,12 @@ def test_what_one_file_cannot_hold_is_refused(tmp_path: Path, tiny: Path) -> Non
     with pytest.raises(NotRepresentable, match="names of their own"):
         run(base, tiny / "lora-kohya.safetensors", output=tmp_path / "o.safetensors")
     with pytest.raises(NotRepresentable, match="shards go into a folder"):
-        run(base, tiny / "lora-kohya.safetensors", output=tmp_path / "o.safetensors", shard_size=10_000)
+        run(
+            base,
+            tiny / "lora-kohya.safetensors",
+            output=tmp_path / "o.safetensors",
+            shard_size=10_000,
+        )
     run(
         base / "unet",
         tiny / "lora-kohya.safetensors",
@@ -199,7 +219,9 @@ def test_what_one_file_cannot_hold_is_refused(tmp_path: Path, tiny: Path) -> Non
     assert load_file(tmp_path / "o.safetensors").keys() == parts()["unet"].keys()
 
 
-def test_an_existing_folder_is_replaced_only_when_asked_and_only_what_we_know(tmp_path: Path, tiny: Path) -> None:
+def test_an_existing_folder_is_replaced_only_when_asked_and_only_what_we_know(
+    tmp_path: Path, tiny: Path
+) -> None:
     base = pipeline(tmp_path / "base")
     output = tmp_path / "base-merged"
     run(base, tiny / "lora-kohya.safetensors")

@@ -24,7 +24,12 @@ from tests.synth import FIXTURES, load_listing, shrink
 TOUCHED = {
     "sd1": ("input_blocks.1.1", "middle_block.1.proj_in", "out.2", "layers.3.mlp"),
     "sd2": ("input_blocks.1.1", "resblocks.3."),
-    "sdxl": ("input_blocks.4.1.transformer_blocks.0", "in_proj_weight", "text_projection", "layers.3.mlp"),
+    "sdxl": (
+        "input_blocks.4.1.transformer_blocks.0",
+        "in_proj_weight",
+        "text_projection",
+        "layers.3.mlp",
+    ),
     "flux": ("double_blocks.0.", "single_blocks.0.linear", "final_layer", "img_in"),
     "sd3": ("joint_blocks.0.", "final_layer", "x_embedder"),
     "z-image": ("layers.0.", "x_embedder"),
@@ -39,13 +44,19 @@ def adapter(folder: Path, family: str, base: Path, state: State) -> Path:
     output = folder / "lora.safetensors"
     other = save(folder / "tuned.safetensors", tuned)
     options = extract.Options(
-        output=output, rank=2, dtype="fp32", family=family, to="comfy" if family != "sd1" else "kohya"
+        output=output,
+        rank=2,
+        dtype="fp32",
+        family=family,
+        to="comfy" if family != "sd1" else "kohya",
     )
     extract.run(extract.plan(base, other, options))
     return output
 
 
-def merged(base: Path, lora: Path, output: Path, family: str | None = None, **options: Any) -> merge.Report:
+def merged(
+    base: Path, lora: Path, output: Path, family: str | None = None, **options: Any
+) -> merge.Report:
     chosen = merge.Options(output=output, family=family, overwrite=True, **options)
     return merge.run(merge.plan(base, [(lora, 0.7)], chosen))
 
@@ -74,17 +85,24 @@ def test_both_ways_give_what_a_plain_merge_gives(tmp_path: Path, family: str) ->
     lora = adapter(tmp_path, family, base, state)
     assert merged(base, lora, tmp_path / "plain.safetensors", family).changed > 3
     plain = read(tmp_path / "plain.safetensors")
-    split = {f"{part}.{key}": t for part, held in as_folder(plain, family).items() for key, t in held.items()}
+    split = {
+        f"{part}.{key}": t
+        for part, held in as_folder(plain, family).items()
+        for key, t in held.items()
+    }
 
     report = merged(base, lora, tmp_path / "out", family, layout="folder", verify=True)
     assert report.verified is not None
     same(read(tmp_path / "out"), split)
     assert set(report.files) == {
-        p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.safetensors")
+        p.relative_to(tmp_path / "out").as_posix()
+        for p in (tmp_path / "out").rglob("*.safetensors")
     }
 
     folder = save_folder(tmp_path / "folder", as_folder(state, family))
-    report = merged(folder, lora, tmp_path / "one.safetensors", family, layout="single-file", verify=True)
+    report = merged(
+        folder, lora, tmp_path / "one.safetensors", family, layout="single-file", verify=True
+    )
     assert report.verified is not None
     assert report.verified.merged == report.changed
     found = read(tmp_path / "one.safetensors")
@@ -112,12 +130,15 @@ CONSTANTS = {
 }
 
 
-@pytest.mark.parametrize(("family", "kind"), [("sd1", "file"), ("sd1", "pickle"), ("sd1", "shards"), ("sdxl", "file")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("sd1", "file"), ("sd1", "pickle"), ("sd1", "shards"), ("sdxl", "file")]
+)
 def test_a_whole_pipeline_goes_there_and_back(tmp_path: Path, family: str, kind: str) -> None:
     state = whole(family)
     write = {"file": save, "pickle": save_pickle, "shards": save_shards}[kind]
     base = write(
-        tmp_path / {"file": "b.safetensors", "pickle": "b.ckpt", "shards": "shards"}[kind], {**state, **CONSTANTS}
+        tmp_path / {"file": "b.safetensors", "pickle": "b.ckpt", "shards": "shards"}[kind],
+        {**state, **CONSTANTS},
     )
     base = base / "model.safetensors.index.json" if kind == "shards" else base
     lora = adapter(tmp_path, family, save(tmp_path / "plain.safetensors", state), state)
@@ -130,11 +151,20 @@ def test_a_whole_pipeline_goes_there_and_back(tmp_path: Path, family: str, kind:
     assert old.ndim == 4
     assert torch.equal(vae["encoder.mid_block.attentions.0.to_q.weight"], old[:, :, 0, 0])
     assert torch.equal(
-        vae["decoder.up_blocks.0.resnets.2.conv1.weight"], state["first_stage_model.decoder.up.3.block.2.conv1.weight"]
+        vae["decoder.up_blocks.0.resnets.2.conv1.weight"],
+        state["first_stage_model.decoder.up.3.block.2.conv1.weight"],
     )
-    merged(tmp_path / "out", lora, tmp_path / "back.safetensors", layout="single-file", blocks=("unet=0", "te=0"))
+    merged(
+        tmp_path / "out",
+        lora,
+        tmp_path / "back.safetensors",
+        layout="single-file",
+        blocks=("unet=0", "te=0"),
+    )
     merged(base, lora, tmp_path / "once.safetensors")
-    expected = {key: t for key, t in read(tmp_path / "once.safetensors").items() if key not in CONSTANTS}
+    expected = {
+        key: t for key, t in read(tmp_path / "once.safetensors").items() if key not in CONSTANTS
+    }
     same(read(tmp_path / "back.safetensors"), expected)
 
 
@@ -148,13 +178,18 @@ def test_names_from_before_0_18_are_read(tmp_path: Path) -> None:
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     vae = load_file(path)
     for new, name in old.items():
-        vae = {key.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): t for key, t in vae.items()}
+        vae = {
+            key.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): t
+            for key, t in vae.items()
+        }
     assert any(".query." in key for key in vae)
     save_file(vae, path)
     merged(tmp_path / "out", lora, tmp_path / "back.safetensors", layout="single-file")
     found = read(tmp_path / "back.safetensors")
     assert found.keys() == state.keys()
-    assert all(torch.equal(found[key], state[key]) for key in state if key.startswith("first_stage_model"))
+    assert all(
+        torch.equal(found[key], state[key]) for key in state if key.startswith("first_stage_model")
+    )
 
 
 def test_shards_of_a_folder_have_an_index_each(tmp_path: Path) -> None:
@@ -164,7 +199,9 @@ def test_shards_of_a_folder_have_an_index_each(tmp_path: Path) -> None:
     merged(base, lora, tmp_path / "whole", layout="folder")
     report = merged(base, lora, tmp_path / "cut", layout="folder", shard_size=100_000, verify=True)
     assert len(report.files) > 3
-    index = json.loads((tmp_path / "cut/transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    index = json.loads(
+        (tmp_path / "cut/transformer/diffusion_pytorch_model.safetensors.index.json").read_text()
+    )
     files = {path.name for path in (tmp_path / "cut/transformer").glob("*.safetensors")}
     assert set(index["weight_map"].values()) == files
     same(read(tmp_path / "cut"), read(tmp_path / "whole"))
@@ -176,7 +213,13 @@ def test_the_number_format_may_change_too(tmp_path: Path) -> None:
     lora = adapter(tmp_path, "sdxl", base, state)
     merged(base, lora, tmp_path / "plain.safetensors", dtype="bf16")
     merged(base, lora, tmp_path / "out", dtype="bf16", layout="folder", verify=True)
-    merged(tmp_path / "out", lora, tmp_path / "back.safetensors", layout="single-file", blocks=("unet=0", "te=0"))
+    merged(
+        tmp_path / "out",
+        lora,
+        tmp_path / "back.safetensors",
+        layout="single-file",
+        blocks=("unet=0", "te=0"),
+    )
     same(read(tmp_path / "back.safetensors"), read(tmp_path / "plain.safetensors"))
 
 
@@ -192,7 +235,12 @@ def test_parts_in_two_number_formats_make_no_whole(tmp_path: Path) -> None:
     assert caught.value.hint == "choose one with --dtype"
     del folders["text_encoder_2"][key]
     with pytest.raises((NotRepresentable, Unclaimed)):
-        merged(save_folder(tmp_path / "less", folders), lora, tmp_path / "x.safetensors", layout="single-file")
+        merged(
+            save_folder(tmp_path / "less", folders),
+            lora,
+            tmp_path / "x.safetensors",
+            layout="single-file",
+        )
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -215,7 +263,9 @@ def test_options_that_contradict_each_other(tmp_path: Path, tiny: Path) -> None:
         merged(base, lora, tmp_path / "x", layout="single-file", shard_size=1000)
     with pytest.raises(WrongUsage, match="single-file and folder"):
         merged(base, lora, tmp_path / "x", layout="zip")
-    stranger = save(tmp_path / "s.safetensors", {f"a.{n}.weight": torch.ones(4, 4) for n in range(4)})
+    stranger = save(
+        tmp_path / "s.safetensors", {f"a.{n}.weight": torch.ones(4, 4) for n in range(4)}
+    )
     other = save(
         tmp_path / "l.safetensors",
         {f"a.{n}.{ab}.weight": torch.ones(4, 4) for n in range(4) for ab in ("lora_A", "lora_B")},

@@ -53,13 +53,17 @@ def extracted(folder: Path, base: State, other: State, **options: Any) -> tuple[
 
 def merged(base: Path, *adapters: tuple[Path, float], **options: Any) -> tuple[merge.Report, State]:
     output = base.parent / "merged.safetensors"
-    report = merge.run(merge.plan(base, adapters, merge.Options(output=output, overwrite=True, **options)))
+    report = merge.run(
+        merge.plan(base, adapters, merge.Options(output=output, overwrite=True, **options))
+    )
     return report, load_file(output)
 
 
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_what_was_extracted_gives_the_tuned_model_back(tmp_path: Path, to: str, prefix: str) -> None:
+def test_what_was_extracted_gives_the_tuned_model_back(
+    tmp_path: Path, to: str, prefix: str
+) -> None:
     base = model(prefix)
     want = tuned(base)
     path, _, adapter = extracted(tmp_path, base, want, algo="lora", rank=2, to=to)
@@ -70,7 +74,9 @@ def test_what_was_extracted_gives_the_tuned_model_back(tmp_path: Path, to: str, 
         assert torch.allclose(found[key], tensor, atol=1e-5), key
 
 
-@pytest.mark.parametrize("options", [{"algo": "full"}, {"algo": "lokr", "factor": 4}, {"algo": "lokr", "rank": 2}])
+@pytest.mark.parametrize(
+    "options", [{"algo": "full"}, {"algo": "lokr", "factor": 4}, {"algo": "lokr", "rank": 2}]
+)
 def test_other_algorithms_merge_what_they_hold(tmp_path: Path, options: dict[str, Any]) -> None:
     """Kernels come from the checkpoint's shapes, where the adapter's are flat."""
     base = model()
@@ -79,7 +85,9 @@ def test_other_algorithms_merge_what_they_hold(tmp_path: Path, options: dict[str
     assert report.changed == 9
     save_file(found, tmp_path / "again.safetensors")
     contained = compare.run(
-        compare.plan((paths[2], 1.0), (tmp_path / "again.safetensors", 1.0), compare.Options(base=paths[0]))
+        compare.plan(
+            (paths[2], 1.0), (tmp_path / "again.safetensors", 1.0), compare.Options(base=paths[0])
+        )
     )
     assert contained.relative_error < 1e-5
 
@@ -103,7 +111,9 @@ def test_an_adapter_with_other_names_is_refused(tmp_path: Path, tiny: Path) -> N
     with pytest.raises(UnknownAdapter, match="not named as the checkpoint's"):
         merged(path, (tiny / "lora-kohya.safetensors", 1.0))
     state = load_file(adapter)
-    renamed = {key.replace("tower_1_mixer", "tower_9_mixer"): tensor for key, tensor in state.items()}
+    renamed = {
+        key.replace("tower_1_mixer", "tower_9_mixer"): tensor for key, tensor in state.items()
+    }
     save_file(renamed, tmp_path / "renamed.safetensors")
     with pytest.raises(Unclaimed) as caught:
         merged(path, (tmp_path / "renamed.safetensors", 1.0))

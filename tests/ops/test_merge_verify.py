@@ -34,14 +34,21 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 def base_file(folder: Path, dtype: torch.dtype = torch.float16) -> Path:
     draw = torch.Generator().manual_seed(1)
-    state = {PLACES[n]: torch.randn(shape, generator=draw).to(dtype) for n, shape in made.SHAPES.items()}
+    state = {
+        PLACES[n]: torch.randn(shape, generator=draw).to(dtype) for n, shape in made.SHAPES.items()
+    }
     state[VAE] = torch.randn(5, 3, 3, 3, generator=draw).to(dtype)
     save_file(state, folder / "base.safetensors")
     return folder / "base.safetensors"
 
 
 def run(base: Path, *adapters: tuple[Path, float], **options: Any) -> merge.Report:
-    options = {"output": base.with_name("out.safetensors"), "family": "sd1", "verify": True, **options}
+    options = {
+        "output": base.with_name("out.safetensors"),
+        "family": "sd1",
+        "verify": True,
+        **options,
+    }
     return merge.run(merge.plan(base, adapters, merge.Options(**options)))
 
 
@@ -63,7 +70,9 @@ def test_every_kind_in_every_dtype_passes(
     base, found = load_file(tmp_path / "base.safetensors"), load_file(tmp_path / "out.safetensors")
     first, second = made.deltas(adapter), made.deltas(other)
     for name, key in PLACES.items():
-        exact = base[key].double().numpy() + (-0.7 * first[name] + 0.3 * second[name]).reshape(base[key].shape)
+        exact = base[key].double().numpy() + (-0.7 * first[name] + 0.3 * second[name]).reshape(
+            base[key].shape
+        )
         error = np.abs(found[key].double().numpy() - exact)
         assert (error <= torch.finfo(dtype).eps / 2 * 1.001 * np.abs(exact) + 5e-6).all(), key
 
@@ -81,7 +90,9 @@ def _dora(axis: int) -> Callable[[np.ndarray, dict[str, np.ndarray]], np.ndarray
 def test_kinds_that_turn_the_weight_pass(tmp_path: Path, kind: str) -> None:
     draw = np.random.default_rng(0)
     shape = made.SHAPES[made.LINEAR]
-    tensors = {k.split(".", 1)[1]: v for k, v in made.module("lora", made.LINEAR, shape, draw).items()}
+    tensors = {
+        k.split(".", 1)[1]: v for k, v in made.module("lora", made.LINEAR, shape, draw).items()
+    }
     if kind == "dora-out":
         tensors["dora_scale"] = 1 + draw.random((shape[0], 1))
     elif kind == "dora-in":
@@ -109,7 +120,9 @@ def test_kinds_that_turn_the_weight_pass(tmp_path: Path, kind: str) -> None:
             whole = _dora(0 if kind == "dora-out" else 1)(weight, tensors)
             exact = weight + 0.6 * (whole - weight)
             found = load_file(tmp_path / "out.safetensors")[PLACES[made.LINEAR]].double().numpy()
-            assert (np.abs(found - exact) <= torch.finfo(dtype).eps / 2 * 1.01 * np.abs(exact) + 3e-6).all()
+            assert (
+                np.abs(found - exact) <= torch.finfo(dtype).eps / 2 * 1.01 * np.abs(exact) + 3e-6
+            ).all()
 
 
 def test_a_weight_that_is_off_by_two_steps_is_named_and_the_old_output_stays(
@@ -131,11 +144,17 @@ def test_a_weight_that_is_off_by_two_steps_is_named_and_the_old_output_stays(
     assert caught.value.tensor == key
     assert Path(str(caught.value.file)) == tmp_path / "out.safetensors"
     assert (tmp_path / "out.safetensors").read_bytes() == b"old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "base.safetensors", "out.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.safetensors",
+        "base.safetensors",
+        "out.safetensors",
+    ]
     run(base, (adapter, 1.0), overwrite=True, verify=False)  # unseen without
 
 
-def test_a_merge_that_forgets_an_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_forgets_an_adapter_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = base_file(tmp_path, torch.bfloat16), made.adapter(tmp_path / "a.safetensors")
     monkeypatch.setattr(_blending.Blender, "_parts", lambda *_: iter(()))
     with pytest.raises(CorruptFile, match="--verify"):
@@ -144,16 +163,22 @@ def test_a_merge_that_forgets_an_adapter_is_caught(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_numbers_that_are_none_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     honest = Pieces.put
     monkeypatch.setattr(
-        Pieces, "put", lambda self, tensor, at: honest(self, tensor.index_fill(0, torch.tensor([0]), value), at)
+        Pieces,
+        "put",
+        lambda self, tensor, at: honest(self, tensor.index_fill(0, torch.tensor([0]), value), at),
     )
     with pytest.raises(CorruptFile, match="--verify"):
         run(base_file(tmp_path), (made.adapter(tmp_path / "a.safetensors"), 1.0))
 
 
-def test_one_flipped_bit_of_an_untouched_tensor_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_flipped_bit_of_an_untouched_tensor_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = base_file(tmp_path), made.adapter(tmp_path / "a.safetensors")
     honest = Output.finish
 
@@ -207,7 +232,8 @@ def test_adapters_that_cancel_pass_and_leave_the_base(tmp_path: Path, dtype: tor
         steps = torch.finfo(dtype).eps * plus[key].double().abs().clamp_min(tensor.double().abs())
         assert ((minus[key].double() - tensor.double()).abs() <= steps + 3e-6).all(), key
         assert (
-            (once[key].double() - tensor.double()).abs() <= torch.finfo(dtype).eps * tensor.abs().double() + 3e-6
+            (once[key].double() - tensor.double()).abs()
+            <= torch.finfo(dtype).eps * tensor.abs().double() + 3e-6
         ).all()
 
 
@@ -225,7 +251,9 @@ def test_on_the_command_line(tmp_path: Path, tiny: Path, monkeypatch: pytest.Mon
     (middle,) = [block for block in report["blocks"] if block["block"] == "unet.mid_block"]
     assert middle["tensors_changed"] == middle["tensors"] == 5
     vector = ",".join(["0.5"] * 17)
-    shown = adaptkit(*arguments, "--blocks", vector, "--verify", "-o", tmp_path / "v.safetensors").stderr
+    shown = adaptkit(
+        *arguments, "--blocks", vector, "--verify", "-o", tmp_path / "v.safetensors"
+    ).stderr
     assert "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03" in shown
     assert "OUT11 = 0.5: 104 modules" in shown
     assert "tensors are base + ΔW within one rounding" in shown
@@ -242,12 +270,21 @@ def test_a_full_disk_gives_one_clear_error_and_no_file(tmp_path: Path, tiny: Pat
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
         pytest.skip("no disk can be mounted here")
     try:
         for more in ((), ("--shard-size", "300kB")):
             name = "shards" if more else "o.safetensors"
-            arguments = (tiny / "base.safetensors", tiny / "lora-kohya.safetensors", "-o", small / name, *more)
+            arguments = (
+                tiny / "base.safetensors",
+                tiny / "lora-kohya.safetensors",
+                "-o",
+                small / name,
+                *more,
+            )
             done = adaptkit("merge", *arguments)
             assert done.returncode == 1
             assert done.stderr.count("error:") == 1

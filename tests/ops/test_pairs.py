@@ -21,20 +21,37 @@ from adaptkit.names import Slot
 from adaptkit.ops import extract
 from adaptkit.ops._common import Shared
 from adaptkit.ops._pairing import Pairing, Wanted, open_pair
-from tests.ops.models import State, changed, distance, lora_delta, matrices, noise_delta, save, small, tiny_base
+from tests.ops.models import (
+    State,
+    changed,
+    distance,
+    lora_delta,
+    matrices,
+    noise_delta,
+    save,
+    small,
+    tiny_base,
+)
 from tests.synth import expand, fill
 from tests.test_checkpoint import KEY, average, decoded
 
 FAMILIES = {
     "sd1": ("input_blocks.1.1", "middle_block.1.proj_in", "out.2", "layers.3.mlp"),
-    "sdxl": ("input_blocks.4.1.transformer_blocks.0", "in_proj_weight", "text_projection", "layers.3.mlp"),
+    "sdxl": (
+        "input_blocks.4.1.transformer_blocks.0",
+        "in_proj_weight",
+        "text_projection",
+        "layers.3.mlp",
+    ),
     "flux": ("double_blocks.0.", "single_blocks.0.linear", "final_layer", "img_in"),
     "sd3": ("joint_blocks.0.", "final_layer", "x_embedder"),
 }
 
 
 def pairing(first: Checkpoint, second: Checkpoint, to: str = "kohya", **options: Any) -> Pairing:
-    return Pairing(first, second, first.keys(formats()[to]), Wanted("lora", False, Shared(**options)))
+    return Pairing(
+        first, second, first.keys(formats()[to]), Wanted("lora", False, Shared(**options))
+    )
 
 
 # one model in several layouts ----------------------------------------------------------------------------------------
@@ -48,9 +65,12 @@ def whole(state: State, family: str) -> dict[tuple[str, str, str], torch.Tensor]
         place = keys.parse(key)
         assert place is not None, key
         target = place.slot.target
-        parts.setdefault((target.component, target.module, target.param), []).append((place, tensor))
+        parts.setdefault((target.component, target.module, target.param), []).append(
+            (place, tensor)
+        )
     return {
-        target: torch.cat([_turned(*part) for part in sorted(found, key=_start)]) for target, found in parts.items()
+        target: torch.cat([_turned(*part) for part in sorted(found, key=_start)])
+        for target, found in parts.items()
     }
 
 
@@ -75,7 +95,11 @@ def as_folder(state: State, family: str) -> dict[str, State]:
                     tensor = targets.get((part.name, fill(row.target, indices), param))
                     if tensor is not None:
                         spelled = Place(Slot(None, name.rows), row.kind, "", False, name.swapped)  # type: ignore[arg-type]
-                        cut = tensor if name.rows is None else tensor[slice(*name.rows.bounds(len(tensor)))]  # type: ignore[misc]
+                        cut = (
+                            tensor
+                            if name.rows is None
+                            else tensor[slice(*name.rows.bounds(len(tensor)))]
+                        )  # type: ignore[misc]
                         folders.setdefault(part.name, {})[fill(key, indices)] = (
                             _turned(spelled, cut).contiguous().clone()
                         )
@@ -123,11 +147,25 @@ def test_layouts_extract_to_the_same_bytes(tmp_path: Path, family: str) -> None:
     """Single file, diffusers folder, shards and pickle, each as base and as tuned: one adapter."""
     base = small(family, torch.float16)
     tuned, _ = changed(base, matrices(base, *FAMILIES[family]), noise_delta())
-    one, two = (save(tmp_path / f"{name}.safetensors", s) for name, s in (("base", base), ("tuned", tuned)))
-    folders = [save_folder(tmp_path / f"{n}", as_folder(s, family)) for n, s in (("fb", base), ("ft", tuned))]
+    one, two = (
+        save(tmp_path / f"{name}.safetensors", s) for name, s in (("base", base), ("tuned", tuned))
+    )
+    folders = [
+        save_folder(tmp_path / f"{n}", as_folder(s, family))
+        for n, s in (("fb", base), ("ft", tuned))
+    ]
     pickle, shards = save_pickle(tmp_path / "b.ckpt", base), save_shards(tmp_path / "st", tuned)
-    pairs = [(one, two), (one, folders[1]), (folders[0], two), tuple(folders), (pickle, shards), (pickle, folders[1])]
-    found = [extracted(a, b, tmp_path / f"{n}.safetensors", rank=4) for n, (a, b) in enumerate(pairs)]
+    pairs = [
+        (one, two),
+        (one, folders[1]),
+        (folders[0], two),
+        tuple(folders),
+        (pickle, shards),
+        (pickle, folders[1]),
+    ]
+    found = [
+        extracted(a, b, tmp_path / f"{n}.safetensors", rank=4) for n, (a, b) in enumerate(pairs)
+    ]
     assert len(found[0]) > 9
     for (a, b), other in zip(pairs[1:], found[1:], strict=True):
         assert other.keys() == found[0].keys(), (a.name, b.name)
@@ -140,7 +178,10 @@ def test_layouts_extract_to_the_same_bytes(tmp_path: Path, family: str) -> None:
 def test_layouts_extract_to_the_same_bytes_by_other_algorithms(tmp_path: Path, algo: str) -> None:
     base = small("flux", torch.bfloat16)
     tuned, _ = changed(base, matrices(base, "img_attn", "final_layer"), noise_delta())
-    one, two = save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", tuned)
+    one, two = (
+        save(tmp_path / "base.safetensors", base),
+        save(tmp_path / "tuned.safetensors", tuned),
+    )
     folder = save_folder(tmp_path / "folder", as_folder(tuned, "flux"))
     first = extracted(one, two, tmp_path / "1.safetensors", algo=algo)
     second = extracted(one, folder, tmp_path / "2.safetensors", algo=algo)
@@ -153,18 +194,27 @@ def test_the_folder_of_this_test_is_that_of_diffusers() -> None:
     state = small("flux")
     folders = as_folder(state, "flux")
     qkv = state["double_blocks.0.img_attn.qkv.weight"]
-    assert torch.equal(folders["transformer"]["transformer_blocks.0.attn.to_k.weight"], qkv.tensor_split(3)[1])
+    assert torch.equal(
+        folders["transformer"]["transformer_blocks.0.attn.to_k.weight"], qkv.tensor_split(3)[1]
+    )
     last = state["final_layer.adaLN_modulation.1.weight"]
-    assert torch.equal(folders["transformer"]["norm_out.linear.weight"], torch.cat(last.tensor_split(2)[::-1]))
+    assert torch.equal(
+        folders["transformer"]["norm_out.linear.weight"], torch.cat(last.tensor_split(2)[::-1])
+    )
     sdxl = small("sdxl")
     key = "conditioner.embedders.1.model.text_projection"
-    assert torch.equal(as_folder(sdxl, "sdxl")["text_encoder_2"]["text_projection.weight"], sdxl[key].T)
+    assert torch.equal(
+        as_folder(sdxl, "sdxl")["text_encoder_2"]["text_projection.weight"], sdxl[key].T
+    )
 
 
 @pytest.mark.parametrize("family", sorted(families()))
 def test_every_family_reads_the_same_weights_from_a_folder(tmp_path: Path, family: str) -> None:
     state = small(family, torch.float16, by=64)
-    paths = save(tmp_path / "a.safetensors", state), save_folder(tmp_path / "b", as_folder(state, family))
+    paths = (
+        save(tmp_path / "a.safetensors", state),
+        save_folder(tmp_path / "b", as_folder(state, family)),
+    )
     first, second = open_pair(*paths, None)
     found = pairing(first, second, skip=("text_conditioner",))  # Anima's: no folder that is read
     jobs = list(found.jobs())
@@ -174,15 +224,29 @@ def test_every_family_reads_the_same_weights_from_a_folder(tmp_path: Path, famil
         assert torch.equal(first.read(job.base), second.read(job.tuned)), job.label
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.bfloat16, torch.float64)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float16), (torch.bfloat16, torch.float64)]
+)
 def test_dtypes_may_differ(tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     base = tiny_base(torch.float64)
     tuned, _ = changed(base, matrices(base, "attn1", "mlp.fc1"), lora_delta(3))
-    one, two = ({k: t.to(dtype) for k, t in s.items()} for s, dtype in zip((base, tuned), dtypes, strict=True))
+    one, two = (
+        {k: t.to(dtype) for k, t in s.items()}
+        for s, dtype in zip((base, tuned), dtypes, strict=True)
+    )
     pair = save(tmp_path / "base.safetensors", one), save(tmp_path / "tuned.safetensors", two)
-    options = extract.Options(output=tmp_path / "out.safetensors", algo="full", vectors=False, dtype="fp32")
+    options = extract.Options(
+        output=tmp_path / "out.safetensors", algo="full", vectors=False, dtype="fp32"
+    )
     report = extract.run(extract.plan(*pair, options))
-    norm = sum(float((two[k].double() - one[k].double()).square().sum()) for k in base if base[k].ndim > 1) ** 0.5
+    norm = (
+        sum(
+            float((two[k].double() - one[k].double()).square().sum())
+            for k in base
+            if base[k].ndim > 1
+        )
+        ** 0.5
+    )
     assert sum(item["norm"] ** 2 for item in report.details) ** 0.5 == pytest.approx(norm, rel=1e-5)
 
 
@@ -198,12 +262,16 @@ def test_missing_extra_and_reshaped_layers_are_listed(tmp_path: Path) -> None:
     tuned[reshaped] = torch.zeros(2 * len(base[reshaped]), base[reshaped].shape[1])
     tuned["first_stage_model.decoder.conv_in.weight"] = torch.zeros(4, 4)
     tuned["something.else"] = torch.zeros(3)
-    first = {key: t for key, t in base.items() if key != extra} | {"cond_stage_model.logit_scale": torch.zeros(())}
+    first = {key: t for key, t in base.items() if key != extra} | {
+        "cond_stage_model.logit_scale": torch.zeros(())
+    }
     pair = save(tmp_path / "base.safetensors", first), save(tmp_path / "tuned.safetensors", tuned)
     options = extract.Options(output=tmp_path / "out.safetensors")
     with pytest.raises(Unclaimed, match="3 keys would be lost"):
         extract.plan(*pair, options)
-    report = extract.run(extract.plan(*pair, extract.Options(output=tmp_path / "out.safetensors", allow_unused=True)))
+    report = extract.run(
+        extract.plan(*pair, extract.Options(output=tmp_path / "out.safetensors", allow_unused=True))
+    )
     why = {item.key: item.reason for item in report.unused}
     wide = [2 * len(base[reshaped]), base[reshaped].shape[1]]
     assert why == {
@@ -219,19 +287,27 @@ def test_missing_extra_and_reshaped_layers_are_listed(tmp_path: Path) -> None:
 
 def test_a_vae_under_other_names_is_said_once(tmp_path: Path) -> None:
     base = tiny_base() | {f"first_stage_model.{n}.weight": torch.zeros(2) for n in range(3)}
-    folders = as_folder(tiny_base(), "sd1") | {"vae": {f"decoder.{n}.weight": torch.zeros(2) for n in range(2)}}
-    pair = open_pair(save(tmp_path / "b.safetensors", base), save_folder(tmp_path / "t", folders), None)
+    folders = as_folder(tiny_base(), "sd1") | {
+        "vae": {f"decoder.{n}.weight": torch.zeros(2) for n in range(2)}
+    }
+    pair = open_pair(
+        save(tmp_path / "b.safetensors", base), save_folder(tmp_path / "t", folders), None
+    )
     found = pairing(*pair)
     assert not [job for job in found.jobs() if job.slot is None]
     assert not found.lost
     reason = "vae: the base has it under other names"
-    assert {item.key: item.reason for item in found.left} == {f"vae.decoder.{n}.weight": reason for n in range(2)}
+    assert {item.key: item.reason for item in found.left} == {
+        f"vae.decoder.{n}.weight": reason for n in range(2)
+    }
 
 
 # fp8 -----------------------------------------------------------------------------------------------------------------
 
 
-def quantised(state: State, dtype: torch.dtype, scaled: bool) -> tuple[State, dict[str, np.ndarray]]:
+def quantised(
+    state: State, dtype: torch.dtype, scaled: bool
+) -> tuple[State, dict[str, np.ndarray]]:
     """The denoiser's matrices in fp8, as ComfyUI writes them, and what they mean in float64."""
     result, truth = dict(state), {}
     for key, tensor in state.items():
@@ -253,7 +329,9 @@ def test_a_difference_of_fp8_weights_is_that_of_what_they_mean(
     tmp_path: Path, dtype: torch.dtype, scaled: bool
 ) -> None:
     base = tiny_base(torch.bfloat16)
-    tuned, truth = quantised(changed(base, matrices(base, "attn1"), noise_delta(0.5))[0], dtype, scaled)
+    tuned, truth = quantised(
+        changed(base, matrices(base, "attn1"), noise_delta(0.5))[0], dtype, scaled
+    )
     pair = save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", tuned)
     options = extract.Options(output=tmp_path / "out.safetensors", algo="full", dtype="fp32")
     plan = extract.plan(*pair, options)
@@ -268,7 +346,9 @@ def test_a_difference_of_fp8_weights_is_that_of_what_they_mean(
         assert norms[label] == pytest.approx(np.linalg.norm(delta), rel=1e-6), key
         stored = load_file(tmp_path / "out.safetensors")
         name = f"{plan.keys.stem(first.places[key].slot)}.diff"
-        np.testing.assert_allclose(stored[name].double().numpy(), delta, rtol=1e-5, atol=1e-7 * np.abs(weight).max())
+        np.testing.assert_allclose(
+            stored[name].double().numpy(), delta, rtol=1e-5, atol=1e-7 * np.abs(weight).max()
+        )
 
 
 def test_fp8_is_written_in_the_dtype_of_its_plain_partner(tmp_path: Path) -> None:
@@ -277,7 +357,11 @@ def test_fp8_is_written_in_the_dtype_of_its_plain_partner(tmp_path: Path) -> Non
     one, two = save(tmp_path / "a.safetensors", base), save(tmp_path / "b.safetensors", narrow)
     for pair, expected in (((one, two), "BF16"), ((two, one), "BF16"), ((two, two), "F16")):
         jobs = [job for job in pairing(*open_pair(*pair, None)).jobs() if job.algorithm == "lora"]
-        wide = {job.dtype for job in jobs if job.tuned[0].name.startswith("model.") and len(job.shape) == 2}
+        wide = {
+            job.dtype
+            for job in jobs
+            if job.tuned[0].name.startswith("model.") and len(job.shape) == 2
+        }
         assert wide == {expected}
 
 
@@ -289,8 +373,13 @@ def test_the_plan_of_an_fp8_pair_counts_the_widened_weights(tmp_path: Path) -> N
     sizes = {}
     for name, pair in (("plain", (paths[0], paths[0])), ("fp8", (paths[1], paths[1]))):
         steps = extract.plan(*pair, options).steps
-        sizes[name] = {s.payload.tuned[0].name: s.bytes for s in steps if s.payload.tuned[0].name in truth}
-    for key, weight in truth.items():  # 2 bytes a number in float16; 1 in fp8 and 4 widened: on both sides
+        sizes[name] = {
+            s.payload.tuned[0].name: s.bytes for s in steps if s.payload.tuned[0].name in truth
+        }
+    for (
+        key,
+        weight,
+    ) in truth.items():  # 2 bytes a number in float16; 1 in fp8 and 4 widened: on both sides
         assert sizes["fp8"][key] - sizes["plain"][key] == 2 * (1 + 4 - 2) * weight.size
 
 
@@ -300,7 +389,10 @@ def test_a_scheme_that_is_not_read_is_named(tmp_path: Path) -> None:
     tuned[f"{KEY}.quant_state.bitsandbytes__nf4"] = torch.zeros(9, dtype=torch.uint8)
     tuned[f"{KEY}.absmax"] = torch.zeros(4)
     pair = save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", tuned)
-    with pytest.raises(Unclaimed, match=r"1 keys would be lost: .*to_q\.weight \(stored as nf4 \(bitsandbytes\).*fp16"):
+    with pytest.raises(
+        Unclaimed,
+        match=r"1 keys would be lost: .*to_q\.weight \(stored as nf4 \(bitsandbytes\).*fp16",
+    ):
         extract.plan(*pair, extract.Options(output=tmp_path / "o.safetensors"))
     left_out = extract.Options(output=tmp_path / "o.safetensors", skip=("*attn1.to_q",))
     assert extract.plan(*pair, left_out).unused == ()
@@ -322,23 +414,27 @@ def test_averaged_weights_are_what_differs(tmp_path: Path) -> None:
     base = tiny_base()
     plain, _ = changed(base, [KEY], noise_delta(0.2))
     averaged, _ = changed(base, [KEY], noise_delta(0.1))
-    state = plain | {average(key): averaged[key].clone() for key in base if key.startswith("model.")}
+    state = plain | {
+        average(key): averaged[key].clone() for key in base if key.startswith("model.")
+    }
     paths = save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", state)
     first, second = open_pair(*paths, None, ema=True)
     assert (first.ema, second.ema) == (0, len([key for key in base if key.startswith("model.")]))
     found = pairing(first, second)
     jobs = list(found.jobs())
     assert not found.lost
-    assert sum(float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in jobs) ** 0.5 == pytest.approx(
-        distance(base, averaged), rel=1e-5
-    )
+    assert sum(
+        float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in jobs
+    ) ** 0.5 == pytest.approx(distance(base, averaged), rel=1e-5)
     assert {item.reason for item in found.left} == {"replaced: its average is read instead"}
-    assert found.notes == (f"Of the tuned checkpoint, the averaged (EMA) values of {second.ema} weights are read.",)
+    assert found.notes == (
+        f"Of the tuned checkpoint, the averaged (EMA) values of {second.ema} weights are read.",
+    )
     first, second = open_pair(*paths, None)
     jobs = list(pairing(first, second).jobs())
-    assert sum(float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in jobs) ** 0.5 == pytest.approx(
-        distance(base, plain), rel=1e-5
-    )
+    assert sum(
+        float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in jobs
+    ) ** 0.5 == pytest.approx(distance(base, plain), rel=1e-5)
 
 
 def test_averaged_weights_that_nobody_has_are_an_error(tmp_path: Path) -> None:
@@ -352,24 +448,51 @@ def test_averaged_weights_that_nobody_has_are_an_error(tmp_path: Path) -> None:
 
 def stranger(prefix: str = "") -> State:
     random = np.random.default_rng(4)
-    shapes: dict[str, tuple[int, ...]] = {"embeddings.word_embeddings.weight": (32, 8), "pooler.scale": (8,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (32, 8),
+        "pooler.scale": (8,),
+    }
     for n in range(3):
         layer = f"encoder.layer.{n}."
-        shapes |= {f"{layer}attention.self.query.weight": (8, 8), f"{layer}attention.self.query.bias": (8,)}
-        shapes |= {f"{layer}conv_{n}.weight": (8, 8, 3), f"{layer}norm.weight": (8,), f"{layer}norm.bias": (8,)}
-    return {prefix + key: torch.from_numpy(random.standard_normal(shape)).float() for key, shape in shapes.items()}
+        shapes |= {
+            f"{layer}attention.self.query.weight": (8, 8),
+            f"{layer}attention.self.query.bias": (8,),
+        }
+        shapes |= {
+            f"{layer}conv_{n}.weight": (8, 8, 3),
+            f"{layer}norm.weight": (8,),
+            f"{layer}norm.bias": (8,),
+        }
+    return {
+        prefix + key: torch.from_numpy(random.standard_normal(shape)).float()
+        for key, shape in shapes.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("to", "query", "conv"),
     [
-        ("kohya", "lora_unet_encoder_layer_1_attention_self_query", "lora_unet_encoder_layer_2_conv_2"),
-        ("comfy", "diffusion_model.encoder.layer.1.attention.self.query", "diffusion_model.encoder.layer.2.conv_2"),
-        ("peft", "base_model.model.encoder.layer.1.attention.self.query", "base_model.model.encoder.layer.2.conv_2"),
+        (
+            "kohya",
+            "lora_unet_encoder_layer_1_attention_self_query",
+            "lora_unet_encoder_layer_2_conv_2",
+        ),
+        (
+            "comfy",
+            "diffusion_model.encoder.layer.1.attention.self.query",
+            "diffusion_model.encoder.layer.2.conv_2",
+        ),
+        (
+            "peft",
+            "base_model.model.encoder.layer.1.attention.self.query",
+            "base_model.model.encoder.layer.2.conv_2",
+        ),
         ("bare", "encoder.layer.1.attention.self.query", "encoder.layer.2.conv_2"),
     ],
 )
-@pytest.mark.parametrize("prefixes", [("", ""), ("model.diffusion_model.", ""), ("diffusion_model.",) * 2])
+@pytest.mark.parametrize(
+    "prefixes", [("", ""), ("model.diffusion_model.", ""), ("diffusion_model.",) * 2]
+)
 def test_a_family_without_a_table_pairs_by_its_own_names(
     tmp_path: Path, to: str, query: str, conv: str, prefixes: tuple[str, str]
 ) -> None:
@@ -389,7 +512,11 @@ def test_a_family_without_a_table_pairs_by_its_own_names(
     assert len(stems) == 6  # three queries, three convolutions; no embedding, no norm
     why = {label: job.why for label, job in jobs.items() if job.algorithm is None}
     assert why["transformer.embeddings.word_embeddings"] == "hosts load no lora for embeddings"
-    assert all("biases and norms" in reason for label, reason in why.items() if "norm" in label or "bias" in label)
+    assert all(
+        "biases and norms" in reason
+        for label, reason in why.items()
+        if "norm" in label or "bias" in label
+    )
     job = jobs["transformer.encoder.layer.1.attention.self.query"]
     assert torch.equal(first.read(job.base), states[0][prefixes[0] + key])
     assert torch.equal(second.read(job.tuned), states[1][prefixes[1] + key])
@@ -397,8 +524,14 @@ def test_a_family_without_a_table_pairs_by_its_own_names(
 
 
 def test_a_pipeline_without_a_table_keeps_its_parts_apart(tmp_path: Path) -> None:
-    folders = {"transformer": stranger(), "text_encoder": stranger(), "vae": {"decoder.weight": torch.zeros(2, 2)}}
-    pair = open_pair(save_folder(tmp_path / "a", folders), save_folder(tmp_path / "b", folders), None)
+    folders = {
+        "transformer": stranger(),
+        "text_encoder": stranger(),
+        "vae": {"decoder.weight": torch.zeros(2, 2)},
+    }
+    pair = open_pair(
+        save_folder(tmp_path / "a", folders), save_folder(tmp_path / "b", folders), None
+    )
     found = pairing(*pair)
     stems = {found.keys.stem(job.slot) for job in found.jobs() if job.algorithm and job.slot}
     assert len(stems) == 12
@@ -411,12 +544,19 @@ def test_modules_that_underscores_do_not_tell_apart_are_left_out(tmp_path: Path)
     found = pairing(*open_pair(path, path, None))
     jobs = list(found.jobs())
     assert len([job for job in jobs if job.algorithm]) == 6
-    assert {job.label for job in jobs if job.slot is None} == {"pooler.scale", "a.b_c.weight", "a_b.c.weight"}
+    assert {job.label for job in jobs if job.slot is None} == {
+        "pooler.scale",
+        "a.b_c.weight",
+        "a_b.c.weight",
+    }
 
 
 def test_strangers_with_other_names_are_refused(tmp_path: Path) -> None:
     one = save(tmp_path / "a.safetensors", stranger())
-    two = save(tmp_path / "b.safetensors", {key.replace("encoder", "decoder"): t for key, t in stranger().items()})
+    two = save(
+        tmp_path / "b.safetensors",
+        {key.replace("encoder", "decoder"): t for key, t in stranger().items()},
+    )
     with pytest.raises(UnknownAdapter, match="not a checkpoint of a family") as caught:
         open_pair(one, two, None)
     assert caught.value.hint is not None
@@ -430,7 +570,11 @@ def test_strangers_with_other_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_two_adapters_are_no_pair_of_checkpoints(tmp_path: Path) -> None:
-    state = {f"blocks.{n}.{side}.weight": torch.zeros(4, 4) for n in range(3) for side in ("lora_up", "lora_down")}
+    state = {
+        f"blocks.{n}.{side}.weight": torch.zeros(4, 4)
+        for n in range(3)
+        for side in ("lora_up", "lora_down")
+    }
     path = save(tmp_path / "a.safetensors", state)
     with pytest.raises(UnknownAdapter):
         open_pair(path, path, None)

@@ -61,7 +61,9 @@ def test_every_kind_is_cut_to_the_optimum(kind: str, rank: int, tmp_path: Path) 
     for name, delta in before.items():
         size = np.linalg.norm(delta)
         error = np.linalg.norm(delta - after[name])
-        assert error == pytest.approx(optimum(kind, delta, rank, SHAPES[name]) ** 0.5, rel=1e-5, abs=2e-6 * size), name
+        assert error == pytest.approx(
+            optimum(kind, delta, rank, SHAPES[name]) ** 0.5, rel=1e-5, abs=2e-6 * size
+        ), name
     measured = relative(after, before)
     assert report.relative_error == pytest.approx(measured, rel=1e-6, abs=1e-7)
     for item, name in zip(report.details, before, strict=True):
@@ -98,7 +100,10 @@ def test_a_lokr_in_both_factors_stays_one(tmp_path: Path) -> None:
         f"{LINEAR}.lokr_w2_b": draw.standard_normal((3, 16)),
         f"{LINEAR}.alpha": np.float64(3.0),
     }
-    save_file({k: torch.tensor(t, dtype=torch.float32) for k, t in tensors.items()}, tmp_path / "a.safetensors")
+    save_file(
+        {k: torch.tensor(t, dtype=torch.float32) for k, t in tensors.items()},
+        tmp_path / "a.safetensors",
+    )
     run(tmp_path / "a.safetensors", rank=2)
     kept = load_file(tmp_path / "out.safetensors")
     assert kept[f"{LINEAR}.lokr_w1_a"].shape == (8, 2)
@@ -132,7 +137,9 @@ def test_dead_directions_are_cut_without_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [0.05, 0.2, 0.5])
-def test_error_is_held_over_the_whole_file_with_the_fewest_bytes(error: float, tmp_path: Path) -> None:
+def test_error_is_held_over_the_whole_file_with_the_fewest_bytes(
+    error: float, tmp_path: Path
+) -> None:
     source = adapter(tmp_path / "a.safetensors")
     report = run(source, error=error)
     measured = relative(deltas(tmp_path / "out.safetensors"), deltas(source))
@@ -146,7 +153,9 @@ def test_error_is_held_over_the_whole_file_with_the_fewest_bytes(error: float, t
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr-low"])
 def test_size_is_never_exceeded_and_used(kind: str, tmp_path: Path) -> None:
-    source = adapter(tmp_path / "a.safetensors", kind, metadata={"ss_network_dim": "6", "ss_network_alpha": "3"})
+    source = adapter(
+        tmp_path / "a.safetensors", kind, metadata={"ss_network_dim": "6", "ss_network_alpha": "3"}
+    )
     sizes = []
     whole = run(source, rank=500).bytes
     for share in (0.35, 0.5, 0.8):
@@ -171,7 +180,9 @@ def test_size_uses_its_budget(tmp_path: Path) -> None:
     ]
     tensors = {}
     for name in names:
-        tensors[f"{name}.lora_up.weight"] = torch.randn(160, 32, generator=draw) * torch.arange(1, 33).pow(-0.7)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(160, 32, generator=draw) * torch.arange(
+            1, 33
+        ).pow(-0.7)
         tensors[f"{name}.lora_down.weight"] = torch.randn(32, 120, generator=draw)
         tensors[f"{name}.alpha"] = torch.tensor(16.0)
     source = tmp_path / "a.safetensors"
@@ -201,10 +212,14 @@ def many(path: Path, kind: str = "lora", *, alpha: float = 6.0, seed: int = 0) -
             tensors[f"{name}.lora_down.weight"] = torch.randn(8, columns, generator=draw)
         else:
             for side in "12":
-                tensors[f"{name}.hada_w{side}_a"] = torch.randn(80, 4, generator=draw) * spectrum[:4]
+                tensors[f"{name}.hada_w{side}_a"] = (
+                    torch.randn(80, 4, generator=draw) * spectrum[:4]
+                )
                 tensors[f"{name}.hada_w{side}_b"] = torch.randn(4, columns, generator=draw)
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
-    save_file({key: tensor.half() if tensor.ndim else tensor for key, tensor in tensors.items()}, path)
+    save_file(
+        {key: tensor.half() if tensor.ndim else tensor for key, tensor in tensors.items()}, path
+    )
     return path
 
 
@@ -214,7 +229,8 @@ def many_deltas(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["lora", "loha"])
 @pytest.mark.parametrize(
-    "rule", [{"rank": 3}, {"energy": 0.8}, {"size": 40_000}, {"error": 0.3}, {"rank": 3, "dtype": "fp32"}]
+    "rule",
+    [{"rank": 3}, {"energy": 0.8}, {"size": 40_000}, {"error": 0.3}, {"rank": 3, "dtype": "fp32"}],
 )
 def test_stacks_give_what_modules_give_one_by_one(
     kind: str, rule: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,11 +247,15 @@ def test_stacks_give_what_modules_give_one_by_one(
     before = many_deltas(source)
     for stack, report in reports.items():
         after = many_deltas(tmp_path / f"{stack}.safetensors")
-        assert relative(after, many_deltas(tmp_path / "0.safetensors")) < 5e-4  # another rounding of the same numbers
+        assert (
+            relative(after, many_deltas(tmp_path / "0.safetensors")) < 5e-4
+        )  # another rounding of the same numbers
         assert report.relative_error == pytest.approx(relative(after, before), rel=1e-6)
         for item, other, name in zip(report.details, reports[0].details, before, strict=True):
             assert (item["module"], item["rank"]) == (other["module"], other["rank"])
-            error = np.linalg.norm(before[name] - after.get(name, 0.0)) / np.linalg.norm(before[name])
+            error = np.linalg.norm(before[name] - after.get(name, 0.0)) / np.linalg.norm(
+                before[name]
+            )
             assert item["relative_error"] == pytest.approx(error, rel=1e-6)
 
 
@@ -250,7 +270,9 @@ def test_stacks_are_really_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Worker, "_first_stack", counted)
     run(many(tmp_path / "a.safetensors"), rank=2)
     assert sum(sizes) == len(PROJECTIONS)
-    each = len(PROJECTIONS) // (engine.ROUNDS * torch.get_num_threads())  # so that no worker waits for the others
+    each = len(PROJECTIONS) // (
+        engine.ROUNDS * torch.get_num_threads()
+    )  # so that no worker waits for the others
     assert max(sizes) == min(_rewrite.STACK, max(1, each))
 
 
@@ -282,7 +304,11 @@ def test_stacks_may_hold_zeros_and_what_needs_no_cut(tmp_path: Path) -> None:
 def test_hashes_are_of_what_the_second_pass_wrote(tmp_path: Path) -> None:
     """sd-scripts' hash covers every tensor, also those that go into the file without waiting in memory."""
     source = many(tmp_path / "a.safetensors")
-    save_file(load_file(source), source, {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "ss_lr": "1"})
+    save_file(
+        load_file(source),
+        source,
+        {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "ss_lr": "1"},
+    )
     run(source, size=20_000)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -299,7 +325,9 @@ def test_a_size_too_small_for_anything_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize("rule", [{"energy": 0.9}, {"sv_ratio": 3.0}, {"sv_fro": 0.9}, {"sv_cumulative": 0.7}])
+@pytest.mark.parametrize(
+    "rule", [{"energy": 0.9}, {"sv_ratio": 3.0}, {"sv_fro": 0.9}, {"sv_cumulative": 0.7}]
+)
 def test_rules_for_each_module(rule: dict[str, float], tmp_path: Path) -> None:
     source = adapter(tmp_path / "a.safetensors")
     report = run(source, **rule)
@@ -335,7 +363,9 @@ def test_modules_not_worth_their_bytes_are_left_out_and_named(tmp_path: Path) ->
     assert report.relative_error == pytest.approx(measured, rel=1e-6)
 
 
-def test_dora_keeps_its_magnitudes_and_a_base_measures_the_merged_weight(tmp_path: Path, tiny: Path) -> None:
+def test_dora_keeps_its_magnitudes_and_a_base_measures_the_merged_weight(
+    tmp_path: Path, tiny: Path
+) -> None:
     name = f"{BASE_MODULE}"
     with safe_open(tiny / "base.safetensors", "pt") as file:
         weight = file.get_tensor(BASE_KEY).double().numpy()
@@ -346,15 +376,29 @@ def test_dora_keeps_its_magnitudes_and_a_base_measures_the_merged_weight(tmp_pat
     )
     size = 0.2 * np.linalg.norm(weight) / np.linalg.norm(up @ down)
     up *= size
-    magnitude = np.linalg.norm(weight + up @ down, axis=1, keepdims=True) * draw.uniform(0.9, 1.1, (weight.shape[0], 1))
-    tensors = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": magnitude, "alpha": np.float64(4.0)}
+    magnitude = np.linalg.norm(weight + up @ down, axis=1, keepdims=True) * draw.uniform(
+        0.9, 1.1, (weight.shape[0], 1)
+    )
+    tensors = {
+        "lora_up.weight": up,
+        "lora_down.weight": down,
+        "dora_scale": magnitude,
+        "alpha": np.float64(4.0),
+    }
     source = tmp_path / "a.safetensors"
-    save_file({f"{name}.{k}": torch.tensor(t, dtype=torch.float32) for k, t in tensors.items()}, source)
+    save_file(
+        {f"{name}.{k}": torch.tensor(t, dtype=torch.float32) for k, t in tensors.items()}, source
+    )
     plain = run(source, rank=2, family="sd1")
-    after = {k.removeprefix(f"{name}."): t.double().numpy() for k, t in load_file(tmp_path / "out.safetensors").items()}
+    after = {
+        k.removeprefix(f"{name}."): t.double().numpy()
+        for k, t in load_file(tmp_path / "out.safetensors").items()
+    }
     np.testing.assert_array_equal(after["dora_scale"], np.float32(magnitude))
     kept = after["lora_up.weight"] @ after["lora_down.weight"]
-    assert np.linalg.norm(up @ down - kept) == pytest.approx(oracle.best_rank(up @ down, 2), rel=1e-5)
+    assert np.linalg.norm(up @ down - kept) == pytest.approx(
+        oracle.best_rank(up @ down, 2), rel=1e-5
+    )
     assert "--base" in " ".join(plain.notes)
     assert plain.details[0]["relative_error"] is None
     based = run(source, rank=2, family="sd1", base=tiny / "base.safetensors")
@@ -373,7 +417,9 @@ def test_to_another_algorithm(tmp_path: Path) -> None:
     report = run(source, rank=5, algo="lora")
     after = deltas(tmp_path / "out.safetensors")
     for name, delta in before.items():
-        assert np.linalg.norm(delta - after[name]) == pytest.approx(oracle.best_rank(delta, 5), rel=1e-5)
+        assert np.linalg.norm(delta - after[name]) == pytest.approx(
+            oracle.best_rank(delta, 5), rel=1e-5
+        )
     assert {item["algorithm"] for item in report.details} == {"lora"}
     assert made.provenance(tmp_path / "out.safetensors")["rank"] == 5
 
@@ -389,7 +435,11 @@ def test_metadata_says_what_holds(tmp_path: Path) -> None:
     run(source, rank=2)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         found = file.metadata()
-    assert (found["ss_network_dim"], found["ss_network_alpha"], found["ss_output_name"]) == ("2", "2", "style")
+    assert (found["ss_network_dim"], found["ss_network_alpha"], found["ss_output_name"]) == (
+        "2",
+        "2",
+        "style",
+    )
     run(source, error=0.3)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata()["ss_network_dim"] == "Dynamic"
@@ -399,7 +449,9 @@ def test_what_has_no_rank_is_carried_or_refused(tmp_path: Path) -> None:
     bias = {f"{LINEAR}.diff_b": torch.randn(24)}
     source = adapter(tmp_path / "a.safetensors", extra=bias)
     run(source, rank=2)
-    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"{LINEAR}.diff_b"], bias[f"{LINEAR}.diff_b"])
+    assert torch.equal(
+        load_file(tmp_path / "out.safetensors")[f"{LINEAR}.diff_b"], bias[f"{LINEAR}.diff_b"]
+    )
     save_file(bias, source)
     with pytest.raises(NothingToDo, match="no.* has a rank|none"):
         run(source, rank=2, family="sd1", format="kohya")

@@ -48,9 +48,14 @@ def saved(path: Path, tensors: Mapping[str, Any]) -> Path:
     return path
 
 
-def spelled(module: str, tensors: Mapping[str, Array], prefix: str, alpha: float | None) -> dict[str, Any]:
+def spelled(
+    module: str, tensors: Mapping[str, Array], prefix: str, alpha: float | None
+) -> dict[str, Any]:
     """In float32, with alpha."""
-    found = {f"{module}.{prefix}{name}": torch.from_numpy(value).float() for name, value in tensors.items()}
+    found = {
+        f"{module}.{prefix}{name}": torch.from_numpy(value).float()
+        for name, value in tensors.items()
+    }
     return found if alpha is None else found | {f"{module}.alpha": torch.tensor(alpha)}
 
 
@@ -73,21 +78,59 @@ def rounded(tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 FORMS: dict[str, tuple[str, dict[str, Array], str, float | None]] = {
     "lora": (LINEAR, arrays(0, up=(12, 5), down=(5, 10)), "lora_", 2.0),
-    "lora of a rank above its sides": (LINEAR, arrays(1, up=(12, 16), down=(16, 10)), "lora_", None),
+    "lora of a rank above its sides": (
+        LINEAR,
+        arrays(1, up=(12, 16), down=(16, 10)),
+        "lora_",
+        None,
+    ),
     "locon": (CONV, arrays(2, up=(12, 4, 1, 1), down=(4, 6, 3, 3)), "lora_", 1.0),
-    "tucker": (CONV, arrays(3, up=(12, 4, 1, 1), mid=(4, 4, 3, 3), down=(4, 6, 1, 1)), "lora_", 1.0),
-    "loha": (LINEAR, arrays(4, w1_a=(12, 2), w1_b=(2, 10), w2_a=(12, 2), w2_b=(2, 10)), "hada_", 1.5),
-    "loha of a high rank": (LINEAR, arrays(5, w1_a=(12, 4), w1_b=(4, 10), w2_a=(12, 4), w2_b=(4, 10)), "hada_", 2.0),
+    "tucker": (
+        CONV,
+        arrays(3, up=(12, 4, 1, 1), mid=(4, 4, 3, 3), down=(4, 6, 1, 1)),
+        "lora_",
+        1.0,
+    ),
+    "loha": (
+        LINEAR,
+        arrays(4, w1_a=(12, 2), w1_b=(2, 10), w2_a=(12, 2), w2_b=(2, 10)),
+        "hada_",
+        1.5,
+    ),
+    "loha of a high rank": (
+        LINEAR,
+        arrays(5, w1_a=(12, 4), w1_b=(4, 10), w2_a=(12, 4), w2_b=(4, 10)),
+        "hada_",
+        2.0,
+    ),
     "loha, tucker": (
         CONV,
-        arrays(6, w1_a=(3, 12), w1_b=(3, 6), w2_a=(3, 12), w2_b=(3, 6), t1=(3, 3, 3, 3), t2=(3, 3, 3, 3)),
+        arrays(
+            6,
+            w1_a=(3, 12),
+            w1_b=(3, 6),
+            w2_a=(3, 12),
+            w2_b=(3, 6),
+            t1=(3, 3, 3, 3),
+            t2=(3, 3, 3, 3),
+        ),
         "hada_",
         1.0,
     ),
     "lokr": (LINEAR, arrays(7, w1=(3, 2), w2=(4, 5)), "lokr_", 1e10),
-    "lokr, factored": (LINEAR, arrays(8, w1_a=(3, 1), w1_b=(1, 2), w2_a=(4, 2), w2_b=(2, 5)), "lokr_", 3.0),
+    "lokr, factored": (
+        LINEAR,
+        arrays(8, w1_a=(3, 1), w1_b=(1, 2), w2_a=(4, 2), w2_b=(2, 5)),
+        "lokr_",
+        3.0,
+    ),
     "lokr, conv": (CONV, arrays(9, w1=(3, 2), w2=(4, 3, 3, 3)), "lokr_", None),
-    "lokr, tucker": (CONV, arrays(10, w1=(3, 2), w2_a=(2, 4), w2_b=(2, 3), t2=(2, 2, 3, 3)), "lokr_", 1.0),
+    "lokr, tucker": (
+        CONV,
+        arrays(10, w1=(3, 2), w2_a=(2, 4), w2_b=(2, 3), t2=(2, 2, 3, 3)),
+        "lokr_",
+        1.0,
+    ),
     "full": (LINEAR, arrays(11, diff=(12, 10)), "", None),
     "full, conv": (CONV, arrays(12, diff=(12, 6, 3, 3)), "", None),
 }
@@ -96,7 +139,9 @@ FORMS: dict[str, tuple[str, dict[str, Array], str, float | None]] = {
 def dense(prefix: str, tensors: Mapping[str, Array], alpha: float | None) -> Array:
     if prefix == "lora_":
         rank = tensors["down"].shape[0]
-        return oracle.lora(tensors["up"], tensors["down"], (alpha or rank) / rank, tensors.get("mid"))
+        return oracle.lora(
+            tensors["up"], tensors["down"], (alpha or rank) / rank, tensors.get("mid")
+        )
     if prefix == "hada_":
         return oracle.loha(tensors, alpha)
     return tensors["diff"] if prefix == "" else oracle.lokr_stored(tensors, alpha)
@@ -105,7 +150,9 @@ def dense(prefix: str, tensors: Mapping[str, Array], alpha: float | None) -> Arr
 @pytest.mark.parametrize("form", FORMS)
 def test_numbers_are_those_of_the_dense_difference(form: str, tmp_path: Path) -> None:
     module, tensors, prefix, alpha = FORMS[form]
-    spelling = {"up": "up.weight", "down": "down.weight", "mid": "mid.weight"} if prefix == "lora_" else {}
+    spelling = (
+        {"up": "up.weight", "down": "down.weight", "mid": "mid.weight"} if prefix == "lora_" else {}
+    )
     stored = {spelling.get(name, name): value for name, value in tensors.items()}
     path = saved(tmp_path / "a.safetensors", spelled(module, stored, prefix, alpha))
     record, modules, report = stats(path)
@@ -115,7 +162,10 @@ def test_numbers_are_those_of_the_dense_difference(form: str, tmp_path: Path) ->
         assert found[field] == pytest.approx(wanted[field], rel=2e-6), field
     assert (found["rank_90"], found["rank_99"]) == (wanted["rank_90"], wanted["rank_99"])
     assert (found["non_finite_tensors"], found["zero_tensors"]) == (0, 0)
-    assert (found["block"], found["kind"]) == ("unet.down_blocks.0", "q" if module == LINEAR else "conv")
+    assert (found["block"], found["kind"]) == (
+        "unet.down_blocks.0",
+        "q" if module == LINEAR else "conv",
+    )
     assert record["norm"] == found["norm"]
     assert list(report.spectra[0])[:1] == [found["spectral_norm"]]
     assert name.startswith("unet.down_blocks.0.")
@@ -127,7 +177,10 @@ def test_ranks_count_what_holds_the_share() -> None:
         return one.rank(0.9), one.rank(0.99)
 
     assert ranks(*[1.0] * 10) == (9, 10)
-    assert ranks(*[0.07] * 100) == (90, 99)  # where sums of equal parts miss the share by their rounding
+    assert ranks(*[0.07] * 100) == (
+        90,
+        99,
+    )  # where sums of equal parts miss the share by their rounding
     assert ranks(1.0, 0.0, 0.0) == (1, 1)
     assert ranks(3.0, 1.0) == (1, 2)
     assert ranks(0.0, 0.0) == (0, 0)
@@ -145,23 +198,36 @@ def test_vectors_have_a_norm_alone(tmp_path: Path) -> None:
     fields = ("spectral_norm", "stable_rank", "rank_90", "rank_99")
     assert {module[field] for module in modules.values() for field in fields} == {None}
     (only,) = record["blocks"]
-    assert (only["norm"], only["rank_90"], only["spectral_norm"]) == (pytest.approx(math.sqrt(23)), None, None)
+    assert (only["norm"], only["rank_90"], only["spectral_norm"]) == (
+        pytest.approx(math.sqrt(23)),
+        None,
+        None,
+    )
     assert list(map(len, report.spectra)) == [0, 0]
 
 
 def test_what_depends_on_the_weight_has_none(tmp_path: Path) -> None:
     """The inner difference of a DoRA is not what it changes."""
     tensors = arrays(0, up=(12, 4), down=(4, 10))
-    stored = {f"{LINEAR}.lora_{name}.weight": torch.from_numpy(value) for name, value in tensors.items()}
+    stored = {
+        f"{LINEAR}.lora_{name}.weight": torch.from_numpy(value) for name, value in tensors.items()
+    }
     path = saved(
-        tmp_path / "a.safetensors", stored | {f"{LINEAR}.dora_scale": torch.ones(12, 1), f"{LINEAR}.alpha": 4.0}
+        tmp_path / "a.safetensors",
+        stored | {f"{LINEAR}.dora_scale": torch.ones(12, 1), f"{LINEAR}.alpha": 4.0},
     )
     record, modules, _ = stats(path)
     ((_, found),) = modules.items()
     assert found["algorithm"] == "lora+dora"
-    assert {found[name] for name in ("norm", "spectral_norm", "stable_rank", "rank_90", "rank_99")} == {None}
+    assert {
+        found[name] for name in ("norm", "spectral_norm", "stable_rank", "rank_90", "rank_99")
+    } == {None}
     assert record["problems"] == []
-    assert (record["norm"], record["blocks"][0]["norm"], record["blocks"][0]["kinds"]) == (None, None, {"q": None})
+    assert (record["norm"], record["blocks"][0]["norm"], record["blocks"][0]["kinds"]) == (
+        None,
+        None,
+        {"q": None},
+    )
 
 
 class TestWrongNumbers:
@@ -170,27 +236,45 @@ class TestWrongNumbers:
         return load_file(tiny / "lora-kohya.safetensors")
 
     @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-    def test_not_finite(self, tensors: dict[str, torch.Tensor], tmp_path: Path, wrong: float) -> None:
-        key = next(key for key in tensors if "down_blocks_1" in key and key.endswith("lora_up.weight"))
+    def test_not_finite(
+        self, tensors: dict[str, torch.Tensor], tmp_path: Path, wrong: float
+    ) -> None:
+        key = next(
+            key for key in tensors if "down_blocks_1" in key and key.endswith("lora_up.weight")
+        )
         tensors[key].view(-1)[-1] = wrong
         record, modules, _ = stats(saved(tmp_path / "a.safetensors", tensors))
         ((name, found),) = [(name, m) for name, m in modules.items() if m["norm"] is None]
         assert found["non_finite_tensors"] == 1
         assert (found["rank_90"], found["spectral_norm"]) == (None, None)
-        assert {"severity": "error", "module": name, "what": f"{key} holds NaN or infinity"} in record["problems"]
+        assert {
+            "severity": "error",
+            "module": name,
+            "what": f"{key} holds NaN or infinity",
+        } in record["problems"]
         blocks = {block["block"]: block for block in record["blocks"]}
         assert {
-            block: found["non_finite_tensors"] for block, found in blocks.items() if found["non_finite_tensors"]
+            block: found["non_finite_tensors"]
+            for block, found in blocks.items()
+            if found["non_finite_tensors"]
         } == {"unet.down_blocks.1": 1}
-        others = [m["norm"] for m in modules.values() if m["block"] == "unet.down_blocks.1" and m["norm"] is not None]
+        others = [
+            m["norm"]
+            for m in modules.values()
+            if m["block"] == "unet.down_blocks.1" and m["norm"] is not None
+        ]
         assert blocks["unet.down_blocks.1"]["norm"] == pytest.approx(np.linalg.norm(others))
 
     def test_zero(self, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-        key = next(key for key in tensors if "down_blocks_1" in key and key.endswith("lora_up.weight"))
+        key = next(
+            key for key in tensors if "down_blocks_1" in key and key.endswith("lora_up.weight")
+        )
         tensors[key].zero_()
         record, modules, _ = stats(saved(tmp_path / "a.safetensors", tensors))
         ((name, found),) = [(name, m) for name, m in modules.items() if m["zero_tensors"]]
-        assert [found[k] for k in ("norm", "spectral_norm", "stable_rank", "rank_90", "rank_99")] == [0, 0, 0, 0, 0]
+        assert [
+            found[k] for k in ("norm", "spectral_norm", "stable_rank", "rank_90", "rank_99")
+        ] == [0, 0, 0, 0, 0]
         assert [(p["severity"], p["module"]) for p in record["problems"]] == [("warning", name)]
         assert sum(block["zero_tensors"] for block in record["blocks"]) == 1
 
@@ -229,7 +313,9 @@ def test_one_module_is_in_memory_at_a_time(tiny: Path, monkeypatch: pytest.Monke
     assert seen == [(n, 104) for n in range(1, 105)]
     assert sorted(order) == sorted(stored)
     firsts = [stored.index(key) for key in order]
-    assert firsts[::2] == sorted(firsts[::2])  # by the first of each module's tensors: in file order
+    assert firsts[::2] == sorted(
+        firsts[::2]
+    )  # by the first of each module's tensors: in file order
 
 
 def test_without_stats_the_record_has_none(tiny: Path) -> None:
@@ -252,7 +338,10 @@ def test_without_stats_the_record_has_none(tiny: Path) -> None:
         ("unet.time_embed.0", "unet"),
         ("unet.label_emb.0.0", "unet"),
         ("transformer.double_blocks.18.img_attn.qkv", "transformer.double_blocks.18"),
-        ("transformer.single_transformer_blocks.7.norm.linear", "transformer.single_transformer_blocks.7"),
+        (
+            "transformer.single_transformer_blocks.7.norm.linear",
+            "transformer.single_transformer_blocks.7",
+        ),
         ("transformer.layers.29.attention.qkv", "transformer.layers.29"),
         ("transformer.noise_refiner.1.attention.qkv", "transformer.noise_refiner.1"),
         ("transformer.final_layer.adaLN_modulation.1", "transformer"),
@@ -269,7 +358,10 @@ def test_without_stats_the_record_has_none(tiny: Path) -> None:
         ("text_encoder.encoder.block.7.layer.0.SelfAttention.q", "text_encoder.encoder.block.7"),
         ("text_encoder.text_projection", "text_encoder"),
         ("unet.up_blocks.3.resnets.0.norm1.bias", "unet.up_blocks.3"),
-        ("transformer.strange_blocks_12_attn_q", "transformer.strange_blocks_12"),  # an unknown family, kohya's keys
+        (
+            "transformer.strange_blocks_12_attn_q",
+            "transformer.strange_blocks_12",
+        ),  # an unknown family, kohya's keys
     ],
 )
 def test_blocks(label: str, block: str) -> None:
@@ -349,7 +441,8 @@ def test_blocks_come_in_the_order_of_the_model() -> None:
         "text_encoder.layers.0",
     ]
     found = rolled_up(
-        [measured(block, "q", 1.0, 1.0) for block in shuffled], ["unet", "text_encoder", "text_encoder_2"]
+        [measured(block, "q", 1.0, 1.0) for block in shuffled],
+        ["unet", "text_encoder", "text_encoder_2"],
     )
     assert [block["block"] for block in found] == [
         "unet.down_blocks.9",
@@ -373,9 +466,16 @@ def test_blocks_come_in_the_order_of_the_model() -> None:
 
 def test_the_record_adds_up(tiny: Path) -> None:
     record, modules, report = stats(tiny / "lora-kohya.safetensors")
-    assert sum(block["modules"] for block in record["blocks"]) == len(modules) == len(report.spectra) == 104
+    assert (
+        sum(block["modules"] for block in record["blocks"])
+        == len(modules)
+        == len(report.spectra)
+        == 104
+    )
     assert record["norm"] == pytest.approx(np.linalg.norm([m["norm"] for m in modules.values()]))
-    assert record["norm"] == pytest.approx(np.linalg.norm([block["norm"] for block in record["blocks"]]))
+    assert record["norm"] == pytest.approx(
+        np.linalg.norm([block["norm"] for block in record["blocks"]])
+    )
     for block in record["blocks"]:
         mine = [m for m in modules.values() if m["block"] == block["block"]]
         assert all(m["module"].startswith(f"{block['block']}.") for m in mine)
@@ -386,12 +486,17 @@ def test_the_record_adds_up(tiny: Path) -> None:
 
 def test_every_family_has_blocks_and_few_modules_of_no_kind(tmp_path: Path) -> None:
     """Of all key lists: what stands in a numbered block is found there, and nearly every layer is of a known kind."""
-    paths = [*(FIXTURES / "keys").glob("*-kohya*.tsv"), *(FIXTURES / "keys").glob("[fsw]*-diffusers.tsv")]
+    paths = [
+        *(FIXTURES / "keys").glob("*-kohya*.tsv"),
+        *(FIXTURES / "keys").glob("[fsw]*-diffusers.tsv"),
+    ]
     listings = {path.stem: load_listing(path) for path in paths}
     assert len(listings) > 25
     for name, listing in listings.items():
         with Adapter.open(write_header_only(tmp_path / "a.safetensors", listing)) as adapter:
-            labels = {adapter.label(slot): (slot, entry.facts) for slot, entry in adapter.entries.items()}
+            labels = {
+                adapter.label(slot): (slot, entry.facts) for slot, entry in adapter.entries.items()
+            }
         kinds = []
         for label, (slot, facts) in labels.items():
             block = block_of(label, slot.component)
