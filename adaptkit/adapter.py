@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.algorithms._weights import ALPHA, Stated
+from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.algorithms._weights import Facts, Weights
-    from adaptkit.families._family import ModelFamily
+    from adaptkit.algorithms.contract import Facts, Weights
+    from adaptkit.families.contract import ModelFamily
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
-    from adaptkit.formats._format import KeyFormat
+    from adaptkit.formats.contract import KeyFormat
     from adaptkit.names import Slot
 
 __all__ = ["Adapter", "Entry", "Problem", "open_adapter_source"]

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.families._family import ModelFamily
+    from adaptkit.families.contract import ModelFamily
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
-    from adaptkit.formats._format import KeyFormat
+    from adaptkit.formats.contract import KeyFormat
     from adaptkit.names import Target
 
 EMA = "model_ema."

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from adaptkit.algorithms._weights import ALPHA
+from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import AdaptkitError, NoSuchName
 from adaptkit.keymap import algorithms, compile_checkpoint, compile_keys, prefixes, split_suffix
 from adaptkit.names import WEIGHT
@@ -18,9 +18,9 @@ from adaptkit.registry import discover
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
-    from adaptkit.families._family import Component, Mark, ModelFamily
+    from adaptkit.families.contract import Component, Mark, ModelFamily
     from adaptkit.files.header import TensorInfo
-    from adaptkit.formats._format import KeyFormat
+    from adaptkit.formats.contract import KeyFormat
     from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot
 

@@ -20,9 +20,9 @@ from adaptkit.registry import discover
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from adaptkit.algorithms._weights import Weights
-    from adaptkit.families._family import Component, Kind, ModelFamily, Name, Row
-    from adaptkit.formats._format import KeyFormat
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.families.contract import Component, Kind, ModelFamily, Name, Row
+    from adaptkit.formats.contract import KeyFormat
 
 __all__ = [
     "CheckpointMap",

@@ -25,7 +25,7 @@ def discover(package: str, attribute: str) -> Mapping[str, Any]:
     for info in sorted(
         pkgutil.iter_modules(importlib.import_module(package).__path__), key=lambda item: item.name
     ):
-        if info.name.startswith("_"):
+        if info.name.startswith("_") or info.name == "contract":
             continue
         member = getattr(importlib.import_module(f"{package}.{info.name}"), attribute, None)
         if member is None:

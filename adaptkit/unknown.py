@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import families, formats
-from adaptkit.families._family import Component, Kind, ModelFamily, Row, named
+from adaptkit.families.contract import Component, Kind, ModelFamily, Row, named
 from adaptkit.files.source import COMPONENTS
 from adaptkit.keymap import prefixes, split_suffix
 from adaptkit.names import BIAS, WEIGHT
@@ -20,7 +20,7 @@ from adaptkit.names import BIAS, WEIGHT
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from adaptkit.formats._format import KeyFormat
+    from adaptkit.formats.contract import KeyFormat
 
 __all__ = ["NAME", "fallback", "family_of_weights"]
 

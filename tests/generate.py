@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from adaptkit.detect import families
-from adaptkit.families._family import Kind
+from adaptkit.families.contract import Kind
 from adaptkit.keymap import compile_keys
 from tests import oracle
 from tests.synth import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adaptkit.algorithms._algebra import distance_squared, inner
-from adaptkit.algorithms._weights import ALPHA, FitSpec, Stated, Weights
+from adaptkit.algorithms.contract import ALPHA, FitSpec, Stated, Weights
 from adaptkit.errors import NotRepresentable
 from adaptkit.keymap import algorithms
 from tests import oracle

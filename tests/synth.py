@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from adaptkit.detect import families
-from adaptkit.families._family import Component, Kind, Name, Row
+from adaptkit.families.contract import Component, Kind, Name, Row
 from adaptkit.files.header import TensorSpec, build_header
 from adaptkit.keymap import compile_keys
 from adaptkit.names import Rows, Slot, Target

@@ -8,7 +8,7 @@ import pytest
 
 from adaptkit.detect import families, formats
 from adaptkit.errors import NotRepresentable
-from adaptkit.families._family import Component, Row
+from adaptkit.families.contract import Component, Row
 from adaptkit.keymap import algorithms, compile_keys, label, param_of, prefixes, split_suffix
 from adaptkit.names import Slot, Target
 from tests.synth import expand, fill

@@ -13,7 +13,7 @@ import pytest
 
 from adaptkit import policy
 from adaptkit.errors import NonFinite, NotRepresentable, WrongUsage
-from adaptkit.policy import (
+from adaptkit.ops.ranks.policies import (
     Energy,
     Error,
     Module,
@@ -686,5 +686,5 @@ def test_numbers_that_are_none() -> None:
 
 
 def test_importing_it_loads_no_numpy() -> None:
-    code = "import sys, adaptkit.policy\nassert not {'numpy', 'torch'} & set(sys.modules)"
+    code = "import sys, adaptkit.ops.ranks.policies\nassert not {'numpy', 'torch'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,7 @@ from adaptkit.errors import NotRepresentable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptkit.algorithms._weights import Weights
+    from adaptkit.algorithms.contract import Weights
 
 __all__ = ["distance_squared", "inner"]
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import ALPHA, Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights, matched, roles
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._weights import (
+from adaptkit.algorithms.contract import (
     Decomposition,
     Dense,
     Facts,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import Facts, Role, Shapes, Stated, Weights, matched, roles, same
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights, matched, roles, same
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import (
+from adaptkit.algorithms.contract import (
     ALPHA,
     Factor,
     Facts,

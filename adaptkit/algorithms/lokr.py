@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import (
+from adaptkit.algorithms.contract import (
     ALPHA,
     Decomposition,
     Dense,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._weights import (
+from adaptkit.algorithms.contract import (
     ALPHA,
     Decomposition,
     Facts,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._rotation import toward
-from adaptkit.algorithms._weights import Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights, matched, roles
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli._picture import option
+from adaptkit.cli.show.picture import option
 from adaptkit.cli.options import PATH, SIZE, talk
 
 if TYPE_CHECKING:
@@ -93,12 +93,12 @@ def advise(
     adaptkit advise base.safetensors tuned.safetensors
     adaptkit advise base.safetensors tuned.safetensors --plot advice.png
     """
-    from adaptkit.cli._advised import advised
+    from adaptkit.cli.show.advise import advised
     from adaptkit.cli.render import Talk
     from adaptkit.ops import advise as op
 
     if plot is not None:
-        from adaptkit.cli._picture import check
+        from adaptkit.cli.show.picture import check
 
         check(plot, overwrite)
     said = Talk("advise", as_json, quiet, verbose)
@@ -107,7 +107,7 @@ def advise(
         report = op.run(plan, progress)
     advised(said, report, base, tuned)
     if plot is not None:
-        from adaptkit.cli._curves import draw
+        from adaptkit.cli.show.plot_advise import draw
 
         draw(report, f"{tuned.name} − {base.name}", plot, overwrite)
         if not quiet:

@@ -66,7 +66,7 @@ def batch(
     adaptkit batch recipe.toml --dry-run
     adaptkit batch recipe.toml --jobs 4 --keep-going
     """
-    from adaptkit.cli._batched import Batched
+    from adaptkit.cli.show.batch import Batched
     from adaptkit.cli.render import Talk
     from adaptkit.ops import batch as op
 

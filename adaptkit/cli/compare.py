@@ -72,7 +72,7 @@ def compare(
     adaptkit compare style.safetensors:0.8 other.safetensors
     adaptkit compare style.safetensors merged.safetensors --base base.safetensors
     """
-    from adaptkit.cli._compared import compared
+    from adaptkit.cli.show.compare import compared
     from adaptkit.cli.render import Talk
     from adaptkit.ops import compare as op
 

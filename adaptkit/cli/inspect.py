@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli._picture import option
+from adaptkit.cli.show.picture import option
 from adaptkit.cli.options import PATH, inputs, talk
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
     """Refuse what cannot be drawn before anything is read."""
-    from adaptkit.cli._picture import check
+    from adaptkit.cli.show.picture import check
 
     if len(files) != 1:
         raise click.UsageError(f"--plot draws one file, not {len(files)}")
@@ -101,7 +101,7 @@ def inspect(
 
 
 def _plotted(report: Report, path: Path, overwrite: bool, quiet: bool) -> None:
-    from adaptkit.cli._plot import draw
+    from adaptkit.cli.show.plot_inspect import draw
 
     draw(report, path, overwrite)
     if not quiet:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from adaptkit.ops._common import split_strength
+from adaptkit.ops.shared import split_strength
 
 __all__ = [
     "FACTOR",

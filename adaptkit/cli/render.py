@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit import __version__
-from adaptkit.cli._page import Words, console, facts, page, table
+from adaptkit.cli.show.page import Words, console, facts, page, table
 
 if TYPE_CHECKING:
     from adaptkit.ops import combine, convert, extract, inspect, merge, resize
-    from adaptkit.ops._verify import Verified
+    from adaptkit.ops.merge.verify import Verified
 
 __all__ = ["Talk", "human", "inspected", "listed"]
 
@@ -215,7 +215,7 @@ def _metadata(metadata: Mapping[str, str]) -> str:
 
 def _blocks(report: inspect.Report) -> None:
     """Strength and rank of every block, as a heat map."""
-    from adaptkit.cli._heat import heat_map
+    from adaptkit.cli.show.heat_map import heat_map
 
     out = console()
     coloured = out.color_system in ("256", "truecolor") and not out.no_color

@@ -12,8 +12,8 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.names import Rows, Slot, Target
 
 if TYPE_CHECKING:
-    from adaptkit.algorithms._weights import Weights
-    from adaptkit.formats._format import KeyFormat
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.formats.contract import KeyFormat
 
 # a module that some family has in every format
 EXAMPLES = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.families._family import Component, Kind, Name, Row, named, row, split
+from adaptkit.families.contract import Component, Kind, Name, Row, named, row, split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Kind, Mark, Row, pair, scaled, split
+from adaptkit.families.contract import Kind, Mark, Row, pair, scaled, split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

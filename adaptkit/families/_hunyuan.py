@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Kind, Mark, Name, Row, pair, row, scaled, split, swapped
+from adaptkit.families.contract import Kind, Mark, Name, Row, pair, row, scaled, split, swapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

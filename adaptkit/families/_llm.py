@@ -6,7 +6,7 @@ Source: transformers' `Gemma2Model`, `Qwen3Model` and `LlamaModel`; checkpoints 
 
 from __future__ import annotations
 
-from adaptkit.families._family import Component, Kind, Row, row
+from adaptkit.families.contract import Component, Kind, Row, row
 
 __all__ = ["gemma2_2b", "llm", "llm_rows", "qwen3"]
 

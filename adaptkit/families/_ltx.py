@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Kind, Row, named, pair, row
+from adaptkit.families.contract import Kind, Row, named, pair, row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ Source: transformers' `T5EncoderModel` and `UMT5EncoderModel`.
 
 from __future__ import annotations
 
-from adaptkit.families._family import Component, Kind, Row, row
+from adaptkit.families.contract import Component, Kind, Row, row
 
 __all__ = ["t5", "t5_rows"]
 

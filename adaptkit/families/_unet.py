@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.families._family import Kind, Row, row
+from adaptkit.families.contract import Kind, Row, row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Component, Kind, Name, Row, named, row
+from adaptkit.families.contract import Component, Kind, Name, Row, named, row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,7 @@ Source: lodestone-rock's `flow` against diffusers' `ChromaTransformer2DModel`, a
 
 from __future__ import annotations
 
-from adaptkit.families._family import Kind, ModelFamily, pair, scaled, transformer
+from adaptkit.families.contract import Kind, ModelFamily, pair, scaled, transformer
 from adaptkit.families._flux import double_attention, double_mlps, marks, single_block
 from adaptkit.families._t5 import t5
 from adaptkit.families._vae import autoencoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adaptkit.families._clip import clip_l
-from adaptkit.families._family import ModelFamily, Row, named, pair, split, swapped, transformer
+from adaptkit.families.contract import ModelFamily, Row, named, pair, split, swapped, transformer
 from adaptkit.families._flux import (
     SHARES,
     double_attention,

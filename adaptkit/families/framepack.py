@@ -7,7 +7,7 @@ Source: lllyasviel's `diffusers_helper/models/hunyuan_video_packed.py`, diffuser
 from __future__ import annotations
 
 from adaptkit.families._clip import clip_l
-from adaptkit.families._family import ModelFamily, row, transformer
+from adaptkit.families.contract import ModelFamily, row, transformer
 from adaptkit.families._hunyuan import marks, video_rows
 from adaptkit.families._llm import llm, llm_rows
 

@@ -6,7 +6,7 @@ Source: Tencent-Hunyuan `HunyuanVideo-1.5`, ComfyUI's layers and diffusers' `Hun
 
 from __future__ import annotations
 
-from adaptkit.families._family import Kind, ModelFamily, pair, transformer
+from adaptkit.families.contract import Kind, ModelFamily, pair, transformer
 from adaptkit.families._hunyuan import byt5, double_blocks, embedder, ends, marks
 from adaptkit.families._llm import llm, llm_rows
 

@@ -6,7 +6,7 @@ converter exists, so the correspondence rests on equal names and shapes, the ord
 
 from __future__ import annotations
 
-from adaptkit.families._family import Kind, Mark, ModelFamily, pair, row, split, transformer
+from adaptkit.families.contract import Kind, Mark, ModelFamily, pair, row, split, transformer
 
 LAYER = "layers.{i:34}."
 ENDS = ("input_proj", "llm_cond_proj", "t_embedding.mlp_in", "t_embedding.mlp_out", "adaln_proj")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.families._family import Mark, ModelFamily, transformer
+from adaptkit.families.contract import Mark, ModelFamily, transformer
 from adaptkit.families._ltx import adaln, attention, ends, feed_forward, table
 
 BLOCK = "transformer_blocks.{i:48}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import Kind, Mark, ModelFamily, Row, pair, row, split, transformer
+from adaptkit.families.contract import Kind, Mark, ModelFamily, Row, pair, row, split, transformer
 from adaptkit.families._llm import gemma2_2b
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.families._family import Kind, Mark, ModelFamily, row, transformer
+from adaptkit.families.contract import Kind, Mark, ModelFamily, row, transformer
 
 BLOCK = "transformer_blocks.{i:60}."
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.families._family import ModelFamily
+from adaptkit.families.contract import ModelFamily
 from adaptkit.families._sd3 import components, marks
 from adaptkit.families._vae import autoencoder
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._family import (
+from adaptkit.families.contract import (
     Component,
     Kind,
     Mark,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from adaptkit.formats._format import COMFY_SPELLING, Alpha, KeyFormat
+from adaptkit.formats.contract import COMFY_SPELLING, Alpha, KeyFormat
 
 FORMAT = KeyFormat(
     name="bare",

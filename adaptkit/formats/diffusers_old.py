@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from adaptkit.formats._format import Alpha, KeyFormat
+from adaptkit.formats.contract import Alpha, KeyFormat
 
 FORMAT = KeyFormat(
     name="diffusers-old",

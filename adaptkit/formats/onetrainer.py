@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.formats._format import Alpha, KeyFormat
+from adaptkit.formats.contract import Alpha, KeyFormat
 
 FORMAT = KeyFormat(
     name="onetrainer",

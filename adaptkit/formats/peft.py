@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.formats._format import PEFT_SPELLING, Alpha, KeyFormat
+from adaptkit.formats.contract import PEFT_SPELLING, Alpha, KeyFormat
 
 FORMAT = KeyFormat(
     name="peft",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, NotRepresentable
-from adaptkit.hosts._host import PARTIAL, Loss, Recipe, Verdict
+from adaptkit.hosts.contract import PARTIAL, Loss, Recipe, Verdict
 from adaptkit.hosts._pieces import common_alphas, examples, pieces_as, pieces_of
 from adaptkit.registry import discover
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from adaptkit.adapter import Adapter
-    from adaptkit.hosts._host import Host, Piece
+    from adaptkit.hosts.contract import Host, Piece
 
 __all__ = ["complete", "hosts", "judge", "recipe"]
 

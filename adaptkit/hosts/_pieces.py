@@ -8,11 +8,11 @@ from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING
 
-from adaptkit.algorithms._weights import ALPHA
+from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NotRepresentable
-from adaptkit.families._family import Kind
-from adaptkit.formats._format import Alpha
-from adaptkit.hosts._host import Piece
+from adaptkit.families.contract import Kind
+from adaptkit.formats.contract import Alpha
+from adaptkit.hosts.contract import Piece
 from adaptkit.keymap import algorithms, compile_keys
 from adaptkit.names import WEIGHT, Slot, Target
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from adaptkit.adapter import Adapter, Entry
-    from adaptkit.algorithms._weights import Weights
+    from adaptkit.algorithms.contract import Weights
     from adaptkit.keymap import KeyMap
 
 __all__ = ["common_alphas", "examples", "pieces_as", "pieces_of"]

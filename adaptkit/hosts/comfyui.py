@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.hosts._host import DORA, NOTHING, SD, TE, UNETS, Cell, Host, Loss
+from adaptkit.hosts.contract import DORA, NOTHING, SD, TE, UNETS, Cell, Host, Loss
 
 DROPPED = "are dropped with a line in the log"
 HUNYUAN = ("hunyuan-video", "hunyuan-video-15", "hunyuan-image")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.hosts._host import DORA, NOTHING, SD, TE, Cell, Host, Loss
+from adaptkit.hosts.contract import DORA, NOTHING, SD, TE, Cell, Host, Loss
 
 PASSED_OVER = "are dropped without a message"
 UNKNOWN = Loss("it does not recognise such a file", whole=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.hosts._host import DORA, SD, Cell, Host, Loss
+from adaptkit.hosts.contract import DORA, SD, Cell, Host, Loss
 
 FAMILIES = (
     *SD, "sdxl", "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "hunyuan-video-15",

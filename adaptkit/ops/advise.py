@@ -12,12 +12,12 @@ from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
 from adaptkit.files.header import DTYPES as WIDTHS
-from adaptkit.formats._format import Alpha
-from adaptkit.ops._choosing import EXPLAINED
-from adaptkit.ops._common import Progress, Shared, Unused, refuse_unused
-from adaptkit.ops._pairing import Pairing, Wanted, open_pair
-from adaptkit.ops._probing import Look, Probe, as_rounded, look, made_by
-from adaptkit.policy import Module, Size, least_error
+from adaptkit.formats.contract import Alpha
+from adaptkit.ops.ranks.forms import EXPLAINED
+from adaptkit.ops.shared import Progress, Shared, Unused, refuse_unused
+from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
+from adaptkit.ops.difference.probe import Look, Probe, as_rounded, look, made_by
+from adaptkit.ops.ranks.policies import Module, Size, least_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.keymap import KeyMap
-    from adaptkit.ops._pairing import Job
+    from adaptkit.ops.difference.pairing import Job
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError, NoSuchName, NothingToDo, WrongUsage
-from adaptkit.ops._common import default_output
-from adaptkit.ops._ranks import policy
-from adaptkit.ops._recast import Into, Mixing, Recast, RecastOptions, open_all, recast
-from adaptkit.ops._rewrite import Report, check_peft, run
+from adaptkit.ops.shared import default_output
+from adaptkit.ops.ranks.options import policy
+from adaptkit.ops.rewrite.plan import Into, Mixing, Recast, RecastOptions, open_all, recast
+from adaptkit.ops.rewrite.run import Report, check_peft, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from adaptkit.adapter import Adapter
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError
-from adaptkit.formats._format import Alpha
-from adaptkit.ops._common import default_output
-from adaptkit.ops._ranks import asked, policy
-from adaptkit.ops._recast import Into, Recast, RecastOptions, recast
-from adaptkit.ops._rewrite import Report, check_peft, run
+from adaptkit.formats.contract import Alpha
+from adaptkit.ops.shared import default_output
+from adaptkit.ops.ranks.options import asked, policy
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, recast
+from adaptkit.ops.rewrite.run import Report, check_peft, run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
 from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
-from adaptkit.ops._common import default_output
-from adaptkit.ops._ranks import asked, policy, spelled
-from adaptkit.ops._recast import Into, Recast, RecastOptions, recast
-from adaptkit.ops._rewrite import Report, check_peft, run
+from adaptkit.ops.shared import default_output
+from adaptkit.ops.ranks.options import asked, policy, spelled
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, recast
+from adaptkit.ops.rewrite.run import Report, check_peft, run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import FitSpec
+from adaptkit.algorithms.contract import FitSpec
 from adaptkit.algorithms.full import Full
 from adaptkit.errors import ShapeMismatch
 from tests.laws import AlgorithmLaws, Array, Layout

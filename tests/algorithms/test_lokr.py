@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import Dense, FitSpec, Product, Stated
+from adaptkit.algorithms.contract import Dense, FitSpec, Product, Stated
 from adaptkit.algorithms.lokr import Lokr
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from tests import oracle

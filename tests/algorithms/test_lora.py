@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import FitSpec, Stated
+from adaptkit.algorithms.contract import FitSpec, Stated
 from adaptkit.algorithms.lora import Lora
 from adaptkit.errors import NonFinite, ShapeMismatch
 from adaptkit.keymap import split_suffix

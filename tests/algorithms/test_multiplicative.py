@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import Facts, Stated, Weights
+from adaptkit.algorithms.contract import Facts, Stated, Weights
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import algorithms
 from tests import oracle

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import Stated, Weights
+from adaptkit.algorithms.contract import Stated, Weights
 from adaptkit.errors import NotRepresentable
 from adaptkit.keymap import algorithms
 

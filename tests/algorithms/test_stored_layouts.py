@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from adaptkit.adapter import _whole
-from adaptkit.algorithms._weights import ALPHA, Facts, Stated, Weights
+from adaptkit.algorithms.contract import ALPHA, Facts, Stated, Weights
 from adaptkit.errors import AdaptkitError
 from adaptkit.keymap import param_of, split_suffix
 

@@ -104,7 +104,7 @@ def measured(
     before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
     """For each matrix: our error over the optimum, for LoRA and for both kinds of LoKr."""
-    from adaptkit.algorithms._weights import FitSpec
+    from adaptkit.algorithms.contract import FitSpec
     from adaptkit.keymap import algorithms
 
     lora, lokr = algorithms()["lora"], algorithms()["lokr"]

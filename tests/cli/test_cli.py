@@ -538,6 +538,6 @@ def test_sizes(text: str, size: int) -> None:
     ],
 )
 def test_strengths(argument: str, path: str, strength: float) -> None:
-    from adaptkit.ops._common import split_strength
+    from adaptkit.ops.shared import split_strength
 
     assert split_strength(argument) == (Path(path), strength)

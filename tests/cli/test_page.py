@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from adaptkit.cli._page import Plain, Words, facts, page, table
+from adaptkit.cli.show.page import Plain, Words, facts, page, table
 
 PRINTED = [
     ("would write", "a [bold]name[/] :smile: 100 %.safetensors"),

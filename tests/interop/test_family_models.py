@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.adapter import Adapter
 from adaptkit.detect import families
-from adaptkit.families._family import Kind
+from adaptkit.families.contract import Kind
 from adaptkit.keymap import compile_keys
 from adaptkit.ops import convert
 from tests.synth import Parameter, parameters

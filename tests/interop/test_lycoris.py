@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adaptkit.algorithms import lokr as ours_lokr
-from adaptkit.algorithms._weights import Stated
+from adaptkit.algorithms.contract import Stated
 from adaptkit.keymap import algorithms
 from adaptkit.linalg.kron import factorization
 from tests import oracle

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adaptkit.algorithms._weights import Stated
+from adaptkit.algorithms.contract import Stated
 from adaptkit.keymap import algorithms
 
 pytest.importorskip("lycoris")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptkit.algorithms._weights import Stated
+from adaptkit.algorithms.contract import Stated
 from adaptkit.errors import NotRepresentable
 from adaptkit.keymap import algorithms, split_suffix
 

@@ -23,11 +23,11 @@ from adaptkit.errors import (
     WrongUsage,
 )
 from adaptkit.ops import batch, merge
-from adaptkit.ops._fields import INPUTS, Reader, options_of
-from adaptkit.ops._ledger import Ledger
-from adaptkit.ops._recipe import Job, load
-from adaptkit.ops._template import filled, stem
-from adaptkit.ops._working import Here, Processes, _Worker
+from adaptkit.ops.batch.values import INPUTS, Reader, options_of
+from adaptkit.ops.batch.log import Ledger
+from adaptkit.ops.batch.recipe import Job, load
+from adaptkit.ops.batch.output_names import filled, stem
+from adaptkit.ops.batch.workers import Here, Processes, _Worker
 
 HERE = batch.Options(jobs=0)
 GOING = batch.Options(jobs=0, keep_going=True)
@@ -374,7 +374,7 @@ class TestRuns:
             )  # younger files are hashed each time: they may change within one tick
         run(path)
         monkeypatch.setattr(
-            "adaptkit.ops._ledger.sha256", lambda path: pytest.fail(f"{path} was hashed again")
+            "adaptkit.ops.batch.log.sha256", lambda path: pytest.fail(f"{path} was hashed again")
         )
         assert statuses(run(path)) == "ssss"
 

@@ -18,7 +18,7 @@ import pytest
 
 from adaptkit.errors import AdaptkitError
 from adaptkit.ops import batch
-from adaptkit.ops._working import Processes
+from adaptkit.ops.batch.workers import Processes
 from tests.cli.test_cli import adaptkit
 
 pytestmark = [
@@ -141,7 +141,7 @@ class _Stuck:
     """As `_Actor`, but the resize of lora-kohya says that it is at work and goes no further."""
 
     def __init__(self, folder: str) -> None:
-        from adaptkit.ops._ray import _Actor
+        from adaptkit.ops.batch.ray_engine import _Actor
 
         self.real = _Actor(folder)
 

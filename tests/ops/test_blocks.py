@@ -14,7 +14,7 @@ from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.keymap import compile_keys
 from adaptkit.names import Slot
 from adaptkit.ops import _blocks, merge
-from adaptkit.ops._blocks import Blocks
+from adaptkit.ops.merge.block_weights import Blocks
 
 NAMES = {  # kohya stem -> block of the extension, per family
     "sd1": {

@@ -22,7 +22,7 @@ from adaptkit.errors import (
     Unclaimed,
     WouldOverwrite,
 )
-from adaptkit.formats._format import Alpha
+from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import compile_keys
 from adaptkit.names import Target
 from adaptkit.ops import convert

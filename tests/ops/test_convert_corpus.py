@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from adaptkit.adapter import Adapter
 from adaptkit.detect import formats
-from adaptkit.formats._format import Alpha
+from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import split_suffix
 from adaptkit.ops import convert
 from tests.ops.test_convert import equal

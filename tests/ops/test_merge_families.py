@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import Checkpoint, exchanged
 from adaptkit.detect import families
-from adaptkit.families._family import Kind
+from adaptkit.families.contract import Kind
 from adaptkit.names import Slot, Target
 from adaptkit.ops import convert, extract, merge
 from tests.ops.test_convert import COLUMNS, lora

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.errors import CorruptFile
 from adaptkit.files.sink import Pieces
 from adaptkit.ops import _blending, _verify, merge
-from adaptkit.ops._layout import Output
+from adaptkit.ops.merge.layout import Output
 from tests import made, oracle
 from tests.cli.test_cli import adaptkit
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import families, formats
 from adaptkit.errors import NoSuchName, ShapeMismatch, Unclaimed, UnknownAdapter
-from adaptkit.families._family import Name, Row
+from adaptkit.families.contract import Name, Row
 from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint
 from adaptkit.names import Slot
 from adaptkit.ops import extract
-from adaptkit.ops._common import Shared
-from adaptkit.ops._pairing import Pairing, Wanted, open_pair
+from adaptkit.ops.shared import Shared
+from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
 from tests.ops.models import (
     State,
     changed,

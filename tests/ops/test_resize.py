@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from adaptkit import engine
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, WrongUsage
 from adaptkit.ops import _rewrite, resize
-from adaptkit.ops._making import Worker
+from adaptkit.ops.rewrite.compute import Worker
 from tests import made, oracle
 from tests.made import CONV, KINDS, LINEAR, POINT, SHAPES, WIDE, adapter, deltas, relative
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.adapter import Adapter
-from adaptkit.algorithms._weights import Facts
-from adaptkit.cli._heat import grouped
+from adaptkit.algorithms.contract import Facts
+from adaptkit.cli.show.heat_map import grouped
 from adaptkit.ops import inspect
-from adaptkit.ops._stats import KINDS, Measured, block_of, kind_of, measure, rolled_up
+from adaptkit.ops.inspect.stats import KINDS, Measured, block_of, kind_of, measure, rolled_up
 from tests import oracle
 from tests.synth import FIXTURES, load_listing, write_header_only
 

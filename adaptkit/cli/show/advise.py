@@ -1,0 +1,90 @@
+"""What `advise` found, as JSON or for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptkit.cli.show.page import facts, page, table
+from adaptkit.cli.render import document, human
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from adaptkit.cli.render import Talk
+    from adaptkit.ops.advise import Choice, Report
+
+__all__ = ["advised"]
+
+
+def advised(talk: Talk, report: Report, base: Path, tuned: Path) -> None:
+    """Both tables on stdout; on stderr what the difference was made by, and what has no partner."""
+    if talk.as_json:
+        document(talk.command, report.to_dict())
+        return
+    if talk.quiet:
+        return
+    out, err = page(), page(stderr=True)
+    out.print(facts(_lines(report, base, tuned)))
+    out.print()
+    names = ["rank", "size", "--rank", "--size", "auto", "auto stores"]
+    out.print(table(names, _ranks(report), right=names[:-1]))
+    if report.lokr:
+        out.print()
+        names = ["factor", "size", "lokr", "lora --size"]
+        out.print(table(names, _factors(report), right=names))
+    for note in report.notes:
+        err.print(f"note: {note}", style="yellow")
+    if report.unused:
+        err.print(
+            f"{len(report.unused)} layers have no partner, {report.unused[0].key} first",
+            style="yellow",
+        )
+
+
+def _lines(report: Report, base: Path, tuned: Path) -> Iterator[tuple[str, str]]:
+    yield "difference", f"{tuned.name} − {base.name}"
+    yield "family", report.family
+    yield "layers", f"{report.layers} differ, {report.unchanged} do not; ‖ΔW‖ = {report.norm:.4g}"
+    yield "rounding", f"{_percent(report.floor)} of ‖ΔW‖: no error below means anything"
+    if report.left_out:
+        yield (
+            "left out",
+            f"{_percent(report.left_out)}: biases, norms and others that no adapter holds; part of every error",
+        )
+    yield "below", "relative errors ‖ΔW − stored‖ / ‖ΔW‖"
+
+
+def _ranks(report: Report) -> Iterator[tuple[str, ...]]:
+    for rank, choice in report.rank.items():
+        size, auto = report.size[rank], report.auto[rank]
+        yield (
+            str(rank),
+            human(choice.bytes),
+            _percent(choice.relative_error),
+            _percent(size.relative_error),
+            _percent(auto.relative_error),
+            _mix(auto),
+        )
+
+
+def _factors(report: Report) -> Iterator[tuple[str, ...]]:
+    for factor, choice in report.lokr.items():
+        beside = report.beside[factor]
+        yield (
+            str(factor),
+            human(choice.bytes),
+            _percent(choice.relative_error),
+            _percent(beside.relative_error),
+        )
+
+
+def _mix(choice: Choice) -> str:
+    counts: Mapping[str, int] = choice.mix
+    return " · ".join(
+        f"{counts[name]} {name}" for name in ("lora", "lokr", "full", "nothing") if name in counts
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.3g}" if share < 0.001 else f"{share:.1%}"

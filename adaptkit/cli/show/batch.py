@@ -1,0 +1,134 @@
+"""What a batch plans, does and did, as JSON or for people."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptkit.cli.show.page import facts, page, table
+from adaptkit.cli.render import document, human
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from adaptkit.cli.render import Talk
+    from adaptkit.ops.batch import Preview, Report, Result
+
+__all__ = ["Batched"]
+
+
+class Batched:
+    """The path of each output on stdout when it is there, the summary on stderr; or one JSON document."""
+
+    def __init__(self, talk: Talk) -> None:
+        self.talk = talk
+        self.ended = 0
+        # the progress bar puts itself in the place of stdout, which on a terminal keeps the two apart, but diverts a pipe
+        self.out = None if sys.stdout.isatty() else sys.stdout
+
+    def each(self, result: Result) -> None:
+        """One job ended."""
+        self.ended += 1
+        if result.status == "done" and not self.talk.as_json:
+            print(result.job.output, file=self.out, flush=True)
+
+    def interrupted(self, total: int) -> None:
+        """How far it came."""
+        if not self.talk.quiet:
+            click.echo(
+                f"{self.ended} of {total} jobs have ended; the same command goes on with the others",
+                err=True,
+            )
+
+    def finished(self, report: Report) -> int:
+        """The summary; 1 where a job failed."""
+        if self.talk.as_json:
+            document(self.talk.command, report.to_dict())
+        elif not self.talk.quiet:
+            err = page(stderr=True)
+            if self.talk.verbose:
+                err.print(
+                    table(
+                        ("status", "seconds", "size", "command", "output"),
+                        _rows(report),
+                        right=("seconds",),
+                    )
+                )
+            err.print(facts((name, value) for name, value in _lines(report) if value))
+        return _failures(
+            report.failures, report.count("done") + report.count("skipped"), report.not_run
+        )
+
+    def planned(self, preview: Preview) -> int:
+        """The plan on stdout; 1 where a job would fail."""
+        if self.talk.as_json:
+            document(
+                self.talk.command, {"dry_run": True, **preview.to_dict(details=self.talk.verbose)}
+            )
+        else:
+            out = page()
+            for plan in preview.plans:
+                out.print("would write", plan["output"])
+            out.print(facts((name, value) for name, value in _foreseen(preview) if value))
+        return _failures(preview.failures, preview.jobs - len(preview.failures), 0)
+
+
+def _lines(report: Report) -> Iterator[tuple[str, str]]:
+    counts = [
+        f"{report.count(status)} {status}"
+        for status in ("done", "skipped", "failed")
+        if report.count(status)
+    ]
+    left = [f"{report.not_run} not begun"] if report.not_run else []
+    yield "jobs", " · ".join([*counts, *left])
+    yield (
+        "written",
+        human(written) if (written := sum(result.bytes for result in report.results)) else "",
+    )
+    yield "log", str(report.log)
+    yield "seconds", f"{report.seconds:.1f}"
+
+
+def _rows(report: Report) -> Iterator[tuple[str, ...]]:
+    for result in report.results:
+        done = result.status == "done"
+        seconds, size = (f"{result.outcome.seconds:.1f}", human(result.bytes)) if done else ("", "")
+        yield result.status, seconds, size, result.job.command, str(result.job.output)
+
+
+def _foreseen(preview: Preview) -> Iterator[tuple[str, str]]:
+    yield (
+        "jobs",
+        f"{len(preview.plans)} of {preview.jobs}"
+        + (f", {preview.skipped} are done" if preview.skipped else ""),
+    )
+    yield "bytes in", human(preview.total("bytes_in"))
+    yield "bytes out", human(preview.bytes_out) + _open(preview.open_sizes)
+    yield "peak memory", human(preview.peak_memory)
+
+
+def _open(count: int) -> str:
+    one = ", and 1 output whose numbers decide its size"
+    return f", and {count} outputs whose numbers decide their size" if count > 1 else one * count
+
+
+def _failures(failures: Sequence[Result], fine: int, left: int) -> int:
+    """Name every job that failed, and say it in one line."""
+    if not failures:
+        return 0
+    for result in failures:
+        click.echo(f"{result.job.place}, {result.job.output}: {result.outcome.error}", err=True)
+        if result.outcome.hint:
+            click.echo(f"  {result.outcome.hint}", err=True)
+    several = "1 job" if len(failures) == 1 else f"{len(failures)} jobs"
+    rest = f", {left} were not begun" if left else ""
+    click.echo(
+        click.style("error:", fg="red", bold=True) + f" {several} failed, {fine} did not{rest}",
+        err=True,
+    )
+    if left:
+        hint = "--keep-going does the others; what is done is not done again"
+        click.echo(click.style("hint:", fg="cyan", bold=True) + f" {hint}", err=True)
+    return 1

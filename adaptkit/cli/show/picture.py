@@ -1,0 +1,160 @@
+"""Pictures in files: .png, .svg and .html, drawn with matplotlib (extra `adaptkit[plot]`), the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptkit.errors import AdaptkitError, CannotWrite, WouldOverwrite
+from adaptkit.ops.shared import check_output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "INK",
+    "LINE",
+    "MUTED",
+    "PAPER",
+    "SMALL",
+    "SUFFIXES",
+    "TINY",
+    "check",
+    "option",
+    "publish",
+    "rendered",
+    "settings",
+]
+
+SUFFIXES = (".png", ".svg", ".html")
+INK, MUTED, PAPER = (
+    "#1f2329",
+    "#6e7681",
+    "#fefefe",
+)  # like nothing else in the drawing, so that HTML can exchange them
+LINE = "#3f7fbf"
+SMALL, TINY = 7.5, 6.3  # points
+
+
+def option(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Callback of `--plot`: refuses a suffix that no picture has."""
+    if path is not None and path.suffix.lower() not in SUFFIXES:
+        raise click.BadParameter(
+            f"{path.name!r} ends in none of {', '.join(SUFFIXES)}", context, parameter
+        )
+    return path
+
+
+def check(path: Path, overwrite: bool) -> None:
+    """Refuse what cannot be drawn or written, before any weights are read."""
+    _check_output(path, overwrite)
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise AdaptkitError(
+            f"--plot needs matplotlib: {error}",
+            hint='install it with: pip install "adaptkit[plot]"',
+        ) from None
+
+
+def publish(path: Path, data: bytes, overwrite: bool) -> None:
+    """Write a picture whole or not at all."""
+    _check_output(path, overwrite)  # it may have come up in the meantime
+    temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise CannotWrite(f"cannot be written: {error.strerror or error}", file=path) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise WouldOverwrite(
+            "the picture exists already", hint="pass --overwrite to replace it", file=path
+        )
+    check_output(path, overwrite)
+
+
+def rendered(figure: Figure, suffix: str, title: str, tips: Mapping[str, str]) -> bytes:
+    """The bytes of a file with this suffix; within `settings`. `tips`: what a page says of groups, by their ids."""
+    out = io.BytesIO()
+    if suffix == ".png":
+        figure.savefig(out, format="png", dpi=160, metadata={"Software": None})
+        return out.getvalue()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(out, format="svg", transparent=suffix == ".html", metadata=nothing)
+    svg = out.getvalue()
+    return svg if suffix == ".svg" else _html(svg.decode(), title, tips).encode()
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """The same picture whatever the user's matplotlibrc says; no ids drawn at random."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # of a file's name in a script that the font lacks
+        mpl.rcdefaults()
+        mpl.rcParams.update(
+            {
+                "svg.hashsalt": "adaptkit",
+                "svg.fonttype": "none",
+                "font.size": SMALL,
+                "text.color": INK,
+                "axes.edgecolor": MUTED,
+                "axes.labelcolor": INK,
+                "axes.linewidth": 0.6,
+                "xtick.color": MUTED,
+                "ytick.color": MUTED,
+                "figure.facecolor": PAPER,
+                "axes.facecolor": "none",
+            }
+        )
+        yield
+
+
+def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
+    """One self-contained page: the drawing in line, its ink and paper after the reader's light or dark setting."""
+    import html
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    )
+    for colour, name in ((INK, "ink"), (MUTED, "muted"), (PAPER, "paper")):
+        svg = svg.replace(colour, f"var(--{name})")
+    svg = re.sub(
+        r'<g id="(cell\d+)">',
+        lambda found: f"{found[0]}<title>{html.escape(tips[found[1]])}</title>",
+        svg,
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>
+:root {{ color-scheme: light dark; --ink: {INK}; --muted: {MUTED}; --paper: {PAPER}; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e8eb; --muted: #98a0aa; --paper: #16181d; }} }}
+body {{ margin: 1rem auto; max-width: 78rem; padding: 0 1rem; background: var(--paper); }}
+svg {{ width: 100%; height: auto; }}
+text {{ pointer-events: none; }}
+</style>
+{svg}</html>
+"""

@@ -1,0 +1,350 @@
+"""The picture of `inspect --plot`: block strengths, ranks and spectra, drawn with matplotlib (extra `adaptkit[plot]`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.cli.show.heat_map import grouped, percent, short
+from adaptkit.cli.show.picture import LINE, MUTED, PAPER, SMALL, TINY, publish, rendered, settings
+from adaptkit.errors import NothingToDo
+from adaptkit.ops.inspect.stats import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from adaptkit.ops.inspect import Report
+
+__all__ = ["draw"]
+
+WEAK, STRONG = (
+    (0.96, 0.68, 0.28),
+    (0.87, 0.17, 0.15),
+)  # red, green, blue; weak cells let the paper through, be it dark
+# inches: a row, a cell, the names, the bars, the ranks, a spectrum; the margins; the least and the most height of a spectrum
+ROW, CELL, NAMES, BARS, RANKS, SPECTRUM = 0.19, 0.42, 1.15, 1.45, 1.2, 3.2
+TOP, BOTTOM, SIDE, GAP, LEAST, MOST = 1.05, 0.62, 0.25, 0.22, 1.25, 2.4
+FLOOR, MANY, LONG = (
+    1e-6,
+    8,
+    64,
+)  # the least σ/σ₁ drawn, the most spectra, the longest one on a linear axis
+
+
+def draw(report: Report, path: Path, overwrite: bool) -> None:
+    """Write the picture of a report on an adapter, whole or not at all; its suffix says in which form."""
+    if report.record.get("norm") is None:
+        kinds = {
+            "checkpoint": "it is a checkpoint",
+            "adapter": "adaptkit does not know this adapter",
+        }
+        depends = "what its modules change depends on the weights they are applied to"
+        why = depends if "blocks" in report.record else kinds[report.record["kind"]]
+        raise NothingToDo(f"there is nothing to plot: {why}", file=report.record["path"])
+    with settings():
+        page = _Page.of(report)
+        page.fill(report)
+        data = rendered(page.figure, path.suffix.lower(), page.title, page.tips)
+    publish(path, data, overwrite)
+
+
+# the drawing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of the left half: a block, or the name of those below it."""
+
+    name: str
+    block: Mapping[str, Any] | None
+    bold: bool = False
+
+
+def _rows(blocks: Sequence[Mapping[str, Any]]) -> Iterator[_Row]:
+    for name, members in grouped(blocks).items():
+        if len(members) == 1 and members[0]["block"] == name:
+            yield _Row(name, members[0], bold=True)
+            continue
+        yield _Row(name, None, bold=True)
+        for block in members:
+            yield _Row(block["block"].removeprefix(name)[1:] or "rest", block)
+
+
+@dataclass
+class _Page:
+    """The figure, measured in inches from its upper left corner."""
+
+    title: str
+    rows: tuple[_Row, ...]
+    kinds: tuple[str, ...]
+    groups: Mapping[str, Sequence[Sequence[float]]]  # list of blocks → the spectra of its modules
+    figure: Figure
+    tips: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, report: Report) -> _Page:
+        from matplotlib.figure import Figure
+
+        blocks = report.record["blocks"]
+        rows = tuple(_rows(blocks))
+        kinds = tuple(kind for kind in KINDS if any(kind in block["kinds"] for block in blocks))
+        groups = _groups(report)
+        width = (
+            2 * SIDE
+            + NAMES
+            + len(kinds) * CELL
+            + BARS
+            + RANKS
+            + 3 * GAP
+            + bool(groups) * (SPECTRUM + 2 * GAP)
+        )
+        height = TOP + BOTTOM + max(len(rows) * ROW, len(groups) * LEAST)
+        name = _printable(PurePath(report.record["path"]).name)
+        return cls(name, rows, kinds, groups, Figure(figsize=(width, height)))
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Axes without a frame."""
+        w, h = self.figure.get_size_inches()
+        found = self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+        found.spines[:].set_visible(False)
+        found.tick_params(length=0, labelsize=TINY, pad=2)
+        return found
+
+    def strip(self, left: float, width: float) -> Axes:
+        """Axes beside the rows, one unit a row, from the top down."""
+        found = self.axes(left, TOP, width, len(self.rows) * ROW)
+        found.set_ylim(len(self.rows) - 0.5, -0.5)
+        found.set_yticks([])
+        return found
+
+    def write(self, left: float, top: float, text: str, **style: Any) -> None:
+        """Text at a place; no $ starts a formula."""
+        w, h = self.figure.get_size_inches()
+        self.figure.text(left / w, 1 - top / h, text, parse_math=False, va="baseline", **style)
+
+    def fill(self, report: Report) -> None:
+        """Draw everything."""
+        self.write(SIDE, 0.34, self.title, fontsize=13, fontweight="bold")
+        self.write(SIDE, 0.56, _subtitle(report), color=MUTED, fontsize=8.5)
+        left = SIDE + NAMES
+        _names(self)
+        _cells(self, left)
+        left += len(self.kinds) * CELL + GAP
+        _bars(self, left)
+        left += BARS + GAP
+        _ranks(self, left)
+        if self.groups:
+            _spectra(self, left + RANKS + 2.5 * GAP, report)
+
+
+def _groups(report: Report) -> dict[str, list[Sequence[float]]]:
+    """The spectra of every list of blocks, at most the strongest `MANY` of them, in the order of the blocks."""
+    lists = {
+        b["block"]: name
+        for name, members in grouped(report.record["blocks"]).items()
+        for b in members
+    }
+    found: dict[str, list[Sequence[float]]] = {name: [] for name in dict.fromkeys(lists.values())}
+    for module, sigma in zip(report.modules, report.spectra, strict=True):
+        if sigma and sigma[0] > 0:
+            found[lists[module["block"]]].append(sigma)
+    energy = {
+        name: sum(value * value for sigma in spectra for value in sigma)
+        for name, spectra in found.items()
+    }
+    strongest = sorted((name for name in found if found[name]), key=lambda name: -energy[name])[
+        :MANY
+    ]
+    return {name: spectra for name, spectra in found.items() if name in strongest}
+
+
+def _subtitle(report: Report) -> str:
+    record = report.record
+    algorithms = ", ".join(f"{count} {name}" for name, count in record["algorithms"].items())
+    missing = sum(module["norm"] is None for module in report.modules)
+    without = f" · {missing} modules have no finite ΔW of their own" if missing else ""
+    parts = (
+        record["family"] or "unknown family",
+        record["format"],
+        algorithms,
+        f"‖ΔW‖ = {record['norm']:.3g}",
+    )
+    return _printable(" · ".join(parts) + without)
+
+
+def _names(page: _Page) -> None:
+    for n, row in enumerate(page.rows):
+        style: dict[str, Any] = {"fontweight": "bold"} if row.bold else {"ha": "right"}
+        left = SIDE if row.bold else SIDE + NAMES - 0.1
+        page.write(left, TOP + (n + 0.68) * ROW, _printable(row.name), fontsize=SMALL, **style)
+
+
+def _cells(page: _Page, left: float) -> None:
+    """The heat map, and its scale below."""
+    from matplotlib.patches import Rectangle
+
+    drawn = page.strip(left, len(page.kinds) * CELL)
+    drawn.set_xlim(-0.5, len(page.kinds) - 0.5)
+    drawn.set_xticks([])
+    top = max(
+        (v for row in page.rows if row.block for v in row.block["kinds"].values() if v), default=0.0
+    )
+    for k, kind in enumerate(page.kinds):
+        page.write(left + (k + 0.5) * CELL, TOP - 0.08, kind, ha="center", fontsize=SMALL)
+        for n, row in enumerate(page.rows):
+            value = row.block["kinds"].get(kind) if row.block else None
+            if row.block is None or value is None:
+                continue
+            share = value / top if top else 0.0
+            gid = f"cell{len(page.tips)}"
+            page.tips[gid] = f"{row.block['block']}, {kind}: {value:.3g}"
+            drawn.add_patch(
+                Rectangle((k - 0.47, n - 0.46), 0.94, 0.92, facecolor=_shade(share), lw=0, gid=gid)
+            )
+            style: dict[str, Any] = {"color": "white", "fontweight": "bold"} if share > 0.6 else {}
+            drawn.text(
+                k, n, percent(share), ha="center", va="center_baseline", fontsize=TINY, **style
+            )
+    _scale(page, left, top)
+
+
+def _scale(page: _Page, left: float, top: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    below = TOP + len(page.rows) * ROW + 0.14
+    drawn = page.axes(left, below, 1.2, 0.12)
+    drawn.set(xlim=(0, 20), ylim=(0, 1), xticks=[], yticks=[])
+    for n in range(20):
+        drawn.add_patch(
+            Rectangle((n, 0), 1, 1, facecolor=_shade((n + 0.5) / 20), lw=0, antialiased=False)
+        )
+    page.write(left - 0.06, below + 0.1, "0", ha="right", fontsize=TINY)
+    page.write(left + 1.26, below + 0.1, f"100 = {top:.3g}", fontsize=TINY)
+    page.write(
+        left,
+        below + 0.27,
+        "typical ‖ΔW‖ of a layer (root mean square),",
+        fontsize=TINY,
+        color=MUTED,
+    )
+    page.write(left, below + 0.38, "in % of the strongest cell", fontsize=TINY, color=MUTED)
+
+
+def _shade(share: float) -> tuple[float, float, float, float]:
+    red, green, blue = (a + (b - a) * share for a, b in zip(WEAK, STRONG, strict=True))
+    return red, green, blue, 0.06 + 0.94 * share
+
+
+def _bars(page: _Page, left: float) -> None:
+    """‖ΔW‖ of every block."""
+    drawn = page.strip(left, BARS)
+    values = {
+        n: row.block["norm"]
+        for n, row in enumerate(page.rows)
+        if row.block and row.block["norm"] is not None
+    }
+    top = max(values.values(), default=0.0) or 1.0
+    drawn.set(xlim=(0, 1.42 * top), xticks=[])
+    drawn.barh(list(values), list(values.values()), height=0.72, color=LINE)
+    for n, value in values.items():
+        drawn.text(value + 0.03 * top, n, short(value), va="center_baseline", fontsize=TINY)
+    page.write(left, TOP - 0.08, "‖ΔW‖ of the block", fontsize=SMALL)
+
+
+def _ranks(page: _Page, left: float) -> None:
+    """From the rank that holds 90 % of the energy to the one that holds 99 %, medians of every block."""
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = page.strip(left, RANKS)
+    found = [
+        (n, row.block["rank_90"], row.block["rank_99"])
+        for n, row in enumerate(page.rows)
+        if row.block
+    ]
+    found = [(n, low, high) for n, low, high in found if low is not None]
+    drawn.set_xticks([])
+    if not found:
+        return
+    page.write(left, TOP - 0.08, "rank: ● 90 %  ○ 99 %", fontsize=SMALL)
+    page.write(
+        left,
+        TOP + len(page.rows) * ROW + 0.41,
+        "of ‖ΔW‖², median layer",
+        fontsize=TINY,
+        color=MUTED,
+    )
+    rows, lows, highs = zip(*found, strict=True)
+    drawn.set_xlim(0, max(highs) * 1.08 + 0.5)
+    drawn.grid(axis="x", color=MUTED, alpha=0.25, lw=0.5)
+    drawn.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    drawn.hlines(rows, lows, highs, color=LINE, lw=2.2, alpha=0.45)
+    drawn.plot(lows, rows, "o", color=LINE, ms=3.4)
+    drawn.plot(highs, rows, "o", color=LINE, ms=3.4, mfc=PAPER)
+
+
+def _spectra(page: _Page, left: float, report: Report) -> None:
+    """σ/σ₁ of every list of blocks: the median layer, and where 80 % of them lie."""
+    bands = {name: _band(spectra) for name, spectra in page.groups.items()}
+    longest = max(band.shape[1] for band in bands.values())
+    shown = [float(value) for band in bands.values() for value in band[1] if value > FLOOR]
+    least = 10.0 ** math.floor(math.log10(min(shown) / 2))
+    height = min(max(len(page.rows) * ROW / len(bands), LEAST), MOST)
+    page.write(
+        left, TOP - 0.3, "singular values σᵢ / σ₁ of a layer", fontsize=SMALL + 1, fontweight="bold"
+    )
+    page.write(
+        left, TOP - 0.14, "line: median · band: 80 % of the layers", fontsize=TINY, color=MUTED
+    )
+    for n, (name, band) in enumerate(bands.items()):
+        drawn = page.axes(left, TOP + n * height + 0.17, SPECTRUM, height - 0.42)
+        _spectrum(drawn, band, least)
+        if longest > LONG:
+            drawn.set(xscale="log", xlim=(1, longest))
+        else:
+            drawn.set(xticks=_counted(longest), xlim=(0.7, longest + 0.3))
+        count = len(page.groups[name])
+        layers = "1 layer" if count == 1 else f"{count} layers"
+        drawn.set_title(
+            f"{_printable(name)}  ·  {layers}", fontsize=SMALL, loc="left", pad=3, parse_math=False
+        )
+    drawn.set_xlabel("i", fontsize=SMALL, labelpad=1)
+
+
+def _spectrum(drawn: Axes, band: NDArray[Any], least: float) -> None:
+    low, middle, high = band[:, band[2] > least]
+    index = range(1, len(middle) + 1)
+    drawn.set(yscale="log", ylim=(least, 1.3))
+    drawn.grid(color=MUTED, alpha=0.25, lw=0.5)
+    drawn.minorticks_off()
+    drawn.fill_between(index, low.clip(least / 2), high, color=LINE, alpha=0.25, lw=0)
+    drawn.plot(
+        index, middle, color=LINE, lw=1.4, marker="o", ms=2.5 if len(middle) <= LONG // 2 else 0
+    )
+
+
+def _counted(longest: int) -> list[int]:
+    """1, and round numbers up to the longest."""
+    step = max(1, 2 ** math.ceil(math.log2(longest / 8)))
+    return [1, *range(max(2, step), longest + 1, step)]
+
+
+def _band(spectra: Sequence[Sequence[float]]) -> NDArray[Any]:
+    """The 10th, 50th and 90th percentile of σᵢ/σ₁, (3, r); 0 beyond a layer's rank."""
+    import numpy as np
+
+    found = np.zeros((len(spectra), max(map(len, spectra))))
+    for row, sigma in zip(found, spectra, strict=True):
+        row[: len(sigma)] = np.asarray(sigma) / sigma[0]
+    return np.quantile(found, (0.1, 0.5, 0.9), axis=0)
+
+
+def _printable(text: str) -> str:
+    """Without what no font shows and no XML holds."""
+    return "".join(one if one.isprintable() else "\ufffd" for one in text)

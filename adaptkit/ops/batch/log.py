@@ -1,0 +1,239 @@
+"""What a batch has done: a log of JSON lines beside the recipe, and the hashes of its inputs, so that nothing is done twice.
+
+A job is done where the log has its output with the same key (a SHA-256 of the command, the contents of its inputs and its
+options) and the output still has the size and time that it was left with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptkit import __version__
+from adaptkit.errors import CannotWrite, UnreadableFile
+from adaptkit.files.header import unreadable
+from adaptkit.files.provenance import sha256
+from adaptkit.ops.batch.values import default_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from adaptkit.ops.batch.recipe import Job
+
+__all__ = ["Ledger"]
+
+LOG, HASHES = ".log.jsonl", ".hashes.jsonl"
+FRESH = 2.0  # seconds: a file as young as this may change once more without a new time
+NEUTRAL = frozenset(
+    {"output", "overwrite", "device", "memory"}
+)  # options that do not change what is written
+
+
+class Ledger:
+    """The log and the hashes of one recipe, created by the first line that is written; `keep` False: hashes are not."""
+
+    def __init__(self, recipe: Path, *, keep: bool = True) -> None:
+        self.root, self._keep = recipe.parent, keep
+        self.log = recipe.with_name(recipe.name + LOG)
+        self._side = recipe.with_name(recipe.name + HASHES)
+        self._done: dict[str, dict[str, Any]] = {}  # output → the last record of a success
+        self._open: set[str] = set()  # outputs that a run began and did not live to finish
+        for record in _lines(self.log):
+            self._learn(record)
+        self._hashing = threading.Lock()  # one file at a time, and none twice
+        self._hashes = {str(r.get("path")): r for r in _lines(self._side)}
+
+    def _learn(self, record: Mapping[str, Any]) -> None:
+        output, event = record.get("output"), record.get("event")
+        if not isinstance(output, str):
+            return
+        if event == "start":
+            self._open.add(output)
+        else:
+            self._open.discard(output)
+        if event == "done" and isinstance(record.get("stamp"), list):
+            self._done[output] = dict(record)
+
+    # outputs ----------------------------------------------------------------------------------------------------------
+
+    def made(self) -> frozenset[Path]:
+        """All outputs that earlier runs wrote or began, as absolute paths."""
+        return frozenset(_absolute(self.root / name) for name in (*self._done, *self._open))
+
+    def ours(self, output: Path) -> bool:
+        """Whether this recipe wrote it, so that it may replace it; also where a run was killed before it could say so."""
+        name = self.spelled(output)
+        return name in self._done or name in self._open
+
+    def finished(self, job: Job) -> bool:
+        """Whether the output is there, as the log says it was left, from the same inputs and options."""
+        record = self._done.get(self.spelled(job.output))
+        if record is None or record["stamp"] != _stamp(job.output):
+            return False
+        return bool(record.get("key") == self.key(job))
+
+    # keys -------------------------------------------------------------------------------------------------------------
+
+    def key(self, job: Job) -> str:
+        """The same for the same command on the same contents with the same options, wherever the files are."""
+        options = {}
+        for name, value in job.options.items():
+            if name not in NEUTRAL and value != default_of(job.command, name):
+                options[name] = self.content(value) if isinstance(value, Path) else value
+        inputs = [[item.role, self.content(item.path), item.strength] for item in job.inputs]
+        text = json.dumps([job.command, inputs, options], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def content(self, path: Path) -> str:
+        """SHA-256 of a file; of the names and hashes of all files where it is a folder or an index of shards."""
+        files = list(_files(path))
+        if len(files) == 1 and files[0][1] == path:
+            return self._sha256(path)
+        listed = "".join(f"{name}\0{self._sha256(file)}\n" for name, file in files)
+        return hashlib.sha256(listed.encode()).hexdigest()
+
+    def signature(self, job: Job) -> list[Any]:
+        """Sizes and times of all that a job reads: the same before and after, or it may have read a mixture."""
+        return [_stamp(path) for path in job.reads()]
+
+    def _sha256(self, file: Path) -> str:
+        with self._hashing:
+            return self._hash(file)
+
+    def _hash(self, file: Path) -> str:
+        try:
+            before = file.stat()
+        except OSError as error:
+            raise unreadable(file, error) from error
+        name, seen = self.spelled(file), [before.st_size, before.st_mtime_ns]
+        known = self._hashes.get(name)
+        if known is not None and known.get("seen") == seen:
+            return str(known["sha256"])
+        record = {"path": name, "seen": seen, "sha256": sha256(file)}
+        self._hashes[name] = record
+        if self._keep and time.time() - before.st_mtime > FRESH:
+            _append(self._side, record)
+        return str(record["sha256"])
+
+    # the log ----------------------------------------------------------------------------------------------------------
+
+    def start(self, job: Job) -> None:
+        """Write that a job begins: until it ends, its output is ours to replace."""
+        self._write(job, {"event": "start"})
+
+    def done(self, job: Job, key: str, report: Mapping[str, Any], seconds: float) -> None:
+        """Write what was done, from what."""
+        inputs = [
+            {"role": item.role, "path": self.spelled(item.path), "sha256": self.content(item.path)}
+            | ({} if item.strength is None else {"strength": item.strength})
+            for item in job.inputs
+        ]
+        options = {
+            name: self.spelled(value) if isinstance(value, Path) else value
+            for name, value in job.options.items()
+            if name not in ("output", "overwrite")
+        }
+        self._write(
+            job,
+            {
+                "event": "done",
+                "key": key,
+                "inputs": inputs,
+                "options": options,
+                "report": dict(report),
+                "seconds": round(seconds, 3),
+                "stamp": _stamp(job.output),
+            },
+        )
+
+    def failed(self, job: Job, error: str, hint: str | None) -> None:
+        """Write why a job failed."""
+        self._write(job, {"event": "failed", "error": error, "hint": hint})
+
+    def _write(self, job: Job, body: Mapping[str, Any]) -> None:
+        where = {"output": self.spelled(job.output), "command": job.command, "place": job.place}
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        record = {"event": body["event"], "time": now, **where, **body, "adaptkit": __version__}
+        _append(self.log, record, sync=body["event"] == "done")
+        self._learn(record)
+
+    def spelled(self, path: Path) -> str:
+        """From the recipe's folder where it is inside, so that the folder can be moved; with `/` on every system."""
+        whole, root = _absolute(path), _absolute(self.root)
+        return (whole.relative_to(root) if whole.is_relative_to(root) else whole).as_posix()
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - without following symbolic links
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; a line cut off by a crash is passed over."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise unreadable(path, error) from error
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def _append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:
+    """One line by one write at the end of the file: whole, or cut off by a crash, but never mixed with another."""
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    try:
+        with path.open("ab+", buffering=0) as file:
+            if (end := file.seek(0, os.SEEK_END)) and (file.seek(end - 1), file.read(1))[
+                1
+            ] != b"\n":
+                line = b"\n" + line
+            file.write(line)
+            if sync:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise CannotWrite(
+            f"the log cannot be written: {error.strerror or error}", file=path
+        ) from error
+
+
+def _stamp(path: Path) -> list[list[Any]]:
+    """[name, size, time] of a file or of all files of a folder; empty where there is nothing."""
+    try:
+        files = list(_files(path))
+        stats = [(name, file.stat()) for name, file in files]
+    except (OSError, UnreadableFile):
+        return []
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _files(path: Path) -> Iterator[tuple[str, Path]]:
+    """(name, file) of what a path stands for: itself, all visible files below a folder, the shards of an index."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(path)
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                yield name.as_posix(), file
+        return
+    yield path.name, path
+    if path.name.endswith(".index.json"):
+        yield from ((name, path.parent / name) for name in _shards(path))
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; an index that is none is told by who reads it."""
+    try:
+        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []

@@ -1,0 +1,190 @@
+"""What a recipe may say for each command, and its values read as the Options of that command want them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.errors import NoSuchName, WrongUsage
+from adaptkit.ops.shared import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+__all__ = [
+    "INPUTS",
+    "Reader",
+    "Rooted",
+    "check_known",
+    "default_of",
+    "inside",
+    "names_of",
+    "nearest",
+    "options_of",
+]
+
+INPUTS = {
+    "convert": ("adapter",),
+    "resize": ("adapter",),
+    "combine": ("adapter", "strength"),
+    "extract": ("base", "tuned"),
+    "merge": ("base", "adapter", "strength"),
+}
+SIZES = (
+    "memory",
+    "size",
+    "shard_size",
+)  # in bytes, which a recipe may write as the command line does
+CHOICES = {"dtype": ("keep", *DTYPES), "svd": ("auto", "exact")}
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+@cache
+def _fields(command: str) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a command's Options; found by name, for a verb never imports another."""
+    return dataclasses.fields(import_module(f"adaptkit.ops.{command}").Options)
+
+
+@cache
+def options_of(command: str) -> dict[str, str]:
+    """Option → kind of its value (`int`, `float`, `str`, `bool`, `Path`, `tuple[str, ...]`), inputs of that name aside."""
+    kinds = {item.name: str(item.type).removesuffix(" | None") for item in _fields(command)}
+    return {name: kind for name, kind in kinds.items() if name not in INPUTS[command]}
+
+
+def default_of(command: str, option: str) -> Any:
+    """What an option is when nobody says."""
+    return next(item.default for item in _fields(command) if item.name == option)
+
+
+def names_of(command: str) -> set[str]:
+    """All that a job of this command may say."""
+    return {*INPUTS[command], *options_of(command)}
+
+
+def nearest(kind: str, name: str, known: Iterable[str], place: str) -> NoSuchName:
+    """The error for a name that nobody knows, at its place in the recipe."""
+    error = NoSuchName.among(kind, name, known)
+    return NoSuchName(f"{place}: {error.message}", hint=error.hint)
+
+
+def check_known(name: str, known: Collection[str], place: str) -> None:
+    """Refuse an option that is not one, with those nearest to it."""
+    if name not in known:
+        raise nearest("option", name, known, place)
+
+
+class Rooted(str):
+    """A path that a glob found: it has its folder already."""
+
+    __slots__ = ()
+
+
+def inside(root: Path, text: str) -> Path:
+    """A path as a recipe gives it: from the recipe's folder, unless it is absolute or begins with `~`."""
+    return (
+        Path(text)
+        if isinstance(text, Rooted)
+        else Path(os.path.normpath(root / Path(text).expanduser()))
+    )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the values of one job; WrongUsage names the job and the option where one is of the wrong type."""
+
+    root: Path
+    place: str
+    command: str
+
+    def option(self, name: str, value: Any) -> Any:
+        """As Options has it: sizes in bytes, paths from the recipe's folder, lists as tuples."""
+        if name in SIZES and isinstance(value, str):
+            return self._size(name, value)
+        if name == "factor" and value == "auto" and default_of(self.command, name) is None:
+            return None
+        kinds: dict[str, Callable[[str, Any], Any]] = {
+            "int": self._whole,
+            "float": self.number,
+            "bool": self._truth,
+            "str": self._choice,
+            "Path": self.path,
+            "tuple[str, ...]": self._texts,
+        }
+        return kinds[options_of(self.command)[name]](name, value)
+
+    def wrong(self, name: str, wanted: str, value: Any) -> WrongUsage:
+        """The error for a value that is not what was wanted."""
+        shown = (
+            f'"{value}"'
+            if isinstance(value, str)
+            else str(value).lower()
+            if isinstance(value, bool)
+            else value
+        )
+        several = isinstance(value, list) and self.place.startswith("[[job]]")
+        hint = "in a [[matrix]] a list makes several jobs" if several else None
+        return WrongUsage(f"{self.place}: {name} is {wanted}, not {shown}", hint=hint)
+
+    def text(self, name: str, value: Any) -> str:
+        """A text that is not empty."""
+        if not isinstance(value, str) or not value:
+            raise self.wrong(name, "a text", value)
+        return value
+
+    def path(self, name: str, value: Any) -> Path:
+        """A path, from the recipe's folder."""
+        if not isinstance(value, str) or not value:
+            raise self.wrong(name, "a path", value)
+        return inside(self.root, value)
+
+    def number(self, name: str, value: Any) -> float:
+        """A finite number."""
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
+            raise self.wrong(name, "a number", value)
+        return float(value)
+
+    def _choice(self, name: str, value: Any) -> str:
+        text = self.text(name, value)
+        if name in CHOICES and text not in CHOICES[name]:
+            raise self.wrong(name, "one of " + ", ".join(CHOICES[name]), value)
+        return text
+
+    def _texts(self, name: str, value: Any) -> tuple[str, ...]:
+        """A list of texts; one alone stands for a list of one."""
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise self.wrong(name, "a list of texts", value)
+        return tuple(items)
+
+    def _whole(self, name: str, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.wrong(
+                name, "a size such as 64MB" if name in SIZES else "a whole number", value
+            )
+        return value
+
+    def _truth(self, name: str, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false", value)
+        return value
+
+    def _size(self, name: str, text: str) -> int:
+        found = SIZE.fullmatch(text.strip())
+        if found is None or (found.group(3) and not found.group(2)):
+            raise self.wrong(name, "a size such as 500KB, 64MB, 1.5GB or 64MiB", text)
+        number, unit, binary = found.groups()
+        factor = 1024 ** list(UNITS).index(unit.upper()) if binary else UNITS[unit.upper()]
+        return int(float(number) * factor)

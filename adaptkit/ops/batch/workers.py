@@ -1,0 +1,365 @@
+"""Doing the jobs of a batch: in this process, or in processes of their own that import torch once and take job after job.
+
+An engine turns bundles of jobs into outcomes, in any order. It pulls a bundle only when somebody is free to do it, and gives
+back every job it pulled. The jobs of a bundle are merges into one base, which is read once for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+
+from adaptkit.errors import AdaptkitError
+from adaptkit.ops.batch.values import INPUTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Mapping
+
+    from adaptkit.ops.batch.recipe import Job
+
+    Bundle = tuple[Job, ...]
+
+__all__ = [
+    "POLL",
+    "Engine",
+    "Here",
+    "Outcome",
+    "Processes",
+    "answer",
+    "cleaned",
+    "environment",
+    "outcomes",
+    "perform",
+    "planned",
+]
+
+T = TypeVar("T")
+
+POLL = 0.2  # seconds: on Windows only a wait that ends can be interrupted
+PATIENCE = 15.0  # seconds for an interrupted worker to take its half-written files away
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: the numbers of its report, or the error."""
+
+    report: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    hint: str | None = None
+    seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """Whoever does the jobs, `workers` bundles at a time."""
+
+    def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
+        """Each job with its outcome, as they end."""
+        ...
+
+    @property
+    def workers(self) -> int: ...
+
+
+def planned(job: Job, **changed: Any) -> Any:
+    """The plan of the job's verb, from headers only; `changed` replaces options."""
+    op = import_module(f"adaptkit.ops.{job.command}")
+    weighed = "strength" in INPUTS[job.command]
+    given: list[Any] = [item.path for item in job.inputs if item.role != "adapter" or not weighed]
+    if weighed:
+        given.append([(item.path, item.strength) for item in job.inputs if item.role == "adapter"])
+    return op.plan(*given, op.Options(**{**job.options, **changed}))
+
+
+def perform(bundle: Bundle) -> list[Outcome]:
+    """Do the jobs of a bundle; every failure but an interrupt is an outcome.
+
+    Those that can be planned are done together. Where that fails, each is done by itself, so that it is known whose fault
+    it was.
+    """
+    if len(bundle) == 1:
+        return [_alone(bundle[0])]
+    found: list[Outcome | None] = [None] * len(bundle)
+    with contextlib.ExitStack() as stack:
+        plans: dict[int, Any] = {}
+        for n, job in enumerate(bundle):
+            plan = _attempt(lambda job=job: _prepared(job))  # type: ignore[misc]
+            if isinstance(plan, Outcome):
+                found[n] = plan
+            else:
+                plans[n] = plan
+                stack.callback(plan.close)
+        together = _attempt(
+            lambda: import_module("adaptkit.ops.merge").run_together(list(plans.values()))
+        )
+    if isinstance(together, list):
+        for n, report in zip(plans, together, strict=True):
+            found[n] = Outcome(_numbers(report.to_dict()), seconds=report.seconds)
+    return [outcome or _alone(job) for job, outcome in zip(bundle, found, strict=True)]
+
+
+def _prepared(job: Job) -> Any:
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    return planned(job)
+
+
+def _alone(job: Job) -> Outcome:
+    started = time.perf_counter()
+
+    def work() -> Outcome:
+        with contextlib.closing(_prepared(job)) as plan:
+            report = import_module(f"adaptkit.ops.{job.command}").run(plan).to_dict()
+        return Outcome(_numbers(report))
+
+    return replace(_attempt(work), seconds=time.perf_counter() - started)
+
+
+def _attempt(work: Callable[[], T]) -> T | Outcome:
+    """What it gives, or its error as an outcome."""
+    try:
+        return work()
+    except AdaptkitError as error:
+        return Outcome(error=str(error), hint=error.hint)
+    except MemoryError:
+        return Outcome(
+            error="out of memory", hint="lower memory in the recipe, or use fewer --jobs"
+        )
+    except OSError as error:
+        return Outcome(error=str(error))
+    except Exception as error:  # a defect of ours must not take the other jobs with it
+        if os.environ.get("ADAPTKIT_DEBUG"):
+            raise
+        return Outcome(error=f"unexpected {type(error).__name__}: {error}", hint="this is a bug")
+
+
+def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a log line keeps of a report: names and numbers, not a record per module."""
+    kept = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in report.items()
+        if isinstance(value, int | float | str) and name not in ("output", "seconds")
+    }
+    return {**kept, "unused": len(report.get("unused", ())), "notes": list(report.get("notes", ()))}
+
+
+class Here:
+    """One bundle after the other in this process."""
+
+    workers = 1
+
+    def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
+        """See `Engine`."""
+        for bundle in bundles:
+            yield from zip(bundle, perform(bundle), strict=True)
+
+
+class Todo:
+    """Bundles that no worker has yet: those that come, and before them the jobs of one whose worker died, one by one."""
+
+    def __init__(self, bundles: Iterable[Bundle]) -> None:
+        self._coming, self._more = iter(bundles), True
+        self._again: deque[Bundle] = deque()
+
+    def __bool__(self) -> bool:
+        return self._more or bool(self._again)
+
+    def take(self) -> Bundle | None:
+        """The next one; None where there is none any more."""
+        bundle = self._again.popleft() if self._again else next(self._coming, None)
+        self._more = self._more and bundle is not None
+        return bundle
+
+    def split(self, bundle: Bundle) -> None:
+        """Its jobs are to be tried by themselves."""
+        self._again.extend((job,) for job in bundle)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Worker processes; one that dies fails its job, and the next gets a new one. A bundle is tried again job by job."""
+
+    workers: int = 1
+
+    def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
+        """See `Engine`."""
+        replies: queue.SimpleQueue[tuple[_Worker, bytes]] = queue.SimpleQueue()
+        idle: list[_Worker] = []
+        busy: dict[_Worker, Bundle] = {}
+        todo = Todo(bundles)
+        try:
+            while todo or busy:
+                while len(busy) < self.workers and (bundle := todo.take()) is not None:
+                    worker = idle.pop() if idle else _Worker(replies, self.workers)
+                    busy[worker] = bundle
+                    worker.send(bundle)
+                if busy and (answer := _next(replies)) is not None:
+                    worker, line = answer
+                    if worker in busy:
+                        bundle = busy.pop(worker)
+                        if line:
+                            idle.append(worker)
+                            yield from zip(bundle, outcomes(line), strict=True)
+                        elif len(bundle) > 1:
+                            worker.died(bundle)
+                            todo.split(bundle)
+                        else:
+                            yield bundle[0], worker.died(bundle)
+                    elif worker in idle:  # it died between two jobs: nothing was lost
+                        idle.remove(worker)
+        finally:
+            _stop([*idle, *busy], interrupt=bool(busy))
+            for worker, bundle in busy.items():
+                worker.clean(bundle)
+
+
+def _next(replies: queue.SimpleQueue[tuple[_Worker, bytes]]) -> tuple[_Worker, bytes] | None:
+    try:
+        return replies.get(timeout=POLL)
+    except queue.Empty:
+        return None
+
+
+class _Worker:
+    """A process that reads bundles as JSON lines and answers each with one; `replies` gets an empty line when it ends."""
+
+    def __init__(self, replies: queue.SimpleQueue[tuple[_Worker, bytes]], count: int) -> None:
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - what it says on stderr, for as long as it lives
+        own: dict[str, Any] = (  # ^C reaches the parent alone, which decides
+            {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+            if sys.platform == "win32"
+            else {"start_new_session": True}
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "adaptkit.ops.batch.worker_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            env=environment(count),
+            **own,
+        )
+        threading.Thread(target=self._listen, args=(replies,), daemon=True).start()
+
+    def _listen(self, replies: queue.SimpleQueue[tuple[_Worker, bytes]]) -> None:
+        for line in _pipe(self.process.stdout):
+            replies.put((self, line))
+        replies.put((self, b""))
+
+    def send(self, bundle: Bundle) -> None:
+        """Hand it jobs; if it is dead, the empty line says so."""
+        with contextlib.suppress(OSError):
+            pipe = _pipe(self.process.stdin)
+            pipe.write((json.dumps([job.to_dict() for job in bundle]) + "\n").encode())
+            pipe.flush()
+
+    def died(self, bundle: Bundle) -> Outcome:
+        """The outcome of what it had to do when it ended."""
+        code = self.process.wait()
+        self.clean(bundle)
+        hint = "perhaps memory ran out: use fewer --jobs, or memory = in the recipe"
+        if code < 0:
+            return Outcome(error=f"its worker process was killed ({_signal(-code)})", hint=hint)
+        self.said.seek(0)
+        words = self.said.read().decode("utf-8", "replace").strip().splitlines()
+        return Outcome(
+            error=": ".join([f"its worker process ended with exit code {code}", *words[-1:]]),
+            hint=hint,
+        )
+
+    def clean(self, bundle: Bundle) -> None:
+        """Take away what it had begun to write."""
+        cleaned(bundle, self.process.pid)
+
+    def interrupt(self) -> None:
+        """As ^C does."""
+        with contextlib.suppress(OSError, ValueError):
+            self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
+
+    def close(self) -> None:
+        """No more jobs; it ends when it has read that."""
+        with contextlib.suppress(OSError):
+            _pipe(self.process.stdin).close()
+
+
+def cleaned(bundle: Bundle, pid: int) -> None:
+    """Take away what a process had begun to write and, being dead, cannot (files/sink.py names these files)."""
+    for job in bundle:
+        for left in job.output.parent.glob(f".*{glob.escape(job.output.name[:40])}*.{pid}-*.part"):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None
+    return pipe
+
+
+def _stop(workers: Iterable[_Worker], *, interrupt: bool) -> None:
+    """End them all; those that do not listen are killed."""
+    listed = list(workers)
+    try:
+        for worker in listed:
+            if interrupt:
+                worker.interrupt()
+            worker.close()
+        end = time.monotonic() + PATIENCE
+        for worker in listed:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(0.0, end - time.monotonic()))
+    finally:
+        for worker in listed:
+            if worker.process.poll() is None:
+                worker.process.kill()
+                worker.process.wait()
+            worker.said.close()
+
+
+def environment(count: int) -> dict[str, str]:
+    """The cores are shared out, unless the user did that; the package is found where it was found here."""
+    home = str(Path(import_module("adaptkit").__file__ or "").parents[1])
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    ours = (
+        {"OMP_NUM_THREADS": str(max(1, cores // count)), "OMP_WAIT_POLICY": "PASSIVE"}
+        if count > 1
+        else {}
+    )
+    return {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **ours,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def answer(found: Iterable[Outcome]) -> str:
+    """The outcomes of a bundle as one JSON line, all ASCII."""
+    return json.dumps([asdict(outcome) for outcome in found]) + "\n"
+
+
+def outcomes(line: bytes | str) -> list[Outcome]:
+    """The inverse of `answer`."""
+    return [Outcome(**record) for record in json.loads(line)]

@@ -1,0 +1,351 @@
+"""Two differences side by side: norms, inner product and distance, in float64, and without ΔW where factors are small."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from adaptkit.algorithms.contract import Weights
+
+__all__ = [
+    "BLOCK",
+    "Form",
+    "Numbers",
+    "alike",
+    "applied",
+    "difference",
+    "form",
+    "measure",
+    "widened",
+]
+
+Factors = tuple["Tensor", "Tensor"]
+
+BLOCK = (
+    1 << 19
+)  # entries of ΔW that are formed at a time: 4 MB in float64, and four of them are alive
+CANCELLED = (
+    1e-6  # of ‖A‖² + ‖B‖²: a smaller ‖A − B‖² is not left to the difference of their Gram numbers
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """‖A‖², ‖B‖², ⟨A, B⟩ and ‖A − B‖².
+
+    Not `known`: both are equal, and how large they are depends on the weight that they change.
+    """
+
+    a: float = 0.0
+    b: float = 0.0
+    inner: float = 0.0
+    error: float = 0.0
+    known: bool = True
+
+    def __add__(self, other: Numbers) -> Numbers:
+        return Numbers(
+            self.a + other.a,
+            self.b + other.b,
+            self.inner + other.inner,
+            self.error + other.error,
+            self.known and other.known,
+        )
+
+    @property
+    def finite(self) -> bool:
+        """Whether no tensor held NaN or infinity, and nothing overflowed."""
+        return all(map(math.isfinite, (self.a, self.b, self.inner, self.error)))
+
+    @property
+    def norm_a(self) -> float | None:
+        """‖A‖."""
+        return math.sqrt(self.a) if self.known else None
+
+    @property
+    def norm_b(self) -> float | None:
+        """‖B‖."""
+        return math.sqrt(self.b) if self.known else None
+
+    @property
+    def cosine(self) -> float | None:
+        """⟨A, B⟩ / (‖A‖ ‖B‖); None where either is 0."""
+        if not self.known or self.a == 0.0 or self.b == 0.0:
+            return None
+        if self.error == 0.0:
+            return 1.0
+        return max(-1.0, min(1.0, self.inner / math.sqrt(self.a) / math.sqrt(self.b)))
+
+    @property
+    def over_a(self) -> float | None:
+        """‖A − B‖ / ‖A‖."""
+        return self._relative(self.a)
+
+    @property
+    def over_b(self) -> float | None:
+        """‖A − B‖ / ‖B‖; 0 where they are equal, None where ‖B‖ alone is 0 or a norm is not known."""
+        return self._relative(self.b)
+
+    def _relative(self, size: float) -> float | None:
+        if self.error == 0.0:
+            return 0.0
+        return _quotient(math.sqrt(self.error), math.sqrt(size)) if self.known else None
+
+    @property
+    def fitted(self) -> float | None:
+        """The factor that brings A nearest to B, ⟨A, B⟩ / ‖A‖²; None where A is 0."""
+        return _quotient(self.inner, self.a) if self.known else None
+
+
+def _quotient(one: float, other: float) -> float | None:
+    """one / other, where that is a number."""
+    found = one / other if other > 0.0 else math.inf
+    return found if math.isfinite(found) else None
+
+
+@dataclass(frozen=True)
+class Form:
+    """One difference (rows × columns), as cheaply as it is to be had; all tensors in float64 (float32 on MPS).
+
+    `block(start, stop)` forms these rows of it. `factors()` gives (left (rows, r), right (r, columns)) where r is small,
+    `kron` is (w1, w2) with w1 ⊗ w2 the difference.
+    """
+
+    rows: int
+    columns: int
+    block: Callable[[int, int], Tensor]
+    factors: Callable[[], Factors] | None = None
+    kron: Factors | None = None
+
+    def cut(self, start: int, stop: int) -> Form:
+        """Rows [start, stop) of it."""
+        if (start, stop) == (0, self.rows):
+            return self
+        whole, kron = self.factors, self.kron
+        height = 1 if kron is None else kron[1].shape[-2]
+        aligned = kron is not None and start % height == 0 and stop % height == 0
+        return Form(
+            stop - start,
+            self.columns,
+            lambda first, last: self.block(start + first, start + last),
+            None if whole is None else lambda: _rows(whole(), start, stop),
+            _rows(kron, start // height, stop // height) if kron is not None and aligned else None,
+        )
+
+    def exchanged(self) -> Form:
+        """The same with the two halves of its rows exchanged."""
+        whole, half = self.factors, self.rows // 2
+
+        def block(start: int, stop: int) -> Tensor:
+            import torch
+
+            parts = [(start + half, min(stop, half) + half), (max(start, half) - half, stop - half)]
+            return torch.cat([self.block(first, last) for first, last in parts if last > first])
+
+        return Form(
+            self.rows,
+            self.columns,
+            block,
+            None if whole is None else lambda: (whole()[0].roll(half, 0), whole()[1]),
+        )
+
+
+def _rows(factors: Factors, start: int, stop: int) -> Factors:
+    return factors[0][start:stop], factors[1]
+
+
+# making forms ----------------------------------------------------------------------------------------------------
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stored tensors in float64 (float32 on MPS); flags as they are."""
+    return {
+        role: _wide(tensor) if tensor.is_floating_point() else tensor
+        for role, tensor in tensors.items()
+    }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    from adaptkit.linalg.precision import accumulate_dtype
+
+    return tensor.to(accumulate_dtype(tensor.device))
+
+
+def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool) -> Form:
+    """strength · ΔW of additive weights (no batch) of `size` (rows, columns); `thin`: through their factors."""
+
+    def factors() -> Factors:
+        left, right = weights.factors()
+        return _wide(left) * strength, _wide(right)
+
+    kron = weights.kron_factors()
+    if kron is not None:
+        one, two = _wide(kron[0]) * strength, _wide(kron[1])
+        return Form(
+            *size,
+            lambda start, stop: _kron_rows(one, two, start, stop),
+            factors if thin else None,
+            (one, two),
+        )
+    return Form(
+        *size,
+        lambda start, stop: _wide(weights.part(start, stop).delta()) * strength,
+        factors if thin else None,
+    )
+
+
+def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of one (a, b) ⊗ two (c, d): row i·c + p is one[i] ⊗ two[p]."""
+    import torch
+
+    row = torch.arange(start, stop, device=one.device)
+    height = two.shape[0]
+    return (one[row // height].unsqueeze(-1) * two[row % height].unsqueeze(-2)).flatten(-2)
+
+
+def applied(weights: Weights, base: Tensor, strength: float) -> Form:
+    """What weights of any kind change of their base (rows, columns): dense."""
+    wide = _wide(base)
+    change = weights.apply(wide.clone(), strength).sub_(wide)
+    return Form(change.shape[0], change.shape[1], lambda start, stop: change[start:stop])
+
+
+def difference(tuned: Tensor, base: Tensor) -> Form:
+    """tuned − base, both (rows, columns) in any dtype, widened before they are subtracted."""
+    rows, columns = base.shape
+    return Form(
+        rows, columns, lambda start, stop: _wide(tuned[start:stop]) - _wide(base[start:stop])
+    )
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two weights are of one kind and hold the same numbers; how a file lays them out (sizes) does not count."""
+    if type(one) is not type(other):
+        return False
+    if is_dataclass(one):
+        return all(alike(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    if hasattr(one, "ndim"):
+        return bool(one.shape == other.shape and (_wide(one) == _wide(other)).all())
+    if isinstance(one, tuple):
+        held = [[value for value in many if hasattr(value, "ndim")] for many in (one, other)]
+        return len(held[0]) == len(held[1]) and all(map(alike, *held))
+    return type(one) is int or bool(one == other)
+
+
+# measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(a: Form | None, b: Form | None) -> Numbers:
+    """The numbers of two differences of one size; None stands for no difference."""
+    if a is None or b is None:
+        size = 0.0 if (only := a or b) is None else _size(only)
+        return Numbers(size if a else 0.0, size if b else 0.0, 0.0, size)
+    if a.kron is not None and b.kron is not None and a.kron[0].shape == b.kron[0].shape:
+        return _of_products(_vectors(a.kron), _vectors(b.kron))
+    if (found := _kron_and_product(a, b)) is not None:
+        return found
+    if a.factors is not None and b.factors is not None:
+        return _of_products(a.factors(), b.factors())
+    return _dense(a, b)
+
+
+def _size(form: Form) -> float:
+    """‖·‖²."""
+    if form.kron is not None:
+        return _kron_size(form.kron)
+    if form.factors is not None:
+        return _product_size(form.factors())
+    return sum(_dot(block, block) for (block,) in _blocks(form))
+
+
+def _kron_size(kron: Factors) -> float:
+    return _dot(kron[0], kron[0]) * _dot(kron[1], kron[1])
+
+
+def _product_size(factors: Factors) -> float:
+    from adaptkit.linalg.factored import product_inner
+
+    return max(0.0, float(product_inner(factors, factors)))
+
+
+def _vectors(kron: Factors) -> Factors:
+    """Rearranged, a Kronecker product is vec(w1) vec(w2)ᵀ (Van Loan and Pitsianis 1993): a product of rank 1."""
+    return kron[0].reshape(-1, 1), kron[1].reshape(1, -1)
+
+
+def _of_products(a: Factors, b: Factors) -> Numbers:
+    from adaptkit.linalg.factored import product_inner
+
+    one, two, inner = _product_size(a), _product_size(b), float(product_inner(a, b))
+    error = one + two - 2.0 * inner
+    if error < CANCELLED * (one + two):
+        error = _distance(a, b)
+    return Numbers(one, two, inner, error)
+
+
+def _distance(a: Factors, b: Factors) -> float:
+    """‖left · right − left' · right'‖² to the precision of the norms, and exactly 0 for equal factors."""
+    import torch
+
+    from adaptkit.linalg.factored import product_distance
+
+    if torch.equal(a[1], b[1]):
+        return _product_size((a[0] - b[0], a[1]))
+    if torch.equal(a[0], b[0]):
+        return _product_size((a[0], a[1] - b[1]))
+    return float(product_distance(_balanced(a), _balanced(b)))
+
+
+def _balanced(factors: Factors) -> Factors:
+    """The same product with factors of like norms; by a power of two, so exactly."""
+    left, right = (float(factor.norm()) for factor in factors)
+    if left == 0.0 or right == 0.0:
+        return factors
+    scale = 2.0 ** round(math.log2(right / left) / 2)
+    return factors[0] * scale, factors[1] / scale
+
+
+def _kron_and_product(a: Form, b: Form) -> Numbers | None:
+    """The numbers of a Kronecker product and a product of factors; None where they are others, or nearly equal."""
+    if a.kron is None or b.factors is None:
+        if b.kron is None or a.factors is None:
+            return None
+        turned = _kron_and_product(b, a)
+        return turned and Numbers(turned.b, turned.a, turned.inner, turned.error)
+    product = b.factors()
+    one, two, inner = _kron_size(a.kron), _product_size(product), _inner(a.kron, product)
+    error = one + two - 2.0 * inner
+    return None if error < CANCELLED * (one + two) else Numbers(one, two, inner, error)
+
+
+def _inner(kron: Factors, product: Factors) -> float:
+    """⟨w1 ⊗ w2, left · right⟩ = Σ_p ⟨w1, Uₚ w2 Vₚᵀ⟩, Uₚ and Vₚ being column p of left and row p of right, folded."""
+    (one, two), (left, right) = kron, product
+    u = left.mT.reshape(-1, one.shape[0], two.shape[0])
+    v = right.reshape(-1, one.shape[1], two.shape[1])
+    return float(((u @ two @ v.mT) * one).sum())
+
+
+def _dense(a: Form, b: Form) -> Numbers:
+    """Row by row, each block of both formed once."""
+    total = Numbers()
+    for one, other in _blocks(a, b):
+        apart = one - other
+        total += Numbers(_dot(one, one), _dot(other, other), _dot(one, other), _dot(apart, apart))
+    return total
+
+
+def _blocks(*forms: Form) -> Iterator[tuple[Tensor, ...]]:
+    first = forms[0]
+    step = max(1, BLOCK // max(1, first.columns))
+    for start in range(0, first.rows, step):
+        yield tuple(form.block(start, min(start + step, first.rows)) for form in forms)
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(one.reshape(-1).dot(other.reshape(-1)))

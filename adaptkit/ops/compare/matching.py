@@ -1,0 +1,272 @@
+"""What stands beside what: the modules of two adapters, or of an adapter and two checkpoints. Headers only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from adaptkit.errors import NotRepresentable, ShapeMismatch
+from adaptkit.keymap import KeyMap
+from adaptkit.names import Rows, Slot
+from adaptkit.ops.shared import Shared, Unused, selected
+from adaptkit.ops.difference.pairing import Pairing, Wanted
+from adaptkit.respelling import Part, Respelling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.names import Target
+    from adaptkit.ops.compare.inputs import Given
+
+__all__ = ["Base", "Cuts", "Job", "Side", "of_adapters", "of_checkpoint"]
+
+THIN = (
+    0.5  # of the entries of ΔW: factors that have more are dearer than its rows, a block at a time
+)
+_TWICE = "adapts rows that another module of this file adapts too"
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one entry says of a module, or of some of its rows: all that it has, or those of `cut`.
+
+    `rows` is how many, 0 where its tensors do not tell. Without an entry: nothing there. `base`: where the weight lies that
+    it changes, for kinds that are no difference; `rank`: that of its factors, where they are thin.
+    """
+
+    given: Given
+    entry: Entry | None
+    rows: int
+    cut: tuple[int, int] | None = None
+    base: tuple[Piece, ...] | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One module: what A says of it, and B's sides from its first row to its last; or what a checkpoint does (`change`).
+
+    `change` is where it lies in the base and in the tuned checkpoint. `counted`: whether it is one of the model's own layers.
+    """
+
+    label: str
+    mine: Side | None
+    theirs: tuple[Side, ...] = ()
+    change: tuple[tuple[Piece, ...], tuple[Piece, ...]] | None = None
+    counted: bool = True
+
+    @property
+    def both(self) -> bool:
+        """Whether there is something on either side."""
+        return self.mine is not None and bool(self.theirs or self.change)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """All sides, A's first."""
+        return self.theirs if self.mine is None else (self.mine, *self.theirs)
+
+
+class Base:
+    """The checkpoint that kinds which are no difference are applied to; None where none is given."""
+
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self.checkpoint = checkpoint
+        self.held = {} if checkpoint is None else checkpoint.targets()
+
+    def side(self, given: Given, part: Part) -> Side:
+        """A part with what it needs; NotRepresentable where the base has no such layer, ShapeMismatch where it does not fit."""
+        entry, cut = part.entry, part.cut
+        if entry is None:
+            return Side(given, None, part.rows)
+        rows = entry.facts.rows if cut is None else cut[1] - cut[0]
+        if not entry.kind.additive:
+            return Side(given, entry, rows, cut, self._pieces(given.adapter, entry))
+        rank, (height, width) = _rank(given.adapter, entry), _size(entry)
+        thin = rank is not None and rank * (height + width) <= THIN * height * width
+        return Side(given, entry, rows, cut, None, rank if thin else None)
+
+    def _pieces(self, adapter: Adapter, entry: Entry) -> tuple[Piece, ...] | None:
+        if self.checkpoint is None:
+            return None
+        label = adapter.label(entry.slot)
+        pieces = self.checkpoint.locate(entry.slot, self.held.get(entry.slot.target, {}))
+        if pieces is None:
+            raise NotRepresentable(
+                f"the base has no {label}, and what a {entry.kind.title} changes depends on it",
+                hint="pass the checkpoint that the adapter is for as --base, or leave the module out with --skip",
+                file=self.checkpoint.source.path,
+            )
+        fits(self.checkpoint, adapter, entry, pieces)
+        if (reason := self.checkpoint.refusal(piece.name for piece in pieces)) is not None:
+            raise NotRepresentable(
+                f"stored as {reason}, not as floats",
+                hint="use an fp8, fp16, bf16 or fp32 checkpoint as --base",
+                file=self.checkpoint.source.path,
+                tensor=pieces[0].name,
+            )
+        return pieces
+
+
+def fits(checkpoint: Checkpoint, adapter: Adapter, entry: Entry, pieces: tuple[Piece, ...]) -> None:
+    """ShapeMismatch unless an entry has the size of its layer."""
+    shape = checkpoint.slot_shape(pieces)
+    there = (shape[0] if shape else 1, math.prod(shape[1:]))
+    check_size(adapter, adapter.label(entry.slot), "the checkpoint", there, _size(entry))
+
+
+def check_size(
+    adapter: Adapter, label: str, where: str, there: tuple[int, int], here: tuple[int, int]
+) -> None:
+    """ShapeMismatch where two sizes (0: not told) differ."""
+    if any(one and other and one != other for one, other in zip(there, here, strict=True)):
+        shown = ["{} × {}".format(*(n or "?" for n in size)) for size in (there, here)]
+        raise ShapeMismatch(
+            f"{label} is {shown[0]} in {where}, {shown[1]} in this adapter",
+            hint="they were made for models of different sizes; see `adaptkit inspect --modules`",
+            file=adapter.source.path,
+        )
+
+
+def _size(entry: Entry) -> tuple[int, int]:
+    return entry.facts.rows, entry.facts.columns
+
+
+def _rank(adapter: Adapter, entry: Entry) -> int | None:
+    """The rank of the factors: of a Kronecker or a Hadamard product, the product of its sides' ranks."""
+    shapes = {role: adapter.source.infos[key].shape for role, key in entry.tensors()}
+    if {"w1", "w1_a"} & shapes.keys():
+        return _side_rank(shapes, "w1") * _side_rank(shapes, "w2")
+    return entry.facts.rank
+
+
+def _side_rank(shapes: Mapping[str, tuple[int, ...]], side: str) -> int:
+    whole = shapes.get(side)
+    return shapes[f"{side}_b"][0] if whole is None else min(whole[0], math.prod(whole[1:]))
+
+
+class Cuts(KeyMap):
+    """The key map of an adapter that cuts targets as this file does: by its own slots, and what they leave by its format's.
+
+    `twice`: slots whose rows another slot has too, and which are left out.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__(adapter.family, adapter.format)
+        self.adapter = adapter
+        self.twice: list[Slot] = []
+        self.held: dict[Target, list[Slot]] = {}
+        for slot in sorted(adapter.entries, key=lambda slot: (_span(slot)[0], -_span(slot)[1])):
+            mine = self.held.setdefault(slot.target, [])
+            (self.twice if mine and _span(slot)[0] < _span(mine[-1])[1] else mine).append(slot)
+
+    @property
+    def twice_keys(self) -> list[str]:
+        """Their keys."""
+        return [key for slot in self.twice for key in self.adapter.entries[slot].keys.values()]
+
+    def slots(self, target: Target) -> tuple[Slot, ...]:
+        """This file's slots of a target and those of the rows that it leaves out, in order; the format's where it has none."""
+        usual, mine = super().slots(target), self.held.get(target)
+        return usual if mine is None else tuple(sorted(self._with_gaps(mine, usual), key=_span))
+
+    def _with_gaps(self, mine: Sequence[Slot], usual: Sequence[Slot]) -> Iterator[Slot]:
+        at = Fraction(0)
+        for slot in (*mine, None):
+            start, stop = (Fraction(1), Fraction(1)) if slot is None else _span(slot)
+            if start > at:
+                named = [one for one in usual if at <= _span(one)[0] and _span(one)[1] <= start]
+                whole = sum(_span(one)[1] - _span(one)[0] for one in named) == start - at
+                yield from named if whole else [_gap(mine[0].target, at, start)]
+            if slot is not None:
+                yield slot
+            at = stop
+
+
+def _span(slot: Slot) -> tuple[Fraction, Fraction]:
+    rows = slot.rows or Rows(0, 1, 1)
+    return Fraction(rows.start, rows.total), Fraction(rows.stop, rows.total)
+
+
+def _gap(target: Target, start: Fraction, stop: Fraction) -> Slot:
+    total = math.lcm(start.denominator, stop.denominator)
+    return Slot(target, Rows(int(start * total), int(stop * total), total))
+
+
+# two adapters ----------------------------------------------------------------------------------------------------
+
+
+def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Job], list[Unused]]:
+    """Every module of A beside what B has of its rows, then what only B has; and the keys that are not used."""
+    ours, theirs = a.adapter, b.adapter
+    cuts = Cuts(ours)
+    respelling = Respelling(theirs, cuts)
+    shared = {slot: entry for slot, entry in theirs.entries.items() if slot.target in cuts.held}
+    try:
+        found = {job.slot: job for job in respelling.jobs(shared)}
+    except NotRepresentable as error:
+        raise error.at(file=theirs.source.path) from None
+    jobs = []
+    for slot, entry in ours.entries.items():
+        if slot not in cuts.twice and selected(ours.label(slot), slot.component, select):
+            parts = found[slot].parts if slot in found else ()
+            sides = tuple(base.side(b, part) for part in parts)
+            _check_sides(ours, entry, b, sides)
+            jobs.append(Job(ours.label(slot), base.side(a, Part(entry)), sides))
+    only = [(job.label, slot, job.parts) for slot, job in found.items() if slot not in ours.entries]
+    only += [
+        (theirs.label(slot), slot, (Part(e),))
+        for slot, e in theirs.entries.items()
+        if slot not in shared
+    ]
+    for label, slot, parts in only:
+        if selected(label, slot.component, select):
+            jobs.append(Job(label, None, tuple(base.side(b, part) for part in parts)))
+    return jobs, [*_unused(ours, cuts.twice_keys), *_unused(theirs, respelling.lost)]
+
+
+def _check_sides(ours: Adapter, entry: Entry, b: Given, sides: Sequence[Side]) -> None:
+    rows = sum(side.rows for side in sides) if all(side.rows for side in sides) else 0
+    for side in sides:
+        columns = 0 if side.entry is None else side.entry.facts.columns
+        label = ours.label(entry.slot)
+        check_size(b.adapter, label, ours.source.path.name, _size(entry), (rows, columns))
+
+
+def _unused(adapter: Adapter, twice: Iterable[str]) -> Iterator[Unused]:
+    """The keys of a file that are not compared, each with the reason."""
+    name = adapter.source.path.name
+    yield from (Unused(key, f"{name}: {reason}") for key, reason in adapter.unclaimed.items())
+    yield from (Unused(key, f"{name}: {_TWICE}") for key in twice)
+    yield from (
+        Unused(key, f"{name}: beside the adapter, no weights of a module")
+        for key in adapter.carried
+    )
+
+
+# an adapter and two checkpoints ----------------------------------------------------------------------------------
+
+
+def of_checkpoint(
+    a: Given, checkpoints: tuple[Checkpoint, Checkpoint], select: Shared
+) -> tuple[list[Job], list[Unused]]:
+    """Every module beside the difference of (base, tuned); what else they hold, without a side; then what only A has."""
+    base, tuned = checkpoints
+    entries, cuts, there = a.adapter.entries, Cuts(a.adapter), Base(base)
+    pairing = Pairing(base, tuned, cuts, Wanted("full", True, select))
+    jobs, met = [], set(cuts.twice)
+    for pair in pairing.jobs():
+        job = Job(pair.label, None, (), (pair.base, pair.tuned), pair.counted)
+        entry = None if pair.slot is None or pair.slot in cuts.twice else entries.get(pair.slot)
+        if entry is not None:
+            fits(base, a.adapter, entry, pair.base)
+            job = replace(job, mine=there.side(a, Part(entry)))
+            met.add(entry.slot)
+        jobs.append(job)
+    for slot, entry in entries.items():
+        if slot not in met and selected(base.label(slot), slot.component, select):
+            jobs.append(Job(base.label(slot), there.side(a, Part(entry))))
+    return jobs, [*_unused(a.adapter, cuts.twice_keys), *pairing.lost, *pairing.left]

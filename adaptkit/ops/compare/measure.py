@@ -1,0 +1,238 @@
+"""From a module's stored tensors to its numbers: what the engine does with each step of a comparison."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from adaptkit.algorithms.contract import same
+from adaptkit.checkpoint import exchanged
+from adaptkit.engine import Step
+from adaptkit.errors import NonFinite, NotRepresentable
+from adaptkit.ops.compare.distance import (
+    BLOCK,
+    Form,
+    Numbers,
+    alike,
+    applied,
+    difference,
+    form,
+    measure,
+    widened,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from adaptkit.adapter import Entry
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.ops.compare.matching import Job, Side
+
+__all__ = ["Worker", "needs_base"]
+
+WIDE = 8  # bytes of a float64
+
+
+def needs_base(entry: Entry, label: str) -> NotRepresentable:
+    """What to say where a kind that is no difference is not simply equal to the other."""
+    return NotRepresentable(
+        f"what a {entry.kind.title} changes depends on the weight it is applied to",
+        hint="pass the checkpoint that the adapters are for as --base; without it, only equal tensors compare",
+        tensor=label,
+    )
+
+
+class Worker:
+    """Plans, reads and measures jobs; `base` and `tuned` are those of them that are given."""
+
+    def __init__(self, base: Checkpoint | None, tuned: Checkpoint | None) -> None:
+        self.base, self.tuned = base, tuned
+
+    # planning
+
+    def step(self, job: Job) -> Step[Job]:
+        """A job of its own bucket, and the working memory it needs."""
+        size = 4 * WIDE * BLOCK + sum(self._bytes(side) for side in job.sides)
+        size += sum(checkpoint.nbytes(pieces) for _, checkpoint, pieces in self._pieces(job))
+        first = next((side for side in job.sides if side.entry), None)
+        if job.change is not None and self.tuned is not None:
+            order = self.tuned.source.order(job.change[1][0].name)
+        else:
+            assert first is not None
+            assert first.entry is not None
+            order = first.given.adapter.source.order(next(key for _, key in first.entry.tensors()))
+        return Step(job, id(job), size, order)
+
+    def _bytes(self, side: Side) -> int:
+        """Working memory of a side: its tensors as stored and in float64, and what is made of them."""
+        if side.entry is None:
+            return 0
+        facts = side.entry.facts
+        infos = [side.given.adapter.source.infos[key] for _, key in side.entry.tensors()]
+        stored, elements = sum(info.nbytes for info in infos), sum(info.numel for info in infos)
+        if side.entry.kind.name == "full":
+            return 2 * stored
+        size = stored + 2 * WIDE * elements
+        if (
+            side.base is not None and self.base is not None
+        ):  # the weight, what becomes of it, and one more meanwhile
+            return size + 3 * WIDE * math.prod(self.base.slot_shape(side.base))
+        # factors: scaled, put together with those of the other side, and what QR makes of that
+        return size + 4 * WIDE * (side.rank or 0) * (facts.rows + facts.columns)
+
+    def _pieces(self, job: Job) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
+        """What is read from the checkpoints, each once, and under which name."""
+        pieces = [side.base for side in job.sides] + [job.change and job.change[0]]
+        for one in dict.fromkeys(pieces):
+            if one is not None and self.base is not None:
+                yield _name(one), self.base, one
+        if job.change is not None and self.tuned is not None:
+            yield "tuned", self.tuned, job.change[1]
+
+    # running
+
+    def load(self, job: Job) -> dict[str, Tensor]:
+        """Everything a job needs: the tensors of side n as `n/role`, the base's by their names, and `tuned`."""
+        found = {name: checkpoint.read(pieces) for name, checkpoint, pieces in self._pieces(job)}
+        for n, side in enumerate(job.sides):
+            if side.entry is not None:
+                found |= {
+                    f"{n}/{role}": tensor
+                    for role, tensor in side.given.adapter.read(side.entry).items()
+                }
+        return found
+
+    def work(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[Numbers]:
+        """The numbers of one job."""
+        (job,) = jobs
+        stored = {name: tensor[0] for name, tensor in tensors.items()}
+        try:
+            numbers = _job(job, stored)
+        except NotRepresentable as error:
+            raise error.at(tensor=job.label) from None
+        if not numbers.finite:
+            raise self._non_finite(job, stored)
+        return [numbers]
+
+    def _non_finite(self, job: Job, stored: Mapping[str, Tensor]) -> NonFinite:
+        what = "holds NaN or infinity"
+        for n, side in enumerate(job.sides):
+            for role, key in side.entry.tensors() if side.entry else ():
+                if not _finite(stored[f"{n}/{role}"]):
+                    return NonFinite(what, file=side.given.adapter.source.path, tensor=key)
+        for name, checkpoint, pieces in self._pieces(job):
+            if not _finite(stored[name]):
+                return NonFinite(what, file=checkpoint.source.path, tensor=pieces[0].name)
+        return NonFinite("what it changes is too large a number", tensor=job.label)
+
+
+def _name(pieces: tuple[Piece, ...]) -> str:
+    return "+".join(f"{piece.name}{piece.rows or ''}" for piece in pieces)
+
+
+def _finite(tensor: Tensor) -> bool:
+    import torch
+
+    return bool(torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all())
+
+
+def _job(job: Job, stored: Mapping[str, Tensor]) -> Numbers:
+    sides = [_operand(job, n, stored) for n in range(len(job.sides))]
+    mine = None if job.mine is None else sides.pop(0)
+    if job.change is not None:
+        base, tuned = stored[_name(job.change[0])], stored["tuned"]
+        ours = None if mine is None else mine.form
+        return measure(ours, None if same(base, tuned) else difference(tuned, base))
+    if mine is None:
+        return sum((measure(None, side.form) for side in sides if side is not None), Numbers())
+    if len(sides) < 2:
+        return _pair(mine, sides[0] if sides else None, None)
+    total, start = Numbers(), 0
+    for side, other in zip(job.theirs, sides, strict=True):
+        total += _pair(mine, other, (start, start + side.rows))
+        start += side.rows
+    return total
+
+
+def _operand(job: Job, n: int, stored: Mapping[str, Tensor]) -> _Operand | None:
+    side = job.sides[n]
+    if side.entry is None:
+        return None
+    found = {role: stored[f"{n}/{role}"] for role, _ in side.entry.tensors()}
+    return _Operand(
+        side, side.entry, job.label, found, None if side.base is None else stored[_name(side.base)]
+    )
+
+
+def _pair(mine: _Operand, other: _Operand | None, rows: tuple[int, int] | None) -> Numbers:
+    """The numbers of these rows of A (None: all), and of what B has of them."""
+    if other is None:
+        return measure(mine.rows(rows), None)
+    if mine.equal(other, rows):
+        size = measure(mine.rows(rows), None).a if mine.known else 0.0
+        return Numbers(size, size, size, known=mine.known)
+    if not (mine.finite and other.finite):
+        return Numbers(error=math.nan)  # before anything is said of the base that may be missing
+    return measure(mine.rows(rows), other.form)
+
+
+@dataclass
+class _Operand:
+    """A side that has been read."""
+
+    side: Side
+    entry: Entry
+    label: str
+    stored: Mapping[str, Tensor]
+    base: Tensor | None
+
+    @cached_property
+    def finite(self) -> bool:
+        return all(map(_finite, self.stored.values()))
+
+    @property
+    def known(self) -> bool:
+        """Whether it can be told what it changes."""
+        return self.entry.kind.additive or self.base is not None
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Decoded in float64, rows as they are stored; a full difference as it is, since it is as large as the weight."""
+        tensors = dict(self.stored) if self.entry.kind.name == "full" else widened(self.stored)
+        return self.entry.kind.decode(tensors, self.entry.facts)
+
+    @cached_property
+    def form(self) -> Form:
+        """What it changes."""
+        if not self.known:
+            raise needs_base(self.entry, self.label)
+        swapped, strength = self.entry.swapped, self.side.given.strength
+        if self.base is None:
+            size = self.entry.facts.rows, self.entry.facts.columns
+            whole = form(self.weights, strength, size, thin=self.side.rank is not None)
+        else:
+            whole = applied(self.weights, exchanged(self.base) if swapped else self.base, strength)
+        whole = whole.exchanged() if swapped else whole
+        return whole if self.side.cut is None else whole.cut(*self.side.cut)
+
+    def rows(self, rows: tuple[int, int] | None) -> Form:
+        """What it changes of these rows of its own (None: all)."""
+        return self.form if rows is None else self.form.cut(*rows)
+
+    def equal(self, other: _Operand, rows: tuple[int, int] | None) -> bool:
+        """Whether these rows of it and all of the other side hold the same numbers."""
+        if self.side.given.strength != other.side.given.strength:
+            return False
+        try:
+            return alike(self._part(rows), other._part(other.side.cut))
+        except NotRepresentable:  # not to be cut there
+            return False
+
+    def _part(self, rows: tuple[int, int] | None) -> Weights:
+        weights = self.weights.swapped() if self.entry.swapped else self.weights
+        return weights if rows is None else weights.part(*rows)

@@ -1,0 +1,317 @@
+"""inspect: what a file is, from its header alone. Never imports torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.adapter import PEFT_CONFIG, Adapter, Problem, open_adapter_source
+from adaptkit.checkpoint import Checkpoint
+from adaptkit.detect import Detection, is_adapter
+from adaptkit.errors import AdaptkitError, UnknownAdapter
+from adaptkit.files.provenance import sha256
+from adaptkit.formats.contract import Alpha
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from adaptkit.files.header import TensorInfo
+    from adaptkit.files.source import TensorSource
+    from adaptkit.ops.shared import Progress
+
+__all__ = ["Options", "Report", "expand", "run"]
+
+_STRANGER = "an adapter whose model family, key format or algorithm adaptkit does not know yet"
+STRONG = 4.0  # alpha / rank beyond this is rarely meant
+SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to look at besides the summary."""
+
+    family: str | None = None
+    format: str | None = None
+    hash: bool = False
+    stats: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """One file: the record of the JSON contract, and what `--keys` and `--modules` show.
+
+    `spectra` are the singular values of every module's ΔW, descending, none where it has none; empty without `stats`.
+    """
+
+    record: Mapping[str, Any]
+    keys: tuple[Mapping[str, Any], ...] = ()
+    modules: tuple[Mapping[str, Any], ...] = ()
+    error: AdaptkitError | None = None
+    spectra: tuple[Sequence[float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, field names as in the contract."""
+        return dict(self.record)
+
+
+def expand(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files as they are; a folder that is one model or adapter as one, any other folder as the weight files below it."""
+    for path in paths:
+        if path.is_dir() and not _is_one(path):
+            found = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in SUFFIXES and file.is_file()
+            )
+            yield from found or [path]
+        else:
+            yield path
+
+
+def _is_one(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in ("model_index.json", PEFT_CONFIG)):
+        return True
+    return any(folder.glob("*.index.json")) or any(folder.glob("unet/*.safetensors"))
+
+
+def run(path: Path, options: Options | None = None, progress: Progress | None = None) -> Report:
+    """Report on one file; a file that cannot be understood gives a report with an error, not an exception.
+
+    `progress` is called with the number of modules read and of all, where `options.stats` asks to read them.
+    """
+    options = options or Options()
+    try:
+        source, config = open_adapter_source(path)
+    except AdaptkitError as error:
+        return _failed(path, error)
+    with source:
+        try:
+            adapter = is_adapter(source.infos)
+            report = (
+                _adapter(source, config, options, progress)
+                if adapter
+                else _checkpoint(source, options)
+            )
+        except AdaptkitError as error:
+            return _failed(path, error)
+    hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+    return replace(report, record={"path": str(path), **report.record, **hashed})
+
+
+def _failed(path: Path, error: AdaptkitError) -> Report:
+    record = {"path": str(path), "error": str(error.at(file=path)), "hint": error.hint}
+    return Report(record, error=error)
+
+
+def _evidence(found: Detection) -> dict[str, Any]:
+    other = found.runner_up
+    return {
+        "claimed": found.claimed,
+        "total": found.total,
+        "runner_up": other and {"family": other[0], "format": other[1], "claimed": other[2]},
+        "alternatives": list(found.alternatives),
+    }
+
+
+def _dtypes(infos: Iterable[TensorInfo]) -> dict[str, int]:
+    return dict(Counter(info.dtype for info in infos).most_common())
+
+
+def _keys(source: TensorSource, reasons: Mapping[str, str]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(
+        {
+            "key": info.name,
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "note": reasons.get(info.name),
+        }
+        for info in source.infos.values()
+    )
+
+
+def _adapter(
+    source: TensorSource,
+    config: Mapping[str, object] | None,
+    options: Options,
+    progress: Progress | None,
+) -> Report:
+    try:
+        adapter = Adapter.understand(source, config, family=options.family, format=options.format)
+    except UnknownAdapter:
+        if options.family or options.format:
+            raise
+        return _stranger(source)
+    entries = adapter.entries.values()
+    record = {
+        "bytes": source.size,
+        "kind": "adapter",
+        "family": adapter.family.name if adapter.known else None,
+        "format": adapter.format.name,
+        "evidence": _evidence(adapter.detection),
+        "algorithms": adapter.algorithms(),
+        "components": dict(Counter(entry.slot.component for entry in entries).most_common()),
+        "modules": len(entries),
+        "parameters": sum(
+            source.infos[key].numel for entry in entries for _, key in entry.tensors()
+        ),
+        "dtypes": _dtypes(source.infos.values()),
+        "ranks": _counted(
+            str(entry.facts.rank) for entry in entries if entry.facts.rank is not None
+        ),
+        "scales": _counted(f"{entry.facts.scale:g}" for entry in entries if not entry.kind.bounded),
+        "alpha_source": adapter.alpha_source,
+        "unclaimed": list(adapter.unclaimed),
+        "problems": [_problem(problem) for problem in (*_problems(adapter), *_traps(adapter))],
+        **_loads_in(adapter),
+        "metadata": dict(source.metadata),
+    }
+    report = Report(record, _keys(source, adapter.unclaimed), tuple(_modules(adapter)))
+    return _with_stats(adapter, report, progress) if options.stats else report
+
+
+def _loads_in(adapter: Adapter) -> dict[str, Any]:
+    """What each host makes of the file (None: not measured), and why not."""
+    from adaptkit.hosts import judge
+
+    verdicts = judge(adapter)
+    return {
+        "loads_in": {name: verdict.loads for name, verdict in verdicts.items()},
+        "why": {name: verdict.why for name, verdict in verdicts.items() if verdict.why},
+    }
+
+
+def _traps(adapter: Adapter) -> Iterator[Problem]:
+    """What loads, but perhaps not as meant."""
+    ranked = [entry for entry in adapter.entries.values() if entry.facts.rank is not None]
+    silent = [entry for entry in ranked if entry.alpha is None]
+    if silent and adapter.format.alpha is Alpha.TENSOR:
+        yield Problem(
+            "warning", None, f"{len(silent)} modules have no alpha: every host takes alpha = rank"
+        )
+    for what, found in (
+        ("alpha is 0, so they do nothing", [e for e in ranked if e.facts.scale == 0]),
+        ("alpha is negative, so they work backwards", [e for e in ranked if e.facts.scale < 0]),
+        (
+            f"alpha is more than {STRONG:g} times the rank",
+            [e for e in ranked if e.facts.scale > STRONG],
+        ),
+    ):
+        if found:
+            yield Problem("warning", adapter.label(found[0].slot), f"{len(found)} modules: {what}")
+
+
+def _with_stats(adapter: Adapter, report: Report, progress: Progress | None) -> Report:
+    """The report with the numbers of every module, their sums by block, and what is wrong with them. Reads every tensor."""
+    from adaptkit.ops.inspect import stats
+
+    found = _stats.measure(adapter, progress)
+    added = {
+        "problems": [*report.record["problems"], *map(_problem, _stats.problems(found))],
+        "norm": _stats.total_norm(found),
+        "blocks": _stats.rolled_up(found, [part.name for part in adapter.family.components]),
+    }
+    modules = tuple(
+        {**module, **one.to_dict()} for module, one in zip(report.modules, found, strict=True)
+    )
+    return replace(
+        report,
+        record={**report.record, **added},
+        modules=modules,
+        spectra=tuple(one.sigma for one in found),
+    )
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {"severity": problem.severity, "module": problem.module, "what": problem.what}
+
+
+def _problems(adapter: Adapter) -> Iterator[Problem]:
+    yield from adapter.problems
+    foreign = [key for key, reason in adapter.unclaimed.items() if reason.startswith("no such")]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        yield Problem("error", None, f"{foreign[0]}{more}: {adapter.unclaimed[foreign[0]]}")
+
+
+def _modules(adapter: Adapter) -> Iterator[Mapping[str, Any]]:
+    for entry in adapter.entries.values():
+        facts = entry.facts
+        yield {
+            "module": adapter.label(entry.slot),
+            "algorithm": entry.kind.name,
+            "rank": facts.rank,
+            "alpha": entry.alpha,
+            "scale": facts.scale,
+            "rows": facts.rows,
+            "columns": facts.columns,
+            "kernel": None if facts.kernel is None else list(facts.kernel),
+            "dtype": adapter.source.infos[next(key for _, key in entry.tensors())].dtype,
+        }
+
+
+def _stranger(source: TensorSource) -> Report:
+    """An adapter whose family or format nobody knows."""
+    record = _plain(source, "adapter", Detection(None, None, 0, len(source.infos)))
+    record["unclaimed"] = list(source.infos)
+    record["problems"] = [{"severity": "error", "module": None, "what": _STRANGER}]
+    return Report(record, _keys(source, {}))
+
+
+def _plain(source: TensorSource, kind: str, found: Detection) -> dict[str, Any]:
+    return {
+        "bytes": source.size,
+        "kind": kind,
+        "family": found.family,
+        "format": None,
+        "evidence": _evidence(found),
+        "algorithms": {},
+        "components": {},
+        "modules": 0,
+        "parameters": sum(info.numel for info in source.infos.values()),
+        "dtypes": _dtypes(source.infos.values()),
+        "ranks": {},
+        "scales": {},
+        "alpha_source": "none",
+        "unclaimed": [],
+        "problems": [],
+        "loads_in": None,
+        "metadata": dict(source.metadata),
+    }
+
+
+def _checkpoint(source: TensorSource, options: Options) -> Report:
+    try:
+        checkpoint = Checkpoint.understand(source, family=options.family)
+    except UnknownAdapter:
+        if sum(name.endswith(".weight") for name in source.infos) == 0:
+            raise UnknownAdapter(
+                "neither an adapter nor a checkpoint: no key names a weight",
+                hint=f"it begins with {next(iter(source.infos), 'nothing')!r}",
+            ) from None
+        record = _plain(source, "checkpoint", Detection(None, None, 0, len(source.infos)))
+        return Report(record, _keys(source, {}))
+    record = _plain(source, "checkpoint", checkpoint.detection)
+    parts = [place.slot.component for place in checkpoint.places.values()]
+    record["components"] = dict(Counter([*parts, *checkpoint.others.values()]).most_common())
+    record["modules"] = len({place.slot.target.module for place in checkpoint.places.values()})
+    record["layout"] = ", ".join(
+        dict.fromkeys(place.naming for place in checkpoint.places.values())
+    )
+    return Report(record, _keys(source, checkpoint.others), tuple(_places(checkpoint)))
+
+
+def _places(checkpoint: Checkpoint) -> Iterator[Mapping[str, Any]]:
+    for name, place in checkpoint.places.items():
+        info = checkpoint.source.infos[name]
+        yield {
+            "module": checkpoint.label(place.slot),
+            "key": name,
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+        }

@@ -1,0 +1,294 @@
+"""What the weights of an adapter say: size and spectrum of every ΔW, one module in memory at a time, rolled up by block."""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from dataclasses import dataclass, field
+from statistics import median, median_high
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.adapter import Problem
+from adaptkit.errors import NotRepresentable
+from adaptkit.names import BIAS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.algorithms.contract import Facts, Weights
+    from adaptkit.ops.shared import Progress
+
+__all__ = [
+    "KINDS",
+    "NUMBERED",
+    "Measured",
+    "block_of",
+    "kind_of",
+    "measure",
+    "problems",
+    "rolled_up",
+    "total_norm",
+]
+
+HALF = 65504.0  # the largest float16
+EDGE = 1e-12  # of the whole energy: sums of equal parts may miss a share by their rounding
+LIST = r"(?:blocks?|layers?|refiner|stages?)"  # how the names of lists of equal blocks end
+BLOCK = re.compile(rf"(?:.*?[._])?(?:(?:mid|middle)_block|\w*?{LIST}[._]\d+)(?=[._])")
+NUMBERED = re.compile(rf"(.*{LIST})[._](\d+)")  # `unet.down_blocks.1`, but not `text_encoder_2`
+STAGES = (
+    ("down_blocks", "input_blocks"),
+    ("mid_block", "middle_block"),
+    ("up_blocks", "output_blocks"),
+)
+# the first that is found in a module's name below its block; biases and norms are told by their shape
+PATTERNS = {
+    "mod": r"ada_?(ln|norm)|modulation|(^|[._])mod([._]|$)|norm\w*[._]linear|scale_shift",
+    "emb": r"emb|(^|[._])(img|txt|time|vector|guidance|vision|byt5)_in([._]|$)|patchify|caption_proj",
+    "conv": r"conv|samplers|skip_connection|(in|out)_layers|[._]op$",
+    "fused": r"^linear[12]$|qkv_mlp",  # attention and ff in one matrix
+    "qkv": r"qkv|att\w*[._]in_proj|(^|[._])(to_)?kv(_proj)?$",
+    "ff": r"(^|[._])ffn?([._]|$)|mlp|feed_?forward|fc\d|densereludense",
+    "q": r"(^|[._])(to_|add_|w)?q(uery)?(_proj|_img)?$",
+    "k": r"(^|[._])(to_|add_|w)?k(ey)?(_proj|_img)?$",
+    "v": r"(^|[._])(to_|add_|w)?v(alue)?(_proj|_img)?$",
+    "out": r"(to_(add_)?out|(^|[._])wo|att\w*[._](proj|out|o|out_proj|o_proj|output_proj))([._]\d+)?$",
+    "proj": r"proj",
+}
+KINDS = (
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "out",
+    "fused",
+    "ff",
+    "mod",
+    "conv",
+    "proj",
+    "emb",
+    "norm",
+    "bias",
+    "other",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One module: `norm` ‖ΔW‖_F, None where it cannot be had; `sigma` the singular values of ΔW, descending, empty likewise."""
+
+    module: str
+    component: str
+    block: str
+    kind: str
+    norm: float | None
+    sigma: Sequence[float] = ()
+    non_finite: tuple[str, ...] = ()  # keys of tensors that hold NaN or infinity
+    zero: int = 0  # tensors that hold nothing but zeros
+    problem: Problem | None = None
+    energies: Sequence[float] = field(init=False, repr=False)  # Σ σ² up to each
+
+    def __post_init__(self) -> None:
+        total, sums = 0.0, array("d")
+        for value in self.sigma:
+            total += value * value
+            sums.append(total)
+        object.__setattr__(self, "energies", sums)
+
+    @property
+    def spectral_norm(self) -> float | None:
+        """σ₁."""
+        return self.sigma[0] if self.sigma else None
+
+    @property
+    def stable_rank(self) -> float | None:
+        """‖ΔW‖²_F / σ₁², between 1 and the rank; 0 for ΔW = 0."""
+        if not self.sigma:
+            return None
+        return self.energies[-1] / self.sigma[0] ** 2 if self.sigma[0] > 0 else 0.0
+
+    def rank(self, share: float) -> int | None:
+        """The least number of singular values that hold this share of ‖ΔW‖²; 0 for ΔW = 0."""
+        if not self.sigma:
+            return None
+        wanted = (share - EDGE) * self.energies[-1]
+        return 1 + sum(held < wanted for held in self.energies) if self.sigma[0] > 0 else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `inspect --stats` adds to a module."""
+        return {
+            "block": self.block,
+            "kind": self.kind,
+            "norm": self.norm,
+            "spectral_norm": self.spectral_norm,
+            "stable_rank": self.stable_rank,
+            "rank_90": self.rank(0.9),
+            "rank_99": self.rank(0.99),
+            "non_finite_tensors": len(self.non_finite),
+            "zero_tensors": self.zero,
+        }
+
+
+def measure(adapter: Adapter, progress: Progress | None = None) -> tuple[Measured, ...]:
+    """Every module, in file order."""
+    found = []
+    for done, entry in enumerate(adapter.entries.values(), 1):
+        found.append(_measured(adapter, entry))
+        if progress:
+            progress(done, len(adapter.entries))
+    return tuple(found)
+
+
+def _measured(adapter: Adapter, entry: Entry) -> Measured:
+    label = adapter.label(entry.slot)
+    block = block_of(label, entry.slot.component)
+    kind = kind_of(label.removeprefix(block), entry.slot.param, entry.facts)
+    tensors = adapter.read(entry)
+    extremes = {
+        entry.keys[role]: _extremes(tensor) for role, tensor in tensors.items() if tensor.numel()
+    }
+    bad = tuple(key for key, found in extremes.items() if not all(map(math.isfinite, found)))
+    zero = sum(found == (0.0, 0.0) for found in extremes.values())
+    norm, sigma = (None, ()) if bad else _sizes(entry.decode(tensors), entry.facts.vector)
+    where = (label, entry.slot.component, block, kind)
+    return Measured(*where, _finite(norm), sigma, bad, zero, _problem(label, norm, bad))
+
+
+def _extremes(tensor: Tensor) -> tuple[float, float]:
+    """(least, greatest); NaN where there is one."""
+    import torch
+
+    wide = (
+        tensor
+        if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        else tensor.float()
+    )
+    low, high = torch.aminmax(wide)
+    return float(low), float(high)
+
+
+def _sizes(weights: Weights, vector: bool) -> tuple[float | None, Sequence[float]]:
+    """(‖ΔW‖, σ): no σ of a vector; neither where ΔW depends on the weight; the norm alone, infinite, where ΔW is not finite."""
+    import torch
+
+    try:
+        if vector:
+            return math.sqrt(weights.norm_squared()), ()
+        sigma = array("d", weights.spectrum().double().tolist())
+    except NotRepresentable:
+        return None, ()
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # what decompositions say of a ΔW that is not finite
+        return math.inf, ()
+    norm = math.hypot(*sigma)
+    return (norm, sigma) if math.isfinite(norm) else (math.inf, ())
+
+
+def _finite(norm: float | None) -> float | None:
+    return norm if norm is not None and math.isfinite(norm) else None
+
+
+def _problem(label: str, norm: float | None, bad: tuple[str, ...]) -> Problem | None:
+    if bad:
+        return Problem("error", label, f"{bad[0]} holds NaN or infinity")
+    if norm is None or 0.0 < norm <= HALF:
+        return None
+    if norm == 0.0:
+        return Problem("warning", label, "ΔW is zero: the module does nothing")
+    if not math.isfinite(norm):
+        return Problem(
+            "error", label, "ΔW overflows: its tensors are finite, but their product is not"
+        )
+    return Problem("warning", label, f"‖ΔW‖ is {norm:.3g}: merged into fp16 it may overflow")
+
+
+def problems(measured: Iterable[Measured]) -> Iterator[Problem]:
+    """NaN and infinity, zeros, and what overflows fp16."""
+    return (one.problem for one in measured if one.problem is not None)
+
+
+# blocks ----------------------------------------------------------------------------------------------------------
+
+
+def block_of(label: str, component: str) -> str:
+    """The block a module stands in: its name up to the first number of a list of blocks, or its component where there is none.
+
+    >>> block_of("unet.down_blocks.1.attentions.0.proj_in", "unet")
+    'unet.down_blocks.1'
+    """
+    found = BLOCK.match(label)
+    return found.group() if found else component
+
+
+def kind_of(inside: str, param: str, facts: Facts) -> str:
+    """What sort of layer a module is, by its name below its block (`.attn1.to_q`): one of `KINDS`."""
+    if facts.vector:
+        return "bias" if param == BIAS else "norm"
+    name = inside.strip("._").lower()
+    found = next((kind for kind, pattern in PATTERNS.items() if re.search(pattern, name)), "other")
+    window = math.prod(facts.kernel or ())
+    return "conv" if window > 1 and found in ("other", "proj") else found
+
+
+def rolled_up(measured: Sequence[Measured], components: Sequence[str]) -> list[dict[str, Any]]:
+    """One record per block, in the order the model runs them: parts as in `components`, blocks by number, the rest last.
+
+    `norm` is the root of the sum of squares, `spectral_norm` the largest, `stable_rank`, `rank_90` and `rank_99` the
+    median, `kinds` the typical ‖ΔW‖ of a layer of each kind (the root mean square); null where no module has the number.
+    """
+    groups: dict[str, list[Measured]] = {}
+    for one in measured:
+        groups.setdefault(one.block, []).append(one)
+    lists = {name: n for n, name in enumerate(dict.fromkeys(map(_list_of, groups)))}
+
+    def place(block: str) -> tuple[int, ...]:
+        component, run, numbered = (
+            groups[block][0].component,
+            _list_of(block),
+            NUMBERED.fullmatch(block),
+        )
+        stage = next((n for n, names in enumerate(STAGES) if run.endswith(names)), 0)
+        part = components.index(component) if component in components else len(components)
+        return part, block == component, stage, lists[run], int(numbered[2]) if numbered else 0
+
+    return [_rolled(block, groups[block]) for block in sorted(groups, key=place)]
+
+
+def _list_of(block: str) -> str:
+    """`unet.down_blocks.1` → `unet.down_blocks`."""
+    found = NUMBERED.fullmatch(block)
+    return found[1] if found else block
+
+
+def _rolled(block: str, group: Sequence[Measured]) -> dict[str, Any]:
+    spectral = [one for one in group if one.sigma]
+    kinds = {kind: [one for one in group if one.kind == kind] for kind in KINDS}
+    return {
+        "block": block,
+        "modules": len(group),
+        "norm": total_norm(group),
+        "spectral_norm": max((one.sigma[0] for one in spectral), default=None),
+        "stable_rank": median(_numbers(one.stable_rank for one in spectral)) if spectral else None,
+        "rank_90": median_high(_numbers(one.rank(0.9) for one in spectral)) if spectral else None,
+        "rank_99": median_high(_numbers(one.rank(0.99) for one in spectral)) if spectral else None,
+        "non_finite_tensors": sum(len(one.non_finite) for one in group),
+        "zero_tensors": sum(one.zero for one in group),
+        "kinds": {kind: _typical_norm(found) for kind, found in kinds.items() if found},
+    }
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def total_norm(measured: Iterable[Measured]) -> float | None:
+    """√Σ‖ΔW‖²; None where no module has a norm."""
+    norms = _numbers(one.norm for one in measured)
+    return math.hypot(*norms) if norms else None
+
+
+def _typical_norm(measured: Iterable[Measured]) -> float | None:
+    norms = _numbers(one.norm for one in measured)
+    return math.hypot(*norms) / math.sqrt(len(norms)) if norms else None

@@ -1,0 +1,554 @@
+"""The kernel of a merge: all adapters of a weight added in float32 and rounded once, for one output or several at once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adaptkit.checkpoint import exchanged
+from adaptkit.engine import Step
+from adaptkit.errors import NonFinite
+from adaptkit.files.header import DTYPES, nbytes
+from adaptkit.ops.shared import torch_dtype
+from adaptkit.ops.merge.requantise import quantised, widened
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from adaptkit.adapter import Adapter
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.checkpoint import Checkpoint
+    from adaptkit.files.sink import Pieces
+    from adaptkit.names import Slot
+    from adaptkit.ops.merge.layout import Output, Scattered
+    from adaptkit.ops.merge.plan import Job, Plan
+
+__all__ = ["Blender", "Merged", "Task", "combined", "step_of"]
+
+BLOCK = 1 << 19  # entries added to at a time: three blocks of float32, which stay in the cache
+LARGEST = (
+    1 << 22
+)  # entries that a block may have where a kind can only be cut between its own blocks
+
+
+@dataclass(frozen=True)
+class Task:
+    """One tensor of the base and what becomes of it in each output; None where an output copies it.
+
+    `sources`: for each output, which stored entry each contribution is; outputs that add the same one share its number.
+    """
+
+    name: str
+    jobs: tuple[Job | None, ...]
+    sources: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """‖W‖², ‖ΔW‖² and the ‖·‖² lost to rounding; the tensor as stored (with its scale), unless it is written already."""
+
+    tensor: Tensor | None
+    scale: Tensor | None
+    weight: float
+    delta: float
+    rounding: float
+
+
+# planning: no torch from here to Blender ------------------------------------------------------------------------------
+
+
+def step_of(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job]:
+    """The step of one job; its bytes are those of one output."""
+    shared, own = _sizes(job, base, adapters)
+    factors = sum(_factors(job, adapters).values())
+    return Step(
+        job, _shape(job, base, adapters), shared + own + factors, base.source.order(job.name)
+    )
+
+
+def combined(plans: Sequence[Plan]) -> tuple[Step[Task], ...]:
+    """One step for each tensor that any of these outputs on one base does not copy."""
+    base = plans[0].base
+    found: dict[str, list[tuple[int, Step[Job]]]] = {}
+    for number, plan in enumerate(plans):
+        for step in plan.steps:
+            found.setdefault(step.payload.name, []).append((number, step))
+    return tuple(
+        _combined(name, steps, plans) for name in base.source.infos if (steps := found.get(name))
+    )
+
+
+def _combined(
+    name: str, steps: Sequence[tuple[int, Step[Job]]], plans: Sequence[Plan]
+) -> Step[Task]:
+    jobs: list[Job | None] = [None] * len(plans)
+    own, shared = 0, 0
+    factors: dict[tuple[Path, Slot], int] = {}
+    for number, step in steps:
+        plan = plans[number]
+        sizes = _sizes(step.payload, plan.base, plan.adapters)
+        shared, own = max(shared, sizes[0]), own + sizes[1]
+        factors |= _factors(step.payload, plan.adapters)
+        jobs[number] = step.payload
+    sources = _sources(jobs, plans)
+    shape = sources, tuple((number, step.shape) for number, step in steps)
+    return Step(
+        Task(name, tuple(jobs), sources),
+        shape,
+        shared + own + sum(factors.values()),
+        steps[0][1].order,
+    )
+
+
+def _sources(jobs: Sequence[Job | None], plans: Sequence[Plan]) -> tuple[tuple[int, ...], ...]:
+    known: dict[tuple[Path, Slot], int] = {}
+    return tuple(
+        tuple(
+            known.setdefault((plan.adapters[c.adapter].source.path, c.entry.slot), len(known))
+            for c in (job.contributions if job else ())
+        )
+        for job, plan in zip(jobs, plans, strict=True)
+    )
+
+
+def _sizes(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int, int]:
+    """Bytes that all outputs of a tensor share, and those that each needs for itself.
+
+    In blocks of rows that is W as stored and four blocks, and one block. Else the result, and W in float32 and, for a kind
+    without factors, its dense ΔW; scaled weights are kept as they were read, and widened once more to see what rounding did.
+    """
+    info = base.source.infos[job.name]
+    own = nbytes(job.dtype, info.shape)
+    apart = row_step(job, base, adapters)
+    if apart is not None:
+        block = 4 * min(info.numel, max(BLOCK, apart * _columns(info.shape)))
+        return info.nbytes + 4 * block, min(own, block)
+    kinds = ((c.entry.facts.rank, c.entry.kind.name) for c in job.contributions if c.strength)
+    dense = max(
+        (0 if rank and kind == "lora" else 4 * info.numel for rank, kind in kinds), default=0
+    )
+    scaled = 8 * info.numel if base.quantization.widens(info) else 0
+    return info.nbytes + 4 * info.numel + dense + scaled, own
+
+
+def _factors(job: Job, adapters: Sequence[Adapter]) -> dict[tuple[Path, Slot], int]:
+    """Bytes of each entry that is added, as stored and widened."""
+    found = {}
+    for c in job.contributions:
+        if c.strength:
+            source = adapters[c.adapter].source
+            found[source.path, c.entry.slot] = 5 * sum(
+                source.infos[key].nbytes for _, key in c.entry.tensors()
+            )
+    return found
+
+
+def _shape(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[object, ...]:
+    """What the members of a batch have in common."""
+    info = base.source.infos[job.name]
+    contents = tuple(
+        (c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter, c.strength)
+        for c in job.contributions
+        if c.strength
+    )
+    place = base.places.get(job.name)
+    return (
+        info.shape,
+        info.dtype,
+        job.dtype,
+        place is not None and (place.transposed, place.swapped),
+        (key := base.quantization.scales.get(job.name)) and base.source.infos[key].shape,
+        contents,
+        tuple(
+            (c.adapter, role, (i := adapters[c.adapter].source.infos[key]).shape, i.dtype)
+            for c in job.contributions
+            if c.strength
+            for role, key in c.entry.tensors()
+        ),
+    )
+
+
+def _columns(shape: Sequence[int]) -> int:
+    return math.prod(shape[1:]) if len(shape) > 1 else 1
+
+
+def row_step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> int | None:
+    """How many rows belong together where a merge may go through blocks of rows; None where it needs the whole weight."""
+    info, place = base.source.infos[job.name], base.places.get(job.name)
+    bits = DTYPES[info.dtype], DTYPES[job.dtype]
+    if job.scale is not None or base.quantization.widens(info) or min(bits) <= 8 or not info.shape:
+        return None  # fp8 is widened and rounded by rules of its own
+    if place is not None and (place.transposed or place.swapped):
+        return None
+    step = 1
+    for c in job.contributions:
+        if c.strength:
+            shapes = {
+                role: adapters[c.adapter].source.infos[key].shape for role, key in c.entry.tensors()
+            }
+            own = None if c.entry.swapped else c.entry.kind.row_step(shapes, c.entry.facts)
+            if own is None or (own > 1 and c.rows is not None):
+                return None
+            step = math.lcm(step, own)
+    return step if step * _columns(info.shape) <= LARGEST else None
+
+
+# computing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Weights that go onto rows [start, stop) of a tensor, and where they come from: the same from one file twice."""
+
+    weights: Weights
+    start: int
+    stop: int
+    origin: Hashable
+
+    def add(self, whole: Tensor, strength: float) -> None:
+        """Onto the whole tensor (..., m, n)."""
+        view = whole[..., self.start : self.stop, :]
+        applied = self.weights.apply(view, strength)
+        if applied is not view:
+            view.copy_(applied)
+
+    def within(self, first: int, last: int) -> tuple[int, int]:
+        """The rows of the tensor, of [first, last), that it goes onto; an empty range where it goes onto none."""
+        return max(first, self.start), min(last, self.stop)
+
+    def delta(self, first: int, last: int) -> Tensor:
+        """ΔW (..., last - first, n) of these rows of the tensor."""
+        if (first, last) == (self.start, self.stop):
+            return self.weights.delta()
+        return self.weights.part(first - self.start, last - self.start).delta()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One output of tensors in blocks of rows: a block as it is stored, where each tensor goes, what is added, and the sums
+    ‖ΔW‖² and ‖rounding‖² so far."""
+
+    out: Tensor
+    pieces: tuple[Pieces | Scattered, ...]
+    parts: tuple[tuple[_Part, float], ...]
+    delta: Tensor
+    rounding: Tensor
+
+    def write(self, rows: Tensor, start: int) -> Tensor:
+        """Round rows (b, k, n) from row `start` on, and write them; as they were rounded."""
+        rounded = self.out[:, : rows.shape[-2]].copy_(rows)
+        for pieces, tensor in zip(self.pieces, rounded, strict=True):
+            pieces.put(tensor, start * rows.shape[-1])
+        return rounded
+
+
+class _Deltas:
+    """ΔW of a block of rows, worked out once for all outputs that add the same."""
+
+    def __init__(self, targets: Sequence[_Target]) -> None:
+        self.uses = Counter(part.origin for target in targets for part, _ in target.parts)
+        self.kept: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def of(self, part: _Part, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """(ΔW, ‖ΔW‖²) of these rows; for blocks one after the other."""
+        from adaptkit.linalg.precision import norm_squared
+
+        if part.origin in self.kept:
+            return self.kept[part.origin]
+        delta = part.delta(first, last)
+        found = delta, norm_squared(delta).cpu()
+        if self.uses[part.origin] > 1:
+            self.kept[part.origin] = found
+        return found
+
+    def clear(self) -> None:
+        """The block is done."""
+        self.kept.clear()
+
+
+class Blender:
+    """Reads and merges the tensors of several plans on one base into their outputs; a plan by itself is one of one."""
+
+    def __init__(self, plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
+        self.plans, self.outputs = plans, outputs
+        self.base = plans[0].base
+
+    def load(self, task: Task) -> dict[str, Tensor]:
+        """The weight, its scale, and the factors of every output."""
+        loaded = {"base": self.base.source.read(task.name)}
+        if (key := self.base.quantization.scales.get(task.name)) is not None:
+            loaded["scale"] = self.base.source.read(key)
+        read: set[int] = set()
+        for job, sources, plan in zip(task.jobs, task.sources, self.plans, strict=True):
+            for c, source in zip(job.contributions if job else (), sources, strict=True):
+                if c.strength and source not in read:
+                    stored = plan.adapters[c.adapter].read(c.entry)
+                    loaded |= {f"{source}/{role}": tensor for role, tensor in stored.items()}
+                    read.add(source)
+        return loaded
+
+    def blend(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> list[list[Merged | None]]:
+        """All adapters of a tensor are applied in float32 (float64 for such a base), then rounded once.
+
+        Tasks are of equal shapes and contributions; the tensors of all are stacked. For each task what each output gets.
+        """
+        stored, scale = tensors.pop("base"), tensors.pop("scale", None)
+        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in tasks]
+        whole: list[int] = []
+        rows: list[int] = []
+        for number, job in enumerate(tasks[0].jobs):
+            if job is not None:
+                plan = self.plans[number]
+                (whole if row_step(job, plan.base, plan.adapters) is None else rows).append(number)
+        for number in whole:
+            for n, merged in enumerate(self._whole(number, tasks, tensors, stored, scale)):
+                found[n][number] = merged
+        if rows:
+            for number, merged_tasks in zip(
+                rows, self._by_rows(rows, tasks, tensors, stored), strict=True
+            ):
+                for n, merged in enumerate(merged_tasks):
+                    found[n][number] = merged
+        return found
+
+    def _parts(
+        self, number: int, task: Task, tensors: Mapping[str, Tensor], rows: int
+    ) -> Iterator[tuple[_Part, float]]:
+        """What this output adds, with factors in their compute dtype, and with which strength."""
+        from adaptkit.linalg.precision import upcast
+
+        for c, source in zip(
+            _given(task.jobs[number]).contributions, task.sources[number], strict=True
+        ):
+            if c.strength:
+                weights = c.entry.decode(
+                    {role: upcast(tensors[f"{source}/{role}"]) for role, _ in c.entry.tensors()}
+                )
+                if c.cut is not None:
+                    weights = weights.part(*c.cut)
+                start, stop = c.rows or (0, rows)
+                yield _Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
+
+    # in blocks of rows
+
+    def _by_rows(
+        self,
+        numbers: Sequence[int],
+        tasks: Sequence[Task],
+        tensors: Mapping[str, Tensor],
+        stored: Tensor,
+    ) -> list[list[Merged]]:
+        """What became of the tensors in each output; every block is written as soon as it is rounded."""
+        import torch
+
+        from adaptkit.linalg.precision import compute_dtype, empty, norm_squared
+
+        flat = stored.reshape(*stored.shape[:2], -1)
+        batch, m, n = flat.shape
+        step = math.lcm(
+            *(
+                row_step(_given(tasks[0].jobs[i]), self.base, self.plans[i].adapters) or 1
+                for i in numbers
+            )
+        )
+        k = min(m, max(step, BLOCK // n // step * step))
+        targets = self._targets(numbers, tasks, tensors, flat, k)
+        old, new, spare = (
+            empty((batch, k, n), compute_dtype(stored), flat.device) for _ in range(3)
+        )
+        weight = torch.zeros(batch, dtype=torch.float64)
+        deltas = _Deltas(targets)
+        for start in range(0, m, k):
+            stop = min(m, start + k)
+            before, after, rest = (block[:, : stop - start] for block in (old, new, spare))
+            before.copy_(flat[:, start:stop])
+            weight += norm_squared(before).cpu()
+            for target in targets:
+                target.delta.add_(_blended(target, deltas, start, before, after, rest))
+                target.rounding.add_(
+                    norm_squared(rest.copy_(target.write(after, start)).sub_(after)).cpu()
+                )
+            deltas.clear()
+        return [
+            [
+                self._checked(number, task, pieces, weight[i], target.delta[i], target.rounding[i])
+                for i, (task, pieces) in enumerate(zip(tasks, target.pieces, strict=True))
+            ]
+            for number, target in zip(numbers, targets, strict=True)
+        ]
+
+    def _targets(
+        self,
+        numbers: Sequence[int],
+        tasks: Sequence[Task],
+        tensors: Mapping[str, Tensor],
+        flat: Tensor,
+        rows: int,
+    ) -> list[_Target]:
+        import torch
+
+        from adaptkit.linalg.precision import empty
+
+        targets = []
+        known: dict[Hashable, _Part] = {}
+        for number in numbers:
+            dtype = torch_dtype(_given(tasks[0].jobs[number]).dtype)
+            shape = self.base.source.infos[tasks[0].name].shape
+            pieces = tuple(self.outputs[number].pieces(task.name, dtype, shape) for task in tasks)
+            parts = self._parts(number, tasks[0], tensors, flat.shape[1])
+            same = tuple(
+                (known.setdefault(part.origin, part), strength) for part, strength in parts
+            )
+            out = empty((len(flat), rows, flat.shape[2]), dtype, flat.device)
+            delta, rounding = torch.zeros(2, len(flat), dtype=torch.float64)
+            targets.append(_Target(out, pieces, same, delta, rounding))
+        return targets
+
+    def _checked(
+        self, number: int, task: Task, pieces: Pieces | Scattered, *sums: Tensor
+    ) -> Merged:
+        weight, delta, rounding = (float(value) for value in sums)
+        job = _given(task.jobs[number])
+        if not (math.isfinite(weight) and math.isfinite(delta)):
+            raise self._non_finite(number, job)
+        if not math.isfinite(rounding):
+            raise self._too_large(number, job)
+        pieces.close()
+        return Merged(None, None, weight, delta, rounding)
+
+    # as a whole
+
+    def _whole(
+        self,
+        number: int,
+        tasks: Sequence[Task],
+        tensors: Mapping[str, Tensor],
+        stored: Tensor,
+        scale: Tensor | None,
+    ) -> list[Merged]:
+        wide = widened(stored, scale)
+        # what ΔW is measured from: the numbers that were meant, not their codes
+        before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
+        matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
+        self._add(number, tasks[0], matrix, tensors)
+        scales = [None] * len(tasks) if scale is None else list(scale)
+        return [
+            self._finished(number, _given(task.jobs[number]), wide[n], before[n], scales[n])
+            for n, task in enumerate(tasks)
+        ]
+
+    def _add(self, number: int, task: Task, matrix: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        place = self.base.places.get(task.name)
+        if place is None:
+            return
+        view = matrix.transpose(-1, -2) if place.transposed else matrix
+        view = exchanged(matrix, -2) if place.swapped else view
+        for part, strength in self._parts(number, task, tensors, view.shape[-2]):
+            part.add(view, strength)
+        if place.swapped:
+            matrix.copy_(exchanged(view, -2))
+
+    def _finished(
+        self, number: int, job: Job, merged: Tensor, stored: Tensor, scale: Tensor | None
+    ) -> Merged:
+        rounded, scale, back = self._rounded(number, job, merged, scale)
+        weight, delta, rounding = 0.0, 0.0, 0.0
+        for old, new, out in _chunks(stored, merged, back):
+            weight += _square(old)
+            delta += _square(new - old)
+            rounding += _square(out.to(new.dtype) - new)
+        if not math.isfinite(delta):
+            raise self._non_finite(number, job)
+        if not math.isfinite(rounding):
+            raise self._too_large(number, job)
+        return Merged(
+            rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding
+        )
+
+    def _rounded(
+        self, number: int, job: Job, merged: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(as stored, its new scale if it has one, the numbers that these mean)."""
+        from adaptkit.linalg.precision import cast
+
+        if job.scale is not None and scale is not None:
+            rounded, fresh = quantised(merged, scale, job.dtype)
+            return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+        target = torch_dtype(job.dtype)
+        try:  # fp8 clamps where the others overflow, which shows in the sums
+            rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
+        except NonFinite:
+            raise self._too_large(number, job) from None
+        return rounded, None, rounded
+
+    # errors
+
+    def _too_large(self, number: int, job: Job) -> NonFinite:
+        return NonFinite(
+            f"the merged weight does not fit {str(torch_dtype(job.dtype)).removeprefix('torch.')}",
+            hint="lower the strength, or write with --dtype bf16 or fp32",
+            file=self.plans[number].output,
+            tensor=job.name,
+        )
+
+    def _non_finite(self, number: int, job: Job) -> NonFinite:
+        """Who holds it, by reading once more."""
+        import torch
+
+        plan = self.plans[number]
+        if not bool(torch.isfinite(self.base.source.read(job.name)).all()):
+            return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=job.name)
+        for c in job.contributions:
+            adapter = plan.adapters[c.adapter]
+            for _, key in c.entry.tensors():
+                if not bool(torch.isfinite(adapter.source.read(key)).all()):
+                    return NonFinite("holds NaN or infinity", file=adapter.source.path, tensor=key)
+        return NonFinite("the merged weight overflows", file=plan.output, tensor=job.name)
+
+
+def _blended(
+    target: _Target, deltas: _Deltas, start: int, before: Tensor, after: Tensor, spare: Tensor
+) -> Tensor:
+    """Put W + Σ strength·ΔW of a block of rows into `after`; ‖after − before‖² of it."""
+    import torch
+
+    from adaptkit.linalg.precision import norm_squared
+
+    stop = start + before.shape[-2]
+    if len(target.parts) == 1:
+        part, strength = target.parts[0]
+        if part.within(start, stop) == (start, stop):
+            delta, norm = deltas.of(part, start, stop)
+            torch.add(before, delta, alpha=strength, out=after)
+            return norm * strength**2
+    after.copy_(before)
+    for part, strength in target.parts:
+        first, last = part.within(start, stop)
+        if first < last:
+            after[:, first - start : last - start].add_(
+                deltas.of(part, first, last)[0], alpha=strength
+            )
+    return norm_squared(torch.sub(after, before, out=spare)).cpu()
+
+
+def _given(job: Job | None) -> Job:
+    assert job is not None
+    return job
+
+
+def _square(x: Tensor) -> float:
+    from adaptkit.linalg.precision import norm_squared
+
+    return float(norm_squared(x.unsqueeze(0)))
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    flat = [t.reshape(-1) for t in tensors]
+    for start in range(0, flat[0].numel(), BLOCK):
+        first, *rest = (t[start : start + BLOCK] for t in flat)
+        yield first.to(rest[0].dtype), *rest

@@ -1,0 +1,508 @@
+"""The files of a merged checkpoint: one, or a folder with the base's own files, shards and index in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adaptkit.errors import CannotWrite, CorruptFile, NotRepresentable
+from adaptkit.files.header import nbytes, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, dtype
+
+    from adaptkit.files.header import TensorInfo, TensorSpec
+    from adaptkit.files.sink import Pieces, TensorSink
+    from adaptkit.files.source import TensorSource
+    from adaptkit.ops.merge.relayout import Move
+
+__all__ = [
+    "Layout",
+    "Output",
+    "Volume",
+    "as_single",
+    "gathered",
+    "in_shards",
+    "index_text",
+    "opened",
+    "plan_layout",
+]
+
+SINGLE = (".safetensors", ".sft")
+WEIGHTS = (*SINGLE, ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf")
+_SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}")
+_PICKLED = {"pytorch_model": "model"}  # what transformers calls the same weights as safetensors
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One weights file of the output: `path` in it ("" for the output itself), and its tensors.
+
+    `names` maps names in the whole checkpoint to those in this file; `copied` is the file of the base that it equals.
+    """
+
+    path: str
+    names: Mapping[str, str]
+    specs: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+    copied: Path | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that the output holds: weights, shard indices (path → JSON), other files copied as they are (path → source).
+
+    `left_out` are files that would be read instead of the merged weights, or beside them.
+    """
+
+    folder: bool
+    volumes: tuple[Volume, ...]
+    indices: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, Path] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    moves: Mapping[str, Sequence[Move]] = field(
+        default_factory=dict
+    )  # where names differ: rows of each tensor of the base
+
+    @property
+    def top(self) -> frozenset[str]:
+        """What stands at the top of the output folder."""
+        paths = (*(volume.path for volume in self.volumes), *self.indices, *self.others)
+        return frozenset(path.split("/", 1)[0] for path in paths)
+
+    def files(self) -> list[str]:
+        """The weights files, by path."""
+        return [volume.path for volume in self.volumes if volume.path]
+
+
+def as_single(
+    source: TensorSource, output: Path | None, shard_size: int | None, layout: str | None = None
+) -> bool:
+    """Whether the output is one file: as `--layout` says, or where it is named as one, or where the base is one.
+
+    NotRepresentable where these, or the shards that are asked for, contradict each other.
+    """
+    named = output is not None and output.suffix.lower() in SINGLE
+    if shard_size is not None and (named or layout == "single-file"):
+        raise NotRepresentable(
+            "shards go into a folder", hint="name one, without .safetensors", file=output
+        )
+    if named and layout == "folder":
+        raise NotRepresentable(
+            "--layout folder: the output is named as a file", hint="name a folder", file=output
+        )
+    if layout is not None:
+        return layout == "single-file"
+    return named or (source.files == (source.path,) and shard_size is None)
+
+
+def plan_layout(
+    source: TensorSource,
+    specs: Sequence[TensorSpec],
+    touched: Iterable[str],
+    single: bool,
+    shard_size: int | None,
+) -> Layout:
+    """Where each tensor of `specs` (named as in the whole checkpoint) goes; `touched` are those that will differ."""
+    if single:
+        if _is_pipeline(source):
+            raise NotRepresentable(
+                "the parts of a diffusers folder have names of their own, which one file does not hold",
+                hint="name a folder as output, without .safetensors, or pass --layout single-file",
+                file=source.path,
+            )
+        return Layout(
+            False, (Volume("", {s.name: s.name for s in specs}, tuple(specs), source.metadata),)
+        )
+    return _Folder(
+        source, {spec.name: spec for spec in specs}, frozenset(touched), shard_size
+    ).layout()
+
+
+def in_shards(sizes: Mapping[str, int], room: int) -> list[list[str]]:
+    """Names cut into shards of at most so many bytes, one tensor at least, in order."""
+    shards: list[list[str]] = [[]]
+    left = room
+    for name, size in sizes.items():
+        if size > left and shards[-1]:
+            shards.append([])
+            left = room
+        shards[-1].append(name)
+        left -= size
+    return shards
+
+
+def index_text(places: Mapping[str, str], size: int) -> str:
+    """The index of shards as Hugging Face's libraries write one: tensor → file beside it."""
+    table = {"metadata": {"total_size": size}, "weight_map": dict(places)}
+    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+
+
+def _root(source: TensorSource) -> Path:
+    return source.path if source.path.is_dir() else source.path.parent
+
+
+def _is_pipeline(source: TensorSource) -> bool:
+    """Whether the weights lie in folders, whose names the tensors carry as a prefix."""
+    return source.path.is_dir() and any(file.parent != source.path for file in source.files)
+
+
+class _Folder:
+    """Groups the files of the base by the index they belong to, and gives each group its files in the output."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        specs: Mapping[str, TensorSpec],
+        touched: frozenset[str],
+        shard_size: int | None,
+    ) -> None:
+        self.source, self.specs, self.touched, self.shard_size = source, specs, touched, shard_size
+        self.root = _root(source)
+        self.held: dict[Path, list[str]] = {file: [] for file in source.files}
+        for name in source.infos:
+            if name in specs:
+                self.held[source.files[source.order(name)[0]]].append(name)
+        self.volumes: list[Volume] = []
+        self.indices: dict[str, str] = {}
+
+    def layout(self) -> Layout:
+        groups: dict[tuple[Path, str], list[Path]] = {}
+        for file in self.source.files:
+            groups.setdefault((file.parent, _stem(file)), []).append(file)
+        for (_, stem), files in groups.items():
+            self._group(stem, files)
+        others, left_out = self._others()
+        return Layout(True, tuple(self.volumes), self.indices, others, left_out)
+
+    def _group(self, stem: str, files: Sequence[Path]) -> None:
+        pickled = files[0].suffix not in SINGLE
+        names = [name for file in files for name in self.held[file]]
+        changed = not self.touched.isdisjoint(names)
+        total = sum(_size(self.specs[name]) for name in names)
+        if self.shard_size is not None and (len(files) > 1 or total > self.shard_size):
+            return self._cut(stem, files[0], names)
+        for file in files:
+            path = self._path(file.parent, _PICKLED.get(stem, stem) + file.name[len(stem) :])
+            path = path.removesuffix(file.suffix) + ".safetensors" if pickled and changed else path
+            if pickled and not changed:
+                path = self._path(file.parent, file.name)
+            same = self.touched.isdisjoint(self.held[file]) and not (pickled and changed)
+            self._volume(path, file, self.held[file], file if same else None)
+        if (index := self._index_of(files)) is not None and changed:
+            name = f"{_PICKLED.get(stem, stem)}.safetensors.index.json" if pickled else index.name
+            self._index(self._path(index.parent, name), names)
+        elif index is not None:
+            self.indices[self._path(index.parent, index.name)] = index.read_text(encoding="utf-8")
+        return None
+
+    def _cut(self, stem: str, first: Path, names: Sequence[str]) -> None:
+        """Shards of at most the size asked for, one tensor at least, in the base's order."""
+        assert self.shard_size is not None
+        shards = in_shards({name: _size(self.specs[name]) for name in names}, self.shard_size)
+        for n, held in enumerate(shards, 1):
+            self._volume(
+                self._path(first.parent, f"{stem}-{n:05}-of-{len(shards):05}.safetensors"),
+                first,
+                held,
+                None,
+            )
+        self._index(self._path(first.parent, f"{stem}.safetensors.index.json"), names)
+
+    def _volume(self, path: str, file: Path, held: Sequence[str], copied: Path | None) -> None:
+        prefix = self._prefix(file)
+        names = {name: name.removeprefix(prefix) for name in held}
+        specs = tuple(self.specs[name]._replace(name=stored) for name, stored in names.items())
+        metadata = read_header(file).metadata if file.suffix in SINGLE else {}
+        self.volumes.append(Volume(path, names, specs, {"format": "pt", **metadata}, copied))
+
+    def _prefix(self, file: Path) -> str:
+        return f"{file.parent.name}." if _is_pipeline(self.source) else ""
+
+    def _path(self, folder: Path, name: str) -> str:
+        return (folder.relative_to(self.root) / name).as_posix()
+
+    def _index_of(self, files: Sequence[Path]) -> Path | None:
+        """The index that names these shards."""
+        if self.source.path.suffix == ".json":
+            return self.source.path
+        found = files[0].parent.glob(f"{_stem(files[0])}*.index*.json")
+        return next(iter(sorted(found)), None) if _SHARD.match(files[0].name) else None
+
+    def _index(self, path: str, names: Sequence[str]) -> None:
+        place = {
+            stored: volume.path.rpartition("/")[2]
+            for volume in self.volumes
+            for stored in self._stored(volume, names)
+        }
+        self.indices[path] = index_text(place, sum(_size(self.specs[name]) for name in names))
+
+    def _stored(self, volume: Volume, names: Sequence[str]) -> Iterator[str]:
+        return (volume.names[name] for name in names if name in volume.names)
+
+    def _others(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        """Files beside the weights: copied, unless they are weights again, where the merged ones lie."""
+        if not self.source.path.is_dir():
+            config = self.root / "config.json"
+            return ({"config.json": config} if config.is_file() else {}), ()
+        taken = {*(volume.path for volume in self.volumes), *self.indices}
+        folders = {file.parent for file in self.source.files}
+        others: dict[str, Path] = {}
+        left_out: list[str] = []
+        for item in sorted(self.root.rglob("*")):
+            path = item.relative_to(self.root)
+            if (
+                not item.is_file()
+                or item in self.source.files
+                or any(part.startswith(".") for part in path.parts)
+            ):
+                continue
+            is_weights = item.suffix.lower() in WEIGHTS or ".index." in item.name
+            if item.parent in folders and is_weights:
+                if path.as_posix() not in taken and not self._is_index(item):
+                    left_out.append(path.as_posix())
+            else:
+                others[path.as_posix()] = item
+        return others, tuple(left_out)
+
+    def _is_index(self, item: Path) -> bool:
+        return item.suffix == ".json" and any(
+            _stem(file) == item.name.partition(".")[0] and file.parent == item.parent
+            for file in self.source.files
+        )
+
+
+def _stem(file: Path) -> str:
+    """`model-00001-of-00002.safetensors` → `model`."""
+    found = _SHARD.match(file.name)
+    return found["stem"] if found else file.name.removesuffix(file.suffix)
+
+
+def _size(spec: TensorSpec) -> int:
+    return nbytes(spec.dtype, spec.shape)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Output:
+    """All files of the output while they are written, and then as they lie before they get their names.
+
+    `place` gives the sink and the name in it of each tensor that is not copied with its whole file.
+    """
+
+    def __init__(
+        self, layout: Layout, sinks: Mapping[str, TensorSink], at: Callable[[str], Path]
+    ) -> None:
+        self.layout, self.at = layout, at
+        self._sinks = sinks
+        self._parts: dict[tuple[str, str], Pieces] = {}
+        if layout.moves:
+            stored = (
+                (volume.path, spec.name) for volume in layout.volumes for spec in volume.specs
+            )
+            self._parts = {(path, name): sinks[path].parts(name) for path, name in stored}
+        self._place = {
+            name: (sinks[volume.path], stored)
+            for volume in layout.volumes
+            if volume.copied is None
+            for name, stored in volume.names.items()
+        }
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, named as in the whole checkpoint."""
+        if self.layout.moves:
+            scattered = self._scattered(name, tensor.dtype, tensor.shape)
+            scattered.put(tensor, 0)
+            return scattered.close()
+        sink, stored = self._place[name]
+        return sink.put(stored, tensor)
+
+    def pieces(self, name: str, dtype: dtype, shape: Sequence[int]) -> Pieces | Scattered:
+        """To write one tensor piece by piece."""
+        if self.layout.moves:
+            return self._scattered(name, dtype, shape)
+        sink, stored = self._place[name]
+        return sink.pieces(stored, dtype, shape)
+
+    def copy(self, source: TensorSource, names: Iterable[str]) -> None:
+        """Copy the bytes of these tensors; those of files that are copied whole are there already."""
+        if self.layout.moves:
+            return self._copy_moved(source, names)
+        groups: dict[int, tuple[TensorSink, list[tuple[str, TensorSource, str]]]] = {}
+        for name in names:
+            if name in self._place:
+                sink, stored = self._place[name]
+                groups.setdefault(id(sink), (sink, []))[1].append((stored, source, name))
+        for sink, items in groups.values():
+            sink.copy_many(items)
+        return None
+
+    def _scattered(self, name: str, dtype: dtype, shape: Sequence[int]) -> Scattered:
+        moves = [(move, self._parts[move.path, move.stored]) for move in self.layout.moves[name]]
+        return Scattered(moves, dtype, tuple(shape))
+
+    def _copy_moved(self, source: TensorSource, names: Iterable[str]) -> None:
+        """Rows go as bytes from file to file; what is turned, or has no bytes of its own there, through memory."""
+        found: dict[str, list[tuple[Pieces, Path, int, int, int]]] = {
+            path: [] for path in self._sinks
+        }
+        for name in names:
+            span, row = source.span(name), _row_bytes(source.infos[name])
+            moves = self.layout.moves[name]
+            if span is None or any(move.transposed for move in moves):
+                self.put(name, source.read(name))
+                continue
+            for m in moves:
+                stretch = (
+                    self._parts[m.path, m.stored],
+                    span[0],
+                    span[1] + m.start * row,
+                    m.count * row,
+                    m.at * row,
+                )
+                found[m.path].append(stretch)
+        for path, items in found.items():
+            self._sinks[path].copy_parts(items)
+
+    def restate(self, metadata: Callable[[Volume], Mapping[str, str]]) -> None:
+        """Replace the metadata of every file written by other values of the same length."""
+        for volume in self.layout.volumes:
+            if volume.copied is None:
+                self._sinks[volume.path].restate(metadata(volume))
+
+    def finish(self) -> None:
+        """Everything is written: check, sync, close."""
+        for parts in self._parts.values():
+            parts.close()
+        for sink in self._sinks.values():
+            sink.commit()
+
+
+class Scattered:
+    """One tensor of the base whose rows go to several places: stretches of it, then `close`."""
+
+    def __init__(
+        self, moves: Sequence[tuple[Move, Pieces]], dtype: dtype, shape: tuple[int, ...]
+    ) -> None:
+        import torch
+
+        self._moves, self._shape = moves, shape
+        self._row = dtype.itemsize * math.prod(shape[1:])
+        self._turned = (
+            torch.empty(shape, dtype=dtype) if any(move.transposed for move, _ in moves) else None
+        )
+
+    def put(self, tensor: Tensor, first: int) -> None:
+        """Write `tensor` as the elements from number `first` on, counted row by row."""
+        from adaptkit.files.sink import tensor_bytes
+
+        if self._turned is not None:
+            self._turned.view(-1)[first : first + tensor.numel()] = tensor.reshape(-1)
+            return
+        data, at = tensor_bytes(tensor), first * tensor.dtype.itemsize
+        for move, parts in self._moves:
+            start = move.start * self._row
+            one, two = max(at, start), min(at + len(data), start + move.count * self._row)
+            if one < two:
+                parts.put_bytes(data[one - at : two - at], one - start + move.at * self._row)
+
+    def close(self) -> None:
+        """All of it has come."""
+        if self._turned is not None:
+            for _, parts in self._moves:
+                parts.put(self._turned.T.contiguous(), 0)
+
+
+def gathered(
+    moves: Sequence[Move], info: TensorInfo, stored: Mapping[tuple[str, str], TensorSource]
+) -> Tensor:
+    """A tensor of the base (as `info` has it) put together again from where its rows went."""
+    import torch
+
+    if any(move.transposed for move in moves):
+        (move,) = moves
+        return stored[move.path, move.stored].read(move.stored).T.contiguous()
+    if not info.shape:
+        return stored[moves[0].path, moves[0].stored].read(moves[0].stored).reshape(())
+    parts = sorted(moves, key=lambda move: move.start)
+    rows = [stored[m.path, m.stored].read(m.stored, slice(m.at, m.at + m.count)) for m in parts]
+    return torch.cat([part.reshape(len(part), *info.shape[1:]) for part in rows])
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    return nbytes(info.dtype, info.shape[1:])
+
+
+@contextmanager
+def opened(
+    layout: Layout,
+    path: Path,
+    metadata: Callable[[Volume], Mapping[str, str]],
+    *,
+    overwrite: bool,
+    hidden: bool,
+) -> Iterator[Output]:
+    """The output in the making; it appears as `path` when the block ends well.
+
+    `hidden`: after `finish` a single file still waits under another name for the block to end, so that it can be checked.
+    """
+    from adaptkit.files.sink import TensorSink, publish_folder
+
+    if layout.folder:
+        with publish_folder(path, layout.top, overwrite=overwrite) as made, ExitStack() as stack:
+            _beside(layout, made)
+            sinks = {
+                volume.path: stack.enter_context(
+                    TensorSink(made / volume.path, volume.specs, metadata(volume))
+                )
+                for volume in layout.volumes
+                if volume.copied is None
+            }
+            yield Output(layout, sinks, lambda name: made / name)
+        return
+    (volume,) = layout.volumes
+    target = (
+        path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.checked.part")
+        if hidden
+        else path
+    )
+    try:
+        with TensorSink(target, volume.specs, metadata(volume), overwrite=overwrite) as sink:
+            yield Output(layout, {"": sink}, lambda _: target)
+        if hidden:
+            _rename(target, path)
+    finally:
+        if hidden:
+            target.unlink(missing_ok=True)
+
+
+def _rename(made: Path, path: Path) -> None:
+    try:
+        made.replace(path)
+    except OSError as error:
+        raise CannotWrite(f"cannot be written: {error.strerror or error}", file=path) from error
+
+
+def _beside(layout: Layout, made: Path) -> None:
+    """Write what is no merged tensor: indices, other files, weights files that stay as they are."""
+    copies = {**layout.others, **{v.path: v.copied for v in layout.volumes if v.copied is not None}}
+    folders = {(made / path).parent for path in (*copies, *layout.indices, *layout.files())}
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, source in copies.items():
+        try:
+            shutil.copyfile(source, made / path)
+        except FileNotFoundError as error:
+            raise CorruptFile("it has gone since the merge was planned", file=source) from error
+    for path, text in layout.indices.items():
+        (made / path).write_text(text, encoding="utf-8", newline="\n")

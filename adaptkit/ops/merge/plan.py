@@ -1,0 +1,147 @@
+"""What a merge will do, known before a weight is read: the options, the tensors it makes, the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.engine import peak_memory
+from adaptkit.files.header import nbytes
+from adaptkit.ops.shared import Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.checkpoint import Checkpoint
+    from adaptkit.engine import Step
+    from adaptkit.files.header import TensorSpec
+    from adaptkit.ops.shared import Unused
+    from adaptkit.ops.merge.layout import Layout
+
+__all__ = ["Contribution", "Job", "Options", "Plan"]
+
+
+@dataclass(frozen=True)
+class Options(Shared):
+    """Options of a merge beside those every verb shares.
+
+    `blocks`: weights of modules, by rules (see adaptkit.ops.merge.block_weights). `verify`: read the output back and compare it with
+    base + ΔW. `shard_size`: write shards of at most so many bytes. `layout`: `single-file` (the
+    original names) or `folder` (diffusers'), where the base has the other.
+    """
+
+    blocks: tuple[str, ...] = ()
+    verify: bool = False
+    shard_size: int | None = None
+    layout: str | None = None
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One entry of one adapter, on all rows of a tensor (`rows` None) or some; `cut`: only these rows of the entry.
+
+    `strength` is the adapter's times the block weight.
+    """
+
+    adapter: int
+    entry: Entry
+    rows: tuple[int, int] | None
+    cut: tuple[int, int] | None
+    label: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the base, the dtype it gets, and all that is added to it; `scale`: its scale, which is made anew."""
+
+    name: str
+    dtype: str
+    contributions: tuple[Contribution, ...]
+    scale: str | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is added at all."""
+        return any(c.strength for c in self.contributions)
+
+    def writes(self) -> tuple[str, ...]:
+        """The tensors of the output that it makes."""
+        return (self.name,) if self.scale is None else (self.name, self.scale)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything known before a weight is read. `strengths` go with `adapters`.
+
+    `jobs` are the tensors that adapters have modules for, `working` those that are not copied: where something is added,
+    or the dtype becomes another; `steps` are about these.
+    """
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    strengths: tuple[float, ...]
+    options: Options
+    output: Path
+    jobs: tuple[Job, ...]
+    specs: tuple[TensorSpec, ...]
+    unused: tuple[Unused, ...]
+    steps: tuple[Step[Job], ...]
+    layout: Layout
+    rules: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def working(self) -> tuple[Job, ...]:
+        """The tensors that are not copied."""
+        return tuple(step.payload for step in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--dry-run` prints."""
+        return {
+            "output": str(self.output),
+            "family": self.base.family.name,
+            "modules": sum(len(job.contributions) for job in self.jobs),
+            "tensors_changed": sum(job.changes for job in self.jobs),
+            "tensors_copied": len(self.specs) - sum(len(job.writes()) for job in self.working),
+            "bytes_in": self.base.source.size
+            + sum(adapter.source.size for adapter in self.adapters),
+            "bytes_out": sum(nbytes(spec.dtype, spec.shape) for spec in self.specs),
+            "peak_memory": peak_memory(self.steps, self.options.memory),
+            "device": self.options.device,
+            "adapters": self.described(),
+            "block_weights": [
+                f"{r['rule']} = {r['weight']:g}: {r['modules']} modules" for r in self.rules
+            ],
+            "files": self.layout.files(),
+            "unused": [item.to_dict() for item in self.unused],
+            "details": [
+                {
+                    "module": c.label,
+                    "tensor": job.name,
+                    "algorithm": c.entry.kind.name,
+                    "rank": c.entry.facts.rank,
+                    "strength": c.strength,
+                }
+                for job in self.jobs
+                for c in job.contributions
+            ],
+        }
+
+    def described(self) -> list[dict[str, Any]]:
+        """The adapters: path, format, strength, how many of their modules apply."""
+        counts = [
+            sum(c.adapter == n for job in self.jobs for c in job.contributions)
+            for n in range(len(self.adapters))
+        ]
+        return [
+            {"path": str(a.source.path), "format": a.format.name, "strength": s, "modules": n}
+            for a, s, n in zip(self.adapters, self.strengths, counts, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Close all inputs."""
+        self.base.close()
+        for adapter in self.adapters:
+            adapter.close()

@@ -1,0 +1,371 @@
+"""--verify: read a merged checkpoint back and compare it with base + ΔW, worked out anew in float64; the rest byte by byte."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adaptkit import engine
+from adaptkit.checkpoint import exchanged
+from adaptkit.errors import AdaptkitError, CorruptFile, NotRepresentable
+from adaptkit.files.sink import tensor_bytes
+from adaptkit.ops.merge.layout import gathered
+from adaptkit.ops.merge.requantise import widened
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.engine import Step
+    from adaptkit.files.source import TensorSource
+    from adaptkit.keymap import Place
+    from adaptkit.ops.merge.layout import Volume
+    from adaptkit.ops.merge.plan import Contribution, Job, Plan
+
+__all__ = ["Verified", "verify"]
+
+BLOCK = 1 << 16  # entries compared at a time: half a megabyte in float64, which stays in the cache
+CHUNK = 8 << 20
+SLACK = (
+    2.0**-18
+)  # of the largest |ΔW| (and a 16th of it of |W|): what float32 sums may be off besides the one rounding
+RULE = "within one rounding of base + ΔW (float64)"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """`merged` tensors agree with base + ΔW, `copied` ones with the base; `largest` is the worst error in allowed ones."""
+
+    merged: int
+    copied: int
+    bytes: int
+    largest: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "merged": self.merged,
+            "copied": self.copied,
+            "bytes": self.bytes,
+            "largest_error": self.largest,
+            "rule": RULE,
+        }
+
+
+def verify(plan: Plan, at: Callable[[str], Path]) -> Verified:
+    """Read every file of the output; CorruptFile naming the first tensor that is not what it must be."""
+    from adaptkit.files.source import open_source
+
+    opened: list[tuple[Volume, TensorSource]] = []
+    try:
+        for volume in plan.layout.volumes:
+            opened.append((volume, open_source(at(volume.path))))
+        return _Verifier(plan, opened).run()
+    except AdaptkitError as error:
+        if error.file is not None and error.file in {str(source.path) for _, source in opened}:
+            error.file = str(plan.output)
+        raise
+    finally:
+        for _, source in opened:
+            source.close()
+
+
+class _Verifier:
+    def __init__(self, plan: Plan, opened: Sequence[tuple[Volume, TensorSource]]) -> None:
+        self.plan, self.opened = plan, opened
+        self.place = {
+            name: (source, stored)
+            for volume, source in opened
+            for name, stored in volume.names.items()
+        }
+        self.stored = {
+            (volume.path, spec.name): source for volume, source in opened for spec in volume.specs
+        }
+        self.largest = 0.0
+
+    def run(self) -> Verified:
+        self._check_names()
+        made = {name for job in self.plan.working for name in job.writes()}
+        copied = [spec.name for spec in self.plan.specs if spec.name not in made]
+        for name in copied:
+            self._same_bytes(name)
+        steps = [self._step(step) for step in self.plan.steps]
+        engine.run(
+            steps,
+            engine.Work(self._load, self._compare, self._keep),
+            engine.Resources.choose("cpu", self._memory(steps)),
+        )
+        size = sum(source.size for _, source in self.opened)
+        return Verified(len(made), len(copied), size, self.largest)
+
+    def _memory(self, steps: Sequence[Step[Job]]) -> int | None:
+        """The bound that was asked for, or what one layer takes in float64: what was merged can be verified."""
+        asked = self.plan.options.memory
+        return None if asked is None else max([asked, *(step.bytes for step in steps)])
+
+    def _check_names(self) -> None:
+        for volume, source in self.opened:
+            promised = {spec.name: (spec.dtype, spec.shape) for spec in volume.specs}
+            found = {name: (info.dtype, info.shape) for name, info in source.infos.items()}
+            if promised != found:
+                wrong = next(
+                    name for name in (*promised, *found) if promised.get(name) != found.get(name)
+                )
+                raise self._wrong(wrong, "its header is not what was written")
+
+    def _wrong(self, name: str, what: str) -> CorruptFile:
+        return CorruptFile(
+            f"--verify: {what}; the output is removed",
+            hint="nothing was written; try again, and report it if it stays: memory or disk may be at fault",
+            file=self.plan.output,
+            tensor=name,
+        )
+
+    # untouched tensors
+
+    def _same_bytes(self, name: str) -> None:
+        base = self.plan.base.source
+        if self.plan.layout.moves:
+            if base.raw(name) != tensor_bytes(self._written(name)):
+                raise self._wrong(name, "no adapter touches it, and yet it differs from the base")
+            return
+        out, stored = self.place[name]
+        one, two = base.span(name), out.span(stored)
+        if one is None or two is None:
+            same = base.raw(name) == out.raw(stored)
+        else:
+            same = one[2] - one[1] == two[2] - two[1] and all(
+                a == b for a, b in zip(_pieces(*one), _pieces(*two), strict=True)
+            )
+        if not same:
+            raise self._wrong(name, "no adapter touches it, and yet it differs from the base")
+
+    def _written(self, name: str) -> Tensor:
+        """A tensor of the output, as the base has it."""
+        moves = self.plan.layout.moves
+        if moves:
+            return gathered(moves[name], self.plan.base.source.infos[name], self.stored)
+        source, stored = self.place[name]
+        return source.read(stored)
+
+    # merged ones
+
+    def _step(self, step: Step[Job]) -> Step[Job]:
+        """As in the merge, factors twice as wide, and blocks of a few matrices; a kind that cannot be cut by rows whole."""
+        job, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
+        kinds = [c.entry.kind for c in job.contributions if c.strength]
+        whole = 8 * numel * (0 if all(kind.name == "lora" for kind in kinds) else 1)
+        whole += (
+            40
+            * numel
+            * (0 if all(kind.additive for kind in kinds) and not self._turned(job) else 1)
+        )
+        return replace(step, bytes=2 * step.bytes + 64 * min(numel, BLOCK) + whole)
+
+    def _turned(self, job: Job) -> bool:
+        place = self.plan.base.places.get(job.name)
+        return place is not None and (place.transposed or place.swapped)
+
+    def _load(self, job: Job) -> dict[str, Tensor]:
+        base = self.plan.base
+        loaded = {"base": base.source.read(job.name)}
+        if (key := base.quantization.scales.get(job.name)) is not None:
+            loaded["scale"] = base.source.read(key)
+        loaded["out"] = self._written(job.name)
+        if job.scale is not None:
+            loaded["out scale"] = self._written(job.scale)
+        for n, c in enumerate(job.contributions):
+            if not c.strength:
+                continue
+            for role, tensor in self.plan.adapters[c.adapter].read(c.entry).items():
+                loaded[f"{n}/{role}"] = tensor
+        return loaded
+
+    def _compare(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[float]:
+        (job,) = jobs  # on a CPU a bucket is one step
+        if not tensors["out"].numel():
+            return [0.0]
+        base = _Stored.of(tensors["base"][0], tensors.get("scale"))
+        found = _Stored.of(tensors["out"][0], tensors.get("out scale"))
+        place = self.plan.base.places.get(job.name)
+        if place is not None and (place.transposed or place.swapped):
+            base, found = base.turned(place), found.turned(place)
+        decoded = [
+            (c, self._decoded(n, c, tensors)) for n, c in enumerate(job.contributions) if c.strength
+        ]
+        additive = all(c.entry.kind.additive for c, _ in decoded)
+        parts = [_Added.of(c, weights, base.rows) for c, weights in decoded]
+        step = (
+            max(1, BLOCK // max(1, base.columns))
+            if all(part.cuts for part in parts)
+            else max(1, base.rows)
+        )
+        worst = 0.0
+        for start in range(0, base.rows, step):
+            rows = slice(start, min(start + step, base.rows))
+            before, after = base.matrix(rows), found.matrix(rows)
+            expected = before.clone()
+            largest = 0.0  # of what is added, part by part: adapters that cancel leave their float32 errors behind
+            for part in parts:
+                part.add(expected, rows)
+                largest = max(largest, float((expected - before).abs_().max()))
+            slack = SLACK * largest + (2.0**-22 if additive else 2.0**-20) * float(
+                before.abs().max()
+            )
+            error = _excess(expected, after, found.unit(rows), tensors["out"].dtype, slack)
+            if not error <= 1.0:
+                raise self._wrong(
+                    job.name, f"it is not base + ΔW: off by {error:.3g} times what rounding allows"
+                )
+            worst = max(worst, error)
+        return [worst]
+
+    def _decoded(self, n: int, c: Contribution, tensors: Mapping[str, Tensor]) -> Weights:
+        roles = {role: tensors[f"{n}/{role}"][0].double() for role, _ in c.entry.tensors()}
+        weights = c.entry.decode(roles)
+        return weights if c.cut is None else weights.part(*c.cut)
+
+    def _keep(self, _: Job, worst: float) -> None:
+        self.largest = max(self.largest, worst)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A weight as it is stored, with its scale if it has one, that gives its rows as float64."""
+
+    tensor: Tensor
+    scale: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, scale: Tensor | None) -> _Stored:
+        """`scale` comes with the leading dimension of a batch of one."""
+        tensor = tensor if tensor.ndim else tensor.reshape(1)
+        return cls(tensor, None if scale is None else scale[0].double())
+
+    def turned(self, place: Place) -> _Stored:
+        """The same in the order of the target: everything in float64, its scale multiplied in."""
+        whole = self.matrix(slice(0, self.rows))
+        unit = self.unit(slice(0, self.rows))
+        if place.transposed:
+            whole, unit = whole.T, unit.expand_as(whole).T
+        if place.swapped:
+            whole, unit = exchanged(whole), exchanged(unit.expand_as(whole))
+        return _Turned(whole, unit)
+
+    @property
+    def rows(self) -> int:
+        return len(self.tensor)
+
+    @property
+    def columns(self) -> int:
+        return self.tensor[0].numel() if len(self.tensor) else 0
+
+    def matrix(self, rows: slice) -> Tensor:
+        part = self.tensor[rows]
+        scale = self._scale(rows)
+        return widened(part.unsqueeze(0).double(), None if scale is None else scale.unsqueeze(0))[
+            0
+        ].reshape(len(part), -1)
+
+    def unit(self, rows: slice) -> Tensor:
+        """What one unit of the stored numbers means, broadcast over `matrix`."""
+        import torch
+
+        scale = self._scale(rows)
+        if scale is None or scale.numel() == 1:
+            return (
+                torch.ones(1, 1, dtype=torch.float64)
+                if scale is None
+                else scale.abs().reshape(1, 1)
+            )
+        each = scale.abs().reshape(len(self.tensor[rows]), -1)
+        return each.repeat_interleave(self.columns // each.shape[1], dim=1)
+
+    def _scale(self, rows: slice) -> Tensor | None:
+        by_row = self.scale is not None and self.scale.numel() > 1
+        return self.scale[rows] if self.scale is not None and by_row else self.scale
+
+
+@dataclass(frozen=True)
+class _Turned(_Stored):
+    """A weight in another order than it is stored in; `scale` is what a unit of each entry means."""
+
+    def matrix(self, rows: slice) -> Tensor:
+        return self.tensor[rows]
+
+    def unit(self, rows: slice) -> Tensor:
+        assert self.scale is not None
+        return self.scale[rows]
+
+
+@dataclass(frozen=True)
+class _Added:
+    """What one adapter adds, a block of rows at a time where it `cuts`, that is can be cut by rows."""
+
+    contribution: Contribution
+    weights: Weights
+    start: int
+    stop: int
+    cuts: bool
+    delta: Tensor | None = None
+
+    @classmethod
+    def of(cls, c: Contribution, weights: Weights, rows: int) -> _Added:
+        """An algorithm that only adds, but whose parts are no rows of their own, is worked out whole."""
+        start, stop = c.rows or (0, rows)
+        try:
+            weights.part(0, 1)
+            weights.part(stop - start - 1, stop - start)
+        except NotRepresentable:
+            if not c.entry.kind.additive:
+                return cls(c, weights, start, stop, cuts=False)
+            return cls(c, weights, start, stop, cuts=True, delta=weights.delta())
+        return cls(c, weights, start, stop, cuts=True)
+
+    def add(self, block: Tensor, rows: slice) -> None:
+        """Add to these rows of the weight what falls on them."""
+        first, last = max(rows.start, self.start), min(rows.stop, self.stop)
+        if first >= last:
+            return
+        view = block[first - rows.start : last - rows.start]
+        if self.delta is not None:
+            view.add_(
+                self.delta[first - self.start : last - self.start], alpha=self.contribution.strength
+            )
+            return
+        whole = (first, last) == (self.start, self.stop)
+        weights = (
+            self.weights if whole else self.weights.part(first - self.start, last - self.start)
+        )
+        applied = weights.apply(view, self.contribution.strength)
+        if applied is not view:
+            view.copy_(applied)
+
+
+def _excess(expected: Tensor, found: Tensor, unit: Tensor, dtype: Any, slack: float) -> float:
+    """The largest error, in what is allowed: half a step of the format at that place, and the slack of float32 sums."""
+    import torch
+
+    if not expected.numel():
+        return 0.0
+    info = torch.finfo(dtype)
+    # half a step is eps/2 of the magnitude at most, and half the least subnormal at the bottom
+    least = info.smallest_normal * info.eps / 2
+    allowed = expected.abs().mul_(info.eps / 2)
+    allowed = torch.maximum(allowed, unit * least).mul_(1 + 2.0**-20)
+    allowed.add_(slack).clamp_min_(torch.finfo(torch.float64).tiny)
+    return float((found - expected).abs_().div_(allowed).max())  # NaN stays one, and is refused
+
+
+def _pieces(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while start < stop:
+            piece = file.read(min(CHUNK, stop - start))
+            if not piece:
+                return
+            start += len(piece)
+            yield piece

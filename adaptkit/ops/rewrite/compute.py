@@ -1,0 +1,574 @@
+"""What one module becomes: computed from its exact weights, cut to a rank, rounded as it is written, and measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec, Stated
+from adaptkit.errors import NonFinite, NotRepresentable
+from adaptkit.files.header import DTYPES as WIDTHS
+from adaptkit.files.header import TensorSpec
+from adaptkit.formats.contract import Alpha
+from adaptkit.keymap import algorithms
+from adaptkit.ops.shared import FLOATS, stored_dtype, torch_dtype
+from adaptkit.ops.adapter_file.peft_config import Module, factor_rows
+from adaptkit.ops.ranks.options import largest
+from adaptkit.ops.rewrite.plan import Task, product_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from adaptkit.algorithms.contract import Decomposition, Facts, Weights
+    from adaptkit.ops.rewrite.plan import Recast, Term
+    from adaptkit.ops.ranks.policies import Module as Choice
+
+__all__ = ["Cut", "State", "Stored", "Worker", "choice", "count", "dtype_of", "named", "stays"]
+
+CANCELLED = 1e-14  # of Σ ‖·‖² of the terms: float64's rounding of a sum that is zero
+HEADER = 72  # bytes that the header takes per tensor beside its name: for comparing ranks; the size itself is counted exactly
+
+
+@dataclass
+class Stored:
+    """A slot as it is written: its keys, and the ‖·‖² of ΔW and of what was lost (None where that needs the base weight)."""
+
+    kind: type[Weights]
+    rank: int | None
+    alpha: float
+    shapes: Mapping[str, tuple[int, ...]]
+    norm: float | None = None
+    error: float | None = None
+    vanished: int = 0  # numbers that became zero in rounding
+    zero: bool = False  # the terms cancel: ΔW is zero
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    specs: tuple[TensorSpec, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored, alpha aside."""
+        return sum(count(shape) for shape in self.shapes.values())
+
+
+class State:
+    """What is known of each task while it is worked on: its decomposition, the rank chosen, what is stored."""
+
+    def __init__(self, plan: Recast) -> None:
+        self.plan = plan
+        self.taken: dict[int, Decomposition] = {}
+        self.ranks: dict[int, int] = {}
+        self.stored: dict[int, Stored] = {}
+        self._unchanged: dict[int, Stored] = {}
+
+    def copied(self, task: Task) -> bool:
+        """Whether a task's tensors are taken as they are (so far as is known)."""
+        return task.ready is not None and id(task) not in self.stored and not self.dropped(task)
+
+    def dropped(self, task: Task) -> bool:
+        """Whether the policy left the module out."""
+        return self.ranks.get(id(task)) == 0
+
+    def outcome(self, task: Task) -> Stored | None:
+        """What stands in the file for a task: stored, or as copied; None where it is left out."""
+        if self.dropped(task):
+            return None
+        return self.stored.get(id(task)) or self.unchanged(task)
+
+    def unchanged(self, task: Task) -> Stored:
+        """As the source has it; of what has yet to be computed, the best that headers tell."""
+        if id(task) not in self._unchanged:
+            entry, infos = task.entries[0], task.terms[0].job.adapter.source.infos
+            shapes = {role: infos[key].shape for role, key in entry.tensors()}
+            rank = entry.facts.rank
+            alpha = 1.0 if rank is None else entry.facts.scale * rank
+            self._unchanged[id(task)] = Stored(task.kind, rank, alpha, shapes)
+        return self._unchanged[id(task)]
+
+    def modules(self) -> list[Module]:
+        """The modules as a PEFT configuration names them."""
+        return [
+            self.module(task, stored)
+            for task in self.plan.tasks
+            if (stored := self.outcome(task)) is not None
+        ]
+
+    def module(self, task: Task, stored: Stored) -> Module:
+        name = self.plan.keys.module(task.slot)
+        # two full LoKr factors have no rank; PEFT multiplies them by alpha / r all the same, so both are 1
+        rank, alpha = (1, 1.0) if stored.rank is None else (stored.rank, stored.alpha)
+        return Module(
+            name,
+            stored.kind.name,
+            rank,
+            alpha,
+            frozenset(stored.shapes),
+            factor_rows(stored.shapes),
+        )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module taken apart, its rank chosen; `stored` is None where it stays as it is."""
+
+    found: Decomposition
+    rank: int
+    stored: Stored | None
+
+
+def choice(plan: Recast, task: Task, found: Decomposition) -> Choice:
+    """What a policy knows of a module: by rank, 0 first, the bytes of its data and about those it takes in the header."""
+    from adaptkit.ops.ranks.policies import Module as Choice
+
+    width = WIDTHS[dtype_of(plan, task)] // 8
+    name = len(plan.keys.stem(task.slot)) + HEADER
+    alpha = 1 if plan.keys.format.alpha is Alpha.TENSOR and ALPHA in task.kind.roles else 0
+    tensors = len(found.shapes(1)) + alpha
+    sizes = [n and n * width + 4 * alpha + tensors * name for n in found.elements()]
+    return Choice(found.energies, found.norm, sizes, task.convolution)
+
+
+def stays(state: State, task: Task, found: Decomposition, rank: int) -> bool:
+    """Whether a module keeps all it has, in the tensors it has."""
+    return (
+        task.ready is not None
+        and rank == len(found.energies)
+        and found.shapes(rank).keys() == state.unchanged(task).shapes.keys()
+        and all(
+            count(found.shapes(rank)[r]) == count(s)
+            for r, s in state.unchanged(task).shapes.items()
+        )
+    )
+
+
+def named(
+    plan: Recast, task: Task, kind: type[Weights], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(role, key, shape as the format lays it out) of every tensor but alpha."""
+    peft = plan.keys.format.peft
+    facts = kind.facts(shapes)
+    for role, shape in shapes.items():
+        name = plan.keys.spell(task.slot, kind.name, kind.stored_as(role, peft=peft))
+        yield role, name, kind.laid_out(role, shape, facts, peft=peft)
+
+
+def dtype_of(plan: Recast, task: Task) -> str:
+    """The widest dtype among the parts, or the one asked for."""
+    kept = {dtype for dtype in task.dtypes if not dtype.startswith(("I", "U", "BOOL"))}
+    if not kept <= set(FLOATS):
+        raise NotRepresentable(
+            f"stored as {', '.join(sorted(kept - set(FLOATS)))}; only plain floats can be computed with"
+        )
+    widest = (
+        min(kept, key=FLOATS.index) if len(kept) == 1 or "F32" in kept or "F64" in kept else "F32"
+    )
+    return stored_dtype(plan.options.dtype, widest)
+
+
+class Worker:
+    """What is computed of one task."""
+
+    def __init__(self, plan: Recast, state: State) -> None:
+        self.plan, self.state = plan, state
+
+    def load(self, task: Task) -> dict[str, Tensor]:
+        """Every tensor of every term, and the base weight where it is needed."""
+        found: dict[str, Tensor] = {}
+        for number, term in enumerate(task.terms):
+            for n, entry in enumerate(term.job.entries):
+                tensors = term.job.adapter.read(entry)
+                found |= {f"{number}.{n}/{role}": tensor for role, tensor in tensors.items()}
+        if task.base is not None and self.plan.base is not None:
+            found["base"] = self.plan.base.read(task.base)
+        return found
+
+    def first(
+        self, tasks: Sequence[Task], tensors: dict[str, Tensor]
+    ) -> Sequence[Stored | Decomposition | Cut]:
+        """Take apart what has a rank to choose, and keep what can be known by itself; store the rest."""
+        found = self._stacked(self._first_stack, tasks, tensors)
+        return found or [
+            self._guarded(self._first, task, tensors, n) for n, task in enumerate(tasks)
+        ]
+
+    def second(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> Sequence[Stored]:
+        """Keep the ranks chosen."""
+        found = self._stacked(self._second_stack, tasks, tensors)
+        return found or [
+            self._guarded(self._second, task, tensors, n) for n, task in enumerate(tasks)
+        ]
+
+    def _stacked(self, work: Any, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Any:
+        """The results of tasks that are alike; None: they have to be done one by one, so that the one at fault is named."""
+        if tasks[0].likeness is None:
+            return None
+        try:
+            return work(tasks, tensors)
+        except (NonFinite, NotRepresentable, RuntimeError):  # LAPACK does not converge on NaN
+            return None
+
+    def _guarded(self, work: Any, task: Task, tensors: Mapping[str, Tensor], n: int) -> Any:
+        try:
+            return work(task, {name: tensor[n] for name, tensor in tensors.items()})
+        except (NotRepresentable, NonFinite) as error:
+            raise error.at(file=task.terms[0].job.adapter.source.path, tensor=task.label) from None
+
+    def _first(self, task: Task, tensors: Mapping[str, Tensor]) -> Stored | Decomposition | Cut:
+        exact = self._exact(task, tensors)
+        if len(task.terms) > 1 and exact.additive and self._cancel(task, exact, tensors):
+            return self._nothing(task, exact)
+        if task.ranked:
+            exact = exact.widened()
+            taken = self._taken(task, exact, tensors)
+            return (
+                self._cut(task, exact, taken, tensors)
+                if self.plan.policy and self.plan.policy.local
+                else taken
+            )
+        whole = exact if isinstance(exact, task.kind) else self._changed(task, exact)
+        found = self._store(task, exact if whole.additive else whole, whole, tensors)
+        if found.norm is not None and not math.isfinite(found.norm):
+            _finite(task, tensors)
+            raise NonFinite("ΔW overflows")
+        return found
+
+    def _first_stack(
+        self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]
+    ) -> Sequence[Decomposition | Cut]:
+        exact, policy = self._exact(tasks[0], tensors).computed(), self.plan.policy
+        found = tasks[0].kind.decompose_stack(exact, self._spec(tasks[0]))
+        if not all(math.isfinite(one.norm) for one in found):
+            raise NonFinite("ΔW overflows")
+        if policy is None or not policy.local:
+            return found
+        pairs = list(zip(tasks, found, strict=True))
+        ranks = policy.choose([choice(self.plan, task, one) for task, one in pairs])
+        stay = [
+            rank == 0 or stays(self.state, task, one, rank)
+            for (task, one), rank in zip(pairs, ranks, strict=True)
+        ]
+        stored: Sequence[Stored | None] = [None] * len(tasks)
+        if not all(stay):
+            stored = self._store_stack(tasks, exact, found, ranks)
+        cuts = zip(found, ranks, stored, stay, strict=True)
+        return [Cut(one.lighter(), rank, None if same else kept) for one, rank, kept, same in cuts]
+
+    def _taken(self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]) -> Decomposition:
+        try:
+            found = task.kind.decompose(exact, self._spec(task))
+        except (NonFinite, RuntimeError):  # LAPACK does not converge on NaN
+            _finite(task, tensors)
+            raise
+        if not math.isfinite(found.norm):
+            _finite(task, tensors)
+            raise NonFinite("ΔW overflows")
+        return found
+
+    def _cut(
+        self, task: Task, exact: Weights, found: Decomposition, tensors: Mapping[str, Tensor]
+    ) -> Cut:
+        assert self.plan.policy is not None
+        (rank,) = self.plan.policy.choose([choice(self.plan, task, found)])
+        stored = None
+        if rank > 0 and not stays(self.state, task, found, rank):
+            stored = self._store(task, exact, found.keep(exact, rank), tensors, found)
+        return Cut(found.lighter(), rank, stored)
+
+    def _cancel(self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the terms of a sum leave nothing but rounding."""
+        parts = (self._term(task, number, term, tensors) for number, term in enumerate(task.terms))
+        return exact.norm_squared() <= CANCELLED * sum(part.norm_squared() for part in parts)
+
+    def _nothing(self, task: Task, exact: Weights) -> Stored:
+        """A ΔW of zero, in the smallest form there is."""
+        if any(entry.facts.vector for entry in task.entries) or task.kernel is None:
+            return replace(self._store(task, exact, exact.times(0.0), {}), zero=True)
+        lora = algorithms()["lora"].fit(exact.delta() * 0.0, FitSpec(1, task.kernel))
+        return replace(self._store(task, lora, lora, {}), zero=True)
+
+    def _changed(self, task: Task, weights: Weights) -> Weights:
+        """In another algorithm: exactly where it can be, else the nearest."""
+        try:
+            return task.kind.exactly(weights, task.kernel)
+        except NotRepresentable:
+            if not task.kind.extractable or not weights.additive:
+                raise
+            return task.kind.fit(weights.delta(), self._spec(task))
+
+    def _second(self, task: Task, tensors: Mapping[str, Tensor]) -> Stored:
+        exact, found = self._exact(task, tensors), self.state.taken[id(task)]
+        kept = found.keep(exact, self.state.ranks[id(task)])
+        return self._store(task, exact.widened(), kept, tensors, found)
+
+    def _second_stack(
+        self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]
+    ) -> Sequence[Stored]:
+        exact = self._exact(tasks[0], tensors).computed()
+        found = [self.state.taken[id(task)] for task in tasks]
+        ranks = [self.state.ranks[id(task)] for task in tasks]
+        return self._store_stack(tasks, exact, found, ranks)
+
+    def _spec(self, task: Task) -> FitSpec:
+        options = self.plan.options
+        if task.kernel is None:
+            raise NotRepresentable("the stored shapes do not tell the kernel size of this layer")
+        rank = largest(options, convolution=task.convolution)
+        return FitSpec(rank, task.kernel, options.factor)
+
+    # the exact weights ----------------------------------------------------------------------------------------------
+
+    def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
+        """All terms together, in the target's order of rows of the new format, nothing rounded."""
+        parts = [self._term(task, number, term, tensors) for number, term in enumerate(task.terms)]
+        whole = (
+            parts[0]
+            if len(parts) == 1 and self.plan.mixing is None
+            else self._together(task, parts)
+        )
+        return whole.swapped() if self.plan.keys.swapped(task.slot) else whole
+
+    def _together(self, task: Task, parts: Sequence[Weights]) -> Weights:
+        vector = any(entry.facts.vector for entry in task.entries)
+        if self.plan.mixing is not None and not vector:
+            return self._mixed(task, parts)
+        if vector:
+            return type(parts[0]).sum(parts)
+        kind = algorithms()[
+            "full" if task.kind.name == "full" or self._thick(task, parts) else "lora"
+        ]
+        return kind.sum(
+            [part if type(part) is kind else kind.exactly(part, task.kernel) for part in parts]
+        )
+
+    def _thick(self, task: Task, parts: Sequence[Weights]) -> bool:
+        """Whether the sum is better taken as a matrix than by its factors: to decompose it, or where ranks exceed its sides."""
+        if any(part.kron_factors() is not None or type(part).name == "full" for part in parts):
+            return True
+        rank = sum(product_rank(term) for term in task.terms)
+        smaller = min(task.entries[0].facts.columns, parts[0].rows)
+        return rank > smaller * (THIN if task.ranked else 1.0)
+
+    def _mixed(self, task: Task, parts: Sequence[Weights]) -> Weights:
+        from adaptkit.linalg.mixing import mix
+
+        assert self.plan.mixing is not None
+        how = self.plan.mixing
+        numbers = [term.number for term in task.terms]
+        deltas = [part.delta() for part in parts]
+        label = task.label
+        mixed = mix(
+            deltas, how.method, how.density, [f"{how.seed}/{number}/{label}" for number in numbers]
+        )
+        full = algorithms()["full"]
+        return full(mixed, task.kernel or ())  # type: ignore[call-arg]
+
+    def _term(self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]) -> Weights:
+        weights = self._joined(task, number, term, tensors)
+        if "base" in tensors and not (type(weights) is task.kind or self._resizes(task, weights)):
+            base = _wide(tensors["base"])
+            changed = weights.apply(base.clone(), term.weight) - base
+            return algorithms()["full"](changed, task.kernel or ())  # type: ignore[call-arg]
+        return weights if term.weight == 1.0 else weights.times(term.weight)
+
+    def _resizes(self, task: Task, weights: Weights) -> bool:
+        """Whether the base is only for measuring: the kind stays, or stays what it becomes when it is resized."""
+        return task.ranked and not weights.additive and type(weights).resized == task.kind.name
+
+    def _joined(
+        self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]
+    ) -> Weights:
+        """The parts of one adapter, cut and put together."""
+        found: list[Weights | None] = []
+        entries = iter(enumerate(term.job.entries))
+        if not task.ranked and task.changes & {
+            "summed",
+            "changed",
+        }:  # so that only the rounding of what is stored is lost
+            tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
+        for part in term.job.parts:
+            if part.entry is None:
+                found.append(None)
+                continue
+            n, entry = next(entries)
+            weights = entry.decode(
+                {role: tensors[f"{number}.{n}/{role}"] for role, _ in entry.tensors()}
+            )
+            found.append(weights if part.cut is None else weights.part(*part.cut))
+        known = [weights for weights in found if weights is not None]
+        if len(found) == 1:
+            return known[0]
+        if len({type(weights) for weights in known}) > 1:
+            kernel = term.job.entries[0].facts.kernel
+            found = [None if w is None else task.kind.exactly(w, kernel) for w in found]
+            known = [weights for weights in found if weights is not None]
+        like = known[0]
+        filled = [
+            like.zeros(like, part.rows) if w is None else w
+            for w, part in zip(found, term.job.parts, strict=True)
+        ]
+        return type(like).fuse(filled)
+
+    # what is stored -------------------------------------------------------------------------------------------------
+
+    def _store(
+        self,
+        task: Task,
+        exact: Weights,
+        kept: Weights,
+        tensors: Mapping[str, Tensor],
+        taken: Decomposition | None = None,
+    ) -> Stored:
+        """Round to what is written, and measure what that leaves of the exact weights."""
+        kind, place = type(kept), self.plan.keys.format.alpha
+        folded = (
+            kept.folded()
+            if "folded" in task.changes or (place is Alpha.NONE and not kept.bounded)
+            else kept
+        )
+        dtype = torch_dtype(dtype_of(self.plan, task))
+        whole = folded.encode()
+        encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
+        shapes = {role: tuple(tensor.shape) for role, tensor in encoded.items() if role != ALPHA}
+        alpha = None if ALPHA not in encoded else Stated(float(encoded[ALPHA]))
+        facts = kind.facts(shapes, alpha)
+        rounded = kind.decode({role: encoded[role] for role in shapes}, facts)
+        norm, error = _lost(
+            exact, rounded, tensors.get("base"), None if taken is None else taken.norm
+        )
+        found = self._laid_out(task, kind, facts, encoded)
+        value = 0.0 if alpha is None else alpha.value
+        vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
+        return Stored(kind, facts.rank, value, shapes, norm, error, vanished, tensors=found)
+
+    def _store_stack(
+        self,
+        tasks: Sequence[Task],
+        exact: Weights,
+        taken: Sequence[Decomposition],
+        ranks: Sequence[int],
+    ) -> list[Stored]:
+        """`_store` of a stack, each cut to its rank."""
+        import torch
+
+        kind, dtype = tasks[0].kind, torch_dtype(dtype_of(self.plan, tasks[0]))
+        kept = kind.keep_stack(exact, taken, ranks)
+        whole = {role: tensor for role, tensor in kept.weights.encode().items() if role != ALPHA}
+        encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
+        facts = kind.facts({role: tuple(tensor.shape[1:]) for role, tensor in encoded.items()})
+        errors = kept.distances(kind.decode(encoded, facts))
+        vanished = any(_vanished(whole[role], encoded[role]) for role in encoded)
+        results = []
+        for n, (task, one, rank) in enumerate(zip(tasks, taken, ranks, strict=True)):
+            shapes = one.shapes(rank)
+            own = {
+                role: encoded[role][n][tuple(map(slice, shape))] for role, shape in shapes.items()
+            }
+            tensors = self._laid_out(task, kind, facts, {**own, ALPHA: torch.tensor(float(rank))})
+            gone = (
+                sum(_vanished(whole[role][n], encoded[role][n]) for role in shapes)
+                if vanished
+                else 0
+            )
+            results.append(
+                Stored(kind, rank, float(rank), shapes, one.norm, errors[n], gone, tensors=tensors)
+            )
+        return results
+
+    def _laid_out(
+        self, task: Task, kind: type[Weights], facts: Facts, encoded: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Rounded tensors under their keys, in the shapes of the format; alpha where the format has one."""
+        shapes = {role: tuple(tensor.shape) for role, tensor in encoded.items() if role != ALPHA}
+        found = {
+            name: encoded[role].reshape(shape).contiguous().cpu()
+            for role, name, shape in named(self.plan, task, kind, shapes)
+        }
+        if ALPHA in encoded and not self._silent(task, kind, facts.scale):
+            found[self.plan.keys.spell(task.slot, kind.name, ALPHA)] = (
+                encoded[ALPHA].contiguous().cpu()
+            )
+        return found
+
+    def _silent(self, task: Task, kind: type[Weights], scale: float) -> bool:
+        """Whether the format says nothing of alpha."""
+        if kind.bounded:
+            return False
+        place = self.plan.keys.format.alpha
+        if "folded" in task.changes and place is not Alpha.TENSOR:
+            return True
+        return place in (Alpha.NONE, Alpha.CONFIG) or (place is Alpha.OPTIONAL and scale == 1.0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    from adaptkit.linalg.precision import accumulate_dtype
+
+    return tensor.to(accumulate_dtype(tensor.device)) if tensor.is_floating_point() else tensor
+
+
+def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
+    """NonFinite with the key of the tensor: a decomposition would only say that it did not converge."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            number, _, rest = name.partition(".")
+            n, _, role = rest.partition("/")
+            if name == "base":
+                raise NonFinite("the base weight holds NaN or infinity")
+            job = task.terms[int(number)].job
+            raise NonFinite(
+                "holds NaN or infinity",
+                file=job.adapter.source.path,
+                tensor=job.entries[int(n)].keys[role],
+            )
+
+
+def _rounded(role: str, tensor: Tensor, dtype: Any) -> Tensor:
+    from adaptkit.linalg.precision import cast
+
+    if role == ALPHA:
+        return tensor.float()
+    if not tensor.is_floating_point():  # a flag
+        return tensor
+    try:
+        return cast(tensor, dtype)
+    except NonFinite as error:
+        error.hint = "write with --dtype bf16 or fp32"
+        raise
+
+
+def _vanished(before: Tensor, after: Tensor) -> int:
+    """How many numbers rounding made zero."""
+    from adaptkit.linalg.precision import upcast
+
+    if before.dtype == after.dtype or not before.is_floating_point():
+        return 0
+    left = int(upcast(after).count_nonzero())
+    return 0 if left == after.numel() else int(before.count_nonzero()) - left
+
+
+def _lost(
+    exact: Weights, stored: Weights, base: Tensor | None, norm: float | None
+) -> tuple[float | None, float | None]:
+    """‖ΔW‖² (known where it was taken apart) and the ‖·‖² of what was lost, in float64.
+
+    None where ΔW depends on a base weight that is not given.
+    """
+    from adaptkit.algorithms._algebra import distance_squared
+
+    if exact.additive and stored.additive:
+        return exact.norm_squared() if norm is None else norm, distance_squared(exact, stored, norm)
+    if base is None:
+        return None, None
+    weight = base.double()
+    one, two = exact.apply(weight.clone(), 1.0), stored.apply(weight.clone(), 1.0)
+    return float((one - weight).square().sum()), float((one - two).square().sum())
+
+
+def count(shape: Sequence[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total

@@ -1,0 +1,221 @@
+"""Adapters written anew, the last part: the file, or PEFT's folder, of all that was copied and computed."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from adaptkit import __version__
+from adaptkit.errors import NotRepresentable
+from adaptkit.files.header import DTYPES as WIDTHS
+from adaptkit.files.header import TensorSpec
+from adaptkit.formats.contract import Alpha
+from adaptkit.ops.adapter_file.peft_config import Module, adapter_file, diffusers_metadata
+from adaptkit.ops.rewrite.plan import Copied, Recast, Written
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from adaptkit.files.sink import Spool, TensorSink
+    from adaptkit.ops.rewrite.compute import State
+
+__all__ = ["Writing"]
+
+
+class Writing:
+    """The file, or PEFT's folder, of all that was copied and stored."""
+
+    def __init__(self, plan: Recast, state: State, spool: Spool | None) -> None:
+        self.plan, self.state, self.spool = plan, state, spool
+        kept = [task for task in plan.tasks if state.copied(task)]
+        ready = [item for task in kept for item in task.ready or ()]
+        self.copied = [item for item in (*ready, *plan.carried) if isinstance(item, Copied)]
+        self.scalars = {
+            item.key: struct.pack("<f", item.value) for item in ready if isinstance(item, Written)
+        }
+
+    def write(self, fill: Callable[[TensorSink], None]) -> int:
+        """Publish the output, and its size in bytes; `fill` writes what is neither copied nor in the spool."""
+        from adaptkit.files.sink import TensorSink
+
+        plan, metadata = self.plan, self.metadata()
+        specs = self.specs()
+        modules = self.state.modules() if plan.keys.format.alpha is Alpha.CONFIG else None
+        with adapter_file(plan.output, modules, plan.options.overwrite) as (path, overwrite):
+            return self._write(
+                TensorSink(path, specs, metadata, overwrite=overwrite), metadata, fill
+            )
+
+    def _write(
+        self, sink: TensorSink, metadata: Mapping[str, str], fill: Callable[[TensorSink], None]
+    ) -> int:
+        with sink:
+            fill(sink)
+            hashing = _Hashing(self, sink, metadata)
+            for number, adapter in enumerate(self.plan.adapters):
+                mine = [
+                    (item.key, adapter.source, item.source)
+                    for item in self.copied
+                    if item.number == number
+                ]
+                sink.copy_many(mine)
+            for key, data in self.scalars.items():
+                sink.put_bytes(key, memoryview(data))
+            if self.spool is not None:
+                self.spool.write_to(sink)
+            if hashing.needed:
+                sink.restate(hashing.result())
+            # it can be made again from its input, so nobody waits for the disk; unless it replaces that input
+            sink.commit(sync=self.plan.output.exists())
+        return sink.size
+
+    def specs(self) -> list[TensorSpec]:
+        """In the order that the official library writes: wide dtypes first, then by name."""
+        found = [item.spec for item in self.copied]
+        found += [TensorSpec(key, "F32", ()) for key in self.scalars]
+        for stored in self.state.stored.values():
+            found += stored.specs
+        twice = [name for name, n in Counter(spec.name for spec in found).items() if n > 1]
+        if twice:
+            raise NotRepresentable(
+                f"two modules would both be written as {twice[0]}",
+                file=self.plan.adapter.source.path,
+            )
+        return sorted(found, key=lambda spec: (-WIDTHS[spec.dtype], spec.name))
+
+    def metadata(self) -> dict[str, str]:
+        """What the inputs had where it still holds, and one record of what was done."""
+        from adaptkit.files.provenance import sshs_places, updated
+
+        plan = self.plan
+        kept = {
+            name: value for name, value in _common(plan).items() if name != "lora_adapter_metadata"
+        }
+        changed = self._ranks() | self._network() | self._for_diffusers()
+        return updated(kept | changed, _record(plan)) | sshs_places(plan.adapter.metadata)
+
+    def _ranks(self) -> dict[str, str]:
+        """`ss_network_dim` and `ss_network_alpha` where the file has them and they no longer hold."""
+        still = {"renamed", "split", "swapped", "cast"}
+        if "ss_network_dim" not in self.plan.adapter.metadata or self.plan.counts().keys() <= still:
+            return {}
+        modules = [module for module in self.state.modules() if module.algorithm != "full"]
+        dims, alphas = {m.rank for m in modules}, {m.alpha for m in modules}
+        return {
+            "ss_network_dim": str(dims.pop()) if len(dims) == 1 else "Dynamic",
+            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        }
+
+    def _network(self) -> dict[str, str]:
+        """`ss_network_module` where the algorithm changed."""
+        if (
+            "ss_network_module" not in self.plan.adapter.metadata
+            or "changed" not in self.plan.counts()
+        ):
+            return {}
+        kinds = {task.kind.name for task in self.plan.tasks}
+        return {"ss_network_module": "networks.lora" if kinds <= {"lora"} else "lycoris.kohya"}
+
+    def _for_diffusers(self) -> dict[str, str]:
+        """diffusers before 0.42 takes the first module's rank for every alpha: where ranks differ it has to be told."""
+        if self.plan.keys.format.name != "diffusers":
+            return {}
+        parts: dict[str, list[Module]] = {}
+        for task in self.plan.tasks:
+            stored = self.state.outcome(task)
+            if stored is None:
+                continue
+            if stored.kind.name not in ("lora", "lora+dora"):
+                return {}
+            parts.setdefault(task.slot.component, []).append(self.state.module(task, stored))
+        if all(len({m.rank for m in modules}) == 1 for modules in parts.values()):
+            return {}
+        return {"lora_adapter_metadata": diffusers_metadata(parts)}
+
+    def data(self, sink: TensorSink) -> Iterator[memoryview]:
+        """The bytes of every tensor of the output, in order."""
+        copied = {item.key: item for item in self.copied}
+        for name in sink.infos:
+            if name in copied:
+                yield self.plan.adapters[copied[name].number].source.raw(copied[name].source)
+            elif name in self.scalars:
+                yield memoryview(self.scalars[name])
+            elif self.spool is not None and name in self.spool:
+                yield self.spool.read(name)
+            else:
+                yield sink.read(name)
+
+
+def _common(plan: Recast) -> dict[str, str]:
+    """The metadata that all inputs agree on."""
+    first, *others = (adapter.metadata for adapter in plan.adapters)
+    return {
+        name: value
+        for name, value in first.items()
+        if all(other.get(name) == value for other in others)
+    }
+
+
+def _record(plan: Recast) -> dict[str, Any]:
+    """The one provenance record. No date: equal inputs give equal bytes."""
+    from adaptkit.ops.ranks.options import asked
+
+    sources = [adapter.source.path.name for adapter in plan.adapters]
+    record: dict[str, Any] = {"adaptkit": __version__, "command": plan.command}
+    if len(sources) == 1 and plan.weights == (1.0,):
+        record["source"] = sources[0]
+    else:
+        record["sources"] = [
+            {"file": name, "weight": w} for name, w in zip(sources, plan.weights, strict=True)
+        ]
+    record |= {"from": plan.adapter.format.name, "to": plan.keys.format.name, **plan.counts()}
+    rule = asked(plan.options)
+    if rule is not None:
+        record[rule] = getattr(plan.options, rule)
+    for name in ("conv_rank", "max_rank", "algo"):
+        if getattr(plan.options, name) is not None:
+            record[name] = getattr(plan.options, name)
+    if plan.mixing is not None:
+        record |= {
+            "method": plan.mixing.method,
+            "density": plan.mixing.density,
+            "seed": plan.mixing.seed,
+        }
+    return record
+
+
+class _Hashing:
+    """sd-scripts' hashes, where the file had them, of what it will hold; worked out while the tensors are copied."""
+
+    def __init__(self, writing: Writing, sink: TensorSink, metadata: Mapping[str, str]) -> None:
+        from adaptkit.files.provenance import SSHS
+
+        self.metadata = metadata
+        self.needed = bool(SSHS.keys() & metadata.keys())
+        self._found: dict[str, str] = {}
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(writing, sink), daemon=True)
+        if self.needed:
+            self._thread.start()
+
+    def _run(self, writing: Writing, sink: TensorSink) -> None:
+        from adaptkit.files.header import build_header
+        from adaptkit.files.provenance import sshs_hashes
+
+        try:
+            training = {
+                name: value for name, value in self.metadata.items() if name.startswith("ss_")
+            }
+            header, _ = build_header(sink.infos.values(), training)
+            self._found = sshs_hashes(writing.data(sink), len(header))
+        except BaseException as error:
+            self._failure = error
+
+    def result(self) -> dict[str, str]:
+        """The metadata with the hashes in their places."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return {name: self._found.get(name, value) for name, value in self.metadata.items()}
