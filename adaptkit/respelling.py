@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     Span = tuple[Fraction, Fraction]
 
-__all__ = ["Job", "Part", "Respelling"]
+__all__ = ["Assembly", "Part", "Respelling"]
 
 
 class Part(NamedTuple):
@@ -27,7 +27,7 @@ class Part(NamedTuple):
     rows: int = 0
 
 
-class Job(NamedTuple):
+class Assembly(NamedTuple):
     """One slot of the output and the parts that make it, in the order of its rows."""
 
     slot: Slot
@@ -59,7 +59,7 @@ class Respelling:
         self.adapter, self.keys = adapter, keys
         self.lost: dict[str, str] = {}
 
-    def jobs(self, entries: Mapping[Slot, Entry]) -> Iterator[Job]:
+    def jobs(self, entries: Mapping[Slot, Entry]) -> Iterator[Assembly]:
         """Every slot to write, in the order in which the file first names its target; fills `lost`."""
         held: dict[Target, dict[Slot, Entry]] = {}
         for slot, entry in entries.items():
@@ -67,13 +67,13 @@ class Respelling:
         for target, parts in held.items():
             yield from self._target(target, parts)
 
-    def _target(self, target: Target, held: Mapping[Slot, Entry]) -> Iterator[Job]:
+    def _target(self, target: Target, held: Mapping[Slot, Entry]) -> Iterator[Assembly]:
         used: set[Slot] = set()
         for slot in self.keys.slots(target):
             found = self._parts(slot, held)
             if found:
                 used.update(part.entry.slot for part in found if part.entry is not None)
-                yield Job(slot, found, self.adapter)
+                yield Assembly(slot, found, self.adapter)
         for slot, entry in held.items():
             if slot not in used:
                 reason = f"the {self.keys.format.name} format has no place for {self.adapter.label(slot)}"

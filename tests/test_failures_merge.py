@@ -90,7 +90,7 @@ def test_f7_diffusers_keys_merge_into_a_fused_flux_without_being_told(tmp_path: 
         found[LINEAR1][48:], load_file(base)[LINEAR1][48:], product(state, single)
     ) == pytest.approx(1, abs=1e-5)
     assert torch.equal(found[LINEAR1][:48], load_file(base)[LINEAR1][:48])
-    assert report.changed == 2
+    assert report.tensors_changed == 2
 
 
 @pytest.mark.parametrize("kind", ["lokr", "loha"])
@@ -106,7 +106,7 @@ def test_f7_lokr_and_loha_are_merged_and_nothing_is_claimed_otherwise(
         assert strength(found[PLACES[name]], load_file(base)[PLACES[name]], delta) == pytest.approx(
             1, abs=1e-5
         )
-    assert report.changed == 4
+    assert report.tensors_changed == 4
     other = lora("lora_unet_single_blocks_3_linear1", 8, 8, "lora_up", "lora_down")
     save_file(other, tmp_path / "flux.safetensors")
     with pytest.raises(AdaptkitError):
@@ -176,7 +176,7 @@ def test_f27_dora_t5_biases_and_norms_all_arrive(tmp_path: Path) -> None:
     }
     save_file(diffs, tmp_path / "diffs.safetensors")
     report, found = run(tmp_path / "wan.safetensors", tmp_path / "diffs.safetensors", family="wan")
-    assert report.changed == 3
+    assert report.tensors_changed == 3
     torch.testing.assert_close(
         found[f"{block}.q.bias"],
         wan[f"{block}.q.bias"] + diffs[f"diffusion_model.{block}.q.diff_b"],
@@ -262,7 +262,7 @@ def test_c7_split_projections_under_the_original_prefix(tmp_path: Path) -> None:
     report, found = run(base, tmp_path / "a.safetensors", family="flux")
     whole = np.concatenate([product(state, stem) for stem in stems])
     np.testing.assert_allclose(found[QKV].numpy() - load_file(base)[QKV].numpy(), whole, atol=1e-5)
-    assert report.changed == 1
+    assert report.tensors_changed == 1
 
 
 def test_c8_an_output_without_a_folder_stands_in_this_one(tmp_path: Path, tiny: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 
 from adaptkit import policy
 from adaptkit.errors import NonFinite, NotRepresentable, WrongUsage
+from adaptkit.ops.ranks.knapsack import RankCurve, least_bytes, least_error
 from adaptkit.ops.ranks.policies import (
     Energy,
     Error,
-    Module,
     Policy,
     Rank,
     Size,
@@ -24,8 +24,6 @@ from adaptkit.ops.ranks.policies import (
     SvFro,
     SvRatio,
     capped,
-    least_bytes,
-    least_error,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")  # numpy's, of divisions by nothing
@@ -35,23 +33,23 @@ Options = list[list[tuple[int, float]]]
 
 def module(
     *sigmas: float, norm: float | None = None, step: int = 10, first: int = 0, conv: bool = False
-) -> Module:
+) -> RankCurve:
     """`first` bytes for the module and `step` for each rank."""
     energies = [s * s for s in sigmas]
     sizes = [0, *(first + step * k for k in range(1, len(sigmas) + 1))]
-    return Module(energies, math.fsum(energies) if norm is None else norm, sizes, conv)
+    return RankCurve(energies, math.fsum(energies) if norm is None else norm, sizes, conv)
 
 
-def total(modules: Sequence[Module], ranks: Sequence[int]) -> int:
+def total(modules: Sequence[RankCurve], ranks: Sequence[int]) -> int:
     return sum(m.sizes[k] for m, k in zip(modules, ranks, strict=True))
 
 
-def lost(modules: Sequence[Module], ranks: Sequence[int]) -> float:
+def lost(modules: Sequence[RankCurve], ranks: Sequence[int]) -> float:
     """‖ΔW − ΔW_k‖² over all, the obvious way."""
     return sum(m.norm - sum(m.energies[:k]) for m, k in zip(modules, ranks, strict=True))
 
 
-def every_choice(modules: Sequence[Module]) -> list[tuple[int, ...]]:
+def every_choice(modules: Sequence[RankCurve]) -> list[tuple[int, ...]]:
     return list(itertools.product(*(range(len(m.sizes)) for m in modules)))[
         1:
     ]  # the first has nothing at all
@@ -59,7 +57,7 @@ def every_choice(modules: Sequence[Module]) -> list[tuple[int, ...]]:
 
 def spectra(
     random: np.random.Generator, count: int, ranks: int, widths: Sequence[int] = (64, 96, 320)
-) -> list[Module]:
+) -> list[RankCurve]:
     """Decaying spectra on layers of several widths, in bytes of fp16."""
     found = []
     for _ in range(count):
@@ -69,7 +67,7 @@ def spectra(
         ].tolist()
         step = 2 * int(random.choice(widths) + random.choice(widths))
         found.append(
-            Module(energies, sum(energies), [0, *(300 + step * k for k in range(1, ranks + 1))])
+            RankCurve(energies, sum(energies), [0, *(300 + step * k for k in range(1, ranks + 1))])
         )
     return found
 
@@ -163,7 +161,11 @@ def test_energy_counts_what_no_rank_captures(chosen: Policy) -> None:
     [Energy(0.9), Energy(1), SvFro(0.9), SvCumulative(0.9), SvRatio(20), SvRatio(1), Rank(1)],
 )
 def test_no_energy_is_rank_1_and_no_ranks_are_0(chosen: Policy) -> None:
-    assert chosen.choose([module(0, 0, 0), Module([], 0.0, [0]), Module([], 3.0, [8])]) == [1, 0, 0]
+    assert chosen.choose([module(0, 0, 0), RankCurve([], 0.0, [0]), RankCurve([], 3.0, [8])]) == [
+        1,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("kind", [Energy, SvFro, SvCumulative])
@@ -225,7 +227,7 @@ def test_the_ends_of_every_range_are_in_it() -> None:
 
 def test_a_module_needs_a_size_for_every_rank() -> None:
     with pytest.raises(ValueError, match="2 energies"):
-        Module([2.0, 1.0], 3.0, [0, 10])
+        RankCurve([2.0, 1.0], 3.0, [0, 10])
 
 
 def test_errors_are_what_is_left_out() -> None:
@@ -238,12 +240,12 @@ def test_errors_are_what_is_left_out() -> None:
         0,
     ]  # a norm that rounding made too small
     assert module(1, 1e-9).errors()[1] == 1e-9**2  # 1 + 1e-18 - 1 would be 0
-    assert Module([], 3.0, [8]).errors() == [3]
+    assert RankCurve([], 3.0, [8]).errors() == [3]
 
 
 def test_capped_keeps_the_norm() -> None:
     wide = module(3, 2, 1, conv=True)
-    assert capped([wide], 2) == [Module([9, 4], 14, [0, 10, 20], convolution=True)]
+    assert capped([wide], 2) == [RankCurve([9, 4], 14, [0, 10, 20], convolution=True)]
     assert capped([wide], 5) == [wide]
     assert capped([wide], None) == [wide]
 
@@ -274,14 +276,14 @@ def test_error_is_brute_force() -> None:
         assert total(modules, ranks) == least
 
 
-def small(random: np.random.Generator) -> list[Module]:
+def small(random: np.random.Generator) -> list[RankCurve]:
     """Up to four modules of up to four ranks, integer energies, sizes of any convexity."""
     found = []
     for _ in range(random.integers(1, 5)):
         ranks = random.integers(1, 5)
         energies = sorted(map(float, random.integers(1, 40, ranks)), reverse=True)
         sizes = [0, *np.cumsum(random.integers(1, 30, ranks)).tolist()]
-        found.append(Module(energies, sum(energies), sizes))
+        found.append(RankCurve(energies, sum(energies), sizes))
     return found
 
 
@@ -297,7 +299,7 @@ def test_error_1_keeps_one_module() -> None:
         0,
     ]
     assert Error(0.5).choose([module(0, 0), module(0)]) == [1, 0]
-    assert Error(0.5).choose([Module([], 1.0, [4])]) == [0]
+    assert Error(0.5).choose([RankCurve([], 1.0, [4])]) == [0]
     assert Error(0.5).choose([]) == []
 
 
@@ -368,7 +370,7 @@ def test_size_spends_nothing_on_zeros() -> None:
 
 def test_one_module_remains() -> None:
     assert Size(10).choose([module(0, 0), module(0, step=9)]) == [0, 1]
-    assert Size(10).choose([Module([], 1.0, [4]), Module([], 1.0, [4])]) == [0, 0]
+    assert Size(10).choose([RankCurve([], 1.0, [4]), RankCurve([], 1.0, [4])]) == [0, 0]
     assert Size(10).choose([]) == []
 
 
@@ -385,7 +387,7 @@ def test_a_size_below_the_smallest_file_names_it() -> None:
 class File:
     """A made-up file: a header that grows with the digits of its offsets, padded to 8, and only for what is there."""
 
-    def __init__(self, modules: Sequence[Module], names: bool = False) -> None:
+    def __init__(self, modules: Sequence[RankCurve], names: bool = False) -> None:
         self.modules, self.names, self.calls = modules, names, 0
 
     def __call__(self, ranks: Sequence[int]) -> int:
@@ -481,7 +483,7 @@ def test_as_large_as_sdxl() -> None:
     assert found.bound <= found.bytes <= found.bound * (1 + 1e-5)
 
 
-def listed(modules: Sequence[Module]) -> Options:
+def listed(modules: Sequence[RankCurve]) -> Options:
     return [list(zip(m.sizes, m.errors(), strict=True)) for m in modules]
 
 
@@ -617,7 +619,7 @@ def test_full_factors_at_the_end_against_dynamic_programming(
     assert 0.01 < none < 0.3
 
 
-def jumping(modules: Sequence[Module]) -> Options:
+def jumping(modules: Sequence[RankCurve]) -> Options:
     """Half of what each module has is in its last rank, for three times the bytes."""
     found = []
     for m in modules:
@@ -686,5 +688,7 @@ def test_numbers_that_are_none() -> None:
 
 
 def test_importing_it_loads_no_numpy() -> None:
-    code = "import sys, adaptkit.ops.ranks.policies\nassert not {'numpy', 'torch'} & set(sys.modules)"
+    code = (
+        "import sys, adaptkit.ops.ranks.policies\nassert not {'numpy', 'torch'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

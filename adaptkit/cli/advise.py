@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.show.picture import option
 from adaptkit.cli.options import PATH, SIZE, talk
+from adaptkit.cli.show.picture import option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,8 +93,8 @@ def advise(
     adaptkit advise base.safetensors tuned.safetensors
     adaptkit advise base.safetensors tuned.safetensors --plot advice.png
     """
-    from adaptkit.cli.show.advise import advised
     from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.advise import advised
     from adaptkit.ops import advise as op
 
     if plot is not None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.show.picture import option
 from adaptkit.cli.options import PATH, inputs, talk
+from adaptkit.cli.show.picture import option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -348,7 +348,7 @@ class Talk:
 
     def extracted(self, report: extract.Report) -> None:
         """Summary of an extraction."""
-        same = report.lora_same_size
+        same = report.captured_by_lora_of_same_size
         rows = [
             (
                 "adapter",
@@ -434,7 +434,7 @@ class Talk:
             ("adapters", each),
             (
                 "tensors",
-                f"{report.changed} of {report.tensors} changed, ‖ΔW‖/‖W‖ = {report.relative_change:.3g} over them",
+                f"{report.tensors_changed} of {report.tensors} changed, ‖ΔW‖/‖W‖ = {report.relative_change:.3g} over them",
             ),
             ("blocks", _strongest(report.blocks)),
             ("weights", "\n".join(_weighted(report.block_weights))),

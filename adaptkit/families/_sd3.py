@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptkit.families._clip import clip_g, clip_l
+from adaptkit.families._t5 import t5
 from adaptkit.families.contract import (
     Component,
     Kind,
@@ -20,7 +21,6 @@ from adaptkit.families.contract import (
     swapped,
     transformer,
 )
-from adaptkit.families._t5 import t5
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

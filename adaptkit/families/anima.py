@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adaptkit.families._llm import qwen3
 from adaptkit.families.contract import (
     NATIVE_PREFIXES,
     Component,
@@ -20,7 +21,6 @@ from adaptkit.families.contract import (
     row,
     transformer,
 )
-from adaptkit.families._llm import qwen3
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

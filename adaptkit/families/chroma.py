@@ -7,10 +7,10 @@ Source: lodestone-rock's `flow` against diffusers' `ChromaTransformer2DModel`, a
 
 from __future__ import annotations
 
-from adaptkit.families.contract import Kind, ModelFamily, pair, scaled, transformer
 from adaptkit.families._flux import double_attention, double_mlps, marks, single_block
 from adaptkit.families._t5 import t5
 from adaptkit.families._vae import autoencoder
+from adaptkit.families.contract import Kind, ModelFamily, pair, scaled, transformer
 
 DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
 THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."

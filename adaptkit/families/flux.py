@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from adaptkit.families._clip import clip_l
-from adaptkit.families.contract import ModelFamily, Row, named, pair, split, swapped, transformer
 from adaptkit.families._flux import (
     SHARES,
     double_attention,
@@ -14,6 +13,7 @@ from adaptkit.families._flux import (
 )
 from adaptkit.families._t5 import t5
 from adaptkit.families._vae import autoencoder
+from adaptkit.families.contract import ModelFamily, Row, named, pair, split, swapped, transformer
 
 DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
 THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."

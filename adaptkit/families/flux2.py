@@ -7,8 +7,8 @@ Source: black-forest-labs `flux2/model.py` against diffusers' `Flux2Transformer2
 
 from __future__ import annotations
 
-from adaptkit.families.contract import ModelFamily, pair, swapped, transformer
 from adaptkit.families._flux import double_attention, double_mlps, embedder, marks, single_norms
+from adaptkit.families.contract import ModelFamily, pair, swapped, transformer
 
 DOUBLE, SINGLE = "double_blocks.{i:8}.", "single_blocks.{i:48}."
 THEIRS, ALONE = "transformer_blocks.{i:8}.", "single_transformer_blocks.{i:48}."

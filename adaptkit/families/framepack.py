@@ -7,9 +7,9 @@ Source: lllyasviel's `diffusers_helper/models/hunyuan_video_packed.py`, diffuser
 from __future__ import annotations
 
 from adaptkit.families._clip import clip_l
-from adaptkit.families.contract import ModelFamily, row, transformer
 from adaptkit.families._hunyuan import marks, video_rows
 from adaptkit.families._llm import llm, llm_rows
+from adaptkit.families.contract import ModelFamily, row, transformer
 
 ROWS = (
     *(same._replace(names={"diffusers": same.names["diffusers"]}) for same in video_rows()),

@@ -5,9 +5,9 @@ Source: Tencent-Hunyuan `HunyuanImage-2.1`, ComfyUI's layers and diffusers' `Hun
 
 from __future__ import annotations
 
-from adaptkit.families.contract import ModelFamily, transformer
 from adaptkit.families._hunyuan import byt5, double_blocks, embedder, ends, marks, single_blocks
 from adaptkit.families._llm import llm, llm_rows
+from adaptkit.families.contract import ModelFamily, transformer
 
 ROWS = (
     *ends((1, 1)),

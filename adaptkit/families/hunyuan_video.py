@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from adaptkit.families._clip import clip_l
-from adaptkit.families.contract import ModelFamily, transformer
 from adaptkit.families._hunyuan import marks, video_rows
 from adaptkit.families._llm import llm, llm_rows
+from adaptkit.families.contract import ModelFamily, transformer
 
 FAMILY = ModelFamily(
     name="hunyuan-video",

@@ -6,9 +6,9 @@ Source: Tencent-Hunyuan `HunyuanVideo-1.5`, ComfyUI's layers and diffusers' `Hun
 
 from __future__ import annotations
 
-from adaptkit.families.contract import Kind, ModelFamily, pair, transformer
 from adaptkit.families._hunyuan import byt5, double_blocks, embedder, ends, marks
 from adaptkit.families._llm import llm, llm_rows
+from adaptkit.families.contract import Kind, ModelFamily, pair, transformer
 
 VISION = (("0", "norm_in"), ("1", "linear_1"), ("3", "linear_2"), ("4", "norm_out"))
 

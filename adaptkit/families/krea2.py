@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families.contract import Kind, Mark, ModelFamily, Row, named, pair, scaled, transformer
+from adaptkit.families.contract import (
+    Kind,
+    Mark,
+    ModelFamily,
+    Row,
+    named,
+    pair,
+    scaled,
+    transformer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from adaptkit.families.contract import Mark, ModelFamily, transformer
 from adaptkit.families._ltx import adaln, attention, ends, feed_forward, table
+from adaptkit.families.contract import Mark, ModelFamily, transformer
 
 BLOCK = "transformer_blocks.{i:48}."
 ATTENTIONS = (

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families.contract import Kind, Mark, ModelFamily, Row, pair, row, split, transformer
 from adaptkit.families._llm import gemma2_2b
+from adaptkit.families.contract import Kind, Mark, ModelFamily, Row, pair, row, split, transformer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

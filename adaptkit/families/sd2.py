@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from adaptkit.families._clip import openclip_rows
-from adaptkit.families.contract import Component, Mark, ModelFamily
 from adaptkit.families._unet import unet_rows
 from adaptkit.families._vae import autoencoder
+from adaptkit.families.contract import Component, Mark, ModelFamily
 
 FAMILY = ModelFamily(
     name="sd2",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from adaptkit.families.contract import ModelFamily
 from adaptkit.families._sd3 import components, marks
 from adaptkit.families._vae import autoencoder
+from adaptkit.families.contract import ModelFamily
 
 FAMILY = ModelFamily(
     name="sd3",

@@ -5,9 +5,9 @@ A family of its own beside `sd3`: which layer's modulation diffusers swaps depen
 
 from __future__ import annotations
 
-from adaptkit.families.contract import ModelFamily
 from adaptkit.families._sd3 import components, marks
 from adaptkit.families._vae import autoencoder
+from adaptkit.families.contract import ModelFamily
 
 FAMILY = ModelFamily(
     name="sd35-large",

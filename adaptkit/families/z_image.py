@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adaptkit.families._llm import qwen3
 from adaptkit.families.contract import (
     Kind,
     Mark,
@@ -19,7 +20,6 @@ from adaptkit.families.contract import (
     split,
     transformer,
 )
-from adaptkit.families._llm import qwen3
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

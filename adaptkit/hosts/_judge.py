@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, NotRepresentable
-from adaptkit.hosts.contract import PARTIAL, Loss, Recipe, Verdict
 from adaptkit.hosts._pieces import common_alphas, examples, pieces_as, pieces_of
+from adaptkit.hosts.contract import PARTIAL, Loss, Recipe, Verdict
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:

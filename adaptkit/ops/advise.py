@@ -11,13 +11,14 @@ from adaptkit import engine
 from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
-from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.formats.contract import Alpha
-from adaptkit.ops.ranks.forms import EXPLAINED
-from adaptkit.ops.shared import Progress, Shared, Unused, refuse_unused
+from adaptkit.ops.adapter_file.size import module_size
 from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
 from adaptkit.ops.difference.probe import Look, Probe, as_rounded, look, made_by
-from adaptkit.ops.ranks.policies import Module, Size, least_error
+from adaptkit.ops.ranks.forms import EXPLAINED
+from adaptkit.ops.ranks.knapsack import RankCurve, least_error
+from adaptkit.ops.ranks.policies import Size
+from adaptkit.ops.shared import Progress, Shared, Unused, refuse_unused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.keymap import KeyMap
-    from adaptkit.ops.difference.pairing import Job
+    from adaptkit.ops.difference.pairing import Pair
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
@@ -39,7 +40,6 @@ USUAL = (
     16,
     32,
 )  # factors of LoKr shown always; others where the difference was made with them
-HEADER = 76  # bytes that the file's header takes per tensor, beside its name
 BASIS = 3  # of Lanczos: columns kept, as a multiple of the rank
 
 
@@ -72,8 +72,8 @@ class Plan:
     tuned: Checkpoint
     options: Options
     keys: KeyMap
-    jobs: tuple[Job, ...]
-    steps: tuple[Step[Job], ...]
+    jobs: tuple[Pair, ...]
+    steps: tuple[Step[Pair], ...]
     unused: tuple[Unused, ...]
     notes: tuple[str, ...] = ()
 
@@ -84,7 +84,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Point:
     """One way to store the difference: about `bytes`, losing `relative_error` of ‖ΔW‖ (before the stored numbers are rounded).
 
     `mix` counts the layers by what they are stored as; `gap`: how far `relative_error` may be from the best there is.
@@ -115,13 +115,13 @@ class Report:
     layers: int
     unchanged: int
     norm: float
-    floor: float
+    noise_floor: float
     left_out: float
-    rank: Mapping[int, Choice]
-    size: Mapping[int, Choice]
-    auto: Mapping[int, Choice]
-    lokr: Mapping[int, Choice]
-    beside: Mapping[int, Choice]
+    rank: Mapping[int, Point]
+    size: Mapping[int, Point]
+    auto: Mapping[int, Point]
+    lokr: Mapping[int, Point]
+    beside: Mapping[int, Point]
     made_by: Mapping[str, Any] | None = None
     unused: tuple[Unused, ...] = ()
     notes: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ class Report:
             "layers": self.layers,
             "unchanged": self.unchanged,
             "norm": self.norm,
-            "noise_floor": self.floor,
+            "noise_floor": self.noise_floor,
             "left_out": self.left_out,
             "made_by": None if self.made_by is None else dict(self.made_by),
             "lora": ranks,
@@ -170,7 +170,7 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     first, second = open_pair(base, tuned, options.family, ema=options.ema)
     keys = first.keys(formats()[options.to])
     pairing = Pairing(first, second, keys, Wanted("lora", False, options.shared))
-    jobs = tuple(job for job in pairing.jobs() if job.counted)
+    jobs = tuple(job for job in pairing.pairs() if job.counted)
     if not any(job.algorithm for job in jobs):
         raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
     refuse_unused(pairing.lost, options.allow_unused, tuned)
@@ -179,12 +179,12 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     return Plan(first, second, options, keys, jobs, steps, tuple(pairing.lost), pairing.notes)
 
 
-def _step(job: Job, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Job]:
+def _step(job: Pair, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Pair]:
     rows, columns = job.matrix
     stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
     # ΔW, whitened or rearranged, and squares of ulps, each in float32; the Krylov basis and its images
     working = 4 * 4 * rows * columns + 8 * BASIS * min(rank, rows, columns) * (rows + columns)
-    return Step(job, id(job), stored + working, tuned.source.order(job.tuned[0].name))
+    return Step(job, job.number, stored + working, tuned.source.order(job.tuned[0].name))
 
 
 # measuring -------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _step(job: Job, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Job]
 class _Layer:
     """What was measured of one layer; energies are squares."""
 
-    job: Job
+    job: Pair
     norm: float
     energies: tuple[float, ...] = ()
     captured: Mapping[int, tuple[float, int]] = field(
@@ -207,10 +207,10 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Measure every layer, and draw the curves; the only part that reads weights."""
     started = time.perf_counter()
     found: dict[int, _Layer] = {}
-    worker, total = _Worker(plan), len(plan.steps)
+    worker, total = _Measurer(plan), len(plan.steps)
 
-    def store(job: Job, layer: _Layer) -> None:
-        found[id(job)] = layer
+    def store(job: Pair, layer: _Layer) -> None:
+        found[job.number] = layer
 
     try:
         engine.run(
@@ -221,21 +221,21 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         )
     finally:
         plan.close()
-    return _report(plan, [found[id(job)] for job in plan.jobs], started)
+    return _report(plan, [found[job.number] for job in plan.jobs], started)
 
 
-class _Worker:
+class _Measurer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def load(self, job: Job) -> dict[str, Tensor]:
+    def load(self, job: Pair) -> dict[str, Tensor]:
         return {"base": self.plan.base.read(job.base), "tuned": self.plan.tuned.read(job.tuned)}
 
-    def work(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[_Layer]:
+    def work(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[_Layer]:
         (job,) = jobs
         return [self._layer(job, tensors["base"][0], tensors["tuned"][0])]
 
-    def _layer(self, job: Job, base: Tensor, tuned: Tensor) -> _Layer:
+    def _layer(self, job: Pair, base: Tensor, tuned: Tensor) -> _Layer:
         from adaptkit.linalg.kronscan import FACTORS, scan_kron
         from adaptkit.linalg.lowrank import SvdSpec, energies
         from adaptkit.linalg.precision import difference, norm_squared
@@ -289,7 +289,7 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
         layers=len(fitted),
         unchanged=sum(1 for layer in layers if layer.norm == 0.0 and layer.job.algorithm),
         norm=math.sqrt(curves.total),
-        floor=probe.floor,
+        noise_floor=probe.floor,
         left_out=math.sqrt(left / curves.total),
         rank=same,
         size={k: curves.lora_within(one.bytes) for k, one in same.items()},
@@ -327,19 +327,17 @@ class _Curves:
         self.signal = signal if any(module.energies for module in signal) else self.modules
         self.options = [list(self._options(n)) for n in range(len(layers))]
 
-    def _module(self, layer: _Layer, energies: Sequence[float]) -> Module:
+    def _module(self, layer: _Layer, energies: Sequence[float]) -> RankCurve:
         sizes = [
             k and self._bytes(layer, k * sum(layer.job.matrix), 2) for k in range(len(energies) + 1)
         ]
-        return Module(energies, layer.norm, sizes)
+        return RankCurve(energies, layer.norm, sizes)
 
     def _bytes(self, layer: _Layer, numbers: int, tensors: int) -> int:
-        """In the file: the numbers, and about what its header takes."""
+        """Bytes in the file: the numbers, and about what the header takes."""
         assert layer.job.slot is not None
-        name = len(self.plan.keys.stem(layer.job.slot)) + HEADER
-        return (
-            numbers * WIDTHS[layer.job.dtype] // 8 + (tensors + self.alpha) * name + 4 * self.alpha
-        )
+        stem = self.plan.keys.stem(layer.job.slot)
+        return module_size(numbers, layer.job.dtype, stem, tensors, alpha=self.alpha)
 
     def _options(self, n: int) -> Iterator[tuple[str, int, float]]:
         """(kind, bytes, squared error) of a layer: nothing, LoRA of each rank, LoKr of each factor, full.
@@ -360,22 +358,22 @@ class _Curves:
 
     def _choice(
         self, bytes: int, left: float, mix: Mapping[str, int] | None = None, gap: float = 0.0
-    ) -> Choice:
-        return Choice(bytes, math.sqrt((left + self.rest) / self.total), mix or {}, gap)
+    ) -> Point:
+        return Point(bytes, math.sqrt((left + self.rest) / self.total), mix or {}, gap)
 
-    def lora(self, ranks: Sequence[int]) -> Choice:
+    def lora(self, ranks: Sequence[int]) -> Point:
         """LoRA with these ranks."""
         picked = list(zip(self.modules, ranks, strict=True))
         return self._choice(
             sum(m.sizes[k] for m, k in picked), sum(m.errors()[k] for m, k in picked)
         )
 
-    def lora_within(self, bytes: int) -> Choice:
+    def lora_within(self, bytes: int) -> Point:
         """LoRA with the best ranks within a size, at least that of the smallest layer at rank 1."""
         least = min(module.sizes[1] for module in self.signal if module.energies)
         return self.lora(Size(max(bytes, least)).choose(self.signal))
 
-    def lokr(self, factor: int) -> Choice:
+    def lokr(self, factor: int) -> Point:
         """LoKr everywhere, its second factor full."""
         size, left = 0, 0.0
         for layer in self.layers:
@@ -384,7 +382,7 @@ class _Curves:
             size, left = size + self._bytes(layer, numbers, 2), left + max(0.0, layer.norm - energy)
         return self._choice(size, left)
 
-    def auto(self, bytes: int) -> Choice:
+    def auto(self, bytes: int) -> Point:
         """For each layer the best of everything."""
         found = least_error(
             [[(size, error) for _, size, error in one] for one in self.options], bytes
@@ -398,7 +396,7 @@ class _Curves:
         return self._choice(found.bytes, found.error, mix, max(0.0, gap))
 
 
-def _distinct(choices: Mapping[int, Choice]) -> dict[int, Choice]:
+def _distinct(choices: Mapping[int, Point]) -> dict[int, Point]:
     """Of factors that cut every layer alike, the first."""
     first: dict[int, int] = {}
     for factor, choice in choices.items():

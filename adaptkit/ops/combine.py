@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError, NoSuchName, NothingToDo, WrongUsage
-from adaptkit.ops.shared import default_output
 from adaptkit.ops.ranks.options import policy
-from adaptkit.ops.rewrite.plan import Into, Mixing, Recast, RecastOptions, open_all, recast
-from adaptkit.ops.rewrite.run import Report, check_peft, run
+from adaptkit.ops.rewrite.plan import Into, Mixing, Recast, RecastOptions, open_all
+from adaptkit.ops.rewrite.planner import recast
+from adaptkit.ops.rewrite.report import Report
+from adaptkit.ops.rewrite.run import check_peft, run
+from adaptkit.ops.shared import default_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
 from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
-from adaptkit.ops.shared import default_output
 from adaptkit.ops.ranks.options import asked, policy, spelled
-from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, recast
-from adaptkit.ops.rewrite.run import Report, check_peft, run
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
+from adaptkit.ops.rewrite.planner import recast
+from adaptkit.ops.rewrite.report import Report
+from adaptkit.ops.rewrite.run import check_peft, run
+from adaptkit.ops.shared import default_output
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,9 @@ from rich.color import Color
 from rich.style import Style
 from safetensors.torch import load_file, save_file
 
-from adaptkit.cli import _heat, _picture, _plot
+from adaptkit.cli.show import heat_map as _heat
+from adaptkit.cli.show import picture as _picture
+from adaptkit.cli.show import plot_inspect as _plot
 from adaptkit.errors import AdaptkitError, CannotWrite, NothingToDo, WouldOverwrite
 from adaptkit.ops import inspect
 from tests.cli.test_cli import adaptkit, refused

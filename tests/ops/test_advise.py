@@ -133,9 +133,9 @@ def test_a_merged_adapter_is_recognised(
     assert report.made_by["algorithm"] == algorithm
     assert report.made_by.get("rank", 3) == 3
     assert report.made_by["layers"] > report.made_by["of"] / 2
-    assert report.floor > 0
+    assert report.noise_floor > 0
     best = report.rank[4] if algorithm == "lora" else report.lokr[report.made_by["factor"]]
-    assert best.relative_error <= 1.3 * report.floor
+    assert best.relative_error <= 1.3 * report.noise_floor
 
 
 def test_nothing_differs(tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from adaptkit.errors import (
     WrongUsage,
 )
 from adaptkit.ops import batch, merge
-from adaptkit.ops.batch.values import INPUTS, Reader, options_of
 from adaptkit.ops.batch.log import Ledger
-from adaptkit.ops.batch.recipe import Job, load
 from adaptkit.ops.batch.output_names import filled, stem
-from adaptkit.ops.batch.workers import Here, Processes, _Worker
+from adaptkit.ops.batch.recipe import Job, load
+from adaptkit.ops.batch.values import INPUTS, Reader, options_of
+from adaptkit.ops.batch.workers import Here, Processes, WorkerProcess
 
 HERE = batch.Options(jobs=0)
 GOING = batch.Options(jobs=0, keep_going=True)
@@ -516,10 +516,10 @@ class TestWorkers:
     def test_a_killed_worker_fails_its_job_alone(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        send = _Worker.send
+        send = WorkerProcess.send
         left: list[Path] = []
 
-        def deadly(worker: _Worker, bundle: tuple[Job, ...]) -> None:
+        def deadly(worker: WorkerProcess, bundle: tuple[Job, ...]) -> None:
             """Merges into one base come in a bundle, and job by job after its worker has died."""
             for job in bundle:
                 if job.number == 2:
@@ -532,7 +532,7 @@ class TestWorkers:
                     worker.process.kill()
             send(worker, bundle)
 
-        monkeypatch.setattr(_Worker, "send", deadly)
+        monkeypatch.setattr(WorkerProcess, "send", deadly)
         path = recipe(folder, MERGE % "0.1, 0.2, 0.3")
         report = run(path, GOING, engine=Processes(1))
         assert statuses(report) == "dfd"

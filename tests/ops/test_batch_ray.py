@@ -109,7 +109,7 @@ def test_a_worker_killed_in_mid_job_fails_its_job_alone(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it left is removed; the jobs of its bundle, if it had one, are tried again."""
-    from adaptkit.ops import _ray
+    from adaptkit.ops.batch import ray_engine as _ray
 
     recipe = made(tmp_path / "x", tiny)
     recipe.write_text(RECIPE.replace(', "broken.safetensors"]', "]"))

@@ -13,7 +13,8 @@ from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.keymap import compile_keys
 from adaptkit.names import Slot
-from adaptkit.ops import _blocks, merge
+from adaptkit.ops import merge
+from adaptkit.ops.merge import block_weights
 from adaptkit.ops.merge.block_weights import Blocks
 
 NAMES = {  # kohya stem -> block of the extension, per family
@@ -57,7 +58,7 @@ def slot(family: str, stem: str) -> Slot:
 
 @pytest.mark.parametrize(("family", "stem"), [(f, s) for f, stems in NAMES.items() for s in stems])
 def test_modules_stand_in_the_blocks_that_the_extension_says(family: str, stem: str) -> None:
-    assert _blocks.block_name(families()[family], slot(family, stem)) == NAMES[family][stem]
+    assert block_weights.block_name(families()[family], slot(family, stem)) == NAMES[family][stem]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_modules_stand_in_the_blocks_that_the_extension_says(family: str, stem: 
     ],
 )
 def test_vectors_are_in_the_order_of_the_extension(family: str, count: int, names: str) -> None:
-    rules = _blocks.parse([",".join(str(n / 8) for n in range(count))], families()[family])
+    rules = block_weights.parse([",".join(str(n / 8) for n in range(count))], families()[family])
     assert [(rule.name, rule.weight) for rule in rules] == [
         (name, n / 8) for n, name in enumerate(names.split())
     ]
@@ -85,7 +86,7 @@ def test_vectors_are_in_the_order_of_the_extension(family: str, count: int, name
 
 @pytest.mark.parametrize(("family", "count"), [("sd2", 26), ("flux", 57), ("flux", 61)])
 def test_the_longer_vectors(family: str, count: int) -> None:
-    rules = _blocks.parse([",".join(["1"] * (count - 1)) + ",0.25"], families()[family])
+    rules = block_weights.parse([",".join(["1"] * (count - 1)) + ",0.25"], families()[family])
     assert len(rules) == count
     assert rules[-1].name == {26: "OUT11", 57: "S037", 61: "OUT"}[count]
     assert rules[0].name == {26: "BASE", 57: "D000", 61: "CLIP"}[count]
@@ -185,13 +186,13 @@ def test_the_last_rule_that_matches_counts_and_each_is_reported() -> None:
 )
 def test_what_cannot_be_read_is_refused(text: str, what: str) -> None:
     with pytest.raises(WrongUsage, match=what) as caught:
-        _blocks.parse([text], families()["sd1"])
+        block_weights.parse([text], families()["sd1"])
     assert caught.value.hint
 
 
 def test_a_family_without_vectors_says_so() -> None:
     with pytest.raises(WrongUsage, match="no vector of 17 values"):
-        _blocks.parse([",".join(["1"] * 17)], families()["wan"])
+        block_weights.parse([",".join(["1"] * 17)], families()["wan"])
 
 
 # in a merge ------------------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_weights_multiply_the_strength_and_zero_is_a_copy(tmp_path: Path, tiny: 
     weights = {r["rule"]: r["modules"] for r in report.block_weights}
     assert weights["te"] == sum(s == 0 for s in strengths.values()) > 0
     assert sum(weights.values()) == report.modules
-    assert report.changed == sum(s != 0 for s in strengths.values())
+    assert report.tensors_changed == sum(s != 0 for s in strengths.values())
 
 
 def test_a_vector_applies_in_a_merge(tmp_path: Path, tiny: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_vector_applies_in_a_merge(tmp_path: Path, tiny: Path) -> None:
     changed = {key for key in base if not torch.equal(base[key], found[key])}
     assert changed
     assert all(key.startswith("model.diffusion_model.input_blocks.4.") for key in changed)
-    assert report.changed == len(changed)
+    assert report.tensors_changed == len(changed)
 
 
 def test_a_rule_that_matches_nothing_is_an_error_with_the_blocks_there_are(

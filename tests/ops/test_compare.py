@@ -25,7 +25,8 @@ from adaptkit.errors import (
     ShapeMismatch,
     UnknownAdapter,
 )
-from adaptkit.ops import _beside, _differences, compare, merge
+from adaptkit.ops import compare, merge
+from adaptkit.ops.compare import distance, matching
 from tests import oracle
 from tests.ops.models import save, small, tiny_base
 
@@ -165,8 +166,8 @@ def test_every_pair_of_algorithms(
 ) -> None:
     """By factors, by rows, or as it chooses: always what the oracle says."""
     if way != "usual":
-        monkeypatch.setattr(_beside, "THIN", 1e9 if way == "factors" else 0.0)
-        monkeypatch.setattr(_differences, "BLOCK", 100)
+        monkeypatch.setattr(matching, "THIN", 1e9 if way == "factors" else 0.0)
+        monkeypatch.setattr(distance, "BLOCK", 100)
     kinds = KINDS if len(shape) == 2 else CONVOLUTIONS
     made = {name: make(shape, draw(n)) for n, (name, make) in enumerate(kinds.items())}
     pairs = {
@@ -258,7 +259,7 @@ def test_small_factors_never_form_the_difference(
         raise AssertionError("ΔW was formed")
 
     monkeypatch.setattr(Lora, "delta", dense)
-    monkeypatch.setattr(_differences, "_dense", dense)
+    monkeypatch.setattr(distance, "_dense", dense)
     a, b = (
         file(tmp_path / f"{n}.safetensors", {LINEAR: lora((64, 48), draw(n))[0]}) for n in (1, 2)
     )
@@ -284,7 +285,7 @@ def test_modules_of_one_side_count_in_full(tmp_path: Path) -> None:
     assert report.relative_error == pytest.approx(relative(one, two), rel=1e-12)
     assert report.cosine == pytest.approx(cosine(one, two), rel=1e-12)
     assert (
-        report.common
+        report.relative_error_common
         == report.modules[0].relative_error
         == pytest.approx(relative(d1, d3), rel=1e-12)
     )
@@ -874,7 +875,7 @@ def test_families_nobody_knows(tmp_path: Path) -> None:
         2,
         ("transformer.strange.0",),
     )
-    assert report.common == 0.0
+    assert report.relative_error_common == 0.0
 
 
 def test_modules_are_chosen_by_as_names(tiny: Path) -> None:

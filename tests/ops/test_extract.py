@@ -135,7 +135,7 @@ def test_lokr_says_when_lora_would_keep_more(tmp_path: Path) -> None:
     base = tiny_base()
     tuned, _ = changed(base, matrices(base, "attn1", "attn2"), lora_delta(1))
     report = run(tmp_path, base, tuned, algo="lokr", factor=4)
-    assert report.lora_same_size > report.captured
+    assert report.captured_by_lora_of_same_size > report.captured
     made, note = report.notes
     assert made.startswith("this difference is a rank-1 LoRA")
     assert note.startswith("This LoKr keeps only")
@@ -158,7 +158,7 @@ def test_the_lora_beside_a_lokr_is_measured(tmp_path: Path) -> None:
     lokr = run(tmp_path, base, tuned, algo="lokr", factor=4)
     rank = lokr.parameters // sum(base[key].shape)
     lora = run(tmp_path, base, tuned, algo="lora", rank=rank)
-    assert lokr.lora_same_size == pytest.approx(lora.captured, rel=2e-3)
+    assert lokr.captured_by_lora_of_same_size == pytest.approx(lora.captured, rel=2e-3)
 
 
 def test_vectors_are_carried_or_listed(tmp_path: Path) -> None:

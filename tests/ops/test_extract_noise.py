@@ -67,7 +67,7 @@ def test_a_size_is_not_filled_with_noise(merged: Merged) -> None:
     """Every layer has the LoRA's rank, and is nearer to the LoRA than with all the ranks that there is room for."""
     report = merged.extract(size=2_000_000)
     assert [detail["rank"] for detail in report.details] == [RANK] * 12
-    assert report.noise_ranks == 0
+    assert report.ranks_below_noise == 0
     assert report.bytes < 200_000
     assert any("not filled with noise" in note for note in report.notes)
     trimmed = merged.error()
@@ -86,7 +86,7 @@ def test_auto_stores_no_noise_either(merged: Merged) -> None:
     """Neither as further ranks, nor as a full difference, nor as a LoKr."""
     report = merged.extract(algo="auto", size=2_000_000)
     assert {(detail["algorithm"], detail["rank"]) for detail in report.details} == {("lora", RANK)}
-    assert report.gap == pytest.approx(0.0, abs=1e-6)
+    assert report.optimality_gap == pytest.approx(0.0, abs=1e-6)
     assert any("not filled with noise" in note for note in report.notes)
 
 
@@ -100,9 +100,9 @@ def test_what_is_asked_of_the_difference_as_it_is_holds(
     merged = Merged(tmp_path, torch.bfloat16, ulps=6.0)
     report = merged.extract(**options, max_rank=160)
     assert report.relative_error <= 0.01
-    assert report.noise_ranks is not None
+    assert report.ranks_below_noise is not None
     if any(detail["algorithm"] == "lora" for detail in report.details):
-        assert report.noise_ranks > 12
+        assert report.ranks_below_noise > 12
         assert any("within the rounding noise" in note for note in report.notes)
 
 
@@ -110,7 +110,7 @@ def test_a_difference_within_the_grid_is_left_as_it_is(tmp_path: Path) -> None:
     """Most entries did not move at all: what rounding did to them is no noise of its own."""
     merged = Merged(tmp_path, torch.bfloat16, ulps=0.2)
     report = merged.extract(size=300_000)
-    assert report.noise_ranks == 0
+    assert report.ranks_below_noise == 0
     assert 295_000 < report.bytes <= 300_000
 
 

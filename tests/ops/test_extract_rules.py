@@ -105,7 +105,7 @@ def test_a_size_is_kept_to_the_byte_and_used(
         true_error(pair, tmp_path / "out.safetensors"), rel=1e-4
     )
     if algo == "auto":
-        assert 0 <= report.gap < 0.05
+        assert 0 <= report.optimality_gap < 0.05
 
 
 @pytest.mark.parametrize("algo", ["lora", "auto"])
@@ -207,7 +207,7 @@ def test_the_factors_of_a_lokr_are_fitted_to_the_rank_that_was_chosen(
     output = tmp_path / "a.safetensors"
     found = run(pair, output, algo="lokr", factor=2, dtype="fp32", **rule)
     assert found.relative_error == pytest.approx(true_error(pair, output), rel=1e-5)
-    assert found.lora_same_size is not None
+    assert found.captured_by_lora_of_same_size is not None
     monkeypatch.setattr(extract._Fitting, "_again", lambda *_: ())
     before = run(pair, tmp_path / "b.safetensors", algo="lokr", factor=2, dtype="fp32", **rule)
     assert before.relative_error == pytest.approx(

@@ -87,7 +87,7 @@ def test_the_merged_weight_is_the_oracles_within_one_rounding(
         load_file(tmp_path / "out.safetensors"),
         deltas(tiny / f"{name}.safetensors", -0.7),
     )
-    assert len(expected) == report.changed == report.modules
+    assert len(expected) == report.tensors_changed == report.modules
     for key, tensor in found.items():
         if key not in expected:
             assert torch.equal(tensor, base[key])
@@ -142,7 +142,7 @@ def test_m1_m2_strength_zero_and_untouched_tensors_are_identical(
         tiny / "base.safetensors",
         (tiny / "lora-kohya.safetensors", 0.0),
     )
-    assert report.changed == 0
+    assert report.tensors_changed == 0
     assert all(
         torch.equal(tensor, base[key])
         for key, tensor in load_file(tmp_path / "zero.safetensors").items()
@@ -335,7 +335,7 @@ def test_a_look_alike_adapter_follows_the_checkpoint(tmp_path: Path) -> None:
         save(tmp_path / "base.safetensors", base),
         tmp_path / "a.safetensors",
     )
-    assert (report.family, report.changed) == ("sd2", 1)
+    assert (report.family, report.tensors_changed) == ("sd2", 1)
 
 
 @pytest.mark.parametrize("where", ["base", "adapter"])
@@ -513,7 +513,7 @@ def test_the_report_sums_by_block(tmp_path: Path, tiny: Path) -> None:
     weight = sum(float(base[k].double().square().sum()) for k in changed)
     assert middle["tensors_changed"] == len(changed) > 3
     assert middle["relative_change"] == pytest.approx((delta / weight) ** 0.5, rel=1e-2)
-    assert sum(block["tensors_changed"] for block in report.blocks) == report.changed
+    assert sum(block["tensors_changed"] for block in report.blocks) == report.tensors_changed
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -536,7 +536,7 @@ def test_another_dtype_is_that_of_every_tensor_that_holds_numbers(
     expected = deltas(tiny / "lora-kohya.safetensors")
     rest = [key for key in base if key not in expected]
     assert all(torch.equal(found[key], base[key].to(found[key].dtype)) for key in rest)
-    assert report.changed == len(expected)
+    assert report.tensors_changed == len(expected)
 
 
 def test_alpha_from_a_peft_folder_and_from_diffusers_metadata(tmp_path: Path, tiny: Path) -> None:

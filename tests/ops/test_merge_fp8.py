@@ -131,7 +131,7 @@ def test_f9_a_scaled_weight_gets_the_whole_difference(
         if k not in PLACES.values() and not k.endswith((".scale_weight", ".weight_scale"))
     ]
     assert all(torch.equal(before[k].double(), after[k].double()) for k in untouched)
-    assert (report.quantised, report.changed) == (2, 4)
+    assert (report.quantised, report.tensors_changed) == (2, 4)
     assert report.verified is not None
     assert 0 < report.verified.largest <= 1
     assert 0.001 < (lost / moved) ** 0.5 < 0.2
@@ -165,7 +165,7 @@ def test_strength_zero_leaves_every_byte_of_a_scaled_base(tmp_path: Path) -> Non
     before, after = load_file(base), load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(before[k].double(), after[k].double()) for k in before)
     assert report.verified is not None
-    assert (report.changed, report.verified.copied) == (0, len(before))
+    assert (report.tensors_changed, report.verified.copied) == (0, len(before))
 
 
 @pytest.mark.parametrize("scales", [None, "one", "blocks"])
@@ -184,7 +184,7 @@ def test_with_dtype_the_scales_are_multiplied_in_and_go(tmp_path: Path, scales: 
         exact = meant(before, place) + (0.5 * delta if name == made.LINEAR else 0.0)
         error = np.abs(after[place].double().numpy() - exact)
         assert (error <= 2**-8 * 1.01 * np.abs(exact) + 1e-6).all()
-    assert (report.quantised, report.changed) == (0, 1)
+    assert (report.quantised, report.tensors_changed) == (0, 1)
 
 
 def test_add_and_subtract_in_bf16_gives_the_scaled_base_back(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_what_does_not_fit_plain_fp8_is_refused_not_clamped(tmp_path: Path) -> N
         run(base, (adapter, 1000.0))
     assert "bf16" in str(caught.value.hint)
     assert (
-        run(base_file(tmp_path, scales="rows"), (adapter, 1000.0)).changed == 4
+        run(base_file(tmp_path, scales="rows"), (adapter, 1000.0)).tensors_changed == 4
     )  # a scale makes room
 
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_stored_again_is_refused_by_name(
         assert caught.value.hint
     # what no adapter touches may be stored as it likes
     report = run(tmp_path / "base.safetensors", (adapter, 1.0), skip=("*attn1.to_q",), verify=True)
-    assert report.changed == 3
+    assert report.tensors_changed == 3
 
 
 @pytest.mark.parametrize("scales", [None, "one", "rows", "blocks"])

@@ -16,7 +16,8 @@ from adaptkit.checkpoint import Checkpoint
 from adaptkit.errors import NotRepresentable, WouldOverwrite
 from adaptkit.files.source import open_source
 from adaptkit.names import Slot
-from adaptkit.ops import _blending, merge
+from adaptkit.ops import merge
+from adaptkit.ops.merge import kernel
 from tests.ops.models import tiny_base
 
 State = dict[str, torch.Tensor]
@@ -239,7 +240,7 @@ def test_a_corrupt_merge_into_a_folder_leaves_nothing(
     from adaptkit.errors import CorruptFile
 
     base = pipeline(tmp_path / "base", shards=True)
-    monkeypatch.setattr(_blending.Blender, "_parts", lambda *_: iter(()))
+    monkeypatch.setattr(kernel.Blender, "_parts", lambda *_: iter(()))
     with pytest.raises(CorruptFile, match="--verify"):
         run(base, tiny / "lora-kohya.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]

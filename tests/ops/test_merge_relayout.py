@@ -83,7 +83,7 @@ def test_both_ways_give_what_a_plain_merge_gives(tmp_path: Path, family: str) ->
     state = small(family, torch.float16)
     base = save(tmp_path / "base.safetensors", state)
     lora = adapter(tmp_path, family, base, state)
-    assert merged(base, lora, tmp_path / "plain.safetensors", family).changed > 3
+    assert merged(base, lora, tmp_path / "plain.safetensors", family).tensors_changed > 3
     plain = read(tmp_path / "plain.safetensors")
     split = {
         f"{part}.{key}": t
@@ -104,7 +104,7 @@ def test_both_ways_give_what_a_plain_merge_gives(tmp_path: Path, family: str) ->
         folder, lora, tmp_path / "one.safetensors", family, layout="single-file", verify=True
     )
     assert report.verified is not None
-    assert report.verified.merged == report.changed
+    assert report.verified.merged == report.tensors_changed
     found = read(tmp_path / "one.safetensors")
     same(bare(found), bare(plain))
     if not all(key.startswith("model.diffusion_model.") for key in plain):

@@ -69,7 +69,7 @@ def test_what_was_extracted_gives_the_tuned_model_back(
     path, _, adapter = extracted(tmp_path, base, want, algo="lora", rank=2, to=to)
     report, found = merged(path, (adapter, 1.0), verify=True)
     assert report.family == "unknown"
-    assert report.changed == report.modules == 9
+    assert report.tensors_changed == report.modules == 9
     for key, tensor in want.items():
         assert torch.allclose(found[key], tensor, atol=1e-5), key
 
@@ -82,7 +82,7 @@ def test_other_algorithms_merge_what_they_hold(tmp_path: Path, options: dict[str
     base = model()
     paths = extracted(tmp_path, base, tuned(base), **options)
     report, found = merged(paths[0], (paths[2], 1.0))
-    assert report.changed == 9
+    assert report.tensors_changed == 9
     save_file(found, tmp_path / "again.safetensors")
     contained = compare.run(
         compare.plan(
@@ -97,7 +97,7 @@ def test_blocks_are_named_as_the_model_names_them(tmp_path: Path) -> None:
     want = tuned(base)
     path, _, adapter = extracted(tmp_path, base, want, rank=2)
     report, found = merged(path, (adapter, 1.0), blocks=("tower.1=0", "tower.2.mixer=0.5"))
-    assert report.changed == 6
+    assert report.tensors_changed == 6
     key = "tower.2.mixer.in_proj.weight"
     assert torch.allclose(found[key], (base[key] + want[key]) / 2, atol=1e-5)
     assert torch.equal(found["tower.1.conv_b.weight"], base["tower.1.conv_b.weight"])

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import CorruptFile
 from adaptkit.files.sink import Pieces
-from adaptkit.ops import _blending, _verify, merge
-from adaptkit.ops.merge.layout import Output
+from adaptkit.ops import merge
+from adaptkit.ops.merge import kernel, verify
+from adaptkit.ops.merge.output import Output
 from tests import made, oracle
 from tests.cli.test_cli import adaptkit
 
@@ -58,7 +59,7 @@ def run(base: Path, *adapters: tuple[Path, float], **options: Any) -> merge.Repo
 def test_every_kind_in_every_dtype_passes(
     tmp_path: Path, kind: str, dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_verify, "BLOCK", block)
+    monkeypatch.setattr(verify, "BLOCK", block)
     adapter = made.adapter(tmp_path / "a.safetensors", kind)
     other = made.adapter(tmp_path / "b.safetensors", seed=1)
     report = run(base_file(tmp_path, dtype), (adapter, -0.7), (other, 0.3))
@@ -114,7 +115,7 @@ def test_kinds_that_turn_the_weight_pass(tmp_path: Path, kind: str) -> None:
         base = base_file(tmp_path, dtype)
         report = run(base, (tmp_path / "a.safetensors", 0.6), overwrite=True)
         assert report.verified is not None
-        assert (report.verified.merged, report.changed) == (1, 1)
+        assert (report.verified.merged, report.tensors_changed) == (1, 1)
         if kind.startswith("dora"):
             weight = load_file(base)[PLACES[made.LINEAR]].double().numpy()
             whole = _dora(0 if kind == "dora-out" else 1)(weight, tensors)
@@ -156,7 +157,7 @@ def test_a_merge_that_forgets_an_adapter_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = base_file(tmp_path, torch.bfloat16), made.adapter(tmp_path / "a.safetensors")
-    monkeypatch.setattr(_blending.Blender, "_parts", lambda *_: iter(()))
+    monkeypatch.setattr(kernel.Blender, "_parts", lambda *_: iter(()))
     with pytest.raises(CorruptFile, match="--verify"):
         run(base, (adapter, 0.05))
     assert not (tmp_path / "out.safetensors").exists()
@@ -257,7 +258,7 @@ def test_on_the_command_line(tmp_path: Path, tiny: Path, monkeypatch: pytest.Mon
     assert "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03" in shown
     assert "OUT11 = 0.5: 104 modules" in shown
     assert "tensors are base + ΔW within one rounding" in shown
-    monkeypatch.setattr(_blending.Blender, "_parts", lambda *_: iter(()))
+    monkeypatch.setattr(kernel.Blender, "_parts", lambda *_: iter(()))
     failed = adaptkit(*arguments, "--verify", "-o", tmp_path / "bad.safetensors")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "error: " in failed.stderr

@@ -19,8 +19,8 @@ from adaptkit.families.contract import Name, Row
 from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint
 from adaptkit.names import Slot
 from adaptkit.ops import extract
-from adaptkit.ops.shared import Shared
 from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
+from adaptkit.ops.shared import Shared
 from tests.ops.models import (
     State,
     changed,

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save, save_file
 
 from adaptkit import engine
 from adaptkit.errors import NonFinite, NothingToDo, NotRepresentable, WrongUsage
-from adaptkit.ops import _rewrite, resize
-from adaptkit.ops.rewrite.compute import Worker
+from adaptkit.ops import resize
+from adaptkit.ops.rewrite import run as rewriting
+from adaptkit.ops.rewrite.compute import Rewriter
 from tests import made, oracle
 from tests.made import CONV, KINDS, LINEAR, POINT, SHAPES, WIDE, adapter, deltas, relative
 
@@ -238,11 +239,11 @@ def test_stacks_give_what_modules_give_one_by_one(
     source = many(tmp_path / "a.safetensors", kind)
     reports = {}
     for stack in (1, 4, 100):
-        monkeypatch.setattr(_rewrite, "STACK", stack)
+        monkeypatch.setattr(rewriting, "STACK", stack)
         reports[stack] = run(source, output=tmp_path / f"{stack}.safetensors", **rule)
     stacked = [(tmp_path / f"{stack}.safetensors").read_bytes() for stack in reports]
     assert stacked[0] == stacked[1] == stacked[2]
-    monkeypatch.setattr(Worker, "_stacked", lambda *_: None)
+    monkeypatch.setattr(Rewriter, "_stacked", lambda *_: None)
     reports[0] = run(source, output=tmp_path / "0.safetensors", **rule)
     before = many_deltas(source)
     for stack, report in reports.items():
@@ -261,19 +262,19 @@ def test_stacks_give_what_modules_give_one_by_one(
 
 def test_stacks_are_really_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    first = Worker._first_stack
+    first = Rewriter._first_stack
 
-    def counted(self: Worker, tasks: Sequence[Any], tensors: Any) -> Any:
+    def counted(self: Rewriter, tasks: Sequence[Any], tensors: Any) -> Any:
         sizes.append(len(tasks))
         return first(self, tasks, tensors)
 
-    monkeypatch.setattr(Worker, "_first_stack", counted)
+    monkeypatch.setattr(Rewriter, "_first_stack", counted)
     run(many(tmp_path / "a.safetensors"), rank=2)
     assert sum(sizes) == len(PROJECTIONS)
     each = len(PROJECTIONS) // (
         engine.ROUNDS * torch.get_num_threads()
     )  # so that no worker waits for the others
-    assert max(sizes) == min(_rewrite.STACK, max(1, each))
+    assert max(sizes) == min(rewriting.STACK, max(1, each))
 
 
 def test_a_stack_with_one_bad_member_names_it(tmp_path: Path) -> None:

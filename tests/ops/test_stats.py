@@ -19,7 +19,8 @@ from adaptkit.adapter import Adapter
 from adaptkit.algorithms.contract import Facts
 from adaptkit.cli.show.heat_map import grouped
 from adaptkit.ops import inspect
-from adaptkit.ops.inspect.stats import KINDS, Measured, block_of, kind_of, measure, rolled_up
+from adaptkit.ops.blocks import KINDS, block_of, kind_of
+from adaptkit.ops.inspect.stats import Measured, measure, rolled_up
 from tests import oracle
 from tests.synth import FIXTURES, load_listing, write_header_only
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.cli.show.page import facts, page, table
 from adaptkit.cli.render import document, human
+from adaptkit.cli.show.page import facts, page, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from adaptkit.cli.render import Talk
-    from adaptkit.ops.advise import Choice, Report
+    from adaptkit.ops.advise import Point, Report
 
 __all__ = ["advised"]
 
@@ -46,7 +46,7 @@ def _lines(report: Report, base: Path, tuned: Path) -> Iterator[tuple[str, str]]
     yield "difference", f"{tuned.name} − {base.name}"
     yield "family", report.family
     yield "layers", f"{report.layers} differ, {report.unchanged} do not; ‖ΔW‖ = {report.norm:.4g}"
-    yield "rounding", f"{_percent(report.floor)} of ‖ΔW‖: no error below means anything"
+    yield "rounding", f"{_percent(report.noise_floor)} of ‖ΔW‖: no error below means anything"
     if report.left_out:
         yield (
             "left out",
@@ -79,7 +79,7 @@ def _factors(report: Report) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _mix(choice: Choice) -> str:
+def _mix(choice: Point) -> str:
     counts: Mapping[str, int] = choice.mix
     return " · ".join(
         f"{counts[name]} {name}" for name in ("lora", "lokr", "full", "nothing") if name in counts

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.show.page import facts, page, table
 from adaptkit.cli.render import document, human
+from adaptkit.cli.show.page import facts, page, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.show.page import LABEL, facts, page, table
 from adaptkit.cli.render import document
+from adaptkit.cli.show.page import LABEL, facts, page, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +92,7 @@ def _share(cosine: float | None) -> str:
 
 def _common(report: compare.Report) -> str:
     alone = report.only_a if report.checkpoint else (*report.only_a, *report.only_b)
-    return f"; {_number(report.common)} over what both have" if alone else ""
+    return f"; {_number(report.relative_error_common)} over what both have" if alone else ""
 
 
 def _names(labels: Sequence[str]) -> str:
@@ -131,7 +131,7 @@ def _modules(out: Any, report: compare.Report, every: bool) -> None:
         out.print(table(columns, rows, right=columns[:-1]))
 
 
-def _badness(module: compare.Module) -> float:
+def _badness(module: compare.ModuleDistance) -> float:
     return float("inf") if module.relative_error is None else module.relative_error
 
 

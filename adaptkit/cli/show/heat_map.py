@@ -8,7 +8,7 @@ from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.show.page import LABEL
-from adaptkit.ops.inspect.stats import KINDS, NUMBERED
+from adaptkit.ops.blocks import KINDS, NUMBERED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from adaptkit.ops.advise import Choice, Report
+    from adaptkit.ops.advise import Point, Report
 
 __all__ = ["draw"]
 
@@ -47,7 +47,7 @@ def _subtitle(report: Report) -> str:
 
 
 def _fill(axes: Axes, report: Report) -> None:
-    lines: tuple[tuple[str, Sequence[Choice], dict[str, Any]], ...] = (
+    lines: tuple[tuple[str, Sequence[Point], dict[str, Any]], ...] = (
         (
             "LoRA, one rank (--rank)",
             list(report.rank.values()),
@@ -72,11 +72,11 @@ def _fill(axes: Axes, report: Report) -> None:
         _say(axes, f"r{rank}", choice, (0, 5), MUTED)
     for factor, choice in report.lokr.items():
         _say(axes, f"f{factor}", choice, (0, -9), LOKR)
-    if report.floor > LEAST:
-        axes.axhline(report.floor, color=MUTED, lw=0.8, ls=":")
+    if report.noise_floor > LEAST:
+        axes.axhline(report.noise_floor, color=MUTED, lw=0.8, ls=":")
         axes.text(
             1,
-            report.floor,
+            report.noise_floor,
             "rounding of the checkpoint ",
             color=MUTED,
             fontsize=TINY,
@@ -88,11 +88,11 @@ def _fill(axes: Axes, report: Report) -> None:
     axes.legend(frameon=False, fontsize=SMALL, loc="best")
 
 
-def _place(choice: Choice) -> tuple[float, float]:
+def _place(choice: Point) -> tuple[float, float]:
     return choice.bytes, max(choice.relative_error, LEAST)
 
 
-def _say(axes: Axes, text: str, choice: Choice, beside: tuple[float, float], color: str) -> None:
+def _say(axes: Axes, text: str, choice: Point, beside: tuple[float, float], color: str) -> None:
     axes.annotate(
         text,
         _place(choice),

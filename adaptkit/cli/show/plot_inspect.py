@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.cli.show.heat_map import grouped, percent, short
 from adaptkit.cli.show.picture import LINE, MUTED, PAPER, SMALL, TINY, publish, rendered, settings
 from adaptkit.errors import NothingToDo
-from adaptkit.ops.inspect.stats import KINDS
+from adaptkit.ops.blocks import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

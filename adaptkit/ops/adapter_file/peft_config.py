@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.ops.shared import check_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = [
-    "Module",
-    "adapter_file",
-    "check_adapter_output",
-    "diffusers_metadata",
-    "factor_rows",
-    "peft_config",
-]
+__all__ = ["PeftModule", "diffusers_metadata", "factor_rows", "peft_config"]
 
 TEXT_MODEL = "text_model."
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-KNOWN = frozenset({WEIGHTS, CONFIG, "adapter_model.bin", "README.md"})  # what a PEFT folder holds
 
 KINDS = {"lora": "LORA", "lora+dora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class PeftModule:
     """One module as PEFT knows it: its name in the model, its algorithm, rank and alpha; `roles` are those it stores."""
 
     name: str
@@ -51,7 +39,7 @@ def factor_rows(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None
     return one[0], shapes["w2"][0] if "w2" in shapes else shapes["w2_a"][1 if "t2" in shapes else 0]
 
 
-def peft_config(modules: Sequence[Module]) -> dict[str, Any]:
+def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
     """The configuration with which PEFT rebuilds these modules; NotRepresentable where one file cannot hold them all."""
     algorithms = {module.algorithm for module in modules}
     if not algorithms <= KINDS.keys() or len(algorithms) > 1:
@@ -78,7 +66,7 @@ def peft_config(modules: Sequence[Module]) -> dict[str, Any]:
     return config | _special(algorithm, modules)
 
 
-def _special(algorithm: str, modules: Sequence[Module]) -> dict[str, Any]:
+def _special(algorithm: str, modules: Sequence[PeftModule]) -> dict[str, Any]:
     if algorithm in ("lora", "lora+dora"):
         return {
             "use_dora": algorithm == "lora+dora",
@@ -122,7 +110,7 @@ def _exactly(name: str) -> str:
     )  # of a text encoder, perhaps below `text_model.`
 
 
-def _anywhere(module: Module) -> Module:
+def _anywhere(module: PeftModule) -> PeftModule:
     """transformers 5 took `text_model.` out of its CLIP: diffusers takes it off the weights' names, but not off these.
 
     Without it PEFT finds the module either way, as the ending of its name.
@@ -142,34 +130,7 @@ def _targets(names: Sequence[str]) -> list[str] | str:
     return "|".join(name.replace(".", r"\.") for name in names)
 
 
-def check_adapter_output(output: Path, *, folder: bool, overwrite: bool) -> None:
-    """Refuse an output file, or for PEFT an output folder, that exists or cannot be, before any work."""
-    if folder:
-        from adaptkit.files.sink import check_folder
-
-        check_folder(output, KNOWN, overwrite)
-    else:
-        check_output(output, overwrite)
-
-
-@contextmanager
-def adapter_file(
-    output: Path, modules: Sequence[Module] | None, overwrite: bool
-) -> Iterator[tuple[Path, bool]]:
-    """The file to write weights into, and whether it may exist: `output`, or for PEFT (`modules`) one in a new folder
-    `output`, which appears with its configuration when the block ends."""
-    if modules is None:
-        yield output, overwrite
-        return
-    from adaptkit.files.sink import publish_folder
-
-    text = json.dumps(peft_config(modules), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    with publish_folder(output, KNOWN, overwrite=overwrite) as folder:
-        yield folder / WEIGHTS, False
-        (folder / CONFIG).write_text(text, encoding="utf-8", newline="\n")
-
-
-def diffusers_metadata(parts: Mapping[str, Sequence[Module]]) -> str:
+def diffusers_metadata(parts: Mapping[str, Sequence[PeftModule]]) -> str:
     """What diffusers keeps under `lora_adapter_metadata`: the LoraConfig fields of each component behind its name."""
     fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora")
     found: dict[str, Any] = {}

@@ -38,7 +38,7 @@ class _Actor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Worker:
+class _RayWorker:
     actor: Any
     pid: Any  # a reference to it: nobody waits for it unless the worker dies
 
@@ -78,8 +78,8 @@ class Ray:
     def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
         """See `adaptkit.ops.batch.workers.Engine`."""
         ray = _ray()
-        idle: list[_Worker] = []
-        busy: dict[Any, tuple[_Worker, Bundle]] = {}
+        idle: list[_RayWorker] = []
+        busy: dict[Any, tuple[_RayWorker, Bundle]] = {}
         todo = Todo(bundles)
         try:
             while todo or busy:
@@ -115,14 +115,14 @@ class Ray:
             if self._ours:
                 ray.shutdown()
 
-    def _worker(self, ray: Any) -> _Worker:
+    def _worker(self, ray: Any) -> _RayWorker:
         options = {
             "num_cpus": 1,
             "max_restarts": 0,
             "runtime_env": {"env_vars": dict(self._environment())},
         }
         actor = ray.remote(_Actor).options(**options).remote(os.getcwd())  # noqa: PTH109 - as text
-        return _Worker(actor, actor.pid.remote())
+        return _RayWorker(actor, actor.pid.remote())
 
     def _environment(self) -> Iterator[tuple[str, str]]:
         """What differs from the environment here."""
@@ -156,12 +156,12 @@ def _outcomes(ray: Any, ready: Any, bundle: Bundle) -> list[Outcome] | None:
         return [Outcome(error=f"Ray: {str(error).strip().splitlines()[-1]}")] * len(bundle)
 
 
-def _kill(ray: Any, worker: _Worker) -> None:
+def _kill(ray: Any, worker: _RayWorker) -> None:
     with contextlib.suppress(Exception):
         ray.kill(worker.actor)
 
 
-def _clean(ray: Any, worker: _Worker, bundle: Bundle) -> None:
+def _clean(ray: Any, worker: _RayWorker, bundle: Bundle) -> None:
     with contextlib.suppress(ray.exceptions.RayError):
         cleaned(bundle, ray.get(worker.pid, timeout=PATIENCE))
 

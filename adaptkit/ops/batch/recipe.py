@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import AdaptkitError, CorruptFile, NothingToDo, WrongUsage
 from adaptkit.files.header import unreadable
-from adaptkit.ops.shared import split_strength
+from adaptkit.ops.batch.output_names import filled, stem
 from adaptkit.ops.batch.values import (
     INPUTS,
     Reader,
@@ -30,7 +30,7 @@ from adaptkit.ops.batch.values import (
     options_of,
 )
 from adaptkit.ops.ranks.options import RULES
-from adaptkit.ops.batch.output_names import filled, stem
+from adaptkit.ops.shared import split_strength
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from adaptkit.ops.shared import Progress
     from adaptkit.ops.batch.recipe import Job
+    from adaptkit.ops.shared import Progress
 
 __all__ = ["Options", "Plan", "Preview", "Report", "Result", "plan", "preview", "run"]
 

@@ -197,14 +197,14 @@ class Processes:
 
     def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
         """See `Engine`."""
-        replies: queue.SimpleQueue[tuple[_Worker, bytes]] = queue.SimpleQueue()
-        idle: list[_Worker] = []
-        busy: dict[_Worker, Bundle] = {}
+        replies: queue.SimpleQueue[tuple[WorkerProcess, bytes]] = queue.SimpleQueue()
+        idle: list[WorkerProcess] = []
+        busy: dict[WorkerProcess, Bundle] = {}
         todo = Todo(bundles)
         try:
             while todo or busy:
                 while len(busy) < self.workers and (bundle := todo.take()) is not None:
-                    worker = idle.pop() if idle else _Worker(replies, self.workers)
+                    worker = idle.pop() if idle else WorkerProcess(replies, self.workers)
                     busy[worker] = bundle
                     worker.send(bundle)
                 if busy and (answer := _next(replies)) is not None:
@@ -227,17 +227,19 @@ class Processes:
                 worker.clean(bundle)
 
 
-def _next(replies: queue.SimpleQueue[tuple[_Worker, bytes]]) -> tuple[_Worker, bytes] | None:
+def _next(
+    replies: queue.SimpleQueue[tuple[WorkerProcess, bytes]],
+) -> tuple[WorkerProcess, bytes] | None:
     try:
         return replies.get(timeout=POLL)
     except queue.Empty:
         return None
 
 
-class _Worker:
+class WorkerProcess:
     """A process that reads bundles as JSON lines and answers each with one; `replies` gets an empty line when it ends."""
 
-    def __init__(self, replies: queue.SimpleQueue[tuple[_Worker, bytes]], count: int) -> None:
+    def __init__(self, replies: queue.SimpleQueue[tuple[WorkerProcess, bytes]], count: int) -> None:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 - what it says on stderr, for as long as it lives
         own: dict[str, Any] = (  # ^C reaches the parent alone, which decides
             {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
@@ -254,7 +256,7 @@ class _Worker:
         )
         threading.Thread(target=self._listen, args=(replies,), daemon=True).start()
 
-    def _listen(self, replies: queue.SimpleQueue[tuple[_Worker, bytes]]) -> None:
+    def _listen(self, replies: queue.SimpleQueue[tuple[WorkerProcess, bytes]]) -> None:
         for line in _pipe(self.process.stdout):
             replies.put((self, line))
         replies.put((self, b""))
@@ -308,7 +310,7 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
     return pipe
 
 
-def _stop(workers: Iterable[_Worker], *, interrupt: bool) -> None:
+def _stop(workers: Iterable[WorkerProcess], *, interrupt: bool) -> None:
     """End them all; those that do not listen are killed."""
     listed = list(workers)
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLOCK",
-    "Form",
+    "Difference",
     "Numbers",
     "alike",
     "applied",
@@ -109,7 +109,7 @@ def _quotient(one: float, other: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Form:
+class Difference:
     """One difference (rows × columns), as cheaply as it is to be had; all tensors in float64 (float32 on MPS).
 
     `block(start, stop)` forms these rows of it. `factors()` gives (left (rows, r), right (r, columns)) where r is small,
@@ -122,14 +122,14 @@ class Form:
     factors: Callable[[], Factors] | None = None
     kron: Factors | None = None
 
-    def cut(self, start: int, stop: int) -> Form:
+    def cut(self, start: int, stop: int) -> Difference:
         """Rows [start, stop) of it."""
         if (start, stop) == (0, self.rows):
             return self
         whole, kron = self.factors, self.kron
         height = 1 if kron is None else kron[1].shape[-2]
         aligned = kron is not None and start % height == 0 and stop % height == 0
-        return Form(
+        return Difference(
             stop - start,
             self.columns,
             lambda first, last: self.block(start + first, start + last),
@@ -137,7 +137,7 @@ class Form:
             _rows(kron, start // height, stop // height) if kron is not None and aligned else None,
         )
 
-    def exchanged(self) -> Form:
+    def exchanged(self) -> Difference:
         """The same with the two halves of its rows exchanged."""
         whole, half = self.factors, self.rows // 2
 
@@ -147,7 +147,7 @@ class Form:
             parts = [(start + half, min(stop, half) + half), (max(start, half) - half, stop - half)]
             return torch.cat([self.block(first, last) for first, last in parts if last > first])
 
-        return Form(
+        return Difference(
             self.rows,
             self.columns,
             block,
@@ -176,7 +176,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(accumulate_dtype(tensor.device))
 
 
-def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool) -> Form:
+def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool) -> Difference:
     """strength · ΔW of additive weights (no batch) of `size` (rows, columns); `thin`: through their factors."""
 
     def factors() -> Factors:
@@ -186,13 +186,13 @@ def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool
     kron = weights.kron_factors()
     if kron is not None:
         one, two = _wide(kron[0]) * strength, _wide(kron[1])
-        return Form(
+        return Difference(
             *size,
             lambda start, stop: _kron_rows(one, two, start, stop),
             factors if thin else None,
             (one, two),
         )
-    return Form(
+    return Difference(
         *size,
         lambda start, stop: _wide(weights.part(start, stop).delta()) * strength,
         factors if thin else None,
@@ -208,17 +208,17 @@ def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
     return (one[row // height].unsqueeze(-1) * two[row % height].unsqueeze(-2)).flatten(-2)
 
 
-def applied(weights: Weights, base: Tensor, strength: float) -> Form:
+def applied(weights: Weights, base: Tensor, strength: float) -> Difference:
     """What weights of any kind change of their base (rows, columns): dense."""
     wide = _wide(base)
     change = weights.apply(wide.clone(), strength).sub_(wide)
-    return Form(change.shape[0], change.shape[1], lambda start, stop: change[start:stop])
+    return Difference(change.shape[0], change.shape[1], lambda start, stop: change[start:stop])
 
 
-def difference(tuned: Tensor, base: Tensor) -> Form:
+def difference(tuned: Tensor, base: Tensor) -> Difference:
     """tuned − base, both (rows, columns) in any dtype, widened before they are subtracted."""
     rows, columns = base.shape
-    return Form(
+    return Difference(
         rows, columns, lambda start, stop: _wide(tuned[start:stop]) - _wide(base[start:stop])
     )
 
@@ -240,7 +240,7 @@ def alike(one: Any, other: Any) -> bool:
 # measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(a: Form | None, b: Form | None) -> Numbers:
+def measure(a: Difference | None, b: Difference | None) -> Numbers:
     """The numbers of two differences of one size; None stands for no difference."""
     if a is None or b is None:
         size = 0.0 if (only := a or b) is None else _size(only)
@@ -254,7 +254,7 @@ def measure(a: Form | None, b: Form | None) -> Numbers:
     return _dense(a, b)
 
 
-def _size(form: Form) -> float:
+def _size(form: Difference) -> float:
     """‖·‖²."""
     if form.kron is not None:
         return _kron_size(form.kron)
@@ -310,7 +310,7 @@ def _balanced(factors: Factors) -> Factors:
     return factors[0] * scale, factors[1] / scale
 
 
-def _kron_and_product(a: Form, b: Form) -> Numbers | None:
+def _kron_and_product(a: Difference, b: Difference) -> Numbers | None:
     """The numbers of a Kronecker product and a product of factors; None where they are others, or nearly equal."""
     if a.kron is None or b.factors is None:
         if b.kron is None or a.factors is None:
@@ -331,7 +331,7 @@ def _inner(kron: Factors, product: Factors) -> float:
     return float(((u @ two @ v.mT) * one).sum())
 
 
-def _dense(a: Form, b: Form) -> Numbers:
+def _dense(a: Difference, b: Difference) -> Numbers:
     """Row by row, each block of both formed once."""
     total = Numbers()
     for one, other in _blocks(a, b):
@@ -340,7 +340,7 @@ def _dense(a: Form, b: Form) -> Numbers:
     return total
 
 
-def _blocks(*forms: Form) -> Iterator[tuple[Tensor, ...]]:
+def _blocks(*forms: Difference) -> Iterator[tuple[Tensor, ...]]:
     first = forms[0]
     step = max(1, BLOCK // max(1, first.columns))
     for start in range(0, first.rows, step):

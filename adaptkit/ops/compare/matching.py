@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import KeyMap
 from adaptkit.names import Rows, Slot
-from adaptkit.ops.shared import Shared, Unused, selected
 from adaptkit.ops.difference.pairing import Pairing, Wanted
+from adaptkit.ops.shared import Shared, Unused, selected
 from adaptkit.respelling import Part, Respelling
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adaptkit.names import Target
     from adaptkit.ops.compare.inputs import Given
 
-__all__ = ["Base", "Cuts", "Job", "Side", "of_adapters", "of_checkpoint"]
+__all__ = ["Base", "Cuts", "Match", "Side", "of_adapters", "of_checkpoint"]
 
 THIN = (
     0.5  # of the entries of ΔW: factors that have more are dearer than its rows, a block at a time
@@ -47,7 +47,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Job:
+class Match:
     """One module: what A says of it, and B's sides from its first row to its last; or what a checkpoint does (`change`).
 
     `change` is where it lies in the base and in the tuned checkpoint. `counted`: whether it is one of the model's own layers.
@@ -58,6 +58,7 @@ class Job:
     theirs: tuple[Side, ...] = ()
     change: tuple[tuple[Piece, ...], tuple[Piece, ...]] | None = None
     counted: bool = True
+    number: int = 0  # its place among the matches of a plan
 
     @property
     def both(self) -> bool:
@@ -199,7 +200,7 @@ def _gap(target: Target, start: Fraction, stop: Fraction) -> Slot:
 # two adapters ----------------------------------------------------------------------------------------------------
 
 
-def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Job], list[Unused]]:
+def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Match], list[Unused]]:
     """Every module of A beside what B has of its rows, then what only B has; and the keys that are not used."""
     ours, theirs = a.adapter, b.adapter
     cuts = Cuts(ours)
@@ -215,7 +216,7 @@ def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Jo
             parts = found[slot].parts if slot in found else ()
             sides = tuple(base.side(b, part) for part in parts)
             _check_sides(ours, entry, b, sides)
-            jobs.append(Job(ours.label(slot), base.side(a, Part(entry)), sides))
+            jobs.append(Match(ours.label(slot), base.side(a, Part(entry)), sides))
     only = [(job.label, slot, job.parts) for slot, job in found.items() if slot not in ours.entries]
     only += [
         (theirs.label(slot), slot, (Part(e),))
@@ -224,7 +225,7 @@ def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Jo
     ]
     for label, slot, parts in only:
         if selected(label, slot.component, select):
-            jobs.append(Job(label, None, tuple(base.side(b, part) for part in parts)))
+            jobs.append(Match(label, None, tuple(base.side(b, part) for part in parts)))
     return jobs, [*_unused(ours, cuts.twice_keys), *_unused(theirs, respelling.lost)]
 
 
@@ -252,14 +253,14 @@ def _unused(adapter: Adapter, twice: Iterable[str]) -> Iterator[Unused]:
 
 def of_checkpoint(
     a: Given, checkpoints: tuple[Checkpoint, Checkpoint], select: Shared
-) -> tuple[list[Job], list[Unused]]:
+) -> tuple[list[Match], list[Unused]]:
     """Every module beside the difference of (base, tuned); what else they hold, without a side; then what only A has."""
     base, tuned = checkpoints
     entries, cuts, there = a.adapter.entries, Cuts(a.adapter), Base(base)
     pairing = Pairing(base, tuned, cuts, Wanted("full", True, select))
     jobs, met = [], set(cuts.twice)
-    for pair in pairing.jobs():
-        job = Job(pair.label, None, (), (pair.base, pair.tuned), pair.counted)
+    for pair in pairing.pairs():
+        job = Match(pair.label, None, (), (pair.base, pair.tuned), pair.counted)
         entry = None if pair.slot is None or pair.slot in cuts.twice else entries.get(pair.slot)
         if entry is not None:
             fits(base, a.adapter, entry, pair.base)
@@ -268,5 +269,5 @@ def of_checkpoint(
         jobs.append(job)
     for slot, entry in entries.items():
         if slot not in met and selected(base.label(slot), slot.component, select):
-            jobs.append(Job(base.label(slot), there.side(a, Part(entry))))
+            jobs.append(Match(base.label(slot), there.side(a, Part(entry))))
     return jobs, [*_unused(a.adapter, cuts.twice_keys), *pairing.lost, *pairing.left]

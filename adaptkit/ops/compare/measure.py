@@ -13,7 +13,7 @@ from adaptkit.engine import Step
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.ops.compare.distance import (
     BLOCK,
-    Form,
+    Difference,
     Numbers,
     alike,
     applied,
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from adaptkit.adapter import Entry
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Checkpoint, Piece
-    from adaptkit.ops.compare.matching import Job, Side
+    from adaptkit.ops.compare.matching import Match, Side
 
-__all__ = ["Worker", "needs_base"]
+__all__ = ["Measurer", "needs_base"]
 
 WIDE = 8  # bytes of a float64
 
@@ -47,7 +47,7 @@ def needs_base(entry: Entry, label: str) -> NotRepresentable:
     )
 
 
-class Worker:
+class Measurer:
     """Plans, reads and measures jobs; `base` and `tuned` are those of them that are given."""
 
     def __init__(self, base: Checkpoint | None, tuned: Checkpoint | None) -> None:
@@ -55,7 +55,7 @@ class Worker:
 
     # planning
 
-    def step(self, job: Job) -> Step[Job]:
+    def step(self, job: Match) -> Step[Match]:
         """A job of its own bucket, and the working memory it needs."""
         size = 4 * WIDE * BLOCK + sum(self._bytes(side) for side in job.sides)
         size += sum(checkpoint.nbytes(pieces) for _, checkpoint, pieces in self._pieces(job))
@@ -66,7 +66,7 @@ class Worker:
             assert first is not None
             assert first.entry is not None
             order = first.given.adapter.source.order(next(key for _, key in first.entry.tensors()))
-        return Step(job, id(job), size, order)
+        return Step(job, job.number, size, order)
 
     def _bytes(self, side: Side) -> int:
         """Working memory of a side: its tensors as stored and in float64, and what is made of them."""
@@ -85,7 +85,7 @@ class Worker:
         # factors: scaled, put together with those of the other side, and what QR makes of that
         return size + 4 * WIDE * (side.rank or 0) * (facts.rows + facts.columns)
 
-    def _pieces(self, job: Job) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
+    def _pieces(self, job: Match) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
         """What is read from the checkpoints, each once, and under which name."""
         pieces = [side.base for side in job.sides] + [job.change and job.change[0]]
         for one in dict.fromkeys(pieces):
@@ -96,7 +96,7 @@ class Worker:
 
     # running
 
-    def load(self, job: Job) -> dict[str, Tensor]:
+    def load(self, job: Match) -> dict[str, Tensor]:
         """Everything a job needs: the tensors of side n as `n/role`, the base's by their names, and `tuned`."""
         found = {name: checkpoint.read(pieces) for name, checkpoint, pieces in self._pieces(job)}
         for n, side in enumerate(job.sides):
@@ -107,7 +107,7 @@ class Worker:
                 }
         return found
 
-    def work(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[Numbers]:
+    def work(self, jobs: Sequence[Match], tensors: dict[str, Tensor]) -> list[Numbers]:
         """The numbers of one job."""
         (job,) = jobs
         stored = {name: tensor[0] for name, tensor in tensors.items()}
@@ -119,7 +119,7 @@ class Worker:
             raise self._non_finite(job, stored)
         return [numbers]
 
-    def _non_finite(self, job: Job, stored: Mapping[str, Tensor]) -> NonFinite:
+    def _non_finite(self, job: Match, stored: Mapping[str, Tensor]) -> NonFinite:
         what = "holds NaN or infinity"
         for n, side in enumerate(job.sides):
             for role, key in side.entry.tensors() if side.entry else ():
@@ -141,7 +141,7 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all())
 
 
-def _job(job: Job, stored: Mapping[str, Tensor]) -> Numbers:
+def _job(job: Match, stored: Mapping[str, Tensor]) -> Numbers:
     sides = [_operand(job, n, stored) for n in range(len(job.sides))]
     mine = None if job.mine is None else sides.pop(0)
     if job.change is not None:
@@ -159,7 +159,7 @@ def _job(job: Job, stored: Mapping[str, Tensor]) -> Numbers:
     return total
 
 
-def _operand(job: Job, n: int, stored: Mapping[str, Tensor]) -> _Operand | None:
+def _operand(job: Match, n: int, stored: Mapping[str, Tensor]) -> _Operand | None:
     side = job.sides[n]
     if side.entry is None:
         return None
@@ -207,7 +207,7 @@ class _Operand:
         return self.entry.kind.decode(tensors, self.entry.facts)
 
     @cached_property
-    def form(self) -> Form:
+    def form(self) -> Difference:
         """What it changes."""
         if not self.known:
             raise needs_base(self.entry, self.label)
@@ -220,7 +220,7 @@ class _Operand:
         whole = whole.exchanged() if swapped else whole
         return whole if self.side.cut is None else whole.cut(*self.side.cut)
 
-    def rows(self, rows: tuple[int, int] | None) -> Form:
+    def rows(self, rows: tuple[int, int] | None) -> Difference:
         """What it changes of these rows of its own (None: all)."""
         return self.form if rows is None else self.form.cut(*rows)
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
 from adaptkit.engine import Step, check_memory
 from adaptkit.errors import AdaptkitError, NothingToDo
-from adaptkit.ops.compare.matching import Base, Job, of_adapters, of_checkpoint
-from adaptkit.ops.shared import Progress, Shared, Unused
 from adaptkit.ops.compare.distance import Numbers
 from adaptkit.ops.compare.inputs import Given, Inputs, open_inputs
-from adaptkit.ops.compare.measure import Worker, needs_base
+from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
+from adaptkit.ops.compare.measure import Measurer, needs_base
+from adaptkit.ops.shared import Progress, Shared, Unused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Module", "Options", "Plan", "Report", "plan", "run"]
+__all__ = ["ModuleDistance", "Options", "Plan", "Report", "plan", "run"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Plan:
 
     inputs: Inputs
     options: Options
-    jobs: tuple[Job, ...]
-    steps: tuple[Step[Job], ...]
+    jobs: tuple[Match, ...]
+    steps: tuple[Step[Match], ...]
     unused: tuple[Unused, ...]
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleDistance:
     """One module that both sides have. `strength`: the one at which the adapter stands in the checkpoint."""
 
     module: str
@@ -68,7 +68,7 @@ class Module:
 class Report:
     """‖A − B‖ / ‖B‖ of two adapters; of an adapter and a checkpoint ‖D − ΔW‖ / ‖ΔW‖, with D = tuned − base for norm_b.
 
-    Over everything (against a checkpoint: all modules of the adapter), over what both have (`common`), and by module. None
+    Over everything (against a checkpoint: all modules of the adapter), over what both have (`relative_error_common`), and by module. None
     stands for what has no value, or depends on weights that are not there. `strength` is ⟨D, ΔW⟩ / ‖ΔW‖², ΔW at strength 1;
     `outside` the share of ‖D‖² in layers that the adapter does not touch, of which `only_b` names those that changed.
     """
@@ -77,11 +77,11 @@ class Report:
     b: Mapping[str, Any]
     family: str
     relative_error: float | None
-    common: float | None
+    relative_error_common: float | None
     cosine: float | None
     norm_a: float | None
     norm_b: float | None
-    modules: tuple[Module, ...]
+    modules: tuple[ModuleDistance, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     base: str | None = None
@@ -116,7 +116,7 @@ class Report:
             "base": self.base,
             "family": self.family,
             "relative_error": self.relative_error,
-            "relative_error_common": self.common,
+            "relative_error_common": self.relative_error_common,
             "cosine": self.cosine,
             "norm_a": self.norm_a,
             "norm_b": self.norm_b,
@@ -131,7 +131,7 @@ class Report:
             "seconds": round(self.seconds, 3),
         }
 
-    def _module(self, one: Module) -> dict[str, Any]:
+    def _module(self, one: ModuleDistance) -> dict[str, Any]:
         names = (
             "module",
             "relative_error",
@@ -166,6 +166,7 @@ def _planned(inputs: Inputs, options: Options) -> Plan:
         assert inputs.base is not None
         assert inputs.tuned is not None
         jobs, unused = of_checkpoint(inputs.a, (inputs.base, inputs.tuned), select)
+    jobs = [replace(job, number=n) for n, job in enumerate(jobs)]
     if not any(job.both for job in jobs):
         others = (
             "these adapters have no module in common"
@@ -177,13 +178,13 @@ def _planned(inputs: Inputs, options: Options) -> Plan:
         )
     for job in jobs:
         _check_base(job)
-    worker = Worker(inputs.base, inputs.tuned)
+    worker = Measurer(inputs.base, inputs.tuned)
     steps = tuple(worker.step(job) for job in jobs)
     check_memory(steps, options.memory)
     return Plan(inputs, options, tuple(jobs), steps, tuple(unused))
 
 
-def _check_base(job: Job) -> None:
+def _check_base(job: Match) -> None:
     """NotRepresentable where the base is missing that a module cannot do without: all but modules that may be equal."""
     for side in job.sides:
         if side.entry is not None and not side.entry.kind.additive and side.base is None:
@@ -200,10 +201,10 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Measure every module; the only part that reads weights."""
     started = time.perf_counter()
     found: dict[int, Numbers] = {}
-    worker, total = Worker(plan.inputs.base, plan.inputs.tuned), len(plan.steps)
+    worker, total = Measurer(plan.inputs.base, plan.inputs.tuned), len(plan.steps)
 
-    def store(job: Job, numbers: Numbers) -> None:
-        found[id(job)] = numbers
+    def store(job: Match, numbers: Numbers) -> None:
+        found[job.number] = numbers
 
     try:
         engine.run(
@@ -215,11 +216,11 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     finally:
         plan.close()
     return _report(
-        plan, [(job, found[id(job)]) for job in plan.jobs], time.perf_counter() - started
+        plan, [(job, found[job.number]) for job in plan.jobs], time.perf_counter() - started
     )
 
 
-def _report(plan: Plan, found: Sequence[tuple[Job, Numbers]], seconds: float) -> Report:
+def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) -> Report:
     inputs = plan.inputs
     against = inputs.tuned is not None
     both = [(job, numbers) for job, numbers in found if job.both]
@@ -236,7 +237,7 @@ def _report(plan: Plan, found: Sequence[tuple[Job, Numbers]], seconds: float) ->
         else {"path": str(inputs.tuned and inputs.tuned.source.path)},
         family=inputs.a.adapter.family.name,
         relative_error=total.over_a if against else total.over_b,
-        common=common.over_a if against else common.over_b,
+        relative_error_common=common.over_a if against else common.over_b,
         cosine=total.cosine,
         norm_a=total.norm_a,
         norm_b=total.norm_b,
@@ -269,11 +270,11 @@ def _described(given: Given) -> dict[str, Any]:
     }
 
 
-def _module(label: str, numbers: Numbers, inputs: Inputs) -> Module:
+def _module(label: str, numbers: Numbers, inputs: Inputs) -> ModuleDistance:
     against = inputs.tuned is not None
     error = numbers.over_a if against else numbers.over_b
     strength = _strength(numbers, inputs)
-    return Module(label, error, numbers.norm_a, numbers.norm_b, numbers.cosine, strength)
+    return ModuleDistance(label, error, numbers.norm_a, numbers.norm_b, numbers.cosine, strength)
 
 
 def _strength(numbers: Numbers, inputs: Inputs) -> float | None:
@@ -283,7 +284,7 @@ def _strength(numbers: Numbers, inputs: Inputs) -> float | None:
     return inputs.a.strength * numbers.fitted
 
 
-def _notes(total: Numbers, both: Sequence[tuple[Job, Numbers]], against: bool) -> Iterator[str]:
+def _notes(total: Numbers, both: Sequence[tuple[Match, Numbers]], against: bool) -> Iterator[str]:
     unknown = sum(not numbers.known for _, numbers in both)
     if unknown:
         modules = "1 module is" if unknown == 1 else f"{unknown} modules are"

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from adaptkit.files.source import TensorSource
     from adaptkit.keymap import KeyMap
 
-__all__ = ["Job", "Pairing", "Wanted", "open_pair"]
+__all__ = ["Pair", "Pairing", "Wanted", "open_pair"]
 
 
 @dataclass(frozen=True)
-class Job:
+class Pair:
     """One slot to fit, or (`algorithm` None) only to compare: then `why` says why an adapter cannot hold it."""
 
     slot: Slot | None
@@ -38,6 +38,7 @@ class Job:
     algorithm: str | None = None
     role: str = "diff"
     why: str = ""
+    number: int = 0  # its place among the pairs of a plan
     counted: bool = True  # whether its difference counts in the total: the model's own layers do, a VAE does not
 
     @property
@@ -147,8 +148,14 @@ class Pairing:
         self.lost: list[Unused] = []
         self.left: list[Unused] = []
 
-    def jobs(self) -> Iterator[Job]:
-        """Every slot to fit or to compare, in the tuned checkpoint's order; fills `lost` and `left`."""
+    def pairs(self) -> tuple[Pair, ...]:
+        """Every slot to fit or to compare, numbered in the tuned checkpoint's order.
+
+        Fills `lost` and `left`.
+        """
+        return tuple(replace(pair, number=n) for n, pair in enumerate(self._pairs()))
+
+    def _pairs(self) -> Iterator[Pair]:
         ours, theirs = self.base.targets(), self.tuned.targets()
         for target, held in theirs.items():
             if target not in ours:
@@ -184,7 +191,7 @@ class Pairing:
 
     def _target(
         self, target: Target, ours: Mapping[Slot, str], theirs: Mapping[Slot, str]
-    ) -> Iterator[Job]:
+    ) -> Iterator[Pair]:
         refusal = self.base.refusal(ours.values()) or self.tuned.refusal(theirs.values())
         for slot in self.keys.slots(target) or (Slot(target),):
             label = self.base.label(slot)
@@ -201,7 +208,7 @@ class Pairing:
 
     def _pair(
         self, slot: Slot, label: str, base: tuple[Piece, ...], tuned: tuple[Piece, ...]
-    ) -> Iterator[Job]:
+    ) -> Iterator[Pair]:
         first, second = self.base.slot_shape(base), self.tuned.slot_shape(tuned)
         if _squeezed(first) != _squeezed(second):
             self.lost.append(
@@ -211,7 +218,7 @@ class Pairing:
                 )
             )
             return
-        yield self._choose(Job(slot, label, base, tuned, second, self._dtype(base, tuned)))
+        yield self._choose(Pair(slot, label, base, tuned, second, self._dtype(base, tuned)))
 
     def _dtype(self, base: tuple[Piece, ...], tuned: tuple[Piece, ...]) -> str:
         """The dtype to write: the tuned checkpoint's, or that of the base where the tuned one's is fp8; float16 for two fp8."""
@@ -222,7 +229,7 @@ class Pairing:
         kept = next((dtype for dtype in found if dtype in FLOATS), "F16")
         return stored_dtype(self.options.dtype, "F32" if kept == "F64" else kept)
 
-    def _choose(self, job: Job) -> Job:
+    def _choose(self, job: Pair) -> Pair:
         """Which algorithm holds this slot."""
         slot = job.slot
         assert slot is not None
@@ -240,7 +247,7 @@ class Pairing:
             return replace(job, why=f"hosts load no {self.wanted.algorithm} for embeddings")
         return replace(job, algorithm=self.wanted.algorithm)
 
-    def _others(self) -> Iterator[Job]:
+    def _others(self) -> Iterator[Pair]:
         """The parts no adapter holds: compared, so that a difference there is not passed over in silence."""
         ours, theirs = self.base.others, self.tuned.others
         for name, part in theirs.items():
@@ -265,13 +272,13 @@ class Pairing:
             ):
                 self.left.append(Unused(name, f"{part}: not in the tuned checkpoint"))
 
-    def _other(self, name: str, part: str) -> Iterator[Job]:
+    def _other(self, name: str, part: str) -> Iterator[Pair]:
         partner, info = self.base.source.infos[name], self.tuned.source.infos[name]
         refused = self.base.refusal([name]) or self.tuned.refusal([name])
         if partner.shape == info.shape and refused is None:
             piece = (Piece(name),)
             why = f"{part}: no adapter holds it"
-            yield Job(None, name, piece, piece, info.shape, info.dtype, why=why, counted=False)
+            yield Pair(None, name, piece, piece, info.shape, info.dtype, why=why, counted=False)
         elif (partner.shape, partner.dtype) != (info.shape, info.dtype):
             self.left.append(Unused(name, f"{part}: other shape or dtype in the base checkpoint"))
 

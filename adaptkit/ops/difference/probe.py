@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.linalg.kronscan import KronScan, Split
-    from adaptkit.ops.difference.pairing import Job
+    from adaptkit.ops.difference.pairing import Pair
 
 __all__ = ["Look", "Probe", "as_rounded", "look", "made_by", "probe", "sample"]
 
@@ -71,7 +71,7 @@ class Probe:
         ]
 
 
-def as_rounded(tuned: Checkpoint, job: Job, tensor: Tensor) -> Tensor:
+def as_rounded(tuned: Checkpoint, job: Pair, tensor: Tensor) -> Tensor:
     """A weight in the dtype it was rounded to: plain fp8 is read as float32. Of scaled fp8 only that is known."""
     dtypes = tuned.dtypes(job.tuned)
     scaled = any(piece.name in tuned.quantization.scales for piece in job.tuned)
@@ -79,7 +79,7 @@ def as_rounded(tuned: Checkpoint, job: Job, tensor: Tensor) -> Tensor:
 
 
 def look(
-    job: Job, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
+    job: Pair, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
 ) -> Look:
     """At one difference (m, n) of norm² > 0, `rounded` being the tuned weight in its own dtype."""
     from adaptkit.linalg.kronscan import FACTORS, scan_kron
@@ -125,7 +125,7 @@ def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
     return None
 
 
-def sample(jobs: Sequence[Job]) -> list[Job]:
+def sample(jobs: Sequence[Pair]) -> list[Pair]:
     """Twice as many layers as are needed, evenly spread, handy ones first: some may not have changed."""
     matrices = [
         job
@@ -139,22 +139,22 @@ def sample(jobs: Sequence[Job]) -> list[Job]:
 
 
 def probe(
-    base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Job], resources: engine.Resources
+    base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Pair], resources: engine.Resources
 ) -> Probe:
     """Look at a sample of the layers."""
     looks: list[Look] = []
     steps = [_step(job, base, tuned) for job in sample(jobs)]
 
-    def load(job: Job) -> dict[str, Tensor]:
+    def load(job: Pair) -> dict[str, Tensor]:
         return {"base": base.read(job.base), "tuned": tuned.read(job.tuned)}
 
-    def kernel(payloads: Sequence[Job], tensors: dict[str, Tensor]) -> list[Look | None]:
+    def kernel(payloads: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Look | None]:
         return [
             _one(tuned, job, tensors["base"][n], tensors["tuned"][n], enough=len(looks) >= SAMPLE)
             for n, job in enumerate(payloads)
         ]
 
-    def store(job: Job, found: Look | None) -> None:  # noqa: ARG001
+    def store(job: Pair, found: Look | None) -> None:  # noqa: ARG001
         if found is not None and len(looks) < SAMPLE:
             looks.append(found)
 
@@ -164,7 +164,9 @@ def probe(
     return Probe(floor, made_by(looks))
 
 
-def _one(tuned: Checkpoint, job: Job, ours: Tensor, theirs: Tensor, *, enough: bool) -> Look | None:
+def _one(
+    tuned: Checkpoint, job: Pair, ours: Tensor, theirs: Tensor, *, enough: bool
+) -> Look | None:
     from adaptkit.linalg.precision import difference, norm_squared
 
     if enough:
@@ -175,7 +177,7 @@ def _one(tuned: Checkpoint, job: Job, ours: Tensor, theirs: Tensor, *, enough: b
     return look(job, delta, norm, as_rounded(tuned, job, theirs)) if 0 < norm < math.inf else None
 
 
-def _step(job: Job, base: Checkpoint, tuned: Checkpoint) -> Step[Job]:
+def _step(job: Pair, base: Checkpoint, tuned: Checkpoint) -> Step[Pair]:
     rows, columns = job.matrix
     size = base.nbytes(job.base) + tuned.nbytes(job.tuned) + 5 * 4 * rows * columns
-    return Step(job, id(job), size, tuned.source.order(job.tuned[0].name))
+    return Step(job, job.number, size, tuned.source.order(job.tuned[0].name))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise, takewhile
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.algorithms.contract import ALPHA, FitSpec, Stated
 from adaptkit.errors import NonFinite
-from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.keymap import algorithms
-from adaptkit.ops.shared import torch_dtype
 from adaptkit.ops.difference.probe import as_rounded
+from adaptkit.ops.ranks.forms import CUT, Fitted, Form
+from adaptkit.ops.shared import torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,19 +21,15 @@ if TYPE_CHECKING:
 
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Checkpoint
-    from adaptkit.ops.difference.pairing import Job
+    from adaptkit.ops.difference.pairing import Pair
 
-__all__ = ["Fitted", "Fitter", "Form", "Recipe"]
+__all__ = ["Fitter", "FitRecipe"]
 
 ROUGH = 5e-3  # of the error of a LoRA that is only held beside a LoKr: three digits are shown
-CUT = {
-    "lora": ("up", "down"),
-    "lokr": ("w2_a", "w2_b"),
-}  # by kind: the roles that share a rank, last and first axis
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FitRecipe:
     """How one layer is to be fitted: `kind` at `rank` (None: its fullest form).
 
     `ladder`: so that any lower rank may be chosen afterwards. `alpha` is stored instead of the rank; `quantile`: factors are
@@ -52,90 +46,13 @@ class Recipe:
     quantile: float | None = None
 
 
-@dataclass
-class Form:
-    """A layer as it would be stored: rounded tensors by role, and ‖Δ − stored‖² (`errors[-1]`).
-
-    With a ladder `errors[k]` belongs to the leading k of the rank; `errors[0]` to nothing stored. `later`: the tensors are
-    made when the form is chosen, since they are as large as the layer. Of a ladder, ranks that take away no more than `edge`
-    of the squared error may be noise of rounding.
-    """
-
-    kind: str
-    dtype: str
-    shapes: Mapping[str, tuple[int, ...]]
-    errors: tuple[float, ...]
-    ladder: bool = False
-    alpha: float | None = None
-    later: bool = False
-    edge: float = 0.0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def at(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """The stored shapes at a rank of the ladder."""
-        if not self.ladder:
-            return dict(self.shapes)
-        left, right = CUT[self.kind]
-        found = dict(self.shapes)
-        found[left] = (found[left][0], rank, *found[left][2:])
-        found[right] = (rank, *found[right][1:])
-        return found
-
-    def cut(self, role: str, tensor: Tensor, rank: int) -> Tensor:
-        """A tensor of this form at a rank."""
-        if not self.ladder or role not in CUT[self.kind]:
-            return tensor
-        return (tensor[:, :rank] if role == CUT[self.kind][0] else tensor[:rank]).contiguous()
-
-    @property
-    def ranks(self) -> range:
-        """What may be chosen: ranks of the ladder, or the form as it is."""
-        return range(1, len(self.errors)) if self.ladder else range(1)
-
-    @cached_property
-    def signal(self) -> int:
-        """How many leading ranks of the ladder stand out of the noise of rounding."""
-        gains = (before - after for before, after in pairwise(self.errors))
-        return sum(1 for _ in takewhile(lambda gain: gain > self.edge, gains))
-
-    def error(self, rank: int) -> float:
-        """‖Δ − stored‖² at one of `ranks`."""
-        return self.errors[rank] if self.ladder else self.errors[-1]
-
-    def numbers(self, rank: int) -> int:
-        """How many numbers are stored, alpha aside."""
-        return sum(math.prod(shape) for shape in self.at(rank).values())
-
-    def bytes(self, rank: int) -> int:
-        """Their bytes."""
-        return self.numbers(rank) * WIDTHS[self.dtype] // 8
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors held."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-@dataclass
-class Fitted:
-    """What the engine found for one layer: ‖Δ‖², the forms it may take, and (LoKr) what of ‖Δ‖² a LoRA of its size keeps.
-
-    `noise`: with a ladder what rounding is expected to have left of ‖Δ‖²; 0 where that cannot be told.
-    """
-
-    norm: float
-    noise: float = 0.0
-    forms: list[Form] = field(default_factory=list)
-    lora: float | None = None
-
-
 class Fitter:
-    """Loads and fits layers; `recipes` says how, by `id` of the job (none: the layer is only compared)."""
+    """Loads and fits layers; `recipes` says how, by the number of the pair (none: the layer is only compared)."""
 
     def __init__(
         self,
         pair: tuple[Checkpoint, Checkpoint],
-        recipes: Mapping[int, Sequence[Recipe]],
+        recipes: Mapping[int, Sequence[FitRecipe]],
         output: Path,
         *,
         on_cpu: bool = True,
@@ -143,7 +60,7 @@ class Fitter:
         self.base, self.tuned = pair
         self.recipes, self.output, self.on_cpu = recipes, output, on_cpu
 
-    def load(self, job: Job) -> dict[str, Tensor]:
+    def load(self, job: Pair) -> dict[str, Tensor]:
         """Both weights, for a device that subtracts them; on the CPU ΔW, as it is read: the weights are not held then.
 
         The tuned weight stays where a ladder asks what of ΔW its rounding left.
@@ -162,13 +79,13 @@ class Fitter:
         found["delta"], found["norm"] = streamed_difference(pairs, job.matrix)
         return found
 
-    def announce(self, job: Job) -> None:
+    def announce(self, job: Pair) -> None:
         """Both weights of a layer will be read soon."""
         self.base.announce(job.base)
         self.tuned.announce(job.tuned)
 
-    def _ladder(self, job: Job) -> bool:
-        return any(recipe.ladder for recipe in self.recipes.get(id(job), ()))
+    def _ladder(self, job: Pair) -> bool:
+        return any(recipe.ladder for recipe in self.recipes.get(job.number, ()))
 
     def _difference(self, tensors: dict[str, Tensor]) -> tuple[Tensor, list[float]]:
         """ΔW of each (B, m, n), and ‖ΔW‖². In float32: in bf16 one entry in nine would change."""
@@ -182,13 +99,13 @@ class Fitter:
         norms: list[float] = (tensors.pop("norm") if self.on_cpu else norm_squared(delta)).tolist()
         return delta, norms
 
-    def fit(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[Fitted]:
+    def fit(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
         """ΔW of a stack of equal layers, and every form of it."""
         delta, norms = self._difference(tensors)
         for job, norm in zip(jobs, norms, strict=True):
             if not math.isfinite(norm):
                 raise self._non_finite(job)
-        recipes = self.recipes.get(id(jobs[0]), ())
+        recipes = self.recipes.get(jobs[0].number, ())
         tuned = tensors.pop("tuned", None)
         noise = [0.0] * len(jobs)
         if tuned is not None and self._ladder(jobs[0]):
@@ -215,7 +132,7 @@ class Fitter:
                 results[n].forms.append(form)
         return results
 
-    def _form(self, job: Job, recipe: Recipe, weights: Weights, delta: Tensor) -> Form:
+    def _form(self, job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor) -> Form:
         """Round to what is written, and measure what that leaves of `delta`, which it overwrites."""
         from adaptkit.linalg.precision import cast
 
@@ -248,7 +165,7 @@ class Fitter:
             tensors={} if later else tensors,
         )
 
-    def _non_finite(self, job: Job) -> NonFinite:
+    def _non_finite(self, job: Pair) -> NonFinite:
         import torch
 
         for checkpoint, pieces in ((self.base, job.base), (self.tuned, job.tuned)):
@@ -284,7 +201,7 @@ def _edge(form: Form, variance: float) -> float:
     return variance * noise_edge(left[0], math.prod(right[1:]))
 
 
-def _fits(delta: Tensor, job: Job, recipe: Recipe) -> list[Any]:
+def _fits(delta: Tensor, job: Pair, recipe: FitRecipe) -> list[Any]:
     """The weights of a recipe: one kind, but a ladder of LoKr ends in a second factor that is full."""
     kind = algorithms()[recipe.kind]
     spec = FitSpec(recipe.rank, job.shape[2:], recipe.factor, recipe.svd, both=recipe.both)
@@ -358,7 +275,7 @@ def _ladder(rounded: Any, delta: Tensor) -> tuple[float, ...]:
     return tuple((rest + size * truncation_errors(best, left * scale, right)).tolist())
 
 
-def _lora_of_size(job: Job, delta: Tensor, weights: Weights) -> Tensor:
+def _lora_of_size(job: Pair, delta: Tensor, weights: Weights) -> Tensor:
     """The energies (B,) that the best LoRA with as many parameters as this LoKr keeps of each delta (B, m, n)."""
     from adaptkit.linalg.lowrank import SvdSpec, energies
 

@@ -204,13 +204,14 @@ def _traps(adapter: Adapter) -> Iterator[Problem]:
 
 def _with_stats(adapter: Adapter, report: Report, progress: Progress | None) -> Report:
     """The report with the numbers of every module, their sums by block, and what is wrong with them. Reads every tensor."""
+
     from adaptkit.ops.inspect import stats
 
-    found = _stats.measure(adapter, progress)
+    found = stats.measure(adapter, progress)
     added = {
-        "problems": [*report.record["problems"], *map(_problem, _stats.problems(found))],
-        "norm": _stats.total_norm(found),
-        "blocks": _stats.rolled_up(found, [part.name for part in adapter.family.components]),
+        "problems": [*report.record["problems"], *map(_problem, stats.problems(found))],
+        "norm": stats.total_norm(found),
+        "blocks": stats.rolled_up(found, [part.name for part in adapter.family.components]),
     }
     modules = tuple(
         {**module, **one.to_dict()} for module, one in zip(report.modules, found, strict=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.keymap import compile_keys, label
-from adaptkit.ops.inspect.stats import NUMBERED, block_of
+from adaptkit.ops.blocks import NUMBERED, block_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

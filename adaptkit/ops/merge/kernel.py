@@ -8,44 +8,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import exchanged
-from adaptkit.engine import Step
 from adaptkit.errors import NonFinite
-from adaptkit.files.header import DTYPES, nbytes
-from adaptkit.ops.shared import torch_dtype
 from adaptkit.ops.merge.requantise import quantised, widened
+from adaptkit.ops.merge.steps import BLOCK, JointMerge, row_step
+from adaptkit.ops.shared import torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
-    from adaptkit.adapter import Adapter
     from adaptkit.algorithms.contract import Weights
-    from adaptkit.checkpoint import Checkpoint
     from adaptkit.files.sink import Pieces
-    from adaptkit.names import Slot
-    from adaptkit.ops.merge.layout import Output, Scattered
-    from adaptkit.ops.merge.plan import Job, Plan
+    from adaptkit.ops.merge.output import Output, Scattered
+    from adaptkit.ops.merge.plan import Plan, TensorMerge
 
-__all__ = ["Blender", "Merged", "Task", "combined", "step_of"]
-
-BLOCK = 1 << 19  # entries added to at a time: three blocks of float32, which stay in the cache
-LARGEST = (
-    1 << 22
-)  # entries that a block may have where a kind can only be cut between its own blocks
-
-
-@dataclass(frozen=True)
-class Task:
-    """One tensor of the base and what becomes of it in each output; None where an output copies it.
-
-    `sources`: for each output, which stored entry each contribution is; outputs that add the same one share its number.
-    """
-
-    name: str
-    jobs: tuple[Job | None, ...]
-    sources: tuple[tuple[int, ...], ...]
+__all__ = ["Blender", "Merged"]
 
 
 @dataclass(frozen=True)
@@ -60,142 +38,6 @@ class Merged:
 
 
 # planning: no torch from here to Blender ------------------------------------------------------------------------------
-
-
-def step_of(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[Job]:
-    """The step of one job; its bytes are those of one output."""
-    shared, own = _sizes(job, base, adapters)
-    factors = sum(_factors(job, adapters).values())
-    return Step(
-        job, _shape(job, base, adapters), shared + own + factors, base.source.order(job.name)
-    )
-
-
-def combined(plans: Sequence[Plan]) -> tuple[Step[Task], ...]:
-    """One step for each tensor that any of these outputs on one base does not copy."""
-    base = plans[0].base
-    found: dict[str, list[tuple[int, Step[Job]]]] = {}
-    for number, plan in enumerate(plans):
-        for step in plan.steps:
-            found.setdefault(step.payload.name, []).append((number, step))
-    return tuple(
-        _combined(name, steps, plans) for name in base.source.infos if (steps := found.get(name))
-    )
-
-
-def _combined(
-    name: str, steps: Sequence[tuple[int, Step[Job]]], plans: Sequence[Plan]
-) -> Step[Task]:
-    jobs: list[Job | None] = [None] * len(plans)
-    own, shared = 0, 0
-    factors: dict[tuple[Path, Slot], int] = {}
-    for number, step in steps:
-        plan = plans[number]
-        sizes = _sizes(step.payload, plan.base, plan.adapters)
-        shared, own = max(shared, sizes[0]), own + sizes[1]
-        factors |= _factors(step.payload, plan.adapters)
-        jobs[number] = step.payload
-    sources = _sources(jobs, plans)
-    shape = sources, tuple((number, step.shape) for number, step in steps)
-    return Step(
-        Task(name, tuple(jobs), sources),
-        shape,
-        shared + own + sum(factors.values()),
-        steps[0][1].order,
-    )
-
-
-def _sources(jobs: Sequence[Job | None], plans: Sequence[Plan]) -> tuple[tuple[int, ...], ...]:
-    known: dict[tuple[Path, Slot], int] = {}
-    return tuple(
-        tuple(
-            known.setdefault((plan.adapters[c.adapter].source.path, c.entry.slot), len(known))
-            for c in (job.contributions if job else ())
-        )
-        for job, plan in zip(jobs, plans, strict=True)
-    )
-
-
-def _sizes(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int, int]:
-    """Bytes that all outputs of a tensor share, and those that each needs for itself.
-
-    In blocks of rows that is W as stored and four blocks, and one block. Else the result, and W in float32 and, for a kind
-    without factors, its dense ΔW; scaled weights are kept as they were read, and widened once more to see what rounding did.
-    """
-    info = base.source.infos[job.name]
-    own = nbytes(job.dtype, info.shape)
-    apart = row_step(job, base, adapters)
-    if apart is not None:
-        block = 4 * min(info.numel, max(BLOCK, apart * _columns(info.shape)))
-        return info.nbytes + 4 * block, min(own, block)
-    kinds = ((c.entry.facts.rank, c.entry.kind.name) for c in job.contributions if c.strength)
-    dense = max(
-        (0 if rank and kind == "lora" else 4 * info.numel for rank, kind in kinds), default=0
-    )
-    scaled = 8 * info.numel if base.quantization.widens(info) else 0
-    return info.nbytes + 4 * info.numel + dense + scaled, own
-
-
-def _factors(job: Job, adapters: Sequence[Adapter]) -> dict[tuple[Path, Slot], int]:
-    """Bytes of each entry that is added, as stored and widened."""
-    found = {}
-    for c in job.contributions:
-        if c.strength:
-            source = adapters[c.adapter].source
-            found[source.path, c.entry.slot] = 5 * sum(
-                source.infos[key].nbytes for _, key in c.entry.tensors()
-            )
-    return found
-
-
-def _shape(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[object, ...]:
-    """What the members of a batch have in common."""
-    info = base.source.infos[job.name]
-    contents = tuple(
-        (c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter, c.strength)
-        for c in job.contributions
-        if c.strength
-    )
-    place = base.places.get(job.name)
-    return (
-        info.shape,
-        info.dtype,
-        job.dtype,
-        place is not None and (place.transposed, place.swapped),
-        (key := base.quantization.scales.get(job.name)) and base.source.infos[key].shape,
-        contents,
-        tuple(
-            (c.adapter, role, (i := adapters[c.adapter].source.infos[key]).shape, i.dtype)
-            for c in job.contributions
-            if c.strength
-            for role, key in c.entry.tensors()
-        ),
-    )
-
-
-def _columns(shape: Sequence[int]) -> int:
-    return math.prod(shape[1:]) if len(shape) > 1 else 1
-
-
-def row_step(job: Job, base: Checkpoint, adapters: Sequence[Adapter]) -> int | None:
-    """How many rows belong together where a merge may go through blocks of rows; None where it needs the whole weight."""
-    info, place = base.source.infos[job.name], base.places.get(job.name)
-    bits = DTYPES[info.dtype], DTYPES[job.dtype]
-    if job.scale is not None or base.quantization.widens(info) or min(bits) <= 8 or not info.shape:
-        return None  # fp8 is widened and rounded by rules of its own
-    if place is not None and (place.transposed or place.swapped):
-        return None
-    step = 1
-    for c in job.contributions:
-        if c.strength:
-            shapes = {
-                role: adapters[c.adapter].source.infos[key].shape for role, key in c.entry.tensors()
-            }
-            own = None if c.entry.swapped else c.entry.kind.row_step(shapes, c.entry.facts)
-            if own is None or (own > 1 and c.rows is not None):
-                return None
-            step = math.lcm(step, own)
-    return step if step * _columns(info.shape) <= LARGEST else None
 
 
 # computing ------------------------------------------------------------------------------------------------------------
@@ -278,7 +120,7 @@ class Blender:
         self.plans, self.outputs = plans, outputs
         self.base = plans[0].base
 
-    def load(self, task: Task) -> dict[str, Tensor]:
+    def load(self, task: JointMerge) -> dict[str, Tensor]:
         """The weight, its scale, and the factors of every output."""
         loaded = {"base": self.base.source.read(task.name)}
         if (key := self.base.quantization.scales.get(task.name)) is not None:
@@ -292,7 +134,9 @@ class Blender:
                     read.add(source)
         return loaded
 
-    def blend(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> list[list[Merged | None]]:
+    def blend(
+        self, tasks: Sequence[JointMerge], tensors: dict[str, Tensor]
+    ) -> list[list[Merged | None]]:
         """All adapters of a tensor are applied in float32 (float64 for such a base), then rounded once.
 
         Tasks are of equal shapes and contributions; the tensors of all are stacked. For each task what each output gets.
@@ -317,7 +161,7 @@ class Blender:
         return found
 
     def _parts(
-        self, number: int, task: Task, tensors: Mapping[str, Tensor], rows: int
+        self, number: int, task: JointMerge, tensors: Mapping[str, Tensor], rows: int
     ) -> Iterator[tuple[_Part, float]]:
         """What this output adds, with factors in their compute dtype, and with which strength."""
         from adaptkit.linalg.precision import upcast
@@ -339,7 +183,7 @@ class Blender:
     def _by_rows(
         self,
         numbers: Sequence[int],
-        tasks: Sequence[Task],
+        tasks: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
     ) -> list[list[Merged]]:
@@ -385,7 +229,7 @@ class Blender:
     def _targets(
         self,
         numbers: Sequence[int],
-        tasks: Sequence[Task],
+        tasks: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         flat: Tensor,
         rows: int,
@@ -410,7 +254,7 @@ class Blender:
         return targets
 
     def _checked(
-        self, number: int, task: Task, pieces: Pieces | Scattered, *sums: Tensor
+        self, number: int, task: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
     ) -> Merged:
         weight, delta, rounding = (float(value) for value in sums)
         job = _given(task.jobs[number])
@@ -426,7 +270,7 @@ class Blender:
     def _whole(
         self,
         number: int,
-        tasks: Sequence[Task],
+        tasks: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
         scale: Tensor | None,
@@ -442,7 +286,9 @@ class Blender:
             for n, task in enumerate(tasks)
         ]
 
-    def _add(self, number: int, task: Task, matrix: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    def _add(
+        self, number: int, task: JointMerge, matrix: Tensor, tensors: Mapping[str, Tensor]
+    ) -> None:
         place = self.base.places.get(task.name)
         if place is None:
             return
@@ -454,7 +300,7 @@ class Blender:
             matrix.copy_(exchanged(view, -2))
 
     def _finished(
-        self, number: int, job: Job, merged: Tensor, stored: Tensor, scale: Tensor | None
+        self, number: int, job: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
     ) -> Merged:
         rounded, scale, back = self._rounded(number, job, merged, scale)
         weight, delta, rounding = 0.0, 0.0, 0.0
@@ -471,7 +317,7 @@ class Blender:
         )
 
     def _rounded(
-        self, number: int, job: Job, merged: Tensor, scale: Tensor | None
+        self, number: int, job: TensorMerge, merged: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(as stored, its new scale if it has one, the numbers that these mean)."""
         from adaptkit.linalg.precision import cast
@@ -488,7 +334,7 @@ class Blender:
 
     # errors
 
-    def _too_large(self, number: int, job: Job) -> NonFinite:
+    def _too_large(self, number: int, job: TensorMerge) -> NonFinite:
         return NonFinite(
             f"the merged weight does not fit {str(torch_dtype(job.dtype)).removeprefix('torch.')}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
@@ -496,7 +342,7 @@ class Blender:
             tensor=job.name,
         )
 
-    def _non_finite(self, number: int, job: Job) -> NonFinite:
+    def _non_finite(self, number: int, job: TensorMerge) -> NonFinite:
         """Who holds it, by reading once more."""
         import torch
 
@@ -536,7 +382,7 @@ def _blended(
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 
-def _given(job: Job | None) -> Job:
+def _given(job: TensorMerge | None) -> TensorMerge:
     assert job is not None
     return job
 

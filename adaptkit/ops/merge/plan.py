@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.engine import Step
     from adaptkit.files.header import TensorSpec
-    from adaptkit.ops.shared import Unused
     from adaptkit.ops.merge.layout import Layout
+    from adaptkit.ops.shared import Unused
 
-__all__ = ["Contribution", "Job", "Options", "Plan"]
+__all__ = ["Contribution", "TensorMerge", "Options", "Plan"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Contribution:
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorMerge:
     """One tensor of the base, the dtype it gets, and all that is added to it; `scale`: its scale, which is made anew."""
 
     name: str
@@ -85,15 +85,15 @@ class Plan:
     strengths: tuple[float, ...]
     options: Options
     output: Path
-    jobs: tuple[Job, ...]
+    jobs: tuple[TensorMerge, ...]
     specs: tuple[TensorSpec, ...]
     unused: tuple[Unused, ...]
-    steps: tuple[Step[Job], ...]
+    steps: tuple[Step[TensorMerge], ...]
     layout: Layout
     rules: tuple[Mapping[str, Any], ...] = ()
 
     @property
-    def working(self) -> tuple[Job, ...]:
+    def working(self) -> tuple[TensorMerge, ...]:
         """The tensors that are not copied."""
         return tuple(step.payload for step in self.steps)
 

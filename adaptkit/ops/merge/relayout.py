@@ -7,14 +7,14 @@ halves exchanged or is transposed. All but the last are moves of whole rows, tha
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import NotRepresentable, WrongUsage
 from adaptkit.files.header import TensorSpec, nbytes
 from adaptkit.keymap import CheckpointMap
+from adaptkit.ops.merge.layout import Layout, Move, Volume, in_shards, index_text
 from adaptkit.ops.shared import Unused
-from adaptkit.ops.merge.layout import Layout, Volume, in_shards, index_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from adaptkit.keymap import Place, Spelled
     from adaptkit.names import Slot, Target
 
-__all__ = ["LAYOUTS", "MADE_ANEW", "Move", "Relayout", "wanted"]
+__all__ = ["LAYOUTS", "MADE_ANEW", "Relayout", "wanted"]
 
 SINGLE, FOLDER = LAYOUTS = ("single-file", "folder")
 NATIVE, DIFFUSERS = "native", "diffusers"
@@ -34,21 +34,6 @@ _CONSTANTS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|denoiser\.sigmas|logvar"
     r"|model_ema\..+|.*\bposition_ids|.*\blogit_scale)$"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """`count` rows of a tensor of the base, from `start` on, are rows of `stored` in file `path` from `at` on.
-
-    `transposed`: all of it, with rows and columns exchanged.
-    """
-
-    path: str
-    stored: str
-    start: int
-    count: int
-    at: int
-    transposed: bool = False
 
 
 class _Span(NamedTuple):

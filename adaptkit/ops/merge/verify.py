@@ -9,7 +9,7 @@ from adaptkit import engine
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import AdaptkitError, CorruptFile, NotRepresentable
 from adaptkit.files.sink import tensor_bytes
-from adaptkit.ops.merge.layout import gathered
+from adaptkit.ops.merge.output import gathered
 from adaptkit.ops.merge.requantise import widened
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.files.source import TensorSource
     from adaptkit.keymap import Place
     from adaptkit.ops.merge.layout import Volume
-    from adaptkit.ops.merge.plan import Contribution, Job, Plan
+    from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
 
 __all__ = ["Verified", "verify"]
 
@@ -101,7 +101,7 @@ class _Verifier:
         size = sum(source.size for _, source in self.opened)
         return Verified(len(made), len(copied), size, self.largest)
 
-    def _memory(self, steps: Sequence[Step[Job]]) -> int | None:
+    def _memory(self, steps: Sequence[Step[TensorMerge]]) -> int | None:
         """The bound that was asked for, or what one layer takes in float64: what was merged can be verified."""
         asked = self.plan.options.memory
         return None if asked is None else max([asked, *(step.bytes for step in steps)])
@@ -153,7 +153,7 @@ class _Verifier:
 
     # merged ones
 
-    def _step(self, step: Step[Job]) -> Step[Job]:
+    def _step(self, step: Step[TensorMerge]) -> Step[TensorMerge]:
         """As in the merge, factors twice as wide, and blocks of a few matrices; a kind that cannot be cut by rows whole."""
         job, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
         kinds = [c.entry.kind for c in job.contributions if c.strength]
@@ -165,11 +165,11 @@ class _Verifier:
         )
         return replace(step, bytes=2 * step.bytes + 64 * min(numel, BLOCK) + whole)
 
-    def _turned(self, job: Job) -> bool:
+    def _turned(self, job: TensorMerge) -> bool:
         place = self.plan.base.places.get(job.name)
         return place is not None and (place.transposed or place.swapped)
 
-    def _load(self, job: Job) -> dict[str, Tensor]:
+    def _load(self, job: TensorMerge) -> dict[str, Tensor]:
         base = self.plan.base
         loaded = {"base": base.source.read(job.name)}
         if (key := base.quantization.scales.get(job.name)) is not None:
@@ -184,7 +184,7 @@ class _Verifier:
                 loaded[f"{n}/{role}"] = tensor
         return loaded
 
-    def _compare(self, jobs: Sequence[Job], tensors: dict[str, Tensor]) -> list[float]:
+    def _compare(self, jobs: Sequence[TensorMerge], tensors: dict[str, Tensor]) -> list[float]:
         (job,) = jobs  # on a CPU a bucket is one step
         if not tensors["out"].numel():
             return [0.0]
@@ -228,7 +228,7 @@ class _Verifier:
         weights = c.entry.decode(roles)
         return weights if c.cut is None else weights.part(*c.cut)
 
-    def _keep(self, _: Job, worst: float) -> None:
+    def _keep(self, _: TensorMerge, worst: float) -> None:
         self.largest = max(self.largest, worst)
 
 

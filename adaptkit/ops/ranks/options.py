@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adaptkit.errors import WrongUsage
 from adaptkit.ops.shared import Shared
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from adaptkit.ops.ranks.policies import Policy
 
 __all__ = ["Ranked", "asked", "largest", "policy"]
@@ -51,7 +53,7 @@ def asked(options: Ranked) -> str | None:
 
 def policy(options: Ranked) -> Policy | None:
     """The policy; None where no rule is given. WrongUsage for a value that a rule does not take."""
-    from adaptkit import policy as policies
+    from adaptkit.ops.ranks import policies
 
     rule = asked(options)
     if rule is None:
@@ -59,7 +61,7 @@ def policy(options: Ranked) -> Policy | None:
     if rule == "rank":
         assert options.rank is not None
         return policies.Rank(options.rank, options.conv_rank, max_rank=options.max_rank)
-    kinds: dict[str, Any] = {
+    kinds: dict[str, Callable[..., Policy]] = {
         "energy": policies.Energy,
         "error": policies.Error,
         "size": policies.Size,
@@ -67,8 +69,7 @@ def policy(options: Ranked) -> Policy | None:
         "sv_fro": policies.SvFro,
         "sv_cumulative": policies.SvCumulative,
     }
-    found: Policy = kinds[rule](getattr(options, rule), max_rank=options.max_rank)
-    return found
+    return kinds[rule](getattr(options, rule), max_rank=options.max_rank)
 
 
 def largest(options: Ranked, *, convolution: bool) -> int | None:

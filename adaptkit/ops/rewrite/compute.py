@@ -3,171 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec, Stated
 from adaptkit.errors import NonFinite, NotRepresentable
-from adaptkit.files.header import DTYPES as WIDTHS
-from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import algorithms
-from adaptkit.ops.shared import FLOATS, stored_dtype, torch_dtype
-from adaptkit.ops.adapter_file.peft_config import Module, factor_rows
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.plan import Task, product_rank
+from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
+from adaptkit.ops.shared import torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Decomposition, Facts, Weights
     from adaptkit.ops.rewrite.plan import Recast, Term
-    from adaptkit.ops.ranks.policies import Module as Choice
 
-__all__ = ["Cut", "State", "Stored", "Worker", "choice", "count", "dtype_of", "named", "stays"]
+__all__ = ["Rewriter"]
 
 CANCELLED = 1e-14  # of Σ ‖·‖² of the terms: float64's rounding of a sum that is zero
-HEADER = 72  # bytes that the header takes per tensor beside its name: for comparing ranks; the size itself is counted exactly
 
 
-@dataclass
-class Stored:
-    """A slot as it is written: its keys, and the ‖·‖² of ΔW and of what was lost (None where that needs the base weight)."""
-
-    kind: type[Weights]
-    rank: int | None
-    alpha: float
-    shapes: Mapping[str, tuple[int, ...]]
-    norm: float | None = None
-    error: float | None = None
-    vanished: int = 0  # numbers that became zero in rounding
-    zero: bool = False  # the terms cancel: ΔW is zero
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    specs: tuple[TensorSpec, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """Numbers stored, alpha aside."""
-        return sum(count(shape) for shape in self.shapes.values())
-
-
-class State:
-    """What is known of each task while it is worked on: its decomposition, the rank chosen, what is stored."""
-
-    def __init__(self, plan: Recast) -> None:
-        self.plan = plan
-        self.taken: dict[int, Decomposition] = {}
-        self.ranks: dict[int, int] = {}
-        self.stored: dict[int, Stored] = {}
-        self._unchanged: dict[int, Stored] = {}
-
-    def copied(self, task: Task) -> bool:
-        """Whether a task's tensors are taken as they are (so far as is known)."""
-        return task.ready is not None and id(task) not in self.stored and not self.dropped(task)
-
-    def dropped(self, task: Task) -> bool:
-        """Whether the policy left the module out."""
-        return self.ranks.get(id(task)) == 0
-
-    def outcome(self, task: Task) -> Stored | None:
-        """What stands in the file for a task: stored, or as copied; None where it is left out."""
-        if self.dropped(task):
-            return None
-        return self.stored.get(id(task)) or self.unchanged(task)
-
-    def unchanged(self, task: Task) -> Stored:
-        """As the source has it; of what has yet to be computed, the best that headers tell."""
-        if id(task) not in self._unchanged:
-            entry, infos = task.entries[0], task.terms[0].job.adapter.source.infos
-            shapes = {role: infos[key].shape for role, key in entry.tensors()}
-            rank = entry.facts.rank
-            alpha = 1.0 if rank is None else entry.facts.scale * rank
-            self._unchanged[id(task)] = Stored(task.kind, rank, alpha, shapes)
-        return self._unchanged[id(task)]
-
-    def modules(self) -> list[Module]:
-        """The modules as a PEFT configuration names them."""
-        return [
-            self.module(task, stored)
-            for task in self.plan.tasks
-            if (stored := self.outcome(task)) is not None
-        ]
-
-    def module(self, task: Task, stored: Stored) -> Module:
-        name = self.plan.keys.module(task.slot)
-        # two full LoKr factors have no rank; PEFT multiplies them by alpha / r all the same, so both are 1
-        rank, alpha = (1, 1.0) if stored.rank is None else (stored.rank, stored.alpha)
-        return Module(
-            name,
-            stored.kind.name,
-            rank,
-            alpha,
-            frozenset(stored.shapes),
-            factor_rows(stored.shapes),
-        )
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A module taken apart, its rank chosen; `stored` is None where it stays as it is."""
-
-    found: Decomposition
-    rank: int
-    stored: Stored | None
-
-
-def choice(plan: Recast, task: Task, found: Decomposition) -> Choice:
-    """What a policy knows of a module: by rank, 0 first, the bytes of its data and about those it takes in the header."""
-    from adaptkit.ops.ranks.policies import Module as Choice
-
-    width = WIDTHS[dtype_of(plan, task)] // 8
-    name = len(plan.keys.stem(task.slot)) + HEADER
-    alpha = 1 if plan.keys.format.alpha is Alpha.TENSOR and ALPHA in task.kind.roles else 0
-    tensors = len(found.shapes(1)) + alpha
-    sizes = [n and n * width + 4 * alpha + tensors * name for n in found.elements()]
-    return Choice(found.energies, found.norm, sizes, task.convolution)
-
-
-def stays(state: State, task: Task, found: Decomposition, rank: int) -> bool:
-    """Whether a module keeps all it has, in the tensors it has."""
-    return (
-        task.ready is not None
-        and rank == len(found.energies)
-        and found.shapes(rank).keys() == state.unchanged(task).shapes.keys()
-        and all(
-            count(found.shapes(rank)[r]) == count(s)
-            for r, s in state.unchanged(task).shapes.items()
-        )
-    )
-
-
-def named(
-    plan: Recast, task: Task, kind: type[Weights], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(role, key, shape as the format lays it out) of every tensor but alpha."""
-    peft = plan.keys.format.peft
-    facts = kind.facts(shapes)
-    for role, shape in shapes.items():
-        name = plan.keys.spell(task.slot, kind.name, kind.stored_as(role, peft=peft))
-        yield role, name, kind.laid_out(role, shape, facts, peft=peft)
-
-
-def dtype_of(plan: Recast, task: Task) -> str:
-    """The widest dtype among the parts, or the one asked for."""
-    kept = {dtype for dtype in task.dtypes if not dtype.startswith(("I", "U", "BOOL"))}
-    if not kept <= set(FLOATS):
-        raise NotRepresentable(
-            f"stored as {', '.join(sorted(kept - set(FLOATS)))}; only plain floats can be computed with"
-        )
-    widest = (
-        min(kept, key=FLOATS.index) if len(kept) == 1 or "F32" in kept or "F64" in kept else "F32"
-    )
-    return stored_dtype(plan.options.dtype, widest)
-
-
-class Worker:
+class Rewriter:
     """What is computed of one task."""
 
     def __init__(self, plan: Recast, state: State) -> None:
@@ -244,7 +105,7 @@ class Worker:
         if policy is None or not policy.local:
             return found
         pairs = list(zip(tasks, found, strict=True))
-        ranks = policy.choose([choice(self.plan, task, one) for task, one in pairs])
+        ranks = policy.choose([curve_of(self.plan, task, one) for task, one in pairs])
         stay = [
             rank == 0 or stays(self.state, task, one, rank)
             for (task, one), rank in zip(pairs, ranks, strict=True)
@@ -270,7 +131,7 @@ class Worker:
         self, task: Task, exact: Weights, found: Decomposition, tensors: Mapping[str, Tensor]
     ) -> Cut:
         assert self.plan.policy is not None
-        (rank,) = self.plan.policy.choose([choice(self.plan, task, found)])
+        (rank,) = self.plan.policy.choose([curve_of(self.plan, task, found)])
         stored = None
         if rank > 0 and not stays(self.state, task, found, rank):
             stored = self._store(task, exact, found.keep(exact, rank), tensors, found)
@@ -298,16 +159,16 @@ class Worker:
             return task.kind.fit(weights.delta(), self._spec(task))
 
     def _second(self, task: Task, tensors: Mapping[str, Tensor]) -> Stored:
-        exact, found = self._exact(task, tensors), self.state.taken[id(task)]
-        kept = found.keep(exact, self.state.ranks[id(task)])
+        exact, found = self._exact(task, tensors), self.state.taken[task.number]
+        kept = found.keep(exact, self.state.ranks[task.number])
         return self._store(task, exact.widened(), kept, tensors, found)
 
     def _second_stack(
         self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]
     ) -> Sequence[Stored]:
         exact = self._exact(tasks[0], tensors).computed()
-        found = [self.state.taken[id(task)] for task in tasks]
-        ranks = [self.state.ranks[id(task)] for task in tasks]
+        found = [self.state.taken[task.number] for task in tasks]
+        ranks = [self.state.ranks[task.number] for task in tasks]
         return self._store_stack(tasks, exact, found, ranks)
 
     def _spec(self, task: Task) -> FitSpec:
@@ -565,10 +426,3 @@ def _lost(
     weight = base.double()
     one, two = exact.apply(weight.clone(), 1.0), stored.apply(weight.clone(), 1.0)
     return float((one - weight).square().sum()), float((one - two).square().sum())
-
-
-def count(shape: Sequence[int]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

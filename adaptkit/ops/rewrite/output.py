@@ -12,19 +12,21 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
-from adaptkit.ops.adapter_file.peft_config import Module, adapter_file, diffusers_metadata
+from adaptkit.ops.adapter_file.peft_config import PeftModule, diffusers_metadata
+from adaptkit.ops.adapter_file.size import exact_size
+from adaptkit.ops.adapter_file.writer import AdapterWriter
 from adaptkit.ops.rewrite.plan import Copied, Recast, Written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from adaptkit.files.sink import Spool, TensorSink
-    from adaptkit.ops.rewrite.compute import State
+    from adaptkit.ops.rewrite.state import State
 
-__all__ = ["Writing"]
+__all__ = ["Output"]
 
 
-class Writing:
+class Output:
     """The file, or PEFT's folder, of all that was copied and stored."""
 
     def __init__(self, plan: Recast, state: State, spool: Spool | None) -> None:
@@ -36,40 +38,38 @@ class Writing:
             item.key: struct.pack("<f", item.value) for item in ready if isinstance(item, Written)
         }
 
+    def size(self) -> int:
+        """The exact bytes of the file; nothing is computed for it."""
+        return exact_size(self.specs(), self.metadata())
+
     def write(self, fill: Callable[[TensorSink], None]) -> int:
-        """Publish the output, and its size in bytes; `fill` writes what is neither copied nor in the spool."""
-        from adaptkit.files.sink import TensorSink
+        """Publish the output; return its bytes.
 
+        `fill` puts what is neither copied nor in the spool.
+        """
         plan, metadata = self.plan, self.metadata()
-        specs = self.specs()
         modules = self.state.modules() if plan.keys.format.alpha is Alpha.CONFIG else None
-        with adapter_file(plan.output, modules, plan.options.overwrite) as (path, overwrite):
-            return self._write(
-                TensorSink(path, specs, metadata, overwrite=overwrite), metadata, fill
-            )
+        writer = AdapterWriter(
+            plan.output, self.specs(), metadata, modules, overwrite=plan.options.overwrite
+        )
+        # the output can be made again from its input: wait for the disk only if it replaces one
+        sync = plan.output.exists()
+        return writer.write(lambda sink: self._fill(sink, metadata, fill), sync=sync)
 
-    def _write(
+    def _fill(
         self, sink: TensorSink, metadata: Mapping[str, str], fill: Callable[[TensorSink], None]
-    ) -> int:
-        with sink:
-            fill(sink)
-            hashing = _Hashing(self, sink, metadata)
-            for number, adapter in enumerate(self.plan.adapters):
-                mine = [
-                    (item.key, adapter.source, item.source)
-                    for item in self.copied
-                    if item.number == number
-                ]
-                sink.copy_many(mine)
-            for key, data in self.scalars.items():
-                sink.put_bytes(key, memoryview(data))
-            if self.spool is not None:
-                self.spool.write_to(sink)
-            if hashing.needed:
-                sink.restate(hashing.result())
-            # it can be made again from its input, so nobody waits for the disk; unless it replaces that input
-            sink.commit(sync=self.plan.output.exists())
-        return sink.size
+    ) -> None:
+        fill(sink)
+        hashing = _Hashing(self, sink, metadata)
+        for number, adapter in enumerate(self.plan.adapters):
+            mine = [item for item in self.copied if item.number == number]
+            sink.copy_many([(item.key, adapter.source, item.source) for item in mine])
+        for key, data in self.scalars.items():
+            sink.put_bytes(key, memoryview(data))
+        if self.spool is not None:
+            self.spool.write_to(sink)
+        if hashing.needed:
+            sink.restate(hashing.result())
 
     def specs(self) -> list[TensorSpec]:
         """In the order that the official library writes: wide dtypes first, then by name."""
@@ -122,7 +122,7 @@ class Writing:
         """diffusers before 0.42 takes the first module's rank for every alpha: where ranks differ it has to be told."""
         if self.plan.keys.format.name != "diffusers":
             return {}
-        parts: dict[str, list[Module]] = {}
+        parts: dict[str, list[PeftModule]] = {}
         for task in self.plan.tasks:
             stored = self.state.outcome(task)
             if stored is None:
@@ -189,7 +189,7 @@ def _record(plan: Recast) -> dict[str, Any]:
 class _Hashing:
     """sd-scripts' hashes, where the file had them, of what it will hold; worked out while the tensors are copied."""
 
-    def __init__(self, writing: Writing, sink: TensorSink, metadata: Mapping[str, str]) -> None:
+    def __init__(self, writing: Output, sink: TensorSink, metadata: Mapping[str, str]) -> None:
         from adaptkit.files.provenance import SSHS
 
         self.metadata = metadata
@@ -200,7 +200,7 @@ class _Hashing:
         if self.needed:
             self._thread.start()
 
-    def _run(self, writing: Writing, sink: TensorSink) -> None:
+    def _run(self, writing: Output, sink: TensorSink) -> None:
         from adaptkit.files.header import build_header
         from adaptkit.files.provenance import sshs_hashes
 

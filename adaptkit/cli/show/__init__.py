@@ -1,0 +1,1 @@
+"""Draw and print reports: one file per report."""

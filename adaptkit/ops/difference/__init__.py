@@ -1,0 +1,1 @@
+"""Compare two checkpoints layer by layer: what extract, advise and compare share."""

@@ -1,0 +1,9 @@
+"""extract: the adapter that turns one checkpoint into another, as nearly as its rank allows."""
+
+from __future__ import annotations
+
+from adaptkit.ops.extract.plan import Options, Plan, plan
+from adaptkit.ops.extract.result import Report
+from adaptkit.ops.extract.run import run
+
+__all__ = ["Options", "Plan", "Report", "plan", "run"]

@@ -1,0 +1,156 @@
+"""extract: the file to write. Its tensors, its metadata, its size."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adaptkit import __version__
+from adaptkit.algorithms.contract import ALPHA
+from adaptkit.files.header import TensorSpec
+from adaptkit.formats.contract import Alpha
+from adaptkit.ops.adapter_file.peft_config import PeftModule, factor_rows
+from adaptkit.ops.adapter_file.size import exact_size
+from adaptkit.ops.adapter_file.writer import AdapterWriter
+from adaptkit.ops.ranks.options import RULES
+from adaptkit.ops.shared import torch_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from adaptkit.files.sink import Spool, TensorSink
+    from adaptkit.names import Slot
+    from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.extract.plan import Plan
+    from adaptkit.ops.ranks.forms import Pick
+
+__all__ = ["Output", "Stored", "spool_key"]
+
+
+class Stored(NamedTuple):
+    """A layer that goes into the file: what was picked, and its number among the layer's forms."""
+
+    pair: Pair
+    pick: Pick
+    form: int
+
+    @property
+    def slot(self) -> Slot:
+        """The slot it adapts."""
+        assert self.pair.slot is not None
+        return self.pair.slot
+
+
+def spool_key(pair: Pair, form: int, role: str) -> str:
+    """The name of a fitted tensor in the spool."""
+    return f"{pair.number}/{form}/{role}"
+
+
+class Output:
+    """The adapter file of the layers stored; `relative_error` goes into its record."""
+
+    def __init__(self, plan: Plan, stored: Sequence[Stored], relative_error: float) -> None:
+        self.plan, self.stored, self.relative_error = plan, stored, relative_error
+
+    def size(self) -> int:
+        """The exact bytes of the file; nothing is computed for it."""
+        return exact_size(self.specs(), self.metadata())
+
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor, in the order of the checkpoint's layers."""
+        return [TensorSpec(name, dtype, shape) for name, dtype, shape, _, _ in self._named()]
+
+    def write(self, spool: Spool) -> int:
+        """Publish the output; return its bytes."""
+        plan = self.plan
+        writer = AdapterWriter(
+            plan.output,
+            self.specs(),
+            self.metadata(),
+            self._modules(),
+            overwrite=plan.options.overwrite,
+        )
+        return writer.write(lambda sink: self._fill(sink, spool))
+
+    def _named(self) -> Iterator[tuple[str, str, tuple[int, ...], Pick, str]]:
+        """(name, dtype, shape, pick, key in the spool) of every tensor; alpha has no such key."""
+        for item in self.stored:
+            spell, pick = self.plan.keys.spell, item.pick
+            for role, shape in pick.form.at(pick.rank).items():
+                name = spell(item.slot, pick.form.kind, role)
+                yield name, item.pair.dtype, shape, pick, spool_key(item.pair, item.form, role)
+            if pick.form.alpha is not None and self.plan.keys.format.alpha is Alpha.TENSOR:
+                yield spell(item.slot, pick.form.kind, ALPHA), "F32", (), pick, ""
+
+    def _fill(self, sink: TensorSink, spool: Spool) -> None:
+        import torch
+
+        specs = {spec.name: spec for spec in spool.specs()}
+        for name, dtype, _, pick, key in self._named():
+            if not key:
+                sink.put_bytes(name, memoryview(struct.pack("<f", pick.alpha)))
+                continue
+            data, role = spool.read(key), key.rpartition("/")[2]
+            if pick.form.ladder:
+                whole = torch.frombuffer(data, dtype=torch_dtype(dtype)).reshape(specs[key].shape)
+                sink.put(name, pick.form.cut(role, whole, pick.rank))
+            else:
+                sink.put_bytes(name, data)
+        self.plan.close()  # on Windows an open file cannot be replaced
+
+    def _modules(self) -> list[PeftModule] | None:
+        """The modules of a PEFT configuration, for the format that has one."""
+        if self.plan.keys.format.alpha is not Alpha.CONFIG:
+            return None
+        return [self._module(item) for item in self.stored]
+
+    def _module(self, item: Stored) -> PeftModule:
+        pick = item.pick
+        shapes, rank = pick.form.at(pick.rank), pick.stored_rank or 1
+        alpha = rank if pick.form.alpha is None else pick.alpha
+        name, kind = self.plan.keys.module(item.slot), pick.form.kind
+        return PeftModule(name, kind, rank, alpha, frozenset(shapes), factor_rows(shapes))
+
+    def metadata(self) -> dict[str, str]:
+        """What hosts show, and one record of the run. No date: equal inputs give equal bytes."""
+        from adaptkit.files.provenance import updated
+
+        record = {name: value for name, value in self._record().items() if value is not None}
+        return updated(self._for_hosts(), record)
+
+    def _for_hosts(self) -> dict[str, str]:
+        family, options = self.plan.base.family, self.plan.options
+        kinds = {item.pick.form.kind for item in self.stored}
+        lora = kinds <= {"lora"} or options.algo == "lora"
+        found = {"ss_network_module": "networks.lora" if lora else "lycoris.kohya"}
+        if family.modelspec:
+            found |= {
+                "ss_base_model_version": family.base_version or family.modelspec,
+                "modelspec.sai_model_spec": "1.0.1",
+                "modelspec.architecture": f"{family.modelspec}/lora",
+                "modelspec.title": self.plan.output.stem,
+            }
+        picks = [item.pick for item in self.stored if item.pick.form.kind != "full"]
+        ranks = {rank for pick in picks if (rank := pick.stored_rank) is not None}
+        if ranks:
+            dim = str(max(ranks)) if len(ranks) == 1 else "Dynamic"
+            alpha = dim if options.alpha is None else f"{options.alpha:g}"
+            found |= {"ss_network_dim": dim, "ss_network_alpha": alpha}
+        return found
+
+    def _record(self) -> dict[str, Any]:
+        plan, options = self.plan, self.plan.options
+        return {
+            "adaptkit": __version__,
+            "command": "extract",
+            "base": plan.base.source.path.name,
+            "tuned": plan.tuned.source.path.name,
+            "algorithm": options.algo,
+            "rank": options.rank,
+            "conv_rank": options.conv_rank,
+            "factor": options.factor if options.algo in ("lokr", "auto") else None,
+            **{name: getattr(options, name) for name in RULES if name != "rank"},
+            **{name: getattr(options, name) for name in ("max_rank", "alpha", "clamp_quantile")},
+            "relative_error": float(f"{self.relative_error:.6g}"),
+            "modules": len(self.stored),
+        }

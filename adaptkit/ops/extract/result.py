@@ -1,0 +1,299 @@
+"""extract: choose the ranks and report what the adapter captures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.errors import NothingToDo, NotRepresentable
+from adaptkit.formats.contract import Alpha
+from adaptkit.ops.difference.pairing import Pair
+from adaptkit.ops.difference.probe import Probe
+from adaptkit.ops.extract.output import Output, Stored
+from adaptkit.ops.extract.plan import MAX_RANK, Options, Plan, has_ladder
+from adaptkit.ops.ranks.forms import Fitted, Layer, Pick, choose, choose_any
+from adaptkit.ops.shared import (
+    Unused,
+    WriterReport,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+
+__all__ = ["Report"]
+
+
+GUESSED = (
+    32  # swept over all SD shapes with lycoris-lora 4.1.3: every factor below is guessed right
+)
+
+
+LITTLE = 0.5  # a LoKr that keeps less of ‖ΔW‖² than this is worth a word
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(WriterReport):
+    """What was written, how much of the difference it captures, and what a user should know."""
+
+    family: str
+    format: str
+    algorithm: str
+    captured: float
+    unchanged: int
+    captured_by_lora_of_same_size: float | None = None
+    notes: tuple[str, ...] = ()
+    left_out: int = 0
+    noise_floor: float = 0.0
+    made_by: Mapping[str, Any] | None = None
+    optimality_gap: float | None = None
+    ranks_below_noise: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        extra = {
+            "family": self.family,
+            "format": self.format,
+            "algorithm": self.algorithm,
+            "captured": self.captured,
+            "unchanged": self.unchanged,
+            "left_out": self.left_out,
+            "noise_floor": self.noise_floor,
+            "made_by": None if self.made_by is None else dict(self.made_by),
+            "notes": list(self.notes),
+        }
+        for name in ("ranks_below_noise", "optimality_gap", "captured_by_lora_of_same_size"):
+            if getattr(self, name) is not None:
+                extra[name] = getattr(self, name)
+        return {**super().to_dict(), **extra}
+
+
+@dataclass
+class Result:
+    """What was found of every layer, and what of it is stored."""
+
+    plan: Plan
+    probe: Probe
+    measured: list[tuple[Pair, Fitted]]
+    picks: dict[int, Pick | None] = field(default_factory=dict)
+    gap: float | None = None
+    all_signal: bool = False
+    noise: tuple[int, int] | None = (
+        None  # of ladders: how many of the ranks lie within the noise, and of how many
+    )
+
+    @property
+    def fitted(self) -> list[tuple[Pair, Fitted]]:
+        """The layers that differ and may be stored."""
+        return [(job, found) for job, found in self.measured if found.forms]
+
+    @property
+    def norm(self) -> float:
+        """‖Δ‖² over the model's own layers."""
+        return sum(found.norm for job, found in self.measured if job.counted)
+
+    def picked(self) -> list[tuple[Pair, Pick | None]]:
+        """The layers that may be stored, with what is."""
+        return [(job, self.picks[job.number]) for job, _ in self.fitted]
+
+    def choose(self) -> None:
+        """Pick a form and a rank for every layer."""
+        changed = [(job, found) for job, found in self.measured if found.norm > 0]
+        if not self.fitted:
+            raise NothingToDo(
+                _nothing(changed),
+                hint="are these the two files you meant?",
+                file=self.plan.tuned.source.path,
+            )
+        options, rule = self.plan.options, self.plan.policy
+        free = [(job, found) for job, found in self.fitted if job.algorithm != "full"]
+        self.picks = {job.number: Pick(found.forms[0], 0) for job, found in self.fitted}
+        if not has_ladder(options) or rule is None or not free:
+            return
+        layers = [self._layer(job, found) for job, found in free]
+        mine = {job.number for job, _ in free}
+        others = [
+            (self.picks.get(job.number), found)
+            for job, found in self.measured
+            if job.counted and job.number not in mine
+        ]
+        rest = sum(found.norm if pick is None else pick.error for pick, found in others)
+        measure = self._measure([job for job, _ in free])
+        try:
+            if options.algo == "auto":
+                chosen_ = choose_any(layers, rest, (options.size, options.error), measure)
+            else:
+                chosen_ = choose(layers, rest, rule, measure)
+        except NotRepresentable as error:
+            raise error.at(file=self.plan.tuned.source.path) from None
+        self.gap, self.all_signal = chosen_.gap, chosen_.all_signal
+        self.picks |= {job.number: pick for (job, _), pick in zip(free, chosen_.picks, strict=True)}
+        self.noise = _noise_ranks(pick for pick in chosen_.picks if pick is not None)
+
+    def _layer(self, job: Pair, found: Fitted) -> Layer:
+        assert job.slot is not None
+        alpha = self.plan.keys.format.alpha is Alpha.TENSOR
+        convolution = any(n > 1 for n in job.shape[2:])
+        return Layer(found, self.plan.keys.stem(job.slot), alpha=alpha, convolution=convolution)
+
+    def _measure(self, pairs: Sequence[Pair]) -> Callable[[Sequence[Pick | None]], int]:
+        """The exact size of the file for any choice of these pairs."""
+
+        def size(picks: Sequence[Pick | None]) -> int:
+            numbers = (pair.number for pair in pairs)
+            picked = self.picks | dict(zip(numbers, picks, strict=True))
+            return replace(self, picks=picked).output().size()
+
+        return size
+
+    def stored(self) -> list[tuple[Pair, Fitted, Pick]]:
+        """The layers that go into the file."""
+        return [(job, found, p) for job, found in self.fitted if (p := self.picks[job.number])]
+
+    def output(self) -> Output:
+        """The file to write."""
+        stored = []
+        for pair, found, pick in self.stored():
+            number = next(n for n, form in enumerate(found.forms) if form is pick.form)
+            stored.append(Stored(pair, pick, number))
+        return Output(self.plan, stored, self.relative_error)
+
+    @property
+    def residual(self) -> float:
+        """‖Δ − stored‖² over the model's own layers."""
+        stored = [(job, found, pick) for job, found, pick in self.stored() if job.counted]
+        held = all(job.algorithm for job, found in self.measured if job.counted and found.norm > 0)
+        if held and len(self.stored()) == len(self.fitted):  # nothing to cancel
+            return max(0.0, sum(pick.error for _, _, pick in stored))
+        return max(0.0, self.norm - sum(found.norm - pick.error for _, found, pick in stored))
+
+    @property
+    def relative_error(self) -> float:
+        """‖Δ − stored‖ / ‖Δ‖."""
+        return float((self.residual / self.norm) ** 0.5)
+
+    def report(self) -> Report:
+        """Everything but the size of the file and the time."""
+        plan = self.plan
+        changed = [(job, found) for job, found in self.measured if found.norm > 0]
+        left = [
+            Unused(job.label, f"differs, but {job.why}")
+            for job, _ in changed
+            if job.algorithm is None
+        ]
+        stored = self.stored()
+        same_size = _same_size(stored)
+        return Report(
+            output=plan.output,
+            bytes=0,
+            modules=len(stored),
+            parameters=sum(pick.form.numbers(pick.rank) for _, _, pick in stored),
+            relative_error=self.relative_error,
+            unused=(*plan.unused, *left),
+            details=tuple(_detail(job, found, pick) for job, found, pick in stored),
+            family=plan.base.family.name,
+            format=plan.keys.format.name,
+            algorithm=plan.options.algo,
+            captured=max(0.0, 1.0 - self.residual / self.norm),
+            unchanged=sum(1 for job, found in self.measured if found.norm == 0 and job.algorithm),
+            captured_by_lora_of_same_size=same_size and same_size[1],
+            left_out=len(self.fitted) - len(stored),
+            noise_floor=self.probe.floor,
+            made_by=self.probe.made,
+            optimality_gap=self.gap,
+            ranks_below_noise=self.noise and self.noise[0],
+            notes=(*plan.notes, *_notes(plan.options, same_size, left, self)),
+        )
+
+
+def _nothing(changed: Sequence[tuple[Pair, Fitted]]) -> str:
+    if not changed:
+        return "nothing differs between the base and the tuned checkpoint"
+    return f"no layer that an adapter can hold differs; {len(changed)} other tensors do, first {changed[0][0].label}"
+
+
+def _same_size(stored: Sequence[tuple[Pair, Fitted, Pick]]) -> tuple[float, float] | None:
+    """Shares of ‖ΔW‖² that LoKr, and LoRA with as many parameters, keep of the layers that were fitted by LoKr."""
+    fitted = [(found, pick) for _, found, pick in stored if found.lora is not None]
+    norm = sum(found.norm for found, _ in fitted)
+    if not norm:
+        return None
+    kept = 1.0 - sum(pick.error for _, pick in fitted) / norm
+    return max(0.0, kept), sum(found.lora or 0.0 for found, _ in fitted) / norm
+
+
+def _detail(job: Pair, found: Fitted, pick: Pick) -> dict[str, Any]:
+    rank, error = pick.stored_rank, max(0.0, pick.error)
+    detail: dict[str, Any] = {
+        "module": job.label,
+        "algorithm": pick.form.kind,
+        "rank": rank,
+        "relative_error": (error / found.norm) ** 0.5,
+        "captured": max(0.0, 1.0 - error / found.norm),
+        "norm": found.norm**0.5,
+    }
+    if found.lora is not None:
+        detail["captured_by_lora_of_same_size"] = min(1.0, found.lora / found.norm)
+    return detail
+
+
+def _noise_ranks(picks: Iterable[Pick]) -> tuple[int, int]:
+    """How many of the stored ranks lie within the noise of rounding, and of how many."""
+    ladders = [(pick.rank, pick.form.signal) for pick in picks if pick.form.ladder]
+    return sum(max(0, rank - signal) for rank, signal in ladders), sum(rank for rank, _ in ladders)
+
+
+def _notes(
+    options: Options, same_size: tuple[float, float] | None, left: Sequence[Unused], result: Result
+) -> Iterator[str]:
+    yield from _about(options, result)
+    if same_size is not None:
+        kept, lora = same_size
+        if kept < LITTLE and lora > kept:
+            yield (
+                f"This LoKr keeps only {kept:.1%} of the difference, where a LoRA of the same size would keep {lora:.1%}: "
+                "a difference that no LoKr made is usually far from any LoKr. Use --algo lora here."
+            )
+        elif lora > kept:
+            yield f"This LoKr keeps {kept:.1%} of the difference, a LoRA of the same size would keep {lora:.1%}."
+    if options.algo == "lokr" and (options.factor or result.probe.factor or 0) >= GUESSED:
+        yield (
+            f"LyCORIS guesses the factor from the shapes and fails on some layers from {GUESSED} on; ComfyUI loads them."
+        )
+    if left:
+        count = "1 changed tensor is" if len(left) == 1 else f"{len(left)} changed tensors are"
+        yield f"{count} not in the adapter, and counted in the error; `unused` says which and why."
+
+
+def _about(options: Options, result: Result) -> Iterator[str]:
+    """What made the difference, where that is not what is extracted, and what was left out."""
+    made = result.probe.made
+    if (
+        made is not None
+        and made["algorithm"] == "lora"
+        and (options.algo == "lokr" or (options.rank or 0) != made["rank"])
+    ):
+        yield f"this difference is a rank-{made['rank']} LoRA, and rounding: --rank {made['rank']} keeps all of it."
+    elif made is not None and made["algorithm"] == "lokr" and options.algo == "lora":
+        yield f"this difference is a LoKr of factor {made['factor']}, and rounding: --algo lokr keeps all of it."
+    if result.all_signal:
+        yield "no more than this stands out of the rounding noise: the size asked for is not filled with noise."
+    if result.noise and result.noise[0]:
+        within, ranks = result.noise
+        yield f"{within} of {ranks} ranks lie within the rounding noise of the checkpoint; --size leaves such ranks out."
+    dropped = sum(1 for _, pick in result.picked() if pick is None)
+    if dropped:
+        verb = "is" if dropped == 1 else "are"
+        yield f"{dropped} of {len(result.fitted)} changed layers {verb} left out: their share is not worth its bytes."
+    ladders = [
+        (pick, found) for (_, pick), (_, found) in zip(result.picked(), result.fitted, strict=True)
+    ]
+    bound = [
+        pick
+        for pick, _ in ladders
+        if pick and pick.form.ladder and pick.rank == len(pick.form.errors) - 1
+    ]
+    if has_ladder(options) and bound and options.max_rank is None and options.size is None:
+        full = [pick for pick in bound if pick.rank == MAX_RANK]
+        if full:
+            yield f"{len(full)} layers have the highest rank looked at, {MAX_RANK}; --max-rank raises it."

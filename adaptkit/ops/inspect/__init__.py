@@ -1,0 +1,7 @@
+"""inspect: what a file is."""
+
+from __future__ import annotations
+
+from adaptkit.ops.inspect.run import Options, Report, expand, run
+
+__all__ = ["Options", "Report", "expand", "run"]

@@ -1,0 +1,139 @@
+"""merge: what was merged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.ops.blocks import block_of
+from adaptkit.ops.merge.kernel import Merged
+from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
+from adaptkit.ops.shared import (
+    WriterReport,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from adaptkit.ops.merge.verify import Verified
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(WriterReport):
+    """What was merged: `tensors_changed` differ from the base, and ‖ΔW‖/‖W‖ over the touched ones.
+
+    `blocks`: the same for each block; `block_weights`: what each rule of `--blocks` got; `left_out`: files of the base's
+    folder that are not in the output, because they hold the weights that were merged into once more.
+    """
+
+    family: str
+    adapters: tuple[Mapping[str, Any], ...]
+    tensors: int
+    tensors_changed: int
+    relative_change: float
+    blocks: tuple[Mapping[str, Any], ...] = ()
+    block_weights: tuple[Mapping[str, Any], ...] = ()
+    verified: Verified | None = None
+    files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    quantised: int = 0
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        extra = {
+            "family": self.family,
+            "adapters": [dict(item) for item in self.adapters],
+            "tensors": self.tensors,
+            "tensors_changed": self.tensors_changed,
+            "relative_change": self.relative_change,
+            "blocks": [dict(item) for item in self.blocks],
+            "block_weights": [dict(item) for item in self.block_weights],
+            "verified": None if self.verified is None else self.verified.to_dict(),
+            "files": list(self.files),
+            "left_out": list(self.left_out),
+            "quantised": self.quantised,
+            "notes": list(self.notes),
+        }
+        return {**super().to_dict(), **extra}
+
+
+ONLY_WEIGHTS = "the folder holds weights only: its config.json files are those of any diffusers folder of this model"
+
+
+UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
+
+
+def report_of(
+    plan: Plan, found: Mapping[str, Merged], verified: Verified | None, seconds: float
+) -> Report:
+    results = {job.name: found.get(job.name, UNCHANGED) for job in plan.jobs}
+    delta = sum(result.delta for result in results.values())
+    # what a change of dtype does to the layers without an adapter is no loss of theirs
+    rounding = sum(result.rounding for result in results.values())
+    weight = sum(result.weight for result in results.values())
+    written = (
+        (plan.output / path for path in plan.layout.files())
+        if plan.layout.folder
+        else [plan.output]
+    )
+    return Report(
+        output=plan.output,
+        bytes=sum(path.stat().st_size for path in written),
+        modules=sum(len(job.contributions) for job in plan.jobs),
+        parameters=sum(math.prod(spec.shape) for spec in plan.specs),
+        relative_error=_ratio(rounding, delta) or 0.0,
+        unused=plan.unused,
+        seconds=seconds,
+        details=tuple(
+            _detail(job, c, results[job.name]) for job in plan.jobs for c in job.contributions
+        ),
+        family=plan.base.family.name,
+        adapters=tuple(plan.described()),
+        tensors=len(plan.specs),
+        tensors_changed=sum(1 for result in results.values() if result.delta > 0),
+        relative_change=_ratio(delta, weight) or 0.0,
+        blocks=tuple(_by_block(plan, results)),
+        block_weights=plan.rules,
+        verified=verified,
+        files=tuple(plan.layout.files()),
+        left_out=plan.layout.left_out,
+        notes=(ONLY_WEIGHTS,) if plan.layout.folder and plan.layout.moves else (),
+        quantised=sum(job.changes and job.dtype.startswith("F8") for job in plan.jobs),
+    )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    """√(part / whole) of sums of squares; None where there is nothing to compare with."""
+    return (part / whole) ** 0.5 if whole else None
+
+
+def _detail(job: TensorMerge, c: Contribution, result: Merged) -> dict[str, Any]:
+    return {
+        "module": c.label,
+        "tensor": job.name,
+        "algorithm": c.entry.kind.name,
+        "rank": c.entry.facts.rank,
+        "strength": c.strength,
+        "relative_error": _ratio(result.rounding, result.delta) or 0.0,
+        "relative_change": _ratio(result.delta, result.weight),
+    }
+
+
+def _by_block(plan: Plan, results: Mapping[str, Merged]) -> Iterator[dict[str, Any]]:
+    """Tensors changed and ‖ΔW‖/‖W‖ of each block, in the base's order."""
+    blocks: dict[str, list[TensorMerge]] = {}
+    for job in plan.jobs:
+        c = job.contributions[0]
+        blocks.setdefault(block_of(c.label, c.entry.slot.component), []).append(job)
+    for block, jobs in blocks.items():
+        found = [results[job.name] for job in jobs]
+        yield {
+            "block": block,
+            "tensors": len(jobs),
+            "tensors_changed": sum(result.delta > 0 for result in found),
+            "relative_change": _ratio(sum(r.delta for r in found), sum(r.weight for r in found)),
+        }

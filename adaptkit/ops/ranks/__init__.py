@@ -1,0 +1,1 @@
+"""Choose ranks: options, policies and the knapsack behind them."""

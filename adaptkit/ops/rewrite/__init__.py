@@ -1,0 +1,1 @@
+"""Rewrite adapters: what convert, resize and combine share."""

@@ -1,0 +1,150 @@
+"""The report of a rewritten adapter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.ops.rewrite.plan import CHANGES, Recast, Task, detail
+from adaptkit.ops.rewrite.state import State, Stored, count
+from adaptkit.ops.shared import WriterReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(WriterReport):
+    """What was written. `changes` counts the slots by what was done to them."""
+
+    family: str
+    source_format: str
+    format: str
+    changes: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        extra = {
+            "family": self.family,
+            "from": self.source_format,
+            "to": self.format,
+            "changes": dict(self.changes),
+            "notes": list(self.notes),
+        }
+        return {**super().to_dict(), **extra}
+
+
+def report_of(plan: Recast, state: State, size: int, seconds: float) -> Report:
+    lost = [_loss(state, task) for task in plan.tasks]
+    error = sum(found[1] for found in lost if found is not None)
+    norm = sum(found[0] for found in lost if found is not None)
+    if error:
+        norm += _untouched(plan, state)
+    written = [stored for task in plan.tasks if (stored := state.outcome(task)) is not None]
+    return Report(
+        output=plan.output,
+        bytes=size,
+        modules=len(written),
+        parameters=sum(stored.parameters for stored in written),
+        relative_error=(error / norm) ** 0.5 if error and norm else 0.0,
+        unused=plan.unused,
+        seconds=seconds,
+        details=tuple(
+            _detail(state, task, found) for task, found in zip(plan.tasks, lost, strict=True)
+        ),
+        family=plan.adapter.family.name,
+        source_format=plan.adapter.format.name,
+        format=plan.keys.format.name,
+        changes=_changes(plan, state),
+        notes=(*plan.notes, *_notes(plan, state)),
+    )
+
+
+def _changes(plan: Recast, state: State) -> dict[str, int]:
+    """How many slots were renamed, resized, …; of those that might be resized also how many were not, or are left out."""
+    found: Counter[str] = Counter()
+    for task in plan.tasks:
+        changes = task.changes or {"renamed"}
+        if state.dropped(task):
+            changes = {"left out"}
+        elif task.ranked and task.number not in state.stored:
+            changes = task.changes - {"resized"} or {"unchanged"}
+        found.update(changes)
+    return {name: found[name] for name in (*CHANGES, "unchanged", "left out") if found[name]}
+
+
+def _loss(state: State, task: Task) -> tuple[float, float] | None:
+    """‖ΔW‖² and what was lost of it; None where nothing was computed, or nobody can say."""
+    stored, found = state.stored.get(task.number), state.taken.get(task.number)
+    if stored is not None and stored.norm is not None and stored.error is not None:
+        return stored.norm, stored.error
+    if found is None or (stored is not None and not task.kind.additive):
+        return None
+    return found.norm, found.norm if state.dropped(task) else 0.0
+
+
+def _untouched(plan: Recast, state: State) -> float:
+    """‖ΔW‖² of what was copied, where an error is to be put in proportion to the whole."""
+    total = 0.0
+    for task in plan.tasks:
+        if state.copied(task) and task.number not in state.taken and task.kind.additive:
+            total += task.terms[0].job.adapter.weights(task.entries[0]).norm_squared()
+    return total
+
+
+def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[str, Any]:
+    stored = state.outcome(task)
+    error = (
+        None
+        if lost is None and task.number in state.stored
+        else (lost[1] / lost[0]) ** 0.5
+        if lost and lost[1]
+        else 0.0
+    )
+    if stored is None:
+        return {**detail(task, 1.0, 0), "change": "left out"}
+    found = {**detail(task, error, stored.rank), "algorithm": stored.kind.name}
+    if task.ranked:
+        found["rank_before"] = task.entries[0].facts.rank
+    return found
+
+
+def _notes(plan: Recast, state: State) -> Iterator[str]:
+    dropped = sum(1 for task in plan.tasks if state.dropped(task))
+    if dropped:
+        verb = "is" if dropped == 1 else "are"
+        yield f"{dropped} of {len(plan.tasks)} modules {verb} left out: their share of ΔW is not worth its bytes."
+    zero = sum(1 for stored in state.stored.values() if stored.zero)
+    if zero:
+        yield f"ΔW is zero in {'every module' if zero == len(plan.tasks) else f'{zero} modules'}: the inputs cancel out."
+    vanished = sum(stored.vanished for stored in state.stored.values())
+    if vanished:
+        yield f"{vanished:,} numbers became zero in rounding; the error counts that. --dtype bf16 or fp32 keeps them."
+    ranked = [task for task in plan.tasks if task.number in state.taken]
+    if ranked and not any(task.number in state.stored for task in ranked) and not dropped:
+        yield "nothing was cut: every module has no more rank than that."
+    directions = sum(
+        1
+        for task in ranked
+        if not task.kind.additive and task.number in state.stored and task.base is None
+    )
+    if directions:
+        yield (
+            f"{directions} DoRA modules: their directions were resized and their magnitudes kept; how far the merged weights "
+            "move depends on the checkpoint. --base measures it."
+        )
+    wide = sum(1 for stored in state.stored.values() if _too_wide(stored))
+    if wide:
+        yield f"{wide} modules take more than their full difference would; --rank or --size makes them smaller."
+
+
+def _too_wide(stored: Stored) -> bool:
+    if stored.kind.name != "lora" or stored.rank is None:
+        return False
+    up, down = stored.shapes["up"], stored.shapes["down"]
+    return stored.parameters > up[0] * count(down[1:])

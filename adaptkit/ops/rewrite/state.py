@@ -1,0 +1,167 @@
+"""What is known of every module while an adapter is rewritten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adaptkit.algorithms.contract import ALPHA
+from adaptkit.errors import NotRepresentable
+from adaptkit.files.header import TensorSpec
+from adaptkit.formats.contract import Alpha
+from adaptkit.ops.adapter_file.peft_config import PeftModule, factor_rows
+from adaptkit.ops.adapter_file.size import module_size
+from adaptkit.ops.rewrite.plan import Task
+from adaptkit.ops.shared import FLOATS, stored_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from adaptkit.algorithms.contract import Decomposition, Weights
+    from adaptkit.ops.ranks.knapsack import RankCurve
+    from adaptkit.ops.rewrite.plan import Recast
+
+__all__ = ["Cut", "State", "Stored", "curve_of", "count", "dtype_of", "named", "stays"]
+
+
+@dataclass
+class Stored:
+    """A slot as it is written: its keys, and the ‖·‖² of ΔW and of what was lost (None where that needs the base weight)."""
+
+    kind: type[Weights]
+    rank: int | None
+    alpha: float
+    shapes: Mapping[str, tuple[int, ...]]
+    norm: float | None = None
+    error: float | None = None
+    vanished: int = 0  # numbers that became zero in rounding
+    zero: bool = False  # the terms cancel: ΔW is zero
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    specs: tuple[TensorSpec, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored, alpha aside."""
+        return sum(count(shape) for shape in self.shapes.values())
+
+
+class State:
+    """What is known of each task while it is worked on: its decomposition, the rank chosen, what is stored."""
+
+    def __init__(self, plan: Recast) -> None:
+        self.plan = plan
+        self.taken: dict[int, Decomposition] = {}
+        self.ranks: dict[int, int] = {}
+        self.stored: dict[int, Stored] = {}
+        self._unchanged: dict[int, Stored] = {}
+
+    def copied(self, task: Task) -> bool:
+        """Whether a task's tensors are taken as they are (so far as is known)."""
+        return task.ready is not None and task.number not in self.stored and not self.dropped(task)
+
+    def dropped(self, task: Task) -> bool:
+        """Whether the policy left the module out."""
+        return self.ranks.get(task.number) == 0
+
+    def outcome(self, task: Task) -> Stored | None:
+        """What stands in the file for a task: stored, or as copied; None where it is left out."""
+        if self.dropped(task):
+            return None
+        return self.stored.get(task.number) or self.unchanged(task)
+
+    def unchanged(self, task: Task) -> Stored:
+        """As the source has it; of what has yet to be computed, the best that headers tell."""
+        if task.number not in self._unchanged:
+            entry, infos = task.entries[0], task.terms[0].job.adapter.source.infos
+            shapes = {role: infos[key].shape for role, key in entry.tensors()}
+            rank = entry.facts.rank
+            alpha = 1.0 if rank is None else entry.facts.scale * rank
+            self._unchanged[task.number] = Stored(task.kind, rank, alpha, shapes)
+        return self._unchanged[task.number]
+
+    def modules(self) -> list[PeftModule]:
+        """The modules as a PEFT configuration names them."""
+        return [
+            self.module(task, stored)
+            for task in self.plan.tasks
+            if (stored := self.outcome(task)) is not None
+        ]
+
+    def module(self, task: Task, stored: Stored) -> PeftModule:
+        name = self.plan.keys.module(task.slot)
+        # two full LoKr factors have no rank; PEFT multiplies them by alpha / r all the same, so both are 1
+        rank, alpha = (1, 1.0) if stored.rank is None else (stored.rank, stored.alpha)
+        return PeftModule(
+            name,
+            stored.kind.name,
+            rank,
+            alpha,
+            frozenset(stored.shapes),
+            factor_rows(stored.shapes),
+        )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module taken apart, its rank chosen; `stored` is None where it stays as it is."""
+
+    found: Decomposition
+    rank: int
+    stored: Stored | None
+
+
+def curve_of(plan: Recast, task: Task, found: Decomposition) -> RankCurve:
+    """What a policy needs to know of a module: energies, and bytes by rank, 0 first."""
+    from adaptkit.ops.ranks.knapsack import RankCurve
+
+    dtype, stem = dtype_of(plan, task), plan.keys.stem(task.slot)
+    alpha = plan.keys.format.alpha is Alpha.TENSOR and ALPHA in task.kind.roles
+    tensors = len(found.shapes(1))
+    sizes = [n and module_size(n, dtype, stem, tensors, alpha=alpha) for n in found.elements()]
+    return RankCurve(found.energies, found.norm, sizes, task.convolution)
+
+
+def stays(state: State, task: Task, found: Decomposition, rank: int) -> bool:
+    """Whether a module keeps all it has, in the tensors it has."""
+    return (
+        task.ready is not None
+        and rank == len(found.energies)
+        and found.shapes(rank).keys() == state.unchanged(task).shapes.keys()
+        and all(
+            count(found.shapes(rank)[r]) == count(s)
+            for r, s in state.unchanged(task).shapes.items()
+        )
+    )
+
+
+def named(
+    plan: Recast, task: Task, kind: type[Weights], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(role, key, shape as the format lays it out) of every tensor but alpha."""
+    peft = plan.keys.format.peft
+    facts = kind.facts(shapes)
+    for role, shape in shapes.items():
+        name = plan.keys.spell(task.slot, kind.name, kind.stored_as(role, peft=peft))
+        yield role, name, kind.laid_out(role, shape, facts, peft=peft)
+
+
+def dtype_of(plan: Recast, task: Task) -> str:
+    """The widest dtype among the parts, or the one asked for."""
+    kept = {dtype for dtype in task.dtypes if not dtype.startswith(("I", "U", "BOOL"))}
+    if not kept <= set(FLOATS):
+        raise NotRepresentable(
+            f"stored as {', '.join(sorted(kept - set(FLOATS)))}; only plain floats can be computed with"
+        )
+    widest = (
+        min(kept, key=FLOATS.index) if len(kept) == 1 or "F32" in kept or "F64" in kept else "F32"
+    )
+    return stored_dtype(plan.options.dtype, widest)
+
+
+def count(shape: Sequence[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
