@@ -93,8 +93,8 @@ def advise(
     adaptkit advise base.safetensors tuned.safetensors
     adaptkit advise base.safetensors tuned.safetensors --plot advice.png
     """
-    from adaptkit.cli.render import Talk
     from adaptkit.cli.show.advise import advised
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import advise as op
 
     if plot is not None:

@@ -66,8 +66,8 @@ def batch(
     adaptkit batch recipe.toml --dry-run
     adaptkit batch recipe.toml --jobs 4 --keep-going
     """
-    from adaptkit.cli.render import Talk
     from adaptkit.cli.show.batch import Batched
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import batch as op
 
     said = Batched(Talk("batch", as_json, quiet, verbose))

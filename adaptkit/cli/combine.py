@@ -50,7 +50,8 @@ def combine(
     adaptkit combine a.safetensors b.safetensors:-1 --rank 32
     adaptkit combine a.safetensors b.safetensors --method ties --density 0.3 --rank 32
     """
-    from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.combine import combined
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import combine as op
 
     talk = Talk("combine", as_json, quiet, verbose)
@@ -60,4 +61,4 @@ def combine(
         return
     with talk.progress("combining") as progress:
         report = op.run(plan, progress)
-    talk.combined(report, [(str(path), weight) for path, weight in adapters])
+    combined(talk, report, [(str(path), weight) for path, weight in adapters])

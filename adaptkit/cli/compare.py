@@ -72,8 +72,8 @@ def compare(
     adaptkit compare style.safetensors:0.8 other.safetensors
     adaptkit compare style.safetensors merged.safetensors --base base.safetensors
     """
-    from adaptkit.cli.render import Talk
     from adaptkit.cli.show.compare import compared
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import compare as op
 
     said = Talk("compare", as_json, quiet, verbose)

@@ -44,7 +44,8 @@ def convert(
     adaptkit convert style.safetensors --to peft -o style-peft
     adaptkit convert lokr.safetensors --to diffusers --algo lora --rank 32
     """
-    from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.convert import converted
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import convert as op
 
     if chosen["to"] and chosen["host"]:
@@ -58,4 +59,4 @@ def convert(
         return
     with talk.progress("converting") as progress:
         report = op.run(plan, progress)
-    talk.converted(report)
+    converted(talk, report)

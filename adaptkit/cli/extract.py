@@ -85,7 +85,8 @@ def extract(
     adaptkit extract base.ckpt tuned.ckpt --algo lokr --factor 16
     adaptkit extract base.ckpt tuned.ckpt --algo auto --size 64MB  the best for each layer
     """
-    from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.extract import extracted
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import extract as op
 
     talk = Talk("extract", as_json, quiet, verbose)
@@ -95,4 +96,4 @@ def extract(
         return
     with talk.progress("extracting") as progress:
         report = op.run(plan, progress)
-    talk.extracted(report)
+    extracted(talk, report)

@@ -72,7 +72,8 @@ def inspect(
 
     Exits 1 if a file is corrupt or foreign, after reporting the others.
     """
-    from adaptkit.cli.render import Talk, inspected
+    from adaptkit.cli.show.inspect import inspected
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import inspect as op
 
     paths = list(op.expand(files))

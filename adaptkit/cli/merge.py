@@ -63,7 +63,8 @@ def merge(
     adaptkit merge base.safetensors style.safetensors:0.8 detail.safetensors -o merged.safetensors
     adaptkit merge base.safetensors style.safetensors --blocks "te=0,unet.up_blocks.0-1=0.5" --verify
     """
-    from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.merge import merged
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import merge as op
 
     talk = Talk("merge", as_json, quiet, verbose)
@@ -73,4 +74,4 @@ def merge(
         return
     with talk.progress("merging") as progress:
         report = op.run(plan, progress)
-    talk.merged(report)
+    merged(talk, report)

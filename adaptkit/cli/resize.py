@@ -32,7 +32,8 @@ def resize(
     adaptkit resize style.safetensors --size 64MB
     adaptkit resize style.safetensors --error 0.05
     """
-    from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.resize import resized
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import resize as op
 
     talk = Talk("resize", as_json, quiet, verbose)
@@ -42,4 +43,4 @@ def resize(
         return
     with talk.progress("resizing") as progress:
         report = op.run(plan, progress)
-    talk.resized(report)
+    resized(talk, report)

@@ -36,7 +36,7 @@ def _example(format: KeyFormat) -> str:
 
 
 def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
-    from adaptkit.cli.render import listed
+    from adaptkit.cli.show.tables import listed
 
     listed(kind, rows, as_json)
 

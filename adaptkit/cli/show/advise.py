@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.cli.render import document, human
 from adaptkit.cli.show.page import facts, page, table
+from adaptkit.cli.show.text import document, human
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops.advise import Point, Report
 
 __all__ = ["advised"]

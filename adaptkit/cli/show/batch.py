@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.render import document, human
 from adaptkit.cli.show.page import facts, page, table
+from adaptkit.cli.show.text import document, human
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops.batch import Preview, Report, Result
 
 __all__ = ["Batched"]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.render import document
 from adaptkit.cli.show.page import LABEL, facts, page, table
+from adaptkit.cli.show.text import document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from adaptkit.cli.render import Talk
+    from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import compare
 
 __all__ = ["compared"]

@@ -1,0 +1,37 @@
+"""What `extract` wrote, for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptkit.cli.show.text import human, percent
+
+if TYPE_CHECKING:
+    from adaptkit.cli.show.talk import Talk
+    from adaptkit.ops import extract
+
+__all__ = ["extracted"]
+
+
+def extracted(talk: Talk, report: extract.Report) -> None:
+    """Summary of an extraction."""
+    same = report.captured_by_lora_of_same_size
+    rows = [
+        (
+            "adapter",
+            f"{report.algorithm} for {report.family}, {report.format} keys, {human(report.bytes)}",
+        ),
+        ("modules", f"{report.modules} written, {report.unchanged} unchanged and left out"),
+        (
+            "captured",
+            f"{percent(report.captured)} of ‖ΔW‖², relative error {report.relative_error:.3g}",
+        ),
+        (
+            "same size",
+            ""
+            if same is None
+            else f"a LoRA of as many parameters would capture {percent(min(1.0, same))}",
+        ),
+    ]
+    columns = ("algorithm", "rank", "captured", "relative_error", "module")
+    talk.written(report, rows, columns, report.notes)

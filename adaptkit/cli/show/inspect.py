@@ -1,0 +1,209 @@
+"""What `inspect` found, as JSON or for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit.cli.show.page import Words, console, facts, page, table
+from adaptkit.cli.show.text import MANY, cell, counts, document, human, last
+
+if TYPE_CHECKING:
+    from adaptkit.ops import inspect
+
+__all__ = ["inspected"]
+
+_MEASURED = {
+    "algorithm": "algorithm",
+    "rank": "rank",
+    "norm": "‖ΔW‖",
+    "spectral_norm": "σ₁",
+    "stable_rank": "stable",
+    "rank_90": "r90",
+    "rank_99": "r99",
+    "module": "module",
+}
+
+
+def inspected(
+    reports: Sequence[inspect.Report], *, keys: bool, modules: bool, as_json: bool, quiet: bool
+) -> None:
+    """Show what `inspect` found: one file in full, several as a table; errors on stderr."""
+    if as_json:
+        document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
+    elif not quiet:
+        _show(reports, keys, modules)
+    for report in reports:
+        if report.error is not None:
+            click.echo(click.style("error:", fg="red", bold=True) + f" {report.error}", err=True)
+            if report.error.hint:
+                click.echo(
+                    click.style("hint:", fg="cyan", bold=True) + f" {report.error.hint}", err=True
+                )
+
+
+def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, Any]:
+    record = report.to_dict()
+    if report.error is None and keys:
+        record["keys"] = list(report.keys)
+    if report.error is None and modules:
+        record["module_list"] = list(report.modules)
+    return record
+
+
+def _show(reports: Sequence[inspect.Report], keys: bool, modules: bool) -> None:
+    good = [report for report in reports if report.error is None]
+    if len(reports) > 1 and not (
+        keys or modules or any("blocks" in report.record for report in good)
+    ):
+        return _overview(good)
+    for report in good:
+        _file(report)
+        if report.record.get("blocks"):
+            _blocks(report)
+        if modules:
+            _modules(report)
+        if keys:
+            _keys(report)
+
+
+def _overview(reports: Sequence[inspect.Report]) -> None:
+    if not reports:
+        return
+    rows = [
+        (
+            human(r["bytes"]),
+            r["kind"],
+            r["family"] or "?",
+            r["format"] or "",
+            counts(r["algorithms"]),
+            " ".join(list(r["ranks"])[:4]) + (" …" if len(r["ranks"]) > 4 else ""),
+            f"{len(r['problems'])}" if r["problems"] else "",
+            PurePath(r["path"]).name,
+        )
+        for r in (report.record for report in reports)
+    ]
+    columns = ("size", "kind", "family", "format", "modules", "rank", "problems", "file")
+    page().print(table(columns, rows, right=("size",)))
+
+
+def _file(report: inspect.Report) -> None:
+    record = report.record
+    out = page()
+    out.print(
+        Words(PurePath(record["path"]).name, "bold"),
+        Words(f"{record['kind']}, {human(record['bytes'])}"),
+    )
+    out.print(facts((name, value) for name, value in _lines(record) if value))
+    for problem in record["problems"][:MANY]:
+        where = f"{problem['module']}: " if problem["module"] else ""
+        style = "red" if problem["severity"] == "error" else "yellow"
+        out.print(Words(f"  {problem['severity']}:", style), Words(f"{where}{problem['what']}"))
+    if len(record["problems"]) > MANY:
+        out.print(
+            f"  and {len(record['problems']) - MANY} more problems (see --json)", style="yellow"
+        )
+
+
+def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    evidence = record["evidence"]
+    alike = (
+        f"  (or {', '.join(evidence['alternatives'])}: the names do not tell)"
+        if evidence["alternatives"]
+        else ""
+    )
+    yield "family", (record["family"] or "unknown") + alike
+    yield "format", record["format"] or ""
+    yield "layout", record.get("layout", "")
+    yield "algorithms", counts(record["algorithms"])
+    yield "parts", counts(record["components"])
+    yield "ranks", counts(record["ranks"], "{0} (×{1})")
+    if record["scales"]:
+        origin = {
+            "none": "no alpha stored",
+            "tensor": "alpha from tensors",
+            "metadata": "alpha from metadata",
+        }
+        stated = origin.get(record["alpha_source"], "alpha from tensors and metadata")
+        yield (
+            "scales",
+            f"{counts(record['scales'], '{0} (×{1})')}"
+            + (f", {stated}" if record["ranks"] else ""),
+        )
+    yield "parameters", f"{record['parameters']:,}"
+    yield "dtypes", counts(record["dtypes"], "{0} (×{1})")
+    yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
+    yield "loads in", _loads_in(record)
+    yield "sha256", record.get("sha256", "")
+    yield "metadata", _metadata(record["metadata"])
+
+
+def _loads_in(record: Mapping[str, Any]) -> str:
+    """One line a host: yes, or why not."""
+    words = {True: "yes", False: "no", None: "?"}
+    found = record.get("loads_in") or {}
+    lines = (f"{host}: {words[loads]}{_because(record, host)}" for host, loads in found.items())
+    return "\n".join(lines)
+
+
+def _because(record: Mapping[str, Any], host: str) -> str:
+    why = record.get("why", {}).get(host, "")
+    return f" – {why}" if why else ""
+
+
+def _metadata(metadata: Mapping[str, str]) -> str:
+    shown = (
+        "modelspec.title",
+        "modelspec.architecture",
+        "ss_base_model_version",
+        "ss_network_module",
+        "ss_network_dim",
+    )
+    found = [f"{name} = {metadata[name]}" for name in shown if name in metadata]
+    rest = len(metadata) - len(found) - ("format" in metadata)  # format=pt says nothing
+    return "\n".join(
+        [*found, *([f"{'and ' if found else ''}{rest} more (see --json)"] if rest else [])]
+    )
+
+
+def _blocks(report: inspect.Report) -> None:
+    """Strength and rank of every block, as a heat map."""
+    from adaptkit.cli.show.heat_map import heat_map
+
+    out = console()
+    coloured = out.color_system in ("256", "truecolor") and not out.no_color
+    out.print()
+    for line in heat_map(report.record, report.modules, out.width, coloured):
+        if not coloured:
+            line.rstrip()
+        out.print(line, no_wrap=True, crop=False, overflow="ignore")
+
+
+def _modules(report: inspect.Report) -> None:
+    if not report.modules:
+        return
+    if "norm" in report.modules[0]:
+        return _measured(report.modules)
+    columns = last(list(report.modules[0]), "module")
+    page().print(table(columns, ([cell(m[c]) for c in columns] for m in report.modules)))
+
+
+def _measured(modules: Sequence[Mapping[str, Any]]) -> None:
+    rows = [
+        [f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in _MEASURED] for m in modules
+    ]
+    columns = list(_MEASURED.values())
+    out = page()
+    out.print()
+    out.print(table(columns, rows, right=columns[1:-1]))
+
+
+def _keys(report: inspect.Report) -> None:
+    rows = (
+        (k["dtype"], "×".join(map(str, k["shape"])) or "scalar", k["key"], k["note"])
+        for k in report.keys
+    )
+    page().print(table(("dtype", "shape", "key", "note"), rows))

@@ -1,0 +1,77 @@
+"""What `merge` wrote, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.cli.show.text import counts, human
+
+if TYPE_CHECKING:
+    from adaptkit.cli.show.talk import Talk
+    from adaptkit.ops import merge
+    from adaptkit.ops.merge.verify import Verified
+
+__all__ = ["merged"]
+
+_LOSSY = 0.1  # a share of ‖ΔW‖ lost to rounding that deserves a note
+
+
+def merged(talk: Talk, report: merge.Report) -> None:
+    """Summary of a merge."""
+    each = "\n".join(
+        f"{PurePath(a['path']).name} × {a['strength']:g}: {a['modules']} modules"
+        for a in report.adapters
+    )
+    rows = [
+        ("adapters", each),
+        (
+            "tensors",
+            f"{report.tensors_changed} of {report.tensors} changed, ‖ΔW‖/‖W‖ = {report.relative_change:.3g} over them",
+        ),
+        ("blocks", _strongest(report.blocks)),
+        ("weights", "\n".join(_weighted(report.block_weights))),
+        ("rounding", f"{report.relative_error:.3g} of ‖ΔW‖ lost to the number format"),
+        ("verified", _verified(report.verified)),
+        ("files", counts(dict.fromkeys(report.files, 0), "{0}")),
+        ("size", human(report.bytes)),
+    ]
+    notes = [
+        f"not in the output: {path} (weights once more, without the merge)"
+        for path in report.left_out
+    ]
+    notes += report.notes
+    if report.relative_error > _LOSSY:
+        wider = "bf16 or fp16" if report.quantised else "fp32"
+        which = f" ({report.quantised} tensors are fp8)" if report.quantised else ""
+        notes.append(
+            f"rounding is {report.relative_error:.0%} of ‖ΔW‖{which}: --dtype {wider} keeps more of it"
+        )
+    talk.written(
+        report, rows, ("algorithm", "rank", "strength", "relative_change", "module"), notes
+    )
+
+
+def _strongest(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """The blocks that changed most: ‖ΔW‖/‖W‖ of each."""
+    changed = [block for block in blocks if block["tensors_changed"]]
+    first = sorted(changed, key=lambda block: -(block["relative_change"] or 0.0))[:3]
+    shown = " · ".join(f"{b['block']} {b['relative_change'] or 0.0:.3g}" for b in first)
+    return f"{len(changed)} of {len(blocks)} changed, most: {shown}" if changed else ""
+
+
+def _weighted(rules: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What each rule of --blocks got; the neighbours of a vector that have one weight on one line."""
+    for weight, group in groupby(rules, key=lambda rule: (rule["weight"], rule.get("vector"))):
+        held = list(group)
+        for part in [held] if weight[1] else [[rule] for rule in held]:
+            names = " ".join(rule["rule"] for rule in part)
+            yield f"{names} = {weight[0]:g}: {sum(rule['modules'] for rule in part)} modules"
+
+
+def _verified(found: Verified | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.merged} tensors are base + ΔW within one rounding, {found.copied} are the base's bytes"

@@ -1,0 +1,120 @@
+"""What every writing command says: progress, the plan of a dry run, the summary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptkit.cli.show.page import console, facts, page, table
+from adaptkit.cli.show.text import MANY, cell, document, human, last
+
+if TYPE_CHECKING:
+    from adaptkit.ops.shared import WriterReport
+
+__all__ = ["Talk"]
+
+_FEW = 2  # keys named per reason
+
+
+class Talk:
+    """What a writing command says: progress and summary on stderr, the output's path or one JSON document on stdout."""
+
+    def __init__(self, command: str, as_json: bool, quiet: bool, verbose: bool) -> None:
+        self.command, self.as_json, self.quiet, self.verbose = command, as_json, quiet, verbose
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A bar on stderr, on a terminal only."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    def plan(self, plan: Mapping[str, Any]) -> None:
+        """The plan of a dry run, on stdout: it is what was asked for."""
+        if self.as_json:
+            return document(self.command, {"dry_run": True, **plan})
+        out = page()
+        if self.verbose:
+            columns = last(list(plan["details"][0]), "module")
+            out.print(table(columns, ([cell(d[c]) for c in columns] for d in plan["details"])))
+        out.print("would write", plan["output"])
+        out.print(
+            facts(
+                (name.replace("_", " "), _shown(name, value))
+                for name, value in plan.items()
+                if _summary(name, value)
+            )
+        )
+        _unused(out, plan["unused"])
+
+    def written(
+        self,
+        report: WriterReport,
+        rows: Sequence[tuple[str, str]],
+        columns: Sequence[str],
+        notes: Sequence[str],
+    ) -> None:
+        """The summary of a writing command: `rows` on stderr, the output's path on stdout."""
+        if self.as_json:
+            return document(self.command, report.to_dict())
+        click.echo(str(report.output))
+        if self.quiet:
+            return
+        err = page(stderr=True)
+        if self.verbose:
+            err.print(table(columns, ([cell(d[c]) for c in columns] for d in report.details)))
+        err.print(facts([row for row in (*rows, ("seconds", f"{report.seconds:.1f}")) if row[1]]))
+        _unused(err, [item.to_dict() for item in report.unused])
+        for note in notes:
+            err.print(f"note: {note}", style="yellow")
+
+
+def _summary(name: str, value: object) -> bool:
+    return name not in ("details", "unused", "output") and value not in ("", None, [])
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, int) and ("bytes" in name or "memory" in name):
+        return human(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "\n".join(value)
+    if isinstance(value, list):
+        return "\n".join(
+            f"{item['path']} × {item['strength']:g}: {item['modules']} modules" for item in value
+        )
+    return str(value)
+
+
+def _unused(out: Any, unused: Sequence[Mapping[str, str]]) -> None:
+    """Keys not used, by reason: how many, and which come first."""
+    groups: dict[str, list[str]] = {}
+    for item in unused:
+        groups.setdefault(item["reason"], []).append(item["key"])
+    for reason, keys in list(groups.items())[:MANY]:
+        count = "1 key" if len(keys) == 1 else f"{len(keys)} keys"
+        out.print(f"  {count} not used: {reason}", style="yellow")
+        more = f", and {len(keys) - _FEW} more (see --json)" if len(keys) > _FEW else ""
+        out.print("    " + ", ".join(keys[:_FEW]) + more)
+    if len(groups) > MANY:
+        out.print(f"  and {len(groups) - MANY} more reasons (see --json)", style="yellow")

@@ -1,0 +1,69 @@
+"""Words for numbers: sizes, counts, shares and table cells."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import click
+
+from adaptkit import __version__
+
+__all__ = ["MANY", "cell", "counts", "document", "human", "last", "lossy", "percent", "ranks"]
+
+MANY = 12  # items listed before "and n more"
+
+
+def document(command: str, body: Mapping[str, Any]) -> None:
+    """Print exactly one JSON document on stdout."""
+    click.echo(
+        json.dumps(
+            {"adaptkit": __version__, "command": command, **body}, ensure_ascii=False, indent=2
+        )
+    )
+
+
+def human(count: float) -> str:
+    """Bytes as people write them, powers of 1000: 151.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def counts(counts: Mapping[str, int], form: str = "{0} {1}") -> str:
+    shown = [form.format(name, n) for name, n in list(counts.items())[:MANY]]
+    more = len(counts) - MANY
+    return " · ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+
+
+def percent(share: float) -> str:
+    """A share, with as many digits as it needs to be told from 0 and 1."""
+    if share in (0.0, 1.0) or 0.001 <= share <= 0.999:
+        return f"{share:.1%}"
+    return f"{share:.2e}" if share < 0.001 else f"{share:.4%}"
+
+
+def last(columns: list[str], name: str) -> list[str]:
+    """The long column goes last: where a terminal is narrow, only that one folds."""
+    return [*(c for c in columns if c != name), name]
+
+
+def cell(value: object) -> object:
+    if isinstance(value, list):
+        return "×".join(map(str, value)) or "–"
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def ranks(details: Iterable[Mapping[str, Any]]) -> str:
+    """How often each rank occurs among the records of modules."""
+    found = Counter(detail["rank"] for detail in details if detail["rank"])
+    return counts({str(rank): found[rank] for rank in sorted(found)}, "{0} (×{1})")
+
+
+def lossy(error: float) -> str:
+    """The relative error of a whole file."""
+    return "exact" if error == 0 else f"relative error {error:.3g}"
