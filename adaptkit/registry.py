@@ -15,11 +15,12 @@ __all__ = ["discover"]
 
 
 @cache
-def discover(package: str, attribute: str) -> Mapping[str, Any]:
+def discover(package: str, attribute: str, *, required: bool = True) -> Mapping[str, Any]:
     """Import every public module of `package` and collect its `attribute` by that object's `name`.
 
-    Order is that of the module names. Raises TypeError where a module lacks the attribute, where its name and
-    the object's differ (so that a name on the command line can be found with `ls`), or where a name comes twice.
+    Order is that of the module names. `contract` modules are not members. Raises TypeError for a
+    module without the attribute (if `required`), for a module and object of different names (a
+    name on the command line can be found with `ls`), and for a name that occurs twice.
     """
     found: dict[str, Any] = {}
     for info in sorted(
@@ -28,6 +29,8 @@ def discover(package: str, attribute: str) -> Mapping[str, Any]:
         if info.name.startswith("_") or info.name == "contract":
             continue
         member = getattr(importlib.import_module(f"{package}.{info.name}"), attribute, None)
+        if member is None and not required:
+            continue
         if member is None:
             raise TypeError(f"{package}.{info.name} has no {attribute}")
         if member.name.replace("-", "_") != info.name:

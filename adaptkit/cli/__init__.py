@@ -6,6 +6,8 @@ import gc
 import os
 import sys
 from contextlib import suppress
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import NoReturn
 
 import click
@@ -16,33 +18,36 @@ from adaptkit.errors import AdaptkitError
 __all__ = ["cli", "main", "run"]
 
 _INTERRUPTED = 130
-_COMMANDS = {
-    "inspect": "adaptkit.cli.inspect",
-    "convert": "adaptkit.cli.convert",
-    "resize": "adaptkit.cli.resize",
-    "combine": "adaptkit.cli.combine",
-    "extract": "adaptkit.cli.extract",
-    "advise": "adaptkit.cli.advise",
-    "merge": "adaptkit.cli.merge",
-    "compare": "adaptkit.cli.compare",
-    "batch": "adaptkit.cli.batch",
-    "formats": "adaptkit.cli.tables",
-    "families": "adaptkit.cli.tables",
-    "algorithms": "adaptkit.cli.tables",
-}
+# the order of `adaptkit --help`: the way people work; a command not named here comes last
+_ORDER = (
+    "inspect",
+    "convert",
+    "resize",
+    "combine",
+    "extract",
+    "advise",
+    "merge",
+    "compare",
+    "batch",
+    "formats",
+    "families",
+    "algorithms",
+)
+_SHARED = ("options", "show")  # modules of this package that are no commands
 
 
 class _Lazy(click.Group):
-    """Commands in the order of the table, each module imported when its command is looked up."""
+    """One command for each module of this package, imported when it is looked up."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        names = [found.name for found in iter_modules(__path__) if found.name not in _SHARED]
+        return sorted(names, key=lambda name: (*_ORDER, name).index(name))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        from importlib import import_module
-
-        home = _COMMANDS.get(cmd_name)
-        return None if home is None else getattr(import_module(home), cmd_name)
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = getattr(import_module(f"adaptkit.cli.{cmd_name}"), cmd_name)
+        return command
 
 
 @click.group(

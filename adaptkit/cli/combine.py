@@ -50,7 +50,7 @@ def combine(
     adaptkit combine a.safetensors b.safetensors:-1 --rank 32
     adaptkit combine a.safetensors b.safetensors --method ties --density 0.3 --rank 32
     """
-    from adaptkit.cli.show.combine import combined
+    from adaptkit.cli.show.rewrite import combined
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import combine as op
 

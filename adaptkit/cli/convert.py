@@ -44,7 +44,7 @@ def convert(
     adaptkit convert style.safetensors --to peft -o style-peft
     adaptkit convert lokr.safetensors --to diffusers --algo lora --rank 32
     """
-    from adaptkit.cli.show.convert import converted
+    from adaptkit.cli.show.rewrite import converted
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import convert as op
 

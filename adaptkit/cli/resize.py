@@ -32,7 +32,7 @@ def resize(
     adaptkit resize style.safetensors --size 64MB
     adaptkit resize style.safetensors --error 0.05
     """
-    from adaptkit.cli.show.resize import resized
+    from adaptkit.cli.show.rewrite import resized
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import resize as op
 

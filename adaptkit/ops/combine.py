@@ -13,12 +13,13 @@ from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
 from adaptkit.ops.shared import default_output
+from adaptkit.ops.verb import STRENGTH, Verb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["METHODS", "Options", "Plan", "Report", "plan", "run"]
+__all__ = ["METHODS", "VERB", "Options", "Plan", "Report", "plan", "run"]
 
 Plan = Recast
 
@@ -94,3 +95,6 @@ def _mixing(options: Options) -> Mixing | None:
     if not 0.0 < density <= 1.0:
         raise WrongUsage(f"--density must be above 0 and at most 1, not {density:g}")
     return Mixing(options.method, density, options.seed)
+
+
+VERB = Verb("combine", ("adapter", STRENGTH), Options, plan, run)

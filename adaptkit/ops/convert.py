@@ -15,11 +15,12 @@ from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
 from adaptkit.ops.shared import default_output
+from adaptkit.ops.verb import Verb
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Options", "Plan", "Report", "plan", "run"]
+__all__ = ["VERB", "Options", "Plan", "Report", "plan", "run"]
 
 Plan = Recast
 
@@ -62,3 +63,6 @@ def _target(adapter: Adapter, options: Options) -> tuple[Into, tuple[str, ...]]:
     return Into(
         found.format, found.fold_alpha or formats()[found.format].alpha is Alpha.NONE
     ), found.warnings
+
+
+VERB = Verb("convert", ("adapter",), Options, plan, run)

@@ -13,11 +13,12 @@ from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
 from adaptkit.ops.shared import default_output
+from adaptkit.ops.verb import Verb
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Options", "Plan", "Report", "plan", "run"]
+__all__ = ["VERB", "Options", "Plan", "Report", "plan", "run"]
 
 Plan = Recast
 
@@ -50,3 +51,6 @@ def plan(path: Path, options: Options) -> Recast:
         adapter.close()
         raise
     return made
+
+
+VERB = Verb("resize", ("adapter",), Options, plan, run)

@@ -367,7 +367,7 @@ class TestBadInput:
     @pytest.mark.skipif(os.name == "nt", reason="signals")
     def test_interrupt_exits_130_and_leaves_nothing(self, pair: Path) -> None:
         code = (
-            "import sys, time\nfrom adaptkit.ops import extract\n"
+            "import sys, time\nfrom adaptkit.ops.extract import fit as extract\n"
             "slow = extract.Fitter.load\n"
             "def load(self, job):\n    time.sleep(0.05)\n    return slow(self, job)\n"
             "extract.Fitter.load = load\nfrom adaptkit.cli import main\n"

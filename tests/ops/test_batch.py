@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from adaptkit.ops import batch, merge
 from adaptkit.ops.batch.log import Ledger
 from adaptkit.ops.batch.output_names import filled, stem
 from adaptkit.ops.batch.recipe import Job, load
-from adaptkit.ops.batch.values import INPUTS, Reader, options_of
+from adaptkit.ops.batch.values import Reader
 from adaptkit.ops.batch.workers import Here, Processes, WorkerProcess
+from adaptkit.ops.verb import verb, verbs
 
 HERE = batch.Options(jobs=0)
 GOING = batch.Options(jobs=0, keep_going=True)
@@ -171,20 +171,20 @@ class TestRecipe:
             {"dtype": "fp16"},
         ]
 
-    @pytest.mark.parametrize("command", INPUTS)
+    @pytest.mark.parametrize("command", verbs())
     def test_every_option_of_every_command_can_be_read(self, command: str, tmp_path: Path) -> None:
         reader = Reader(tmp_path, "here", command)
         values = {
-            "int": 3,
-            "float": 0.5,
-            "bool": True,
-            "str": "auto",
-            "Path": "x",
-            "tuple[str, ...]": ["a", "b"],
+            int: 3,
+            float: 0.5,
+            bool: True,
+            str: "auto",
+            Path: "x",
+            tuple[str, ...]: ["a", "b"],
         }
         special = {"dtype": "bf16"}
-        options = import_module(f"adaptkit.ops.{command}").Options
-        for name, kind in options_of(command).items():
+        options = verb(command).options
+        for name, kind in verb(command).kinds.items():
             value = reader.option(name, special.get(name, values[kind]))
             assert getattr(options(**{name: value}), name) == value
             with pytest.raises(WrongUsage, match=f"^here: {name} is "):

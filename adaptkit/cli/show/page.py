@@ -9,17 +9,20 @@ import os
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from adaptkit.cli.show.text import document
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
-__all__ = ["LABEL", "Facts", "Table", "Words", "console", "facts", "page", "table"]
+__all__ = ["LABEL", "Facts", "Table", "Words", "console", "facts", "listed", "page", "table"]
 
 LABEL = "bold cyan"
 _GAP = "  "  # between columns
+_NARROW = 76  # characters of a table cell; longer ones get lines of their own
 _UNWRAPPED = 10_000  # columns: what goes into a pipe is not broken into lines
 _COLOURED = (
     "FORCE_COLOR",
@@ -171,3 +174,31 @@ def _width(text: str) -> int:
     from rich.cells import cell_len
 
     return cell_len(text)
+
+
+def listed(kind: str, rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
+    """Show one of the tables of what this version knows."""
+    if as_json:
+        return document(kind, {kind: [dict(row) for row in rows]})
+    columns = list(rows[0])
+    shown = [[_spelled(row[c]) for c in columns] for row in rows]
+    if all(len(cell) <= _NARROW for row in shown for cell in row):
+        page().print(table([c.replace("_", " ") for c in columns], shown))
+        return
+    for name, title, *rest in shown:
+        page().print(Words(name, "bold"), Words(title))
+        page().print(
+            facts(
+                (c.replace("_", " "), cell)
+                for c, cell in zip(columns[2:], rest, strict=True)
+                if cell
+            )
+        )
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {_spelled(title)}" for name, title in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

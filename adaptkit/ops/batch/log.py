@@ -19,7 +19,7 @@ from adaptkit import __version__
 from adaptkit.errors import CannotWrite, UnreadableFile
 from adaptkit.files.header import unreadable
 from adaptkit.files.provenance import sha256
-from adaptkit.ops.batch.values import default_of
+from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -84,7 +84,7 @@ class Ledger:
         """The same for the same command on the same contents with the same options, wherever the files are."""
         options = {}
         for name, value in job.options.items():
-            if name not in NEUTRAL and value != default_of(job.command, name):
+            if name not in NEUTRAL and value != verb(job.command).default(name):
                 options[name] = self.content(value) if isinstance(value, Path) else value
         inputs = [[item.role, self.content(item.path), item.strength] for item in job.inputs]
         text = json.dumps([job.command, inputs, options], sort_keys=True, separators=(",", ":"))

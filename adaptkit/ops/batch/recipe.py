@@ -18,19 +18,10 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.errors import AdaptkitError, CorruptFile, NothingToDo, WrongUsage
 from adaptkit.files.header import unreadable
 from adaptkit.ops.batch.output_names import filled, stem
-from adaptkit.ops.batch.values import (
-    INPUTS,
-    Reader,
-    Rooted,
-    check_known,
-    default_of,
-    inside,
-    names_of,
-    nearest,
-    options_of,
-)
+from adaptkit.ops.batch.values import Reader, Rooted, check_known, inside, names_of, nearest
 from adaptkit.ops.ranks.options import RULES
 from adaptkit.ops.shared import split_strength
+from adaptkit.ops.verb import verb, verbs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -100,7 +91,7 @@ class Job:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Job:
         """The inverse of `to_dict`."""
-        kinds = options_of(record["command"])
+        kinds = verb(record["command"]).kinds
         options = {name: _restored(kinds[name], value) for name, value in record["options"].items()}
         inputs = tuple(
             Input(role, Path(path), strength) for role, path, strength in record["inputs"]
@@ -108,10 +99,10 @@ class Job:
         return cls(record["number"], record["place"], record["command"], inputs, options)
 
 
-def _restored(kind: str, value: Any) -> Any:
-    if kind.startswith("tuple"):
+def _restored(kind: Any, value: Any) -> Any:
+    if kind == tuple[str, ...]:
         return tuple(value)
-    return Path(value) if kind == "Path" and value is not None else value
+    return Path(value) if kind is Path and value is not None else value
 
 
 def load(path: Path, made: Collection[Path] = ()) -> tuple[Job, ...]:
@@ -207,8 +198,8 @@ class _Defaults:
             raise WrongUsage("`defaults` is not a table", hint="write [defaults]")
         each = {name: value for name, value in table.items() if isinstance(value, dict)}
         for name, values in each.items():
-            if name not in INPUTS:
-                raise nearest("command", name, INPUTS, "[defaults]")
+            if name not in verbs():
+                raise nearest("command", name, verbs(), "[defaults]")
             each[name] = _singular(values, f"[defaults.{name}]")
             for key in each[name]:
                 check_known(key, names_of(name), f"[defaults.{name}]")
@@ -216,7 +207,7 @@ class _Defaults:
             {name: value for name, value in table.items() if name not in each}, "[defaults]"
         )
         for name in every:
-            check_known(name, set().union(*map(names_of, INPUTS)), "[defaults]")
+            check_known(name, set().union(*map(names_of, verbs())), "[defaults]")
         return cls(every, each)
 
     def completed(self, given: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
@@ -225,10 +216,10 @@ class _Defaults:
         if not isinstance(command, str):
             raise WrongUsage(
                 f"{place}: it does not say what to do",
-                hint=f"add command, one of: {', '.join(INPUTS)}",
+                hint=f"add command, one of: {', '.join(verbs())}",
             )
-        if command not in INPUTS:
-            raise nearest("command", command, INPUTS, place)
+        if command not in verbs():
+            raise nearest("command", command, verbs(), place)
         known = names_of(command)
         for name in given:
             check_known(name, known, place)
@@ -258,15 +249,14 @@ class _Axes:
         yield from (dict(chosen) for chosen in product(*axes))
 
     def _axis(self, name: str, value: Any) -> list[Any]:
-        if (
-            options_of(self.command).get(name, "").startswith("tuple")
-        ):  # a list is one value, a list of lists several
+        if verb(self.command).kinds.get(name) == tuple[str, ...]:
+            # a list is one value, a list of lists several
             several = isinstance(value, list) and any(isinstance(item, list) for item in value)
             return value if several else [value]
         values = value if isinstance(value, list) else [value]
         if not values:
             raise WrongUsage(f"{self.place}: {name} is an empty list")
-        if name in INPUTS[self.command] and name != "strength":
+        if name in verb(self.command).inputs and name != "strength":
             return [found for item in values for found in self._globbed(item, name)]
         return values
 
@@ -276,7 +266,7 @@ class _Axes:
             return [item]
         whole = inside(self.root, item)
         path, strength = (
-            split_strength(str(whole)) if "strength" in INPUTS[self.command] else (whole, 1.0)
+            split_strength(str(whole)) if "strength" in verb(self.command).inputs else (whole, 1.0)
         )
         if path.exists():
             return [item]
@@ -303,7 +293,7 @@ class _Table:
     def job(self, number: int) -> Job:
         self._check_complete()
         reader, command = self.reader, self.reader.command
-        given = {name: value for name, value in self.values.items() if name in options_of(command)}
+        given = {name: value for name, value in self.values.items() if name in verb(command).kinds}
         options = {
             name: reader.option(name, value) for name, value in given.items() if name != "output"
         }
@@ -318,7 +308,7 @@ class _Table:
 
     def _check_complete(self) -> None:
         place, command = self.reader.place, self.reader.command
-        for name in INPUTS[command]:
+        for name in verb(command).inputs:
             if name != "strength" and name not in self.values:
                 raise WrongUsage(
                     f"{place}: {command} needs {name}",
@@ -330,12 +320,12 @@ class _Table:
                 hint="add to, the name of a format, or host",
             )
         if "output" not in self.values:
-            names = "-".join(f"{{{name}}}" for name in INPUTS[command])
+            names = "-".join(f"{{{name}}}" for name in verb(command).inputs)
             hint = f'add output = "{names}.safetensors", here or under [defaults.{command}]'
             raise WrongUsage(f"{place}: it has no output", hint=hint)
 
     def _inputs(self) -> Iterator[Input]:
-        roles = INPUTS[self.reader.command]
+        roles = verb(self.reader.command).inputs
         for role in roles:
             if role == "adapter" and "strength" in roles:
                 yield from self._adapters()
@@ -360,12 +350,12 @@ class _Table:
         """Sizes stand in a name as the recipe writes them, paths by their stems."""
         command = self.reader.command
         names: dict[str, Any] = {
-            name: default_of(command, name) for name in options_of(command) if name != "output"
+            name: verb(command).default(name) for name in verb(command).kinds if name != "output"
         }
         for name, value in options.items():
             names[name] = stem(value) if isinstance(value, Path) else given[name]
         names |= {"number": number, "command": command}
-        for role in INPUTS[command]:
+        for role in verb(command).inputs:
             if role != "strength":
                 names[role] = "+".join(stem(item.path) for item in inputs if item.role == role)
         strengths = list(

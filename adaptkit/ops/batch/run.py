@@ -14,6 +14,7 @@ from adaptkit.errors import AdaptkitError, NoSuchName, WouldOverwrite, WrongUsag
 from adaptkit.ops.batch.log import Ledger
 from adaptkit.ops.batch.recipe import load
 from adaptkit.ops.batch.workers import Engine, Here, Outcome, Processes, planned
+from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -194,7 +195,7 @@ def _by_base(jobs: Iterable[Job]) -> tuple[tuple[Job, ...], ...]:
 
 def _together(job: Job) -> bool:
     """Whether it may be done in one pass with others on its base."""
-    return job.command == "merge" and not job.options.get("verify", False)
+    return verb(job.command).together is not None and not job.options.get("verify", False)
 
 
 def preview(plan: Plan, progress: Progress | None = None) -> Preview:

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.ops.shared import DTYPES
+from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-__all__ = [
-    "INPUTS",
-    "Reader",
-    "Rooted",
-    "check_known",
-    "default_of",
-    "inside",
-    "names_of",
-    "nearest",
-    "options_of",
-]
+__all__ = ["Reader", "Rooted", "check_known", "inside", "names_of", "nearest"]
 
-INPUTS = {
-    "convert": ("adapter",),
-    "resize": ("adapter",),
-    "combine": ("adapter", "strength"),
-    "extract": ("base", "tuned"),
-    "merge": ("base", "adapter", "strength"),
-}
 SIZES = (
     "memory",
     "size",
@@ -47,27 +28,10 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
-@cache
-def _fields(command: str) -> tuple[dataclasses.Field[Any], ...]:
-    """The fields of a command's Options; found by name, for a verb never imports another."""
-    return dataclasses.fields(import_module(f"adaptkit.ops.{command}").Options)
-
-
-@cache
-def options_of(command: str) -> dict[str, str]:
-    """Option → kind of its value (`int`, `float`, `str`, `bool`, `Path`, `tuple[str, ...]`), inputs of that name aside."""
-    kinds = {item.name: str(item.type).removesuffix(" | None") for item in _fields(command)}
-    return {name: kind for name, kind in kinds.items() if name not in INPUTS[command]}
-
-
-def default_of(command: str, option: str) -> Any:
-    """What an option is when nobody says."""
-    return next(item.default for item in _fields(command) if item.name == option)
-
-
 def names_of(command: str) -> set[str]:
-    """All that a job of this command may say."""
-    return {*INPUTS[command], *options_of(command)}
+    """Every key that a job of this command may have."""
+    found = verb(command)
+    return {*found.inputs, *found.kinds}
 
 
 def nearest(kind: str, name: str, known: Iterable[str], place: str) -> NoSuchName:
@@ -109,17 +73,17 @@ class Reader:
         """As Options has it: sizes in bytes, paths from the recipe's folder, lists as tuples."""
         if name in SIZES and isinstance(value, str):
             return self._size(name, value)
-        if name == "factor" and value == "auto" and default_of(self.command, name) is None:
+        if name == "factor" and value == "auto" and verb(self.command).default(name) is None:
             return None
-        kinds: dict[str, Callable[[str, Any], Any]] = {
-            "int": self._whole,
-            "float": self.number,
-            "bool": self._truth,
-            "str": self._choice,
-            "Path": self.path,
-            "tuple[str, ...]": self._texts,
+        kinds: dict[Any, Callable[[str, Any], Any]] = {
+            int: self._whole,
+            float: self.number,
+            bool: self._truth,
+            str: self._choice,
+            Path: self.path,
+            tuple[str, ...]: self._texts,
         }
-        return kinds[options_of(self.command)[name]](name, value)
+        return kinds[verb(self.command).kinds[name]](name, value)
 
     def wrong(self, name: str, wanted: str, value: Any) -> WrongUsage:
         """The error for a value that is not what was wanted."""

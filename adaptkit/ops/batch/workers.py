@@ -21,15 +21,15 @@ import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
+import adaptkit
 from adaptkit.errors import AdaptkitError
-from adaptkit.ops.batch.values import INPUTS
+from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     from adaptkit.ops.batch.recipe import Job
 
@@ -78,12 +78,12 @@ class Engine(Protocol):
 
 def planned(job: Job, **changed: Any) -> Any:
     """The plan of the job's verb, from headers only; `changed` replaces options."""
-    op = import_module(f"adaptkit.ops.{job.command}")
-    weighed = "strength" in INPUTS[job.command]
-    given: list[Any] = [item.path for item in job.inputs if item.role != "adapter" or not weighed]
+    found = verb(job.command)
+    weighed = [item for item in job.inputs if item.role == "adapter" and found.weighs]
+    given: list[Any] = [item.path for item in job.inputs if item not in weighed]
     if weighed:
-        given.append([(item.path, item.strength) for item in job.inputs if item.role == "adapter"])
-    return op.plan(*given, op.Options(**{**job.options, **changed}))
+        given.append([(item.path, item.strength) for item in weighed])
+    return found.plan(*given, found.options(**{**job.options, **changed}))
 
 
 def perform(bundle: Bundle) -> list[Outcome]:
@@ -104,13 +104,17 @@ def perform(bundle: Bundle) -> list[Outcome]:
             else:
                 plans[n] = plan
                 stack.callback(plan.close)
-        together = _attempt(
-            lambda: import_module("adaptkit.ops.merge").run_together(list(plans.values()))
-        )
+        together = _attempt(lambda: _together(bundle[0].command, list(plans.values())))
     if isinstance(together, list):
         for n, report in zip(plans, together, strict=True):
             found[n] = Outcome(_numbers(report.to_dict()), seconds=report.seconds)
     return [outcome or _alone(job) for job, outcome in zip(bundle, found, strict=True)]
+
+
+def _together(command: str, plans: Sequence[Any]) -> Any:
+    together = verb(command).together
+    assert together is not None
+    return together(plans)
 
 
 def _prepared(job: Job) -> Any:
@@ -123,7 +127,7 @@ def _alone(job: Job) -> Outcome:
 
     def work() -> Outcome:
         with contextlib.closing(_prepared(job)) as plan:
-            report = import_module(f"adaptkit.ops.{job.command}").run(plan).to_dict()
+            report = verb(job.command).run(plan).to_dict()
         return Outcome(_numbers(report))
 
     return replace(_attempt(work), seconds=time.perf_counter() - started)
@@ -332,7 +336,7 @@ def _stop(workers: Iterable[WorkerProcess], *, interrupt: bool) -> None:
 
 def environment(count: int) -> dict[str, str]:
     """The cores are shared out, unless the user did that; the package is found where it was found here."""
-    home = str(Path(import_module("adaptkit").__file__ or "").parents[1])
+    home = str(Path(adaptkit.__file__).parents[1])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

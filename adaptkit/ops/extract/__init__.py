@@ -5,5 +5,8 @@ from __future__ import annotations
 from adaptkit.ops.extract.plan import Options, Plan, plan
 from adaptkit.ops.extract.result import Report
 from adaptkit.ops.extract.run import run
+from adaptkit.ops.verb import Verb
 
-__all__ = ["Options", "Plan", "Report", "plan", "run"]
+__all__ = ["VERB", "Options", "Plan", "Report", "plan", "run"]
+
+VERB = Verb("extract", ("base", "tuned"), Options, plan, run)

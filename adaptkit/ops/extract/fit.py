@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.ops.difference.pairing import Pair
 
-__all__ = ["Fitter", "FitRecipe"]
+__all__ = ["FitRecipe", "Fitter"]
 
 ROUGH = 5e-3  # of the error of a LoRA that is only held beside a LoKr: three digits are shown
 

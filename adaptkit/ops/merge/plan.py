@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.merge.layout import Layout
     from adaptkit.ops.shared import Unused
 
-__all__ = ["Contribution", "TensorMerge", "Options", "Plan"]
+__all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
 
 
 @dataclass(frozen=True)

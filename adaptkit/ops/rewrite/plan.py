@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path  # noqa: TC003 - the types of options are read at run time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter, Entry
@@ -24,7 +25,6 @@ from adaptkit.respelling import Assembly
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
-    from pathlib import Path
 
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Piece

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.ranks.knapsack import RankCurve
     from adaptkit.ops.rewrite.plan import Recast
 
-__all__ = ["Cut", "State", "Stored", "curve_of", "count", "dtype_of", "named", "stays"]
+__all__ = ["Cut", "State", "Stored", "count", "curve_of", "dtype_of", "named", "stays"]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""adaptkit formats, families, algorithms: what this version knows."""
+"""adaptkit formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.names import Rows, Slot, Target
 
 if TYPE_CHECKING:
-    from adaptkit.algorithms.contract import Weights
     from adaptkit.formats.contract import KeyFormat
 
 # a module that some family has in every format
@@ -35,12 +34,6 @@ def _example(format: KeyFormat) -> str:
     return ""
 
 
-def _show(kind: str, rows: list[dict[str, object]], as_json: bool) -> None:
-    from adaptkit.cli.show.tables import listed
-
-    listed(kind, rows, as_json)
-
-
 def _loading(format: str) -> dict[str, list[str]]:
     """The families that each host loads completely in this format, alpha and algorithm allowing."""
     from adaptkit.hosts import complete, hosts
@@ -55,6 +48,7 @@ def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
 
     adaptkit reads all of them, in any mixture of names that real files have.
     """
+    from adaptkit.cli.show.page import listed
     from adaptkit.detect import formats as known
 
     rows: list[dict[str, object]] = [
@@ -69,44 +63,4 @@ def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
         }
         for f in known().values()
     ]
-    _show("formats", rows, as_json)
-
-
-@click.command()
-@talk
-def families(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the model families and their parts."""
-    from adaptkit.detect import families as known
-
-    rows: list[dict[str, object]] = [
-        {
-            "name": f.name,
-            "title": f.title,
-            "components": {part.name: part.title for part in f.components},
-        }
-        for f in known().values()
-    ]
-    _show("families", rows, as_json)
-
-
-def _stored(kind: type[Weights], role: str) -> bool:
-    """Whether files that can be read hold this role; some are known only to be refused."""
-    return role == "alpha" or any(role in form for form in kind.forms)
-
-
-@click.command()
-@talk
-def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the algorithms, the tensors each stores, and which can be extracted."""
-    from adaptkit.keymap import algorithms as known
-
-    rows: list[dict[str, object]] = [
-        {
-            "name": a.name,
-            "title": a.title,
-            "tensors": [role.spelling for name, role in a.roles.items() if _stored(a, name)],
-            "extract": a.extractable,
-        }
-        for a in known().values()
-    ]
-    _show("algorithms", rows, as_json)
+    listed("formats", rows, as_json)

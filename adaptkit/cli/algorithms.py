@@ -1,0 +1,36 @@
+"""adaptkit algorithms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptkit.cli.options import talk
+
+if TYPE_CHECKING:
+    from adaptkit.algorithms.contract import Weights
+
+
+def _stored(kind: type[Weights], role: str) -> bool:
+    """Whether files that can be read hold this role; some are known only to be refused."""
+    return role == "alpha" or any(role in form for form in kind.forms)
+
+
+@click.command()
+@talk
+def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:
+    """List the algorithms, the tensors each stores, and which can be extracted."""
+    from adaptkit.cli.show.page import listed
+    from adaptkit.keymap import algorithms as known
+
+    rows: list[dict[str, object]] = [
+        {
+            "name": a.name,
+            "title": a.title,
+            "tensors": [role.spelling for name, role in a.roles.items() if _stored(a, name)],
+            "extract": a.extractable,
+        }
+        for a in known().values()
+    ]
+    listed("algorithms", rows, as_json)
