@@ -29,6 +29,7 @@ _COMMANDS = {
     "formats": "adaptkit.cli.tables",
     "families": "adaptkit.cli.tables",
     "algorithms": "adaptkit.cli.tables",
+    "help": "adaptkit.cli.help",
 }
 
 
@@ -59,6 +60,8 @@ def cli() -> None:
     adaptkit convert style.safetensors --for comfyui
     adaptkit extract base.ckpt tuned.ckpt --algo lokr
     adaptkit merge base.safetensors style.safetensors:0.8
+
+    `adaptkit help` lists the pages of the guide.
     """
 
 
