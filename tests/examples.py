@@ -1,6 +1,7 @@
 """The examples of the README and the guide: found, run, compared, refreshed.
 
-A document is run from top to bottom in a folder of its own that holds `fixtures/tiny`:
+A document is run from top to bottom in a folder of its own: the README beside a copy of `fixtures`, a page of the
+guide in a copy of `fixtures/tiny`.
 
 - ```console: each `$ adaptkit …` line is run, in this process, and prints what follows it.
 - ```python: the block is executed.
@@ -64,17 +65,18 @@ def blocks(document: Path) -> list[Block]:
 
 
 @contextlib.contextmanager
-def workplace() -> Iterator[Path]:
-    """A new folder with `fixtures/tiny` in it, which is the current one meanwhile."""
+def workplace(document: Path) -> Iterator[None]:
+    """The folder in which the examples of a document run, as the current one."""
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.copytree(FIXTURES / "tiny", Path(scratch) / "fixtures" / "tiny")
-        with contextlib.chdir(scratch):
-            yield Path(scratch)
+        tiny = Path(scratch) / "fixtures" / "tiny"
+        shutil.copytree(FIXTURES / "tiny", tiny)
+        with contextlib.chdir(scratch if document == README else tiny):
+            yield
 
 
 def check(document: Path) -> None:
     """Run the examples of a document, and compare what they print with what it shows."""
-    with workplace():
+    with workplace(document):
         for block in blocks(document):
             assert block.language in LANGUAGES, block.language
             if block.language == "console":
@@ -87,7 +89,7 @@ def check(document: Path) -> None:
 def refresh(document: Path) -> None:
     """Write what the commands print today into a document."""
     text = document.read_text(encoding="utf-8")
-    with workplace():
+    with workplace(document):
         for block in blocks(document):
             if block.language == "console":
                 fresh = "".join(f"$ {command}\n{run(command)}" for command, _ in block.commands)
@@ -107,7 +109,7 @@ def follow(block: Block, document: Path) -> None:
         if first.startswith("# "):
             Path(first.removeprefix("# ")).write_text(rest, encoding="utf-8")
         else:
-            files = Path("fixtures", "tiny").glob("*.toml")
+            files = (FIXTURES / "tiny").glob("*.toml")
             assert block.body in [file.read_text(encoding="utf-8") for file in files]
 
 

@@ -81,7 +81,9 @@ def loads() -> str:
     for family in listed("families"):
         cells = [
             ", ".join(
-                f["name"] for f in listed("formats") if family["name"] in f["loads_in"].get(host, ())
+                f["name"]
+                for f in listed("formats")
+                if family["name"] in f["loads_in"].get(host, ())
             )
             for host in hosts()
         ]

@@ -17,6 +17,7 @@ from adaptkit.errors import NoSuchName
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.markdown import Markdown
 
 __all__ = ["GROUPS", "Page", "help", "pages", "rendered"]
@@ -84,14 +85,20 @@ def rendered(page: Page, width: int) -> str:
 
 
 def _markdown(text: str) -> Markdown:
-    """Rich's Markdown with titles on the left and code on the background of the terminal."""
-    from rich.markdown import Heading, Markdown
+    """Rich's Markdown with titles on the left, and code on the terminal's own background."""
+    from rich.markdown import CodeBlock, Heading, Markdown
+    from rich.syntax import Syntax
 
-    class _Left(Heading):
+    class _Title(Heading):
         LEVEL_ALIGN = dict.fromkeys(("h1", "h2", "h3"), "left")
 
+    class _Code(CodeBlock):
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            code, theme = str(self.text).rstrip(), self.theme
+            yield Syntax(code, self.lexer_name, theme=theme, word_wrap=True, padding=(0, 0, 0, 2))
+
     class _Guide(Markdown):
-        elements = Markdown.elements | {"heading_open": _Left}
+        elements = Markdown.elements | {"heading_open": _Title, "fence": _Code}
 
     return _Guide(text, code_theme="ansi_dark", hyperlinks=False)
 
