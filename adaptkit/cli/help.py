@@ -1,7 +1,7 @@
 """adaptkit help: the guide, a folder of Markdown pages inside the package.
 
-A page is one file, `guide/GROUP/TOPIC.md`: a title, a summary of one line, and its text. No list of pages exists
-elsewhere.
+A page is one file, `guide/GROUP/TOPIC.md`: a title, a summary of one line, and its text.
+Adding a file adds a topic.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Page(NamedTuple):
 
 
 def pages() -> dict[str, Page]:
-    """Every page by topic, group by group; within a group by name, commands in the order of `adaptkit --help`."""
+    """Every page by topic, group by group.
+
+    Commands come in the order of `adaptkit --help`, other pages by name.
+    """
     from importlib.resources import files
 
     guide = files("adaptkit") / "guide"
@@ -77,17 +80,19 @@ def rendered(page: Page, width: int) -> str:
     from io import StringIO
 
     from rich.console import Console
+    from rich.theme import Theme
 
-    out = StringIO()
-    console = Console(file=out, width=width, force_terminal=True, highlight=False)
+    out, theme = StringIO(), Theme({"markdown.code": "cyan", "markdown.h1": "bold underline"})
+    console = Console(file=out, width=width, force_terminal=True, highlight=False, theme=theme)
     console.print(_markdown(page.text))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def _markdown(text: str) -> Markdown:
-    """Rich's Markdown with titles on the left, and code on the terminal's own background."""
-    from rich.markdown import CodeBlock, Heading, Markdown
+    """Rich's Markdown with titles on the left, plain backgrounds, and whole names in tables."""
+    from rich.markdown import CodeBlock, Heading, Markdown, TableElement
     from rich.syntax import Syntax
+    from rich.table import Table
 
     class _Title(Heading):
         LEVEL_ALIGN = dict.fromkeys(("h1", "h2", "h3"), "left")
@@ -97,8 +102,21 @@ def _markdown(text: str) -> Markdown:
             code, theme = str(self.text).rstrip(), self.theme
             yield Syntax(code, self.lexer_name, theme=theme, word_wrap=True, padding=(0, 0, 0, 2))
 
+    class _Table(TableElement):
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            for part in super().__rich_console__(console, options):
+                if isinstance(part, Table):
+                    part.columns[0].no_wrap = True
+                    for column in part.columns:
+                        column.overflow = "fold"
+                yield part
+
     class _Guide(Markdown):
-        elements = Markdown.elements | {"heading_open": _Title, "fence": _Code}
+        elements = Markdown.elements | {
+            "heading_open": _Title,
+            "fence": _Code,
+            "table_open": _Table,
+        }
 
     return _Guide(text, code_theme="ansi_dark", hyperlinks=False)
 
