@@ -80,7 +80,7 @@ def loads() -> str:
     rows = []
     for family in listed("families"):
         cells = [
-            ", ".join(
+            " · ".join(
                 f["name"]
                 for f in listed("formats")
                 if family["name"] in f["loads_in"].get(host, ())
