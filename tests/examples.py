@@ -1,12 +1,12 @@
 """The examples of the README and the guide: found, run, compared, refreshed.
 
-A document is run from top to bottom in a folder of its own: the README beside a copy of `fixtures`, a page of the
-guide in a copy of `fixtures/tiny`.
+A document is run from top to bottom in a folder of its own: the README next to a copy of
+`fixtures`, a page of the guide in a copy of `fixtures/tiny`.
 
 - ```console: each `$ adaptkit …` line is run, in this process, and prints what follows it.
 - ```python: the block is executed.
-- ```toml: the block is a recipe. One that begins with `# NAME` is written to that file for the examples after it; any
-  other is a file of `fixtures/tiny`.
+- ```toml: the block is a recipe. One that begins with `# NAME` is written to that file for the
+  examples after it; any other is a file of `fixtures/tiny`.
 - ```sh and ```text are not run.
 """
 

@@ -20,8 +20,8 @@ from tests.cli.test_cli import adaptkit, refused
 from tests.examples import GUIDE, blocks, check, documents, named
 from tests.guide_tables import SECTION, TABLES, generate, generated
 
-PAGES = guide.pages()
 COMMANDS = cli.list_commands(click.Context(cli))
+PAGES = guide.pages(COMMANDS)
 NARROW = 80
 MENTION = re.compile(r"`adaptkit help ([a-z-]+)`")
 

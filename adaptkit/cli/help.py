@@ -15,6 +15,7 @@ import click
 from adaptkit.errors import NoSuchName
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from importlib.resources.abc import Traversable
 
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -42,11 +43,8 @@ class Page(NamedTuple):
     text: str  # Markdown, without the markers of generated sections
 
 
-def pages() -> dict[str, Page]:
-    """Every page by topic, group by group.
-
-    Commands come in the order of `adaptkit --help`, other pages by name.
-    """
+def pages(commands: Sequence[str] = ()) -> dict[str, Page]:
+    """Every page by topic, group by group: `commands` in their order, other pages by name."""
     from importlib.resources import files
 
     guide = files("adaptkit") / "guide"
@@ -56,9 +54,13 @@ def pages() -> dict[str, Page]:
         for file in (guide / group).iterdir()
         if file.name.endswith(".md")
     ]
-    places = list(GROUPS)
-    found.sort(key=lambda page: (places.index(page.group), _place(page), page.topic))
-    return {page.topic: page for page in found}
+    groups = list(GROUPS)
+
+    def place(page: Page) -> tuple[int, int, str]:
+        order = commands.index(page.topic) if page.topic in commands else len(commands)
+        return groups.index(page.group), order, page.topic
+
+    return {page.topic: page for page in sorted(found, key=place)}
 
 
 def _page(group: str, file: Traversable) -> Page:
@@ -66,13 +68,6 @@ def _page(group: str, file: Traversable) -> Page:
     text = "\n".join(line for line in lines if not line.startswith(_MARKER)) + "\n"
     title, summary = [line for line in lines if line][:2]
     return Page(file.name.removesuffix(".md"), group, title.removeprefix("# "), summary, text)
-
-
-def _place(page: Page) -> int:
-    from adaptkit.cli import cli
-
-    commands = cli.list_commands(click.Context(cli))
-    return commands.index(page.topic) if page.topic in commands else len(commands)
 
 
 def rendered(page: Page, width: int) -> str:
@@ -121,8 +116,8 @@ def _markdown(text: str) -> Markdown:
     return _Guide(text, code_theme="ansi_dark", hyperlinks=False)
 
 
-def _listed() -> str:
-    known = pages().values()
+def _listed(known: Iterable[Page]) -> str:
+    known = list(known)
     column = max(len(page.topic) for page in known)
     lines = ["Usage: adaptkit help [TOPIC]"]
     for group, heading in GROUPS.items():
@@ -137,7 +132,8 @@ def _listed() -> str:
 
 @click.command()
 @click.argument("topic", required=False)
-def help(topic: str | None) -> None:
+@click.pass_context
+def help(ctx: click.Context, topic: str | None) -> None:
     """Show a page of the guide, or list the pages.
 
     The guide has a page for each job, command and table. On a terminal the page is formatted and
@@ -148,9 +144,10 @@ def help(topic: str | None) -> None:
     adaptkit help smaller-file
     adaptkit help resize
     """
+    group = ctx.parent.command if ctx.parent else None
+    known = pages(group.list_commands(ctx) if isinstance(group, click.Group) else ())
     if topic is None:
-        return _show(_listed())
-    known = pages()
+        return _show(_listed(known.values()))
     page = known.get(topic.lower())
     if page is None:
         raise NoSuchName.among("topic", topic, known)
