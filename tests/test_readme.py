@@ -1,6 +1,7 @@
 """The front page: its examples run and print what it shows, and its setup is what the checks run.
 
-`python -m tests.test_readme [FILE...]` writes today's output into the examples of the README and of the guide.
+`python -m tests.test_readme [FILE...]` writes today's output into the examples of the README and
+the guide.
 """
 
 from __future__ import annotations
