@@ -32,6 +32,7 @@ _ORDER = (
     "formats",
     "families",
     "algorithms",
+    "help",
 )
 _SHARED = ("options", "show")  # modules of this package that are no commands
 
@@ -64,6 +65,8 @@ def cli() -> None:
     adaptkit convert style.safetensors --for comfyui
     adaptkit extract base.ckpt tuned.ckpt --algo lokr
     adaptkit merge base.safetensors style.safetensors:0.8
+
+    `adaptkit help` lists the pages of the guide.
     """
 
 

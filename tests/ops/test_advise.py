@@ -106,6 +106,8 @@ def test_chosen_is_never_worse_than_not(noisy: advise.Report) -> None:
         assert noisy.auto[rank].relative_error <= noisy.size[rank].relative_error * (1 + 1e-9)
         assert 0 <= noisy.auto[rank].gap < 0.05
         assert sum(noisy.auto[rank].mix.values()) == noisy.layers
+    # whole layers rarely use up a budget, and then the bound of the relaxation is below them
+    assert any(point.gap > 0 for point in noisy.auto.values())
     assert noisy.made_by is None
     assert noisy.notes == ()
 
