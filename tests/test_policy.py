@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from adaptkit import policy
 from adaptkit.errors import NonFinite, NotRepresentable, WrongUsage
+from adaptkit.ops.ranks import knapsack as policy
 from adaptkit.ops.ranks.knapsack import RankCurve, least_bytes, least_error
 from adaptkit.ops.ranks.policies import (
     Energy,
