@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.algorithms.contract import ALPHA, Stated
+from adaptkit.configuration import PEFT_CONFIG, Configuration, Problem, refuse_errors
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
@@ -29,23 +29,14 @@ if TYPE_CHECKING:
     from adaptkit.formats.contract import KeyFormat
     from adaptkit.names import Slot
 
-__all__ = ["Adapter", "Entry", "Problem", "open_adapter_source"]
+__all__ = ["Adapter", "Entry", "open_adapter_source"]
 
-PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_BIAS = "lora_B.bias"
 CARRIED = (
     "bundle_emb.",
     "_aux.",
 )  # OneTrainer's embeddings, and tensors other tools leave beside an adapter
-DIFFUSERS_CONFIG = "lora_adapter_metadata"
-
-
-class Problem(NamedTuple):
-    """Something wrong with a file: `error` where it cannot be used as it stands, else `warning`."""
-
-    severity: str
-    module: str | None
-    what: str
 
 
 class Entry(NamedTuple):
@@ -84,6 +75,7 @@ class Adapter:
     unclaimed: Mapping[str, str]
     problems: tuple[Problem, ...]
     detection: Detection
+    keys: KeyMap  # of this file's own family and format
     metadata: Mapping[str, str] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
 
@@ -94,7 +86,9 @@ class Adapter:
         """Read the header of an adapter file, or of a PEFT folder; UnknownAdapter where no (family, format) fits."""
         source, config = open_adapter_source(Path(path))
         try:
-            return cls.understand(source, config, family=family, format=format)
+            found = cls.understand(source, config, family=family, format=format)
+            refuse_errors(found.problems, Path(path))
+            return found
         except AdaptkitError as error:
             source.close()
             raise error.at(file=path) from None
@@ -110,7 +104,9 @@ class Adapter:
         source, config = open_adapter_source(Path(path))
         try:
             infos = _weights_of(source)
-            return cls._read(source, config, infos, *_by_names(infos, family, format))
+            found = cls._read(source, config, infos, *_by_names(infos, family, format))
+            refuse_errors(found.problems, Path(path))
+            return found
         except AdaptkitError as error:
             source.close()
             raise error.at(file=path) from None
@@ -142,9 +138,13 @@ class Adapter:
         keys: KeyMap,
         found: Detection,
     ) -> Adapter:
-        reader = _Reader(source, keys, _Configs.of(source.metadata, config))
+        stated = Configuration.of(source.metadata, config)
+        reader = _Reader(source, keys, stated)
         entries = reader.entries(infos)
-        reader.problems += _unusual(config or {})
+        reader.problems += stated.problems()
+        ranked = [entry for entry in entries.values() if entry.facts.rank is not None]
+        if ranked and all(entry.alpha is None for entry in ranked):
+            reader.problems += stated.unused_alpha()
         return cls(
             source,
             keys.family,
@@ -153,6 +153,7 @@ class Adapter:
             reader.unclaimed,
             tuple(reader.problems),
             found,
+            keys,
             source.metadata,
             tuple(name for name in source.infos if name not in infos),
         )
@@ -161,11 +162,6 @@ class Adapter:
     def known(self) -> bool:
         """Whether the family is one that adaptkit has a table for."""
         return self.detection.family is not None
-
-    @cached_property
-    def keys(self) -> KeyMap:
-        """The key map of this file's own family and format."""
-        return KeyMap(self.family, self.format)
 
     @cached_property
     def alpha_source(self) -> str:
@@ -238,82 +234,33 @@ def _unknown(
     return KeyMap(stranger, key_format), Detection(None, key_format.name, claimed, found.total)
 
 
-def _unusual(config: Mapping[str, object]) -> list[Problem]:
-    """What a PEFT configuration asks for that the tensors do not show and adaptkit does not do."""
-    usual: dict[str, object] = {
-        "use_cayley_neumann": True,
-        "num_cayley_neumann_terms": 5,
-        "coft": False,
-    }
-    if config.get("peft_type") != "OFT":
-        return []
-    wrong = [name for name, value in usual.items() if config.get(name, value) != value]
-    return [
-        Problem("error", None, f"{name} = {config[name]}: this kind of OFT is not supported")
-        for name in wrong
-    ]
-
-
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:
-    """An adapter's file, and PEFT's adapter_config.json where the path is a folder that has one."""
-    config = path / PEFT_CONFIG
+    """An adapter's file, and PEFT's adapter_config.json.
+
+    The configuration is read for a folder that has one, and for weights of PEFT's name beside one:
+    alpha stands nowhere else.
+    """
+    folder = path.parent if path.name in PEFT_WEIGHTS else path
+    config = folder / PEFT_CONFIG
     if not config.is_file():
         return open_source(path), None
-    weights = next((path / name for name in PEFT_WEIGHTS if (path / name).is_file()), path)
+    weights = path
+    if path.is_dir():
+        weights = next((path / name for name in PEFT_WEIGHTS if (path / name).is_file()), path)
     try:
-        return open_source(weights), json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UnknownAdapter(
-            f"{PEFT_CONFIG} is not readable as JSON: {error}", file=config
-        ) from None
-
-
-@dataclass(frozen=True)
-class _Configs:
-    """Alphas that stand in metadata: PEFT's LoraConfig fields, per component where diffusers wrote them."""
-
-    configs: Mapping[str, Mapping[str, object]]
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, str], config: Mapping[str, object] | None) -> _Configs:
-        if config is not None:
-            return cls({"": config})
-        try:
-            stored = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
-        except ValueError:
-            stored = {}
-        parts: dict[str, dict[str, object]] = {}
-        for name, value in stored.items() if isinstance(stored, dict) else ():
-            component, _, key = name.partition(".")
-            parts.setdefault(component, {})[key] = value
-        return cls(parts)
-
-    def alpha(self, component: str, module: str) -> Stated | None:
-        """Alpha of a module, named as the file names it; None where no configuration states one."""
-        config = self.configs.get(component) or self.configs.get("") or {}
-        alpha = _pattern(
-            config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha"))
-        )
-        if not isinstance(alpha, int | float):
-            return None
-        rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
-        return Stated(
-            float(alpha), rank if isinstance(rank, int) else None, bool(config.get("use_rslora"))
-        )
-
-
-def _pattern(patterns: object, module: str, default: object) -> object:
-    """The value of the first pattern that matches the end of the module's name, as PEFT's `get_pattern_key` finds it."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
+        read = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        what = f"{PEFT_CONFIG} is not readable as JSON: {error}"
+        raise UnknownAdapter(what, file=config) from None
+    if not isinstance(read, dict):
+        raise UnknownAdapter(f"{PEFT_CONFIG} is not a JSON object", file=config)
+    return open_source(weights), read
 
 
 class _Reader:
     """Groups keys by slot and makes entries of them; what does not fit is listed, never dropped."""
 
-    def __init__(self, source: TensorSource, keys: KeyMap, configs: _Configs) -> None:
+    def __init__(self, source: TensorSource, keys: KeyMap, configs: Configuration) -> None:
         self.source = source
         self.keys = keys
         self.configs = configs
@@ -345,6 +292,7 @@ class _Reader:
                     if role != ALPHA
                 }
                 facts = self._with_kernel(slot, kind.facts(shapes, alpha))
+                facts = self._with_bias_scale(slot, facts, keys, first.module)
             except AdaptkitError as error:
                 failures.append(error.message)
             else:
@@ -362,6 +310,20 @@ class _Reader:
         if row is None or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
+
+    def _with_bias_scale(
+        self, slot: Slot, facts: Facts, keys: Mapping[str, str], module: str
+    ) -> Facts:
+        """PEFT scales `lora_B.bias` as it scales the factors (peft/tuners/lora/layer.py)."""
+        key = next(iter(keys.values()))
+        if not key.endswith(PEFT_BIAS):
+            return facts
+        down = self.source.infos.get(f"{key.removesuffix(PEFT_BIAS)}lora_A.weight")
+        stated = self.configs.alpha(slot.component, module)
+        if down is None or stated is None:
+            return facts
+        rank = stated.rank or down.shape[0]
+        return replace(facts, scale=stated.value / (rank**0.5 if stated.rank_scaled else rank))
 
     def _alpha(self, slot: Slot, keys: Mapping[str, str], module: str) -> tuple[Stated | None, str]:
         if ALPHA in keys:

@@ -91,7 +91,7 @@ def is_adapter(names: Iterable[str]) -> bool:
 def _is_adapters(name: str, gates: Set[str]) -> bool:
     """Whether a key is spelled as an adapter's; IA³ calls its vector `weight`, which tells only beside an `on_input`."""
     found = split_suffix(name)
-    if found is not None and found[1] in _PLAIN:
+    if found is not None and found[1] in _PLAIN and _FOREIGN.search(name) is None:
         return f"{found[0]}." in gates
     return found is not None or _FOREIGN.search(name) is not None
 

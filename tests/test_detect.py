@@ -172,3 +172,23 @@ def test_names_are_checked() -> None:
 def test_an_unknown_checkpoint_has_no_family() -> None:
     found = detect_checkpoint(infos({"transformer.h.0.attn.weight": ("F16", (4, 4))}), {})
     assert found.family is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        # diffusers before 0.20 (`train_dreambooth_lora.py` of that time)
+        [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.{part}_lora.{role}.weight"
+         for part in ("to_q", "to_k", "to_v", "to_out") for role in ("down", "up")],
+        # XLabs-AI x-flux
+        [f"double_blocks.0.processor.{part}_lora{n}.{role}.weight"
+         for part in ("qkv", "proj") for n in (1, 2) for role in ("down", "up")],
+    ],
+)  # fmt: skip
+def test_old_spellings_are_adapters_not_checkpoints(names: list[str]) -> None:
+    from adaptkit.detect import is_adapter
+
+    assert is_adapter(names)
+    assert not is_adapter(
+        [name.replace("_lora1", "").replace("_lora2", "").replace("_lora", "") for name in names]
+    )

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Full(Weights):
     """ΔW = diff (..., m, n); a bias or norm vector is a column, (..., m, 1). No scale.
 
-    Stored as `diff` and `diff_b` for layers, `w_norm` and `b_norm` for norms (LyCORIS `modules/full.py`, `norms.py`).
+    Stored as `diff` and `diff_b` for layers, `w_norm` and `b_norm` for norms (LyCORIS
+    `modules/full.py`, `norms.py`). Only PEFT's `lora_B.bias` has a scale, that of its factors.
     """
 
     name: ClassVar[str] = "full"
@@ -60,6 +61,10 @@ class Full(Weights):
         ((role, stored),) = tensors.items()
         own = 1 if facts.vector else 2 + len(facts.kernel or ())
         matrix = stored.reshape(*stored.shape[: stored.ndim - own], facts.rows, facts.columns)
+        if facts.scale != 1.0:
+            from adaptkit.linalg.precision import upcast
+
+            matrix = upcast(matrix) * facts.scale
         return cls(matrix, facts.kernel or (), role, facts.vector)
 
     def encode(self) -> dict[str, Tensor]:

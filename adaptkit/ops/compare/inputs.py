@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
+from adaptkit.configuration import refuse_errors
 from adaptkit.detect import is_adapter
 from adaptkit.errors import AdaptkitError, ShapeMismatch, UnknownAdapter
 from adaptkit.ops.difference.pairing import open_pair
@@ -78,7 +79,11 @@ class _File:
 
     def _read(self, family: str | None) -> Adapter:
         try:
-            return Adapter.understand(self.source, self.config, family=family, format=self.names[1])
+            found = Adapter.understand(
+                self.source, self.config, family=family, format=self.names[1]
+            )
+            refuse_errors(found.problems, self.path)
+            return found
         except AdaptkitError as error:
             raise error.at(file=self.path) from None
 

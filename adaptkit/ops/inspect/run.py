@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.adapter import PEFT_CONFIG, Adapter, Problem, open_adapter_source
+from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
+from adaptkit.configuration import PEFT_CONFIG, Problem
 from adaptkit.detect import Detection, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.provenance import sha256

@@ -363,7 +363,7 @@ class _Planner:
         """Whether the scale has to go into the weights: no place for alpha, or none that a reader takes as a scale."""
         if entry.facts.scale == 1.0 or entry.kind.bounded:
             return False
-        return self.into.fold or (entry.facts.rank is None and ALPHA in entry.kind.roles)
+        return self.into.fold or entry.facts.rank is None
 
     def _ready(self, term: Term, kind: type[Weights]) -> tuple[Copied | Written, ...]:
         job, entry = term.job, term.job.whole
