@@ -181,8 +181,12 @@ class Adapter:
         return dict(Counter(entry.kind.name for entry in self.entries.values()).most_common())
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
-        """The stored tensors of an entry by role, alpha left out (it is in `facts.scale`)."""
-        return {role: self.source.read(key) for role, key in entry.tensors()}
+        """The tensors of an entry by role, alpha left out (it is in `facts.scale`).
+
+        They keep their stored dtype if all share one that torch computes with. Others come in the
+        narrowest float dtype that holds them all.
+        """
+        return _alike({role: self.source.read(key) for role, key in entry.tensors()})
 
     def weights(self, entry: Entry) -> Weights:
         """The weights of an entry, decoded, in their stored dtype."""
@@ -334,6 +338,20 @@ class _Reader:
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
         self.problems.append(Problem("error", label(self.keys.family, slot), what))
         self.unclaimed |= dict.fromkeys(group, what)
+
+
+def _alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one float dtype: torch multiplies no two dtypes, and computes nothing in fp8."""
+    import torch
+
+    floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(floats) < 2 and all(dtype.itemsize > 1 for dtype in floats):
+        return tensors
+    wide = torch.float64 if torch.float64 in floats else torch.float32
+    return {
+        role: tensor.to(wide) if tensor.is_floating_point() else tensor
+        for role, tensor in tensors.items()
+    }
 
 
 @lru_cache(maxsize=4096)

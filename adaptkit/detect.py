@@ -255,7 +255,7 @@ def _decide(
 ) -> Detection:
     ranked = sorted(scores, key=lambda score: -score.claimed)
     best = ranked[0] if ranked else _Score(0, "", None)
-    if best.claimed == 0 or (best.claimed < ENOUGH * total and not forced):
+    if best.claimed == 0 or (best.claimed <= ENOUGH * total and not forced):
         return Detection(None, None, best.claimed, total)
     tied = [score for score in ranked if score.claimed == best.claimed]
     marks = {

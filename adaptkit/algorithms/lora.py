@@ -119,6 +119,17 @@ class Lora(Weights):
         stored[ALPHA] = torch.tensor(self.scale * rank, dtype=torch.float32)
         return stored
 
+    @classmethod
+    def laid_out(
+        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
+    ) -> tuple[int, ...]:
+        if role == "mid" and peft:
+            raise NotRepresentable(
+                "PEFT and diffusers read no lora_mid",
+                hint="`adaptkit resize --energy 1` writes it as a plain LoRA first",
+            )
+        return shape
+
     def _right(self) -> Tensor:
         from adaptkit.linalg.precision import upcast
 

@@ -182,6 +182,8 @@ class Rewriter:
 
     def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, in the target's order of rows of the new format, nothing rounded."""
+        if self.plan.mixing is not None:
+            _finite(task, tensors)  # electing signs would drop NaN without a word
         parts = [self._term(task, number, term, tensors) for number, term in enumerate(task.terms)]
         whole = (
             parts[0]
@@ -192,7 +194,7 @@ class Rewriter:
 
     def _together(self, task: Task, parts: Sequence[Weights]) -> Weights:
         vector = any(entry.facts.vector for entry in task.entries)
-        if self.plan.mixing is not None and not vector:
+        if self.plan.mixing is not None:
             return self._mixed(task, parts)
         if vector:
             return type(parts[0]).sum(parts)
@@ -223,6 +225,8 @@ class Rewriter:
             deltas, how.method, how.density, [f"{how.seed}/{number}/{label}" for number in numbers]
         )
         full = algorithms()["full"]
+        if isinstance(parts[0], full):  # keeps the role of a bias or norm
+            return replace(parts[0], diff=mixed)  # type: ignore[type-var]
         return full(mixed, task.kernel or ())  # type: ignore[call-arg]
 
     def _term(self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]) -> Weights:

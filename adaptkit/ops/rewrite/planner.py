@@ -19,6 +19,7 @@ from adaptkit.errors import (
     ShapeMismatch,
 )
 from adaptkit.files.header import TensorSpec
+from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms, compile_keys
 from adaptkit.ops.adapter_file.writer import check_adapter_output
@@ -237,11 +238,13 @@ class _Planner:
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
+        _check_sizes(task)
         try:
             kind = self._kind(task)
             ranked = self.policy is not None and self._ranked(task, kind)
             changes = frozenset(self._what(task, kind))
             based = self._place(task, kind)
+            self._check_layout(task, kind, ranked)
         except AdaptkitError as error:
             raise error.at(file=terms[0].job.adapter.source.path, tensor=task.label) from None
         ready = self._ready(terms[0], kind) if changes <= {"renamed"} else None
@@ -328,6 +331,17 @@ class _Planner:
             )
         return pieces
 
+    def _check_layout(self, task: Task, kind: type[Weights], ranked: bool) -> None:
+        """NotRepresentable if the format has no layout for a tensor that the output keeps."""
+        if ranked:
+            return  # decomposed into plain factors
+        for entry in task.entries:
+            if entry.kind is kind:
+                infos = task.terms[0].job.adapter.source.infos
+                for role, key in entry.tensors():
+                    shape = infos[key].shape if key in infos else ()
+                    kind.laid_out(role, shape, entry.facts, peft=self.keys.format.peft)
+
     # what is done to it ---------------------------------------------------------------------------------------------
 
     def _what(self, task: Task, kind: type[Weights]) -> Iterator[str]:
@@ -357,7 +371,7 @@ class _Planner:
             yield "cast"
 
     def _casts(self, dtype: str) -> bool:
-        return dtype in FLOATS and stored_dtype(self.options.dtype, dtype) != dtype
+        return dtype in (*FLOATS, *FP8) and stored_dtype(self.options.dtype, dtype) != dtype
 
     def _folds(self, entry: Entry) -> bool:
         """Whether the scale has to go into the weights: no place for alpha, or none that a reader takes as a scale."""
@@ -411,6 +425,34 @@ class _Planner:
         if self.into.fold or place in (Alpha.NONE, Alpha.CONFIG):
             return True
         return place is Alpha.OPTIONAL and entry.facts.scale == 1.0
+
+
+def _check_sizes(task: Task) -> None:
+    """ShapeMismatch if two inputs adapt a layer of different sizes; 0 is a size not known."""
+    first, *others = ((term, _size(term.job)) for term in task.terms)
+    for term, size in others:
+        if any(a and b and a != b for a, b in zip(first[1], size, strict=True)):
+            here, there = ("{} × {}".format(*(n or "?" for n in s)) for s in (size, first[1]))
+            name = first[0].job.adapter.source.path.name
+            raise ShapeMismatch(
+                f"{task.label} is {here} in this adapter, {there} in {name}",
+                hint="they were made for models of different sizes; see `adaptkit inspect --modules`",
+                file=term.job.adapter.source.path,
+            )
+
+
+def _size(job: Assembly) -> tuple[int, int]:
+    """(rows, columns) that an adapter gives to a slot; 0 if its tensors do not tell."""
+    heights = [
+        part.rows
+        if part.entry is None
+        else part.cut[1] - part.cut[0]
+        if part.cut
+        else part.entry.facts.rows
+        for part in job.parts
+    ]
+    columns = {entry.facts.columns for entry in job.entries}
+    return (sum(heights) if all(heights) else 0), (columns.pop() if len(columns) == 1 else 0)
 
 
 def _turned(kind: type[Weights], into: type[Weights]) -> bool:
