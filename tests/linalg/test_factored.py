@@ -110,7 +110,9 @@ def test_distance_of_nearly_equal_products_is_not_lost_to_cancellation() -> None
     assert float(product_distance((left, right), (left @ turn, turn.T @ right))) < 1e-28 * norm
     moved = left + 1e-9 * torch.from_numpy(random.standard_normal((40, 6)))
     true = float(((moved - left) @ right).square().sum())
-    assert float(product_distance((left, right), (moved, right))) == pytest.approx(true, rel=1e-5)
+    assert float(product_distance((left, right), (moved, right))) == pytest.approx(
+        true, rel=1e-5, abs=0
+    )
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -126,7 +128,7 @@ def test_one_equal_factor_leaves_the_whole_change_to_the_other(side: int) -> Non
         tuple(torch.from_numpy(factor) for factor in one),  # type: ignore[arg-type]
         tuple(torch.from_numpy(factor) for factor in two),  # type: ignore[arg-type]
     )
-    assert float(found) == pytest.approx(exact, rel=1e-12)
+    assert float(found) == pytest.approx(exact, rel=1e-12, abs=0)
 
 
 def test_a_stack_has_gram_matrices_only_where_every_member_has() -> None:

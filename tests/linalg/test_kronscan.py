@@ -232,7 +232,7 @@ def test_captured_is_the_leading_singular_value(
     for pieces in (1 << 13, 40):
         monkeypatch.setattr(module, "RUN", pieces)
         scan = scan_kron(x, window)
-        assert float(scan.total) == pytest.approx(energy(exact), rel=tol)
+        assert float(scan.total) == pytest.approx(energy(exact), rel=tol, abs=0)
         for way, captured, score in zip(scan.splits, scan.captured, scan.score, strict=True):
             best = leading(exact, way.a, way.b)
             assert float(captured) == pytest.approx(best, rel=0, abs=tol * energy(exact)), way
@@ -266,7 +266,7 @@ def test_lanczos_captures_what_the_gram_matrix_does(
     assert all(way.a * way.b > 256 for way in scan.splits)
     for way, captured, other in zip(scan.splits, scan.captured, gram.captured, strict=True):
         best = leading(x, way.a, way.b)
-        assert float(other) == pytest.approx(best, rel=1e-5)
+        assert float(other) == pytest.approx(best, rel=1e-5, abs=0)
         assert best * 0.99 <= float(captured) <= best + 1e-6 * energy(x)
         if best > 0.5 * energy(x):
             assert best - float(captured) <= 0.01 * (energy(x) - best) + 1e-7 * best
@@ -349,7 +349,7 @@ def test_noise_of_the_second_factor_is_that_of_the_weighted_sum() -> None:
         np.testing.assert_allclose(
             found.columns[k].numpy(), exact.mean(0) / exact.mean(), rtol=1e-12
         )
-        assert float(found.floor[k]) == pytest.approx(exact.sum())
+        assert float(found.floor[k]) == pytest.approx(exact.sum(), rel=1e-6, abs=0)
 
 
 def test_noise_of_the_second_factor_is_what_rounding_leaves_in_it() -> None:
@@ -362,9 +362,9 @@ def test_noise_of_the_second_factor_is_what_rounding_leaves_in_it() -> None:
         80, 100
     )
     found = second_noise(one.noise, torch.from_numpy(w1))
-    assert float(found.floor) == pytest.approx(energy(error), rel=0.1)
+    assert float(found.floor) == pytest.approx(energy(error), rel=0.1, abs=0)
     exact = (w1.ravel() ** 2 @ rows_of_blocks(variance(one.rounded[0]), 4, 4)).sum()
-    assert float(found.floor) == pytest.approx(exact, rel=0.02)
+    assert float(found.floor) == pytest.approx(exact, rel=0.02, abs=0)
 
 
 def test_second_ranks_of_a_batch_and_of_zero() -> None:
