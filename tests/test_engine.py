@@ -286,13 +286,26 @@ def test_the_default_bound_grows_with_the_largest_step() -> None:
     assert engine.peak_memory([big, big]) == big.bytes
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_machine_without_cuda_says_so(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AdaptkitError, match="no CUDA device") as caught:
+        Resources.choose(device)
+    assert caught.value.hint == "use --device cpu"
+    assert Resources.choose("auto").device == "cpu"
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_cpu_has_as_many_workers_as_torch_has_threads() -> None:
+    chosen = Resources.choose("cpu", 123)
+    assert (chosen.device, chosen.memory, chosen.workers, chosen.on_cpu) == ("cpu", 123, 3, True)
+    assert not Resources("cuda:1").on_cpu
+    assert Resources("cpu:0").on_cpu
+
+
 def test_unknown_devices_are_refused() -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(AdaptkitError, match="CUDA"):
-            Resources.choose("cuda")
     with pytest.raises(AdaptkitError, match="cannot be used"):
         Resources.choose("quantum")
-    assert Resources.choose("cpu", 123).memory == 123
 
 
 @pytest.mark.gpu
