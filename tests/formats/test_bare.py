@@ -20,6 +20,14 @@ KEYS = [
     Key(f"{MODULE}.lora_A.weight", "flux", PARAMETER, role="down"),
     Key(f"{MODULE}.alpha", "flux", PARAMETER, role="alpha"),
     Key(f"{MODULE}.dora_scale", "flux", PARAMETER, "lora+dora", "magnitude"),
+    # a norm that is replaced, as the model itself calls its weight
+    Key(
+        "transformer_blocks.0.attn.norm_k.scale",
+        "flux",
+        "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",
+        "set",
+        "value",
+    ),
 ]
 
 

@@ -17,6 +17,13 @@ from tests.formats.spelling import (
 CONV = "unet.down_blocks.0.resnets.0.conv1.weight"
 STEM = "diffusion_model.input_blocks.1.0.in_layers.2"
 KEYS = [
+    Key(
+        "diffusion_model.double_blocks.0.img_attn.norm.key_norm.set_weight",
+        "flux",
+        "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",
+        "set",
+        "value",
+    ),
     Key(f"{STEM}.lora_B.weight", "sd1", CONV),
     Key(f"{STEM}.lora_A.weight", "sd1", CONV, role="down"),
     Key(f"{STEM}.lora_mid.weight", "sd1", CONV, role="mid"),

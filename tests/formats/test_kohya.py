@@ -19,6 +19,13 @@ SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 FUSED = "model.diffusion_model.double_blocks.18.img_attn.qkv.weight"
 KEYS = [
     Key(
+        "lora_unet_double_blocks_0_img_attn_norm_key_norm.set_weight",
+        "flux",
+        "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale",
+        "set",
+        "value",
+    ),
+    Key(
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
         "sd1",
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.weight",
