@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -378,3 +378,59 @@ def test_second_ranks_of_a_batch_and_of_zero() -> None:
     found = second_rank(delta, rounding_noise(tuned), 4, 4)
     assert found.rank.tolist() == [2, 5, 0]
     assert found.low_rank.tolist() == [True, True, True]
+
+
+FINE, COARSE, MIDDLE = (
+    Split((2,), 2, 2, 30, 40),
+    Split((60,), 60, 2, 10, 4),
+    Split((4,), 4, 4, 9, 9),
+)
+
+
+def told(*scores: float, captured: Sequence[float] = (), floor: float | None = None) -> int:
+    """Which split is recognised of FINE, COARSE and MIDDLE, of 1204, 160 and 97 numbers."""
+    scan = module.KronScan(
+        (FINE, COARSE, MIDDLE),
+        torch.tensor(captured or scores, dtype=torch.float64),
+        torch.tensor(scores, dtype=torch.float64),
+        torch.tensor(1.0, dtype=torch.float64),
+    )
+    return int(scan.recognised(None if floor is None else torch.tensor(floor)))
+
+
+@pytest.mark.parametrize(
+    ("scores", "which"),
+    [
+        ((0.9, 0.2, 0.1), 0),
+        ((0.49, 0.2, 0.1), -1),
+        ((0.50, 0.2, 0.1), 0),
+        # equally good: within a hundredth of what the best lacks to 1
+        ((0.9, 0.8991, 0.1), 1),
+        ((0.9, 0.8991, 0.8991), 2),
+        ((0.9, 0.8989, 0.8), 0),
+        ((1.0, 1 - 9e-7, 0.1), 1),
+        ((1.0, 1 - 3e-6, 0.1), 0),
+        ((1.0, 0.995, 0.995), 0),
+    ],
+)
+def test_of_equally_good_splits_the_one_of_fewest_numbers_is_meant(
+    scores: tuple[float, float, float], which: int
+) -> None:
+    assert told(*scores) == which
+
+
+@pytest.mark.parametrize(
+    ("captured", "floor", "which"),
+    [
+        ((0.99, 0.999, 0.9), 1e-2, 0),
+        ((0.97, 0.999, 0.9), 1e-2, 0),  # leaves three times the rounding
+        ((0.95, 0.999, 0.9), 1e-2, 1),  # leaves five times
+        ((0.95, 0.9, 0.9), 1e-2, -1),
+        ((1 - 9e-6, 0.9, 0.9), 0.0, 0),  # so little is no doubt without any rounding
+        ((1 - 2e-5, 0.9, 0.9), 0.0, -1),
+    ],
+)
+def test_what_leaves_more_than_rounding_does_is_no_product(
+    captured: tuple[float, float, float], floor: float, which: int
+) -> None:
+    assert told(0.95, 0.9, 0.85, captured=captured, floor=floor) == which

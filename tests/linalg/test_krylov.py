@@ -177,3 +177,27 @@ def test_a_fixed_basis_holds_the_leading_directions_of_every_member() -> None:
 def test_wider_blocks_go_with_higher_ranks() -> None:
     assert [krylov.block_width(1000, rank) for rank in (1, 8, 9, 64, 65)] == [8, 8, 16, 16, 32]
     assert krylov.block_width(5, 100) == 5
+
+
+@pytest.mark.parametrize("rho", [0.45, 0.6, 0.85])
+@pytest.mark.parametrize("tol", [1e-2, 1e-3])
+def test_a_space_is_settled_where_half_as_much_again_as_is_left_would_not_matter(
+    rho: float, tol: float
+) -> None:
+    """Errors that fall to E geometrically: what is left is known, and so is what it is of √E."""
+    left = 4 / 3 * tol  # of E; the error itself gains half of that, with a margin of a half: tol
+    for share, settled in ((0.98, True), (1.02, False)):
+        errors = [1 + share * left * rho**-k for k in (2, 1, 0)]
+        # of the error now, which is larger than E by what is left
+        errors = [error / errors[-1] for error in errors]
+        assert krylov._settled(errors, 1e3, tol * (1 - share * left)) == settled
+
+
+def test_a_space_is_settled_where_nothing_is_left_and_never_on_two_looks() -> None:
+    assert krylov._settled([1e-13], 1.0, 1e-9)
+    assert not krylov._settled([1e-11], 1.0, 1.0)
+    assert not krylov._settled([0.5, 0.5], 1.0, 1.0)
+    assert krylov._settled([0.5, 0.5, 0.5], 1.0, 1e-9), "nothing was gained"
+    # an error that is small beside ‖A‖ may change by a large share of itself
+    assert krylov._settled([3e-9, 2e-9, 1.5e-9], 1e4, 1e-6)
+    assert not krylov._settled([3e-9, 2e-9, 1.5e-9], 1e-6, 1e-6)
