@@ -5,6 +5,8 @@ Known from the specification (Open Model Initiative); no published file is at ha
 
 from __future__ import annotations
 
+from adaptkit.detect import formats
+from adaptkit.formats._format import Alpha
 from adaptkit.keymap import compile_keys
 from tests.formats.spelling import (
     Key,
@@ -69,3 +71,8 @@ def test_names_of_other_formats_are_foreign() -> None:
 
 def test_other_models_have_no_names() -> None:
     check_no_place("omi", "sd1", ["unet.down_blocks.0.resnets.0.conv1.weight"])
+
+
+def test_alpha_is_a_tensor_as_the_specification_has_it() -> None:
+    """No file is at hand to show it."""
+    assert formats()["omi"].alpha is Alpha.TENSOR

@@ -201,3 +201,13 @@ def test_a_space_is_settled_where_nothing_is_left_and_never_on_two_looks() -> No
     # an error that is small beside ‖A‖ may change by a large share of itself
     assert krylov._settled([3e-9, 2e-9, 1.5e-9], 1e4, 1e-6)
     assert not krylov._settled([3e-9, 2e-9, 1.5e-9], 1e-6, 1e-6)
+
+
+def test_every_copy_of_a_repeated_value_is_found_a_block_at_a_time() -> None:
+    """A start of sixteen columns holds sixteen copies: sixty take four, and each is worth it."""
+    draw = np.random.default_rng(3)
+    u, v = (np.linalg.qr(draw.standard_normal((200, 200)))[0] for _ in range(2))
+    sigma = np.concatenate([np.ones(60), 0.05 * np.arange(1, 141) ** -0.5])
+    space = explored(torch.from_numpy((u * sigma) @ v.T), 60, 1e-3, 0)
+    assert space.width == 16
+    np.testing.assert_allclose(space.values().numpy(), np.ones(60), rtol=1e-4)
