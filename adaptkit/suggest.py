@@ -23,8 +23,10 @@ CUTOFF = 0.75  # of difflib's ratio: below, names have little in common
 def nearest(keys: KeyMap, key: str) -> str | None:
     """The known key most like this one, its numbers kept; None where nothing is near.
 
-    Either the module is known and its suffix is not, or the other way round, or neither; compared without numbers.
+    Names are compared without their numbers. A known module with a strange suffix has no nearer name.
     """
+    if any(keys.claims(key[:at]) for at, letter in enumerate(key) if letter == "."):
+        return None
     found = split_suffix(key)
     stem, suffix = (
         (found[0], found[1]) if found else (key.rpartition(".")[0], key.rpartition(".")[2])

@@ -27,9 +27,17 @@ def t5_rows(layers: int, *, bias_everywhere: bool = False) -> tuple[Row, ...]:
 
 
 def t5(
-    name: str, *, kohya: tuple[str, ...] = (), comfy: str = "text_encoders.t5xxl.transformer"
+    name: str,
+    *,
+    kohya: tuple[str, ...] = (),
+    onetrainer: tuple[str, ...] | None = None,
+    comfy: str = "text_encoders.t5xxl.transformer",
 ) -> Component:
-    """T5-XXL as diffusers' component `name`; `kohya` are the prefixes `lora_<tag>_` it goes by, the written one first."""
+    """T5-XXL as diffusers' component `name`.
+
+    `kohya` are the prefixes `lora_<tag>_` it goes by, the written one first; `onetrainer` those of
+    OneTrainer, where they differ.
+    """
     return Component(
         name=name,
         title="T5-XXL",
@@ -37,7 +45,7 @@ def t5(
         checkpoints={"diffusers": (f"{name}.", f"{comfy}.", "")},
         tags={
             "kohya": kohya,
-            "onetrainer": kohya,
+            "onetrainer": kohya if onetrainer is None else onetrainer,
             "comfy": (comfy,),
             "root": ("",),
             "diffusers": (name,),

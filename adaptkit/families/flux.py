@@ -64,7 +64,8 @@ FAMILY = ModelFamily(
     components=(
         transformer("FLUX.1 transformer", ROWS),
         clip_l(),
-        t5("text_encoder_2", kohya=("te3", "te2")),
+        # sd-scripts numbers T5 as in SD3; OneTrainer by its place, which is all that InvokeAI reads
+        t5("text_encoder_2", kohya=("te3", "te2"), onetrainer=("te2", "te3")),
     ),
     beside=(autoencoder("vae.", "first_stage_model."),),
     marks=marks(3072, mlp=4, single=7),

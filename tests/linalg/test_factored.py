@@ -110,7 +110,39 @@ def test_distance_of_nearly_equal_products_is_not_lost_to_cancellation() -> None
     assert float(product_distance((left, right), (left @ turn, turn.T @ right))) < 1e-28 * norm
     moved = left + 1e-9 * torch.from_numpy(random.standard_normal((40, 6)))
     true = float(((moved - left) @ right).square().sum())
-    assert float(product_distance((left, right), (moved, right))) == pytest.approx(true, rel=1e-5)
+    assert float(product_distance((left, right), (moved, right))) == pytest.approx(
+        true, rel=1e-5, abs=0
+    )
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_equal_factor_leaves_the_whole_change_to_the_other(side: int) -> None:
+    """Thirteen digits below the product, where Gram matrices and triangles have none left."""
+    random = np.random.default_rng(8)
+    one = [random.standard_normal((40, 6)), random.standard_normal((6, 30))]
+    two = [factor.copy() for factor in one]
+    two[side][2, 3] += np.spacing(np.abs(two[side][2, 3])) * 64  # exact in float64
+    change = two[side] - one[side]
+    exact = ((change @ one[1] if side == 0 else one[0] @ change) ** 2).sum()
+    found = product_distance(
+        tuple(torch.from_numpy(factor) for factor in one),  # type: ignore[arg-type]
+        tuple(torch.from_numpy(factor) for factor in two),  # type: ignore[arg-type]
+    )
+    assert float(found) == pytest.approx(exact, rel=1e-12, abs=0)
+
+
+def test_a_stack_has_gram_matrices_only_where_every_member_has() -> None:
+    left, right = torch.randn(2, 20, 3), torch.randn(2, 3, 15)
+    with_grams = list(factored_core(left, right).members())
+    without = [factored.Core(core.left, core.s, core.right) for core in with_grams]
+    whole = factored.Core.stack(with_grams, [3, 2])
+    assert whole.grams is not None
+    exact = ((left @ right).double() ** 2).sum((1, 2))
+    torch.testing.assert_close(whole.energy, exact, rtol=1e-5, atol=0)
+    for cores in ([with_grams[0], without[1]], without):
+        assert factored.Core.stack(cores, [3, 2]).grams is None
+    assert whole.nbytes == 8 * (2 * (9 + 3 + 9) + 2 * 2 * 9)
+    assert factored.Core.stack(without, [3, 2]).nbytes == 8 * 2 * (9 + 3 + 9)
 
 
 def stored_as(

@@ -6,12 +6,14 @@ import torch
 from adaptkit.errors import NonFinite
 from adaptkit.linalg import precision
 from adaptkit.linalg.precision import (
+    accumulate_dtype,
     cast,
     compute_dtype,
     difference,
     norm_squared,
     streamed_difference,
     upcast,
+    works_on_stacks,
 )
 
 
@@ -33,9 +35,31 @@ def test_sums_are_accurate_in_blocks(monkeypatch: pytest.MonkeyPatch, dtype: tor
 
 
 def test_sums_are_accurate_at_size() -> None:
-    x = torch.randn(300, 5000) * torch.logspace(-4, 4, 5000)
-    torch.testing.assert_close(norm_squared(x), x.double().square().sum(), rtol=1e-8, atol=0)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 5000, generator=draw) * torch.logspace(-4, 4, 5000)
+    # up to 1e-8 in forty draws: a tenth of the entries carry the sum
+    torch.testing.assert_close(norm_squared(x), x.double().square().sum(), rtol=3e-8, atol=0)
     assert float(norm_squared(torch.zeros(0, 5))) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 130, 150), (2, 17, 1024), (1, 16_385)])
+def test_sums_of_stacks_are_those_of_their_members(shape: tuple[int, ...]) -> None:
+    """In runs and a tail, of members of very different lengths."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=draw)
+    x *= 10.0 ** torch.arange(x[..., :1, :1].numel()).reshape(*shape[:-2], 1, 1)
+    found = norm_squared(x)
+    assert found.shape == shape[:-2]
+    torch.testing.assert_close(found, x.double().square().sum((-1, -2)), rtol=2e-7, atol=0)
+    torch.testing.assert_close(found, norm_squared(x.mT.contiguous().mT), rtol=2e-7, atol=0)
+
+
+def test_devices_differ_in_what_they_are_good_at() -> None:
+    """A CPU takes one matrix at a time, an accelerator stacks; MPS has no float64."""
+    good = {device: works_on_stacks(device) for device in ("cpu", "mps", "cuda", "cuda:1", "xpu")}
+    assert good == {"cpu": False, "mps": False, "cuda": True, "cuda:1": True, "xpu": True}
+    assert accumulate_dtype("mps") is torch.float32
+    assert accumulate_dtype("cpu") is accumulate_dtype("cuda:0") is torch.float64
 
 
 def test_small_sums_are_as_accurate() -> None:
