@@ -202,7 +202,7 @@ def test_an_oft_whose_rotation_is_another_is_a_problem(tmp_path: Path) -> None:
         ({"peft_type": "LORA", "coft": True}, 0),
     ):
         path = peft(tmp_path / f"{len(list(tmp_path.iterdir()))}", config, f"{BLOCK}.to_q")
-        with Adapter.open(path, family="sd1") as adapter:
+        with Adapter.understand(*open_adapter_source(path), family="sd1") as adapter:
             assert len(adapter.problems) == count, config
             assert all("not supported" in problem.what for problem in adapter.problems)
 
