@@ -174,24 +174,24 @@ def _root(gram: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return low, lambda y: each(_solved, low, y)[0]
     if not bool(torch.isfinite(gram).all()):
         raise NonFinite("holds NaN or infinity")
-    if one_by_one(gram):
+    if one_by_one(gram) and gram[..., 0, 0].numel() > 1:
         return _roots(gram)
     values, vectors = eigh(gram)
     alive = values > gram.shape[-1] * torch.finfo(gram.dtype).eps * values[..., :1]
     h = values.sqrt()
     inverse = vectors * _inverse(h, alive).unsqueeze(-2)
-    return vectors * h.unsqueeze(-2), lambda y: inverse @ y
+    return vectors * h.unsqueeze(-2), lambda y: product(inverse, y)
 
 
 def _roots(grams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`_root` of each of a stack, by the way that it would take alone."""
-    roots, solvers = zip(*(_root(gram) for (gram,) in members(grams)), strict=True)
+    """`_root` of each of a stack, by the way that it would take in a stack of one."""
+    roots, solvers = zip(*(_root(gram.unsqueeze(0)) for (gram,) in members(grams)), strict=True)
 
     def solved(y: Tensor) -> Tensor:
         pairs = zip(solvers, members(y), strict=True)
-        return torch.stack([solve(own) for solve, (own,) in pairs]).reshape(y.shape)
+        return torch.cat([solve(own.unsqueeze(0)) for solve, (own,) in pairs]).reshape(y.shape)
 
-    return torch.stack(roots).reshape(grams.shape), solved
+    return torch.cat(roots).reshape(grams.shape), solved
 
 
 def _solved(low: Tensor, y: Tensor) -> Tensor:
