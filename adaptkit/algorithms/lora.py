@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -311,7 +312,8 @@ def _by_cores(weights: Weights, spec: FitSpec) -> list[Decomposition]:
         raise NotRepresentable(f"a stack of {weights.name} without thin factors")
     core = factored_core(*thin)
     squares = core.s.double().square()
-    totals, values = squares.sum(-1).tolist(), squares.tolist()
+    values = squares.tolist()
+    totals = [math.fsum(energies) for energies in values]
     real = (squares > NOTHING * squares[:, :1]).sum(-1).clamp_min(1).tolist()
     core = core.head(core.s.shape[-1] if spec.rank is None else spec.rank)
     sides = thin[0].shape[-2], thin[1].shape[-1]
@@ -323,9 +325,10 @@ def _by_cores(weights: Weights, spec: FitSpec) -> list[Decomposition]:
 
 @dataclass(frozen=True)
 class _KeptLoras(KeptStack):
-    """LoRAs cut through their core, both factors and what was kept of them in float32."""
+    """LoRAs cut through their core, both factors and what was kept of them in float32: some members of `exact`."""
 
     exact: Weights
+    numbers: Sequence[int]
     core: Core
     factors: tuple[Tensor, Tensor]
     kept: tuple[Tensor, Tensor]
@@ -339,26 +342,75 @@ class _KeptLoras(KeptStack):
         import torch
 
         from adaptkit.linalg.factored import product_distance
+        from adaptkit.linalg.precision import one_by_one
 
         found = self.core.distances(self.factors, self.kept, stored.factors())
         if not bool(torch.isfinite(found).all()):
+            if one_by_one(found[..., None, None]):
+                return [
+                    one if math.isfinite(one) else self._distance(n, stored)
+                    for n, one in enumerate(found.tolist())
+                ]
             whole, theirs = self.exact.widened().factors(), stored.factors()
             dtype = whole[0].dtype
             found = product_distance(whole, (theirs[0].to(dtype), theirs[1].to(dtype)))
         listed: list[float] = found.tolist()
         return listed
 
+    def _distance(self, n: int, stored: Weights) -> float:
+        from adaptkit.algorithms._algebra import distance_squared
 
-def _kept(weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]) -> _KeptLoras:
+        return distance_squared(self.exact.member(self.numbers[n]).widened(), stored.member(n))
+
+
+@dataclass(frozen=True)
+class _KeptByRank(KeptStack):
+    """A stack in parts of equal ranks: BLAS may sum in another order where there are more columns, even of zeros."""
+
+    parts: Sequence[_KeptLoras]
+
+    @property
+    def weights(self) -> Lora:
+        import torch
+
+        most, pad = max(part.kept[0].shape[-1] for part in self.parts), torch.nn.functional.pad
+        missing = [most - part.kept[0].shape[-1] for part in self.parts]
+        pairs = list(zip(self.parts, missing, strict=True))
+        order = torch.tensor([n for part in self.parts for n in part.numbers]).argsort()
+        up = torch.cat([pad(part.kept[0], (0, more)) for part, more in pairs])
+        down = torch.cat([pad(part.kept[1], (0, 0, 0, more)) for part, more in pairs])
+        return Lora(up[order], down[order], 1.0, self.parts[0].kernel)
+
+    def distances(self, stored: Weights) -> list[float]:
+        up, down = stored.factors()
+        found: dict[int, float] = {}
+        for part in self.parts:
+            chosen, rank = list(part.numbers), part.kept[0].shape[-1]
+            own = Lora(up[chosen, :, :rank], down[chosen, :rank], 1.0, part.kernel)
+            found |= zip(chosen, part.distances(own), strict=True)
+        return [found[n] for n in range(len(found))]
+
+
+def _kept(weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]) -> KeptStack:
     from adaptkit.linalg.factored import Core
+    from adaptkit.linalg.precision import one_by_one
 
     cores = [core for one in found if (core := getattr(one, "core", None)) is not None]
     thin = weights.thin_factors()
     if thin is None or len(cores) < len(found):
         raise NotRepresentable("a stack whose cores are not held")
-    core, factors = Core.stack(cores, ranks), (thin[0].float(), thin[1].float())
-    kept = core.kept(*factors, max(ranks))
-    return _KeptLoras(weights, core, factors, kept, found[0].spec.kernel)  # type: ignore[attr-defined]
+    factors, kernel = (thin[0].float(), thin[1].float()), found[0].spec.kernel  # type: ignore[attr-defined]
+
+    def cut(chosen: list[int]) -> _KeptLoras:
+        own = factors if len(chosen) == len(ranks) else (factors[0][chosen], factors[1][chosen])
+        most = [ranks[n] for n in chosen]
+        core = Core.stack([cores[n] for n in chosen], most)
+        return _KeptLoras(weights, chosen, core, own, core.kept(*own, max(most)), kernel)
+
+    everyone = range(len(ranks))
+    if len(set(ranks)) == 1 or not one_by_one(factors[0]):
+        return cut(list(everyone))
+    return _KeptByRank([cut([n for n in everyone if ranks[n] == k]) for k in sorted(set(ranks))])
 
 
 def _by_singular_values(weights: Weights, spec: FitSpec) -> Decomposition:

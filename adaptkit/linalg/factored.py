@@ -12,7 +12,16 @@ from torch import Tensor
 from adaptkit.errors import NonFinite
 from adaptkit.linalg.krylov import eigh
 from adaptkit.linalg.lowrank import LowRank, signed
-from adaptkit.linalg.precision import accumulate_dtype, compute_dtype, supports_float64
+from adaptkit.linalg.precision import (
+    accumulate_dtype,
+    compute_dtype,
+    each,
+    entry_sum,
+    members,
+    one_by_one,
+    product,
+    supports_float64,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +95,7 @@ class Core:
         Computed in the dtype of the factors given.
         """
         ours, theirs = self.coefficients(left.dtype)
-        return left @ ours[..., :rank], theirs[..., :rank, :] @ right
+        return product(left, ours[..., :rank]), product(theirs[..., :rank, :], right)
 
     def distances(self, factors: Factors, kept: Factors, stored: Factors) -> Tensor:
         """‖left · right − stored‖² (...,) in float64, `stored` being what rounding made of what was `kept`, all in float32.
@@ -104,14 +113,14 @@ class Core:
         )
         (cross, own, clear), (other, second, clean) = (_stored_grams(*side) for side in both)
         total = self.energy
-        found = total - 2.0 * (cross * other).sum((-1, -2)) + (own * second).sum((-1, -2))
+        found = total - 2.0 * entry_sum(cross * other) + entry_sum(own * second)
         return torch.where((found > LOST * total) & clear & clean, found, math.nan)
 
     @property
     def energy(self) -> Tensor:
         """‖left · right‖² (...,) of the whole factors."""
         assert self.grams is not None
-        return (self.grams[..., 0, :, :] * self.grams[..., 1, :, :]).sum((-1, -2))
+        return entry_sum(self.grams[..., 0, :, :] * self.grams[..., 1, :, :])
 
 
 def _stored_grams(
@@ -121,10 +130,10 @@ def _stored_grams(
 
     cut: (..., k, r)   gram = factorᵀ · factor: (..., r, r)   change: (..., k, m)   factor: (..., m, r)
     """
-    moved = (change @ factor).to(gram.dtype)
-    half = moved @ cut.mT
-    exact = cut @ gram
-    own = exact @ cut.mT + half + half.mT + (change @ change.mT).to(gram.dtype)
+    moved = product(change, factor).to(gram.dtype)
+    half = product(moved, cut.mT)
+    exact = product(cut, gram)
+    own = product(exact, cut.mT) + half + half.mT + product(change, change.mT).to(gram.dtype)
     terms = cut.square().sum(-1) * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     return exact + moved, own, (terms <= CLEAR**2 * own.diagonal(dim1=-2, dim2=-1)).all(-1)
 
@@ -134,6 +143,7 @@ def factored_core(left: Tensor, right: Tensor) -> Core:
 
     Gram matrices and decompositions of r × r in float64: rank-revealing, as accurate as float64 QR down to σ/σ₁ of about
     1e-7, as cheap as float32 QR (reference §1.1). Without float64 (MPS), by QR in float32. NonFinite for NaN and infinity.
+    On a CPU equal factors give equal bits, whatever else is in the stack.
     """
     device = left.device
     wide = accumulate_dtype(device)
@@ -141,13 +151,13 @@ def factored_core(left: Tensor, right: Tensor) -> Core:
     if not supports_float64(device):
         return _by_qr(up, down)
     # r × r matrices belong on the CPU: see `eigh`
-    grams = torch.stack([up.mT @ up, down @ down.mT], -3).cpu()
+    grams = torch.stack([product(up.mT, up), product(down, down.mT)], -3).cpu()
     root, solved = _root(grams[..., 0, :, :])
-    squares, y = eigh(root.mT @ grams[..., 1, :, :] @ root)
+    squares, y = eigh(product(product(root.mT, grams[..., 1, :, :]), root))
     kept = squares > up.shape[-1] * torch.finfo(wide).eps * squares[..., :1]
     s = torch.where(kept, squares, 0.0).sqrt()
     ours, theirs = signed(
-        solved(y) * kept.unsqueeze(-2), root @ y * _inverse(s, kept).unsqueeze(-2)
+        solved(y) * kept.unsqueeze(-2), product(root, y) * _inverse(s, kept).unsqueeze(-2)
     )
     return Core(*(t.to(device) for t in (ours, s, theirs.mT, grams)))
 
@@ -155,19 +165,38 @@ def factored_core(left: Tensor, right: Tensor) -> Core:
 def _root(gram: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """b with b bᵀ = gram (..., r, r), and what multiplies by the transposed pseudo-inverse of b.
 
-    By Cholesky decomposition where gram is far from singular, by eigenvectors (four times as long) elsewhere.
+    By Cholesky decomposition where gram is far from singular, by eigenvectors (four times as long) elsewhere: each of a
+    stack as it needs it.
     """
-    low, failed = torch.linalg.cholesky_ex(gram)
+    low, failed = each(torch.linalg.cholesky_ex, gram)
     pivots = low.diagonal(dim1=-2, dim2=-1)
     if not bool(failed.any()) and bool((pivots.amin(-1) > REGULAR * pivots.amax(-1)).all()):
-        return low, lambda y: torch.linalg.solve_triangular(low.mT, y, upper=True)
+        return low, lambda y: each(_solved, low, y)[0]
     if not bool(torch.isfinite(gram).all()):
         raise NonFinite("holds NaN or infinity")
+    if one_by_one(gram) and gram[..., 0, 0].numel() > 1:
+        return _roots(gram)
     values, vectors = eigh(gram)
     alive = values > gram.shape[-1] * torch.finfo(gram.dtype).eps * values[..., :1]
     h = values.sqrt()
     inverse = vectors * _inverse(h, alive).unsqueeze(-2)
-    return vectors * h.unsqueeze(-2), lambda y: inverse @ y
+    return vectors * h.unsqueeze(-2), lambda y: product(inverse, y)
+
+
+def _roots(grams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`_root` of each of a stack, by the way that it would take in a stack of one."""
+    roots, solvers = zip(*(_root(gram.unsqueeze(0)) for (gram,) in members(grams)), strict=True)
+
+    def solved(y: Tensor) -> Tensor:
+        pairs = zip(solvers, members(y), strict=True)
+        return torch.cat([solve(own.unsqueeze(0)) for solve, (own,) in pairs]).reshape(y.shape)
+
+    return torch.cat(roots).reshape(grams.shape), solved
+
+
+def _solved(low: Tensor, y: Tensor) -> Tensor:
+    solved: Tensor = torch.linalg.solve_triangular(low.mT, y, upper=True)
+    return solved
 
 
 def _inverse(x: Tensor, alive: Tensor) -> Tensor:

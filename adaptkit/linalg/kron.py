@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.krylov import eigh, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, truncated_svd
-from adaptkit.linalg.precision import empty, norm_squared, upcast, works_on_stacks
+from adaptkit.linalg.precision import empty, members, norm_squared, one_by_one, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +99,7 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     computed together on CUDA, one by one elsewhere.
     """
     x = upcast(x)
-    if _apart(x):
+    if one_by_one(x):
         return _each(x, lambda member: nearest_kron(member, a, b))
     c, d = x.shape[-2] // a, x.shape[-1] // b
     r = rearrange(x, a, b)
@@ -112,11 +112,6 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
 def _folded(x: Tensor, rows: int, columns: int) -> Tensor:
     """(..., rows·columns) → (..., rows, columns)."""
     return x.reshape(*x.shape[:-1], rows, columns)
-
-
-def _apart(x: Tensor) -> bool:
-    """Whether a stack is better taken one by one: so that results cannot depend on it."""
-    return x.ndim > 2 and not works_on_stacks(x.device)
 
 
 def _leading(r: Tensor) -> Tensor:
@@ -154,7 +149,7 @@ def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = 10)
     three factors (reference §3.5), in the compute dtype of x.
     """
     x = upcast(x)
-    if _apart(x):
+    if one_by_one(x):
         return _each(x, lambda member: nearest_kron_lowrank(member, a, b, rank, sweeps))
     c, d = x.shape[-2] // a, x.shape[-1] // b
     r = rearrange(x, a, b)
@@ -223,12 +218,12 @@ K = TypeVar("K", Kron, KronLowRank)
 
 def _each(x: Tensor, fit: Callable[[Tensor], K]) -> K:
     """`fit` on every member of a batch, stacked again; an empty batch gives empty stacks of the same shapes."""
-    batch, flat = x.shape[:-2], x.flatten(0, -3)
-    members = [fit(member) for member in flat] or [fit(x.new_zeros(x.shape[-2:]))]
+    batch = x.shape[:-2]
+    each = [fit(member) for (member,) in members(x)] or [fit(x.new_zeros(x.shape[-2:]))]
     found = {
-        f.name: torch.stack([getattr(one, f.name) for one in members])[: len(flat)]
-        for f in fields(members[0])
+        f.name: torch.stack([getattr(one, f.name) for one in each])[: math.prod(batch)]
+        for f in fields(each[0])
     }
-    return type(members[0])(
+    return type(each[0])(
         **{name: whole.reshape(*batch, *whole.shape[1:]) for name, whole in found.items()}
     )

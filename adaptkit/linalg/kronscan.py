@@ -12,7 +12,7 @@ from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.kron import factorization, nearest_kron, rearrange
 from adaptkit.linalg.krylov import eigenvalues, start_block
 from adaptkit.linalg.noise import NoiseRank, RoundingNoise, rank_above_noise
-from adaptkit.linalg.precision import accumulate_dtype, norm_squared, upcast
+from adaptkit.linalg.precision import accumulate_dtype, members, norm_squared, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +128,7 @@ def scan_kron(x: Tensor, window: int = 1, factors: Sequence[int] = FACTORS) -> K
     ways = splits(m, n, window, factors)
     total = norm_squared(x)
     captured, block = total.new_zeros(2, total.numel(), len(ways))
-    for at, member in enumerate(x.reshape(total.numel(), m, n)):
+    for at, (member,) in enumerate(members(x)):
         captured[at], block[at] = _leading(member, ways)
     captured = captured.reshape(*batch, len(ways)).minimum(total.unsqueeze(-1))
     block = block.reshape(captured.shape).minimum(captured)

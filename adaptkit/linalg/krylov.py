@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.precision import accumulate_dtype, empty, norm_squared
+from adaptkit.linalg.precision import accumulate_dtype, each, empty, norm_squared
 
 __all__ = ["BLOCK", "Krylov", "eigenvalues", "eigh", "explored", "fixed_basis", "gram_columns"]
 
@@ -36,13 +36,16 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and clamped to ≥ 0, and eigenvectors of a symmetric matrix, in its dtype.
 
     Done on the CPU: CUDA's looped eigh costs as much for these sizes (pytorch#175585). Where LAPACK does not converge, a
-    float64 SVD decides.
+    float64 SVD decides. Each of a stack by itself.
     """
     host = gram.cpu()
     try:
-        values, vectors = torch.linalg.eigh(host)
+        values, vectors = each(torch.linalg.eigh, host)
         values, vectors = values.flip(-1), vectors.flip(-1)
     except RuntimeError:  # torch.linalg.LinAlgError: did not converge
+        if host.ndim > 2:
+            values, vectors = each(eigh, host)
+            return values.to(gram.device), vectors.to(gram.device)
         u, values, _ = torch.linalg.svd(host.double())
         values, vectors = values.to(host.dtype), u.to(host.dtype)
     return values.clamp_min(0.0).to(gram.device), vectors.to(gram.device)

@@ -13,6 +13,7 @@ from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, g
 from adaptkit.linalg.precision import (
     SCRATCH,
     accumulate_dtype,
+    members,
     norm_squared,
     upcast,
     works_on_stacks,
@@ -123,7 +124,7 @@ def _stacked_half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _each(a: Tensor, spec: SvdSpec) -> LowRank:
     """Member by member: on a CPU that is faster than stacking, and results cannot depend on the batch."""
     batch = a.shape[:-2]
-    found = [truncated_svd(member, spec) for member in a.reshape(-1, *a.shape[-2:])]
+    found = [truncated_svd(member, spec) for (member,) in members(a)]
     if not found:
         rank = min(spec.rank, *a.shape[-2:])
         empty = a.new_zeros
@@ -283,8 +284,8 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
             device=a.device,
         )
     if a.ndim > 2:
-        members = [energies(member, rank, spec) for member in a.reshape(-1, *a.shape[-2:])]
-        return torch.stack(members).reshape(*a.shape[:-2], -1)
+        each = [energies(member, rank, spec) for (member,) in members(a)]
+        return torch.stack(each).reshape(*a.shape[:-2], -1)
     rank = min(rank, *a.shape)
     spec = spec or SvdSpec(rank)
     wide = a if a.shape[0] >= a.shape[1] else a.mT

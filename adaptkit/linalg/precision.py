@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,20 @@ from adaptkit.errors import NonFinite
 from adaptkit.memory import huge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = [
     "accumulate_dtype",
     "cast",
     "compute_dtype",
     "difference",
+    "each",
     "empty",
+    "entry_sum",
+    "members",
     "norm_squared",
+    "one_by_one",
+    "product",
     "streamed_difference",
     "supports_float64",
     "upcast",
@@ -29,6 +34,7 @@ __all__ = [
 
 STREAM = 1 << 19  # elements of a block that is widened and subtracted as it is read
 SCRATCH = 1 << 18  # elements of a scratch block that fits the cache
+ALIGNED = 64  # bytes: where torch begins every tensor on a CPU
 CHUNK = 1 << 20  # elements widened in one piece: no full-size copy is ever made
 RUN = 1024  # elements summed in float32 before float64 takes over
 FEW = (
@@ -54,6 +60,65 @@ def supports_float64(device: torch.device | str) -> bool:
 def works_on_stacks(device: torch.device | str) -> bool:
     """Whether a device does better on stacks than on one matrix at a time: accelerators, MPS aside, which is not measured."""
     return torch.device(device).type not in ("cpu", "mps")
+
+
+def one_by_one(x: Tensor) -> bool:
+    """Whether x (..., m, n) is a stack whose members are computed one by one, as on a CPU.
+
+    There BLAS takes other kernels for a batch than for one matrix, a reduction may be cut elsewhere, and a branch taken for
+    the worst member would be taken for all: only what is computed alone has bits that nothing else in the stack decides.
+    """
+    return x.ndim > 2 and not works_on_stacks(x.device)
+
+
+def members(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each member of stacks (..., m, n) of equal leading dimensions, laid out in memory as if it had been read alone.
+
+    BLAS may sum in another order where a matrix begins at an odd address or has other strides: such members are copied.
+    """
+    return zip(*(_members(stack.reshape(-1, *stack.shape[-2:])) for stack in stacks), strict=True)
+
+
+def _members(stack: Tensor) -> Iterable[Tensor]:
+    """Those of (B, m, n), as they are where all of them lie well."""
+    step = stack.stride(0) * stack.itemsize if len(stack) > 1 else 0
+    whole = stack.unbind()
+    if whole and step % ALIGNED == 0 and _lies_well(whole[0]):
+        return whole
+    return map(_alone, whole)
+
+
+def _lies_well(x: Tensor) -> bool:
+    """Whether x (m, n) begins where a tensor of its own would, and is as dense; strides of sides of 1 are arbitrary."""
+    dense = x.is_contiguous() or x.mT.is_contiguous()
+    return dense and 1 not in x.shape and x.data_ptr() % ALIGNED == 0
+
+
+def _alone(x: Tensor) -> Tensor:
+    if 1 in x.shape:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x if _lies_well(x) else x.clone()
+
+
+def each(function: Callable[..., Any], *stacks: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that `function` makes of each member of stacks (..., m, n), stacked again; on accelerators it gets the stacks."""
+    if not (one_by_one(stacks[0]) and stacks[0].numel()):
+        found = function(*stacks)
+        return found if isinstance(found, tuple) else (found,)
+    made = [function(*member) for member in members(*stacks)]
+    batch = stacks[0].shape[:-2]
+    parts = zip(*made, strict=True) if isinstance(made[0], tuple) else (made,)
+    return tuple(torch.stack(part).reshape(*batch, *part[0].shape) for part in parts)
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x (..., m, k) · y (..., k, n), each of a stack by itself on a CPU."""
+    return each(torch.matmul, x, y)[0] if x.ndim > 2 else x @ y
+
+
+def entry_sum(x: Tensor) -> Tensor:
+    """The sum of all entries of x (..., m, n), (...,), each of a stack by itself on a CPU."""
+    return each(torch.sum, x)[0] if one_by_one(x) else x.sum((-1, -2))
 
 
 def accumulate_dtype(device: torch.device | str) -> torch.dtype:

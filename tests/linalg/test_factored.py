@@ -214,3 +214,17 @@ def test_a_product_whose_terms_cancel_is_left_to_float64(closeness: float) -> No
     found = float(core.distances((left, right), kept, stored))
     assert np.isnan(found) == (closeness < 1e-2)
     assert np.isnan(found) or found == pytest.approx(measured, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5, 6, 12, 16])
+def test_no_bit_of_a_core_depends_on_what_else_is_in_the_stack(rank: int) -> None:
+    """Also not where a singular member is decomposed another way than the others."""
+    draw = torch.Generator().manual_seed(rank)
+    left = torch.randn(6, 90, rank, generator=draw)
+    right = torch.randn(6, rank, 70, generator=draw)
+    left[2, :, rank // 2 :], left[4] = left[2, :, :1] * 3, 0.0
+    whole = factored_core(left, right)
+    for n, core in enumerate(whole.members()):
+        alone = factored_core(left[n : n + 1].clone(), right[n : n + 1].clone())
+        for name in ("left", "s", "right", "grams"):
+            assert torch.equal(getattr(core, name), getattr(alone, name)[0]), (n, name)

@@ -6,11 +6,15 @@ import torch
 from adaptkit.errors import NonFinite
 from adaptkit.linalg import precision
 from adaptkit.linalg.precision import (
+    ALIGNED,
     accumulate_dtype,
     cast,
     compute_dtype,
     difference,
+    entry_sum,
+    members,
     norm_squared,
+    product,
     streamed_difference,
     upcast,
     works_on_stacks,
@@ -146,3 +150,33 @@ def test_cast_to_and_from_float8_and_integers() -> None:
     assert torch.equal(cast(torch.tensor([1, 2]), torch.float16), torch.tensor([1.0, 2.0]).half())
     with pytest.raises(NonFinite, match="does not fit"):
         cast(torch.tensor([70000]), torch.float16)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 6), (3, 16, 8), (4, 9, 1), (2, 3, 5, 4)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_members_lie_in_memory_as_if_they_were_alone(shape: tuple[int, ...], turned: bool) -> None:
+    x = torch.randn(*shape)
+    x = x.mT.contiguous().mT if turned else x
+    found = [member for (member,) in members(x)]
+    assert len(found) == x[..., 0, 0].numel()
+    for member, expected in zip(found, x.reshape(-1, *shape[-2:]), strict=True):
+        assert torch.equal(member, expected)
+        assert member.data_ptr() % ALIGNED == 0
+        assert member.stride() == next(members(member.clone().unsqueeze(0)))[0].stride()
+    pieces = [member for (member,) in members(x[..., :-1, :])]
+    assert all(member.data_ptr() % ALIGNED == 0 for member in pieces)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_a_stack_are_those_of_its_members(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for m, k, n in ((3, 3, 3), (90, 6, 3), (1, 640, 1), (64, 320, 16), (320, 3, 1), (5, 1, 4)):
+        x = torch.randn(5, m, k, generator=draw, dtype=dtype)
+        y = torch.randn(5, n, k, generator=draw, dtype=dtype).mT
+        found, sums = product(x, y), entry_sum(x)
+        for i in range(5):
+            one, two = x[i : i + 1].clone(), y[i : i + 1].mT.clone().mT
+            assert torch.equal(found[i], product(one, two)[0]), (m, k, n)
+            assert torch.equal(sums[i], entry_sum(one)[0]), (m, k, n)
+        torch.testing.assert_close(found, x @ y)
+        torch.testing.assert_close(sums, x.sum((1, 2)))
