@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label, split_suffix
 from adaptkit.unknown import fallback
 

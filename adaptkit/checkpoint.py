@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
 from adaptkit.errors import AdaptkitError, ShapeMismatch, UnknownAdapter
+from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
-from adaptkit.files.source import open_source
 from adaptkit.keymap import CheckpointMap, KeyMap, Place, compile_checkpoint, compile_keys, label
 from adaptkit.names import Slot
 from adaptkit.unknown import family_of_weights

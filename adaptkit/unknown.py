@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import families, formats
 from adaptkit.families.contract import Component, Kind, ModelFamily, Row, named
-from adaptkit.files.source import COMPONENTS
+from adaptkit.files.open import COMPONENTS
 from adaptkit.keymap import prefixes, split_suffix
 from adaptkit.names import BIAS, WEIGHT
 

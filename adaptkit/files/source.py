@@ -6,24 +6,20 @@ memory, from any thread; never through a memory map, whose pages would count as 
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
-import struct
 import threading
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from adaptkit.errors import AdaptkitError, CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
-from adaptkit.files.header import TORCH_NAMES, TensorInfo, itemsize, nbytes, read_header, unreadable
-from adaptkit.memory import huge
+from adaptkit.files.header import TensorInfo, itemsize, nbytes, read_header, unreadable
+from adaptkit.files.tensors import bytes_of, decode_scalar, empty_bytes, row_range, torch_dtype
 
 if TYPE_CHECKING:
     import io
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -32,22 +28,11 @@ if TYPE_CHECKING:
     from adaptkit.files.header import Header
     from adaptkit.files.pickles import Catalogue
 
-__all__ = ["COMPONENTS", "TensorSource", "open_source"]
+__all__ = ["TensorSource", "join", "open_file"]
 
 HAS_PREADV = hasattr(os, "preadv")
 HAS_FADVISE = hasattr(os, "posix_fadvise")
 _CHUNK = 1 << 30  # bytes per system call; macOS and Linux refuse or cut reads of 2 GiB and more
-
-COMPONENTS = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-    "vae",
-)
-"""The folders of a diffusers model that hold weights, in the order in which they are read."""
 
 
 class _Reader:
@@ -187,12 +172,12 @@ class _FileSource(TensorSource):
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         info = self.info(name)
-        first, count = _row_range(info, rows)
+        first, count = row_range(info, rows)
         shape = info.shape if rows is None else (count, *info.shape[1:])
         row = nbytes(info.dtype, info.shape[1:]) if rows is not None else 0
-        buffer = _buffer(info, self.path, nbytes(info.dtype, shape))
-        self._fill(info, _view(buffer), first * row)
-        return buffer.view(_torch_dtype(info, self.path)).reshape(shape)
+        buffer = empty_bytes(info, self.path, nbytes(info.dtype, shape))
+        self._fill(info, bytes_of(buffer), first * row)
+        return buffer.view(torch_dtype(info, self.path)).reshape(shape)
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         """Read bytes `skip : skip + len(view)` of a tensor."""
@@ -208,7 +193,7 @@ class _FileSource(TensorSource):
             )
         raw = bytearray(info.nbytes)
         self._fill(info, memoryview(raw), 0)
-        return _decode_scalar(bytes(raw), info, self.path)
+        return decode_scalar(bytes(raw), info, self.path)
 
     def span(self, name: str) -> tuple[Path, int, int] | None:
         info = self.info(name)
@@ -219,7 +204,7 @@ class _FileSource(TensorSource):
         if self.span(name) is None:
             import torch
 
-            return _view(self.read(name).reshape(-1).view(torch.uint8))
+            return bytes_of(self.read(name).reshape(-1).view(torch.uint8))
         view = memoryview(bytearray(info.nbytes))
         self._fill(info, view, 0)
         return view
@@ -256,7 +241,7 @@ class _PickleSource(_FileSource):
         if name not in self._strides:
             return super().read(name, rows)
         info, stride = self.info(name), self._strides[name]
-        first, count = _row_range(info, rows)
+        first, count = row_range(info, rows)
         shape = info.shape if rows is None else (count, *info.shape[1:])
         unit = itemsize(info.dtype)
         extent = (
@@ -264,9 +249,9 @@ class _PickleSource(_FileSource):
             if 0 in shape
             else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         )
-        buffer = _buffer(info, self.path, extent * unit)
-        self._fill(info, _view(buffer), first * stride[0] * unit)
-        view = buffer.view(_torch_dtype(info, self.path)).as_strided(shape, stride)
+        buffer = empty_bytes(info, self.path, extent * unit)
+        self._fill(info, bytes_of(buffer), first * stride[0] * unit)
+        view = buffer.view(torch_dtype(info, self.path)).as_strided(shape, stride)
         return view.new_empty(shape).copy_(
             view
         )  # contiguous() would keep odd strides of dimensions of size 1
@@ -359,120 +344,8 @@ class _JoinedSource(TensorSource):
             part.close()
 
 
-# --- bytes to values -------------------------------------------------------------------------------------------------
-
-
-def _row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
-    """First row and number of rows; (0, 0) for the whole tensor."""
-    if rows is None:
-        return 0, 0
-    if not info.shape:
-        raise ShapeMismatch("a single number has no rows", tensor=info.name)
-    start, stop, step = rows.indices(info.shape[0])
-    if step != 1:
-        raise ShapeMismatch(
-            f"rows are read one after another, not with step {step}", tensor=info.name
-        )
-    return start, max(stop - start, 0)
-
-
-def _buffer(info: TensorInfo, path: Path, size: int) -> torch.Tensor:
-    """Uninitialised bytes for a tensor of a dtype that torch knows."""
-    import torch
-
-    _torch_dtype(info, path)
-    block = huge(size)
-    return (
-        torch.empty(size, dtype=torch.uint8)
-        if block is None
-        else torch.frombuffer(block, dtype=torch.uint8, count=size)
-    )
-
-
-def _view(buffer: torch.Tensor) -> memoryview:
-    array: Any = buffer.numpy()  # numpy's stubs hide the buffer protocol before Python 3.12
-    return memoryview(array)
-
-
-def _torch_dtype(info: TensorInfo, path: Path) -> torch.dtype:
-    import torch
-
-    dtype = getattr(torch, TORCH_NAMES.get(info.dtype, ""), None)
-    if dtype is None:
-        message = f"torch {torch.__version__} has no dtype for {info.dtype}"
-        raise UnreadableFile(
-            message, file=path, tensor=info.name, hint="such tensors can only be copied unchanged"
-        )
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-_STRUCT = {
-    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
-    "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
-}  # fmt: skip
-
-
-def _decode_scalar(raw: bytes, info: TensorInfo, path: Path) -> float:
-    if info.dtype in _STRUCT:
-        return float(struct.unpack(_STRUCT[info.dtype], raw)[0])
-    if info.dtype == "BF16":  # the upper half of a float32
-        return float(struct.unpack("<f", b"\0\0" + raw)[0])
-    if info.dtype == "F8_E5M2":  # the upper half of a float16
-        return float(struct.unpack("<e", b"\0" + raw)[0])
-    if info.dtype == "F8_E4M3":
-        return _decode_e4m3(raw[0])
-    raise UnreadableFile(
-        f"a number of dtype {info.dtype} cannot be decoded", file=path, tensor=info.name
-    )
-
-
-def _decode_e4m3(byte: int) -> float:
-    """One sign, four exponent (bias 7), three mantissa bits; no infinities, 0x7f is NaN (arXiv:2209.05433)."""
-    sign = -1.0 if byte & 0x80 else 1.0
-    exponent, mantissa = byte >> 3 & 15, byte & 7
-    if byte & 0x7F == 0x7F:
-        return math.nan
-    if exponent == 0:
-        return sign * math.ldexp(mantissa, -9)
-    return sign * math.ldexp(8 + mantissa, exponent - 10)
-
-
-# --- opening ---------------------------------------------------------------------------------------------------------
-
-
-def open_source(path: str | Path) -> TensorSource:
-    """Open whatever holds tensors: a file (its content decides its kind), a shard index, a folder. Reads headers only.
-
-    A folder is a diffusers model (names get the prefix `<component>.`), one component, or a set of shards; safetensors
-    go before pickles, files without a variant (`.fp16.`) before those with one.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            return _open_folder(path)
-        if not path.exists():
-            raise UnreadableFile("no such file or folder", file=path, hint=_near(path))
-        return _open_index(path) if path.suffix == ".json" else _open_file(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:  # pathlib refuses a path that holds a null character
-        raise UnreadableFile(str(error), file=repr(str(path))) from error
-
-
-def _near(path: Path) -> str | None:
-    """A hint for a path that does not exist."""
-    if not path.parent.is_dir():
-        return f"there is no folder {str(path.parent)!r}"
-    from difflib import get_close_matches
-
-    near = get_close_matches(
-        path.name, [item.name for item in path.parent.iterdir()], n=3, cutoff=0.6
-    )
-    return f"did you mean {' or '.join(near)}?" if near else None
-
-
-def _open_file(path: Path) -> TensorSource:
+def open_file(path: Path) -> TensorSource:
+    """The source of one file, safetensors or torch pickle by its first bytes."""
     if not path.is_file():
         raise UnreadableFile("not a regular file", file=path)
     with path.open("rb") as file:
@@ -485,141 +358,6 @@ def _open_file(path: Path) -> TensorSource:
     return _SafetensorsSource(path, read_header(path))
 
 
-class _WeightsName(NamedTuple):
-    """What a file name tells: `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`."""
-
-    stem: str
-    variant: str
-    pickle: bool
-    shards: int  # 0: a file of its own
-    is_index: bool
-
-
-_PICKLE_SUFFIXES = ("bin", "ckpt", "pt", "pth")
-_STEMS = (
-    "diffusion_pytorch_model",
-    "model",
-    "pytorch_model",
-    "adapter_model",
-    "pytorch_lora_weights",
-)
-_VARIANTS = ("", "fp32", "bf16", "fp16")
-_PATTERN = re.compile(
-    r"(?P<stem>.+?)(?:\.(?P<before>fp32|bf16|fp16|non_ema|ema|int8|fp8))?(?:-\d{5}-of-(?P<shards>\d{5}))?"
-    r"(?:\.(?P<after>fp32|bf16|fp16|non_ema|ema|int8|fp8))?\.(?P<kind>safetensors|sft|bin|ckpt|pt|pth)"
-    r"(?P<index>\.index(?:\.(?P<last>\w+))?\.json)?",
-    re.IGNORECASE,
-)
-
-
-def _parse_name(name: str) -> _WeightsName | None:
-    match = _PATTERN.fullmatch(name)
-    if match is None or name.startswith("."):
-        return None
-    variant = match["before"] or match["after"] or match["last"] or ""
-    is_pickle = match["kind"].lower() in _PICKLE_SUFFIXES
-    return _WeightsName(
-        match["stem"], variant, is_pickle, int(match["shards"] or 0), match["index"] is not None
-    )
-
-
-def _rank(name: _WeightsName) -> tuple[bool, bool, int, int]:
-    """Which set of weights of a folder is meant: the least."""
-    variant = _VARIANTS.index(name.variant) if name.variant in _VARIANTS else len(_VARIANTS)
-    stem = _STEMS.index(name.stem) if name.stem in _STEMS else len(_STEMS)
-    return stem == len(_STEMS), name.pickle, variant, stem
-
-
-def _open_folder(path: Path) -> TensorSource:
-    parts = [(name, path / name) for name in COMPONENTS if _weight_files(path / name)]
-    if parts and ((path / "model_index.json").exists() or not _weight_files(path)):
-        return _JoinedSource(
-            path, [(f"{name}.", _open_component(folder)) for name, folder in parts]
-        )
-    return _open_component(path)
-
-
-def _weight_files(folder: Path) -> list[tuple[_WeightsName, Path]]:
-    if not folder.is_dir():
-        return []
-    found = ((_parse_name(item.name), item) for item in sorted(folder.iterdir()))
-    return [(name, item) for name, item in found if name is not None and item.is_file()]
-
-
-def _open_component(folder: Path) -> TensorSource:
-    """The weights of one folder: one file, or the shards of one index."""
-    found = _weight_files(folder)
-    if not found:
-        raise UnreadableFile("the folder holds no weights", file=folder, hint=_contents(folder))
-    best = min(_rank(name) for name, _ in found)
-    chosen = [(name, item) for name, item in found if _rank(name) == best]
-    if len({(name.stem, name.variant) for name, _ in chosen}) > 1:
-        names = ", ".join(item.name for _, item in chosen[:8])
-        raise UnreadableFile(
-            "the folder holds several weights", file=folder, hint=f"name one of them: {names}"
-        )
-    indices = [item for name, item in chosen if name.is_index]
-    if indices:
-        return _open_index(indices[0])
-    whole = [item for name, item in chosen if not name.shards]
-    if whole:
-        return _open_file(whole[0])
-    shards = [item for _, item in chosen]
-    if len(shards) != chosen[0][0].shards:
-        message = f"{len(shards)} of {chosen[0][0].shards} shards are there: {', '.join(s.name for s in shards[:8])}"
-        raise UnreadableFile(message, file=folder, hint="fetch the missing ones")
-    return _JoinedSource(folder, [("", _open_file(shard)) for shard in shards])
-
-
-def _contents(folder: Path) -> str:
-    names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
-    more = f", and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"it holds: {', '.join(names[:8])}{more}" if names else "it is empty"
-
-
-def _open_index(path: Path) -> TensorSource:
-    """The shards that an index names, checked against their own headers."""
-    weight_map = _weight_map(path)
-    names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (path.parent / name).is_file()]
-    if missing:
-        message = f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}"
-        raise UnreadableFile(message, file=path, hint="fetch them into the folder of the index")
-    shards = {name: _open_file(path.parent / name) for name in names}
-    for name, shard in weight_map.items():
-        if name not in shards[shard].infos:
-            raise CorruptFile(
-                f"the index places it in {shard}, which does not hold it", file=path, tensor=name
-            )
-    return _JoinedSource(path, [("", shard) for shard in shards.values()])
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        table = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"not valid JSON: {error}", file=path) from error
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        hint = "a shard index holds a table 'weight_map'"
-        raise UnreadableFile("neither weights nor a shard index", file=path, hint=hint)
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_inside(shard):
-            raise CorruptFile(
-                f"the index places it in {shard!r}, which is no file beside it",
-                file=path,
-                tensor=name,
-            )
-    return weight_map
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a relative path stays in its folder, by the rules of every system."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    return (
-        bool(name)
-        and not parts.is_absolute()
-        and ".." not in parts.parts
-        and ":" not in name
-        and "\0" not in name
-    )
+def join(path: Path, parts: Sequence[tuple[str, TensorSource]]) -> TensorSource:
+    """One source of several (prefix, source); `CorruptFile` if two hold the same name."""
+    return _JoinedSource(path, parts)

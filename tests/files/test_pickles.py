@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import AdaptkitError, CorruptFile, UnreadableFile, UnsafePickle
-from adaptkit.files import pickles
-from adaptkit.files.sink import tensor_bytes
-from adaptkit.files.source import open_source
+from adaptkit.files import pickles, unpickler
+from adaptkit.files.open import open_source
+from adaptkit.files.tensors import tensor_bytes
 
 FORMATS = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 DTYPES = [
@@ -345,7 +345,8 @@ def test_catalogue_limit(tmp_path, monkeypatch):
     for new in (True, False):
         path = save(tmp_path / "x.pt", {str(i): torch.ones(1) for i in range(20)}, new)
         with monkeypatch.context() as patch:
-            patch.setattr(pickles, "CATALOGUE_LIMIT", 800)
+            for module in (pickles, unpickler):
+                patch.setattr(module, "CATALOGUE_LIMIT", 800)
             with pytest.raises(CorruptFile, match=r"limit|larger than 800"):
                 open_source(path)
 
@@ -402,7 +403,7 @@ def test_headers_of_every_kind_and_scalars_need_no_torch(tmp_path):
 
     save_file(state, tmp_path / "z.safetensors")
     code = (
-        "import sys; from adaptkit.files.source import open_source; import adaptkit.files.sink\n"
+        "import sys; from adaptkit.files.open import open_source; import adaptkit.files.sink\n"
         "for p in sys.argv[1:]:\n with open_source(p) as s: assert s.scalar('n') == 0.5 and len(s.infos) == 2\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )

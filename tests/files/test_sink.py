@@ -27,11 +27,14 @@ from adaptkit.errors import (
     UnreadableFile,
     WouldOverwrite,
 )
-from adaptkit.files import sink as module
+from adaptkit.files import output_file as module
+from adaptkit.files import sink as sink_module
 from adaptkit.files import source as source_module
 from adaptkit.files.header import TensorSpec
-from adaptkit.files.sink import Spool, TensorSink, tensor_bytes
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
+from adaptkit.files.sink import TensorSink
+from adaptkit.files.spool import Spool
+from adaptkit.files.tensors import spec_of, tensor_bytes
 from tests.files.test_source import DTYPES, raw
 
 
@@ -52,7 +55,7 @@ def way(request, monkeypatch):
 
 
 def specs_of(state):
-    return [module.spec_of(name, tensor) for name, tensor in state.items()]
+    return [spec_of(name, tensor) for name, tensor in state.items()]
 
 
 def example():
@@ -294,7 +297,7 @@ def test_neighbours_by_number_in_two_files_are_not_joined(tmp_path, way):
         "b": torch.full((100,), 2, dtype=torch.uint8),
         "c": torch.full((9,), 3, dtype=torch.uint8),
     }
-    start = len(module.build_header(specs_of(state))[0])
+    start = len(sink_module.build_header(specs_of(state))[0])
     state["b"] = torch.full((end - start,), 2, dtype=torch.uint8)
     write(folder / "model-00002-of-00002.safetensors", state)
     with (
@@ -331,7 +334,7 @@ def test_the_kernel_copies_where_whole_blocks_may_be_shared(tmp_path, monkeypatc
     with open_source(path) as source:
         head = min(info.start for info in source.infos.values())
     metadata, real, calls = {"k": "v"}, os.copy_file_range, []
-    while shift and len(module.build_header(specs_of(state), metadata)[0]) < head + shift:
+    while shift and len(sink_module.build_header(specs_of(state), metadata)[0]) < head + shift:
         metadata["k"] += "v"
     monkeypatch.setattr(os, "copy_file_range", lambda *args: calls.append(args) or real(*args))
     with (

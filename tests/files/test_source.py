@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from adaptkit.errors import AdaptkitError, CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
 from adaptkit.files import source as module
+from adaptkit.files import tensors
 from adaptkit.files.header import TensorSpec, build_header
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -168,10 +169,10 @@ def test_every_small_float_decodes_as_torch_does(tmp_path, dtype):
         .to(torch.uint8 if step == 1 else torch.uint16)
         .view(dtype)
     )
-    spelling = {v: k for k, v in module.TORCH_NAMES.items()}[str(dtype).removeprefix("torch.")]
+    spelling = {v: k for k, v in tensors.TORCH_NAMES.items()}[str(dtype).removeprefix("torch.")]
     info = module.TensorInfo("x", spelling, (), 0, dtype.itemsize)
     found = [
-        module._decode_scalar(bytes(b.reshape(1).view(torch.uint8).tolist()), info, Path())
+        tensors.decode_scalar(bytes(b.reshape(1).view(torch.uint8).tolist()), info, Path())
         for b in bits
     ]
     assert torch.equal(
@@ -440,7 +441,7 @@ def test_reading_does_not_keep_the_file_resident(tmp_path):
         file.write(header)
         file.truncate(max(info.stop for info in infos.values()))
     code = (
-        "import resource, sys, torch, numpy; from adaptkit.files.source import open_source\n"
+        "import resource, sys, torch, numpy; from adaptkit.files.open import open_source\n"
         "unit = 1 if sys.platform == 'darwin' else 1024\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit\n"
         "torch.empty(1, dtype=torch.uint8).numpy(); before = peak()\n"

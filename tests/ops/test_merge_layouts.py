@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.errors import NotRepresentable, WouldOverwrite
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 from adaptkit.names import Slot
 from adaptkit.ops import merge
 from adaptkit.ops.merge import kernel

@@ -1,0 +1,176 @@
+"""Inert stand-ins for the globals of torch's pickles"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from adaptkit.errors import CorruptFile
+from adaptkit.files.header import TORCH_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["CONVERT", "GLOBALS", "Storage", "StorageType", "StoredTensor"]
+
+
+CONVERT = "convert it to safetensors with a tool you trust, in a place where running its code does no harm"
+
+
+class Storage(NamedTuple):
+    key: str
+    dtype: str | None  # None: untyped bytes
+    numel: int  # elements of dtype, or bytes
+    offset: int  # elements into the storage of that key (views in legacy files)
+
+
+class StoredTensor(NamedTuple):
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _malformed(what: str) -> NoReturn:
+    raise CorruptFile(f"damaged pickle: {what} with arguments of the wrong kind")
+
+
+class _Opaque:
+    """Something that is no weight; calling it, filling it, asking it: all the same."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: object) -> _Opaque:
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        """Keep nothing: the stand-ins are shared by all files."""
+
+
+class _Table(dict[Any, Any]):
+    """OrderedDict; the attributes that torch hangs on it (`_metadata`) are dropped."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Keep nothing."""
+
+
+class _Call(_Opaque):
+    """A stand-in for a function."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Callable[..., object]) -> None:
+        self.run = run
+
+    def __call__(self, *args: object) -> Any:
+        return self.run(*args)
+
+
+class StorageType(_Opaque):
+    """A stand-in for `torch.FloatStorage` and its like."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: str | None) -> None:
+        self.dtype = dtype
+
+
+class _DType(_Opaque):
+    """A stand-in for `torch.float32` and its like."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _table(*args: object) -> _Table:
+    match args:
+        case ():
+            return _Table()
+        case (list() as pairs,):
+            return _Table(pairs)
+    _malformed("OrderedDict")
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if (
+        isinstance(value, tuple | list)
+        and len(value) <= 64
+        and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    ):
+        return tuple(value)
+    _malformed("a size")
+
+
+def _rebuild_tensor(*args: object) -> StoredTensor:
+    """`(storage, offset, size, stride, …)` of all versions; version 3 gives the dtype as its seventh argument."""
+    match args:
+        case (Storage() as storage, int() as offset, size, stride, *rest) if 0 <= offset < 2**63:
+            dtype = rest[2].name if len(rest) > 2 and isinstance(rest[2], _DType) else storage.dtype
+            shape, strides = _sizes(size), _sizes(stride)
+            if len(shape) == len(strides):
+                return StoredTensor(storage, dtype or "U8", offset, shape, strides)
+    _malformed("a tensor")
+
+
+def _first_tensor(*args: object) -> StoredTensor:
+    if args and isinstance(args[0], StoredTensor):
+        return args[0]
+    _malformed("a parameter")
+
+
+def _rebuild_from_type(*args: object) -> StoredTensor:
+    match args:
+        case (_Call() as function, _Opaque(), tuple() as inner, *_) if isinstance(
+            made := function(*inner), StoredTensor
+        ):
+            return made
+    _malformed("a tensor")
+
+
+def _size(*args: object) -> tuple[int, ...]:
+    return _sizes(args[0] if args else ())
+
+
+_TYPED = {
+    "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Double": "F64", "Long": "I64", "Int": "I32", "Short": "I16",
+    "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64", "UInt16": "U16", "UInt32": "U32",
+    "UInt64": "U64",
+}  # fmt: skip
+
+
+def _globals() -> dict[tuple[str, str], object]:
+    table: dict[tuple[str, str], object] = {
+        ("collections", "OrderedDict"): _Call(_table),
+        ("torch._utils", "_rebuild_tensor"): _Call(_rebuild_tensor),
+        ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
+        ("torch._utils", "_rebuild_tensor_v3"): _Call(_rebuild_tensor),
+        ("torch._utils", "_rebuild_parameter"): _Call(_first_tensor),
+        ("torch._utils", "_rebuild_parameter_with_state"): _Call(_first_tensor),
+        ("torch._tensor", "_rebuild_from_type_v2"): _Call(_rebuild_from_type),
+        ("torch.nn.parameter", "Parameter"): _Call(_first_tensor),
+        ("torch", "Size"): _Call(_size),
+        ("torch.storage", "UntypedStorage"): StorageType(None),
+        ("torch", "UntypedStorage"): StorageType(None),
+        ("torch.storage", "TypedStorage"): StorageType(None),
+    }
+    # what weights_only=True lets pass and no weight is made of
+    for module, name in (
+        ("torch", "device"), ("torch", "Tensor"), ("torch.serialization", "_get_layout"), ("collections", "Counter"),
+        ("_codecs", "encode"), ("builtins", "set"), ("builtins", "bytearray"), ("builtins", "complex"),
+        ("__builtin__", "set"), ("__builtin__", "bytearray"), ("__builtin__", "complex"),
+    ):  # fmt: skip
+        table[module, name] = _Opaque()
+    for name, dtype in _TYPED.items():
+        table["torch", name + "Storage"] = table["torch.storage", name + "Storage"] = StorageType(
+            dtype
+        )
+    for dtype, name in TORCH_NAMES.items():
+        table["torch", name] = _DType(dtype)
+    return table
+
+
+GLOBALS = _globals()

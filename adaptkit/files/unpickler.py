@@ -1,0 +1,136 @@
+"""doc"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from typing import Any, BinaryIO
+
+from adaptkit.errors import AdaptkitError, CorruptFile, UnsafePickle
+from adaptkit.files.pickle_globals import CONVERT, GLOBALS, Storage, StorageType
+
+__all__ = ["CATALOGUE_LIMIT", "unpickle"]
+
+
+CATALOGUE_LIMIT = 32 << 20  # bytes of pickle: about 100 000 tensors
+
+
+_REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"})
+
+
+def _scan(data: bytes, start: int) -> int:
+    """Check a pickle's opcodes without running it; where it ends. Keeps the unpickler from being made to allocate."""
+    stream = io.BytesIO(data)
+    stream.seek(start)
+    nesting = _Nesting()
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+        if opcode.name in _REFUSED_OPCODES:
+            raise UnsafePickle(
+                f"uses the opcode {opcode.name}, which torch.save never writes", hint=CONVERT
+            )
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
+            raise CorruptFile(
+                "damaged pickle: a memo index beyond what it has stored"
+            )  # the memo is an array
+        if opcode.name == "BYTEARRAY8":
+            raise CorruptFile("damaged pickle: a bytearray among the weights")
+        nesting.follow(opcode, arg)
+    return stream.tell()
+
+
+class _Nesting:
+    """How deep tuples nest. As a key a deep one is hashed by unguarded C recursion: 2 000 000 levels crash Python."""
+
+    _NESTING_OPCODES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
+    _LIMIT = 1000
+    _MARK = -1
+
+    def __init__(self) -> None:
+        self._stack: list[int] = []  # depth of each object on the unpickler's stack
+        self._memo: dict[int, int] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, arg: Any) -> None:
+        name = opcode.name
+        if name == "MARK":
+            self._stack.append(self._MARK)
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            self._stack.append(self._memo.get(arg, 0))
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            self._memo[arg] = self._stack[-1]
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = self._stack[-1]
+        else:
+            depth = self._pop(opcode) + (name in self._NESTING_OPCODES)
+            if depth > self._LIMIT:
+                raise CorruptFile(f"damaged pickle: nested more than {self._LIMIT} deep")
+            self._stack.extend([depth] * len(opcode.stack_after))
+
+    def _pop(self, opcode: pickletools.OpcodeInfo) -> int:
+        """Take what an opcode takes; the greatest depth among it."""
+        count, depth = len(opcode.stack_before), 0
+        if pickletools.markobject in opcode.stack_before:
+            count = opcode.stack_before.index(pickletools.markobject)
+            while (top := self._stack.pop()) != self._MARK:
+                depth = max(depth, top)
+        for _ in range(count):
+            depth = max(depth, self._stack.pop())
+        return depth
+
+
+def unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[Storage]]:
+    """One pickle: its object, where it ends, the storages that it names."""
+    try:
+        end = _scan(data, start)
+        unpickler = Unpickler(io.BytesIO(data[start:end]))
+        return unpickler.load(), end, unpickler.storages
+    except AdaptkitError:
+        raise
+    except Exception as error:  # a hostile pickle can make the unpickler raise anything
+        reason = f"{type(error).__name__}: {error}"[:200]
+        hint = (
+            f"a pickle larger than {CATALOGUE_LIMIT} bytes?"
+            if len(data) >= CATALOGUE_LIMIT
+            else None
+        )
+        raise CorruptFile(f"damaged pickle ({reason})", hint=hint) from error
+
+
+class Unpickler(pickle.Unpickler):
+    """Knows the stand-ins below and nothing else."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.storages: list[Storage] = []
+
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return GLOBALS[module, name]
+        except KeyError:
+            message = f"refers to {module}.{name}: loading it would run code"
+            raise UnsafePickle(message, hint=CONVERT) from None
+
+    def persistent_load(self, pid: object) -> Storage:
+        match pid:
+            case (
+                "storage",
+                StorageType() as kind,
+                str() | int() as key,
+                _,
+                int() as numel,
+                *rest,
+            ) if numel >= 0:
+                storage = Storage(str(key), kind.dtype, numel, _view_offset(rest))
+                self.storages.append(storage)
+                return storage
+        raise CorruptFile("damaged pickle: a persistent id that is no storage")
+
+
+def _view_offset(rest: list[object]) -> int:
+    """Legacy files may name a part of a storage: (key of the part, offset, length)."""
+    match rest:
+        case [] | [None]:
+            return 0
+        case [(_, int() as offset, int())] if offset >= 0:
+            return offset
+    raise CorruptFile("damaged pickle: a malformed view of a storage")

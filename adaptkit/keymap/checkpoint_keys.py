@@ -1,0 +1,140 @@
+"""The keys of a family's checkpoints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from adaptkit.keymap.rows import Reading, find_row
+from adaptkit.keymap.templates import Templates, fill
+from adaptkit.names import BIAS, WEIGHT, Slot, Target
+from adaptkit.registry import discover
+
+if TYPE_CHECKING:
+    from adaptkit.families.contract import Component, Kind, ModelFamily
+
+__all__ = ["CheckpointMap", "Place", "compile_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a checkpoint key holds: a slot, in which naming, perhaps transposed or with the halves of its rows exchanged."""
+
+    slot: Slot
+    kind: Kind
+    naming: str
+    transposed: bool = False
+    swapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """A tensor as a layout stores it: its key without the prefix, what it holds, the kernel it is stored with.
+
+    None: a vector's, or whatever the tensor has.
+    """
+
+    key: str
+    place: Place
+    kernel: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    reading: Reading
+    param: str
+    kind: Kind
+    transposed: bool
+
+
+class CheckpointMap:
+    """All checkpoint keys of one family, in every layout it knows."""
+
+    def __init__(self, family: ModelFamily, *, beside: bool = False) -> None:
+        """`beside`: the parts that no adapter holds as well."""
+        self.family = (
+            replace(family, components=(*family.components, *family.beside)) if beside else family
+        )
+        family = self.family
+        found: dict[str, Templates[_Parameter]] = {}
+        shared: dict[tuple[str, str], Templates[_Parameter]] = {}
+        tables = [
+            (prefix, part, naming)
+            for part in family.components
+            for naming, p in part.checkpoints.items()
+            for prefix in p
+        ]
+        alone = {
+            prefix for prefix, n in Counter(prefix for prefix, _, _ in tables).items() if n == 1
+        }
+        for prefix, part, naming in tables:
+            if prefix in alone:
+                if (part.name, naming) not in shared:
+                    shared[part.name, naming] = _parameters(Templates(), part, naming)
+                found[prefix] = shared[part.name, naming]
+            else:
+                _parameters(found.setdefault(prefix, Templates()), part, naming)
+        self._keys = sorted(found.items(), key=lambda item: -len(item[0]))
+
+    def parse(self, key: str) -> Place | None:
+        """What a checkpoint key holds, or None where the family does not know it."""
+        for prefix, keys in self._keys:
+            if key.startswith(prefix) and (match := keys.match(key[len(prefix) :])) is not None:
+                found, indices = match
+                reading = found.reading
+                slot = reading.slot(indices, found.param)
+                return Place(slot, found.kind, reading.naming, found.transposed, reading.swapped)
+        return None
+
+    def claims(self, key: str) -> bool:
+        """Whether `parse` knows a checkpoint key."""
+        starts = ((prefix, keys) for prefix, keys in self._keys if key.startswith(prefix))
+        return any(keys.match(key[len(prefix) :]) is not None for prefix, keys in starts)
+
+    def spelled(self, target: Target, naming: str) -> tuple[Spelled, ...]:
+        """The tensors that a naming keeps a target in (weights or biases), in the order of its rows; none without names."""
+        found = find_row(self.family, target.component, target.module)
+        if found is None:
+            return ()
+        row, indices = found
+        bias = target.param == BIAS
+        names = row.names.get(naming) or row.names["diffusers"]
+        return tuple(
+            Spelled(
+                fill(name.bias if bias else name.weight, indices),
+                Place(
+                    Slot(target, name.rows),
+                    row.kind,
+                    naming,
+                    name.transposed and not bias,
+                    name.swapped,
+                ),
+                None if bias else row.kernel if name.kernel is None else name.kernel,
+            )
+            for name in names
+        )
+
+    def other(self, key: str) -> str | None:
+        """The part of a checkpoint that no adapter holds which this key belongs to (`vae`, `ema`), if any."""
+        return next(
+            (part for part, prefixes in self.family.others.items() if key.startswith(prefixes)),
+            None,
+        )
+
+
+def _parameters(keys: Templates[_Parameter], part: Component, naming: str) -> Templates[_Parameter]:
+    """Add the weights and biases of a component in one naming."""
+    for row in part.rows:
+        for name in row.names.get(naming) or row.names["diffusers"]:
+            reading = Reading(part.name, row.target, name.rows, name.swapped, naming)
+            keys.add(name.weight, _Parameter(reading, WEIGHT, row.kind, name.transposed))
+            keys.add(name.bias, _Parameter(reading, BIAS, row.kind, False))
+    return keys
+
+
+@cache
+def compile_checkpoint(family_name: str) -> CheckpointMap:
+    """The checkpoint map of a family, by its name (cached)."""
+    return CheckpointMap(discover("adaptkit.families", "FAMILY")[family_name])

@@ -1,0 +1,93 @@
+"""Strings with free indices, matched by one dictionary look-up."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from adaptkit.names import tokenise
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+__all__ = ["FIELD", "Templates", "fill"]
+
+
+P = TypeVar("P")
+
+
+FIELD = re.compile(r"\{(\w+)(?::(\d+))?\}")
+
+
+class Templates(Generic[P]):
+    """Strings with free indices, `layers.{i:12}.fc{n}`, matched by one dictionary look-up on their skeleton."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], _Entry[P]]]] = {}
+
+    def add(self, template: str, payload: P, joiner: str = ".") -> None:
+        """Register a template, its words joined by `joiner`; TypeError where another payload has the same one."""
+        skeleton, positions, values, free = _compiled(template)
+        if joiner != ".":
+            skeleton = skeleton.replace(".", joiner)
+        table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
+        entry = table.setdefault(
+            values, _Entry(payload, free)
+        )  # the first reading of a name that two namings share
+        if entry.payload is not payload and entry.payload != payload:
+            raise TypeError(f"{template!r} means both {entry.payload} and {payload}")
+
+    def match(self, text: str) -> tuple[P, dict[str, int]] | None:
+        """The payload whose template gives this string, and the values of its free indices."""
+        skeleton, numbers = tokenise(text)
+        for positions, table in self._tables.get(skeleton, {}).items():
+            entry = table.get(tuple(numbers[p] for p in positions))
+            if entry is not None and (indices := entry.indices(numbers)) is not None:
+                return entry.payload, indices
+        return None
+
+
+_Free = tuple[tuple[int, str, int | None], ...]  # (position, index name, bound)
+
+
+class _Entry(NamedTuple, Generic[P]):
+    payload: P
+    free: _Free
+
+    def indices(self, numbers: tuple[int, ...]) -> dict[str, int] | None:
+        found: dict[str, int] = {}
+        for position, name, bound in self.free:
+            value = numbers[position]
+            if (bound is not None and value >= bound) or found.setdefault(name, value) != value:
+                return None
+        return found
+
+
+@cache
+def _compiled(template: str) -> tuple[str, tuple[int, ...], tuple[int, ...], _Free]:
+    """Skeleton, the places and values of the fixed integers, and the free ones; families share most of their templates."""
+    if "{" not in template:
+        skeleton, values = tokenise(template)
+        return skeleton, tuple(range(len(values))), values, ()
+    skeleton, last = "", 0
+    positions: list[int] = []
+    fixed: list[int] = []
+    free: list[tuple[int, str, int | None]] = []
+    for index in (*FIELD.finditer(template), None):
+        shape, numbers = tokenise(template[last : index and index.start()])
+        first = len(fixed) + len(free)
+        positions.extend(range(first, first + len(numbers)))
+        fixed.extend(numbers)
+        skeleton += shape
+        if index is not None:
+            free.append((len(fixed) + len(free), index[1], int(index[2]) if index[2] else None))
+            skeleton, last = skeleton + "#", index.end()
+    return skeleton, tuple(positions), tuple(fixed), tuple(free)
+
+
+def fill(template: str, indices: Mapping[str, int]) -> str:
+    if not indices:
+        return template
+    return FIELD.sub(lambda found: str(indices[found[1]]), template)
