@@ -1,4 +1,4 @@
-"""Find the members of a plug-in package: one module, one named attribute, no list to edit."""
+"""Discover the members of a plug-in package by one attribute per module."""
 
 from __future__ import annotations
 

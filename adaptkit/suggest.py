@@ -1,4 +1,4 @@
-"""The name that someone may have meant: nearest known keys to one that no table claims."""
+"""Suggest known keys for an unknown one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["nearest"]
 
-CUTOFF = 0.75  # of difflib's ratio: below, names have little in common
+CUTOFF = 0.75  # difflib ratio; names below this have little in common
 
 
 def nearest(keys: KeyMap, key: str) -> str | None:
-    """The known key most like this one, its numbers kept; None where nothing is near.
+    """The most similar known key, with the numbers of `key`; None if none is near.
 
-    Either the module is known and its suffix is not, or the other way round, or neither; compared without numbers.
+    The module, the suffix or both may be unknown. Numbers are ignored in the comparison.
     """
     found = split_suffix(key)
     stem, suffix = (
@@ -42,7 +42,7 @@ def nearest(keys: KeyMap, key: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def _shapes(keys: KeyMap) -> tuple[str, ...]:
-    """Every stem of a key map without its numbers."""
+    """Every stem of a key map, without numbers."""
     return tuple(dict.fromkeys(_stems(keys)))
 
 
@@ -57,6 +57,6 @@ def _stems(keys: KeyMap) -> Iterator[str]:
 
 
 def _numbered(template: str) -> str:
-    """A template with its free indices as zeros."""
+    """A template with its free indices set to zero."""
     head, brace, rest = template.partition("{")
     return head if not brace else head + "0" + _numbered(rest.partition("}")[2])

@@ -1,4 +1,4 @@
-"""From a path to its source: a file, a shard index or a folder."""
+"""Open a path: a file, a shard index or a folder of weights."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ COMPONENTS = (
     "text_encoder_3",
     "vae",
 )
-"""The folders of a diffusers model that hold weights, in the order in which they are read."""
+"""The weight folders of a diffusers model, in reading order."""
 
 
 def open_source(path: str | Path) -> TensorSource:
-    """Open whatever holds tensors: a file (its content decides its kind), a shard index, a folder. Reads headers only.
+    """Open a weights file, a shard index or a folder of weights. Reads headers only.
 
-    A folder is a diffusers model (names get the prefix `<component>.`), one component, or a set of shards; safetensors
-    go before pickles, files without a variant (`.fp16.`) before those with one.
+    The content of a file decides its kind. A folder is a diffusers model (names get the prefix
+    `<component>.`), one component, or a set of shards. Safetensors are preferred to pickles, and
+    files without a variant (`.fp16.`) to those with one.
     """
     path = Path(path)
     try:
@@ -43,12 +44,12 @@ def open_source(path: str | Path) -> TensorSource:
         return _open_index(path) if path.suffix == ".json" else open_file(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    except ValueError as error:  # pathlib refuses a path that holds a null character
+    except ValueError as error:  # pathlib refuses null characters
         raise UnreadableFile(str(error), file=repr(str(path))) from error
 
 
 def _near(path: Path) -> str | None:
-    """A hint for a path that does not exist."""
+    """Suggest similar names for a path that does not exist."""
     if not path.parent.is_dir():
         return f"there is no folder {str(path.parent)!r}"
     from difflib import get_close_matches
@@ -60,12 +61,15 @@ def _near(path: Path) -> str | None:
 
 
 class _WeightsName(NamedTuple):
-    """What a file name tells: `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`."""
+    """A parsed file name.
+
+    Examples: `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`.
+    """
 
     stem: str
     variant: str
     pickle: bool
-    shards: int  # 0: a file of its own
+    shards: int  # 0: not a shard
     is_index: bool
 
 
@@ -98,7 +102,7 @@ def _parse_name(name: str) -> _WeightsName | None:
 
 
 def _rank(name: _WeightsName) -> tuple[bool, bool, int, int]:
-    """Which set of weights of a folder is meant: the least."""
+    """Sort key of the weights in a folder; the smallest is opened."""
     variant = _VARIANTS.index(name.variant) if name.variant in _VARIANTS else len(_VARIANTS)
     stem = _STEMS.index(name.stem) if name.stem in _STEMS else len(_STEMS)
     return stem == len(_STEMS), name.pickle, variant, stem
@@ -119,16 +123,16 @@ def _weight_files(folder: Path) -> list[tuple[_WeightsName, Path]]:
 
 
 def _open_component(folder: Path) -> TensorSource:
-    """The weights of one folder: one file, or the shards of one index."""
+    """Open the weights of one folder: one file, or the shards of one index."""
     found = _weight_files(folder)
     if not found:
-        raise UnreadableFile("the folder holds no weights", file=folder, hint=_contents(folder))
+        raise UnreadableFile("no weights in this folder", file=folder, hint=_contents(folder))
     best = min(_rank(name) for name, _ in found)
     chosen = [(name, item) for name, item in found if _rank(name) == best]
     if len({(name.stem, name.variant) for name, _ in chosen}) > 1:
         names = ", ".join(item.name for _, item in chosen[:8])
         raise UnreadableFile(
-            "the folder holds several weights", file=folder, hint=f"name one of them: {names}"
+            "several weights in this folder", file=folder, hint=f"name one of them: {names}"
         )
     indices = [item for name, item in chosen if name.is_index]
     if indices:
@@ -138,7 +142,8 @@ def _open_component(folder: Path) -> TensorSource:
         return open_file(whole[0])
     shards = [item for _, item in chosen]
     if len(shards) != chosen[0][0].shards:
-        message = f"{len(shards)} of {chosen[0][0].shards} shards are there: {', '.join(s.name for s in shards[:8])}"
+        found_names = ", ".join(s.name for s in shards[:8])
+        message = f"only {len(shards)} of {chosen[0][0].shards} shards found: {found_names}"
         raise UnreadableFile(message, file=folder, hint="fetch the missing ones")
     return join(folder, [("", open_file(shard)) for shard in shards])
 
@@ -150,18 +155,18 @@ def _contents(folder: Path) -> str:
 
 
 def _open_index(path: Path) -> TensorSource:
-    """The shards that an index names, checked against their own headers."""
+    """Open the shards of an index, checked against their own headers."""
     weight_map = _weight_map(path)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         message = f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}"
-        raise UnreadableFile(message, file=path, hint="fetch them into the folder of the index")
+        raise UnreadableFile(message, file=path, hint="download them into the folder of the index")
     shards = {name: open_file(path.parent / name) for name in names}
     for name, shard in weight_map.items():
         if name not in shards[shard].infos:
             raise CorruptFile(
-                f"the index places it in {shard}, which does not hold it", file=path, tensor=name
+                f"the index lists it in {shard}, which does not hold it", file=path, tensor=name
             )
     return join(path, [("", shard) for shard in shards.values()])
 
@@ -178,7 +183,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_inside(shard):
             raise CorruptFile(
-                f"the index places it in {shard!r}, which is no file beside it",
+                f"the index lists it in {shard!r}, outside its own folder",
                 file=path,
                 tensor=name,
             )
@@ -186,7 +191,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a relative path stays in its folder, by the rules of every system."""
+    """Whether a relative path stays in its folder, by the rules of every operating system."""
     parts = PurePosixPath(name.replace("\\", "/"))
     return (
         bool(name)

@@ -109,7 +109,7 @@ class OutputFile:
         """Sync the file and rename it to `path`."""
         try:
             if self._file is None:
-                raise RuntimeError("the sink is closed")
+                raise RuntimeError("the file is closed")
             file = self._close()
             assert file is not None
             with self._os_errors(), file:
@@ -126,7 +126,7 @@ class OutputFile:
             sync_folder(self.path.parent)
 
     def abort(self) -> None:
-        """Remove what was written; waits for writes under way. Does nothing after `commit`."""
+        """Remove what was written, after pending writes. Does nothing after `publish`."""
         file = self._close()
         if file is not None:
             with suppress(OSError):
@@ -147,10 +147,13 @@ class OutputFile:
 
     @contextmanager
     def _open_file(self) -> Iterator[io.FileIO]:
-        """The file, kept open while the block runs: a write into a closed and reused descriptor would hit another."""
+        """Keep the file open during the block.
+
+        A write to a closed descriptor that the system has reused would hit another file.
+        """
         with self._state:
             if self._file is None:
-                raise RuntimeError("the sink is closed")
+                raise RuntimeError("the file is closed")
             self._writing += 1
             file = self._file
         try:
@@ -162,7 +165,7 @@ class OutputFile:
                 self._state.notify_all()
 
     def _close(self) -> io.FileIO | None:
-        """Take the file away from the writers, when none is at work."""
+        """Detach the file once no write is pending."""
         with self._state:
             self._state.wait_for(lambda: self._writing == 0)
             file, self._file = self._file, None
@@ -212,7 +215,7 @@ class OutputFile:
             return _read_at(file, buffer, at)
 
     def _copy_runs(self, runs: Sequence[Run]) -> None:
-        """By two threads, where there is much to copy: one reads while the system lets the other write."""
+        """Copy with two threads if there is much to copy: one reads while the other writes."""
         if len(runs) < 2 or sum(run.length for run in runs) < _MUCH:
             return self._copy_each(runs)
         failed: list[BaseException] = []
@@ -222,7 +225,7 @@ class OutputFile:
                 self._copy_each(part)
             except BaseException as error:
                 failed.append(error)
-                self.abort()  # so that the other one stops too
+                self.abort()  # stops the other thread too
 
         helper = threading.Thread(target=copy, args=(runs[1::2],), daemon=True)
         helper.start()
@@ -249,18 +252,18 @@ class OutputFile:
                     self._copy_by_hand(source, run, done, buffer)
 
     def _copy_in_kernel(self, source: io.FileIO, run: Run) -> int:
-        """Bytes that the kernel copied without us, on some file systems without copying at all.
+        """Copy with copy_file_range, which shares extents on some file systems; bytes copied.
 
-        That takes whole blocks. Elsewhere it copies page by page, for which we need half the time (ext4, Linux 6.18).
+        Only for offsets that agree modulo the block size. The kernel copies anything else page by
+        page, which takes twice the time of the loop in `_copy_by_hand` (ext4, Linux 6.18).
         """
         done = 0
         if (run.start - run.at) % _BLOCK:
             return done
         while HAS_COPY_FILE_RANGE and done < run.length:
             count = min(run.length - done, _WINDOW)
-            with (
-                self._open_file() as file
-            ):  # anew each time, so that whoever gives the output up need not wait
+            # reopened for every window, so that `abort` need not wait for the whole run
+            with self._open_file() as file:
                 try:
                     copied = os.copy_file_range(
                         source.fileno(), file.fileno(), count, run.start + done, run.at + done
@@ -268,7 +271,8 @@ class OutputFile:
                 except OSError as error:
                     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
                         raise
-                    break  # another file system, an old kernel, a sandbox: the loop below tells real faults apart
+                    # another file system, an old kernel, a sandbox: real faults show up below
+                    break
                 if copied == 0:
                     break
                 self._flusher.wrote(file, run.at + done, copied)
@@ -285,7 +289,8 @@ class OutputFile:
                     except OSError as error:
                         raise unreadable(run.source, error).at(tensor=run.tensor) from error
                     if count == 0:
-                        message = f"truncated: {run.length - done} bytes are missing at {run.start + done}"
+                        missing = run.length - done
+                        message = f"truncated: {missing} bytes are missing at {run.start + done}"
                         raise CorruptFile(message, file=run.source, tensor=run.tensor)
                     self._write_to(file, buffer[:count], run.at + done)
                     done += count
@@ -299,7 +304,7 @@ def _read_at(file: io.FileIO, buffer: memoryview, at: int) -> int:
 
 
 def coalesce(runs: Iterable[Run]) -> list[Run]:
-    """Join runs that follow each other in both files."""
+    """Join runs that are adjacent in both files."""
     joined: list[Run] = []
     for run in sorted(runs, key=lambda run: run.at):
         last = joined[-1] if joined else None

@@ -1,4 +1,8 @@
-"""Inert stand-ins for the globals of torch's pickles"""
+"""Inert stand-ins for the globals of torch's pickles.
+
+The list follows `torch.load(weights_only=True)` (torch `_weights_only_unpickler.py`). The stand-ins
+only record their arguments.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["CONVERT", "GLOBALS", "Storage", "StorageType", "StoredTensor"]
 
 
-CONVERT = "convert it to safetensors with a tool you trust, in a place where running its code does no harm"
+CONVERT = "convert it to safetensors in a sandbox, with a tool you trust"
 
 
 class Storage(NamedTuple):
+    """A storage that a pickle refers to."""
+
     key: str
     dtype: str | None  # None: untyped bytes
     numel: int  # elements of dtype, or bytes
@@ -24,6 +30,8 @@ class Storage(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
+    """A tensor of a pickle: a strided view of a storage, in elements."""
+
     storage: Storage
     dtype: str
     offset: int
@@ -32,11 +40,11 @@ class StoredTensor(NamedTuple):
 
 
 def _malformed(what: str) -> NoReturn:
-    raise CorruptFile(f"damaged pickle: {what} with arguments of the wrong kind")
+    raise CorruptFile(f"damaged pickle: {what} has arguments of the wrong type")
 
 
 class _Opaque:
-    """Something that is no weight; calling it, filling it, asking it: all the same."""
+    """Any object other than a weight. Calls and state are ignored."""
 
     __slots__ = ()
 
@@ -44,20 +52,20 @@ class _Opaque:
         return self
 
     def __setstate__(self, state: object) -> None:
-        """Keep nothing: the stand-ins are shared by all files."""
+        """Ignore the state: all files share the stand-ins."""
 
 
 class _Table(dict[Any, Any]):
-    """OrderedDict; the attributes that torch hangs on it (`_metadata`) are dropped."""
+    """OrderedDict without torch's attributes (`_metadata`)."""
 
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        """Keep nothing."""
+        """Ignore the state."""
 
 
 class _Call(_Opaque):
-    """A stand-in for a function."""
+    """Stand-in for a function."""
 
     __slots__ = ("run",)
 
@@ -69,7 +77,7 @@ class _Call(_Opaque):
 
 
 class StorageType(_Opaque):
-    """A stand-in for `torch.FloatStorage` and its like."""
+    """Stand-in for `torch.FloatStorage` and similar types."""
 
     __slots__ = ("dtype",)
 
@@ -78,7 +86,7 @@ class StorageType(_Opaque):
 
 
 class _DType(_Opaque):
-    """A stand-in for `torch.float32` and its like."""
+    """Stand-in for `torch.float32` and similar dtypes."""
 
     __slots__ = ("name",)
 
@@ -106,7 +114,7 @@ def _sizes(value: object) -> tuple[int, ...]:
 
 
 def _rebuild_tensor(*args: object) -> StoredTensor:
-    """`(storage, offset, size, stride, …)` of all versions; version 3 gives the dtype as its seventh argument."""
+    """Read `(storage, offset, size, stride, …)`; version 3 has the dtype as seventh argument."""
     match args:
         case (Storage() as storage, int() as offset, size, stride, *rest) if 0 <= offset < 2**63:
             dtype = rest[2].name if len(rest) > 2 and isinstance(rest[2], _DType) else storage.dtype
@@ -136,8 +144,10 @@ def _size(*args: object) -> tuple[int, ...]:
 
 
 _TYPED = {
-    "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Double": "F64", "Long": "I64", "Int": "I32", "Short": "I16",
-    "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64", "UInt16": "U16", "UInt32": "U32",
+    "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Double": "F64", "Long": "I64", "Int": "I32",
+    "Short": "I16",
+    "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64", "UInt16": "U16",
+    "UInt32": "U32",
     "UInt64": "U64",
 }  # fmt: skip
 
@@ -157,10 +167,12 @@ def _globals() -> dict[tuple[str, str], object]:
         ("torch", "UntypedStorage"): StorageType(None),
         ("torch.storage", "TypedStorage"): StorageType(None),
     }
-    # what weights_only=True lets pass and no weight is made of
+    # accepted by weights_only=True, but never part of a weight
     for module, name in (
-        ("torch", "device"), ("torch", "Tensor"), ("torch.serialization", "_get_layout"), ("collections", "Counter"),
-        ("_codecs", "encode"), ("builtins", "set"), ("builtins", "bytearray"), ("builtins", "complex"),
+        ("torch", "device"), ("torch", "Tensor"), ("torch.serialization", "_get_layout"),
+        ("collections", "Counter"),
+        ("_codecs", "encode"), ("builtins", "set"), ("builtins", "bytearray"),
+        ("builtins", "complex"),
         ("__builtin__", "set"), ("__builtin__", "bytearray"), ("__builtin__", "complex"),
     ):  # fmt: skip
         table[module, name] = _Opaque()

@@ -1,9 +1,10 @@
-"""Torch pickles (`.ckpt .pt .pth .bin`): where each tensor lies in the file. Runs no code of the file, needs no torch.
+"""Locate the tensors of torch pickles (`.ckpt .pt .pth .bin`) without running their code.
 
-A torch file is a pickle of containers, in which every tensor is a call `_rebuild_tensor_v2(storage, offset, size,
-stride, …)`, and raw storages beside it: entries of a zip archive, or, before torch 1.6, one after another behind the
-pickle. Here the globals that `torch.load(weights_only=True)` knows are replaced by inert stand-ins which only note
-their arguments; any other global is refused by name (`UnsafePickle`) before anything can be called.
+A torch file is a pickle of containers plus raw storages. Each tensor in the pickle is a call
+`_rebuild_tensor_v2(storage, offset, size, stride, …)`. Storages are entries of a zip archive or,
+before torch 1.6, follow the pickle. The globals that `torch.load(weights_only=True)` accepts are
+replaced by inert stand-ins; any other global is refused by name (`UnsafePickle`) before anything
+is called. Needs no torch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ __all__ = ["Catalogue", "Packed", "looks_like_pickle", "packed_bytes", "read_cat
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_EXPANSION_LIMIT = 1 << 30  # bytes that an expanded (stride 0) view may take up beyond its storage
+# bytes by which an expanded (stride 0) view may exceed its storage; bounds a hostile file
+_EXPANSION_LIMIT = 1 << 30
 
 
 class Packed(NamedTuple):
@@ -41,11 +43,12 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What a pickle holds.
+    """The tensors of a pickle.
 
-    `infos` in order of offset. A tensor in `strides` (counted in elements) is a view: `start:stop` of its info is all
-    that it touches. A tensor in `packed` lies in a compressed entry: its info has `start == stop`, the place of that
-    entry. `ignored` names what is no tensor.
+    `infos` are in order of offset. A tensor in `strides` (in elements) is a strided view;
+    `start:stop` of its info covers every byte it touches. A tensor in `packed` is in a compressed
+    zip entry; `start == stop` of its info is the offset of that entry. `ignored` names the entries
+    that are not tensors.
     """
 
     infos: dict[str, TensorInfo]
@@ -56,7 +59,7 @@ class Catalogue:
 
 
 def looks_like_pickle(head: bytes) -> bool:
-    """Whether a file's first bytes are those of a zip archive, of a pickle or (torch 0.1) of a tar archive."""
+    """Whether a file starts like a zip archive, a pickle or (torch 0.1) a tar archive."""
     return (
         head.startswith(b"PK\x03\x04")
         or (head[:1] == b"\x80" and head[1:2] <= b"\x05")
@@ -69,9 +72,10 @@ def _is_tar(head: bytes) -> bool:
 
 
 def read_catalogue(path: str | Path) -> Catalogue:
-    """List the tensors of a torch file; reads its pickle and no tensor.
+    """List the tensors of a torch file. Reads the pickle, not the tensors.
 
-    `UnsafePickle` where it refers to anything but tensors and plain containers, `CorruptFile` where it is damaged.
+    Raises `UnsafePickle` if it refers to anything but tensors and plain containers, `CorruptFile`
+    if it is damaged.
     """
     path = Path(path)
     try:
@@ -100,7 +104,7 @@ def read_catalogue(path: str | Path) -> Catalogue:
 
 
 def packed_bytes(path: Path, packed: Packed) -> bytes:
-    """The bytes of a tensor that lies in a compressed zip entry."""
+    """Read the bytes of a tensor in a compressed zip entry."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(packed.entry) as entry:
             entry.seek(packed.start)
@@ -123,7 +127,7 @@ def _open_format(file: BinaryIO, head: bytes, size: int) -> tuple[object, _Blobs
         return _open_zip(file, size)
     if _is_tar(head):
         raise CorruptFile(
-            "torch's oldest format (a tar archive)",
+            "torch's oldest format (a tar archive) is not supported",
             hint="load and save it once with a current torch",
         )
     if head[:1] == b"\x80":
@@ -132,7 +136,7 @@ def _open_format(file: BinaryIO, head: bytes, size: int) -> tuple[object, _Blobs
 
 
 class _Blob(NamedTuple):
-    """The raw bytes of one storage; `entry` is its name where it is compressed."""
+    """The raw bytes of one storage; `entry` names it if it is compressed."""
 
     start: int
     nbytes: int
@@ -143,13 +147,16 @@ _Blobs = dict[str, _Blob]
 
 
 def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
-    """The zip format (torch ≥ 1.6): `<name>/data.pkl`, `<name>/data/<key>`, `<name>/byteorder`."""
+    """Read the zip format (torch >= 1.6).
+
+    Entries: `<name>/data.pkl`, `<name>/data/<key>`, `<name>/byteorder`.
+    """
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         catalogues = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(catalogues) != 1:
             raise CorruptFile(
-                f"a zip archive with {len(catalogues)} entries data.pkl, not a torch file"
+                f"not a torch file: a zip archive with {len(catalogues)} entries named data.pkl"
             )
         root_name = catalogues[0].removesuffix("data.pkl")
         if root_name + "constants.pkl" in entries:
@@ -170,7 +177,7 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
 def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.file_size > CATALOGUE_LIMIT:
         raise CorruptFile(
-            f"{info.filename} takes {info.file_size} bytes (the limit is {CATALOGUE_LIMIT})"
+            f"{info.filename} takes {info.file_size} bytes (limit: {CATALOGUE_LIMIT})"
         )
     with archive.open(info) as entry:
         return entry.read(CATALOGUE_LIMIT)
@@ -178,11 +185,15 @@ def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 def _check_byteorder(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> None:
     if info is not None and (order := _small_entry(archive, info)) != b"little":
-        raise CorruptFile(f"its byte order is {order[:20]!r}, only little-endian files can be read")
+        raise CorruptFile(f"byte order {order[:20]!r} is not supported, only little-endian")
 
 
 def _locate(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> _Blob:
-    """Where an entry's bytes start: its local header has its own name and padding, of other lengths than the index."""
+    """Locate an entry's bytes.
+
+    The offset must be read from the local header, whose name and padding may differ in length
+    from the central directory's.
+    """
     if info.flag_bits & 1:
         raise CorruptFile(f"entry {info.filename!r} is encrypted")
     if info.compress_type != zipfile.ZIP_STORED:
@@ -195,13 +206,17 @@ def _locate(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> _Blob:
     start = info.header_offset + 30 + name + extra
     if start + info.file_size > size:
         raise CorruptFile(
-            f"truncated: entry {info.filename!r} ends at {start + info.file_size}, the file has {size}"
+            f"truncated: entry {info.filename!r} ends at {start + info.file_size}, "
+            f"the file has {size} bytes"
         )
     return _Blob(start, info.file_size, None)
 
 
 def _open_legacy(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
-    """The format before torch 1.6: five pickles (magic, protocol, system, object, storage keys), then the storages."""
+    """Read the format before torch 1.6.
+
+    Five pickles (magic number, protocol, system, object, storage keys), then the storages.
+    """
     head = file.read(CATALOGUE_LIMIT)
     magic, at, _ = unpickle(head)
     if magic != _LEGACY_MAGIC:
@@ -209,9 +224,9 @@ def _open_legacy(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
     protocol, at, _ = unpickle(head, at)
     system, at, _ = unpickle(head, at)
     if protocol != _LEGACY_PROTOCOL:
-        raise CorruptFile(f"unknown version {str(protocol)[:20]} of torch's old format")
+        raise CorruptFile(f"unknown version {str(protocol)[:20]} of torch's legacy format")
     if isinstance(system, dict) and not system.get("little_endian", True):
-        raise CorruptFile("written on a big-endian machine, only little-endian files can be read")
+        raise CorruptFile("written on a big-endian machine, only little-endian is supported")
     root, at, storages = unpickle(head, at)
     keys, at, _ = unpickle(head, at)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -222,18 +237,19 @@ def _open_legacy(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
 def _legacy_blobs(
     file: BinaryIO, keys: Iterable[str], storages: Mapping[str, Storage], at: int, size: int
 ) -> _Blobs:
-    """Each storage: its number of elements (int64), then its bytes."""
+    """Locate each storage: number of elements (int64), then its bytes."""
     blobs: _Blobs = {}
     for key in keys:
         if key not in storages:
-            raise CorruptFile(f"damaged: storage {key!r} is of no known type")
+            raise CorruptFile(f"damaged: storage {key!r} has no known type")
         file.seek(at)
         numel = int.from_bytes(file.read(8), "little", signed=True)
         dtype = storages[key].dtype
         length = numel * (1 if dtype is None else itemsize(dtype))
         if numel < 0 or at + 8 + length > size:
             raise CorruptFile(
-                f"truncated: storage {key!r} takes {length} bytes from {at + 8}, the file has {size}"
+                f"truncated: storage {key!r} takes {length} bytes from {at + 8}, "
+                f"the file has {size}"
             )
         blobs[key] = _Blob(at + 8, length, None)
         at += 8 + length
@@ -242,7 +258,7 @@ def _legacy_blobs(
 
 @dataclass
 class _Draft:
-    """A catalogue in the making."""
+    """A catalogue under construction."""
 
     infos: list[TensorInfo] = field(default_factory=list)
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -279,7 +295,7 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _state_dict(root: object, ignored: list[str]) -> Mapping[object, object]:
-    """The table of tensors: the file's object, its `state_dict`, or the only value that is one."""
+    """Find the table of tensors: the object, its `state_dict`, or its only table of tensors."""
     if not isinstance(root, dict):
         what = (
             "a single tensor"
@@ -304,7 +320,7 @@ def _state_dict(root: object, ignored: list[str]) -> Mapping[object, object]:
 
 
 def _place(draft: _Draft, name: str, tensor: StoredTensor, blobs: Mapping[str, _Blob]) -> None:
-    """Work out which bytes of the file a tensor takes."""
+    """Compute which bytes of the file a tensor takes."""
     blob = blobs.get(tensor.storage.key)
     if blob is None:
         raise CorruptFile(
@@ -334,14 +350,14 @@ def _place(draft: _Draft, name: str, tensor: StoredTensor, blobs: Mapping[str, _
 
 
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last that a view touches."""
+    """Number of elements from the first to the last that a view touches."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether the elements lie one after another; the stride of a dimension of size 1 says nothing."""
+    """Whether the elements are adjacent; the stride of a dimension of size 1 is arbitrary."""
     step = 1
     for n, given in zip(reversed(shape), reversed(stride), strict=True):
         if n != 1 and given != step:

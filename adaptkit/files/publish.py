@@ -25,14 +25,14 @@ __all__ = [
 
 
 def cannot_write(path: Path, error: OSError, needed: int) -> CannotWrite:
-    """The `CannotWrite` that says what the operating system said, and what to do."""
+    """Turn an `OSError` into a `CannotWrite` with the system's message and a hint."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return CannotWrite(
             f"the disk is full: {needed} bytes are needed", file=path, hint="free space or use -o"
         )
     if isinstance(error, PermissionError):
-        hint = "check the mode of the folder; on Windows, close whatever holds the file open"
-        return CannotWrite("no permission to write here", file=path, hint=hint)
+        hint = "check the mode of the folder; on Windows, close the program that has the file open"
+        return CannotWrite("permission denied", file=path, hint=hint)
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return CannotWrite(
             f"there is no folder {str(path.parent)!r}", file=path, hint="create it first"
@@ -43,6 +43,7 @@ def cannot_write(path: Path, error: OSError, needed: int) -> CannotWrite:
 
 
 def refuse_existing(path: Path) -> None:
+    """Raise `WouldOverwrite` if the path exists."""
     if path.exists():
         raise WouldOverwrite(
             "the output exists", file=path, hint="use --overwrite, or another name with -o"
@@ -50,7 +51,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def check_target(path: Path, needed: int, overwrite: bool) -> None:
-    """Everything about the output's place that can be known before a byte is written."""
+    """Check the output path before a byte is written."""
     if "\0" in str(path):
         raise CannotWrite("a file name cannot hold a null character", file=repr(str(path)))
     try:
@@ -61,7 +62,7 @@ def check_target(path: Path, needed: int, overwrite: bool) -> None:
                 f"there is no folder {str(path.parent)!r}", file=path, hint="create it first"
             )
         if path.exists() and not path.is_file():
-            raise CannotWrite("the output is a device or pipe, no file", file=path)
+            raise CannotWrite("the output is a device or pipe, not a file", file=path)
         if not overwrite:
             refuse_existing(path)
     except OSError as error:
@@ -74,15 +75,15 @@ def _check_space(path: Path, needed: int) -> None:
 
     try:
         usage = shutil.disk_usage(path.parent)
-    except OSError:  # a file system that does not tell; the write itself will
+    except OSError:  # some file systems report no usage; the write itself will fail
         return
     if usage.total and usage.free < needed:
-        message = f"the disk is too full: {needed} bytes are needed, {usage.free} are free"
+        message = f"not enough disk space: {needed} bytes are needed, {usage.free} are free"
         raise CannotWrite(message, file=path, hint="free space, or choose another disk with -o")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename durable where a folder can be synced (not on Windows)."""
+    """Make a rename durable, on systems that can sync a folder (not Windows)."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -93,10 +94,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which appears as `path` when the block ends well, and vanishes when it does not.
+    """Yield a new folder to fill; it becomes `path` on success and is removed on failure.
 
-    An existing folder is replaced (`overwrite`) only if it holds nothing but files of the `known` names: at once on Linux
-    and macOS, elsewhere by two renames, between which a killed process leaves only the hidden `.old` beside `path`.
+    An existing folder is replaced (`overwrite`) only if all its files are of the `known` names.
+    The replacement is atomic on Linux and macOS. Elsewhere it takes two renames; a process killed
+    between them leaves only the hidden `.old` folder.
     """
     check_folder(path, known, overwrite)
     token = f"{os.getpid()}-{os.urandom(4).hex()}"
@@ -104,10 +106,9 @@ def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> I
     try:
         made.mkdir()
         yield made
-        check_folder(path, known, overwrite)  # a long while later
-        if not (
-            path.exists() and exchange(made, path)
-        ):  # after an exchange, `made` is the old folder
+        check_folder(path, known, overwrite)  # again: writing may have taken hours
+        # after an exchange, `made` is the old folder
+        if not (path.exists() and exchange(made, path)):
             if path.exists():
                 path.rename(old)
             made.rename(path)
@@ -122,7 +123,7 @@ def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> I
 
 
 def _remove_folder(path: Path) -> None:
-    """Remove what is there, if anything; of a link to a folder, the link."""
+    """Remove a folder, if any; of a symbolic link, only the link."""
     import shutil
 
     if path.is_symlink():
@@ -133,7 +134,7 @@ def _remove_folder(path: Path) -> None:
 
 
 def check_folder(path: Path, known: Set[str], overwrite: bool) -> None:
-    """Refuse an output folder that cannot be made, or whose replacement would destroy something else."""
+    """Refuse an output folder that cannot be created, or that holds unrelated files."""
     if not path.parent.is_dir():
         raise CannotWrite(
             f"there is no folder {str(path.parent)!r}", file=path, hint="create it first"
@@ -142,16 +143,16 @@ def check_folder(path: Path, known: Set[str], overwrite: bool) -> None:
         return
     if not path.is_dir():
         raise WouldOverwrite(
-            "this format is a folder, and a file of that name exists",
+            "this format writes a folder, and a file of that name exists",
             file=path,
-            hint="name another",
+            hint="choose another name",
         )
     if not overwrite:
         refuse_existing(path)
     strange = sorted(item.name for item in path.iterdir() if item.name not in known)
     if strange:
         raise WouldOverwrite(
-            f"the folder holds other things, {strange[0]!r}: it is not replaced",
+            f"the folder holds other files ({strange[0]!r}) and is not replaced",
             file=path,
-            hint="name another folder",
+            hint="choose another folder",
         )

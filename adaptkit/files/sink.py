@@ -22,24 +22,24 @@ __all__ = ["Pieces", "TensorSink"]
 
 
 class Pieces:
-    """One tensor of a sink in the making: stretches of it in any order from any thread, then `close`."""
+    """One tensor of a sink, written in pieces, in any order from any thread, then closed."""
 
     def __init__(self, sink: TensorSink, info: TensorInfo) -> None:
         self._sink, self._info, self._left = sink, info, info.nbytes
 
     def put(self, tensor: torch.Tensor, first: int) -> None:
-        """Write `tensor` as the elements from number `first` on, counted row by row; its dtype is taken on trust."""
+        """Write `tensor` from element `first` on, in row-major order; its dtype is not checked."""
         self.put_bytes(tensor_bytes(tensor), first * tensor.dtype.itemsize)
 
     def put_bytes(self, data: memoryview, at: int) -> None:
-        """Write raw bytes, the first of them as the tensor's byte `at`."""
+        """Write raw bytes from byte `at` of the tensor on."""
         self._sink._write(data, self._place(at, len(data)))
         self._count(len(data))
 
     def _place(self, at: int, length: int) -> int:
-        """Where in the file bytes of this tensor lie."""
+        """The file offset of byte `at` of this tensor."""
         if at < 0 or at + length > self._info.nbytes:
-            raise RuntimeError(f"{length} bytes do not belong at byte {at} of {self._info.name!r}")
+            raise RuntimeError(f"{length} bytes at {at} exceed the tensor {self._info.name!r}")
         return self._info.start + at
 
     def _count(self, length: int) -> None:
@@ -47,16 +47,16 @@ class Pieces:
             self._left -= length
 
     def close(self) -> None:
-        """All of it is written."""
+        """Mark the tensor as written."""
         if self._left:
             raise RuntimeError(
-                f"{self._left} bytes of {self._info.name!r} were not written, or some twice"
+                f"{self._left} bytes of {self._info.name!r} were not written, or written twice"
             )
         self._sink._written.add(self._info.name)
 
 
 class TensorSink(OutputFile):
-    """A safetensors file being written; `specs` are final, tensors come in any order from any thread.
+    """A safetensors file being written: fixed `specs`, tensors in any order from any thread.
 
     Bytes go to a hidden file in the folder of `path`. `commit` checks, syncs and renames it;
     leaving the `with` block without `commit` removes it. The output therefore appears complete or
@@ -87,7 +87,7 @@ class TensorSink(OutputFile):
             raise
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor; `ShapeMismatch` if its dtype or shape is not the promised one."""
+        """Write one tensor; `ShapeMismatch` if its dtype or shape differs from the spec."""
         info = self._info(name)
         self._check(info, spec_of(name, tensor))
         self._claim(name)
@@ -95,19 +95,19 @@ class TensorSink(OutputFile):
         self._written.add(name)
 
     def pieces(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Pieces:
-        """To write one tensor piece by piece; `ShapeMismatch` if its dtype or shape is not the promised one."""
+        """Write one tensor in pieces; `ShapeMismatch` if dtype or shape differ from the spec."""
         info = self._info(name)
         self._check(info, TensorSpec(name, dtype_name(dtype), tuple(shape)))
         self._claim(name)
         return Pieces(self, info)
 
     def parts(self, name: str) -> Pieces:
-        """To write one tensor's bytes piece by piece, their dtype and shape taken on trust."""
+        """Write one tensor's bytes in pieces; dtype and shape are not checked."""
         self._claim(name)
         return Pieces(self, self._info(name))
 
     def copy_parts(self, items: Iterable[tuple[Pieces, Path, int, int, int]]) -> None:
-        """Copy stretches of files: of each its start and length there, and the byte of the tensor where it goes."""
+        """Copy spans of files: (pieces, path, start, length, first byte within the tensor)."""
         runs: list[Run] = []
         for pieces, path, start, length, at in items:
             runs.append(Run(path, start, length, pieces._place(at, length), pieces._info.name))
@@ -119,7 +119,7 @@ class TensorSink(OutputFile):
         info = self._info(name)
         if len(data) != info.nbytes:
             raise ShapeMismatch(
-                f"{len(data)} bytes given for a tensor of {info.nbytes}",
+                f"got {len(data)} bytes for a tensor of {info.nbytes}",
                 file=self.path,
                 tensor=name,
             )
@@ -128,23 +128,23 @@ class TensorSink(OutputFile):
         self._written.add(name)
 
     def read(self, name: str) -> memoryview:
-        """The bytes of a tensor that was written."""
+        """Read back a tensor that was written."""
         info = self._info(name)
         return self._read(info.nbytes, info.start, name)
 
     def restate(self, metadata: Mapping[str, str]) -> None:
-        """Replace the metadata by other values of the same length: hashes that are known once the tensors are written."""
+        """Replace the metadata by values of the same length, such as hashes known at the end."""
         header, _ = build_header(self.infos.values(), metadata)
         if len(header) != self._header:
-            raise RuntimeError("the header would change its length")
+            raise RuntimeError("the header would change in length")
         self._write(memoryview(header), 0)
 
     def copy(self, name: str, source: TensorSource, source_name: str | None = None) -> None:
-        """Copy one tensor's bytes unchanged; dtype and number of elements must agree with the spec."""
+        """Copy one tensor's bytes unchanged; dtype and element count must match the spec."""
         self.copy_many([(name, source, name if source_name is None else source_name)])
 
     def copy_many(self, items: Iterable[tuple[str, TensorSource, str]]) -> None:
-        """Copy `(name, source, source name)`; neighbours in both files go in one piece, at the speed of the disk."""
+        """Copy `(name, source, source name)`; adjacent tensors are copied in one piece."""
         runs: list[Run] = []
         claimed: list[str] = []
         loose: list[
@@ -194,7 +194,7 @@ class TensorSink(OutputFile):
                 f"{given.dtype} {list(given.shape)}",
             )
             raise ShapeMismatch(
-                f"{promised} was promised, {found} came", file=self.path, tensor=info.name
+                f"expected {promised}, got {found}", file=self.path, tensor=info.name
             )
 
     def _claim(self, name: str) -> None:

@@ -1,7 +1,7 @@
-"""Tensors on disk behind one face: a safetensors file, shards, a diffusers folder, a torch pickle.
+"""Read tensors lazily from a safetensors file, shards, a diffusers folder or a torch pickle.
 
-Opening reads headers only and imports no torch. Data is read by positioned reads straight into each tensor's own
-memory, from any thread; never through a memory map, whose pages would count as resident memory.
+Opening reads headers only and imports no torch. Data is read by positioned reads into each tensor's
+own memory, from any thread. Memory maps are avoided: their pages count as resident memory.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = ["TensorSource", "join", "open_file"]
 
 HAS_PREADV = hasattr(os, "preadv")
 HAS_FADVISE = hasattr(os, "posix_fadvise")
-_CHUNK = 1 << 30  # bytes per system call; macOS and Linux refuse or cut reads of 2 GiB and more
+_CHUNK = 1 << 30  # bytes per system call; macOS and Linux refuse or truncate reads of 2 GiB
 
 
 class _Reader:
-    """Positioned reads from one file. Opened at the first read, so that a source used for its header holds no file."""
+    """Positioned reads from one file, opened at the first read."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -45,7 +45,7 @@ class _Reader:
         self._lock = threading.Lock()
 
     def into(self, view: memoryview, start: int, tensor: str) -> None:
-        """Fill `view` with the bytes from `start` on; `CorruptFile` naming the tensor if the file ends before."""
+        """Fill `view` with the bytes from `start` on; `CorruptFile` at a premature end."""
         file = self._opened()
         done = 0
         while done < len(view):
@@ -69,9 +69,9 @@ class _Reader:
             return file.readinto(view) or 0
 
     def ahead(self, start: int, length: int) -> None:
-        """Have the system fetch these bytes from the disk, where it takes such advice."""
+        """Prefetch bytes from the disk, on systems with posix_fadvise."""
         if HAS_FADVISE:
-            with suppress(OSError, AdaptkitError):  # whoever reads them will say what is wrong
+            with suppress(OSError, AdaptkitError):  # the read itself will report it
                 os.posix_fadvise(self._opened().fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def _opened(self) -> io.FileIO:
@@ -83,7 +83,7 @@ class _Reader:
                     raise unreadable(self.path, error) from error
                 if (now := os.fstat(file.fileno()).st_size) != self.size:
                     file.close()
-                    message = f"changed since it was opened: it had {self.size} bytes, now {now}"
+                    message = f"changed after opening: it had {self.size} bytes, now {now}"
                     raise CorruptFile(message, file=self.path)
                 self._file = file
             return self._file
@@ -98,41 +98,41 @@ class _Reader:
 class TensorSource(ABC):
     """Lazily read tensors, from any thread. A context manager.
 
-    `close` frees the file handles; call it when no read is under way (a later one opens them again).
+    `close` frees the file handles. Call it when no read is pending; a later read opens them again.
     """
 
-    path: Path  # what was opened: a file or a folder
+    path: Path  # the file or folder that was opened
     infos: Mapping[str, TensorInfo]  # in file order
     metadata: Mapping[str, str]
     files: tuple[Path, ...]  # the files that hold the data
     size: int  # bytes of all files
-    ignored: tuple[str, ...] = ()  # entries of a pickle that are no tensors
+    ignored: tuple[str, ...] = ()  # entries of a pickle other than tensors
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor on the CPU, contiguous, in memory of its own.
+        """Read a tensor to the CPU, contiguous, in its own memory.
 
         `rows` is a slice (step 1) of the leading dimension; only its bytes are read.
         """
 
     @abstractmethod
     def scalar(self, name: str) -> float:
-        """The value of a one-element tensor, read without torch; `ShapeMismatch` if it has more elements."""
+        """Read a one-element tensor without torch; `ShapeMismatch` if it has more elements."""
 
     @abstractmethod
     def span(self, name: str) -> tuple[Path, int, int] | None:
-        """File, start and stop of the tensor's raw bytes; None where they are strided or compressed."""
+        """File, start and stop of the raw bytes; None if they are strided or compressed."""
 
     @abstractmethod
     def raw(self, name: str) -> memoryview:
-        """The tensor's bytes in row-major order."""
+        """Read the tensor's bytes in row-major order."""
 
-    def announce(self, name: str) -> None:  # noqa: B027 no more than advice
-        """A tensor will be read soon: its bytes may come from the disk while others are worked on."""
+    def announce(self, name: str) -> None:  # noqa: B027 optional
+        """Prefetch a tensor that will be read soon."""
 
     @abstractmethod
     def order(self, name: str) -> tuple[int, int]:
-        """File index and offset: reading in this order reads every file forwards."""
+        """(file index, offset); reading in this order reads every file forwards."""
 
     @abstractmethod
     def close(self) -> None:
@@ -150,11 +150,12 @@ class TensorSource(ABC):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__.strip('_')} {str(self.path)!r}: {len(self.infos)} tensors, {self.size} bytes>"
+        name = type(self).__name__.strip("_")
+        return f"<{name} {str(self.path)!r}: {len(self.infos)} tensors, {self.size} bytes>"
 
 
 class _FileSource(TensorSource):
-    """One file whose tensors are spans of bytes."""
+    """One file with tensors at byte spans."""
 
     def __init__(self, path: Path, found: Header | Catalogue) -> None:
         self.path = path
@@ -187,7 +188,7 @@ class _FileSource(TensorSource):
         info = self.info(name)
         if info.numel != 1:
             raise ShapeMismatch(
-                f"a single number expected, shape is {list(info.shape)}",
+                f"expected a single number, got shape {list(info.shape)}",
                 file=self.path,
                 tensor=name,
             )
@@ -229,7 +230,7 @@ class _SafetensorsSource(_FileSource):
 
 
 class _PickleSource(_FileSource):
-    """One torch pickle: strided views and compressed entries besides plain spans."""
+    """One torch pickle, with strided views and compressed entries."""
 
     def __init__(self, path: Path, catalogue: Catalogue) -> None:
         super().__init__(path, catalogue)
@@ -252,9 +253,8 @@ class _PickleSource(_FileSource):
         buffer = empty_bytes(info, self.path, extent * unit)
         self._fill(info, bytes_of(buffer), first * stride[0] * unit)
         view = buffer.view(torch_dtype(info, self.path)).as_strided(shape, stride)
-        return view.new_empty(shape).copy_(
-            view
-        )  # contiguous() would keep odd strides of dimensions of size 1
+        # a copy, as contiguous() would keep odd strides of dimensions of size 1
+        return view.new_empty(shape).copy_(view)
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         packed = self._packed.get(info.name)
@@ -277,7 +277,7 @@ class _PickleSource(_FileSource):
 
 
 class _JoinedSource(TensorSource):
-    """Several sources read as one: shards (no prefix), or the components of a diffusers folder."""
+    """Several sources as one: shards (no prefix), or the components of a diffusers folder."""
 
     def __init__(self, path: Path, parts: Sequence[tuple[str, TensorSource]]) -> None:
         self.path = path
@@ -288,9 +288,8 @@ class _JoinedSource(TensorSource):
             key: value for _, part in reversed(parts) for key, value in part.metadata.items()
         }
         self._parts = [part for _, part in parts]
-        self._places: dict[
-            str, tuple[TensorSource, str, int]
-        ] = {}  # the last: index of the part's first file
+        # the last item: index of the part's first file
+        self._places: dict[str, tuple[TensorSource, str, int]] = {}
         infos: dict[str, TensorInfo] = {}
         index = 0
         for prefix, part in parts:
@@ -304,7 +303,7 @@ class _JoinedSource(TensorSource):
         if full in self._places:
             other = self._places[full][0].path.name
             raise CorruptFile(
-                f"it stands in both {other} and {part.path.name}", file=self.path, tensor=full
+                f"both {other} and {part.path.name} hold it", file=self.path, tensor=full
             )
         self._places[full] = part, name, index
 
@@ -345,7 +344,7 @@ class _JoinedSource(TensorSource):
 
 
 def open_file(path: Path) -> TensorSource:
-    """The source of one file, safetensors or torch pickle by its first bytes."""
+    """Open one file, safetensors or torch pickle by its first bytes."""
     if not path.is_file():
         raise UnreadableFile("not a regular file", file=path)
     with path.open("rb") as file:
@@ -359,5 +358,5 @@ def open_file(path: Path) -> TensorSource:
 
 
 def join(path: Path, parts: Sequence[tuple[str, TensorSource]]) -> TensorSource:
-    """One source of several (prefix, source); `CorruptFile` if two hold the same name."""
+    """Join several (prefix, source) into one; `CorruptFile` if two hold the same name."""
     return _JoinedSource(path, parts)

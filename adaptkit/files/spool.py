@@ -1,4 +1,4 @@
-"""A spool for tensors whose specs are known only at the end."""
+"""Spool tensors until the specs of a file are known."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["Spool"]
 
 
 class Spool:
-    """Results whose specs are known only at the end: kept in memory up to `limit` bytes, then in a temporary file.
+    """Tensors in memory up to `limit` bytes, then in a temporary file.
 
-    `folder` is where that file goes; pass the output's folder, because the system's own may be memory (tmpfs). A
-    context manager; leaving the block frees memory and file.
+    Pass the output's folder as `folder`: the system's temporary folder may be memory (tmpfs).
+    A context manager; leaving the block frees memory and file.
     """
 
     def __init__(self, limit: int, folder: str | Path | None = None) -> None:
@@ -36,7 +36,8 @@ class Spool:
 
         self.limit = limit
         self.folder = Path(tempfile.gettempdir() if folder is None else folder)
-        self._file = tempfile.SpooledTemporaryFile(dir=str(self.folder))  # noqa: SIM115 closed by `close`
+        # SIM115: closed by `close`
+        self._file = tempfile.SpooledTemporaryFile(dir=str(self.folder))  # noqa: SIM115
         self._places: dict[str, tuple[TensorSpec, int, int]] = {}
         self._end = 0
         self._lock = threading.Lock()
@@ -48,7 +49,7 @@ class Spool:
             if name in self._places:
                 raise RuntimeError(f"tensor {name!r} was spooled twice")
             if self._end + len(data) > self.limit:
-                self._file.rollover()  # before, not after, memory holds more than the limit
+                self._file.rollover()  # first, so that memory never exceeds the limit
             self._file.seek(self._end)
             self._file.write(data)
             self._places[name] = spec_of(name, tensor), self._end, len(data)
@@ -58,27 +59,27 @@ class Spool:
         return name in self._places
 
     def specs(self) -> list[TensorSpec]:
-        """What was appended, in that order."""
+        """The specs appended so far, in order."""
         return [spec for spec, _, _ in self._places.values()]
 
     def read(self, name: str) -> memoryview:
-        """The bytes kept under a name."""
+        """Read the bytes of a name."""
         _, start, length = self._places[name]
         buffer = bytearray(length)
         with self._lock, self._os_errors():
             self._file.seek(start)
             done = self._file.readinto(buffer)
         if done != length:
-            raise CorruptFile("the temporary file was cut short", file=self.folder, tensor=name)
+            raise CorruptFile("the temporary file was truncated", file=self.folder, tensor=name)
         return memoryview(buffer)
 
     def write_to(self, sink: TensorSink) -> None:
-        """Put everything into a sink that was opened with (at least) these specs."""
+        """Write everything to a sink that was opened with (at least) these specs."""
         for name in self._places:
             sink.put_bytes(name, self.read(name))
 
     def close(self) -> None:
-        """Free memory and file."""
+        """Free the memory and the file."""
         self._file.close()
 
     @contextmanager

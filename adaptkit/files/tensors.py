@@ -29,7 +29,7 @@ __all__ = [
 
 
 def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
-    """First row and number of rows; (0, 0) for the whole tensor."""
+    """First row and number of rows of a slice; (0, 0) for the whole tensor."""
     if rows is None:
         return 0, 0
     if not info.shape:
@@ -37,13 +37,13 @@ def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
     start, stop, step = rows.indices(info.shape[0])
     if step != 1:
         raise ShapeMismatch(
-            f"rows are read one after another, not with step {step}", tensor=info.name
+            f"rows must be adjacent, got a slice with step {step}", tensor=info.name
         )
     return start, max(stop - start, 0)
 
 
 def empty_bytes(info: TensorInfo, path: Path, size: int) -> torch.Tensor:
-    """Uninitialised bytes for a tensor of a dtype that torch knows."""
+    """Uninitialised bytes for a tensor, in huge pages if large; its dtype must exist in torch."""
     import torch
 
     torch_dtype(info, path)
@@ -56,11 +56,13 @@ def empty_bytes(info: TensorInfo, path: Path, size: int) -> torch.Tensor:
 
 
 def bytes_of(buffer: torch.Tensor) -> memoryview:
+    """A byte tensor as a memory view, without a copy."""
     array: Any = buffer.numpy()  # numpy's stubs hide the buffer protocol before Python 3.12
     return memoryview(array)
 
 
 def torch_dtype(info: TensorInfo, path: Path) -> torch.dtype:
+    """The torch dtype of a tensor; `UnreadableFile` if torch has none."""
     import torch
 
     dtype = getattr(torch, TORCH_NAMES.get(info.dtype, ""), None)
@@ -80,6 +82,7 @@ _STRUCT = {
 
 
 def decode_scalar(raw: bytes, info: TensorInfo, path: Path) -> float:
+    """Decode the bytes of one number without torch."""
     if info.dtype in _STRUCT:
         return float(struct.unpack(_STRUCT[info.dtype], raw)[0])
     if info.dtype == "BF16":  # the upper half of a float32
@@ -94,7 +97,10 @@ def decode_scalar(raw: bytes, info: TensorInfo, path: Path) -> float:
 
 
 def _decode_e4m3(byte: int) -> float:
-    """One sign, four exponent (bias 7), three mantissa bits; no infinities, 0x7f is NaN (arXiv:2209.05433)."""
+    """Decode one sign, four exponent (bias 7) and three mantissa bits (arXiv:2209.05433).
+
+    There is no infinity; 0x7f is NaN.
+    """
     sign = -1.0 if byte & 0x80 else 1.0
     exponent, mantissa = byte >> 3 & 15, byte & 7
     if byte & 0x7F == 0x7F:
@@ -108,13 +114,12 @@ _SAFETENSORS_NAMES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes in row-major order; copies only what is not contiguous on the CPU."""
+    """A tensor's bytes in row-major order; copied unless contiguous on the CPU."""
     import torch
 
     whole = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    flat = whole.as_strided(
-        (whole.numel(),), (1,)
-    )  # a dimension of size 1 may have any stride, which view() refuses
+    # a dimension of size 1 may have any stride, which view() refuses
+    flat = whole.as_strided((whole.numel(),), (1,))
     array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 

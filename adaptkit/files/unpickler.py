@@ -1,4 +1,4 @@
-"""doc"""
+"""Unpickle torch files with inert stand-ins, after a check of every opcode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "
 
 
 def _scan(data: bytes, start: int) -> int:
-    """Check a pickle's opcodes without running it; where it ends. Keeps the unpickler from being made to allocate."""
+    """Check a pickle's opcodes without running it; returns the offset of its end.
+
+    A hostile pickle could otherwise make the unpickler allocate without bound.
+    """
     stream = io.BytesIO(data)
     stream.seek(start)
     nesting = _Nesting()
@@ -29,10 +32,9 @@ def _scan(data: bytes, start: int) -> int:
             raise UnsafePickle(
                 f"uses the opcode {opcode.name}, which torch.save never writes", hint=CONVERT
             )
+        # the memo is an array that grows to the largest index
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
-            raise CorruptFile(
-                "damaged pickle: a memo index beyond what it has stored"
-            )  # the memo is an array
+            raise CorruptFile("damaged pickle: a memo index out of range")
         if opcode.name == "BYTEARRAY8":
             raise CorruptFile("damaged pickle: a bytearray among the weights")
         nesting.follow(opcode, arg)
@@ -40,7 +42,11 @@ def _scan(data: bytes, start: int) -> int:
 
 
 class _Nesting:
-    """How deep tuples nest. As a key a deep one is hashed by unguarded C recursion: 2 000 000 levels crash Python."""
+    """Depth of nested tuples.
+
+    A tuple that is a dictionary key is hashed by unguarded C recursion: 2 000 000 levels crash
+    Python.
+    """
 
     _NESTING_OPCODES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
     _LIMIT = 1000
@@ -67,7 +73,7 @@ class _Nesting:
             self._stack.extend([depth] * len(opcode.stack_after))
 
     def _pop(self, opcode: pickletools.OpcodeInfo) -> int:
-        """Take what an opcode takes; the greatest depth among it."""
+        """Pop an opcode's operands; returns their greatest depth."""
         count, depth = len(opcode.stack_before), 0
         if pickletools.markobject in opcode.stack_before:
             count = opcode.stack_before.index(pickletools.markobject)
@@ -79,14 +85,14 @@ class _Nesting:
 
 
 def unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[Storage]]:
-    """One pickle: its object, where it ends, the storages that it names."""
+    """Load one pickle; returns its object, the offset of its end and its storages."""
     try:
         end = _scan(data, start)
         unpickler = Unpickler(io.BytesIO(data[start:end]))
         return unpickler.load(), end, unpickler.storages
     except AdaptkitError:
         raise
-    except Exception as error:  # a hostile pickle can make the unpickler raise anything
+    except Exception as error:  # a hostile pickle can raise anything
         reason = f"{type(error).__name__}: {error}"[:200]
         hint = (
             f"a pickle larger than {CATALOGUE_LIMIT} bytes?"
@@ -97,7 +103,7 @@ def unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[Storage]]:
 
 
 class Unpickler(pickle.Unpickler):
-    """Knows the stand-ins below and nothing else."""
+    """Resolves only the stand-ins; refuses every other global."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="utf-8")
@@ -123,14 +129,14 @@ class Unpickler(pickle.Unpickler):
                 storage = Storage(str(key), kind.dtype, numel, _view_offset(rest))
                 self.storages.append(storage)
                 return storage
-        raise CorruptFile("damaged pickle: a persistent id that is no storage")
+        raise CorruptFile("damaged pickle: unknown persistent id")
 
 
 def _view_offset(rest: list[object]) -> int:
-    """Legacy files may name a part of a storage: (key of the part, offset, length)."""
+    """Read the view of a legacy file: (key of the part, offset, length)."""
     match rest:
         case [] | [None]:
             return 0
         case [(_, int() as offset, int())] if offset >= 0:
             return offset
-    raise CorruptFile("damaged pickle: a malformed view of a storage")
+    raise CorruptFile("damaged pickle: malformed view of a storage")

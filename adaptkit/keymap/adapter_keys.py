@@ -1,8 +1,4 @@
-"""From keys to slots and back, compiled from the tables: `compile_keys(family, format)`, `compile_checkpoint(family)`.
-
-Parsing is one dictionary look-up per key. Names are never un-mangled: every spelling a table can produce is generated,
-so that `to_out_0` or `context_block` cannot be misread.
-"""
+"""Adapter keys of a family in a format, parsed and spelled."""
 
 from __future__ import annotations
 
@@ -24,17 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["KeyMap", "Parsed", "compile_keys", "prefixes"]
 
-
-_Match = tuple[
-    "Reading", dict[str, int], str
-]  # what a stem means, its indices, its module as spelled
+# (meaning of a stem, its indices, its module as spelled)
+_Match = tuple["Reading", dict[str, int], str]
 
 
 class Parsed(NamedTuple):
-    """What an adapter key says: the slot, and what the tensor may be to which algorithm.
+    """A parsed adapter key: its slot, and its possible roles by algorithm.
 
-    `module` is the module's name as the file has it, without the format's prefix; `naming` the naming it belongs to;
-    `swapped` whether that naming holds the target's rows with their halves exchanged.
+    `module` is the module's name in the file without the format's prefix, `naming` the naming it
+    belongs to. `swapped`: that naming stores the target's rows with their halves swapped.
     """
 
     slot: Slot
@@ -46,18 +40,17 @@ class Parsed(NamedTuple):
 
 
 class KeyMap:
-    """All adapter keys of one family in one format, both directions."""
+    """All adapter keys of one family in one format, in both directions."""
 
     def __init__(self, family: ModelFamily, format: KeyFormat) -> None:
         self.family = family
         self.format = format
         found = [(prefix, part) for part in family.components for prefix in prefixes(part, format)]
-        self._parts = sorted(
-            found, key=lambda item: -len(item[0])
-        )  # `lora_unet__` before `lora_unet_`
+        # longest prefix first: `lora_unet__` before `lora_unet_`
+        self._parts = sorted(found, key=lambda item: -len(item[0]))
         self._own = format.style if format.private else ""
         self._prefixes = _written_prefixes(family, format)
-        # a stem comes once per role, a slot in every step
+        # caches: a stem is looked up once per role, a slot in every step
         self._found: dict[str, _Match | None] = {}
         self._slots: dict[str, Slot] = {}
         self._held: dict[tuple[RoleName, ...], tuple[RoleName, ...]] = {}
@@ -65,7 +58,7 @@ class KeyMap:
         self._spelled: dict[Slot, str] = {}
 
     def parse(self, key: str) -> Parsed | None:
-        """The slot and roles of a key, or None where this family and format do not know it."""
+        """Parse a key; None if this family and format do not know it."""
         found = split_suffix(key)
         if found is None:
             return None
@@ -79,22 +72,22 @@ class KeyMap:
         return Parsed(slot, spelled, roles, module, reading.naming, reading.swapped)
 
     def roles(self, roles: tuple[RoleName, ...]) -> tuple[RoleName, ...]:
-        """Those of a suffix's roles that this format spells."""
+        """The roles of a suffix that this format spells."""
         if roles not in self._held:
             self._held[roles] = tuple(role for role in roles if self.holds(role[0]))
         return self._held[roles]
 
     def holds(self, algorithm: str) -> bool:
-        """Whether this format spells this algorithm at all."""
+        """Whether this format spells an algorithm."""
         return algorithm in self.format.owns if self.format.owns else algorithm not in _owned()
 
     def slot(self, stem: str, param: str = WEIGHT) -> Slot | None:
-        """The slot a key's stem (the key without its suffix) names, or None."""
+        """The slot of a key's stem (the key without its suffix); None if unknown."""
         match = self._match(stem)
         return None if match is None else self._slot(stem, match, param)
 
     def claims(self, stem: str) -> bool:
-        """Whether a key's stem names a slot."""
+        """Whether a stem names a slot."""
         return self._match(stem) is not None
 
     def _slot(self, stem: str, match: _Match, param: str) -> Slot:
@@ -111,26 +104,27 @@ class KeyMap:
 
     def _matched(self, stem: str) -> _Match | None:
         for prefix, part in self._parts:
-            if stem.startswith(prefix):  # so that no part is compiled that the file does not have
+            # checked first, so that only components in the file are compiled
+            if stem.startswith(prefix):
                 module = stem[len(prefix) :]
                 if (match := _stems(part, self.format.joiner, self._own).match(module)) is not None:
                     return *match, module
         return None
 
     def row(self, target: Target) -> Row | None:
-        """The table row that a target comes from."""
+        """The table row of a target."""
         found = find_row(self.family, target.component, target.module)
         return found[0] if found else None
 
     def ends(self, target: Target) -> Iterator[str]:
-        """The runs of blocks (`double_blocks.{i:19}`) that a target stands in the last one of."""
+        """The runs of blocks (`double_blocks.{i:19}`) whose last block holds a target."""
         found = find_row(self.family, target.component, target.module)
         for free in FIELD.finditer(found[0].target) if found else ():
             if found and found[1][free.group(1)] + 1 == int(free.group(2)) > 1:
                 yield found[0].target[: free.end()]
 
     def spell(self, slot: Slot, algorithm: str, role: str) -> str:
-        """The key that holds this role of this slot; NotRepresentable where the format has no place for it."""
+        """The key of a role of a slot; `NotRepresentable` if the format has none."""
         suffix = self._suffix.get((algorithm, role))
         if suffix is None:
             if not self.holds(algorithm):
@@ -152,15 +146,16 @@ class KeyMap:
         return self._spelled[key]
 
     def module(self, slot: Slot, naming: str | None = None) -> str:
-        """The name of a slot's module as this format writes it, or in a given naming, without the prefix."""
+        """The module name of a slot without prefix, in this format or a given naming."""
         part = self.family.component(slot.component)
         if naming is None and not self.writes(part):
             raise NotRepresentable(
-                f"the {self.format.name} format has no place for the {part.title} of {self.family.title}"
+                f"the {self.format.name} format has no place for the {part.title} "
+                f"of {self.family.title}"
             )
         found = find_row(self.family, part.name, slot.target.module)
         if found is None:
-            raise NotRepresentable(f"{slot} is no module of {self.family.title}")
+            raise NotRepresentable(f"{slot} is not a module of {self.family.title}")
         names = self._written(part, found[0]) if naming is None else found[0].names.get(naming, ())
         name = next((n for n in names if n.rows == slot.rows), None)
         if name is None:
@@ -170,7 +165,7 @@ class KeyMap:
         return fill(_joined(name.module, self.format.joiner), found[1])
 
     def swapped(self, slot: Slot) -> bool:
-        """Whether this format writes a slot's rows with their halves exchanged."""
+        """Whether this format stores a slot's rows with their halves swapped."""
         row = self.row(slot.target)
         names = () if row is None else self._written(self.family.component(slot.component), row)
         return any(name.swapped for name in names if name.rows == slot.rows)
@@ -182,11 +177,14 @@ class KeyMap:
         return row.names[naming] if naming in row.names else row.names["diffusers"]
 
     def writes(self, part: Component) -> bool:
-        """Whether this component can be written; where names carry no component, only the first one that shares a prefix."""
+        """Whether a component can be written.
+
+        If names carry no component, only the first component of a prefix can.
+        """
         return part.name in self._prefixes
 
     def slots(self, target: Target) -> tuple[Slot, ...]:
-        """The slots this format cuts a target into: itself, or its parts in order; none where it has no place for it."""
+        """The slots of a target in this format, in row order; empty if it has no place for it."""
         part = self.family.component(target.component)
         row = self.row(target)
         if row is None or not self.writes(part):
@@ -196,9 +194,9 @@ class KeyMap:
 
 @cache
 def _stems(part: Component, joiner: str, own: str) -> Templates[Reading]:
-    """Every name of a component's modules, words joined by `joiner`; shared by the formats that join alike.
+    """All module names of a component, with words joined by `joiner`; cached across formats.
 
-    `own` is the naming of a format that reads no other; without it, all namings that no format keeps to itself.
+    `own` is the only naming that a private format reads. Without it, all public namings are read.
     """
     stems: Templates[Reading] = Templates()
     for row in part.rows:
@@ -212,7 +210,7 @@ def _stems(part: Component, joiner: str, own: str) -> Templates[Reading]:
 
 @cache
 def _private() -> frozenset[str]:
-    """The namings that a format keeps to itself."""
+    """The namings of private formats."""
     return frozenset(f.style for f in discover("adaptkit.formats", "FORMAT").values() if f.private)
 
 
@@ -225,7 +223,7 @@ def _owned() -> frozenset[str]:
 
 
 def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
-    """The prefix that each component is written with; the first component where two have the same."""
+    """The prefix to write each component with; of two with the same prefix, the first gets it."""
     found: dict[str, str] = {}
     for part in family.components:
         mine = prefixes(part, format)[:1]
@@ -235,7 +233,7 @@ def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
 
 
 def prefixes(part: Component, format: KeyFormat) -> tuple[str, ...]:
-    """Every prefix of this component in this format, the written one first; none where a tag is missing."""
+    """Every prefix of a component in a format, the written one first; empty if a tag is missing."""
     found: list[str] = []
     for template in format.prefixes:
         tag = template.partition("{")[2].partition("}")[0]
@@ -249,7 +247,7 @@ def _joined(module: str, joiner: str) -> str:
 
 @cache
 def compile_keys(family_name: str, format_name: str) -> KeyMap:
-    """The key map of a family in a format, by their names (cached)."""
+    """The key map of a family in a format, by name (cached)."""
     return KeyMap(
         discover("adaptkit.families", "FAMILY")[family_name],
         discover("adaptkit.formats", "FORMAT")[format_name],

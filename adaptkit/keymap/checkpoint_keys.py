@@ -1,4 +1,4 @@
-"""The keys of a family's checkpoints."""
+"""Checkpoint keys of a family, parsed and spelled in every layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ __all__ = ["CheckpointMap", "Place", "compile_checkpoint"]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a checkpoint key holds: a slot, in which naming, perhaps transposed or with the halves of its rows exchanged."""
+    """The content of a checkpoint key: a slot in a naming, perhaps transposed or swapped.
+
+    `transposed`: the transpose of the slot is stored. `swapped`: its halves of rows are swapped.
+    """
 
     slot: Slot
     kind: Kind
@@ -31,9 +34,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Spelled:
-    """A tensor as a layout stores it: its key without the prefix, what it holds, the kernel it is stored with.
+    """A tensor in a layout: its key without prefix, its content, and its kernel.
 
-    None: a vector's, or whatever the tensor has.
+    `kernel` is None for vectors, and for a target stored with the kernel its tensor has.
     """
 
     key: str
@@ -50,10 +53,10 @@ class _Parameter:
 
 
 class CheckpointMap:
-    """All checkpoint keys of one family, in every layout it knows."""
+    """All checkpoint keys of one family, in every known layout."""
 
     def __init__(self, family: ModelFamily, *, beside: bool = False) -> None:
-        """`beside`: the parts that no adapter holds as well."""
+        """With `beside`, also the components that no adapter holds (such as the VAE)."""
         self.family = (
             replace(family, components=(*family.components, *family.beside)) if beside else family
         )
@@ -79,7 +82,7 @@ class CheckpointMap:
         self._keys = sorted(found.items(), key=lambda item: -len(item[0]))
 
     def parse(self, key: str) -> Place | None:
-        """What a checkpoint key holds, or None where the family does not know it."""
+        """Parse a checkpoint key; None if the family does not know it."""
         for prefix, keys in self._keys:
             if key.startswith(prefix) and (match := keys.match(key[len(prefix) :])) is not None:
                 found, indices = match
@@ -94,7 +97,7 @@ class CheckpointMap:
         return any(keys.match(key[len(prefix) :]) is not None for prefix, keys in starts)
 
     def spelled(self, target: Target, naming: str) -> tuple[Spelled, ...]:
-        """The tensors that a naming keeps a target in (weights or biases), in the order of its rows; none without names."""
+        """The tensors (weights or biases) of a target in a naming, in row order."""
         found = find_row(self.family, target.component, target.module)
         if found is None:
             return ()
@@ -117,7 +120,7 @@ class CheckpointMap:
         )
 
     def other(self, key: str) -> str | None:
-        """The part of a checkpoint that no adapter holds which this key belongs to (`vae`, `ema`), if any."""
+        """The non-adaptable part that a key belongs to (`vae`, `ema`), if any."""
         return next(
             (part for part, prefixes in self.family.others.items() if key.startswith(prefixes)),
             None,
@@ -125,7 +128,7 @@ class CheckpointMap:
 
 
 def _parameters(keys: Templates[_Parameter], part: Component, naming: str) -> Templates[_Parameter]:
-    """Add the weights and biases of a component in one naming."""
+    """Add the weights and biases of a component in one naming to `keys`."""
     for row in part.rows:
         for name in row.names.get(naming) or row.names["diffusers"]:
             reading = Reading(part.name, row.target, name.rows, name.swapped, naming)
@@ -136,5 +139,5 @@ def _parameters(keys: Templates[_Parameter], part: Component, naming: str) -> Te
 
 @cache
 def compile_checkpoint(family_name: str) -> CheckpointMap:
-    """The checkpoint map of a family, by its name (cached)."""
+    """The checkpoint map of a family, by name (cached)."""
     return CheckpointMap(discover("adaptkit.families", "FAMILY")[family_name])

@@ -21,14 +21,8 @@ __all__ = ["RoleName", "algorithms", "param_of", "split_suffix"]
 _DOTS = re.compile(r"\.")
 
 
-_PEFT = (
-    "lora_",
-    "hada_",
-    "lokr_",
-    "oft_",
-    "boft_",
-    "ia3_",
-)  # what PEFT writes an adapter's name behind
+# prefixes of suffixes into which PEFT writes the adapter's name
+_PEFT = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_")
 
 
 RoleName = tuple[str, str]  # (algorithm, role)
@@ -36,7 +30,7 @@ RoleName = tuple[str, str]  # (algorithm, role)
 
 @cache
 def algorithms() -> Mapping[str, type[Weights]]:
-    """Every algorithm by name; one that wraps others appears once around each of them (`lora+dora`)."""
+    """All algorithms by name; a wrapper is listed once per algorithm it wraps (`lora+dora`)."""
     kinds: Mapping[str, type[Weights]] = discover("adaptkit.algorithms", "ALGORITHM")
     found = {name: kind for name, kind in kinds.items() if not kind.wraps}
     for kind in kinds.values():
@@ -53,7 +47,7 @@ def param_of(role: RoleName) -> str:
 
 @cache
 def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
-    """Every key suffix that any algorithm or format spells, and the roles it may be."""
+    """All key suffixes that an algorithm or format spells, with their possible roles."""
     found: dict[str, list[RoleName]] = {}
     overrides = [format.spelling for format in discover("adaptkit.formats", "FORMAT").values()]
     for algorithm, kind in algorithms().items():
@@ -66,7 +60,7 @@ def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
 
 @lru_cache(maxsize=65536)
 def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
-    """(stem, suffix, roles) of a key by the longest suffix that any algorithm knows; None where there is none."""
+    """Split a key into (stem, suffix, roles) by the longest known suffix; None if there is none."""
     known = _suffixes()
     for dot in _DOTS.finditer(key):
         suffix = key[dot.end() :]
@@ -79,7 +73,7 @@ def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
 
 
 def _unnamed(suffix: str) -> str:
-    """A suffix without the adapter's name that PEFT writes into it: `lora_A.default.weight` → `lora_A.weight`."""
+    """Remove the adapter's name from a PEFT suffix: `lora_A.default.weight` → `lora_A.weight`."""
     first, *rest = suffix.split(".")
     if not first.startswith(_PEFT) or not rest or rest[0] in (WEIGHT, BIAS) or len(rest) > 2:
         return ""

@@ -1,4 +1,4 @@
-"""The table rows of a family, by target."""
+"""Look up a family's table rows by target."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ __all__ = ["Reading", "find_row", "label"]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one template means: a target of a component, or a cut of its rows, perhaps with its halves exchanged."""
+    """The meaning of one template: a target of a component, or a row range of it."""
 
     component: str
     target: str
     rows: Rows | None
     swapped: bool
-    naming: str = field(compare=False)  # where two namings spell a module alike, they mean the same
+    # not compared: two namings that spell a module alike mean the same module
+    naming: str = field(compare=False)
 
     def slot(self, indices: Mapping[str, int], param: str) -> Slot:
+        """The slot for given indices."""
         return Slot(Target(self.component, fill(self.target, indices), param), self.rows)
 
 
@@ -46,12 +48,12 @@ _NO_ROWS: Templates[Row] = Templates()
 
 @lru_cache(maxsize=65536)
 def find_row(family: ModelFamily, component: str, module: str) -> tuple[Row, dict[str, int]] | None:
-    """The row that a module of a component comes from, and its indices; every format asks for the same."""
+    """The table row and block indices of a module; cached, because every format asks for it."""
     return _rows(family).get(component, _NO_ROWS).match(module)
 
 
 def label(family: ModelFamily, slot: Slot, naming: str = "diffusers") -> str:
-    """What people call a slot: its component and its name in `naming`, `text_encoder_2.….self_attn.q_proj`."""
+    """The display name of a slot in `naming`, such as `text_encoder_2.….self_attn.q_proj`."""
     found = find_row(family, slot.component, slot.target.module)
     if found is not None:
         row, indices = found

@@ -1,4 +1,4 @@
-"""Strings with free indices, matched by one dictionary look-up."""
+"""Match key templates with free indices in one dictionary look-up."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ FIELD = re.compile(r"\{(\w+)(?::(\d+))?\}")
 
 
 class Templates(Generic[P]):
-    """Strings with free indices, `layers.{i:12}.fc{n}`, matched by one dictionary look-up on their skeleton."""
+    """Templates with free indices (`layers.{i:12}.fc{n}`), matched by their skeleton.
+
+    The skeleton is the string with every run of digits replaced by `#`.
+    """
 
     def __init__(self) -> None:
         self._tables: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], _Entry[P]]]] = {}
 
     def add(self, template: str, payload: P, joiner: str = ".") -> None:
-        """Register a template, its words joined by `joiner`; TypeError where another payload has the same one."""
+        """Register a template with words joined by `joiner`; TypeError for a second meaning."""
         skeleton, positions, values, free = _compiled(template)
         if joiner != ".":
             skeleton = skeleton.replace(".", joiner)
         table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
-        entry = table.setdefault(
-            values, _Entry(payload, free)
-        )  # the first reading of a name that two namings share
+        # if two namings share a name, its first reading wins
+        entry = table.setdefault(values, _Entry(payload, free))
         if entry.payload is not payload and entry.payload != payload:
             raise TypeError(f"{template!r} means both {entry.payload} and {payload}")
 
     def match(self, text: str) -> tuple[P, dict[str, int]] | None:
-        """The payload whose template gives this string, and the values of its free indices."""
+        """Find the payload of the template that gives `text`, and its free indices."""
         skeleton, numbers = tokenise(text)
         for positions, table in self._tables.get(skeleton, {}).items():
             entry = table.get(tuple(numbers[p] for p in positions))
@@ -67,7 +69,10 @@ class _Entry(NamedTuple, Generic[P]):
 
 @cache
 def _compiled(template: str) -> tuple[str, tuple[int, ...], tuple[int, ...], _Free]:
-    """Skeleton, the places and values of the fixed integers, and the free ones; families share most of their templates."""
+    """Compile to (skeleton, positions and values of fixed integers, free indices).
+
+    Cached, because families share most of their templates.
+    """
     if "{" not in template:
         skeleton, values = tokenise(template)
         return skeleton, tuple(range(len(values))), values, ()
@@ -88,6 +93,7 @@ def _compiled(template: str) -> tuple[str, tuple[int, ...], tuple[int, ...], _Fr
 
 
 def fill(template: str, indices: Mapping[str, int]) -> str:
+    """Replace the free indices of a template by numbers."""
     if not indices:
         return template
     return FIELD.sub(lambda found: str(indices[found[1]]), template)

@@ -219,7 +219,7 @@ def test_no_permission_is_said(tmp_path: Path, way: str) -> None:
             path.parent.chmod(0o500)
 
     try:
-        with pytest.raises(CannotWrite, match="no permission"):
+        with pytest.raises(CannotWrite, match="permission denied"):
             locked_out()
     finally:
         path.parent.chmod(0o700)

@@ -230,7 +230,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_what_we_know(
         run(base, tiny / "lora-kohya.safetensors")
     run(base, tiny / "lora-kohya.safetensors", overwrite=True)
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(WouldOverwrite, match="other things, 'notes.txt'"):
+    with pytest.raises(WouldOverwrite, match=r"other files \('notes.txt'\)"):
         run(base, tiny / "lora-kohya.safetensors", overwrite=True)
 
 
