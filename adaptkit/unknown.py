@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["NAME", "fallback", "family_of_weights"]
 
 NAME = "unknown"
+DENOISERS = ("transformer", "unet")
 # styles that name modules alike
 ALIKE = (("kohya", "comfy"), ("diffusers", "onetrainer", "lycoris"), ("peft", "bare"))
 SOURCE, NOWHERE = "source", "nowhere"
