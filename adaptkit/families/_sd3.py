@@ -1,7 +1,7 @@
-"""Rows of MMDiT, the transformer of Stable Diffusion 3 and 3.5, and the text encoders around it.
+"""Rows of MMDiT, the transformer of Stable Diffusion 3 and 3.5, and of its text encoders.
 
-Source: Stability-AI `sd3.5/mmditx.py` against diffusers' `SD3Transformer2DModel`, as diffusers'
-`convert_sd3_transformer_checkpoint_to_diffusers` maps them.
+Source: Stability-AI `sd3.5/mmditx.py` and diffusers' `SD3Transformer2DModel`, mapped as in
+diffusers' `convert_sd3_transformer_checkpoint_to_diffusers`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NORMS = ("q", "k")
 
 
 def components(title: str, layers: int, *, dual: int = 0) -> tuple[Component, ...]:
-    """Everything of a model with this many layers, the first `dual` of which have a second attention."""
+    """All components of a model; its first `dual` layers have a second attention."""
     return (
         transformer(title, (*_ends(), *_layers(layers), *_dual(dual))),
         clip_l(projection=True, alone=False),
@@ -71,7 +71,10 @@ def _ends() -> Iterator[Row]:
 
 
 def _layers(layers: int) -> Iterator[Row]:
-    """All layers; the last one's text side only feeds its attention, so its modulation is a final layer's, swapped."""
+    """All layers. The last one modulates its text side like a final layer, swapped.
+
+    That side only feeds the attention.
+    """
     ours, theirs = f"joint_blocks.{{i:{layers}}}.", f"transformer_blocks.{{i:{layers}}}."
     yield from _attention(f"{ours}x_block.attn", f"{theirs}attn", "to_{}", "norm_{}")
     yield from _attention(
@@ -86,7 +89,7 @@ def _layers(layers: int) -> Iterator[Row]:
 
 
 def _dual(layers: int) -> Iterator[Row]:
-    """The second attention of the image side, in SD 3.5 medium."""
+    """The second attention of the image side (SD 3.5 medium)."""
     if layers:
         ours, theirs = (
             f"joint_blocks.{{i:{layers}}}.x_block.attn2",
@@ -97,7 +100,7 @@ def _dual(layers: int) -> Iterator[Row]:
 
 
 def _attention(ours: str, theirs: str, project: str, norm: str) -> Iterator[Row]:
-    """Fused q, k and v; their norms exist in SD 3.5 only."""
+    """Fused q, k and v, with norms in SD 3.5 only."""
     yield pair(f"{ours}.qkv", split(f"{theirs}.", *(project.format(letter) for letter in "qkv")))
     for letter in NORMS:
         yield pair(f"{ours}.ln_{letter}", f"{theirs}.{norm.format(letter)}", kind=Kind.NORM)

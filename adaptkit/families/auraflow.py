@@ -26,7 +26,7 @@ SINGLE, ALONE = "single_layers.{i:32}.", "single_transformer_blocks.{i:32}."
 
 
 def _bare(native: str, diffusers: str) -> Row:
-    """A parameter that belongs to no module of its own."""
+    """A parameter without a module of its own."""
     return pair(named(native, weight=native), named(diffusers, weight=diffusers), kind=Kind.NORM)
 
 
@@ -83,5 +83,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("auraflow", "aura-flow"),
     modelspec="auraflow",
-    yields_to=("flux",),  # single blocks' q, k and v alone
+    yields_to=("flux",),  # q, k and v of single blocks alone fit both
 )

@@ -1,4 +1,4 @@
-"""InvokeAI: knows a format by its keys, family by family; takes look-alikes of FLUX.1 for it."""
+"""InvokeAI: recognises a format by its keys per family; takes look-alikes of FLUX.1 for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANY = (
     Loss(REFUSES, besides=(*READ, "kohya-oft", "set"), whole=True),
     Loss(PASSED_OVER, modules=r"\.bias$", algorithms=("full",)),
 )
-# grouping keys by layer, it cuts other suffixes than LoRA's in the wrong place
+# its grouping of keys by layer splits suffixes other than LoRA's in the wrong place
 LORA = Loss(REFUSES, besides=("lora",), whole=True)
 LORA_OR_DORA = Loss(REFUSES, besides=("lora", "lora+dora"), whole=True)
 PEFT_DORA = Loss(
