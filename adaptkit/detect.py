@@ -36,7 +36,8 @@ __all__ = [
 
 # spellings of adapters in general: a kind adaptkit cannot read must not pass for a checkpoint
 _FOREIGN = re.compile(
-    r"lora|_lora\d?\.|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude|\.alpha$|\.[ab][12]\.weight$"
+    r"lora|_lora\d?\.|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude"
+    r"|\.alpha$|\.[ab][12]\.weight$"
 )
 
 _HEAD = re.compile(r"[^{\d]*")
@@ -208,7 +209,8 @@ def _heads(family: str, format: str) -> tuple[str, ...]:
 def _words(part: Component) -> tuple[str, ...]:
     """The beginnings of a component's module names up to the first number."""
     modules = (name.module for row in part.rows for names in row.names.values() for name in names)
-    return tuple({_HEAD.match(module)[0]: None for module in modules})  # type: ignore[index]  # matches anything
+    # the pattern matches any string, if only at its start
+    return tuple({_HEAD.match(module)[0]: None for module in modules})  # type: ignore[index]
 
 
 def detect_checkpoint(

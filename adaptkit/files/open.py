@@ -83,8 +83,11 @@ _STEMS = (
 )
 _VARIANTS = ("", "fp32", "bf16", "fp16")
 _PATTERN = re.compile(
-    r"(?P<stem>.+?)(?:\.(?P<before>fp32|bf16|fp16|non_ema|ema|int8|fp8))?(?:-\d{5}-of-(?P<shards>\d{5}))?"
-    r"(?:\.(?P<after>fp32|bf16|fp16|non_ema|ema|int8|fp8))?\.(?P<kind>safetensors|sft|bin|ckpt|pt|pth)"
+    r"(?P<stem>.+?)"
+    r"(?:\.(?P<before>fp32|bf16|fp16|non_ema|ema|int8|fp8))?"
+    r"(?:-\d{5}-of-(?P<shards>\d{5}))?"
+    r"(?:\.(?P<after>fp32|bf16|fp16|non_ema|ema|int8|fp8))?"
+    r"\.(?P<kind>safetensors|sft|bin|ckpt|pt|pth)"
     r"(?P<index>\.index(?:\.(?P<last>\w+))?\.json)?",
     re.IGNORECASE,
 )

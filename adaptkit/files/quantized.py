@@ -28,11 +28,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # computed with as stored
 FP8 = ("F8_E4M3", "F8_E5M2")
 
 _SCALES = ("scale_weight", "weight_scale")
-_UNUSED = (
-    "scale_input",
-    "input_scale",
-    "comfy_quant",
-)  # of the activations, and what the scales say already
+# scales of activations, and a description that repeats the scales
+_UNUSED = ("scale_input", "input_scale", "comfy_quant")
 _FOREIGN = {  # suffixes of schemes that change the meaning of the stored numbers
     "weight_scale_2": "nvfp4",
     "weight_scale_inv": "fp8 with a scale per block of rows and columns",
@@ -44,7 +41,8 @@ _FOREIGN = {  # suffixes of schemes that change the meaning of the stored number
     "absmax": "integers (bitsandbytes)",
 }
 _BITSANDBYTES = re.compile(
-    r"(?P<weight>.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?P<kind>nf4|fp4))"
+    r"(?P<weight>.+)\.(absmax|quant_map|nested_absmax|nested_quant_map"
+    r"|quant_state\.bitsandbytes__(?P<kind>nf4|fp4))"
 )
 _MARK = "scaled_fp8"  # an empty top-level tensor with the dtype of the weights
 _INTEGERS = {"I8": "int8", "U8": "packed integers"}

@@ -13,6 +13,7 @@ OUTSIDE = r"^transformer\.(text_embedding|time_embedding|time_projection|patch_e
 FAMILIES = ("flux", "flux2", "qwen-image", "z-image", "wan", "krea2", "anima")
 READ = ("lora", "loha", "lokr", "full", "ia3", "lora+dora")
 
+EMBEDDERS = "img_in|txt_in|time_in|guidance_in"
 REFUSES = "are {kinds}, which stop its loader"
 ANY = (
     Loss(REFUSES, besides=(*READ, "kohya-oft", "set"), whole=True),
@@ -49,7 +50,7 @@ HOST = Host(
             (
                 Loss(
                     UNNAMED,
-                    modules=r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer\.adaLN)",
+                    modules=rf"^transformer\.({EMBEDDERS}|vector_in|final_layer\.adaLN)",
                     whole=True,
                 ),
                 Loss(
@@ -67,7 +68,7 @@ HOST = Host(
             (
                 Loss(
                     UNNAMED,
-                    modules=r"^transformer\.(img_in|txt_in|time_in|guidance_in|final_layer\.adaLN|.*stream_mod)",
+                    modules=rf"^transformer\.({EMBEDDERS}|final_layer\.adaLN|.*stream_mod)",
                     whole=True,
                 ),
                 Loss(PASSED_OVER, modules=r"_attn\.qkv$", algorithms=("loha", "lokr")),
@@ -165,7 +166,7 @@ HOST = Host(
                 Loss("stop its converter", modules=r"(_mod|modulation)\.lin$", whole=True),
                 Loss(
                     UNNAMED,
-                    modules=r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)",
+                    modules=rf"^transformer\.({EMBEDDERS}|vector_in|final_layer)",
                     whole=True,
                 ),
                 Loss(REFUSES, besides=("lora", "lora+dora"), whole=True),
