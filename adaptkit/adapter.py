@@ -319,6 +319,7 @@ def _pattern(patterns: object, module: str, default: object) -> object:
     The rule is that of PEFT's `get_pattern_key` (`peft/utils/other.py`).
     """
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        # unescaped on purpose: PEFT treats patterns as regular expressions
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
     return default
@@ -373,6 +374,7 @@ class _Reader:
         if facts.kernel is not None:
             return facts
         row = self.keys.row(slot.target)
+        # a family without checkpoints is made of file names: its rows know no kernels
         if row is None or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)

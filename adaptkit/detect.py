@@ -83,6 +83,7 @@ def formats() -> Mapping[str, KeyFormat]:
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether most keys are spelled as an adapter's, even of an unsupported kind."""
     names = list(names)
+    # only IA³ files have `on_input`
     gates = {name.removesuffix("on_input") for name in names if name.endswith(".on_input")}
     return 2 * sum(_is_adapters(name, gates) for name in names) > len(names)
 
@@ -126,6 +127,7 @@ def detect_adapter(
     scores: dict[_Pair, _Score] = {}
     first = second = 0  # the most keys that a pair claims, and the next most
     for pair in sorted(pairs, key=lambda pair: -pair.most):
+        # `most` bounds what a pair can claim, and pairs come in descending order of it
         if pair.most < second:
             break  # neither this pair nor a later one can be winner or runner-up
         if len(names) > 1 and pair.estimate() < ENOUGH / 2 * first:
@@ -230,6 +232,7 @@ def detect_checkpoint(
     for name in sorted(names, key=lambda name: -near[name]):
         keys = compile_checkpoint(name)
         if len(names) > 1:
+            # half of ENOUGH leaves room for an unrepresentative sample
             least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
             if near[name] < least or sum(map(keys.claims, sample)) < least:
                 continue
@@ -269,6 +272,7 @@ def _decide(
     }
     tied.sort(key=lambda score: marks[score], reverse=True)  # stable: table order breaks ties
     leaders = [score for score in tied if marks[score] == marks[tied[0]]]
+    # if names and shapes cannot decide, `yields_to` names the likelier family
     tied = sorted(leaders, key=lambda score: _yields(score, leaders)) + tied[len(leaders) :]
     winner = tied[0]
     alike = tuple(
@@ -365,6 +369,7 @@ def _stem_sizes(infos: Mapping[str, TensorInfo]) -> dict[str, _Size]:
         for algorithm, shapes in by_algorithm.items():
             kind = algorithms()[algorithm]
             given = {role: shape for role, shape in shapes.items() if role != ALPHA}
+            # an incomplete set of tensors has no reliable shape
             if frozenset(given) not in kind.forms:
                 continue
             try:

@@ -142,6 +142,7 @@ def buckets(steps: Iterable[Step[P]], resources: Resources, stack: int = 1) -> I
     """
     ordered = sorted(steps, key=lambda step: step.order)
     check_memory(ordered, resources.memory)
+    # one bucket is computed while BESIDE others are read
     room = bound(ordered, resources.memory) // (1 + BESIDE)
     if not resources.on_cpu:
         return _stacked(ordered, room)
@@ -238,6 +239,7 @@ class _Budget:
 
     def enter(self, size: int, stop: threading.Event) -> None:
         with self.changed:
+            # `used` = 0 admits a parcel of any size: one step may exceed its share of the bound
             while self.used and (self.used + size > self.bytes or self.inside >= self.parcels):
                 if stop.is_set():
                     raise _Stopped
@@ -276,6 +278,7 @@ class _Parcel(Generic[P]):
 
 def _parcels(buckets: Sequence[Bucket[P]], room: int, workers: int) -> Iterator[_Parcel[P]]:
     """Cut buckets into parcels, smaller ones towards the end, so that all workers end together."""
+    # workers and the parcels read ahead all hold one parcel each
     room = min(PARCEL, room // (workers + BESIDE))
     number = start = 0
     while start < len(buckets):
@@ -333,6 +336,7 @@ class _Pipeline(Generic[P, R]):
         except _Stopped:
             pass
         except BaseException as error:
+            # BaseException: a worker that dies silently would leave the others waiting
             self.failure.append(error)
             self.stop.set()
 
@@ -362,6 +366,7 @@ class _Pipeline(Generic[P, R]):
             self.loaded.put((parcel, loaded))
             del loaded
         for _ in range(self.resources.workers):
+            # one end marker per worker
             self.loaded.put(None)
 
     def _load(self, bucket: Bucket[P]) -> dict[str, Tensor]:
@@ -373,13 +378,16 @@ class _Pipeline(Generic[P, R]):
         stacked = {key: torch.stack([tensors[key] for tensors in loaded]) for key in loaded[0]}
         if torch.device(self.resources.device).type != "cuda":
             return stacked
+        # only page-locked memory is copied to a GPU asynchronously
         return {key: tensor.pin_memory() for key, tensor in stacked.items()}
 
     def _compute(self) -> None:
         import torch
 
         if self.resources.on_cpu:
+            # OpenMP keeps this setting per thread: each worker must set its own
             torch.set_num_threads(1)
+        # every `del` below drops the last reference, so that the memory counted as free is free
         while (item := self._next()) is not None:
             parcel, host = item
             results: list[Sequence[R]] = []

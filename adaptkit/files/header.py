@@ -136,6 +136,7 @@ def read_header(path: str | Path) -> Header:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
+            # a first read of 512 bytes serves foreign files and small headers alike
             raw = file.read(512)
             if len(raw) >= _PREFIX:
                 wanted = _PREFIX + int.from_bytes(raw[:_PREFIX], "little")
@@ -158,6 +159,7 @@ def parse_header(raw: bytes, file_size: int, path: str | Path) -> Header:
             (_info(name, entry, data_start) for name, entry in table.items()),
             key=lambda info: (info.start, info.stop),
         )
+        # as in the safetensors library, whose README gives the reason: no polyglot files
         _check_cover(infos, data_start, file_size)
     except CorruptFile as error:
         raise error.at(file=path) from error.__cause__

@@ -100,6 +100,7 @@ class OutputFile:
         try:
             with self._os_errors():
                 self._file = self._temporary.open("x+b", buffering=0)  # mode 0666 less the umask
+                # the final size first: writes come in any order
                 self._file.truncate(size)
         except BaseException:
             self.abort()
@@ -114,7 +115,9 @@ class OutputFile:
             assert file is not None
             with self._os_errors(), file:
                 if sync:
+                    # data must be on the disk before the rename is, or a power failure leaves zeros
                     os.fsync(file.fileno())
+            # again: another process may have created it meanwhile
             if not self.overwrite:
                 refuse_existing(self.path)
             with self._os_errors():
@@ -269,10 +272,12 @@ class OutputFile:
                         source.fileno(), file.fileno(), count, run.start + done, run.at + done
                     )
                 except OSError as error:
+                    # EDQUOT is missing on Windows
                     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
                         raise
                     # another file system, an old kernel, a sandbox: real faults show up below
                     break
+                # a truncated source: the loop in `_copy_by_hand` reports it
                 if copied == 0:
                     break
                 self._flusher.wrote(file, run.at + done, copied)
@@ -306,6 +311,7 @@ def _read_at(file: io.FileIO, buffer: memoryview, at: int) -> int:
 def coalesce(runs: Iterable[Run]) -> list[Run]:
     """Join runs that are adjacent in both files."""
     joined: list[Run] = []
+    # by output offset: the disk is written forwards
     for run in sorted(runs, key=lambda run: run.at):
         last = joined[-1] if joined else None
         if last and _follows(last, run):

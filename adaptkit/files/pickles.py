@@ -251,6 +251,7 @@ def _legacy_blobs(
                 f"truncated: storage {key!r} takes {length} bytes from {at + 8}, "
                 f"the file has {size}"
             )
+        # torch's legacy_save writes the element count as int64 before each storage
         blobs[key] = _Blob(at + 8, length, None)
         at += 8 + length
     return blobs
@@ -336,6 +337,7 @@ def _place(draft: _Draft, name: str, tensor: StoredTensor, blobs: Mapping[str, _
         raise CorruptFile(
             f"it ends at byte {stop} of a storage of {blob.nbytes} bytes", tensor=name
         )
+    # a stride of 0 makes a few bytes claim any shape: refuse what memory could not hold
     if math.prod(tensor.shape) * unit > max(blob.nbytes, _EXPANSION_LIMIT):
         message = f"a storage of {blob.nbytes} bytes is expanded to shape {list(tensor.shape)}"
         raise CorruptFile(message, tensor=name)

@@ -116,6 +116,7 @@ def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> I
         raise cannot_write(path, error, 0) from error
     finally:
         _remove_folder(made)
+        # the second rename failed: put the old folder back
         if old.exists() and not path.exists():
             old.rename(path)
         _remove_folder(old)

@@ -164,6 +164,7 @@ class TensorSink(OutputFile):
                 self._claim(name)
                 claimed.append(name)
                 runs.append(Run(span[0], span[1], info.nbytes, info.start, name))
+        # raw copies first: only strided or compressed tensors need torch
         self._copy_runs(coalesce(runs))
         self._written.update(claimed)
         for name, source, source_name in loose:

@@ -65,6 +65,7 @@ class _Reader:
         if HAS_PREADV:
             return os.preadv(file.fileno(), [view], start)
         with self._lock:
+            # no positioned reads (Windows): the file offset is shared, hence the lock
             file.seek(start)
             return file.readinto(view) or 0
 
@@ -81,6 +82,7 @@ class _Reader:
                     file = self.path.open("rb", buffering=0)
                 except OSError as error:
                     raise unreadable(self.path, error) from error
+                # offsets come from the header read earlier; another size means another file
                 if (now := os.fstat(file.fileno()).st_size) != self.size:
                     file.close()
                     message = f"changed after opening: it had {self.size} bytes, now {now}"

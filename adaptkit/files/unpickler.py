@@ -35,6 +35,7 @@ def _scan(data: bytes, start: int) -> int:
         # the memo is an array that grows to the largest index
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
             raise CorruptFile("damaged pickle: a memo index out of range")
+        # allocates its declared length before reading it
         if opcode.name == "BYTEARRAY8":
             raise CorruptFile("damaged pickle: a bytearray among the weights")
         nesting.follow(opcode, arg)
@@ -87,6 +88,7 @@ class _Nesting:
 def unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[Storage]]:
     """Load one pickle; returns its object, the offset of its end and its storages."""
     try:
+        # scan first: unpickling must never see an opcode that was not checked
         end = _scan(data, start)
         unpickler = Unpickler(io.BytesIO(data[start:end]))
         return unpickler.load(), end, unpickler.storages

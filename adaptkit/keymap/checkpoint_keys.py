@@ -69,6 +69,7 @@ class CheckpointMap:
             for naming, p in part.checkpoints.items()
             for prefix in p
         ]
+        # prefixes of one component and naming share a table; an ambiguous prefix needs a joint one
         alone = {
             prefix for prefix, n in Counter(prefix for prefix, _, _ in tables).items() if n == 1
         }

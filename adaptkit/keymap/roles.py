@@ -62,6 +62,7 @@ def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
 def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
     """Split a key into (stem, suffix, roles) by the longest known suffix; None if there is none."""
     known = _suffixes()
+    # from the left: the first known suffix is the longest
     for dot in _DOTS.finditer(key):
         suffix = key[dot.end() :]
         if suffix in known:

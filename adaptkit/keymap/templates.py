@@ -44,6 +44,7 @@ class Templates(Generic[P]):
     def match(self, text: str) -> tuple[P, dict[str, int]] | None:
         """Find the payload of the template that gives `text`, and its free indices."""
         skeleton, numbers = tokenise(text)
+        # templates of one skeleton may fix different integers: `a.{i}.0` and `a.0.{i}`
         for positions, table in self._tables.get(skeleton, {}).items():
             entry = table.get(tuple(numbers[p] for p in positions))
             if entry is not None and (indices := entry.indices(numbers)) is not None:

@@ -135,6 +135,7 @@ def _leading(r: Tensor) -> Tensor:
     """The leading left singular vector (..., p) of r (..., p, q), unit length; e₁ if r is zero."""
     p, q = r.shape[-2:]
     if min(p, q) > GRAM_SIDE:
+        # a stack cannot adapt its number of steps to the spectrum
         spec = SvdSpec(STACK_RANK if r.ndim > 2 else 1, method="lanczos", tol=LEADING_TOL)
         found = truncated_svd(r, spec).u[..., 0]
     else:
@@ -187,12 +188,14 @@ def _alternate(
     low, captured = _second(r, w1, shape, spec)
     active = torch.ones_like(captured, dtype=torch.bool)
     for _ in range(sweeps):
+        # for a fixed second factor the best w1 is R vec(w2), normalised
         better = (r @ (low.u @ (low.s.unsqueeze(-1) * low.vh)).flatten(-2).unsqueeze(-1)).squeeze(
             -1
         )
         trial = better / better.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(better.dtype).tiny)
         found, energy = _second(r, trial, shape, spec)
         gained = energy - captured
+        # exact steps cannot lose energy; rounding at convergence can
         accepted = active & (gained > 0)
         w1 = torch.where(accepted.unsqueeze(-1), trial, w1)
         low = _chosen(accepted, found, low)
@@ -241,6 +244,7 @@ K = TypeVar("K", Kron, KronLowRank)
 def _each(x: Tensor, fit: Callable[[Tensor], K]) -> K:
     """Apply `fit` to each member of a batch and stack; an empty batch gives empty stacks."""
     batch, flat = x.shape[:-2], x.flatten(0, -3)
+    # a dummy member gives an empty batch its output shapes
     members = [fit(member) for member in flat] or [fit(x.new_zeros(x.shape[-2:]))]
     found = {
         f.name: torch.stack([getattr(one, f.name) for one in members])[: len(flat)]

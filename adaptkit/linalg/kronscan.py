@@ -144,6 +144,7 @@ def scan_kron(x: Tensor, window: int = 1, factors: Sequence[int] = FACTORS) -> K
     captured, block = total.new_zeros(2, total.numel(), len(ways))
     for at, member in enumerate(x.reshape(total.numel(), m, n)):
         captured[at], block[at] = _leading(member, ways)
+    # rounding may exceed ‖X‖² by 1e-7: clamp, so that scores stay at most 1
     captured = captured.reshape(*batch, len(ways)).minimum(total.unsqueeze(-1))
     block = block.reshape(captured.shape).minimum(captured)
     return KronScan(tuple(ways), captured, _scores(captured, block, total, ways), total)
@@ -168,6 +169,7 @@ def _beyond(rho: Tensor, least: Tensor) -> Tensor:
 def _leading(x: Tensor, ways: list[Split]) -> tuple[Tensor, Tensor]:
     """λ₁ and the energy of the largest block, for every split of one x (m, n)."""
     values: dict[Split, tuple[float, float]] = {}
+    # finest first: its Gram matrix gives all coarser splits
     for way in sorted(ways, key=lambda way: -way.a * way.b):
         if way in values:
             continue
@@ -228,6 +230,7 @@ def _lanczos(r: Tensor) -> tuple[float, float]:
         tri[k, k] = alpha**2
         values, vectors = torch.linalg.eigh(tri[: k + 1, : k + 1])
         top = float(values[-1])
+        # residual norm of the top Ritz pair, which bounds the distance to an eigenvalue of R Rᵀ
         if alpha * beta * abs(float(vectors[-1, -1])) <= TOL * top or k + 1 == basis.shape[1]:
             break
         tri[k, k + 1] = tri[k + 1, k] = alpha * beta

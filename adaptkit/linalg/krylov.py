@@ -75,6 +75,7 @@ def power_of_two(total: Tensor) -> Tensor:
 
     AᵀA x squares σ, which overflows float32 beyond 3e9 and underflows below 3e-10.
     """
+    # powers of two scale without rounding
     exponent = total.clamp_min(torch.finfo(torch.float32).tiny).log2().mul(-0.5).round()
     return exponent.clamp(-120, 120).exp2()
 
@@ -93,6 +94,7 @@ class Krylov:
         m, n = a.shape
         self.a, self.rank = a, rank
         self.width = block_width(n, rank)
+        # bounds memory for spectra that barely decay; other matrices converge earlier
         self.limit = min(n, 6 * rank + 64)
         self._v = empty((self.limit, n), a.dtype, a.device)
         self._w = empty((self.limit, m), a.dtype, a.device)
@@ -103,6 +105,7 @@ class Krylov:
         self.size = 0
         self.total = total
         self.scale = power_of_two(self.total).to(a.dtype)
+        # a random block times A already leans towards the leading directions: one step is saved
         self._next = start_block(m, self.width, seed).to(a).mT @ a
 
     @property
@@ -152,6 +155,7 @@ class Krylov:
         if not bool(before > 0):
             return x[:0]
         old = self._v[: self.size]
+        # one pass leaves rounding of the size it removes; twice is enough (Kahan and Parlett)
         x = x - (x @ old.mT) @ old
         x = x - (x @ old.mT) @ old
         q, r = torch.linalg.qr(x.mT)
@@ -170,6 +174,7 @@ class Krylov:
 
         The space has only one copy of a repeated σ per column of its start block.
         """
+        # the trace is the energy that the space holds
         held = float(self.gram.diagonal().sum())
         if self.size >= self.limit or held >= (1 - EQUAL) * float(self.total):
             return False
@@ -200,6 +205,7 @@ def explored(a: Tensor, rank: int, tol: float, seed: int, norm: Tensor | None = 
     pace, errors, looked = max(space.width, rank // 4), [], 0
     known = 0.0  # energy found before the last random block
     while space.grow() or space.reopened(seed):
+        # Ritz values of a smaller space say little; checking costs an eigenvalue problem
         if space.size < 1.5 * rank or space.size - looked < pace:
             continue
         looked = space.size
@@ -229,11 +235,13 @@ def _repeated(values: Tensor, width: int) -> Tensor:
 def _settled(errors: list[float], total: float, tol: float) -> bool:
     """Whether extrapolating the last two decrements of the squared error predicts under `tol`."""
     error = errors[-1]
+    # nothing is left but rounding
     if error <= 1e-12 * total:
         return True
     if len(errors) < 3:
         return False
     before, last = errors[-3] - errors[-2], errors[-2] - errors[-1]
+    # early ratios are erratic: clamped, they neither stop too soon nor never
     rho = min(0.9, max(0.4, last / before if before > 0 else 0.4))
     gain = 1.5 * last * rho / (1 - rho) / 2
     return gain < tol * error or gain / math.sqrt(error) < STALL * math.sqrt(total)
@@ -286,10 +294,12 @@ def stacked_orthonormal(x: Tensor, space: Tensor) -> Tensor:
         alive = size > dead * before
         x = torch.where(alive, x / torch.where(alive, size, 1.0), 0.0)
         gram = gram_columns(x)
+        # keeps the Gram matrix of dropped (zero) columns positive definite
         gram = gram + 1e-10 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor, failed = torch.linalg.cholesky_ex(gram)
         solved = torch.linalg.solve_triangular(
             factor.mT, x.to(gram.dtype), upper=True, left=False
         ).to(x.dtype)
+        # a failed Cholesky is rare; the slower QR handles any rank
         x = torch.linalg.qr(x)[0] if bool(failed.any()) else solved
     return x

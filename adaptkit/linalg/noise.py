@@ -119,6 +119,7 @@ def _octaves(x: Tensor) -> Tensor:
 
     Subnormals of shorter formats are normal in float32.
     """
+    # masks the eight exponent bits: 2^e exactly, while log2 could round
     return (x.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
@@ -129,6 +130,7 @@ def noise_edge(m: int, n: int, margin: float = 1.02) -> float:
     (Johnstone 2001). Singular values below it carry no information.
     """
     end = math.sqrt(m) + math.sqrt(n)
+    # scale of the largest eigenvalue's fluctuation (Johnstone 2001, theorem 1.1)
     spread = end * math.cbrt(1 / math.sqrt(m) + 1 / math.sqrt(n))
     return max((margin * end) ** 2, end**2 + TRACY_WIDOM * spread)
 
@@ -246,11 +248,13 @@ def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
     """Count the spikes of one whitened (m, n)."""
     m, n = white.shape
     limit = _limit(m, n)
+    # `total` shrinks as strong directions are subtracted; `whole` stays for the shares
     whole = total = float(norm_squared(white))
     taken, last, k, asked = 0, 0.0, min(FIRST, limit + 1), False
     while total > SPENT * whole:
         squares = _squares(white, k, limit + 1)
         rest = total - sum(squares[: limit - taken])
+        # float32 σ² are accurate to 1e-7 of σ₁² only: subtract what hides the rest, then look again
         if taken < limit and rest < HIDDEN * total:
             strong = sum(square > STRONG * total for square in squares)
             wide = accumulate_dtype(white.device) if rest < LOST * total else white.dtype
@@ -262,7 +266,9 @@ def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
         if found:
             return found if found.rank <= limit else found._replace(rank=-1)
         k = len(squares)
+        # one cheap look at a part decides whether more singular values are worth computing
         crowd, likely = (0.0, 2 * k) if asked or k > limit else _crowd(white, limit)
+        # no low rank: noise well above rounding, or more directions than the limit
         if crowd > UNCOUNTED or k > limit:
             rest = max(0.0, total - sum(squares)) / ((m - k) * (n - k)) if k < min(m, n) else 0.0
             return _Spikes(-1, max(crowd, rest), 1.0, 0.0)
@@ -282,13 +288,16 @@ def _found(
     for square in squares:
         left.append(max(0.0, left[-1] - square))
     variances = [
-        rest / max(1, (m - taken - r) * (n - taken - r)) for r, rest in enumerate(left[:-1])
+        # r directions take r(m + n − r) of the mn degrees of freedom
+        rest / max(1, (m - taken - r) * (n - taken - r))
+        for r, rest in enumerate(left[:-1])
     ]
     rank = _fixed(squares, variances, bar.edge)
     if rank is None:
         return None
     steps = [before / max(square, TINY) for before, square in pairwise([last, *squares])]
     other = variances[rank] > EXPLAINED  # noise of another origin than rounding
+    # the fixed point overcounts if the noise has structure: stop at the first r that explains all
     for r in range(rank):
         cliff = left[r] <= NEGLIGIBLE * whole and steps[r] >= CLIFF
         if (other and cliff) or _enough(left[r], variances[r], whole, (m, n, taken + r)):
@@ -344,6 +353,7 @@ def _crowd(white: Tensor, limit: int) -> tuple[float, int]:
     This detects finetunes cheaply. Also returns the number of singular values to compute next,
     judged by those that exceed the noise in the part; weak ones are missed.
     """
+    # a fixed seed: equal files must give equal reports
     draw = torch.Generator().manual_seed(0)
     rows, columns = (
         torch.randperm(side, generator=draw)[: 2 * limit].to(white.device) for side in white.shape
@@ -375,6 +385,7 @@ def denoised(delta: Tensor, noise: RoundingNoise, rank: int) -> LowRank:
     kept = _shrunk(top.s.to(variance.dtype), variance.unsqueeze(-1), (m, n)).to(top.s.dtype)
     rows, columns = (scale.to(white.dtype) for scale in _scales(noise))
     left = top.u * kept.unsqueeze(-2) * rows.unsqueeze(-1)
+    # rescaling rows and columns destroys orthogonality: decompose once more
     found = factored_svd(left, top.vh * columns.unsqueeze(-2))
     residual = norm_squared(upcast(delta) - (found.u * found.s.unsqueeze(-2)) @ found.vh)
     return LowRank(found.u, found.s, found.vh, residual)
