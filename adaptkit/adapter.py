@@ -39,7 +39,7 @@ DIFFUSERS_CONFIG = "lora_adapter_metadata"
 
 
 class Problem(NamedTuple):
-    """A fault of a file: `error` if the file cannot be used unchanged, else `warning`."""
+    """A fault of a file: an `error` makes it unusable, a `warning` does not."""
 
     severity: str
     module: str | None
@@ -47,7 +47,10 @@ class Problem(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One adapted weight, from the header alone. `keys` maps each role to its key in the file."""
+    """One adapted weight, from the header alone.
+
+    `keys` maps each role to its key in the file.
+    """
 
     slot: Slot
     kind: type[Weights]
@@ -63,14 +66,16 @@ class Entry(NamedTuple):
         return ((role, key) for role, key in self.keys.items() if role != ALPHA)
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
-        """Decode stored tensors (perhaps stacked) to weights, in the row order of the target."""
+        """Decode stored tensors (perhaps stacked), rows in target order."""
         weights = self.kind.decode(tensors, self.facts)
         return weights.swapped() if self.swapped else weights
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A parsed adapter file. `unclaimed` maps each key that no slot claims to the reason.
+    """A parsed adapter file.
+
+    `unclaimed` maps each key without a slot to the reason.
 
     `carried` names tensors of other tools (embeddings) in the file. They hold no weights, and are
     copied to the output.
@@ -105,7 +110,9 @@ class Adapter:
     def open_as(
         cls, path: str | Path, family: ModelFamily, *, format: str | None = None
     ) -> Adapter:
-        """Read the header of an adapter for `family`, which has no table (see adaptkit.unknown).
+        """Read the header of an adapter for a `family` without a table.
+
+        See adaptkit.unknown.
 
         Raises `UnknownAdapter` if no format spells most keys with the module names of the family.
         """
@@ -215,7 +222,7 @@ def _weights_of(source: TensorSource) -> dict[str, TensorInfo]:
 def _by_names(
     infos: Mapping[str, TensorInfo], family: ModelFamily, format: str | None
 ) -> tuple[KeyMap, Detection]:
-    """The key map of the format that claims most keys with a family's module names.
+    """The key map of the format that claims most of a family's names.
 
     Raises `UnknownAdapter` if it claims at most half of the keys.
     """
@@ -252,7 +259,10 @@ def _unknown(
 
 
 def _unusual(config: Mapping[str, object]) -> list[Problem]:
-    """Find PEFT options that adaptkit does not support and the tensors do not reveal."""
+    """Find PEFT options that adaptkit does not support.
+
+    The tensors do not reveal these options.
+    """
     usual: dict[str, object] = {
         "use_cayley_neumann": True,
         "num_cayley_neumann_terms": 5,
@@ -268,7 +278,7 @@ def _unusual(config: Mapping[str, object]) -> list[Problem]:
 
 
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:
-    """Open an adapter's file, and read adapter_config.json if the path is a PEFT folder."""
+    """Open an adapter file, or a PEFT folder with its configuration."""
     config = path / PEFT_CONFIG
     if not config.is_file():
         return open_source(path), None
@@ -300,7 +310,7 @@ class _Configs:
         return cls(parts)
 
     def alpha(self, component: str, module: str) -> Stated | None:
-        """Alpha of a module, under its name in the file; None if no configuration states one."""
+        """Alpha of a module by its name in the file, or None."""
         config = self.configs.get(component) or self.configs.get("") or {}
         alpha = _pattern(
             config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha"))
@@ -314,7 +324,7 @@ class _Configs:
 
 
 def _pattern(patterns: object, module: str, default: object) -> object:
-    """The value of the first pattern that matches the end of a module name.
+    """The value of the first pattern that matches a module name.
 
     The rule is that of PEFT's `get_pattern_key` (`peft/utils/other.py`).
     """
@@ -326,7 +336,7 @@ def _pattern(patterns: object, module: str, default: object) -> object:
 
 
 class _Reader:
-    """Groups keys by slot into entries; keys that do not fit are listed, never dropped."""
+    """Groups keys by slot into entries; lists keys that do not fit."""
 
     def __init__(self, source: TensorSource, keys: KeyMap, configs: _Configs) -> None:
         self.source = source
@@ -370,7 +380,7 @@ class _Reader:
         return None
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
-        """Add the kernel of a table for weights if flat factors do not determine it."""
+        """Add the table's kernel if flat factors do not determine it."""
         if facts.kernel is not None:
             return facts
         row = self.keys.row(slot.target)
@@ -394,7 +404,10 @@ class _Reader:
 def _whole(
     group: tuple[tuple[RoleName, ...], ...],
 ) -> tuple[tuple[type[Weights], Mapping[str, int]], ...]:
-    """The algorithms that can hold all tensors of a slot, each with its tensor index by role."""
+    """The algorithms that can hold all tensors of a slot.
+
+    Each comes with its tensor index by role.
+    """
     found: list[tuple[type[Weights], Mapping[str, int]]] = []
     for name in dict.fromkeys(algorithm for roles in group for algorithm, _ in roles):
         kind = algorithms()[name]

@@ -1,4 +1,4 @@
-"""Read a base model's checkpoint: the tensor, or the rows of one, that hold a slot."""
+"""Read a base model's checkpoint: the tensors that hold a slot."""
 
 from __future__ import annotations
 
@@ -161,18 +161,21 @@ class Checkpoint:
         )
 
     def targets(self) -> dict[Target, dict[Slot, str]]:
-        """The tensors that hold each target or its parts; the first if two hold the same."""
+        """The tensors that hold each target or its parts.
+
+        Of two that hold the same, the first counts.
+        """
         found: dict[Target, dict[Slot, str]] = {}
         for name, place in self.places.items():
             found.setdefault(place.slot.target, {}).setdefault(place.slot, name)
         return found
 
     def label(self, slot: Slot) -> str:
-        """The display name of a slot, independent of the layout, so that `--only` is too."""
+        """The display name of a slot, equal in all layouts, so that `--only` is too."""
         return label(self.family, slot)
 
     def locate(self, slot: Slot, held: Mapping[Slot, str]) -> tuple[Piece, ...] | None:
-        """Locate a slot in the tensors of its target; None if they do not cover it."""
+        """Locate a slot in the tensors of its target; None if incomplete."""
         if slot in held:
             return (self._piece(held[slot]),)
         whole = held.get(Slot(slot.target))
@@ -193,7 +196,7 @@ class Checkpoint:
         return Piece(name, rows, place.transposed, place.swapped)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor in its target, that is, reversed if stored transposed."""
+        """The shape of a tensor in its target; reversed if transposed."""
         shape = self.source.infos[name].shape
         return shape[::-1] if self.places[name].transposed else shape
 

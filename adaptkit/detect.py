@@ -1,4 +1,7 @@
-"""Detect family and format from a header, with evidence. Every pair is scored, in no order."""
+"""Detect family and format from a header, with evidence.
+
+Every pair is scored, in no order.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,10 @@ def _is_adapters(name: str, gates: Set[str]) -> bool:
 
 
 def chosen(kind: str, known: Mapping[str, object], name: str | None) -> tuple[str, ...]:
-    """The names to consider: all, or the given one; `NoSuchName` if it is unknown."""
+    """The names to consider: all, or the given one.
+
+    Raises `NoSuchName` if it is unknown.
+    """
     if name is None:
         return tuple(known)
     if name not in known:
@@ -115,7 +121,9 @@ def detect_adapter(
     family: str | None = None,
     format: str | None = None,
 ) -> Detection:
-    """Score every (family, format) by claimed keys; break ties by metadata, then by shapes.
+    """Score every (family, format) by claimed keys.
+
+    Ties are broken by metadata, then by shapes.
 
     `family` and `format` restrict the search. A winner must claim at least half of the keys.
     """
@@ -141,7 +149,7 @@ def detect_adapter(
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """A family in a format, with the stems that begin like its names, and a sample of all stems.
+    """A family in a format, with the stems that begin like its names.
 
     `most` counts the keys of these stems, an upper bound on what it claims. `total` counts the keys
     of all stems of the format.
@@ -178,7 +186,7 @@ def _starts(format: str) -> tuple[str, ...]:
 
 
 def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> Iterator[_Pair]:
-    """The families worth scoring in a format: those whose first words begin sampled stems."""
+    """The families worth scoring in a format, judged by a sample."""
     starts = _starts(format)
     found = [stem for stem in stems if stem.startswith(starts)]
     if not found:
@@ -299,7 +307,7 @@ def _named_in(metadata: Mapping[str, str], family: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """The size of one module's weight; None for dimensions that the shapes do not determine."""
+    """The size of a module's weight; None for unknown dimensions."""
 
     rows: int | None
     columns: int
@@ -307,7 +315,7 @@ class _Size:
 
 
 def _score_mark(mark: Mark, size: _Size) -> int:
-    """+1 if a shape fits the mark, -1 if it does not, 0 if unknown."""
+    """+1 if a shape fits the mark, -1 if not, 0 if unknown."""
     if mark.columns is not None:
         return 1 if _among(size.columns, mark.columns) else -1
     if mark.rows is not None:
@@ -320,7 +328,10 @@ def _among(value: int, known: int | tuple[int, ...]) -> bool:
 
 
 def _sum_marks(family: ModelFamily, sizes: Iterable[tuple[Slot, _Size]]) -> float:
-    """The share of marks that hold, each judged by its first module; 0.5 if none is present."""
+    """The share of marks that hold; 0.5 if none is present.
+
+    Each mark is judged by its first module.
+    """
     seen: dict[Mark, int] = {}
     for slot, size in sizes:
         for mark in family.marks:
@@ -331,7 +342,10 @@ def _sum_marks(family: ModelFamily, sizes: Iterable[tuple[Slot, _Size]]) -> floa
 
 
 def _runs(keys: KeyMap, slots: Iterable[Slot]) -> int:
-    """Count the runs of blocks whose last block is in the file (FLUX.1: 19 double, 38 single)."""
+    """Count the complete runs of blocks (FLUX.1: 19 double, 38 single).
+
+    A run counts if its last block is in the file.
+    """
     return len({run for slot in slots for run in keys.ends(slot.target)})
 
 
@@ -343,7 +357,10 @@ def _whole(slot: Slot, part: _Size) -> _Size:
 
 
 def _adapter_shapes(infos: Mapping[str, TensorInfo]) -> Callable[[_Score], _Evidence]:
-    """A function from a score to its marks; facts of stems are computed only for a tie."""
+    """A function from a score to its marks.
+
+    The facts of stems are computed only for a tie.
+    """
     sizes: dict[str, _Size] = {}
 
     def evidence(score: _Score) -> _Evidence:

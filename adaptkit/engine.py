@@ -1,4 +1,4 @@
-"""Run steps in buckets of equal shape: read ahead, compute on the device, write behind.
+"""Run steps in buckets: read ahead, compute, write behind.
 
 Planning (`Step`, `check_memory`) needs no torch. On a CPU every core computes its own step with one
 thread. That is faster than all cores on one step, because factors are small, and results cannot
@@ -122,7 +122,7 @@ def check_memory(steps: Iterable[Step[P]], memory: int | None) -> None:
 
 
 def bound(steps: Iterable[Step[P]], memory: int | None) -> int:
-    """The bound in bytes: the requested one, else the default or the largest step."""
+    """The bound in bytes: requested, else default or largest step."""
     return max([DEFAULT_MEMORY, *(step.bytes for step in steps)]) if memory is None else memory
 
 
@@ -188,7 +188,9 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Work(Generic[P, R]):
-    """Callbacks for a step: `load` in the reader thread, `kernel`, `store` in the writer thread.
+    """Callbacks for a step: `load`, `kernel` and `store`.
+
+    `load` runs in the reader thread, `store` in the writer thread.
 
     `kernel` gets the payloads and stacked tensors on the device, each with one leading dimension.
     Several threads call it, each for its own bucket. `held` gives the bytes of a result that waits
@@ -277,7 +279,10 @@ class _Parcel(Generic[P]):
 
 
 def _parcels(buckets: Sequence[Bucket[P]], room: int, workers: int) -> Iterator[_Parcel[P]]:
-    """Cut buckets into parcels, smaller ones towards the end, so that all workers end together."""
+    """Cut buckets into parcels, smaller ones towards the end.
+
+    All workers then end together.
+    """
     # workers and the parcels read ahead all hold one parcel each
     room = min(PARCEL, room // (workers + BESIDE))
     number = start = 0
@@ -406,7 +411,7 @@ class _Pipeline(Generic[P, R]):
                 self.done.put(None)
 
     def _next(self) -> Loaded[P] | None:
-        """The next parcel to compute; a worker that has to wait releases its memory."""
+        """The next parcel to compute; a waiting worker frees its memory."""
         try:
             return self.loaded.get_nowait()
         except queue.Empty:
@@ -416,7 +421,7 @@ class _Pipeline(Generic[P, R]):
     def _moved(
         self, host: list[dict[str, Tensor] | None], n: int, bucket: Bucket[P]
     ) -> dict[str, Tensor]:
-        """Move a bucket's tensors to the device and drop them from the list, freeing memory."""
+        """Move a bucket's tensors to the device and drop the originals."""
         tensors, host[n] = host[n], None
         if tensors is None:
             tensors = self._load(bucket)
@@ -428,7 +433,10 @@ class _Pipeline(Generic[P, R]):
         }
 
     def _held(self, parcel: _Parcel[P], results: Sequence[Sequence[R]]) -> int:
-        """Bytes of the results; at least 1, since `used` = 0 means that nothing is admitted."""
+        """Bytes of the results, at least 1.
+
+        `used` = 0 would mean that nothing is admitted.
+        """
         size, held = parcel.bytes, self.work.held
         return max(
             1,

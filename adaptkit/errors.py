@@ -53,7 +53,7 @@ __all__ = [
 
 
 class AdaptkitError(Exception):
-    """Root of the tree: `message` is the fault, `hint` the remedy, the rest the place."""
+    """Root of the tree: `message`, `hint`, and the place."""
 
     exit_code = 1
 
@@ -113,7 +113,7 @@ class NoSuchName(AdaptkitError):
 
     @classmethod
     def among(cls, kind: str, name: str, known: Iterable[str]) -> NoSuchName:
-        """Build the error for `name`, which is not among the `known` names of a `kind`."""
+        """Build the error for a `name` that is not among `known`."""
         from difflib import get_close_matches
 
         names = sorted(known)

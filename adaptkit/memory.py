@@ -24,7 +24,9 @@ _own = _Own()
 
 
 def huge(size: int) -> memoryview | None:
-    """Allocate at least `size` uninitialised bytes in huge pages; None if small or unsupported.
+    """Allocate at least `size` uninitialised bytes in huge pages, or None.
+
+    None for small blocks and unsupported systems.
 
     The block is freed with its last reference. Page faults of 4 KB pages took a quarter of the CPU
     time of an extraction in a virtual machine, and clearing fresh pages a fifteenth. A thread
@@ -49,7 +51,7 @@ def huge(size: int) -> memoryview | None:
 
 
 def _free(views: list[memoryview], n: int) -> bool:
-    """Whether a block has no references except those of the list and of this call."""
+    """Whether only the list and this call refer to a block."""
     return sys.getrefcount(views[n]) <= 2
 
 

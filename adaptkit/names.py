@@ -1,4 +1,4 @@
-"""Names of weights: targets of the base model, slots in them, and skeletons of keys.
+"""Names of weights: targets, slots in them, and skeletons of keys.
 
 These are named tuples because every table is keyed by them: a file has thousands, and each is
 hashed a dozen times.
@@ -46,7 +46,10 @@ class Rows(NamedTuple):
     total: int
 
     def bounds(self, rows: int) -> tuple[int, int] | None:
-        """(first, last + 1) of this range in `rows` rows; None if the shares do not divide."""
+        """(first, last + 1) of this range in `rows` rows, or None.
+
+        None if the shares do not divide.
+        """
         if rows % self.total:
             return None
         unit = rows // self.total
@@ -54,7 +57,7 @@ class Rows(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A target or a row range of it, to which one adapted weight applies."""
+    """A target or a row range of it: one place to adapt."""
 
     target: Target
     rows: Rows | None = None

@@ -1,6 +1,6 @@
-"""Map an adapter's entries to the slots of another format: renamed, split or fused.
+"""Map an adapter's entries to the slots of another format.
 
-Reads headers only.
+Slots are renamed, split or fused. Reads headers only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Assembly", "Part", "Respelling"]
 
 
 class Part(NamedTuple):
-    """The contribution of one entry to a slot: all rows, or those of `cut`.
+    """One entry's contribution to a slot: all rows, or those of `cut`.
 
     A part without an entry is `rows` rows of zeros.
     """
@@ -53,13 +53,16 @@ class Assembly(NamedTuple):
 
     @property
     def whole(self) -> Entry | None:
-        """The entry that this slot holds unchanged; None if it is split or fused."""
+        """The entry that this slot holds unchanged, or None."""
         first = self.parts[0]
         return first.entry if len(self.parts) == 1 and first.cut is None else None
 
 
 class Respelling:
-    """Finds the slots of a format for an adapter's entries; `lost` lists keys without a slot."""
+    """Finds a format's slots for an adapter's entries.
+
+    `lost` lists the keys without a slot.
+    """
 
     def __init__(self, adapter: Adapter, keys: KeyMap) -> None:
         self.adapter, self.keys = adapter, keys
@@ -87,7 +90,10 @@ class Respelling:
                 self.lost |= dict.fromkeys(entry.keys.values(), reason)
 
     def _parts(self, slot: Slot, held: Mapping[Slot, Entry]) -> tuple[Part, ...]:
-        """The parts of a slot: its entry, rows of a larger one, or smaller ones and their gaps."""
+        """The parts of a slot.
+
+        Its entry, rows of a larger one, or smaller ones and their gaps.
+        """
         if slot in held:
             return (Part(held[slot]),)
         want = _span(slot.rows)
@@ -101,7 +107,7 @@ class Respelling:
         return tuple(self._joined(want, inside)) if inside else ()
 
     def _cut(self, entry: Entry, have: Span, want: Span) -> tuple[int, int]:
-        """The rows of an entry that a slot takes, counted from the entry's first row."""
+        """The rows of an entry that a slot takes."""
         height = self._height(entry, have)
         return (
             self._row(entry, height * (want[0] - have[0])),

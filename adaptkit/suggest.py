@@ -21,7 +21,7 @@ CUTOFF = 0.75  # difflib ratio; names below this have little in common
 
 
 def nearest(keys: KeyMap, key: str) -> str | None:
-    """The most similar known key, with the numbers of `key`; None if none is near.
+    """The most similar known key with the numbers of `key`, or None.
 
     The module, the suffix or both may be unknown. Numbers are ignored in the comparison.
     """

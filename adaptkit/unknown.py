@@ -62,7 +62,10 @@ def _claimed(stems: Mapping[str, int], format: KeyFormat) -> int:
 
 
 def _parts(format: KeyFormat) -> dict[str, str]:
-    """Map each prefix to its component over all families; to the denoiser if they differ."""
+    """Map each prefix to its component over all families.
+
+    Prefixes that mean several components map to the denoiser.
+    """
     found: dict[str, str] = {}
     for family in families().values():
         for part in family.components:
@@ -105,7 +108,10 @@ def _alike(format: KeyFormat, source: KeyFormat) -> bool:
 
 
 def _tags(component: str, source: KeyFormat) -> dict[str, tuple[str, ...]]:
-    """Tags of a component that all families agree on, and all that the source's prefixes need."""
+    """The tags of a component that families agree on.
+
+    Plus all tags that the source's prefixes need.
+    """
     found: dict[str, dict[tuple[str, ...], None]] = {}
     for family in families().values():
         for part in family.components:
@@ -124,7 +130,7 @@ def _tags(component: str, source: KeyFormat) -> dict[str, tuple[str, ...]]:
 
 
 def family_of_weights(*files: Mapping[str, tuple[int, ...]]) -> ModelFamily:
-    """Build a family from the modules that files (key → shape) have weights or biases of.
+    """Build a family from the weights and biases in files (key → shape).
 
     Every format spells these names after its prefix, kohya with underscores for dots. Modules that
     differ only in dots and underscores are skipped: such a key would be ambiguous.

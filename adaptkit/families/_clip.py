@@ -1,8 +1,8 @@
-"""Rows of CLIP text encoders, under Hugging Face's names and OpenCLIP's, which fuse q, k and v.
+"""Rows of CLIP text encoders, in Hugging Face's and OpenCLIP's naming.
 
-Source: transformers' `CLIPTextModel` and open_clip's `TextTransformer`, mapped as in diffusers'
-`convert_open_clip_checkpoint` (in_proj is q, k, v in thirds; `text_projection` is stored
-transposed).
+OpenCLIP fuses q, k and v. Source: transformers' `CLIPTextModel` and open_clip's `TextTransformer`,
+mapped as in diffusers' `convert_open_clip_checkpoint` (in_proj is q, k, v in thirds;
+`text_projection` is stored transposed).
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def clip_l(
 
 
 def clip_g(*, kohya: tuple[str, ...] = ("te2",), native: tuple[str, ...] = ()) -> Component:
-    """OpenCLIP-G as second text encoder; `native` are the prefixes of files with OpenCLIP names."""
+    """OpenCLIP-G as second text encoder.
+
+    `native` are the prefixes of files with OpenCLIP names.
+    """
     comfy, name = "text_encoders.clip_g.transformer", "text_encoder_2"
     checkpoints = {"diffusers": (f"{comfy}.", f"{name}.")}
     return Component(

@@ -37,7 +37,7 @@ def embedder(native: str, diffusers: str) -> Iterator[Row]:
 
 
 def double_attention(native: str, diffusers: str) -> Iterator[Row]:
-    """Attention of a double block: fused q, k, v and a projection per side, with their norms."""
+    """Attention of a double block: fused qkv, projection and norms per side."""
     for side, project, out, norm in SIDES:
         ours = f"{native}{side}_attn."
         yield pair(
@@ -52,7 +52,10 @@ def double_attention(native: str, diffusers: str) -> Iterator[Row]:
 def double_mlps(
     native: str, diffusers: str, first: str = "net.0.proj", second: str = "net.2"
 ) -> Iterator[Row]:
-    """The MLPs of a double block; `first` and `second` are diffusers' names of their layers."""
+    """The MLPs of a double block.
+
+    `first` and `second` are diffusers' names of their layers.
+    """
     for ours, theirs in (("img_mlp", "ff"), ("txt_mlp", "ff_context")):
         yield pair(f"{native}{ours}.0", f"{diffusers}{theirs}.{first}")
         yield pair(f"{native}{ours}.2", f"{diffusers}{theirs}.{second}")

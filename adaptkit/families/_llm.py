@@ -1,7 +1,7 @@
-"""Rows of decoder language models used as text encoders (Gemma 2, Qwen 3, Llama).
+"""Rows of language models used as text encoders.
 
-Source: transformers' `Gemma2Model`, `Qwen3Model` and `LlamaModel`. Checkpoints and adapters use
-these names, with the prefix `model.` for models with a language head.
+Gemma 2, Qwen 3, Llama. Source: transformers' `Gemma2Model`, `Qwen3Model` and `LlamaModel`.
+Checkpoints and adapters use these names, with the prefix `model.` for models with a language head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def llm_rows(
 def llm(
     title: str, rows: tuple[Row, ...], *, comfy: str, kohya: tuple[str, ...] = ("te",)
 ) -> Component:
-    """A language model as a pipeline's only text encoder; `comfy` is its name in ComfyUI.
+    """A language model as a pipeline's only text encoder.
+
+    `comfy` is its name in ComfyUI.
 
     ComfyUI keeps the language head, so its keys have the prefix `model.`; others are read too.
     """

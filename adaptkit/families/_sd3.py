@@ -1,4 +1,4 @@
-"""Rows of MMDiT, the transformer of Stable Diffusion 3 and 3.5, and of its text encoders.
+"""Rows of MMDiT, the transformer of Stable Diffusion 3 and 3.5.
 
 Source: Stability-AI `sd3.5/mmditx.py` and diffusers' `SD3Transformer2DModel`, mapped as in
 diffusers' `convert_sd3_transformer_checkpoint_to_diffusers`.

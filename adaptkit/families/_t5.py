@@ -11,7 +11,7 @@ __all__ = ["t5", "t5_rows"]
 
 
 def t5_rows(layers: int, *, bias_everywhere: bool = False) -> tuple[Row, ...]:
-    """A T5 encoder, with position bias in the first layer (T5) or in all (`bias_everywhere`)."""
+    """A T5 encoder; `bias_everywhere`: position bias in all layers (UMT5)."""
     block = f"encoder.block.{{i:{layers}}}."
     first = block if bias_everywhere else "encoder.block.0."
     return (

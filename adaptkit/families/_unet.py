@@ -36,7 +36,9 @@ PROJECTIONS = (
 def unet_rows(
     depths: tuple[int, ...], *, middle: int, class_embedding: bool = False, pointwise: bool = False
 ) -> tuple[Row, ...]:
-    """All rows of a U-Net with `depths[level]` transformer blocks per attention (0: no attention).
+    """All rows of a U-Net.
+
+    `depths[level]` is the number of transformer blocks per attention (0: no attention).
 
     `middle` is the depth of the middle block. Levels are ordered from the outermost inwards, with
     two residual blocks per level going down and three going up. `pointwise`: projections around the

@@ -1,4 +1,4 @@
-"""Building blocks of family tables: each row gives the names of one module in every naming.
+"""Building blocks of family tables: the names of modules.
 
 A *naming* is a convention for module names: `diffusers` (also Hugging Face transformers' text
 encoders), `native` (the original checkpoint), `flat`, … A *template* is a module name with free
@@ -45,7 +45,7 @@ class Kind(Enum):
 
 
 class Name(NamedTuple):
-    """A module's name in one naming, and the relation of its tensors to the target's.
+    """A module's name in one naming, and its relation to the target.
 
     `rows` is the range of the target's output rows (None: all). `transposed`: the checkpoint stores
     the transpose. `swapped`: the two halves of the output rows are swapped (original models and
@@ -80,7 +80,7 @@ def scaled(module: str) -> Name:
 
 
 def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple[Name, ...]:
-    """Names of modules that hold the target's rows in order, in equal shares or by `ratio`."""
+    """Names of modules that share the target's rows, equally or by `ratio`."""
     shares = ratio or (1,) * len(parts)
     if len(shares) != len(parts):
         raise ValueError(f"{len(parts)} parts, {len(shares)} shares")
@@ -93,7 +93,7 @@ def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple
 
 
 class Row(NamedTuple):
-    """One module or run of modules: target and names; `kernel` of a convolution, else ()."""
+    """One module or run of modules: target, names and kernel."""
 
     target: str
     names: Mapping[str, tuple[Name, ...]]
@@ -174,7 +174,10 @@ def transformer(
     comfy: str = "native",
     native_prefixes: tuple[str, ...] = NATIVE_PREFIXES,
 ) -> Component:
-    """The transformer of a family; `kohya` and `comfy` name the namings those formats write."""
+    """The transformer of a family.
+
+    `kohya` and `comfy` are the namings those formats write.
+    """
     return Component(
         name="transformer",
         title=title,
@@ -212,7 +215,7 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ModelFamily:
-    """A model family: its components, the marks of its shapes, and its names in metadata.
+    """A model family: components, marks, and names in metadata.
 
     `others` maps parts of a checkpoint that no adapter holds to key prefixes; `beside` are such
     parts with tables. `architectures` are the values of `modelspec.architecture` and

@@ -74,7 +74,7 @@ class TensorSpec(NamedTuple):
 
 
 class TensorInfo(NamedTuple):
-    """A tensor in a file; `start` and `stop` are byte offsets from the start of the file."""
+    """A tensor in a file, at byte offsets `start` to `stop` of the file."""
 
     name: str
     dtype: str
@@ -89,13 +89,16 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed elements; a strided view in a pickle may span more or fewer."""
+        """Bytes of the packed elements.
+
+        A strided view in a pickle may span more or fewer.
+        """
         return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header: `infos` in order of offset, `size` of the whole file in bytes."""
+    """A parsed header: `infos` by offset, `size` of the file in bytes."""
 
     infos: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -130,7 +133,7 @@ def unreadable(path: object, error: OSError) -> UnreadableFile:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and validate the header of one `.safetensors` file; the data is not read."""
+    """Read and validate the header of a `.safetensors` file."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -344,7 +347,7 @@ def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], stored: int) -> 
 
 
 def _check_cover(infos: Sequence[TensorInfo], data_start: int, file_size: int) -> None:
-    """Check that the tensors cover the data without gap or overlap, up to the last byte."""
+    """Check that the tensors cover the data without gap or overlap."""
     end = infos[-1].stop if infos else data_start
     if infos and infos[0].start != data_start:
         raise CorruptFile(
@@ -373,7 +376,7 @@ def _check_cover(infos: Sequence[TensorInfo], data_start: int, file_size: int) -
 def build_header(
     specs: Iterable[TensorSpec | TensorInfo], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Build the first bytes of a file (prefix and padded JSON), and place tensors in order.
+    """Build the prefix and padded JSON, and place tensors in order.
 
     Deterministic: equal specs and metadata give equal bytes. Raises `CannotWrite` if the
     safetensors library could not read the result.

@@ -29,7 +29,9 @@ COMPONENTS = (
 
 
 def open_source(path: str | Path) -> TensorSource:
-    """Open a weights file, a shard index or a folder of weights. Reads headers only.
+    """Open a weights file, a shard index or a folder of weights.
+
+    Reads headers only.
 
     The content of a file decides its kind. A folder is a diffusers model (names get the prefix
     `<component>.`), one component, or a set of shards. Safetensors are preferred to pickles, and
@@ -126,7 +128,7 @@ def _weight_files(folder: Path) -> list[tuple[_WeightsName, Path]]:
 
 
 def _open_component(folder: Path) -> TensorSource:
-    """Open the weights of one folder: one file, or the shards of one index."""
+    """Open the weights of a folder: a file, or the shards of an index."""
     found = _weight_files(folder)
     if not found:
         raise UnreadableFile("no weights in this folder", file=folder, hint=_contents(folder))
@@ -194,7 +196,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a relative path stays in its folder, by the rules of every operating system."""
+    """Whether a relative path stays in its folder on every system."""
     parts = PurePosixPath(name.replace("\\", "/"))
     return (
         bool(name)

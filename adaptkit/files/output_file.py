@@ -1,4 +1,4 @@
-"""An output file: written under a hidden name by many threads, renamed when it is complete."""
+"""Output files: written under a hidden name, renamed when complete."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ _WINDOW = 32 << 20  # bytes flushed to the disk at a time
 
 
 class Run(NamedTuple):
-    """Bytes to copy: `source[start : start + length]` to offset `at` of the output."""
+    """Bytes to copy to offset `at` of the output.
+
+    The bytes are `source[start : start + length]`.
+    """
 
     source: Path
     start: int
@@ -46,7 +49,7 @@ class Run(NamedTuple):
 
 
 class _Flusher:
-    """Flushes a large file while it is written, and drops its pages from the page cache.
+    """Flushes a large file while it is written, and frees its cache pages.
 
     Otherwise dirty pages fill the cache, displace the base of the next merge, and make the final
     fsync wait for gigabytes. Does nothing on systems without posix_fadvise.
@@ -218,7 +221,7 @@ class OutputFile:
             return _read_at(file, buffer, at)
 
     def _copy_runs(self, runs: Sequence[Run]) -> None:
-        """Copy with two threads if there is much to copy: one reads while the other writes."""
+        """Copy with two threads if it pays: one reads while the other writes."""
         if len(runs) < 2 or sum(run.length for run in runs) < _MUCH:
             return self._copy_each(runs)
         failed: list[BaseException] = []

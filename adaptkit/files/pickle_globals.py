@@ -114,7 +114,10 @@ def _sizes(value: object) -> tuple[int, ...]:
 
 
 def _rebuild_tensor(*args: object) -> StoredTensor:
-    """Read `(storage, offset, size, stride, …)`; version 3 has the dtype as seventh argument."""
+    """Read `(storage, offset, size, stride, …)`.
+
+    Version 3 has the dtype as its seventh argument.
+    """
     match args:
         case (Storage() as storage, int() as offset, size, stride, *rest) if 0 <= offset < 2**63:
             dtype = rest[2].name if len(rest) > 2 and isinstance(rest[2], _DType) else storage.dtype

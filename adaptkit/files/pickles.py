@@ -1,4 +1,4 @@
-"""Locate the tensors of torch pickles (`.ckpt .pt .pth .bin`) without running their code.
+"""Locate the tensors of torch pickles without running their code.
 
 A torch file is a pickle of containers plus raw storages. Each tensor in the pickle is a call
 `_rebuild_tensor_v2(storage, offset, size, stride, …)`. Storages are entries of a zip archive or,
@@ -59,7 +59,7 @@ class Catalogue:
 
 
 def looks_like_pickle(head: bytes) -> bool:
-    """Whether a file starts like a zip archive, a pickle or (torch 0.1) a tar archive."""
+    """Whether a file starts like a zip, pickle or (torch 0.1) tar file."""
     return (
         head.startswith(b"PK\x03\x04")
         or (head[:1] == b"\x80" and head[1:2] <= b"\x05")
@@ -296,7 +296,10 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _state_dict(root: object, ignored: list[str]) -> Mapping[object, object]:
-    """Find the table of tensors: the object, its `state_dict`, or its only table of tensors."""
+    """Find the table of tensors.
+
+    The object itself, its `state_dict`, or its only table of tensors.
+    """
     if not isinstance(root, dict):
         what = (
             "a single tensor"
@@ -359,7 +362,10 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether the elements are adjacent; the stride of a dimension of size 1 is arbitrary."""
+    """Whether the elements are adjacent.
+
+    The stride of a dimension of size 1 is arbitrary.
+    """
     step = 1
     for n, given in zip(reversed(shape), reversed(stride), strict=True):
         if n != 1 and given != step:

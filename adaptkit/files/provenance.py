@@ -36,7 +36,10 @@ def sha256(path: str | Path, chunk: int = 8 << 20) -> str:
 
 
 def sshs_places(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Placeholders, of the final length, for sd-scripts' hashes; empty if the file had none."""
+    """Placeholders for sd-scripts' hashes, of the final length.
+
+    Empty if the file had none.
+    """
     return {name: "0" * length for name, length in SSHS.items() if name in metadata}
 
 
@@ -64,7 +67,10 @@ def kept(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def history(metadata: Mapping[str, str]) -> list[object]:
-    """The records adaptkit left in a file, oldest first; foreign records are kept unchanged."""
+    """The records adaptkit left in a file, oldest first.
+
+    Foreign records are kept unchanged.
+    """
     text = metadata.get(KEY)
     if text is None:
         return []

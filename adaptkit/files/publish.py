@@ -94,7 +94,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a new folder to fill; it becomes `path` on success and is removed on failure.
+    """Yield a folder to fill that becomes `path` on success.
+
+    It is removed on failure.
 
     An existing folder is replaced (`overwrite`) only if all its files are of the `known` names.
     The replacement is atomic on Linux and macOS. Elsewhere it takes two renames; a process killed

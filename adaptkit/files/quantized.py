@@ -96,7 +96,7 @@ class Quantization:
 
 
 def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """(weight, part) of a key that belongs to a weight; None for an independent tensor."""
+    """(weight, part) of a key that belongs to a weight, or None."""
     if (match := _BITSANDBYTES.fullmatch(name)) is not None and match["weight"] in infos:
         return match["weight"], match["kind"] or "absmax"
     module, _, kind = name.rpartition(".")
@@ -120,7 +120,10 @@ def _scheme(weight: TensorInfo, scales: list[TensorInfo], parts: Mapping[str, st
 
 
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
-    """Whether a scale is per tensor (), row (m) or (m, 1, …), or block of a row (m, blocks, 1)."""
+    """Whether a scale is per tensor, row or block of a row.
+
+    Shapes: (), (m) or (m, 1, …), (m, blocks, 1).
+    """
     if math.prod(scale) == 1 or (weight[:1] == scale[:1] and math.prod(scale) == scale[0]):
         return True
     blocks = len(weight) == 2 and len(scale) == 3 and (scale[0], scale[2]) == (weight[0], 1)

@@ -22,13 +22,19 @@ __all__ = ["Pieces", "TensorSink"]
 
 
 class Pieces:
-    """One tensor of a sink, written in pieces, in any order from any thread, then closed."""
+    """One tensor of a sink, written in pieces from any thread.
+
+    Call `close` after the last piece.
+    """
 
     def __init__(self, sink: TensorSink, info: TensorInfo) -> None:
         self._sink, self._info, self._left = sink, info, info.nbytes
 
     def put(self, tensor: torch.Tensor, first: int) -> None:
-        """Write `tensor` from element `first` on, in row-major order; its dtype is not checked."""
+        """Write `tensor` from element `first` on, in row-major order.
+
+        Its dtype is not checked.
+        """
         self.put_bytes(tensor_bytes(tensor), first * tensor.dtype.itemsize)
 
     def put_bytes(self, data: memoryview, at: int) -> None:
@@ -56,7 +62,9 @@ class Pieces:
 
 
 class TensorSink(OutputFile):
-    """A safetensors file being written: fixed `specs`, tensors in any order from any thread.
+    """A safetensors file being written, tensor by tensor.
+
+    `specs` are final; tensors come in any order from any thread.
 
     Bytes go to a hidden file in the folder of `path`. `commit` checks, syncs and renames it;
     leaving the `with` block without `commit` removes it. The output therefore appears complete or
@@ -95,7 +103,7 @@ class TensorSink(OutputFile):
         self._written.add(name)
 
     def pieces(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Pieces:
-        """Write one tensor in pieces; `ShapeMismatch` if dtype or shape differ from the spec."""
+        """Write one tensor in pieces; `ShapeMismatch` if it differs from the spec."""
         info = self._info(name)
         self._check(info, TensorSpec(name, dtype_name(dtype), tuple(shape)))
         self._claim(name)
@@ -133,7 +141,10 @@ class TensorSink(OutputFile):
         return self._read(info.nbytes, info.start, name)
 
     def restate(self, metadata: Mapping[str, str]) -> None:
-        """Replace the metadata by values of the same length, such as hashes known at the end."""
+        """Replace the metadata by values of the same length.
+
+        Used for hashes that are known only at the end.
+        """
         header, _ = build_header(self.infos.values(), metadata)
         if len(header) != self._header:
             raise RuntimeError("the header would change in length")
@@ -171,7 +182,7 @@ class TensorSink(OutputFile):
             self.put(name, source.read(source_name).reshape(self.infos[name].shape))
 
     def commit(self, *, sync: bool = True) -> None:
-        """Check that every tensor was written, sync, and rename the file to its final name.
+        """Check for missing tensors, sync, and rename to the final name.
 
         Without `sync` a power failure in the next seconds may leave a damaged file. Use that only
         for files that are cheap to write again.

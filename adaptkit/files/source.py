@@ -1,4 +1,4 @@
-"""Read tensors lazily from a safetensors file, shards, a diffusers folder or a torch pickle.
+"""Read tensors lazily from safetensors, shards, folders or pickles.
 
 Opening reads headers only and imports no torch. Data is read by positioned reads into each tensor's
 own memory, from any thread. Memory maps are avoided: their pages count as resident memory.
@@ -123,7 +123,10 @@ class TensorSource(ABC):
 
     @abstractmethod
     def span(self, name: str) -> tuple[Path, int, int] | None:
-        """File, start and stop of the raw bytes; None if they are strided or compressed."""
+        """File, start and stop of the raw bytes; None if not contiguous.
+
+        That is, None for strided or compressed tensors.
+        """
 
     @abstractmethod
     def raw(self, name: str) -> memoryview:
@@ -279,7 +282,7 @@ class _PickleSource(_FileSource):
 
 
 class _JoinedSource(TensorSource):
-    """Several sources as one: shards (no prefix), or the components of a diffusers folder."""
+    """Several sources as one: shards, or components of a diffusers folder."""
 
     def __init__(self, path: Path, parts: Sequence[tuple[str, TensorSource]]) -> None:
         self.path = path

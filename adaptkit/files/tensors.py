@@ -29,7 +29,10 @@ __all__ = [
 
 
 def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
-    """First row and number of rows of a slice; (0, 0) for the whole tensor."""
+    """First row and number of rows of a slice.
+
+    (0, 0) for the whole tensor.
+    """
     if rows is None:
         return 0, 0
     if not info.shape:
@@ -43,7 +46,7 @@ def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
 
 
 def empty_bytes(info: TensorInfo, path: Path, size: int) -> torch.Tensor:
-    """Uninitialised bytes for a tensor, in huge pages if large; its dtype must exist in torch."""
+    """Uninitialised bytes for a tensor, in huge pages if large."""
     import torch
 
     torch_dtype(info, path)
@@ -125,7 +128,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype; torch's own name if safetensors has none."""
+    """The safetensors name of a torch dtype, or torch's own name."""
     name = str(dtype).removeprefix("torch.")
     return _SAFETENSORS_NAMES.get(name, name)
 

@@ -86,7 +86,7 @@ class _Nesting:
 
 
 def unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[Storage]]:
-    """Load one pickle; returns its object, the offset of its end and its storages."""
+    """Load one pickle: (object, offset of its end, storages)."""
     try:
         # scan first: unpickling must never see an opcode that was not checked
         end = _scan(data, start)

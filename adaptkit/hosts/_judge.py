@@ -1,4 +1,4 @@
-"""Judge which hosts load a file, and how to write one for a host, from the same tables."""
+"""Judge which hosts load a file, and how to write one for a host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def judge(adapter: Adapter) -> dict[str, Verdict]:
 
 
 def complete(host: Host, format: str) -> list[str]:
-    """The families whose denoiser a host loads completely in this format, as adaptkit writes it."""
+    """The families whose denoiser a host loads completely in a format."""
     found: list[str] = []
     for name in families():
         pieces = examples(name, format)
@@ -64,7 +64,10 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
 def _lost(
     host: Host, format: str, family: str, pieces: tuple[Piece, ...]
 ) -> dict[Loss, list[Piece]]:
-    """The modules a host does not load, by their first loss; a loss of the whole file only."""
+    """The modules a host does not load, by their first loss.
+
+    A loss of the whole file excludes all others.
+    """
     cell = host.cell(format, family, pieces)
     if cell is not None and not all(
         any(re.search(p, str(x.slot.target)) for x in pieces) for p in cell.needs
@@ -85,7 +88,7 @@ def _lost(
 
 
 def _reasons(lost: Mapping[Loss, Sequence[Piece]], total: int) -> Iterator[str]:
-    """One short sentence per loss, with the number of modules and their first labels."""
+    """One short sentence per loss, with count and first modules."""
     by_text: dict[str, list[Piece]] = {}
     for loss, pieces in lost.items():
         kinds = " and ".join(sorted({piece.algorithm for piece in pieces}))

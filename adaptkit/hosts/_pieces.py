@@ -1,4 +1,4 @@
-"""The modules of an adapter as a host finds them, in its file or in another format.
+"""The modules of an adapter as a host finds them.
 
 Reads headers only.
 """
@@ -58,7 +58,10 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
 def pieces_as(
     adapter: Adapter, format: str, fold: bool, algorithm: str | None
 ) -> tuple[tuple[Piece, ...], int]:
-    """The modules as `convert` writes them, and the number the format has no place for."""
+    """The modules as `convert` writes them.
+
+    Also the number of modules the format has no place for.
+    """
     keys = compile_keys(adapter.family.name, format)
     fold = fold or keys.format.alpha is Alpha.NONE
     made: dict[Slot, Piece] = {}
@@ -73,7 +76,7 @@ def pieces_as(
 
 
 def _written(keys: KeyMap, slot: Slot) -> tuple[Slot, ...]:
-    """The slots of a format for a slot: itself, its parts, or the whole it belongs to."""
+    """The slots of a format for a slot: itself, parts, or its whole."""
     whole = tuple(s._replace(target=slot.target) for s in keys.slots(slot.target))
     if not whole:
         raise NotRepresentable(f"the {keys.format.name} format has no place for {slot}")
@@ -103,7 +106,10 @@ def _made(
 
 @cache
 def examples(family: str, format: str) -> tuple[Piece, ...]:
-    """One module per row of the denoiser that a format can name, as a LoRA with alpha = rank."""
+    """One LoRA module per row of the denoiser that a format can name.
+
+    alpha = rank.
+    """
     keys = compile_keys(family, format)
     part = keys.family.components[0]
     targets = (
@@ -141,7 +147,10 @@ def _weight(slot: Slot) -> Slot:
 
 
 def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:
-    """The namings in which a slot's module has this name, joined as in the format."""
+    """The namings in which a slot's module has this name.
+
+    Words are joined as in the format.
+    """
     row = keys.row(slot.target)
     found = set()
     for naming in () if row is None else row.names:
@@ -154,7 +163,10 @@ def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:
 
 
 def _axis(adapter: Adapter, entry: Entry) -> str:
-    """The axis of DoRA's norm: LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1]."""
+    """The axis of DoRA's norm.
+
+    LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1].
+    """
     if "dora" not in entry.kind.name:
         return ""
     key = entry.keys.get("magnitude")

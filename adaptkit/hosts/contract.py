@@ -1,4 +1,4 @@
-"""The definition of a host: the formats and algorithms it loads and writes, by family."""
+"""The definition of a host: what it loads and writes, by family."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ TE = r"^text_encoder"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a host loads every module with the right values (None: not measured), and why not."""
+    """Whether a host loads a whole file (None: not measured), and why not.
+
+    That is, every module with the right values.
+    """
 
     loads: bool | None
     why: str = ""
@@ -52,7 +55,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One adapted weight as a host finds it in a file, or in the file a format would give.
+    """One adapted weight as a host finds it in a file.
 
     `namings` are those in which the module has the file's name, `suffixes` the ends of its tensors'
     keys. `alpha` is the number that a host takes for alpha; `told`: a tensor states it, `stated`:
@@ -98,7 +101,10 @@ class Loss:
     whole: bool = False
 
     def holds(self, piece: Piece, common: Mapping[str, float]) -> bool:
-        """Whether a module is lost; `common` is the most common alpha of each component."""
+        """Whether a module is lost.
+
+        `common` is the most common alpha of each component.
+        """
         denoiser = not piece.slot.component.startswith(("text_encoder", "text_conditioner"))
         return (
             (not self.modules or re.search(self.modules, str(piece.slot.target)) is not None)
@@ -124,7 +130,9 @@ PARTIAL = Loss(
 
 @dataclass(frozen=True)
 class Cell:
-    """Files of some families in one format: the host loads everything except these losses.
+    """A host on files of some families in one format.
+
+    It loads everything except the losses.
 
     `having`: only files with a module that matches this pattern. `needs`: each of these patterns
     must match some module, else nothing loads.

@@ -82,7 +82,7 @@ class KeyMap:
         return algorithm in self.format.owns if self.format.owns else algorithm not in _owned()
 
     def slot(self, stem: str, param: str = WEIGHT) -> Slot | None:
-        """The slot of a key's stem (the key without its suffix); None if unknown."""
+        """The slot of a stem (a key without its suffix), or None."""
         match = self._match(stem)
         return None if match is None else self._slot(stem, match, param)
 
@@ -124,7 +124,7 @@ class KeyMap:
                 yield found[0].target[: free.end()]
 
     def spell(self, slot: Slot, algorithm: str, role: str) -> str:
-        """The key of a role of a slot; `NotRepresentable` if the format has none."""
+        """The key of a role of a slot; `NotRepresentable` if there is none."""
         suffix = self._suffix.get((algorithm, role))
         if suffix is None:
             if not self.holds(algorithm):
@@ -146,7 +146,7 @@ class KeyMap:
         return self._spelled[key]
 
     def module(self, slot: Slot, naming: str | None = None) -> str:
-        """The module name of a slot without prefix, in this format or a given naming."""
+        """The module name of a slot without prefix, here or in a naming."""
         part = self.family.component(slot.component)
         if naming is None and not self.writes(part):
             raise NotRepresentable(
@@ -184,7 +184,10 @@ class KeyMap:
         return part.name in self._prefixes
 
     def slots(self, target: Target) -> tuple[Slot, ...]:
-        """The slots of a target in this format, in row order; empty if it has no place for it."""
+        """The slots of a target in this format, in row order.
+
+        Empty if the format has no place for it.
+        """
         part = self.family.component(target.component)
         row = self.row(target)
         if row is None or not self.writes(part):
@@ -194,7 +197,7 @@ class KeyMap:
 
 @cache
 def _stems(part: Component, joiner: str, own: str) -> Templates[Reading]:
-    """All module names of a component, with words joined by `joiner`; cached across formats.
+    """All module names of a component, joined by `joiner` (cached).
 
     `own` is the only naming that a private format reads. Without it, all public namings are read.
     """
@@ -223,7 +226,10 @@ def _owned() -> frozenset[str]:
 
 
 def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
-    """The prefix to write each component with; of two with the same prefix, the first gets it."""
+    """The prefix to write each component with.
+
+    Of two components with the same prefix, the first gets it.
+    """
     found: dict[str, str] = {}
     for part in family.components:
         mine = prefixes(part, format)[:1]
@@ -233,7 +239,10 @@ def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
 
 
 def prefixes(part: Component, format: KeyFormat) -> tuple[str, ...]:
-    """Every prefix of a component in a format, the written one first; empty if a tag is missing."""
+    """Every prefix of a component in a format, the written one first.
+
+    Empty if a tag is missing.
+    """
     found: list[str] = []
     for template in format.prefixes:
         tag = template.partition("{")[2].partition("}")[0]

@@ -20,7 +20,7 @@ __all__ = ["CheckpointMap", "Place", "compile_checkpoint"]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The content of a checkpoint key: a slot in a naming, perhaps transposed or swapped.
+    """The content of a checkpoint key: a slot in a naming.
 
     `transposed`: the transpose of the slot is stored. `swapped`: its halves of rows are swapped.
     """
@@ -34,7 +34,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Spelled:
-    """A tensor in a layout: its key without prefix, its content, and its kernel.
+    """A tensor in a layout: its key, its content and its kernel.
+
+    The key has no prefix.
 
     `kernel` is None for vectors, and for a target stored with the kernel its tensor has.
     """
@@ -98,7 +100,7 @@ class CheckpointMap:
         return any(keys.match(key[len(prefix) :]) is not None for prefix, keys in starts)
 
     def spelled(self, target: Target, naming: str) -> tuple[Spelled, ...]:
-        """The tensors (weights or biases) of a target in a naming, in row order."""
+        """The tensors of a target in a naming, in row order."""
         found = find_row(self.family, target.component, target.module)
         if found is None:
             return ()

@@ -30,7 +30,7 @@ RoleName = tuple[str, str]  # (algorithm, role)
 
 @cache
 def algorithms() -> Mapping[str, type[Weights]]:
-    """All algorithms by name; a wrapper is listed once per algorithm it wraps (`lora+dora`)."""
+    """All algorithms by name; wrappers once per wrapped one (`lora+dora`)."""
     kinds: Mapping[str, type[Weights]] = discover("adaptkit.algorithms", "ALGORITHM")
     found = {name: kind for name, kind in kinds.items() if not kind.wraps}
     for kind in kinds.values():
@@ -60,7 +60,10 @@ def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
 
 @lru_cache(maxsize=65536)
 def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
-    """Split a key into (stem, suffix, roles) by the longest known suffix; None if there is none."""
+    """Split a key into (stem, suffix, roles), or None.
+
+    The longest known suffix counts.
+    """
     known = _suffixes()
     # from the left: the first known suffix is the longest
     for dot in _DOTS.finditer(key):

@@ -19,7 +19,7 @@ __all__ = ["Reading", "find_row", "label"]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The meaning of one template: a target of a component, or a row range of it."""
+    """The meaning of a template: a target or a row range of it."""
 
     component: str
     target: str
@@ -48,7 +48,10 @@ _NO_ROWS: Templates[Row] = Templates()
 
 @lru_cache(maxsize=65536)
 def find_row(family: ModelFamily, component: str, module: str) -> tuple[Row, dict[str, int]] | None:
-    """The table row and block indices of a module; cached, because every format asks for it."""
+    """The table row and block indices of a module.
+
+    Cached, because every format asks for it.
+    """
     return _rows(family).get(component, _NO_ROWS).match(module)
 
 

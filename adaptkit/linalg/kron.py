@@ -1,4 +1,7 @@
-"""Kronecker products, and the nearest one to a matrix (Van Loan and Pitsianis 1993)."""
+"""Kronecker products, and the nearest one to a matrix.
+
+Van Loan and Pitsianis 1993.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +130,7 @@ def _folded(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _apart(x: Tensor) -> bool:
-    """Whether to compute the members of a stack one by one, independent of each other."""
+    """Whether to compute the members of a stack one by one."""
     return x.ndim > 2 and not works_on_stacks(x.device)
 
 
@@ -242,7 +245,7 @@ K = TypeVar("K", Kron, KronLowRank)
 
 
 def _each(x: Tensor, fit: Callable[[Tensor], K]) -> K:
-    """Apply `fit` to each member of a batch and stack; an empty batch gives empty stacks."""
+    """Apply `fit` to each member of a batch, and stack the results."""
     batch, flat = x.shape[:-2], x.flatten(0, -3)
     # a dummy member gives an empty batch its output shapes
     members = [fit(member) for member in flat] or [fit(x.new_zeros(x.shape[-2:]))]

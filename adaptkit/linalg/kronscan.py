@@ -1,4 +1,4 @@
-"""Detect Kronecker products in a difference (..., m, n): their split, and the rank of w2."""
+"""Detect Kronecker products: their split, and the rank of w2."""
 
 from __future__ import annotations
 

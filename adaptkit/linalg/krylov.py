@@ -1,4 +1,7 @@
-"""Krylov subspaces of the leading singular vectors: adaptive, or of fixed size for stacks."""
+"""Krylov subspaces of the leading singular vectors.
+
+Adaptive for one matrix, of fixed size for stacks.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +153,7 @@ class Krylov:
         return self.size < self.limit
 
     def _orthonormal(self, x: Tensor) -> Tensor:
-        """Orthonormalise the rows of x against each other and the space; drop dependent ones."""
+        """Orthonormalise the rows of x; drop those in the space already."""
         before = x.norm(dim=1).max()
         if not bool(before > 0):
             return x[:0]
@@ -170,7 +173,7 @@ class Krylov:
         return x.contiguous()
 
     def reopened(self, seed: int) -> bool:
-        """Add a random block if the space is invariant but A is not exhausted.
+        """Add a random block if A has energy outside an invariant space.
 
         The space has only one copy of a repeated σ per column of its start block.
         """

@@ -66,7 +66,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class SvdSpec:
-    """Rank and method of an SVD, the tolerance of Lanczos (relative excess error), and its seed."""
+    """Rank, method, tolerance (relative excess error) and seed of an SVD."""
 
     rank: int
     method: Method = "auto"
@@ -97,7 +97,7 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
 
 
 def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
-    """Decompose all members of a (..., m, n) at once, with fixed sizes, for accelerators."""
+    """Decompose all members of a (..., m, n) at once (accelerators)."""
     flat = a.reshape(-1, *a.shape[-2:])
     rank = min(spec.rank, *a.shape[-2:])
     wide = flat if a.shape[-2] >= a.shape[-1] else flat.mT

@@ -36,7 +36,7 @@ def mix(deltas: Sequence[Tensor], method: str, density: float, seeds: Sequence[s
 
 
 def trimmed(delta: Tensor, density: float) -> Tensor:
-    """Keep the ⌈density · entries⌉ largest entries, the first of equal ones; zero the others."""
+    """Keep the ⌈density · entries⌉ largest entries; zero the others."""
     flat = delta.flatten()
     count = min(flat.numel(), int(-(-density * flat.numel() // 1)))
     if count >= flat.numel():
@@ -64,7 +64,10 @@ def thinned(delta: Tensor, density: float, seed: str) -> Tensor:
 
 
 def _elected(kept: Sequence[Tensor]) -> Tensor:
-    """The mean of the entries of the sign with the larger sum; zero entries have no vote."""
+    """Average the entries of the sign with the larger sum.
+
+    Zero entries have no vote.
+    """
     total = kept[0].clone()
     for delta in kept[1:]:
         total += delta

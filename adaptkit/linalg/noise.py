@@ -1,4 +1,4 @@
-"""Rounding noise in the difference of two files, and the rank that exceeds it."""
+"""Rounding noise in a difference of files, and the rank above it."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def _fixed(squares: list[float], variances: list[float], edge: float) -> int | N
 
 
 def _enough(rest: float, variance: float, whole: float, shape: tuple[int, int, int]) -> bool:
-    """Whether r = 1 or 2 directions far exceed rounding, and rounding explains the residual.
+    """Whether one or two directions and rounding explain everything.
 
     If the base lies on the same grid, rounding is a function of the change. For a change of one or
     two vectors the rounding is then structured too, and up to 25 of its directions exceed the noise

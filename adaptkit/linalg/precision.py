@@ -1,4 +1,4 @@
-"""Dtypes to compute in, exact scaling, checked casts, and sums accurate enough to subtract."""
+"""Compute dtypes, exact scaling, checked casts and accurate sums."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """The tensor in its compute dtype, without a copy if it has that already."""
+    """The tensor in its compute dtype, copied only if needed."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
@@ -165,7 +165,7 @@ def _refuse_overflow(wide: Tensor, dtype: torch.dtype) -> None:
 
 
 def _within(x: Tensor, bound: float) -> bool:
-    """Whether every entry is in [-bound, bound]; False with a NaN. One pass without a copy."""
+    """Whether every entry is in [-bound, bound]; False with a NaN."""
     low, high = torch.aminmax(x)
     return -bound <= float(low) and float(high) <= bound
 
