@@ -87,6 +87,7 @@ class Checkpoint:
         try:
             return cls.understand(source, family=family, ema=ema)
         except UnknownAdapter as error:
+            # an adapter given as the base must stay an error, not become a family of its own
             if strangers and family is None and not is_adapter(source.infos):
                 made = family_of_weights({name: info.shape for name, info in source.infos.items()})
                 if made.components:
@@ -178,6 +179,7 @@ class Checkpoint:
         """Locate a slot in the tensors of its target; None if incomplete."""
         if slot in held:
             return (self._piece(held[slot]),)
+        # a fused tensor serves its parts by rows; separate tensors serve the whole by concatenation
         whole = held.get(Slot(slot.target))
         if whole is not None and slot.rows is not None:
             bounds = slot.rows.bounds(self.shape(whole)[0])
@@ -231,6 +233,7 @@ class Checkpoint:
     def streams(self, pieces: tuple[Piece, ...]) -> bool:
         """Whether `blocks` reads block by block: a slot of one piece, stored unmodified."""
         (piece, *others) = pieces
+        # these need the whole tensor before the first block
         plain = not (others or piece.transposed or piece.swapped)
         return (
             plain
@@ -255,6 +258,7 @@ class Checkpoint:
             self.source.announce(piece.name)
 
     def _read(self, piece: Piece) -> Tensor:
+        # rows of a transpose are columns of the file: read everything, then cut
         if piece.transposed:
             whole = self._numbers(piece.name).T
             return whole if piece.rows is None else whole[slice(*piece.rows)]

@@ -41,6 +41,7 @@ def huge(size: int) -> memoryview | None:
     ]
     if fits:
         return views[min(fits, key=lambda n: len(views[n]))]
+    # a block in use elsewhere stays listed: it may become free later
     views[:] = [views[n] for n in range(len(views)) if not _free(views, n)]
     with suppress(OSError):  # a kernel without huge pages
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -52,6 +53,7 @@ def huge(size: int) -> memoryview | None:
 
 def _free(views: list[memoryview], n: int) -> bool:
     """Whether only the list and this call refer to a block."""
+    # one reference from the list, one from getrefcount's own argument
     return sys.getrefcount(views[n]) <= 2
 
 

@@ -96,6 +96,7 @@ class Respelling:
         """
         if slot in held:
             return (Part(held[slot]),)
+        # spans are exact fractions: thirds of a fused qkv have no exact float
         want = _span(slot.rows)
         for theirs, entry in held.items():
             have = _span(theirs.rows)

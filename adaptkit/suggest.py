@@ -31,6 +31,7 @@ def nearest(keys: KeyMap, key: str) -> str | None:
     )
     shape, numbers = tokenise(stem)
     match = get_close_matches(shape, _shapes(keys), n=1, cutoff=CUTOFF)
+    # an equal shape means that only a number is out of range: no other name to suggest
     if not match or match[0] == shape:
         return None
     holes = match[0].count("#")

@@ -168,6 +168,7 @@ def _weight_parts(names: Iterable[str]) -> dict[str, str]:
 def _weighed(
     name: str, modules: Mapping[str, tuple[int, ...]], starts: tuple[str, ...]
 ) -> Component:
+    # `a.b_c` and `a_b.c` would be one key in kohya's spelling
     alike = Counter(module.replace(".", "_") for module in modules)
     rows = [
         _row(module, shape)

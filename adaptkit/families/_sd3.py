@@ -51,6 +51,7 @@ def marks(width: int) -> tuple[Mark, ...]:
     return tuple(
         Mark("transformer", name.replace("x_block", block), columns=width)
         for name in names
+        # both sides, as an adapter may hold only one of them
         for block in ("x_block", "context_block")
     )
 
@@ -67,6 +68,7 @@ def _ends() -> Iterator[Row]:
         for n, m in ((0, 1), (2, 2)):
             yield pair(f"{ours}.mlp.{n}", f"time_text_embed.{name}.linear_{m}")
     yield pair("final_layer.linear", "proj_out")
+    # diffusers' AdaLayerNormContinuous stores scale before shift, the original shift before scale
     yield pair("final_layer.adaLN_modulation.1", swapped("norm_out.linear"))
 
 
@@ -81,6 +83,7 @@ def _layers(layers: int) -> Iterator[Row]:
         f"{ours}context_block.attn", f"{theirs}attn", "add_{}_proj", "norm_added_{}"
     )
     yield from _rest(f"{ours}x_block.", theirs, "to_out.0", "ff", "norm1")
+    # the last layer has no text MLP: its text output is not used
     last = layers - 1
     ours, theirs = f"joint_blocks.{{i:{last}}}.", f"transformer_blocks.{{i:{last}}}."
     yield from _rest(f"{ours}context_block.", theirs, "to_add_out", "ff_context", "norm1_context")

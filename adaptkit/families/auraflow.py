@@ -70,6 +70,7 @@ ROWS = (
     *_mlp(f"{SINGLE}mlp", f"{ALONE}ff"),
     pair(f"{SINGLE}modCX.1", f"{ALONE}norm1.linear"),
     pair("final_linear", "proj_out"),
+    # scale before shift in diffusers, shift before scale in the original
     pair("modF.1", swapped("norm_out.linear")),
 )
 

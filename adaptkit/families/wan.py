@@ -73,6 +73,7 @@ ROWS = (
     _bare("head.modulation", "scale_shift_table"),
 )
 
+# no kohya or ComfyUI tags: outside diffusers each expert is a file of its own
 LOW_NOISE = Component(
     name="transformer_2",
     title="Wan transformer (low noise)",

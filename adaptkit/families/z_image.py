@@ -42,6 +42,7 @@ def _layer(layer: str) -> Iterator[Row]:
         yield _same(layer + name)
     for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
         yield _same(layer + name, Kind.NORM)
+    # the context refiner has no time modulation
     if not layer.startswith("context"):
         yield _same(f"{layer}adaLN_modulation.0")
 

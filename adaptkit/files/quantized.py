@@ -110,8 +110,10 @@ def _scheme(weight: TensorInfo, scales: list[TensorInfo], parts: Mapping[str, st
         return foreign
     if weight.dtype not in FLOATS + FP8:
         return _INTEGERS.get(weight.dtype, weight.dtype)
+    # `scale_weight` and `weight_scale` on one weight: which applies is undefined
     if len(scales) > 1:
         return "a weight with two scales"
+    # mxfp8 stores its block scales as E8M0 bytes (OCP Microscaling specification 1.0)
     if any(scale.dtype not in FLOATS for scale in scales):
         return "mxfp8"
     if not all(_fits(weight.shape, scale.shape) for scale in scales):
@@ -127,6 +129,7 @@ def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
     if math.prod(scale) == 1 or (weight[:1] == scale[:1] and math.prod(scale) == scale[0]):
         return True
     blocks = len(weight) == 2 and len(scale) == 3 and (scale[0], scale[2]) == (weight[0], 1)
+    # blocks must divide the row, as `read_widened` views it (rows, blocks, entries)
     return blocks and scale[1] > 0 and weight[1] % scale[1] == 0
 
 

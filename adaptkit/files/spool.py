@@ -68,6 +68,7 @@ class Spool:
         buffer = bytearray(length)
         with self._lock, self._os_errors():
             self._file.seek(start)
+            # under the lock: the file has one offset for all threads
             done = self._file.readinto(buffer)
         if done != length:
             raise CorruptFile("the temporary file was truncated", file=self.folder, tensor=name)

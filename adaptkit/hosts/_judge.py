@@ -81,6 +81,7 @@ def _lost(
             for loss in (*(cell.losses if cell else ()), *host.always)
             if loss.holds(piece, common)
         )
+        # a loss of the whole file outweighs any other reason
         for loss in sorted(losses, key=lambda loss: not loss.whole)[:1]:
             found.setdefault(loss, []).append(piece)
     whole = next((loss for loss in found if loss.whole), None)
@@ -165,6 +166,7 @@ def _forms(
     Yields the share of lost modules, the recipe, the losses and the number of modules. Modules that
     the format has no place for count as lost; `convert` itself refuses or lists them.
     """
+    # unfolded first: `min` keeps the first of equally good forms, and alpha stays readable
     for fold in (False, True):
         pieces, homeless = pieces_as(adapter, format, fold, algorithm)
         if not pieces or host.cell(format, adapter.family.name, pieces) is None:

@@ -92,7 +92,7 @@ HOST = Host(
             suffix="lora_magnitude_vector",
         ),
         Loss(
-            "are DoRA on the output axis, where it divides by another norm",
+            "are DoRA on the output axis, for which it divides by another norm",
             algorithms=DORA,
             axis="output",
         ),

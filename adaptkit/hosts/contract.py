@@ -122,10 +122,8 @@ class Loss:
         )
 
 
-NOTHING = Loss("no such name is read: nothing loads, and no error is shown", whole=True)
-PARTIAL = Loss(
-    "its converter stops where a kind of block module is missing, and one is", whole=True
-)
+NOTHING = Loss("none of these names is read: nothing loads, and no error is shown", whole=True)
+PARTIAL = Loss("its converter stops, because a kind of block module is missing", whole=True)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ HOST = Host(
             ("hunyuan-video",),
             (
                 Loss(
-                    "stop its converter, where they are the refiner's or the embedders'",
+                    "stop its converter (those of the refiner and the embedders)",
                     whole=True,
                     modules=r"^transformer\.(txt_in|time_in|guidance_in|vector_in|img_in)",
                 ),
@@ -246,7 +246,7 @@ HOST = Host(
             ("flux", "chroma"),
             (
                 Loss(
-                    "it takes such a file for fal's and wants exactly the modules of those",
+                    "it mistakes such a file for one of fal's, and expects exactly their modules",
                     whole=True,
                 ),
             ),

@@ -120,6 +120,7 @@ class KeyMap:
         """The runs of blocks (`double_blocks.{i:19}`) whose last block holds a target."""
         found = find_row(self.family, target.component, target.module)
         for free in FIELD.finditer(found[0].target) if found else ():
+            # a bound of 1 is not a run: every file would hold its last block
             if found and found[1][free.group(1)] + 1 == int(free.group(2)) > 1:
                 yield found[0].target[: free.end()]
 
@@ -174,6 +175,7 @@ class KeyMap:
         if self.format.private:
             return row.names.get(self.format.style, ())
         naming = part.naming(self.format.style)
+        # rows without a name of their own in a naming are spelled as in diffusers
         return row.names[naming] if naming in row.names else row.names["diffusers"]
 
     def writes(self, part: Component) -> bool:
@@ -233,6 +235,7 @@ def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in family.components:
         mine = prefixes(part, format)[:1]
+        # two components with one prefix could not be told apart when read back
         if mine and mine[0] not in found.values():
             found[part.name] = mine[0]
     return found

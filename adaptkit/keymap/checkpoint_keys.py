@@ -82,6 +82,7 @@ class CheckpointMap:
                 found[prefix] = shared[part.name, naming]
             else:
                 _parameters(found.setdefault(prefix, Templates()), part, naming)
+        # longest prefix first: the empty prefix of bare state dicts matches every key
         self._keys = sorted(found.items(), key=lambda item: -len(item[0]))
 
     def parse(self, key: str) -> Place | None:
@@ -136,6 +137,7 @@ def _parameters(keys: Templates[_Parameter], part: Component, naming: str) -> Te
         for name in row.names.get(naming) or row.names["diffusers"]:
             reading = Reading(part.name, row.target, name.rows, name.swapped, naming)
             keys.add(name.weight, _Parameter(reading, WEIGHT, row.kind, name.transposed))
+            # a bias has no transpose, whatever its weight has
             keys.add(name.bias, _Parameter(reading, BIAS, row.kind, False))
     return keys
 
