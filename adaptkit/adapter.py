@@ -1,4 +1,4 @@
-"""An adapter file: its slots, what stands in each, and how to read them."""
+"""Read an adapter file: its slots, their tensors, and their weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.configuration import PEFT_CONFIG, Configuration, Problem, refuse_errors
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label, split_suffix
 from adaptkit.unknown import fallback
 
@@ -33,14 +33,15 @@ __all__ = ["Adapter", "Entry", "open_adapter_source"]
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_BIAS = "lora_B.bias"
-CARRIED = (
-    "bundle_emb.",
-    "_aux.",
-)  # OneTrainer's embeddings, and tensors other tools leave beside an adapter
+# OneTrainer's embeddings, and tensors that other tools store in adapter files
+CARRIED = ("bundle_emb.", "_aux.")
 
 
 class Entry(NamedTuple):
-    """Everything the header tells about one adapted weight. `keys` maps each role to its key in the file."""
+    """One adapted weight, from the header alone.
+
+    `keys` maps each role to its key in the file.
+    """
 
     slot: Slot
     kind: type[Weights]
@@ -49,23 +50,26 @@ class Entry(NamedTuple):
     alpha: float | None = None
     alpha_source: str = "none"  # tensor | metadata | none
     naming: str = "diffusers"
-    swapped: bool = False  # stored with the halves of its rows exchanged
+    swapped: bool = False  # stored with the halves of its rows swapped
 
     def tensors(self) -> Iterator[tuple[str, str]]:
-        """(role, key) of the tensors that hold weights: all but alpha."""
+        """(role, key) of the tensors with weights, that is, all except alpha."""
         return ((role, key) for role, key in self.keys.items() if role != ALPHA)
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
-        """Stored tensors (perhaps stacked) to weights, in the order of rows that the target has."""
+        """Decode stored tensors (perhaps stacked), rows in target order."""
         weights = self.kind.decode(tensors, self.facts)
         return weights.swapped() if self.swapped else weights
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter file, understood. `unclaimed` lists the keys that nobody claims, each with the reason.
+    """A parsed adapter file.
 
-    `carried` are tensors beside the adapter that other tools put there (embeddings): no weights, but not to be lost.
+    `unclaimed` maps each key without a slot to the reason.
+
+    `carried` names tensors of other tools (embeddings) in the file. They hold no weights, and are
+    copied to the output.
     """
 
     source: TensorSource
@@ -83,7 +87,10 @@ class Adapter:
     def open(
         cls, path: str | Path, *, family: str | None = None, format: str | None = None
     ) -> Adapter:
-        """Read the header of an adapter file, or of a PEFT folder; UnknownAdapter where no (family, format) fits."""
+        """Read the header of an adapter file or PEFT folder.
+
+        Raises `UnknownAdapter` if no (family, format) fits.
+        """
         source, config = open_adapter_source(Path(path))
         try:
             found = cls.understand(source, config, family=family, format=format)
@@ -97,9 +104,11 @@ class Adapter:
     def open_as(
         cls, path: str | Path, family: ModelFamily, *, format: str | None = None
     ) -> Adapter:
-        """Read the header of an adapter for a family without a table (see adaptkit.unknown), which gives the modules' names.
+        """Read the header of an adapter for a `family` without a table.
 
-        UnknownAdapter where no format spells most keys by these names.
+        See adaptkit.unknown.
+
+        Raises `UnknownAdapter` if no format spells most keys with the module names of the family.
         """
         source, config = open_adapter_source(Path(path))
         try:
@@ -120,7 +129,7 @@ class Adapter:
         family: str | None = None,
         format: str | None = None,
     ) -> Adapter:
-        """The adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
+        """Parse the adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
         infos = _weights_of(source)
         found = detect_adapter(infos, source.metadata, family=family, format=format)
         if found.family is not None and found.format is not None:
@@ -160,24 +169,27 @@ class Adapter:
 
     @property
     def known(self) -> bool:
-        """Whether the family is one that adaptkit has a table for."""
+        """Whether adaptkit has a table for the family."""
         return self.detection.family is not None
 
     @cached_property
     def alpha_source(self) -> str:
-        """Where alpha comes from: `tensor`, `metadata`, `none` or `mixed`, over the entries whose scale needs one."""
+        """The source of alpha over all entries that need one.
+
+        `tensor`, `metadata`, `none` or `mixed`.
+        """
         sources = {
             entry.alpha_source for entry in self.entries.values() if entry.facts.rank is not None
         }
         return sources.pop() if len(sources) == 1 else ("mixed" if sources else "none")
 
     def label(self, slot: Slot) -> str:
-        """What people call a slot: in the file's own naming."""
+        """The display name of a slot, in the file's own naming."""
         entry = self.entries.get(slot)
         return label(self.family, slot, entry.naming if entry else "diffusers")
 
     def algorithms(self) -> dict[str, int]:
-        """How many slots each algorithm has."""
+        """Number of slots per algorithm."""
         return dict(Counter(entry.kind.name for entry in self.entries.values()).most_common())
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
@@ -189,7 +201,7 @@ class Adapter:
         return _alike({role: self.source.read(key) for role, key in entry.tensors()})
 
     def weights(self, entry: Entry) -> Weights:
-        """The weights of an entry, decoded, in their stored dtype."""
+        """Read and decode the weights of an entry, in their stored dtype."""
         return entry.decode(self.read(entry))
 
     def close(self) -> None:
@@ -210,15 +222,19 @@ def _weights_of(source: TensorSource) -> dict[str, TensorInfo]:
 def _by_names(
     infos: Mapping[str, TensorInfo], family: ModelFamily, format: str | None
 ) -> tuple[KeyMap, Detection]:
-    """The key map of the format that claims most keys with a family's names; UnknownAdapter where that is not most of them."""
+    """The key map of the format that claims most of a family's names.
+
+    Raises `UnknownAdapter` if it claims at most half of the keys.
+    """
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     maps = [KeyMap(family, formats()[name]) for name in chosen("format", formats(), format)]
     claimed = [sum(n for stem, n in stems.items() if keys.claims(stem)) for keys in maps]
     most = max(claimed)
     if most <= ENOUGH * len(infos):
+        first = next(iter(infos), "nothing")
         raise UnknownAdapter(
-            "its modules are not named as the checkpoint's, whose family adaptkit has no table for",
-            hint=f"it begins with {next(iter(infos), 'nothing')!r}; only names that both files use can be matched",
+            "module names match no module of this (unknown-family) checkpoint",
+            hint=f"the first key is {first!r}; only names that occur in both files can be matched",
         )
     keys = maps[claimed.index(most)]
     return keys, Detection(None, keys.format.name, most, len(infos))
@@ -227,12 +243,16 @@ def _by_names(
 def _unknown(
     infos: Mapping[str, TensorInfo], found: Detection, family: str | None, format: str | None
 ) -> tuple[KeyMap, Detection]:
-    """The key map of a family made of the file's own module names; UnknownAdapter where no format fits either."""
+    """The key map of a family made of the file's own module names.
+
+    Raises `UnknownAdapter` if no format fits either.
+    """
     made = fallback(infos, format) if not family and is_adapter(infos) else None
     if made is None:
+        first = next(iter(infos), "nothing")
         raise UnknownAdapter(
-            "no family and key format adaptkit knows claims these keys",
-            hint=f"it begins with {next(iter(infos), 'nothing')!r}; see `adaptkit families` and `adaptkit formats`",
+            "no known family and key format claims these keys",
+            hint=f"the first key is {first!r}; see `adaptkit families` and `adaptkit formats`",
         )
     stranger, key_format, claimed = made
     return KeyMap(stranger, key_format), Detection(None, key_format.name, claimed, found.total)
@@ -254,7 +274,7 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
     try:
         read = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        what = f"{PEFT_CONFIG} is not readable as JSON: {error}"
+        what = f"{PEFT_CONFIG} is not valid JSON: {error}"
         raise UnknownAdapter(what, file=config) from None
     if not isinstance(read, dict):
         raise UnknownAdapter(f"{PEFT_CONFIG} is not a JSON object", file=config)
@@ -262,7 +282,7 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
 
 
 class _Reader:
-    """Groups keys by slot and makes entries of them; what does not fit is listed, never dropped."""
+    """Groups keys by slot into entries; lists keys that do not fit."""
 
     def __init__(self, source: TensorSource, keys: KeyMap, configs: Configuration) -> None:
         self.source = source
@@ -307,10 +327,11 @@ class _Reader:
         return None
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
-        """Where the stored shapes do not tell the kernel (flat factors), a table made for weights does."""
+        """Add the table's kernel if flat factors do not determine it."""
         if facts.kernel is not None:
             return facts
         row = self.keys.row(slot.target)
+        # a family without checkpoints is made of file names: its rows know no kernels
         if row is None or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
@@ -358,7 +379,10 @@ def _alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _whole(
     group: tuple[tuple[RoleName, ...], ...],
 ) -> tuple[tuple[type[Weights], Mapping[str, int]], ...]:
-    """The algorithms that all tensors of a slot can belong to, each with the tensor (by number) of every role."""
+    """The algorithms that can hold all tensors of a slot.
+
+    Each comes with its tensor index by role.
+    """
     found: list[tuple[type[Weights], Mapping[str, int]]] = []
     for name in dict.fromkeys(algorithm for roles in group for algorithm, _ in roles):
         kind = algorithms()[name]

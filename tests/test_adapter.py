@@ -210,7 +210,7 @@ def test_an_oft_whose_rotation_is_another_is_a_problem(tmp_path: Path) -> None:
 def test_a_folder_with_a_broken_configuration_is_refused_by_name(tmp_path: Path) -> None:
     path = peft(tmp_path / "a", {}, f"{BLOCK}.to_q")
     (path / "adapter_config.json").write_text("{")
-    with pytest.raises(UnknownAdapter, match="not readable as JSON") as caught:
+    with pytest.raises(UnknownAdapter, match="not valid JSON") as caught:
         open_adapter_source(path)
     assert caught.value.file == str(path / "adapter_config.json")
 

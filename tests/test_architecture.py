@@ -40,10 +40,14 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # on these floors, and inside these packages, each module may also use those named before it
 CHAINS = {
     "": FLOORS[3],
-    "files": ("header", "provenance", "pickles", "source", "quantized", "_exchange", "sink"),
+    "files": (
+        "header", "provenance", "pickle_globals", "unpickler", "pickles", "tensors", "source", "open",
+        "quantized", "_exchange", "publish", "output_file", "sink", "spool",
+    ),
     "linalg": (
         "precision", "krylov", "lowrank", "factored", "kron", "noise", "kronscan", "mixing",
     ),
+    "keymap": ("templates", "roles", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("verb", "shared", "blocks", "adapter_file", "ranks", "difference", "rewrite", "*"),
     "cli": ("show", "options", "*"),
 }  # fmt: skip

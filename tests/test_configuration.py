@@ -198,7 +198,7 @@ def test_a_broken_configuration_beside_the_weights_is_named(tmp_path: Path) -> N
     adapter = folder(tmp_path / "a", {})
     (adapter / "adapter_config.json").write_text("[1, 2", encoding="utf-8")
     record = inspect.run(adapter / "adapter_model.safetensors").record
-    assert "adapter_config.json is not readable as JSON" in record["error"]
+    assert "adapter_config.json is not valid JSON" in record["error"]
 
 
 @pytest.mark.parametrize("key", ["lora_alpha", "alpha", "network_alpha"])

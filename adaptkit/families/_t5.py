@@ -1,4 +1,4 @@
-"""Rows of T5 encoders (T5-XXL, UMT5-XXL), by transformers' names; adapters and checkpoints use no others.
+"""Rows of T5 encoders (T5-XXL, UMT5-XXL), which have one naming.
 
 Source: transformers' `T5EncoderModel` and `UMT5EncoderModel`.
 """
@@ -11,7 +11,7 @@ __all__ = ["t5", "t5_rows"]
 
 
 def t5_rows(layers: int, *, bias_everywhere: bool = False) -> tuple[Row, ...]:
-    """A T5 encoder; UMT5 has a relative position bias in every layer (`bias_everywhere`), T5 in the first."""
+    """A T5 encoder; `bias_everywhere`: position bias in all layers (UMT5)."""
     block = f"encoder.block.{{i:{layers}}}."
     first = block if bias_everywhere else "encoder.block.0."
     return (

@@ -1,4 +1,4 @@
-"""bare: dotted module names with no prefix at all, as a model's own `state_dict` has them; FLUX control LoRAs are such."""
+"""bare: dotted module names without a prefix, as in `state_dict` and FLUX control LoRAs."""
 
 from __future__ import annotations
 

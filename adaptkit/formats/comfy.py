@@ -1,4 +1,4 @@
-"""comfy: ComfyUI's own names, dotted, under `diffusion_model.` and `text_encoders.`; alpha optional."""
+"""comfy: ComfyUI's dotted names under `diffusion_model.` and `text_encoders.`; optional alpha."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ FORMAT = KeyFormat(
     alpha=Alpha.OPTIONAL,
     spelling=COMFY_SPELLING,
     written_by="ComfyUI, ai-toolkit, diffusion-pipe",
-    note="ComfyUI loads it completely; alpha is written only where it differs from the rank",
+    note="ComfyUI loads it completely; alpha is written only if it differs from the rank",
 )

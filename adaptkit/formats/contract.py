@@ -1,4 +1,4 @@
-"""What a key format is: prefix, joiner, spelling overrides, and where alpha lives."""
+"""The definition of a key format: prefix, joiner, spelling overrides, storage of alpha."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["COMFY_SPELLING", "PEFT_SPELLING", "Alpha", "KeyFormat"]
 
 
 class Alpha(Enum):
-    """Where a format keeps alpha."""
+    """Storage of alpha in a format."""
 
     TENSOR = "tensor"  # one scalar tensor per module
-    CONFIG = "config"  # in adapter_config.json beside the file
-    NONE = "none"  # nowhere that every host looks: the scale is folded into the weights
-    OPTIONAL = "optional"  # a scalar tensor where alpha differs from rank, none where it does not
+    CONFIG = "config"  # in adapter_config.json next to the file
+    NONE = "none"  # no place that every host reads: the scale is folded into the weights
+    OPTIONAL = "optional"  # a scalar tensor if alpha differs from the rank, else nothing
 
 
 # PEFT and diffusers call the factors A (down) and B (up).
@@ -37,14 +37,17 @@ COMFY_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class KeyFormat:
-    """How adapters are spelled.
+    """The spelling of adapter keys.
 
-    `prefixes` are templates filled with the tags of each component (`lora_{kohya}_`): the first is written, all are
-    read. `joiner` joins the words of a module name. `style` picks the naming that is written (see
-    `Component.namings`); a `private` format reads and writes that naming alone, and no other format does. `spelling`
-    overrides the algorithms' default suffixes, by algorithm and role; whatever spelling an algorithm knows is read in
-    every format. `owns` are the algorithms it holds where it holds only those, and no other format does. `peft` says
-    that DoRA magnitudes are laid out as PEFT has them, `[out]` or `[1, out, 1, 1]`, not as LyCORIS, `[out, 1, …]`.
+    `prefixes` are templates filled with the tags of each component (`lora_{kohya}_`): the first is
+    written, all are read. `joiner` joins the words of a module name. `style` selects the naming to
+    write (see `Component.namings`); a `private` format reads and writes that naming alone, and no
+    other format does.
+
+    `spelling` overrides the algorithms' default suffixes, by algorithm and role; every format reads
+    all spellings of an algorithm. A format with `owns` holds only these algorithms, and no other
+    format holds them. `peft`: DoRA magnitudes are shaped as in PEFT, `[out]` or `[1, out, 1, 1]`,
+    instead of LyCORIS' `[out, 1, …]`.
     """
 
     name: str

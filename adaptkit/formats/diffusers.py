@@ -1,4 +1,4 @@
-"""diffusers: dotted names under the pipeline's parts, `unet.….lora_A.weight`; alpha folded into the weights."""
+"""diffusers: dotted names by component, `unet.….lora_A.weight`; alpha folded into the weights."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ FORMAT = KeyFormat(
     spelling=PEFT_SPELLING,
     peft=True,
     written_by="diffusers, SimpleTuner",
-    note="alpha is folded into lora_B: every reader of these names takes alpha = rank",
+    note="alpha is folded into lora_B, because readers of these names assume alpha = rank",
 )

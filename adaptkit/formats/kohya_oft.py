@@ -1,4 +1,4 @@
-"""kohya-oft: sd-scripts' own OFT, `oft_unet_….oft_blocks`, whose alpha bounds the rotation and scales with the layer."""
+"""kohya-oft: sd-scripts' OFT, `oft_unet_….oft_blocks`; alpha bounds the rotation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lycoris: `lycoris_…` over the denoiser's own (diffusers) names, as the stand-alone LyCORIS wrapper saves."""
+"""lycoris: `lycoris_…` with the denoiser's diffusers names, as LyCORIS' wrapper saves them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""omi: FLUX.1's own names under `transformer.`, fused layers in numbered parts; alpha as a tensor."""
+"""omi: FLUX.1's names under `transformer.`, fused layers in numbered parts; alpha as a tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which hosts load a file, and how to write one for a host: both from the same tables."""
+"""Judge which hosts load a file, and how to write one for a host."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def hosts() -> Mapping[str, Host]:
 
 
 def judge(adapter: Adapter) -> dict[str, Verdict]:
-    """What each host makes of a file."""
+    """The verdict of each host on a file."""
     pieces = pieces_of(adapter) if adapter.known else ()
     return {name: _verdict(host, adapter, pieces) for name, host in hosts().items()}
 
 
 def complete(host: Host, format: str) -> list[str]:
-    """The families of whose denoiser a host loads every module in this format, as adaptkit writes it."""
+    """The families whose denoiser a host loads completely in a format."""
     found: list[str] = []
     for name in families():
         pieces = examples(name, format)
@@ -64,7 +64,10 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
 def _lost(
     host: Host, format: str, family: str, pieces: tuple[Piece, ...]
 ) -> dict[Loss, list[Piece]]:
-    """What a host does not load of these modules, each module under its first loss; a loss of the whole file alone."""
+    """The modules a host does not load, by their first loss.
+
+    A loss of the whole file excludes all others.
+    """
     cell = host.cell(format, family, pieces)
     if cell is not None and not all(
         any(re.search(p, str(x.slot.target)) for x in pieces) for p in cell.needs
@@ -78,6 +81,7 @@ def _lost(
             for loss in (*(cell.losses if cell else ()), *host.always)
             if loss.holds(piece, common)
         )
+        # a loss of the whole file outweighs any other reason
         for loss in sorted(losses, key=lambda loss: not loss.whole)[:1]:
             found.setdefault(loss, []).append(piece)
     whole = next((loss for loss in found if loss.whole), None)
@@ -85,19 +89,20 @@ def _lost(
 
 
 def _reasons(lost: Mapping[Loss, Sequence[Piece]], total: int) -> Iterator[str]:
-    """One short sentence per way of losing modules, how many, and the first of them."""
+    """One short sentence per loss, with count and first modules."""
     by_text: dict[str, list[Piece]] = {}
     for loss, pieces in lost.items():
         kinds = " and ".join(sorted({piece.algorithm for piece in pieces}))
         by_text.setdefault(loss.what.format(kinds=kinds), []).extend(pieces)
-        if loss == Loss(loss.what, whole=True):  # of any such file, whatever its modules
+        if loss == Loss(loss.what, whole=True):  # unconditional: any such file, any modules
             yield loss.what
             return
     for text, pieces in by_text.items():
         if len(pieces) == total:
             yield f"{total} modules {text}"
         else:
-            yield f"{len(pieces)} of {total} modules {text}: {_some([piece.label for piece in pieces])}"
+            labels = [piece.label for piece in pieces]
+            yield f"{len(pieces)} of {total} modules {text}: {_some(labels)}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -106,9 +111,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
-    """How to write an adapter for a host, perhaps in another algorithm: the form of which it loads the most modules.
+    """Choose how to write an adapter for a host, perhaps in another algorithm.
 
-    What it does not load even so is in the warnings; NotRepresentable where it loads nothing of any form.
+    The form with the most modules loaded wins; modules lost even so become warnings. Raises
+    `NotRepresentable` if every form loads nothing.
     """
     if host not in hosts():
         raise NoSuchName.among("host", host, hosts())
@@ -116,8 +122,8 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
     path = adapter.source.path
     if not adapter.known:
         raise NotRepresentable(
-            f"what {target.title} loads is not known for an unknown family",
-            hint="say the format: --to",
+            f"no measurement for {target.title} exists for an unknown family",
+            hint="choose the format: --to",
             file=path,
         )
     tried = [
@@ -130,10 +136,10 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         why = target.unsupported.get(
             family.name, f"{target.title} loads no adapter for {family.title}"
         )
-        raise NotRepresentable(why, hint="see `adaptkit inspect` for what does load it", file=path)
+        raise NotRepresentable(why, hint="see `adaptkit inspect` for hosts that load it", file=path)
     missing, form, lost, total = min(tried, key=lambda made: made[0])
     reasons = tuple(_reasons(lost, total))
-    if missing == 1.0:  # of what the format has a place for, nothing is left
+    if missing == 1.0:  # nothing is left of what the format has a place for
         kinds = sorted(
             {piece.algorithm for loss, pieces in lost.items() if loss.besides for piece in pieces}
         )
@@ -144,7 +150,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         )
         raise NotRepresentable(
             f"{target.title} loads no {what}",
-            hint="--algo lora writes a LoRA where that is exact; --skip leaves modules out",
+            hint="--algo lora writes a LoRA if that is exact; --skip drops modules",
             file=path,
         )
     return Recipe(
@@ -155,10 +161,12 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
 def _forms(
     host: Host, adapter: Adapter, format: str, algorithm: str | None
 ) -> Iterator[tuple[float, Recipe, dict[Loss, list[Piece]], int]]:
-    """The ways to write this format, alpha kept and folded: the share that is lost, the recipe, what is lost, of how many.
+    """The ways to write this format, with alpha kept and folded.
 
-    What the format has no place for is lost too; `convert` itself refuses or lists it.
+    Yields the share of lost modules, the recipe, the losses and the number of modules. Modules that
+    the format has no place for count as lost; `convert` itself refuses or lists them.
     """
+    # unfolded first: `min` keeps the first of equally good forms, and alpha stays readable
     for fold in (False, True):
         pieces, homeless = pieces_as(adapter, format, fold, algorithm)
         if not pieces or host.cell(format, adapter.family.name, pieces) is None:

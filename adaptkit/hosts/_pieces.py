@@ -1,4 +1,7 @@
-"""An adapter as a host meets it: as it stands in its file, or as a format would write it. Headers only."""
+"""The modules of an adapter as a host finds them.
+
+Reads headers only.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _INDEX = re.compile(r"\{\w+:\d+\}")
 
 
 def pieces_of(adapter: Adapter) -> tuple[Piece, ...]:
-    """The modules of a file as they stand in it."""
+    """The modules of a file."""
     return tuple(_found(adapter, entry) for entry in adapter.entries.values())
 
 
@@ -55,7 +58,10 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
 def pieces_as(
     adapter: Adapter, format: str, fold: bool, algorithm: str | None
 ) -> tuple[tuple[Piece, ...], int]:
-    """The modules as `convert` writes them, and how many the format has no place for."""
+    """The modules as `convert` writes them.
+
+    Also the number of modules the format has no place for.
+    """
     keys = compile_keys(adapter.family.name, format)
     fold = fold or keys.format.alpha is Alpha.NONE
     made: dict[Slot, Piece] = {}
@@ -70,7 +76,7 @@ def pieces_as(
 
 
 def _written(keys: KeyMap, slot: Slot) -> tuple[Slot, ...]:
-    """The slots a format holds this one in: itself, the parts it is cut into, or the whole that it is a part of."""
+    """The slots of a format for a slot: itself, parts, or its whole."""
     whole = tuple(s._replace(target=slot.target) for s in keys.slots(slot.target))
     if not whole:
         raise NotRepresentable(f"the {keys.format.name} format has no place for {slot}")
@@ -100,7 +106,10 @@ def _made(
 
 @cache
 def examples(family: str, format: str) -> tuple[Piece, ...]:
-    """One module of every row of the denoiser that a format has names for, as a LoRA with alpha = rank that it writes."""
+    """One LoRA module per row of the denoiser that a format can name.
+
+    alpha = rank.
+    """
     keys = compile_keys(family, format)
     part = keys.family.components[0]
     targets = (
@@ -138,20 +147,26 @@ def _weight(slot: Slot) -> Slot:
 
 
 def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:
-    """The namings that call a slot's module so, words joined as the format joins them."""
+    """The namings in which a slot's module has this name.
+
+    Words are joined as in the format.
+    """
     row = keys.row(slot.target)
     found = set()
     for naming in () if row is None else row.names:
         try:
             if keys.module(_weight(slot), naming) == module:
                 found.add(naming)
-        except NotRepresentable:  # this naming cuts the module otherwise
+        except NotRepresentable:  # this naming splits the module differently
             continue
     return frozenset(found)
 
 
 def _axis(adapter: Adapter, entry: Entry) -> str:
-    """Which axis DoRA's norm is taken over: LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1]."""
+    """The axis of DoRA's norm.
+
+    LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1].
+    """
     if "dora" not in entry.kind.name:
         return ""
     key = entry.keys.get("magnitude")
@@ -160,7 +175,7 @@ def _axis(adapter: Adapter, entry: Entry) -> str:
 
 
 def common_alphas(pieces: Sequence[Piece]) -> dict[str, float]:
-    """The most common alpha of each component, as diffusers' `get_peft_kwargs` counts them."""
+    """The most common alpha of each component, counted as in diffusers' `get_peft_kwargs`."""
     counts: dict[str, Counter[float]] = {}
     for piece in pieces:
         if piece.told and piece.alpha is not None:

@@ -1,4 +1,4 @@
-"""What a host is: which formats and algorithms it really loads, family by family, and what one writes for it."""
+"""The definition of a host: what it loads and writes, by family."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ TE = r"^text_encoder"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a host loads every module of a file with the right values (None: nobody has measured it), and why not."""
+    """Whether a host loads a whole file (None: not measured), and why not.
+
+    That is, every module with the right values.
+    """
 
     loads: bool | None
     why: str = ""
@@ -52,10 +55,11 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One adapted weight as a host meets it in a file: of an adapter as it is, or as a format would write it.
+    """One adapted weight as a host finds it in a file.
 
-    `namings` are those that call the module as the file does; `suffixes` what its tensors end in; `alpha` the number a
-    host takes for alpha; `told` whether a tensor tells it, `stated` whether only metadata does. `axis` is DoRA's.
+    `namings` are those in which the module has the file's name, `suffixes` the ends of its tensors'
+    keys. `alpha` is the number that a host takes for alpha; `told`: a tensor states it, `stated`:
+    only metadata does. `axis` is that of DoRA's norm.
     """
 
     slot: Slot
@@ -71,14 +75,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Modules that a host does not load, or gets wrong: those for which every condition given here holds.
+    """Modules that a host skips or misreads: those that fit every condition given.
 
-    `what` completes "10 of 504 modules …"; `{kinds}` in it are their algorithms. `modules` is a pattern (`re.search` on
-    `component.module`, target names, `.bias` after those of biases). `algorithms`: these; `besides`: all but these.
-    `named`: called as in this naming; `unnamed`: not so (the denoiser alone: text encoders have Hugging Face's names
-    everywhere). `suffix`: a tensor whose suffix begins so. `told`: alpha stands in a tensor; `stated`: in metadata
-    alone; `odd`: alpha is not the most common one of the component. `axis`: DoRA's. `whole`: one such module, and the
-    host refuses the file or loads nothing of it.
+    `what` completes "10 of 504 modules …"; `{kinds}` in it stands for their algorithms.
+
+    Conditions: `modules` is a pattern (`re.search` on `component.module`, target names, `.bias`
+    after those of biases). `algorithms`: one of these; `besides`: none of these. `named`: the name
+    is of this naming; `unnamed`: it is not (only denoisers, as text encoders have Hugging Face
+    names everywhere). `suffix`: a tensor's suffix begins so. `told`: a tensor states alpha;
+    `stated`: only metadata does; `odd`: alpha is not the component's most common one. `axis`: that
+    of DoRA. `whole`: one such module makes the host refuse the file or load nothing.
     """
 
     what: str
@@ -95,7 +101,10 @@ class Loss:
     whole: bool = False
 
     def holds(self, piece: Piece, common: Mapping[str, float]) -> bool:
-        """Whether a module is lost so; `common` is the most common alpha of each component."""
+        """Whether a module is lost.
+
+        `common` is the most common alpha of each component.
+        """
         denoiser = not piece.slot.component.startswith(("text_encoder", "text_conditioner"))
         return (
             (not self.modules or re.search(self.modules, str(piece.slot.target)) is not None)
@@ -113,18 +122,18 @@ class Loss:
         )
 
 
-NOTHING = Loss("no such name is read: nothing loads, and no error is shown", whole=True)
-PARTIAL = Loss(
-    "its converter stops where a kind of block module is missing, and one is", whole=True
-)
+NOTHING = Loss("none of these names is read: nothing loads, and no error is shown", whole=True)
+PARTIAL = Loss("its converter stops, because a kind of block module is missing", whole=True)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a host makes of files of some families in one format: all is loaded but for these losses.
+    """A host on files of some families in one format.
 
-    `having`: only of files with a module that matches this pattern. `needs`: a file loads only where each of these
-    patterns matches some module.
+    It loads everything except the losses.
+
+    `having`: only files with a module that matches this pattern. `needs`: each of these patterns
+    must match some module, else nothing loads.
     """
 
     format: str
@@ -134,7 +143,7 @@ class Cell:
     needs: tuple[str, ...] = ()
 
     def fits(self, format: str, family: str, pieces: tuple[Piece, ...]) -> bool:
-        """Whether this cell is about such a file."""
+        """Whether a file falls under this cell."""
         if format != self.format or family not in self.families:
             return False
         return not self.having or any(
@@ -144,11 +153,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Host:
-    """A program that loads adapters. `measured` is the version the cells were found with, by running it.
+    """A program that loads adapters. `measured` is the version whose loaders were run.
 
-    The first cell that fits a file counts; where none does, nobody has measured it. `always` are losses whatever the
-    format. `writes` are the formats to write, the better first where they load as much ("" for all other families);
-    families in `unsupported` it loads nothing for.
+    The first cell that fits a file counts; without one, nothing is known. `always` are losses in
+    every format. `writes` are the formats to write by family ("" for all others), the preferred one
+    first. `unsupported` maps families for which nothing loads to the reason.
     """
 
     name: str
@@ -160,11 +169,11 @@ class Host:
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def formats(self, family: str) -> tuple[str, ...]:
-        """The formats to write for a family, the best first."""
+        """The formats to write for a family, best first."""
         return (
             () if family in self.unsupported else self.writes.get(family, self.writes.get("", ()))
         )
 
     def cell(self, format: str, family: str, pieces: tuple[Piece, ...]) -> Cell | None:
-        """What is known about a file of this format and family, if anything."""
+        """The cell of a file of this format and family, if it was measured."""
         return next((cell for cell in self.cells if cell.fits(format, family, pieces)), None)

@@ -215,7 +215,7 @@ def test_splits_are_those_of_the_loaders(window: int) -> None:
         }
         assert {(way.a, way.b, way.c, way.d): list(way.factors) for way in found} == whole
         assert all(way.parameters == way.a * way.b + way.c * way.d for way in found)
-    with pytest.raises(ShapeMismatch, match="30 columns are no multiple of a window of 9"):
+    with pytest.raises(ShapeMismatch, match="30 columns are not a multiple of the window 9"):
         splits(10, 30, 9)
 
 

@@ -538,5 +538,5 @@ def test_vote() -> None:
     assert vote([8, 9, 8, 16]) == (8, 2, 4)
     assert vote(iter([16, 8, 16, 8])) == (8, 2, 4)  # noise only adds
     assert vote([-1]) == (-1, 1, 1)
-    with pytest.raises(ValueError, match="nobody votes"):
+    with pytest.raises(ValueError, match="no values to vote"):
         vote([])

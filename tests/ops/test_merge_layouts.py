@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.errors import NotRepresentable, WouldOverwrite
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 from adaptkit.names import Slot
 from adaptkit.ops import merge
 from adaptkit.ops.merge import kernel
@@ -230,7 +230,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_what_we_know(
         run(base, tiny / "lora-kohya.safetensors")
     run(base, tiny / "lora-kohya.safetensors", overwrite=True)
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(WouldOverwrite, match="other things, 'notes.txt'"):
+    with pytest.raises(WouldOverwrite, match=r"other files \('notes.txt'\)"):
         run(base, tiny / "lora-kohya.safetensors", overwrite=True)
 
 

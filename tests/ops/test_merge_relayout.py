@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.detect import families
 from adaptkit.errors import NotRepresentable, Unclaimed, WrongUsage
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 from adaptkit.keymap import CheckpointMap
 from adaptkit.ops import extract, merge
 from adaptkit.ops.merge.relayout import MADE_ANEW

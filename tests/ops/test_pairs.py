@@ -557,7 +557,7 @@ def test_strangers_with_other_names_are_refused(tmp_path: Path) -> None:
         tmp_path / "b.safetensors",
         {key.replace("encoder", "decoder"): t for key, t in stranger().items()},
     )
-    with pytest.raises(UnknownAdapter, match="not a checkpoint of a family") as caught:
+    with pytest.raises(UnknownAdapter, match="not a checkpoint of a known family") as caught:
         open_pair(one, two, None)
     assert caught.value.hint is not None
     assert caught.value.hint.endswith("others need the same names in both files")

@@ -9,8 +9,8 @@ from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.detect import ENOUGH, is_adapter
 from adaptkit.errors import AdaptkitError, NoSuchName, ShapeMismatch, UnknownAdapter
 from adaptkit.families.contract import Kind
+from adaptkit.files.open import open_source
 from adaptkit.files.quantized import FP8
-from adaptkit.files.source import open_source
 from adaptkit.names import BIAS, Slot, Target
 from adaptkit.ops.shared import FLOATS, Shared, Unused, selected, stored_dtype
 from adaptkit.unknown import family_of_weights

@@ -18,7 +18,8 @@ from adaptkit.ops.shared import torch_dtype
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from adaptkit.files.sink import Spool, TensorSink
+    from adaptkit.files.sink import TensorSink
+    from adaptkit.files.spool import Spool
     from adaptkit.names import Slot
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.extract.plan import Plan

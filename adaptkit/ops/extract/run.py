@@ -22,7 +22,7 @@ from adaptkit.ops.shared import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adaptkit.files.sink import Spool
+    from adaptkit.files.spool import Spool
 
 __all__ = ["run"]
 
@@ -31,7 +31,7 @@ SPOOL = 64_000_000  # bytes of results held in memory before they go to a tempor
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Fit every changed slot, choose the ranks, and write the adapter; the only part that reads weights."""
-    from adaptkit.files.sink import Spool
+    from adaptkit.files.spool import Spool
 
     started = time.perf_counter()
     resources = engine.Resources.choose(plan.options.device, plan.options.memory)

@@ -136,7 +136,7 @@ class Scattered:
 
     def put(self, tensor: Tensor, first: int) -> None:
         """Write `tensor` as the elements from number `first` on, counted row by row."""
-        from adaptkit.files.sink import tensor_bytes
+        from adaptkit.files.tensors import tensor_bytes
 
         if self._turned is not None:
             self._turned.view(-1)[first : first + tensor.numel()] = tensor.reshape(-1)
@@ -188,7 +188,8 @@ def opened(
 
     `hidden`: after `finish` a single file still waits under another name for the block to end, so that it can be checked.
     """
-    from adaptkit.files.sink import TensorSink, publish_folder
+    from adaptkit.files.publish import publish_folder
+    from adaptkit.files.sink import TensorSink
 
     if layout.folder:
         with publish_folder(path, layout.top, overwrite=overwrite) as made, ExitStack() as stack:

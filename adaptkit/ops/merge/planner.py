@@ -114,7 +114,7 @@ def _relayout(base: Checkpoint, specs: Sequence[TensorSpec], options: Options) -
 
 
 def _check_folder(output: Path, layout: Layout, options: Options) -> None:
-    from adaptkit.files.sink import check_folder
+    from adaptkit.files.publish import check_folder
 
     check_folder(output, layout.top, options.overwrite)
 

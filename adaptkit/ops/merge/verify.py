@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit import engine
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import AdaptkitError, CorruptFile, NotRepresentable
-from adaptkit.files.sink import tensor_bytes
+from adaptkit.files.tensors import tensor_bytes
 from adaptkit.ops.merge.output import gathered
 from adaptkit.ops.merge.requantise import widened
 
@@ -57,7 +57,7 @@ class Verified:
 
 def verify(plan: Plan, at: Callable[[str], Path]) -> Verified:
     """Read every file of the output; CorruptFile naming the first tensor that is not what it must be."""
-    from adaptkit.files.source import open_source
+    from adaptkit.files.open import open_source
 
     opened: list[tuple[Volume, TensorSource]] = []
     try:
