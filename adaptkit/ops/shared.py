@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.errors import CannotWrite, NoSuchName, Unclaimed, WouldOverwrite
 from adaptkit.files.quantized import FLOATS
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "FLOATS",
+    "Closing",
     "Progress",
     "Shared",
     "Unused",
@@ -28,6 +29,20 @@ __all__ = [
     "split_strength",
     "stored_dtype",
 ]
+
+class Closing:
+    """Make an object with a `close` method a context manager."""
+
+    def close(self) -> None:
+        """Close the files it holds."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 

@@ -14,7 +14,7 @@ from adaptkit.ops.compare.distance import Numbers
 from adaptkit.ops.compare.inputs import Given, Inputs, open_inputs
 from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
 from adaptkit.ops.compare.measure import Measurer, needs_base
-from adaptkit.ops.shared import Progress, Shared, Unused
+from adaptkit.ops.shared import Closing, Progress, Shared, Unused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Closing):
     """Everything known before a weight is read."""
 
     inputs: Inputs

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.engine import peak_memory
 from adaptkit.files.header import nbytes
-from adaptkit.ops.shared import Shared
+from adaptkit.ops.shared import Closing, Shared
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +73,7 @@ class TensorMerge:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Closing):
     """Everything known before a weight is read. `strengths` go with `adapters`.
 
     `jobs` are the tensors that adapters have modules for, `working` those that are not copied: where something is added,
