@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _stored(kind: type[Weights], role: str) -> bool:
-    """Whether files that can be read hold this role; some are known only to be refused."""
+    """Return whether any readable form stores this role; some roles are only refused."""
     return role == "alpha" or any(role in form for form in kind.forms)
 
 

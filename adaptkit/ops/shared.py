@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -24,11 +25,13 @@ __all__ = [
     "Unused",
     "check_output",
     "default_output",
+    "parse_size",
     "refuse_unused",
     "selected",
     "split_strength",
     "stored_dtype",
 ]
+
 
 class Closing:
     """Make an object with a `close` method a context manager."""
@@ -45,6 +48,11 @@ class Closing:
 
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+# a size of each unit: of 1000 and, with an `i`, of 1024
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+SIZES = "500KB, 64MB, 1.5GB or 64MiB"
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -130,6 +138,14 @@ def split_strength(argument: str) -> tuple[Path, float]:
         if math.isfinite(strength):
             return Path(path), strength
     return Path(argument), 1.0
+
+
+def parse_size(text: str) -> int | None:
+    """Convert `64MB` (powers of 1000) or `64MiB` (of 1024) to bytes; None for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or (found[3] and not found[2]):
+        return None
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2].upper()])
 
 
 def default_output(beside: Path, suffix: str, *, folder: bool = False) -> Path:

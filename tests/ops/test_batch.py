@@ -27,6 +27,7 @@ from adaptkit.ops.batch.output_names import filled, stem
 from adaptkit.ops.batch.recipe import Job, load
 from adaptkit.ops.batch.values import Reader
 from adaptkit.ops.batch.workers import Here, Processes, WorkerProcess
+from adaptkit.ops.merge.steps import combined
 from adaptkit.ops.verb import verb, verbs
 
 HERE = batch.Options(jobs=0)
@@ -583,13 +584,13 @@ class TestTogether:
                 source, "read", lambda name, inner=source.read: (read.append(name), inner(name))[1]
             )
         merge.run_together(plans)
-        touched = {job.name for plan in plans for job in plan.working}
+        touched = {merge.name for plan in plans for merge in plan.computed}
         assert sorted(read) == sorted(touched)
-        assert sum(len(plan.working) for plan in plans) > len(touched)
+        assert sum(len(plan.computed) for plan in plans) > len(touched)
 
     def test_as_many_at_once_as_fit_in_memory(self, folder: Path) -> None:
         plans = self.plans(folder)
-        steps = merge.combined(plans)
+        steps = combined(plans)
         least, most = (
             max(step.bytes for plan in plans for step in plan.steps),
             max(step.bytes for step in steps),

@@ -290,7 +290,7 @@ def test_blocks_that_a_vector_leaves_open_are_asked_for(tmp_path: Path) -> None:
         plan = merge.plan(
             tmp_path / "base.safetensors", [(tmp_path / "a.safetensors", 1.0)], target
         )
-        return {c.label: c.strength for job in plan.jobs for c in job.contributions}
+        return {c.label: c.strength for merge in plan.merges for c in merge.contributions}
 
     with pytest.raises(
         WrongUsage, match="nothing of IN00, where these adapters have 1 module"

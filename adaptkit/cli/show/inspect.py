@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from adaptkit.cli.show.page import Words, console, facts, page, table
 from adaptkit.cli.show.text import MANY, cell, counts, document, human, last
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from adaptkit.ops import inspect
 
 __all__ = ["inspected"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from adaptkit.cli.show.text import counts, human, lossy, ranks
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops.rewrite.report import Report
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NoSuchName, WrongUsage
-from adaptkit.ops.shared import DTYPES
+from adaptkit.ops.shared import DTYPES, SIZES, parse_size
 from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
@@ -18,14 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Reader", "Rooted", "check_known", "inside", "names_of", "nearest"]
 
-SIZES = (
-    "memory",
-    "size",
-    "shard_size",
-)  # in bytes, which a recipe may write as the command line does
+# options in bytes: a recipe writes them as the command line does
+IN_BYTES = ("memory", "size", "shard_size")
 CHOICES = {"dtype": ("keep", *DTYPES), "svd": ("auto", "exact")}
-UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def names_of(command: str) -> set[str]:
@@ -71,7 +65,7 @@ class Reader:
 
     def option(self, name: str, value: Any) -> Any:
         """As Options has it: sizes in bytes, paths from the recipe's folder, lists as tuples."""
-        if name in SIZES and isinstance(value, str):
+        if name in IN_BYTES and isinstance(value, str):
             return self._size(name, value)
         if name == "factor" and value == "auto" and verb(self.command).default(name) is None:
             return None
@@ -136,7 +130,7 @@ class Reader:
     def _whole(self, name: str, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.wrong(
-                name, "a size such as 64MB" if name in SIZES else "a whole number", value
+                name, "a size such as 64MB" if name in IN_BYTES else "a whole number", value
             )
         return value
 
@@ -146,9 +140,7 @@ class Reader:
         return value
 
     def _size(self, name: str, text: str) -> int:
-        found = SIZE.fullmatch(text.strip())
-        if found is None or (found.group(3) and not found.group(2)):
-            raise self.wrong(name, "a size such as 500KB, 64MB, 1.5GB or 64MiB", text)
-        number, unit, binary = found.groups()
-        factor = 1024 ** list(UNITS).index(unit.upper()) if binary else UNITS[unit.upper()]
-        return int(float(number) * factor)
+        size = parse_size(text)
+        if size is None:
+            raise self.wrong(name, f"a size such as {SIZES}", text)
+        return size

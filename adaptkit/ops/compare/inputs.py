@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from adaptkit.files.source import TensorSource
 
-__all__ = ["Given", "Inputs", "open_inputs"]
+__all__ = ["Argument", "Given", "Inputs", "open_inputs"]
 
-Argument = tuple[Path, float]  # a file, and what its ΔW is multiplied by
+# a file, or a file and the strength of its adapter
+Argument = Path | tuple[Path, float]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def open_inputs(
     """Read the headers. ShapeMismatch where the families differ; a look-alike follows the base, or else A, or else B."""
     with ExitStack() as opened:
         files = []
-        for path, strength in (a, b):
+        for argument in (a, b):
+            path, strength = argument if isinstance(argument, tuple) else (argument, 1.0)
             source, config = open_adapter_source(path)
             opened.callback(source.close)
             files.append(_File(path, strength, source, config, (family, format)))

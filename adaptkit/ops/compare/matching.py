@@ -207,17 +207,17 @@ def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Ma
     respelling = Respelling(theirs, cuts)
     shared = {slot: entry for slot, entry in theirs.entries.items() if slot.target in cuts.held}
     try:
-        found = {job.slot: job for job in respelling.jobs(shared)}
+        found = {one.slot: one for one in respelling.jobs(shared)}
     except NotRepresentable as error:
         raise error.at(file=theirs.source.path) from None
-    jobs = []
+    matches = []
     for slot, entry in ours.entries.items():
         if slot not in cuts.twice and selected(ours.label(slot), slot.component, select):
             parts = found[slot].parts if slot in found else ()
             sides = tuple(base.side(b, part) for part in parts)
             _check_sides(ours, entry, b, sides)
-            jobs.append(Match(ours.label(slot), base.side(a, Part(entry)), sides))
-    only = [(job.label, slot, job.parts) for slot, job in found.items() if slot not in ours.entries]
+            matches.append(Match(ours.label(slot), base.side(a, Part(entry)), sides))
+    only = [(one.label, slot, one.parts) for slot, one in found.items() if slot not in ours.entries]
     only += [
         (theirs.label(slot), slot, (Part(e),))
         for slot, e in theirs.entries.items()
@@ -225,8 +225,8 @@ def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Ma
     ]
     for label, slot, parts in only:
         if selected(label, slot.component, select):
-            jobs.append(Match(label, None, tuple(base.side(b, part) for part in parts)))
-    return jobs, [*_unused(ours, cuts.twice_keys), *_unused(theirs, respelling.lost)]
+            matches.append(Match(label, None, tuple(base.side(b, part) for part in parts)))
+    return matches, [*_unused(ours, cuts.twice_keys), *_unused(theirs, respelling.lost)]
 
 
 def _check_sides(ours: Adapter, entry: Entry, b: Given, sides: Sequence[Side]) -> None:
@@ -258,16 +258,16 @@ def of_checkpoint(
     base, tuned = checkpoints
     entries, cuts, there = a.adapter.entries, Cuts(a.adapter), Base(base)
     pairing = Pairing(base, tuned, cuts, Wanted("full", True, select))
-    jobs, met = [], set(cuts.twice)
+    matches, met = [], set(cuts.twice)
     for pair in pairing.pairs():
-        job = Match(pair.label, None, (), (pair.base, pair.tuned), pair.counted)
+        match = Match(pair.label, None, (), (pair.base, pair.tuned), pair.counted)
         entry = None if pair.slot is None or pair.slot in cuts.twice else entries.get(pair.slot)
         if entry is not None:
             fits(base, a.adapter, entry, pair.base)
-            job = replace(job, mine=there.side(a, Part(entry)))
+            match = replace(match, mine=there.side(a, Part(entry)))
             met.add(entry.slot)
-        jobs.append(job)
+        matches.append(match)
     for slot, entry in entries.items():
         if slot not in met and selected(base.label(slot), slot.component, select):
-            jobs.append(Match(base.label(slot), there.side(a, Part(entry))))
-    return jobs, [*_unused(a.adapter, cuts.twice_keys), *pairing.lost, *pairing.left]
+            matches.append(Match(base.label(slot), there.side(a, Part(entry))))
+    return matches, [*_unused(a.adapter, cuts.twice_keys), *pairing.lost, *pairing.left]

@@ -11,7 +11,7 @@ from adaptkit import engine
 from adaptkit.engine import Step, check_memory
 from adaptkit.errors import AdaptkitError, NothingToDo
 from adaptkit.ops.compare.distance import Numbers
-from adaptkit.ops.compare.inputs import Given, Inputs, open_inputs
+from adaptkit.ops.compare.inputs import Argument, Given, Inputs, open_inputs
 from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
 from adaptkit.ops.compare.measure import Measurer, needs_base
 from adaptkit.ops.shared import Closing, Progress, Shared, Unused
@@ -43,7 +43,7 @@ class Plan(Closing):
 
     inputs: Inputs
     options: Options
-    jobs: tuple[Match, ...]
+    matches: tuple[Match, ...]
     steps: tuple[Step[Match], ...]
     unused: tuple[Unused, ...]
 
@@ -146,7 +146,7 @@ class Report:
 # planning --------------------------------------------------------------------------------------------------------
 
 
-def plan(a: tuple[Path, float], b: tuple[Path, float], options: Options) -> Plan:
+def plan(a: Argument, b: Argument, options: Options) -> Plan:
     """Find what stands beside what; reads headers only, and fails here if anything can."""
     if options.tolerance is not None and not 0.0 <= options.tolerance < math.inf:
         raise AdaptkitError(f"a tolerance of {options.tolerance:g} is no number from 0 on")
@@ -161,13 +161,13 @@ def plan(a: tuple[Path, float], b: tuple[Path, float], options: Options) -> Plan
 def _planned(inputs: Inputs, options: Options) -> Plan:
     select = Shared(only=options.only, skip=options.skip)
     if inputs.b is not None:
-        jobs, unused = of_adapters(inputs.a, inputs.b, Base(inputs.base), select)
+        matches, unused = of_adapters(inputs.a, inputs.b, Base(inputs.base), select)
     else:
         assert inputs.base is not None
         assert inputs.tuned is not None
-        jobs, unused = of_checkpoint(inputs.a, (inputs.base, inputs.tuned), select)
-    jobs = [replace(job, number=n) for n, job in enumerate(jobs)]
-    if not any(job.both for job in jobs):
+        matches, unused = of_checkpoint(inputs.a, (inputs.base, inputs.tuned), select)
+    matches = [replace(match, number=n) for n, match in enumerate(matches)]
+    if not any(match.both for match in matches):
         others = (
             "these adapters have no module in common"
             if inputs.b
@@ -176,22 +176,22 @@ def _planned(inputs: Inputs, options: Options) -> Plan:
         raise NothingToDo(
             others, hint="see --only, --skip and `adaptkit inspect --modules` on both"
         )
-    for job in jobs:
-        _check_base(job)
+    for match in matches:
+        _check_base(match)
     worker = Measurer(inputs.base, inputs.tuned)
-    steps = tuple(worker.step(job) for job in jobs)
+    steps = tuple(worker.step(match) for match in matches)
     check_memory(steps, options.memory)
-    return Plan(inputs, options, tuple(jobs), steps, tuple(unused))
+    return Plan(inputs, options, tuple(matches), steps, tuple(unused))
 
 
-def _check_base(job: Match) -> None:
+def _check_base(match: Match) -> None:
     """NotRepresentable where the base is missing that a module cannot do without: all but modules that may be equal."""
-    for side in job.sides:
+    for side in match.sides:
         if side.entry is not None and not side.entry.kind.additive and side.base is None:
-            kinds = {other.entry and other.entry.kind for other in job.sides}
-            strengths = {other.given.strength for other in job.sides}
-            if not job.both or len(kinds) > 1 or len(strengths) > 1:
-                raise needs_base(side.entry, job.label)
+            kinds = {other.entry and other.entry.kind for other in match.sides}
+            strengths = {other.given.strength for other in match.sides}
+            if not match.both or len(kinds) > 1 or len(strengths) > 1:
+                raise needs_base(side.entry, match.label)
 
 
 # running ---------------------------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     found: dict[int, Numbers] = {}
     worker, total = Measurer(plan.inputs.base, plan.inputs.tuned), len(plan.steps)
 
-    def store(job: Match, numbers: Numbers) -> None:
-        found[job.number] = numbers
+    def store(match: Match, numbers: Numbers) -> None:
+        found[match.number] = numbers
 
     try:
         engine.run(
@@ -216,19 +216,23 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     finally:
         plan.close()
     return _report(
-        plan, [(job, found[job.number]) for job in plan.jobs], time.perf_counter() - started
+        plan,
+        [(match, found[match.number]) for match in plan.matches],
+        time.perf_counter() - started,
     )
 
 
 def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) -> Report:
     inputs = plan.inputs
     against = inputs.tuned is not None
-    both = [(job, numbers) for job, numbers in found if job.both]
+    both = [(match, numbers) for match, numbers in found if match.both]
     common = _sum(numbers for _, numbers in both)
-    total = _sum(numbers for job, numbers in found if job.mine or not against)
-    outside = sum(numbers.b for job, numbers in found if job.mine is None and job.counted)
+    total = _sum(numbers for match, numbers in found if match.mine or not against)
+    outside = sum(numbers.b for match, numbers in found if match.mine is None and match.counted)
     only_b = [
-        job.label for job, numbers in found if job.mine is None and (numbers.b > 0.0 or not against)
+        match.label
+        for match, numbers in found
+        if match.mine is None and (numbers.b > 0.0 or not against)
     ]
     return Report(
         a=_described(inputs.a),
@@ -241,8 +245,8 @@ def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) 
         cosine=total.cosine,
         norm_a=total.norm_a,
         norm_b=total.norm_b,
-        modules=tuple(_module(job.label, numbers, inputs) for job, numbers in both),
-        only_a=tuple(job.label for job, _ in found if job.mine and not job.both),
+        modules=tuple(_module(match.label, numbers, inputs) for match, numbers in both),
+        only_a=tuple(match.label for match, _ in found if match.mine and not match.both),
         only_b=tuple(only_b),
         base=None if inputs.base is None else str(inputs.base.source.path),
         checkpoint=against,

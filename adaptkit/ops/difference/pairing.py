@@ -229,23 +229,23 @@ class Pairing:
         kept = next((dtype for dtype in found if dtype in FLOATS), "F16")
         return stored_dtype(self.options.dtype, "F32" if kept == "F64" else kept)
 
-    def _choose(self, job: Pair) -> Pair:
+    def _choose(self, pair: Pair) -> Pair:
         """Which algorithm holds this slot."""
-        slot = job.slot
+        slot = pair.slot
         assert slot is not None
         if not self.keys.slots(slot.target):
-            return replace(job, why=f"the {self.keys.format.name} format has no place for it")
+            return replace(pair, why=f"the {self.keys.format.name} format has no place for it")
         row = self.keys.row(slot.target)
         kind = row.kind if row else Kind.MATRIX
         vector = slot.param == BIAS or kind is Kind.NORM
         if vector and not self.wanted.vectors:
-            return replace(job, why="biases and norms are left out; --vectors carries them")
+            return replace(pair, why="biases and norms are left out; --vectors carries them")
         if vector:
             role = ("b_norm" if slot.param == BIAS else "w_norm") if kind is Kind.NORM else "diff_b"
-            return replace(job, algorithm="full", role=role)
+            return replace(pair, algorithm="full", role=role)
         if kind is Kind.EMBEDDING and self.wanted.algorithm != "full":
-            return replace(job, why=f"hosts load no {self.wanted.algorithm} for embeddings")
-        return replace(job, algorithm=self.wanted.algorithm)
+            return replace(pair, why=f"hosts load no {self.wanted.algorithm} for embeddings")
+        return replace(pair, algorithm=self.wanted.algorithm)
 
     def _others(self) -> Iterator[Pair]:
         """The parts no adapter holds: compared, so that a difference there is not passed over in silence."""

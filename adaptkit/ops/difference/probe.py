@@ -71,15 +71,15 @@ class Probe:
         ]
 
 
-def as_rounded(tuned: Checkpoint, job: Pair, tensor: Tensor) -> Tensor:
+def as_rounded(tuned: Checkpoint, pair: Pair, tensor: Tensor) -> Tensor:
     """A weight in the dtype it was rounded to: plain fp8 is read as float32. Of scaled fp8 only that is known."""
-    dtypes = tuned.dtypes(job.tuned)
-    scaled = any(piece.name in tuned.quantization.scales for piece in job.tuned)
+    dtypes = tuned.dtypes(pair.tuned)
+    scaled = any(piece.name in tuned.quantization.scales for piece in pair.tuned)
     return tensor.to(torch_dtype(min(dtypes))) if dtypes <= set(FP8) and not scaled else tensor
 
 
 def look(
-    job: Pair, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
+    pair: Pair, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
 ) -> Look:
     """At one difference (m, n) of norm² > 0, `rounded` being the tuned weight in its own dtype."""
     from adaptkit.linalg.kronscan import FACTORS, scan_kron
@@ -87,7 +87,7 @@ def look(
 
     noise = rounding_noise(rounded)
     scan = scan or scan_kron(
-        delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0]
+        delta, math.prod(pair.shape[2:]), [factor for factor in FACTORS if factor > 0]
     )
     which = int(scan.recognised(noise.floor))
     told = float(zero_share(delta)) < WEAK
@@ -125,36 +125,36 @@ def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
     return None
 
 
-def sample(jobs: Sequence[Pair]) -> list[Pair]:
+def sample(pairs: Sequence[Pair]) -> list[Pair]:
     """Twice as many layers as are needed, evenly spread, handy ones first: some may not have changed."""
     matrices = [
-        job
-        for job in jobs
-        if job.algorithm is not None and job.role == "diff" and min(job.matrix) > 1
+        pair
+        for pair in pairs
+        if pair.algorithm is not None and pair.role == "diff" and min(pair.matrix) > 1
     ]
-    handy = [job for job in matrices if math.prod(job.matrix) <= HANDY]
+    handy = [pair for pair in matrices if math.prod(pair.matrix) <= HANDY]
     chosen = handy if len(handy) >= SAMPLE else matrices
     count = min(2 * SAMPLE, len(chosen))
     return [chosen[n * len(chosen) // count] for n in range(count)]
 
 
 def probe(
-    base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Pair], resources: engine.Resources
+    base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], resources: engine.Resources
 ) -> Probe:
     """Look at a sample of the layers."""
     looks: list[Look] = []
-    steps = [_step(job, base, tuned) for job in sample(jobs)]
+    steps = [_step(pair, base, tuned) for pair in sample(pairs)]
 
-    def load(job: Pair) -> dict[str, Tensor]:
-        return {"base": base.read(job.base), "tuned": tuned.read(job.tuned)}
+    def load(pair: Pair) -> dict[str, Tensor]:
+        return {"base": base.read(pair.base), "tuned": tuned.read(pair.tuned)}
 
     def kernel(payloads: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Look | None]:
         return [
-            _one(tuned, job, tensors["base"][n], tensors["tuned"][n], enough=len(looks) >= SAMPLE)
-            for n, job in enumerate(payloads)
+            _one(tuned, pair, tensors["base"][n], tensors["tuned"][n], enough=len(looks) >= SAMPLE)
+            for n, pair in enumerate(payloads)
         ]
 
-    def store(job: Pair, found: Look | None) -> None:  # noqa: ARG001
+    def store(pair: Pair, found: Look | None) -> None:  # noqa: ARG001
         if found is not None and len(looks) < SAMPLE:
             looks.append(found)
 
@@ -165,7 +165,7 @@ def probe(
 
 
 def _one(
-    tuned: Checkpoint, job: Pair, ours: Tensor, theirs: Tensor, *, enough: bool
+    tuned: Checkpoint, pair: Pair, ours: Tensor, theirs: Tensor, *, enough: bool
 ) -> Look | None:
     from adaptkit.linalg.precision import difference, norm_squared
 
@@ -174,10 +174,10 @@ def _one(
     delta = difference(theirs, ours)
     norm = float(norm_squared(delta))
     # what is not finite is named when it is fitted
-    return look(job, delta, norm, as_rounded(tuned, job, theirs)) if 0 < norm < math.inf else None
+    return look(pair, delta, norm, as_rounded(tuned, pair, theirs)) if 0 < norm < math.inf else None
 
 
-def _step(job: Pair, base: Checkpoint, tuned: Checkpoint) -> Step[Pair]:
-    rows, columns = job.matrix
-    size = base.nbytes(job.base) + tuned.nbytes(job.tuned) + 5 * 4 * rows * columns
-    return Step(job, job.number, size, tuned.source.order(job.tuned[0].name))
+def _step(pair: Pair, base: Checkpoint, tuned: Checkpoint) -> Step[Pair]:
+    rows, columns = pair.matrix
+    size = base.nbytes(pair.base) + tuned.nbytes(pair.tuned) + 5 * 4 * rows * columns
+    return Step(pair, pair.number, size, tuned.source.order(pair.tuned[0].name))

@@ -120,14 +120,14 @@ class Blender:
         self.plans, self.outputs = plans, outputs
         self.base = plans[0].base
 
-    def load(self, task: JointMerge) -> dict[str, Tensor]:
+    def load(self, joint: JointMerge) -> dict[str, Tensor]:
         """The weight, its scale, and the factors of every output."""
-        loaded = {"base": self.base.source.read(task.name)}
-        if (key := self.base.quantization.scales.get(task.name)) is not None:
+        loaded = {"base": self.base.source.read(joint.name)}
+        if (key := self.base.quantization.scales.get(joint.name)) is not None:
             loaded["scale"] = self.base.source.read(key)
         read: set[int] = set()
-        for job, sources, plan in zip(task.jobs, task.sources, self.plans, strict=True):
-            for c, source in zip(job.contributions if job else (), sources, strict=True):
+        for merge, sources, plan in zip(joint.merges, joint.sources, self.plans, strict=True):
+            for c, source in zip(merge.contributions if merge else (), sources, strict=True):
                 if c.strength and source not in read:
                     stored = plan.adapters[c.adapter].read(c.entry)
                     loaded |= {f"{source}/{role}": tensor for role, tensor in stored.items()}
@@ -135,39 +135,41 @@ class Blender:
         return loaded
 
     def blend(
-        self, tasks: Sequence[JointMerge], tensors: dict[str, Tensor]
+        self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]
     ) -> list[list[Merged | None]]:
         """All adapters of a tensor are applied in float32 (float64 for such a base), then rounded once.
 
-        Tasks are of equal shapes and contributions; the tensors of all are stacked. For each task what each output gets.
+        Tasks are of equal shapes and contributions; the tensors of all are stacked. For each joint what each output gets.
         """
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
-        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in tasks]
+        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
         whole: list[int] = []
         rows: list[int] = []
-        for number, job in enumerate(tasks[0].jobs):
-            if job is not None:
+        for number, merge in enumerate(joints[0].merges):
+            if merge is not None:
                 plan = self.plans[number]
-                (whole if row_step(job, plan.base, plan.adapters) is None else rows).append(number)
+                (whole if row_step(merge, plan.base, plan.adapters) is None else rows).append(
+                    number
+                )
         for number in whole:
-            for n, merged in enumerate(self._whole(number, tasks, tensors, stored, scale)):
+            for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
                 found[n][number] = merged
         if rows:
-            for number, merged_tasks in zip(
-                rows, self._by_rows(rows, tasks, tensors, stored), strict=True
+            for number, of_each in zip(
+                rows, self._by_rows(rows, joints, tensors, stored), strict=True
             ):
-                for n, merged in enumerate(merged_tasks):
+                for n, merged in enumerate(of_each):
                     found[n][number] = merged
         return found
 
     def _parts(
-        self, number: int, task: JointMerge, tensors: Mapping[str, Tensor], rows: int
+        self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
     ) -> Iterator[tuple[_Part, float]]:
         """What this output adds, with factors in their compute dtype, and with which strength."""
         from adaptkit.linalg.precision import upcast
 
         for c, source in zip(
-            _given(task.jobs[number]).contributions, task.sources[number], strict=True
+            _present(joint.merges[number]).contributions, joint.sources[number], strict=True
         ):
             if c.strength:
                 weights = c.entry.decode(
@@ -183,7 +185,7 @@ class Blender:
     def _by_rows(
         self,
         numbers: Sequence[int],
-        tasks: Sequence[JointMerge],
+        joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
     ) -> list[list[Merged]]:
@@ -196,12 +198,12 @@ class Blender:
         batch, m, n = flat.shape
         step = math.lcm(
             *(
-                row_step(_given(tasks[0].jobs[i]), self.base, self.plans[i].adapters) or 1
+                row_step(_present(joints[0].merges[i]), self.base, self.plans[i].adapters) or 1
                 for i in numbers
             )
         )
         k = min(m, max(step, BLOCK // n // step * step))
-        targets = self._targets(numbers, tasks, tensors, flat, k)
+        targets = self._targets(numbers, joints, tensors, flat, k)
         old, new, spare = (
             empty((batch, k, n), compute_dtype(stored), flat.device) for _ in range(3)
         )
@@ -220,8 +222,8 @@ class Blender:
             deltas.clear()
         return [
             [
-                self._checked(number, task, pieces, weight[i], target.delta[i], target.rounding[i])
-                for i, (task, pieces) in enumerate(zip(tasks, target.pieces, strict=True))
+                self._checked(number, joint, pieces, weight[i], target.delta[i], target.rounding[i])
+                for i, (joint, pieces) in enumerate(zip(joints, target.pieces, strict=True))
             ]
             for number, target in zip(numbers, targets, strict=True)
         ]
@@ -229,7 +231,7 @@ class Blender:
     def _targets(
         self,
         numbers: Sequence[int],
-        tasks: Sequence[JointMerge],
+        joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         flat: Tensor,
         rows: int,
@@ -241,10 +243,12 @@ class Blender:
         targets = []
         known: dict[Hashable, _Part] = {}
         for number in numbers:
-            dtype = torch_dtype(_given(tasks[0].jobs[number]).dtype)
-            shape = self.base.source.infos[tasks[0].name].shape
-            pieces = tuple(self.outputs[number].pieces(task.name, dtype, shape) for task in tasks)
-            parts = self._parts(number, tasks[0], tensors, flat.shape[1])
+            dtype = torch_dtype(_present(joints[0].merges[number]).dtype)
+            shape = self.base.source.infos[joints[0].name].shape
+            pieces = tuple(
+                self.outputs[number].pieces(joint.name, dtype, shape) for joint in joints
+            )
+            parts = self._parts(number, joints[0], tensors, flat.shape[1])
             same = tuple(
                 (known.setdefault(part.origin, part), strength) for part, strength in parts
             )
@@ -254,14 +258,14 @@ class Blender:
         return targets
 
     def _checked(
-        self, number: int, task: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
+        self, number: int, joint: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
     ) -> Merged:
         weight, delta, rounding = (float(value) for value in sums)
-        job = _given(task.jobs[number])
+        merge = _present(joint.merges[number])
         if not (math.isfinite(weight) and math.isfinite(delta)):
-            raise self._non_finite(number, job)
+            raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
-            raise self._too_large(number, job)
+            raise self._too_large(number, merge)
         pieces.close()
         return Merged(None, None, weight, delta, rounding)
 
@@ -270,7 +274,7 @@ class Blender:
     def _whole(
         self,
         number: int,
-        tasks: Sequence[JointMerge],
+        joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
         scale: Tensor | None,
@@ -279,82 +283,82 @@ class Blender:
         # what ΔW is measured from: the numbers that were meant, not their codes
         before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
-        self._add(number, tasks[0], matrix, tensors)
-        scales = [None] * len(tasks) if scale is None else list(scale)
+        self._add(number, joints[0], matrix, tensors)
+        scales = [None] * len(joints) if scale is None else list(scale)
         return [
-            self._finished(number, _given(task.jobs[number]), wide[n], before[n], scales[n])
-            for n, task in enumerate(tasks)
+            self._finished(number, _present(joint.merges[number]), wide[n], before[n], scales[n])
+            for n, joint in enumerate(joints)
         ]
 
     def _add(
-        self, number: int, task: JointMerge, matrix: Tensor, tensors: Mapping[str, Tensor]
+        self, number: int, joint: JointMerge, matrix: Tensor, tensors: Mapping[str, Tensor]
     ) -> None:
-        place = self.base.places.get(task.name)
+        place = self.base.places.get(joint.name)
         if place is None:
             return
         view = matrix.transpose(-1, -2) if place.transposed else matrix
         view = exchanged(matrix, -2) if place.swapped else view
-        for part, strength in self._parts(number, task, tensors, view.shape[-2]):
+        for part, strength in self._parts(number, joint, tensors, view.shape[-2]):
             part.add(view, strength)
         if place.swapped:
             matrix.copy_(exchanged(view, -2))
 
     def _finished(
-        self, number: int, job: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
+        self, number: int, merge: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
     ) -> Merged:
-        rounded, scale, back = self._rounded(number, job, merged, scale)
+        rounded, scale, back = self._rounded(number, merge, merged, scale)
         weight, delta, rounding = 0.0, 0.0, 0.0
         for old, new, out in _chunks(stored, merged, back):
             weight += _square(old)
             delta += _square(new - old)
             rounding += _square(out.to(new.dtype) - new)
         if not math.isfinite(delta):
-            raise self._non_finite(number, job)
+            raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
-            raise self._too_large(number, job)
+            raise self._too_large(number, merge)
         return Merged(
             rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding
         )
 
     def _rounded(
-        self, number: int, job: TensorMerge, merged: Tensor, scale: Tensor | None
+        self, number: int, merge: TensorMerge, merged: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(as stored, its new scale if it has one, the numbers that these mean)."""
         from adaptkit.linalg.precision import cast
 
-        if job.scale is not None and scale is not None:
-            rounded, fresh = quantised(merged, scale, job.dtype)
+        if merge.scale is not None and scale is not None:
+            rounded, fresh = quantised(merged, scale, merge.dtype)
             return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
-        target = torch_dtype(job.dtype)
+        target = torch_dtype(merge.dtype)
         try:  # fp8 clamps where the others overflow, which shows in the sums
             rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
         except NonFinite:
-            raise self._too_large(number, job) from None
+            raise self._too_large(number, merge) from None
         return rounded, None, rounded
 
     # errors
 
-    def _too_large(self, number: int, job: TensorMerge) -> NonFinite:
+    def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            f"the merged weight does not fit {str(torch_dtype(job.dtype)).removeprefix('torch.')}",
+            f"the merged weight does not fit {str(torch_dtype(merge.dtype)).removeprefix('torch.')}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
-            tensor=job.name,
+            tensor=merge.name,
         )
 
-    def _non_finite(self, number: int, job: TensorMerge) -> NonFinite:
+    def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Who holds it, by reading once more."""
         import torch
 
         plan = self.plans[number]
-        if not bool(torch.isfinite(self.base.source.read(job.name)).all()):
-            return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=job.name)
-        for c in job.contributions:
+        if not bool(torch.isfinite(self.base.source.read(merge.name)).all()):
+            return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
+        for c in merge.contributions:
             adapter = plan.adapters[c.adapter]
             for _, key in c.entry.tensors():
                 if not bool(torch.isfinite(adapter.source.read(key)).all()):
                     return NonFinite("holds NaN or infinity", file=adapter.source.path, tensor=key)
-        return NonFinite("the merged weight overflows", file=plan.output, tensor=job.name)
+        return NonFinite("the merged weight overflows", file=plan.output, tensor=merge.name)
 
 
 def _blended(
@@ -382,9 +386,9 @@ def _blended(
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 
-def _given(job: TensorMerge | None) -> TensorMerge:
-    assert job is not None
-    return job
+def _present(merge: TensorMerge | None) -> TensorMerge:
+    assert merge is not None
+    return merge
 
 
 def _square(x: Tensor) -> float:

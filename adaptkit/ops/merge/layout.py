@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.files.header import TensorSpec, nbytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-
-import json
-from dataclasses import field
-from typing import TYPE_CHECKING
-
-from adaptkit.files.header import read_header
+from adaptkit.files.header import nbytes, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from adaptkit.errors import CannotWrite, CorruptFile
 from adaptkit.files.header import nbytes
-from adaptkit.ops.merge.layout import Layout, Volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.sink import Pieces, TensorSink
     from adaptkit.files.source import TensorSource
-    from adaptkit.ops.merge.layout import Move
+    from adaptkit.ops.merge.layout import Layout, Move, Volume
 
 __all__ = ["Output", "gathered", "opened"]
 

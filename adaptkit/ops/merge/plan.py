@@ -76,7 +76,7 @@ class TensorMerge:
 class Plan(Closing):
     """Everything known before a weight is read. `strengths` go with `adapters`.
 
-    `jobs` are the tensors that adapters have modules for, `working` those that are not copied: where something is added,
+    `merges` are the tensors that adapters have modules for, `working` those that are not copied: where something is added,
     or the dtype becomes another; `steps` are about these.
     """
 
@@ -85,7 +85,7 @@ class Plan(Closing):
     strengths: tuple[float, ...]
     options: Options
     output: Path
-    jobs: tuple[TensorMerge, ...]
+    merges: tuple[TensorMerge, ...]
     specs: tuple[TensorSpec, ...]
     unused: tuple[Unused, ...]
     steps: tuple[Step[TensorMerge], ...]
@@ -93,7 +93,7 @@ class Plan(Closing):
     rules: tuple[Mapping[str, Any], ...] = ()
 
     @property
-    def working(self) -> tuple[TensorMerge, ...]:
+    def computed(self) -> tuple[TensorMerge, ...]:
         """The tensors that are not copied."""
         return tuple(step.payload for step in self.steps)
 
@@ -102,9 +102,9 @@ class Plan(Closing):
         return {
             "output": str(self.output),
             "family": self.base.family.name,
-            "modules": sum(len(job.contributions) for job in self.jobs),
-            "tensors_changed": sum(job.changes for job in self.jobs),
-            "tensors_copied": len(self.specs) - sum(len(job.writes()) for job in self.working),
+            "modules": sum(len(merge.contributions) for merge in self.merges),
+            "tensors_changed": sum(merge.changes for merge in self.merges),
+            "tensors_copied": len(self.specs) - sum(len(merge.writes()) for merge in self.computed),
             "bytes_in": self.base.source.size
             + sum(adapter.source.size for adapter in self.adapters),
             "bytes_out": sum(nbytes(spec.dtype, spec.shape) for spec in self.specs),
@@ -119,20 +119,20 @@ class Plan(Closing):
             "details": [
                 {
                     "module": c.label,
-                    "tensor": job.name,
+                    "tensor": merge.name,
                     "algorithm": c.entry.kind.name,
                     "rank": c.entry.facts.rank,
                     "strength": c.strength,
                 }
-                for job in self.jobs
-                for c in job.contributions
+                for merge in self.merges
+                for c in merge.contributions
             ],
         }
 
     def described(self) -> list[dict[str, Any]]:
         """The adapters: path, format, strength, how many of their modules apply."""
         counts = [
-            sum(c.adapter == n for job in self.jobs for c in job.contributions)
+            sum(c.adapter == n for merge in self.merges for c in merge.contributions)
             for n in range(len(self.adapters))
         ]
         return [

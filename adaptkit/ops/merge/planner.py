@@ -64,18 +64,18 @@ def _planned(
     if single:
         check_output(output, options.overwrite)
     places = _Places(base, adapters, strengths, options)
-    jobs = places.jobs()
+    merges = places.merges()
     for adapter, lost in zip(adapters, places.unused, strict=True):
         refuse_unused(lost, options.allow_unused, adapter.source.path)
-    if not jobs:
+    if not merges:
         raise NothingToDo(
             "no module of these adapters applies to this checkpoint",
             hint="see --only and --skip",
             file=path,
         )
     places.blocks.check()
-    working = _working(base, jobs, options)
-    specs = tuple(_specs(base, {job.name: job for job in working}, options))
+    computed = _computed(base, merges, options)
+    specs = tuple(_specs(base, {merge.name: merge for merge in computed}, options))
     if renamed:
         made = _relayout(base, specs, options)
         specs, layout = (
@@ -84,16 +84,16 @@ def _planned(
         )
         places.unused.append(made.lost)
     else:
-        touched = {name for job in working for name in job.writes()}
+        touched = {name for merge in computed for name in merge.writes()}
         layout = plan_layout(base.source, specs, touched, single, options.shard_size)
     if layout.folder:
         _check_folder(output, layout, options)
-    steps = tuple(step_of(job, base, adapters) for job in working)
+    steps = tuple(step_of(merge, base, adapters) for merge in computed)
     check_memory(steps, options.memory)
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
     return Plan(
-        base, adapters, strengths, options, output, jobs, specs, unused, steps, layout, rules
+        base, adapters, strengths, options, output, merges, specs, unused, steps, layout, rules
     )
 
 
@@ -119,11 +119,11 @@ def _check_folder(output: Path, layout: Layout, options: Options) -> None:
     check_folder(output, layout.top, options.overwrite)
 
 
-def _working(
-    base: Checkpoint, jobs: Sequence[TensorMerge], options: Options
+def _computed(
+    base: Checkpoint, merges: Sequence[TensorMerge], options: Options
 ) -> tuple[TensorMerge, ...]:
-    """The jobs that make another tensor than the base has, in its order: those of other tensors only change the dtype."""
-    placed = {job.name: job for job in jobs}
+    """The merges that make another tensor than the base has, in its order: those of other tensors only change the dtype."""
+    placed = {merge.name: merge for merge in merges}
     if options.dtype != "keep" and base.quantization.refused:
         name, scheme = next(iter(base.quantization.refused.items()))
         raise NotRepresentable(
@@ -134,9 +134,9 @@ def _working(
         )
     found = []
     for info in base.source.infos.values():
-        job = placed.get(info.name)
-        if job is not None and job.changes:
-            found.append(job)
+        merge = placed.get(info.name)
+        if merge is not None and merge.changes:
+            found.append(merge)
         elif options.dtype != "keep" and info.name not in base.quantization.extras:
             dtype = _new_dtype(base, info.name, options)
             if dtype != info.dtype or info.name in base.quantization.scales:
@@ -153,7 +153,7 @@ def _new_dtype(base: Checkpoint, name: str, options: Options) -> str:
 
 
 def _specs(
-    base: Checkpoint, working: Mapping[str, TensorMerge], options: Options
+    base: Checkpoint, computed: Mapping[str, TensorMerge], options: Options
 ) -> Iterator[TensorSpec]:
     """All tensors of the output in the base's order; those that describe scaled weights go when nothing is scaled any more."""
     stored = base.quantization
@@ -162,7 +162,7 @@ def _specs(
         if info.name not in dropped:
             yield TensorSpec(
                 info.name,
-                working[info.name].dtype if info.name in working else info.dtype,
+                computed[info.name].dtype if info.name in computed else info.dtype,
                 info.shape,
             )
 
@@ -204,15 +204,15 @@ class _Places:
         ]
         self.found: dict[str, list[Contribution]] = {}
 
-    def jobs(self) -> tuple[TensorMerge, ...]:
+    def merges(self) -> tuple[TensorMerge, ...]:
         for number, adapter in enumerate(self.adapters):
             for slot, entry in adapter.entries.items():
                 if selected(adapter.label(slot), slot.component, self.options):
                     self._entry(number, adapter, slot, entry)
         order = self.base.source.infos
-        return tuple(self._job(name, self.found[name]) for name in order if name in self.found)
+        return tuple(self._merge(name, self.found[name]) for name in order if name in self.found)
 
-    def _job(self, name: str, contributions: Sequence[Contribution]) -> TensorMerge:
+    def _merge(self, name: str, contributions: Sequence[Contribution]) -> TensorMerge:
         info, stored = self.base.source.infos[name], self.base.quantization
         if (reason := stored.refusal(info)) is not None:
             raise NotRepresentable(

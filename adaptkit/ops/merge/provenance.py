@@ -62,7 +62,7 @@ class Provenance:
         found = updated(volume.metadata, record)
         return (
             {**found, **_for_hosts(found, base, merged)}
-            if any(job.changes for job in plan.jobs)
+            if any(merge.changes for merge in plan.merges)
             else found
         )
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.ops.blocks import block_of
 from adaptkit.ops.merge.kernel import Merged
-from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
 from adaptkit.ops.shared import (
     WriterReport,
 )
@@ -16,6 +15,7 @@ from adaptkit.ops.shared import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
     from adaptkit.ops.merge.verify import Verified
 
 __all__ = ["Report"]
@@ -70,7 +70,7 @@ UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 def report_of(
     plan: Plan, found: Mapping[str, Merged], verified: Verified | None, seconds: float
 ) -> Report:
-    results = {job.name: found.get(job.name, UNCHANGED) for job in plan.jobs}
+    results = {merge.name: found.get(merge.name, UNCHANGED) for merge in plan.merges}
     delta = sum(result.delta for result in results.values())
     # what a change of dtype does to the layers without an adapter is no loss of theirs
     rounding = sum(result.rounding for result in results.values())
@@ -83,13 +83,15 @@ def report_of(
     return Report(
         output=plan.output,
         bytes=sum(path.stat().st_size for path in written),
-        modules=sum(len(job.contributions) for job in plan.jobs),
+        modules=sum(len(merge.contributions) for merge in plan.merges),
         parameters=sum(math.prod(spec.shape) for spec in plan.specs),
         relative_error=_ratio(rounding, delta) or 0.0,
         unused=plan.unused,
         seconds=seconds,
         details=tuple(
-            _detail(job, c, results[job.name]) for job in plan.jobs for c in job.contributions
+            _detail(merge, c, results[merge.name])
+            for merge in plan.merges
+            for c in merge.contributions
         ),
         family=plan.base.family.name,
         adapters=tuple(plan.described()),
@@ -102,7 +104,7 @@ def report_of(
         files=tuple(plan.layout.files()),
         left_out=plan.layout.left_out,
         notes=(ONLY_WEIGHTS,) if plan.layout.folder and plan.layout.moves else (),
-        quantised=sum(job.changes and job.dtype.startswith("F8") for job in plan.jobs),
+        quantised=sum(merge.changes and merge.dtype.startswith("F8") for merge in plan.merges),
     )
 
 
@@ -111,10 +113,10 @@ def _ratio(part: float, whole: float) -> float | None:
     return (part / whole) ** 0.5 if whole else None
 
 
-def _detail(job: TensorMerge, c: Contribution, result: Merged) -> dict[str, Any]:
+def _detail(merge: TensorMerge, c: Contribution, result: Merged) -> dict[str, Any]:
     return {
         "module": c.label,
-        "tensor": job.name,
+        "tensor": merge.name,
         "algorithm": c.entry.kind.name,
         "rank": c.entry.facts.rank,
         "strength": c.strength,
@@ -126,14 +128,14 @@ def _detail(job: TensorMerge, c: Contribution, result: Merged) -> dict[str, Any]
 def _by_block(plan: Plan, results: Mapping[str, Merged]) -> Iterator[dict[str, Any]]:
     """Tensors changed and ‖ΔW‖/‖W‖ of each block, in the base's order."""
     blocks: dict[str, list[TensorMerge]] = {}
-    for job in plan.jobs:
-        c = job.contributions[0]
-        blocks.setdefault(block_of(c.label, c.entry.slot.component), []).append(job)
-    for block, jobs in blocks.items():
-        found = [results[job.name] for job in jobs]
+    for merge in plan.merges:
+        c = merge.contributions[0]
+        blocks.setdefault(block_of(c.label, c.entry.slot.component), []).append(merge)
+    for block, merges in blocks.items():
+        found = [results[merge.name] for merge in merges]
         yield {
             "block": block,
-            "tensors": len(jobs),
+            "tensors": len(merges),
             "tensors_changed": sum(result.delta > 0 for result in found),
             "relative_change": _ratio(sum(r.delta for r in found), sum(r.weight for r in found)),
         }

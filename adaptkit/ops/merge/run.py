@@ -16,9 +16,6 @@ from adaptkit.ops.merge.plan import Options, Plan
 from adaptkit.ops.merge.provenance import Provenance
 from adaptkit.ops.merge.report import Report, report_of
 from adaptkit.ops.merge.steps import JointMerge, combined
-from adaptkit.ops.shared import (
-    Progress,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +24,9 @@ if TYPE_CHECKING:
 
     from adaptkit.ops.merge.output import Output
     from adaptkit.ops.merge.verify import Verified
+    from adaptkit.ops.shared import (
+        Progress,
+    )
 
 __all__ = ["Options", "Plan", "run"]
 
@@ -69,16 +69,16 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         copying = _Background(lambda: _copy_untouched(plans, outputs))
         last.callback(copying.join)  # after the outputs are given up, which ends it
 
-        def store(task: JointMerge, results: Sequence[Merged | None]) -> None:
-            for job, result, output, records in zip(
-                task.jobs, results, outputs, found, strict=True
+        def store(joint: JointMerge, results: Sequence[Merged | None]) -> None:
+            for merge, result, output, records in zip(
+                joint.merges, results, outputs, found, strict=True
             ):
-                if job is not None and result is not None:
+                if merge is not None and result is not None:
                     if result.tensor is not None:
-                        output.put(job.name, result.tensor)
-                    if job.scale is not None and result.scale is not None:
-                        output.put(job.scale, result.scale)
-                    records[job.name] = replace(result, tensor=None, scale=None)
+                        output.put(merge.name, result.tensor)
+                    if merge.scale is not None and result.scale is not None:
+                        output.put(merge.scale, result.scale)
+                    records[merge.name] = replace(result, tensor=None, scale=None)
 
         resources = engine.Resources.choose(options.device, options.memory)
         told = None if progress is None else lambda done: progress(done, len(steps))
@@ -155,5 +155,5 @@ class _Background:
 
 def _copy_untouched(plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
     for plan, output in zip(plans, outputs, strict=True):
-        made = {name for job in plan.working for name in job.writes()}
+        made = {name for merge in plan.computed for name in merge.writes()}
         output.copy(plan.base.source, [spec.name for spec in plan.specs if spec.name not in made])

@@ -88,7 +88,7 @@ class _Verifier:
 
     def run(self) -> Verified:
         self._check_names()
-        made = {name for job in self.plan.working for name in job.writes()}
+        made = {name for merge in self.plan.computed for name in merge.writes()}
         copied = [spec.name for spec in self.plan.specs if spec.name not in made]
         for name in copied:
             self._same_bytes(name)
@@ -155,46 +155,48 @@ class _Verifier:
 
     def _step(self, step: Step[TensorMerge]) -> Step[TensorMerge]:
         """As in the merge, factors twice as wide, and blocks of a few matrices; a kind that cannot be cut by rows whole."""
-        job, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
-        kinds = [c.entry.kind for c in job.contributions if c.strength]
+        merge, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
+        kinds = [c.entry.kind for c in merge.contributions if c.strength]
         whole = 8 * numel * (0 if all(kind.name == "lora" for kind in kinds) else 1)
         whole += (
             40
             * numel
-            * (0 if all(kind.additive for kind in kinds) and not self._turned(job) else 1)
+            * (0 if all(kind.additive for kind in kinds) and not self._turned(merge) else 1)
         )
         return replace(step, bytes=2 * step.bytes + 64 * min(numel, BLOCK) + whole)
 
-    def _turned(self, job: TensorMerge) -> bool:
-        place = self.plan.base.places.get(job.name)
+    def _turned(self, merge: TensorMerge) -> bool:
+        place = self.plan.base.places.get(merge.name)
         return place is not None and (place.transposed or place.swapped)
 
-    def _load(self, job: TensorMerge) -> dict[str, Tensor]:
+    def _load(self, merge: TensorMerge) -> dict[str, Tensor]:
         base = self.plan.base
-        loaded = {"base": base.source.read(job.name)}
-        if (key := base.quantization.scales.get(job.name)) is not None:
+        loaded = {"base": base.source.read(merge.name)}
+        if (key := base.quantization.scales.get(merge.name)) is not None:
             loaded["scale"] = base.source.read(key)
-        loaded["out"] = self._written(job.name)
-        if job.scale is not None:
-            loaded["out scale"] = self._written(job.scale)
-        for n, c in enumerate(job.contributions):
+        loaded["out"] = self._written(merge.name)
+        if merge.scale is not None:
+            loaded["out scale"] = self._written(merge.scale)
+        for n, c in enumerate(merge.contributions):
             if not c.strength:
                 continue
             for role, tensor in self.plan.adapters[c.adapter].read(c.entry).items():
                 loaded[f"{n}/{role}"] = tensor
         return loaded
 
-    def _compare(self, jobs: Sequence[TensorMerge], tensors: dict[str, Tensor]) -> list[float]:
-        (job,) = jobs  # on a CPU a bucket is one step
+    def _compare(self, merges: Sequence[TensorMerge], tensors: dict[str, Tensor]) -> list[float]:
+        (merge,) = merges  # on a CPU a bucket is one step
         if not tensors["out"].numel():
             return [0.0]
         base = _Stored.of(tensors["base"][0], tensors.get("scale"))
         found = _Stored.of(tensors["out"][0], tensors.get("out scale"))
-        place = self.plan.base.places.get(job.name)
+        place = self.plan.base.places.get(merge.name)
         if place is not None and (place.transposed or place.swapped):
             base, found = base.turned(place), found.turned(place)
         decoded = [
-            (c, self._decoded(n, c, tensors)) for n, c in enumerate(job.contributions) if c.strength
+            (c, self._decoded(n, c, tensors))
+            for n, c in enumerate(merge.contributions)
+            if c.strength
         ]
         additive = all(c.entry.kind.additive for c, _ in decoded)
         parts = [_Added.of(c, weights, base.rows) for c, weights in decoded]
@@ -218,7 +220,8 @@ class _Verifier:
             error = _excess(expected, after, found.unit(rows), tensors["out"].dtype, slack)
             if not error <= 1.0:
                 raise self._wrong(
-                    job.name, f"it is not base + ΔW: off by {error:.3g} times what rounding allows"
+                    merge.name,
+                    f"it is not base + ΔW: off by {error:.3g} times what rounding allows",
                 )
             worst = max(worst, error)
         return [worst]
