@@ -75,7 +75,7 @@ class TestHeatMap:
             line.plain.rstrip() for line in _heat.heat_map(record, report.modules, width, coloured)
         ]
         assert max(map(cell_len, shown)) <= width
-        assert any("want of width" in line for line in shown) == (width == 80)
+        assert any("terminal too narrow" in line for line in shown) == (width == 80)
 
     def test_every_cell_can_be_read_and_the_strong_ones_stand_out(self) -> None:
         faded = [Style.parse(_heat.colour(share / 100)) for share in range(10)]
@@ -368,7 +368,7 @@ class TestRefusals:
 
     def test_what_is_no_adapter(self, tiny: Path, tmp_path: Path) -> None:
         done = adaptkit("inspect", tiny / "base.safetensors", "--plot", tmp_path / "a.svg", "-q")
-        refused(done, "nothing to plot", "it is a checkpoint")
+        refused(done, "nothing to plot", "the file is a checkpoint")
         assert not list(tmp_path.iterdir())
 
     def test_what_has_no_numbers(self, report: inspect.Report, tmp_path: Path) -> None:

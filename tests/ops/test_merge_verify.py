@@ -257,7 +257,7 @@ def test_on_the_command_line(tmp_path: Path, tiny: Path, monkeypatch: pytest.Mon
     ).stderr
     assert "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03" in shown
     assert "OUT11 = 0.5: 104 modules" in shown
-    assert "tensors are base + ΔW within one rounding" in shown
+    assert "tensors equal base + ΔW within one rounding" in shown
     monkeypatch.setattr(kernel.Blender, "_parts", lambda *_: iter(()))
     failed = adaptkit(*arguments, "--verify", "-o", tmp_path / "bad.safetensors")
     assert (failed.returncode, failed.stdout) == (1, "")

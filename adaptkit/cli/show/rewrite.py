@@ -1,4 +1,4 @@
-"""What `convert`, `resize` and `combine` wrote, for people."""
+"""Summaries of `convert`, `resize` and `combine`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ __all__ = ["combined", "converted", "resized"]
 
 
 def converted(talk: Talk, report: Report) -> None:
-    """Summary of a conversion."""
+    """Print the summary of a conversion."""
     rows = [
         (
             "adapter",
-            f"{report.family}, {report.source_format} → {report.format} keys, {human(report.bytes)}",
+            f"{report.family}, {report.source_format} → {report.format} keys, "
+            f"{human(report.bytes)}",
         ),
         ("modules", f"{report.modules}: {counts(report.changes, '{1} {0}')}"),
         ("weights", lossy(report.relative_error)),
@@ -33,7 +34,7 @@ def converted(talk: Talk, report: Report) -> None:
 
 
 def resized(talk: Talk, report: Report) -> None:
-    """Summary of a resize."""
+    """Print the summary of a resize."""
     rows = [
         ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
         ("modules", f"{report.modules}: {counts(report.changes, '{1} {0}')}"),
@@ -52,7 +53,7 @@ def resized(talk: Talk, report: Report) -> None:
 
 
 def combined(talk: Talk, report: Report, inputs: Sequence[tuple[str, float]]) -> None:
-    """Summary of a combination."""
+    """Print the summary of a combination."""
     kinds = Counter(d["algorithm"] for d in report.details)
     rows = [
         ("inputs", "\n".join(f"{PurePath(path).name} × {weight:g}" for path, weight in inputs)),

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Talk", "write"]
 
-_FEW = 2  # keys named per reason
+# keys named per reason
+_FEW = 2
 
 
 class Talk:
