@@ -153,7 +153,7 @@ class TestHeatMap:
         }
         save_file(tensors, tmp_path / "a.safetensors")
         shown = adaptkit("inspect", tmp_path / "a.safetensors", "--stats").stdout
-        assert shown.count("the module does nothing") == 12
+        assert shown.count("the module has no effect") == 12
         assert "and 92 more problems" in shown
 
 

@@ -505,7 +505,7 @@ def test_a_family_without_a_table_pairs_by_its_own_names(
     found = pairing(first, second, to)
     pairs = {pair.label: pair for pair in found.pairs()}
     assert not found.lost
-    assert found.notes[0].startswith("adaptkit has no table for this family")
+    assert found.notes[0].startswith("This model family is unknown")
     fitted = {pair.slot: pair for pair in pairs.values() if pair.algorithm == "lora"}
     stems = {found.keys.stem(slot) for slot in fitted if slot is not None}
     assert stems >= {query, conv}
@@ -560,7 +560,7 @@ def test_strangers_with_other_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownAdapter, match="not a checkpoint of a family") as caught:
         open_pair(one, two, None)
     assert caught.value.hint is not None
-    assert caught.value.hint.endswith("others need the same names in both files")
+    assert caught.value.hint.endswith("other families need the same names in both files")
     with pytest.raises(UnknownAdapter):  # a known family beside it
         open_pair(one, save(tmp_path / "c.safetensors", tiny_base()), None)
     with pytest.raises(UnknownAdapter):

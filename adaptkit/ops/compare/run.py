@@ -1,4 +1,4 @@
-"""compare: how far apart two adapters are, whatever their formats and algorithms; or how much of one a checkpoint contains."""
+"""compare: distance of two adapters, or the share of an adapter in a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["ModuleDistance", "Options", "Plan", "Report", "plan", "run"]
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare; `base` is the checkpoint that the adapters are for, or that the other checkpoint was made from."""
+    """Options of compare; `base` is the adapters' checkpoint or the origin of the other one."""
 
     base: Path | None = None
     tolerance: float | None = None
@@ -39,7 +39,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan(Closing):
-    """Everything known before a weight is read."""
+    """The state of a comparison before any weight is read."""
 
     inputs: Inputs
     options: Options
@@ -54,7 +54,7 @@ class Plan(Closing):
 
 @dataclass(frozen=True)
 class ModuleDistance:
-    """One module that both sides have. `strength`: the one at which the adapter stands in the checkpoint."""
+    """Distance of one common module; `strength` is the adapter's in the checkpoint."""
 
     module: str
     relative_error: float | None
@@ -66,11 +66,13 @@ class ModuleDistance:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """‖A − B‖ / ‖B‖ of two adapters; of an adapter and a checkpoint ‖D − ΔW‖ / ‖ΔW‖, with D = tuned − base for norm_b.
+    """Distances in total, over the common modules and per module.
 
-    Over everything (against a checkpoint: all modules of the adapter), over what both have (`relative_error_common`), and by module. None
-    stands for what has no value, or depends on weights that are not there. `strength` is ⟨D, ΔW⟩ / ‖ΔW‖², ΔW at strength 1;
-    `outside` the share of ‖D‖² in layers that the adapter does not touch, of which `only_b` names those that changed.
+    Two adapters A and B have the relative error ‖A − B‖ / ‖B‖. An adapter and a checkpoint have
+    ‖D − ΔW‖ / ‖ΔW‖ with D = tuned − base, in total over the modules of the adapter; norm_b is
+    ‖D‖. `strength` is ⟨D, ΔW⟩ / ‖ΔW‖² with ΔW at strength 1. `outside` is the share of ‖D‖² in
+    layers that are not in the adapter; `only_b` names the changed ones among them. A number is
+    None if it is undefined or depends on weights that were not given.
     """
 
     a: Mapping[str, Any]
@@ -96,19 +98,28 @@ class Report:
 
     @property
     def exceeded(self) -> str | None:
-        """Why the tolerance is not kept; None where it is, or where there is none."""
+        """Return why the tolerance is not met; None if it is met or not set."""
         if self.tolerance is None:
             return None
         if self.relative_error is None:
-            return f"there is no relative error to hold against the tolerance of {self.tolerance:g}"
+            return f"no relative error to compare with the tolerance of {self.tolerance:g}"
         if self.relative_error > self.tolerance:
-            return f"the relative error {self.relative_error:.6g} exceeds the tolerance of {self.tolerance:g}"
+            return (
+                f"the relative error {self.relative_error:.6g} exceeds the tolerance of "
+                f"{self.tolerance:g}"
+            )
         if self.unclaimed:
-            return f"{self.unclaimed} keys are not understood, so the tolerance of {self.tolerance:g} may not be kept"
+            return (
+                f"{self.unclaimed} keys are unknown, so the tolerance of {self.tolerance:g} may be "
+                "exceeded"
+            )
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: every number finite or null; `strength` and `outside` against a checkpoint only."""
+        """Return the JSON document: finite numbers or null.
+
+        Only a comparison with a checkpoint has `strength` and `outside`.
+        """
         against = {"strength": self.strength, "outside": self.outside} if self.checkpoint else {}
         return {
             "a": dict(self.a),
@@ -143,13 +154,13 @@ class Report:
         return {name: getattr(one, name) for name in names}
 
 
-# planning --------------------------------------------------------------------------------------------------------
+# planning
 
 
 def plan(a: Argument, b: Argument, options: Options) -> Plan:
-    """Find what stands beside what; reads headers only, and fails here if anything can."""
+    """Match the modules of both sides; read headers only, and report all errors here."""
     if options.tolerance is not None and not 0.0 <= options.tolerance < math.inf:
-        raise AdaptkitError(f"a tolerance of {options.tolerance:g} is no number from 0 on")
+        raise AdaptkitError(f"tolerance must be >= 0, got {options.tolerance:g}")
     inputs = open_inputs(a, b, options.base, family=options.family, format=options.format)
     try:
         return _planned(inputs, options)
@@ -174,7 +185,7 @@ def _planned(inputs: Inputs, options: Options) -> Plan:
             else "no module of this adapter is in the checkpoint"
         )
         raise NothingToDo(
-            others, hint="see --only, --skip and `adaptkit inspect --modules` on both"
+            others, hint="check --only and --skip, and `adaptkit inspect --modules` on both files"
         )
     for match in matches:
         _check_base(match)
@@ -185,7 +196,7 @@ def _planned(inputs: Inputs, options: Options) -> Plan:
 
 
 def _check_base(match: Match) -> None:
-    """NotRepresentable where the base is missing that a module cannot do without: all but modules that may be equal."""
+    """Raise NotRepresentable if a non-additive module needs a base and may not be equal."""
     for side in match.sides:
         if side.entry is not None and not side.entry.kind.additive and side.base is None:
             kinds = {other.entry and other.entry.kind for other in match.sides}
@@ -194,11 +205,11 @@ def _check_base(match: Match) -> None:
                 raise needs_base(side.entry, match.label)
 
 
-# running ---------------------------------------------------------------------------------------------------------
+# running
 
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
-    """Measure every module; the only part that reads weights."""
+    """Read the weights and measure every module."""
     started = time.perf_counter()
     found: dict[int, Numbers] = {}
     worker, total = Measurer(plan.inputs.base, plan.inputs.tuned), len(plan.steps)
@@ -282,7 +293,7 @@ def _module(label: str, numbers: Numbers, inputs: Inputs) -> ModuleDistance:
 
 
 def _strength(numbers: Numbers, inputs: Inputs) -> float | None:
-    """The strength at which the adapter by itself stands in the checkpoint."""
+    """Return the strength at which the checkpoint contains the adapter."""
     if inputs.tuned is None or numbers.fitted is None:
         return None
     return inputs.a.strength * numbers.fitted
@@ -292,6 +303,6 @@ def _notes(total: Numbers, both: Sequence[tuple[Match, Numbers]], against: bool)
     unknown = sum(not numbers.known for _, numbers in both)
     if unknown:
         modules = "1 module is" if unknown == 1 else f"{unknown} modules are"
-        yield f"{modules} equal; how much they change depends on the weights they are applied to, which --base gives."
+        yield f"{modules} equal; pass --base to measure the norm of their ΔW."
     if total.known and total.error > 0.0 and (total.a if against else total.b) == 0.0:
-        yield f"{'A' if against else 'B'} changes nothing, so there is no error relative to it."
+        yield f"ΔW of {'A' if against else 'B'} is zero, so there is no relative error."

@@ -1,4 +1,4 @@
-"""What made a difference: some of its layers are looked at first, for rounding noise and for a LoRA or LoKr that was merged."""
+"""Probe of a difference: sample layers for rounding noise and for a merged LoRA or LoKr."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Look", "Probe", "as_rounded", "look", "made_by", "probe", "sample"]
 
-SAMPLE = 12  # layers; changed ones are found among twice as many
-HANDY = 1 << 21  # entries: larger layers are looked at only where there are too few others
-MOST = 0.5  # of the layers: as many have to agree before a difference is called an adapter's
+# layers in the sample; twice as many are tried, as some may be unchanged
+SAMPLE = 12
+# entries; larger layers are sampled only if there are too few smaller ones
+HANDY = 1 << 21
+# share of the layers that must agree on a merged adapter
+MOST = 0.5
 
 
 @dataclass(frozen=True)
 class Look:
-    """Of one layer: ‖Δ‖², what of it rounding left, its rank if it is that and rounding, its split if it is a product.
+    """Findings on one layer: ‖Δ‖², its rounding noise, its rank, its Kronecker split.
 
-    `noise` is `floor` too, but 0 where the difference lies within the grid of its file, and nothing can be told from noise.
+    `rank` is None unless Δ is of low rank up to rounding, `split` unless Δ is a Kronecker product.
+    `noise` equals `floor`, but is 0 if Δ cannot be distinguished from the rounding grid.
     """
 
     norm: float
@@ -43,36 +47,41 @@ class Look:
 
 @dataclass(frozen=True)
 class Probe:
-    """`floor`: rounding relative to ‖ΔW‖; `made`: the merged adapter that the difference is, None where it is none."""
+    """Findings on a difference: `floor` is its rounding relative to ‖ΔW‖.
+
+    `made` describes the merged adapter that the difference consists of, or is None.
+    """
 
     floor: float = 0.0
     made: Mapping[str, Any] | None = None
 
     @property
     def factor(self) -> int | None:
-        """Of the LoKr it is."""
+        """Return the factor of the merged LoKr, or None."""
         return None if self.made is None else self.made.get("factor")
 
     @property
     def rank(self) -> int | None:
-        """Of the LoRA it is."""
+        """Return the rank of the merged LoRA, or None."""
         return None if self.made is None else self.made.get("rank")
 
     def notes(self) -> list[str]:
-        """What a user should know of it."""
+        """Return notes for the user."""
         if self.made is None:
             return []
         if self.rank is not None:
             return [
-                f"this difference is a rank-{self.rank} LoRA: --rank {self.rank} keeps all of it but rounding."
+                f"this difference is a LoRA of rank {self.rank}; --rank {self.rank} keeps all of "
+                "it except rounding."
             ]
         return [
-            f"this difference is a LoKr: --algo lokr --factor {self.factor} keeps all of it but rounding."
+            f"this difference is a LoKr; --algo lokr --factor {self.factor} keeps all of it "
+            "except rounding."
         ]
 
 
 def as_rounded(tuned: Checkpoint, pair: Pair, tensor: Tensor) -> Tensor:
-    """A weight in the dtype it was rounded to: plain fp8 is read as float32. Of scaled fp8 only that is known."""
+    """Return a weight in the dtype it was rounded to; scaled fp8 stays float32."""
     dtypes = tuned.dtypes(pair.tuned)
     scaled = any(piece.name in tuned.quantization.scales for piece in pair.tuned)
     return tensor.to(torch_dtype(min(dtypes))) if dtypes <= set(FP8) and not scaled else tensor
@@ -81,7 +90,7 @@ def as_rounded(tuned: Checkpoint, pair: Pair, tensor: Tensor) -> Tensor:
 def look(
     pair: Pair, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
 ) -> Look:
-    """At one difference (m, n) of norm² > 0, `rounded` being the tuned weight in its own dtype."""
+    """Examine a difference (m, n) with norm² > 0; `rounded` is the tuned weight as stored."""
     from adaptkit.linalg.kronscan import FACTORS, scan_kron
     from adaptkit.linalg.noise import WEAK, rank_above_noise, rounding_noise, zero_share
 
@@ -103,10 +112,10 @@ def look(
 
 
 def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
-    """Which adapter was merged, where most layers agree: its kind and rank or factor, and how many say so."""
+    """Return the merged adapter that most layers agree on: algorithm, rank or factor, votes."""
     from adaptkit.linalg.noise import vote
 
-    # a factor is a vote of its own where layers of one size cannot tell it from another
+    # a layer that fits several factors votes for each of them
     factors = [factor for one in looks if one.split for factor in one.split.factors]
     if factors:
         best = vote(factors)
@@ -126,7 +135,7 @@ def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
 
 
 def sample(pairs: Sequence[Pair]) -> list[Pair]:
-    """Twice as many layers as are needed, evenly spread, handy ones first: some may not have changed."""
+    """Choose twice the needed layers, evenly spread and preferably small."""
     matrices = [
         pair
         for pair in pairs
@@ -141,7 +150,7 @@ def sample(pairs: Sequence[Pair]) -> list[Pair]:
 def probe(
     base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], resources: engine.Resources
 ) -> Probe:
-    """Look at a sample of the layers."""
+    """Examine a sample of the layers."""
     looks: list[Look] = []
     steps = [_step(pair, base, tuned) for pair in sample(pairs)]
 
@@ -173,7 +182,7 @@ def _one(
         return None
     delta = difference(theirs, ours)
     norm = float(norm_squared(delta))
-    # what is not finite is named when it is fitted
+    # fitting reports a difference that is not finite
     return look(pair, delta, norm, as_rounded(tuned, pair, theirs)) if 0 < norm < math.inf else None
 
 
