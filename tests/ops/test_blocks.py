@@ -174,10 +174,10 @@ def test_the_last_rule_that_matches_counts_and_each_is_reported() -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("unet", "no number"),
-        ("unet=x", "'x' is no number"),
-        ("unet=nan", "no number"),
-        ("=0.5", "no NAME=VALUE"),
+        ("unet", "expected a number"),
+        ("unet=x", "expected a number, got 'x'"),
+        ("unet=nan", "expected a number"),
+        ("=0.5", "expected NAME=VALUE"),
         ("", "empty"),
         ("te=1,,unet=0", "empty"),
         ("1,0,1", "no vector of 3 values is known for Stable Diffusion 1"),

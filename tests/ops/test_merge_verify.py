@@ -194,7 +194,7 @@ def test_one_flipped_bit_of_an_untouched_tensor_is_caught(
         path.write_bytes(data)
 
     monkeypatch.setattr(Output, "finish", finish)
-    with pytest.raises(CorruptFile, match="no adapter touches it") as caught:
+    with pytest.raises(CorruptFile, match="an unchanged tensor differs") as caught:
         run(base, (adapter, 1.0))
     assert caught.value.tensor == VAE
     assert not (tmp_path / "out.safetensors").exists()

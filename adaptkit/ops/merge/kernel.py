@@ -1,4 +1,7 @@
-"""The kernel of a merge: all adapters of a weight added in float32 and rounded once, for one output or several at once."""
+"""The kernel of a merge: add all adapters of a weight in float32 and round once.
+
+One pass serves one output or several.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ __all__ = ["Blender", "Merged"]
 
 @dataclass(frozen=True)
 class Merged:
-    """‖W‖², ‖ΔW‖² and the ‖·‖² lost to rounding; the tensor as stored (with its scale), unless it is written already."""
+    """Squared norms of W, ΔW and the rounding error of one output tensor.
+
+    `tensor` (with `scale`) is the stored result, or None if it is written already.
+    """
 
     tensor: Tensor | None
     scale: Tensor | None
@@ -37,15 +43,9 @@ class Merged:
     rounding: float
 
 
-# planning: no torch from here to Blender ------------------------------------------------------------------------------
-
-
-# computing ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Part:
-    """Weights that go onto rows [start, stop) of a tensor, and where they come from: the same from one file twice."""
+    """Weights that are added to rows [start, stop) of a tensor; equal `origin`, equal weights."""
 
     weights: Weights
     start: int
@@ -53,18 +53,18 @@ class _Part:
     origin: Hashable
 
     def add(self, whole: Tensor, strength: float) -> None:
-        """Onto the whole tensor (..., m, n)."""
+        """Add to the whole tensor (..., m, n)."""
         view = whole[..., self.start : self.stop, :]
         applied = self.weights.apply(view, strength)
         if applied is not view:
             view.copy_(applied)
 
     def within(self, first: int, last: int) -> tuple[int, int]:
-        """The rows of the tensor, of [first, last), that it goes onto; an empty range where it goes onto none."""
+        """Return the rows within [first, last) that are added to, possibly an empty range."""
         return max(first, self.start), min(last, self.stop)
 
     def delta(self, first: int, last: int) -> Tensor:
-        """ΔW (..., last - first, n) of these rows of the tensor."""
+        """Return ΔW (..., last - first, n) of these rows of the tensor."""
         if (first, last) == (self.start, self.stop):
             return self.weights.delta()
         return self.weights.part(first - self.start, last - self.start).delta()
@@ -72,8 +72,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Target:
-    """One output of tensors in blocks of rows: a block as it is stored, where each tensor goes, what is added, and the sums
-    ‖ΔW‖² and ‖rounding‖² so far."""
+    """One output of stacked tensors, in blocks of rows.
+
+    `out` is a block as stored, `pieces` the destination of each tensor, `parts` what is added.
+    `delta` and `rounding` are the sums ‖ΔW‖² and ‖rounding‖² so far.
+    """
 
     out: Tensor
     pieces: tuple[Pieces | Scattered, ...]
@@ -82,7 +85,7 @@ class _Target:
     rounding: Tensor
 
     def write(self, rows: Tensor, start: int) -> Tensor:
-        """Round rows (b, k, n) from row `start` on, and write them; as they were rounded."""
+        """Round and write rows (b, k, n) from row `start`; return them as rounded."""
         rounded = self.out[:, : rows.shape[-2]].copy_(rows)
         for pieces, tensor in zip(self.pieces, rounded, strict=True):
             pieces.put(tensor, start * rows.shape[-1])
@@ -90,14 +93,14 @@ class _Target:
 
 
 class _Deltas:
-    """ΔW of a block of rows, worked out once for all outputs that add the same."""
+    """A cache of ΔW of a block of rows, for outputs that add the same weights."""
 
     def __init__(self, targets: Sequence[_Target]) -> None:
         self.uses = Counter(part.origin for target in targets for part, _ in target.parts)
         self.kept: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def of(self, part: _Part, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """(ΔW, ‖ΔW‖²) of these rows; for blocks one after the other."""
+        """Return (ΔW, ‖ΔW‖²) of these rows of the current block."""
         from adaptkit.linalg.precision import norm_squared
 
         if part.origin in self.kept:
@@ -109,19 +112,19 @@ class _Deltas:
         return found
 
     def clear(self) -> None:
-        """The block is done."""
+        """Drop the cached deltas of the block."""
         self.kept.clear()
 
 
 class Blender:
-    """Reads and merges the tensors of several plans on one base into their outputs; a plan by itself is one of one."""
+    """Read and merge the tensors of plans on one base; a single plan is a batch of one."""
 
     def __init__(self, plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
         self.plans, self.outputs = plans, outputs
         self.base = plans[0].base
 
     def load(self, joint: JointMerge) -> dict[str, Tensor]:
-        """The weight, its scale, and the factors of every output."""
+        """Read the weight, its scale, and the factors of every output."""
         loaded = {"base": self.base.source.read(joint.name)}
         if (key := self.base.quantization.scales.get(joint.name)) is not None:
             loaded["scale"] = self.base.source.read(key)
@@ -137,9 +140,10 @@ class Blender:
     def blend(
         self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]
     ) -> list[list[Merged | None]]:
-        """All adapters of a tensor are applied in float32 (float64 for such a base), then rounded once.
+        """Apply all adapters in float32 (float64 for a float64 base), then round once.
 
-        Tasks are of equal shapes and contributions; the tensors of all are stacked. For each joint what each output gets.
+        The joints have equal shapes and contributions, and their tensors are stacked. Return, for
+        each joint, the result of each output.
         """
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
         found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
@@ -165,7 +169,7 @@ class Blender:
     def _parts(
         self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
     ) -> Iterator[tuple[_Part, float]]:
-        """What this output adds, with factors in their compute dtype, and with which strength."""
+        """Yield what an output adds, with factors in the compute dtype, and the strength."""
         from adaptkit.linalg.precision import upcast
 
         for c, source in zip(
@@ -180,7 +184,7 @@ class Blender:
                 start, stop = c.rows or (0, rows)
                 yield _Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
 
-    # in blocks of rows
+    # tensors in blocks of rows
 
     def _by_rows(
         self,
@@ -189,7 +193,7 @@ class Blender:
         tensors: Mapping[str, Tensor],
         stored: Tensor,
     ) -> list[list[Merged]]:
-        """What became of the tensors in each output; every block is written as soon as it is rounded."""
+        """Merge block by block and write every rounded block; return the results per output."""
         import torch
 
         from adaptkit.linalg.precision import compute_dtype, empty, norm_squared
@@ -269,7 +273,7 @@ class Blender:
         pieces.close()
         return Merged(None, None, weight, delta, rounding)
 
-    # as a whole
+    # tensors as a whole
 
     def _whole(
         self,
@@ -280,7 +284,7 @@ class Blender:
         scale: Tensor | None,
     ) -> list[Merged]:
         wide = widened(stored, scale)
-        # what ΔW is measured from: the numbers that were meant, not their codes
+        # ΔW is measured from the decoded numbers of a quantised weight
         before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
         self._add(number, joints[0], matrix, tensors)
@@ -323,14 +327,15 @@ class Blender:
     def _rounded(
         self, number: int, merge: TensorMerge, merged: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(as stored, its new scale if it has one, the numbers that these mean)."""
+        """Return the stored tensor, its new scale, and the decoded numbers."""
         from adaptkit.linalg.precision import cast
 
         if merge.scale is not None and scale is not None:
             rounded, fresh = quantised(merged, scale, merge.dtype)
             return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
         target = torch_dtype(merge.dtype)
-        try:  # fp8 clamps where the others overflow, which shows in the sums
+        # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
+        try:
             rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
         except NonFinite:
             raise self._too_large(number, merge) from None
@@ -340,14 +345,15 @@ class Blender:
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            f"the merged weight does not fit {str(torch_dtype(merge.dtype)).removeprefix('torch.')}",
+            "the merged weight does not fit "
+            f"{str(torch_dtype(merge.dtype)).removeprefix('torch.')}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
         )
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
-        """Who holds it, by reading once more."""
+        """Read the inputs again to find the tensor with NaN or infinity."""
         import torch
 
         plan = self.plans[number]
@@ -364,7 +370,7 @@ class Blender:
 def _blended(
     target: _Target, deltas: _Deltas, start: int, before: Tensor, after: Tensor, spare: Tensor
 ) -> Tensor:
-    """Put W + Σ strength·ΔW of a block of rows into `after`; ‖after − before‖² of it."""
+    """Put W + Σ strength·ΔW of a block of rows into `after`; return ‖after − before‖²."""
     import torch
 
     from adaptkit.linalg.precision import norm_squared

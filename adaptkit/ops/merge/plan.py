@@ -1,4 +1,4 @@
-"""What a merge will do, known before a weight is read: the options, the tensors it makes, the plan."""
+"""The plan of a merge: its options and the tensors it computes, from headers only."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
 
 @dataclass(frozen=True)
 class Options(Shared):
-    """Options of a merge beside those every verb shares.
+    """Options of merge.
 
-    `blocks`: weights of modules, by rules (see adaptkit.ops.merge.block_weights). `verify`: read the output back and compare it with
-    base + ΔW. `shard_size`: write shards of at most so many bytes. `layout`: `single-file` (the
-    original names) or `folder` (diffusers'), where the base has the other.
+    `blocks` are rules for the strength of modules (see adaptkit.ops.merge.block_weights). `verify`
+    reads the output back and compares it with base + ΔW. `shard_size` is the maximum size of a
+    shard in bytes. `layout` is `single-file` (original names) or `folder` (diffusers' names).
     """
 
     blocks: tuple[str, ...] = ()
@@ -40,9 +40,9 @@ class Options(Shared):
 
 @dataclass(frozen=True)
 class Contribution:
-    """One entry of one adapter, on all rows of a tensor (`rows` None) or some; `cut`: only these rows of the entry.
+    """One entry of an adapter, added to `rows` of a tensor (None: all).
 
-    `strength` is the adapter's times the block weight.
+    `cut` selects rows of the entry. `strength` is the adapter's times the block weight.
     """
 
     adapter: int
@@ -55,7 +55,10 @@ class Contribution:
 
 @dataclass(frozen=True)
 class TensorMerge:
-    """One tensor of the base, the dtype it gets, and all that is added to it; `scale`: its scale, which is made anew."""
+    """One tensor of the base, its new dtype and the contributions to it.
+
+    `scale` names its scale tensor, which is computed again.
+    """
 
     name: str
     dtype: str
@@ -64,20 +67,20 @@ class TensorMerge:
 
     @property
     def changes(self) -> bool:
-        """Whether anything is added at all."""
+        """Return whether any contribution has a strength other than 0."""
         return any(c.strength for c in self.contributions)
 
     def writes(self) -> tuple[str, ...]:
-        """The tensors of the output that it makes."""
+        """Return the names of the tensors that it writes."""
         return (self.name,) if self.scale is None else (self.name, self.scale)
 
 
 @dataclass(frozen=True)
 class Plan(Closing):
-    """Everything known before a weight is read. `strengths` go with `adapters`.
+    """The state of a merge before any weight is read; `strengths` are those of `adapters`.
 
-    `merges` are the tensors that adapters have modules for, `working` those that are not copied: where something is added,
-    or the dtype becomes another; `steps` are about these.
+    `merges` are the tensors that adapters have modules for. `steps` are the tensors to compute:
+    those with something to add or with a new dtype. All others are copied.
     """
 
     base: Checkpoint
@@ -94,11 +97,11 @@ class Plan(Closing):
 
     @property
     def computed(self) -> tuple[TensorMerge, ...]:
-        """The tensors that are not copied."""
+        """Return the tensors that are computed, not copied."""
         return tuple(step.payload for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--dry-run` prints."""
+        """Return what `--dry-run` prints."""
         return {
             "output": str(self.output),
             "family": self.base.family.name,
@@ -130,7 +133,7 @@ class Plan(Closing):
         }
 
     def described(self) -> list[dict[str, Any]]:
-        """The adapters: path, format, strength, how many of their modules apply."""
+        """Return path, format, strength and number of applied modules of each adapter."""
         counts = [
             sum(c.adapter == n for merge in self.merges for c in merge.contributions)
             for n in range(len(self.adapters))

@@ -1,4 +1,4 @@
-"""merge: what was merged."""
+"""Report of a merge."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True, kw_only=True)
 class Report(WriterReport):
-    """What was merged: `tensors_changed` differ from the base, and ‖ΔW‖/‖W‖ over the touched ones.
+    """Report of a merge; `relative_change` is ‖ΔW‖/‖W‖ over the tensors with modules.
 
-    `blocks`: the same for each block; `block_weights`: what each rule of `--blocks` got; `left_out`: files of the base's
-    folder that are not in the output, because they hold the weights that were merged into once more.
+    `blocks` has the same numbers per block, `block_weights` the modules of each rule of
+    `--blocks`. `left_out` lists files of the base's folder that are not in the output, because
+    they duplicate the weights before the merge.
     """
 
     family: str
@@ -43,7 +44,7 @@ class Report(WriterReport):
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the JSON document."""
         extra = {
             "family": self.family,
             "adapters": [dict(item) for item in self.adapters],
@@ -61,18 +62,20 @@ class Report(WriterReport):
         return {**super().to_dict(), **extra}
 
 
-ONLY_WEIGHTS = "the folder holds weights only: its config.json files are those of any diffusers folder of this model"
-
-
+ONLY_WEIGHTS = (
+    "the folder holds weights only; take the config.json files from any diffusers folder of this "
+    "model"
+)
 UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 
 
 def report_of(
     plan: Plan, found: Mapping[str, Merged], verified: Verified | None, seconds: float
 ) -> Report:
+    """Make the report from the results of the computed tensors."""
     results = {merge.name: found.get(merge.name, UNCHANGED) for merge in plan.merges}
     delta = sum(result.delta for result in results.values())
-    # what a change of dtype does to the layers without an adapter is no loss of theirs
+    # the error counts only the layers with an adapter, not those that only change the dtype
     rounding = sum(result.rounding for result in results.values())
     weight = sum(result.weight for result in results.values())
     written = (
@@ -109,7 +112,7 @@ def report_of(
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    """√(part / whole) of sums of squares; None where there is nothing to compare with."""
+    """Return √(part / whole) of sums of squares, or None if the whole is 0."""
     return (part / whole) ** 0.5 if whole else None
 
 
@@ -126,7 +129,7 @@ def _detail(merge: TensorMerge, c: Contribution, result: Merged) -> dict[str, An
 
 
 def _by_block(plan: Plan, results: Mapping[str, Merged]) -> Iterator[dict[str, Any]]:
-    """Tensors changed and ‖ΔW‖/‖W‖ of each block, in the base's order."""
+    """Yield the changed tensors and ‖ΔW‖/‖W‖ of each block, in the order of the base."""
     blocks: dict[str, list[TensorMerge]] = {}
     for merge in plan.merges:
         c = merge.contributions[0]

@@ -1,4 +1,4 @@
-"""merge: bake adapters into a checkpoint, streaming; what no adapter touches is copied as bytes."""
+"""merge: stream a checkpoint and add adapters; copy unchanged tensors byte for byte."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ __all__ = ["Options", "Plan", "run"]
 
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
-    """Merge and write; the only part that reads weights."""
+    """Read the weights, merge and write."""
     return run_together([plan], progress)[0]
 
 
 def run_together(plans: Sequence[Plan], progress: Progress | None = None) -> list[Report]:
-    """Several merges into one base, which is read once for as many outputs as fit in memory; each is as `run` makes it.
+    """Run several merges into one base, with the same results as `run`.
 
-    The seconds of a report are its share. An error of one ends all, and none of those under way appears.
+    The base is read once for as many outputs as fit into memory. Each report has its share of the
+    seconds. An error ends all merges, and no unfinished output appears.
     """
     return [report for group in _groups(plans) for report in _run(group, progress)]
 
 
 def _groups(plans: Sequence[Plan]) -> Iterator[list[Plan]]:
-    """As many at once as the largest tensor of the base leaves room for."""
+    """Group the plans so that the steps of a group fit into memory."""
     held: list[Plan] = []
     for plan in plans:
         more = [*held, plan]
@@ -67,7 +68,8 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         outputs = [stack.enter_context(_output(plan, hashes)) for plan in plans]
         blender = Blender(plans, outputs)
         copying = _Background(lambda: _copy_untouched(plans, outputs))
-        last.callback(copying.join)  # after the outputs are given up, which ends it
+        # after the outputs are aborted, which ends the copying
+        last.callback(copying.join)
 
         def store(joint: JointMerge, results: Sequence[Merged | None]) -> None:
             for merge, result, output, records in zip(
@@ -88,10 +90,10 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         copying.wait()
         for plan in plans:
             if not plan.options.verify:
-                plan.close()  # on Windows a file that is open cannot be replaced
-        with ThreadPoolExecutor(
-            len(plans)
-        ) as disk:  # each waits for the disk, which takes them all at once
+                # on Windows an open file cannot be replaced
+                plan.close()
+        # each output waits for the disk, which syncs them all at once
+        with ThreadPoolExecutor(len(plans)) as disk:
             verified = list(disk.map(_finished, plans, outputs))
     seconds = (time.perf_counter() - started) / len(plans)
     return [report_of(*each, seconds) for each in zip(plans, found, verified, strict=True)]
@@ -129,7 +131,7 @@ def _held(results: Sequence[Merged | None]) -> int:
 
 
 class _Background:
-    """Work on a thread of its own: copying is the system's, and torch is imported meanwhile."""
+    """Work on a background thread: the system copies files while torch is imported."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work, self._failure = work, []  # type: tuple[Callable[[], None], list[BaseException]]
@@ -143,11 +145,11 @@ class _Background:
             self._failure.append(error)
 
     def join(self) -> None:
-        """Wait for its end, whichever it takes."""
+        """Wait for the end of the work, failed or not."""
         self._thread.join()
 
     def wait(self) -> None:
-        """Wait for it; its error is raised here."""
+        """Wait for the end of the work and raise its error."""
         self.join()
         if self._failure:
             raise self._failure[0]

@@ -1,4 +1,4 @@
-"""merge: the steps of one or several merges into one base, and the memory each needs."""
+"""Steps of one or several merges into one base, with the memory of each."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "JointMerge", "combined", "row_step", "step_of"]
 
 
-BLOCK = 1 << 19  # entries added to at a time: three blocks of float32, which stay in the cache
-
-
-LARGEST = (
-    1 << 22
-)  # entries that a block may have where a kind can only be cut between its own blocks
+# entries merged at a time: three such blocks of float32 stay in the cache
+BLOCK = 1 << 19
+# greatest number of entries of a block for algorithms that can only be cut at certain rows
+LARGEST = 1 << 22
 
 
 @dataclass(frozen=True)
 class JointMerge:
-    """One tensor of the base and what becomes of it in each output; None where an output copies it.
+    """One tensor of the base with its merge for each output; None if an output copies it.
 
-    `sources`: for each output, which stored entry each contribution is; outputs that add the same one share its number.
+    `sources` numbers the stored entry of each contribution per output. Outputs that add the same
+    entry share its number.
     """
 
     name: str
@@ -42,7 +41,7 @@ class JointMerge:
 
 
 def step_of(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[TensorMerge]:
-    """The step of one merge; its bytes are those of one output."""
+    """Return the step of one merge for a single output."""
     shared, own = _sizes(merge, base, adapters)
     factors = sum(_factors(merge, adapters).values())
     return Step(
@@ -51,7 +50,7 @@ def step_of(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -
 
 
 def combined(plans: Sequence[Plan]) -> tuple[Step[JointMerge], ...]:
-    """One step for each tensor that any of these outputs on one base does not copy."""
+    """Return one step per tensor that at least one output computes."""
     base = plans[0].base
     found: dict[str, list[tuple[int, Step[TensorMerge]]]] = {}
     for number, plan in enumerate(plans):
@@ -98,10 +97,11 @@ def _sources(
 
 
 def _sizes(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int, int]:
-    """Bytes that all outputs of a tensor share, and those that each needs for itself.
+    """Return the bytes that all outputs of a tensor share, and the bytes of each output.
 
-    In blocks of rows that is W as stored and four blocks, and one block. Else the result, and W in float32 and, for a kind
-    without factors, its dense ΔW; scaled weights are kept as they were read, and widened once more to see what rounding did.
+    A tensor in blocks of rows needs W as stored and four shared blocks, and one block per output.
+    A whole tensor needs W as stored and in float32, the result, and the dense ΔW of an algorithm
+    without factors. Scaled weights are also kept as read and decoded to measure the rounding.
     """
     info = base.source.infos[merge.name]
     own = nbytes(merge.dtype, info.shape)
@@ -118,7 +118,7 @@ def _sizes(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) ->
 
 
 def _factors(merge: TensorMerge, adapters: Sequence[Adapter]) -> dict[tuple[Path, Slot], int]:
-    """Bytes of each entry that is added, as stored and widened."""
+    """Return the bytes of each added entry, as stored and widened."""
     found = {}
     for c in merge.contributions:
         if c.strength:
@@ -130,7 +130,7 @@ def _factors(merge: TensorMerge, adapters: Sequence[Adapter]) -> dict[tuple[Path
 
 
 def _shape(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[object, ...]:
-    """What the members of a batch have in common."""
+    """Return what the members of a batch have in common."""
     info = base.source.infos[merge.name]
     contents = tuple(
         (c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter, c.strength)
@@ -159,7 +159,7 @@ def _columns(shape: Sequence[int]) -> int:
 
 
 def row_step(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> int | None:
-    """How many rows belong together where a merge may go through blocks of rows; None where it needs the whole weight."""
+    """Return the row multiple at which a merge may be cut; None if it needs the whole weight."""
     info, place = base.source.infos[merge.name], base.places.get(merge.name)
     bits = DTYPES[info.dtype], DTYPES[merge.dtype]
     if (
@@ -168,7 +168,8 @@ def row_step(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) 
         or min(bits) <= 8
         or not info.shape
     ):
-        return None  # fp8 is widened and rounded by rules of its own
+        # fp8 has its own decoding and rounding
+        return None
     if place is not None and (place.transposed or place.swapped):
         return None
     step = 1
