@@ -41,7 +41,7 @@ class TestConvert:
         assert done.stdout == "mein stil-diffusers.safetensors\n"
         assert "kohya → diffusers" in done.stderr
         again = adaptkit("convert", source.name, "--to", "diffusers", cwd=tmp_path)
-        refused(again, "exists already", "--overwrite")
+        refused(again, "already exists", "--overwrite")
         made = adaptkit("convert", source.name, "--to", "peft", "--only", "unet", cwd=tmp_path)
         assert made.stdout == "mein stil-peft\n"
         assert (tmp_path / "mein stil-peft" / "adapter_config.json").is_file()

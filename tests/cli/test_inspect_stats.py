@@ -102,7 +102,7 @@ class TestHeatMap:
         tensors[down][:] = torch.nan
         save_file(tensors, tmp_path / "a.safetensors")
         shown = adaptkit("inspect", tmp_path / "a.safetensors", "--stats").stdout
-        assert f"what {len(ups)} lora+dora modules change depends on the weights" in shown
+        assert f"ΔW of {len(ups)} lora+dora modules depends on the weights" in shown
         (row,) = [
             line
             for line in shown.splitlines()
@@ -327,7 +327,7 @@ class TestRefusals:
     ) -> None:
         (tmp_path / "a.svg").write_text("mine")
         done = adaptkit("inspect", tiny / "lora-kohya.safetensors", "--plot", tmp_path / "a.svg")
-        refused(done, "exists already", "--overwrite")
+        refused(done, "already exists", "--overwrite")
         with pytest.raises(WouldOverwrite):  # or comes up while the weights are read
             _plot.draw(report, tmp_path / "a.svg", overwrite=False)
         assert (tmp_path / "a.svg").read_text() == "mine"

@@ -261,7 +261,7 @@ def test_options_that_contradict_each_other(tmp_path: Path, tiny: Path) -> None:
         merged(base, lora, tmp_path / "x.safetensors", layout="folder")
     with pytest.raises(NotRepresentable, match="shards need a folder"):
         merged(base, lora, tmp_path / "x", layout="single-file", shard_size=1000)
-    with pytest.raises(WrongUsage, match="single-file and folder"):
+    with pytest.raises(WrongUsage, match="single-file or folder"):
         merged(base, lora, tmp_path / "x", layout="zip")
     stranger = save(
         tmp_path / "s.safetensors", {f"a.{n}.weight": torch.ones(4, 4) for n in range(4)}

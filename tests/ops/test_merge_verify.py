@@ -140,7 +140,7 @@ def test_a_weight_that_is_off_by_two_steps_is_named_and_the_old_output_stays(
         honest(self, tensor, first)
 
     monkeypatch.setattr(Pieces, "put", put)
-    with pytest.raises(CorruptFile, match=r"not base \+ ΔW") as caught:
+    with pytest.raises(CorruptFile, match=r"differs from base \+ ΔW") as caught:
         run(base, (adapter, 1.0), overwrite=True)
     assert caught.value.tensor == key
     assert Path(str(caught.value.file)) == tmp_path / "out.safetensors"

@@ -1,4 +1,4 @@
-"""What a recipe may say for each command, and its values read as the Options of that command want them."""
+"""Values of a recipe: the keys of each command, and their conversion to its Options."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ CHOICES = {"dtype": ("keep", *DTYPES), "svd": ("auto", "exact")}
 
 
 def names_of(command: str) -> set[str]:
-    """Every key that a job of this command may have."""
+    """Return every key that a job of this command may have."""
     found = verb(command)
     return {*found.inputs, *found.kinds}
 
 
 def nearest(kind: str, name: str, known: Iterable[str], place: str) -> NoSuchName:
-    """The error for a name that nobody knows, at its place in the recipe."""
+    """Return the error for an unknown name at its place in the recipe."""
     error = NoSuchName.among(kind, name, known)
     return NoSuchName(f"{place}: {error.message}", hint=error.hint)
 
 
 def check_known(name: str, known: Collection[str], place: str) -> None:
-    """Refuse an option that is not one, with those nearest to it."""
+    """Refuse an unknown option and suggest the nearest ones."""
     if name not in known:
         raise nearest("option", name, known, place)
 
 
 class Rooted(str):
-    """A path that a glob found: it has its folder already."""
+    """A path from a glob, which needs no folder."""
 
     __slots__ = ()
 
 
 def inside(root: Path, text: str) -> Path:
-    """A path as a recipe gives it: from the recipe's folder, unless it is absolute or begins with `~`."""
+    """Resolve a path of a recipe from its folder, unless it is absolute or begins with `~`."""
     return (
         Path(text)
         if isinstance(text, Rooted)
@@ -57,14 +57,14 @@ def inside(root: Path, text: str) -> Path:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the values of one job; WrongUsage names the job and the option where one is of the wrong type."""
+    """Read the values of one job; raise WrongUsage with job and option for wrong types."""
 
     root: Path
     place: str
     command: str
 
     def option(self, name: str, value: Any) -> Any:
-        """As Options has it: sizes in bytes, paths from the recipe's folder, lists as tuples."""
+        """Convert a value as Options requires: sizes in bytes, paths resolved, lists as tuples."""
         if name in IN_BYTES and isinstance(value, str):
             return self._size(name, value)
         if name == "factor" and value == "auto" and verb(self.command).default(name) is None:
@@ -80,7 +80,7 @@ class Reader:
         return kinds[verb(self.command).kinds[name]](name, value)
 
     def wrong(self, name: str, wanted: str, value: Any) -> WrongUsage:
-        """The error for a value that is not what was wanted."""
+        """Return the error for a wrong value."""
         shown = (
             f'"{value}"'
             if isinstance(value, str)
@@ -90,22 +90,22 @@ class Reader:
         )
         several = isinstance(value, list) and self.place.startswith("[[job]]")
         hint = "in a [[matrix]] a list makes several jobs" if several else None
-        return WrongUsage(f"{self.place}: {name} is {wanted}, not {shown}", hint=hint)
+        return WrongUsage(f"{self.place}: {name} must be {wanted}, got {shown}", hint=hint)
 
     def text(self, name: str, value: Any) -> str:
-        """A text that is not empty."""
+        """Read a string that is not empty."""
         if not isinstance(value, str) or not value:
-            raise self.wrong(name, "a text", value)
+            raise self.wrong(name, "a string", value)
         return value
 
     def path(self, name: str, value: Any) -> Path:
-        """A path, from the recipe's folder."""
+        """Read a path, relative to the recipe's folder."""
         if not isinstance(value, str) or not value:
             raise self.wrong(name, "a path", value)
         return inside(self.root, value)
 
     def number(self, name: str, value: Any) -> float:
-        """A finite number."""
+        """Read a finite number."""
         if (
             not isinstance(value, int | float)
             or isinstance(value, bool)
@@ -121,16 +121,16 @@ class Reader:
         return text
 
     def _texts(self, name: str, value: Any) -> tuple[str, ...]:
-        """A list of texts; one alone stands for a list of one."""
+        """Read a list of strings; a single string is a list of one."""
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
-            raise self.wrong(name, "a list of texts", value)
+            raise self.wrong(name, "a list of strings", value)
         return tuple(items)
 
     def _whole(self, name: str, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.wrong(
-                name, "a size such as 64MB" if name in IN_BYTES else "a whole number", value
+                name, "a size such as 64MB" if name in IN_BYTES else "an integer", value
             )
         return value
 

@@ -177,9 +177,10 @@ class Blocks:
         if self._unnamed:
             names = sorted(self._unnamed, key=(UNET + FLUX).index)
             count = sum(self._unnamed.values())
+            modules = "1 module" if count == 1 else f"{count} modules"
             raise WrongUsage(
                 f"--blocks: the vector has no value for {', '.join(names)}, but these adapters "
-                f"have {count} modules there",
+                f"have {modules} there",
                 hint=f"pass the longer vector, or add {names[0]}=0 (as the web UI does) or =1",
             )
 

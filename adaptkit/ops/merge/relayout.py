@@ -91,7 +91,7 @@ class Relayout:
     def __init__(self, base: Checkpoint, given: Iterable[TensorSpec], layout: str) -> None:
         if not base.known:
             raise NotRepresentable(
-                "--layout: the key names of an unknown model family in other layouts are unknown",
+                "--layout: the model family is unknown, and with it the key names in other layouts",
                 hint="omit --layout",
                 file=base.source.path,
             )
