@@ -1,4 +1,4 @@
-"""Names of the parts of a model: the block and the kind of layer of each module."""
+"""The block and the kind of layer of each module, from its name."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ KINDS = (
 
 
 def block_of(label: str, component: str) -> str:
-    """Return the block of a module: its name up to the first block number, or its component.
+    """Return the block of a module, or its component if it is in no block.
+
+    The name of a block ends with the first number of a list of blocks.
 
     >>> block_of("unet.down_blocks.1.attentions.0.proj_in", "unet")
     'unet.down_blocks.1'

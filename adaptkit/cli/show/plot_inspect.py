@@ -35,7 +35,7 @@ FLOOR, MANY, LONG = 1e-6, 8, 64
 
 
 def draw(report: Report, path: Path, overwrite: bool) -> None:
-    """Write the picture of an adapter in the format of the suffix, completely or not at all."""
+    """Write the picture in the format of its suffix, completely or not at all."""
     if report.record.get("norm") is None:
         kinds = {
             "checkpoint": "the file is a checkpoint",
@@ -256,7 +256,7 @@ def _bars(page: _Page, left: float) -> None:
 
 
 def _ranks(page: _Page, left: float) -> None:
-    """Draw the median ranks of every block that hold 90 % and 99 % of the energy."""
+    """Draw the median ranks per block for 90 % and 99 % of the energy."""
     from matplotlib.ticker import MaxNLocator
 
     drawn = page.strip(left, RANKS)
@@ -287,7 +287,7 @@ def _ranks(page: _Page, left: float) -> None:
 
 
 def _spectra(page: _Page, left: float, report: Report) -> None:
-    """Draw σ/σ₁ of every list of blocks: the median and the middle 80 % of the layers."""
+    """Draw the median σ/σ₁ and its 80 % band for every list of blocks."""
     bands = {name: _band(spectra) for name, spectra in page.groups.items()}
     longest = max(band.shape[1] for band in bands.values())
     shown = [float(value) for band in bands.values() for value in band[1] if value > FLOOR]

@@ -1,4 +1,4 @@
-"""The log of a batch, in JSON lines next to the recipe, and the hashes of its inputs.
+"""The log of a batch and the hashes of its inputs, next to the recipe.
 
 A job is finished if the log has its output with the same key, and the output still has the
 recorded size and time. The key is a SHA-256 of the command, the contents of the inputs and the
@@ -98,7 +98,7 @@ class Ledger:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def content(self, path: Path) -> str:
-        """Return the SHA-256 of a file, or of the names and hashes of a folder or index."""
+        """Return the SHA-256 of a file, or of a folder's or index's names and hashes."""
         files = list(_files(path))
         if len(files) == 1 and files[0][1] == path:
             return self._sha256(path)
@@ -182,7 +182,7 @@ def _absolute(path: Path) -> Path:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file of JSON lines; skip a line cut off by a crash."""
+    """Yield the records of a JSON lines file; skip a truncated line."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -199,7 +199,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:
-    """Append a line in one write, so that lines never mix; a crash may cut it off."""
+    """Append a line in one write, so that lines never mix."""
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     try:
         with path.open("ab+", buffering=0) as file:
@@ -215,7 +215,7 @@ def _append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> Non
 
 
 def _stamp(path: Path) -> list[list[Any]]:
-    """Return [name, size, time] of a file or of all files of a folder; empty if missing."""
+    """Return [name, size, time] of every file of a path; empty if missing."""
     try:
         files = list(_files(path))
         stats = [(name, file.stat()) for name, file in files]
@@ -225,7 +225,7 @@ def _stamp(path: Path) -> list[list[Any]]:
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (name, file) for a file, the visible files below a folder, or an index and shards."""
+    """Yield (name, file) for a file, a folder's visible files, or an index and shards."""
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             name = file.relative_to(path)

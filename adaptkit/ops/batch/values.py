@@ -47,7 +47,7 @@ class Rooted(str):
 
 
 def inside(root: Path, text: str) -> Path:
-    """Resolve a path of a recipe from its folder, unless it is absolute or begins with `~`."""
+    """Resolve a path of a recipe relative to its folder; expand `~`."""
     return (
         Path(text)
         if isinstance(text, Rooted)

@@ -89,7 +89,7 @@ class Numbers:
 
     @property
     def over_b(self) -> float | None:
-        """Return ‖A − B‖ / ‖B‖: 0 if equal, None if only ‖B‖ is 0 or a norm is unknown."""
+        """Return ‖A − B‖ / ‖B‖, or None if undefined or unknown; 0 if A equals B."""
         return self._relative(self.b)
 
     def _relative(self, size: float) -> float | None:
@@ -99,7 +99,7 @@ class Numbers:
 
     @property
     def fitted(self) -> float | None:
-        """Return the factor of A that is nearest to B, ⟨A, B⟩ / ‖A‖²; None if A is 0."""
+        """Return ⟨A, B⟩ / ‖A‖², the factor of A nearest to B; None if A is 0."""
         return _quotient(self.inner, self.a) if self.known else None
 
 
@@ -204,7 +204,10 @@ def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool
 
 
 def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
-    """Form rows of one (a, b) ⊗ two (c, d): row i·c + p is one[i] ⊗ two[p]."""
+    """Form rows of one (a, b) ⊗ two (c, d).
+
+    Row i·c + p is one[i] ⊗ two[p].
+    """
     import torch
 
     row = torch.arange(start, stop, device=one.device)

@@ -142,7 +142,7 @@ def _size(entry: Entry) -> tuple[int, int]:
 
 
 def _rank(adapter: Adapter, entry: Entry) -> int | None:
-    """Return the rank of the factors; for a product of two sides, the product of their ranks."""
+    """Return the rank of the factors, for a product the product of the ranks."""
     shapes = {role: adapter.source.infos[key].shape for role, key in entry.tensors()}
     if {"w1", "w1_a"} & shapes.keys():
         return _side_rank(shapes, "w1") * _side_rank(shapes, "w2")
@@ -155,7 +155,9 @@ def _side_rank(shapes: Mapping[str, tuple[int, ...]], side: str) -> int:
 
 
 class Cuts(KeyMap):
-    """A key map that splits targets as an adapter file does, and the rest as its format does.
+    """A key map that splits targets as an adapter file does.
+
+    Targets that are not in the file are split as its format does.
 
     `twice` lists the slots that are left out because another slot has the same rows.
     """

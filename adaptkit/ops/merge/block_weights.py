@@ -67,7 +67,7 @@ NO_RULE = "(no rule)"
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule as written, or (`vector`) one number of a vector with the name of its block."""
+    """A rule as written, or (`vector`) one number of a vector."""
 
     name: str
     weight: float

@@ -117,7 +117,7 @@ class _Deltas:
 
 
 class Blender:
-    """Read and merge the tensors of plans on one base; a single plan is a batch of one."""
+    """Read and merge tensors of one base; a single plan is a batch of one."""
 
     def __init__(self, plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
         self.plans, self.outputs = plans, outputs

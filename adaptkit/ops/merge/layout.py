@@ -1,4 +1,4 @@
-"""Files of a merged checkpoint: one, or a folder with the shards and index of the base."""
+"""Files of a merged checkpoint: one file, or a folder like the base."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ LARGEST = 1 << 22
 
 @dataclass(frozen=True)
 class JointMerge:
-    """One tensor of the base with its merge for each output; None if an output copies it.
+    """One tensor of the base with its merge for each output.
 
-    `sources` numbers the stored entry of each contribution per output. Outputs that add the same
-    entry share its number.
+    A merge is None if that output copies the tensor. `sources` numbers the stored entry of each
+    contribution per output; outputs that add the same entry share its number.
     """
 
     name: str
@@ -159,7 +159,7 @@ def _columns(shape: Sequence[int]) -> int:
 
 
 def row_step(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> int | None:
-    """Return the row multiple at which a merge may be cut; None if it needs the whole weight."""
+    """Return the row multiple for cutting a merge; None if it needs the whole weight."""
     info, place = base.source.infos[merge.name], base.places.get(merge.name)
     bits = DTYPES[info.dtype], DTYPES[merge.dtype]
     if (
