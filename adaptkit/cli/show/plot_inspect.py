@@ -225,11 +225,7 @@ def _scale(page: _Page, left: float, top: float) -> None:
     page.write(left - 0.06, below + 0.1, "0", ha="right", fontsize=TINY)
     page.write(left + 1.26, below + 0.1, f"100 = {top:.3g}", fontsize=TINY)
     page.write(
-        left,
-        below + 0.27,
-        "root mean square of ‖ΔW‖ over the layers,",
-        fontsize=TINY,
-        color=MUTED,
+        left, below + 0.27, "root mean square of ‖ΔW‖ over the layers,", fontsize=TINY, color=MUTED
     )
     page.write(left, below + 0.38, "in % of the strongest cell", fontsize=TINY, color=MUTED)
 

@@ -38,17 +38,11 @@ def resized(talk: Talk, report: Report) -> None:
     rows = [
         ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
         ("modules", f"{report.modules}: {counts(report.changes, '{1} {0}')}"),
-        (
-            "ranks",
-            ranks(report.details),
-        ),
+        ("ranks", ranks(report.details)),
         ("weights", lossy(report.relative_error)),
     ]
     talk.written(
-        report,
-        rows,
-        ("algorithm", "rank_before", "rank", "relative_error", "module"),
-        report.notes,
+        report, rows, ("algorithm", "rank_before", "rank", "relative_error", "module"), report.notes
     )
 
 
@@ -59,10 +53,7 @@ def combined(talk: Talk, report: Report, inputs: Sequence[tuple[str, float]]) ->
         ("inputs", "\n".join(f"{PurePath(path).name} × {weight:g}" for path, weight in inputs)),
         ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
         ("modules", f"{report.modules}: {counts(kinds)}"),
-        (
-            "ranks",
-            ranks(report.details),
-        ),
+        ("ranks", ranks(report.details)),
         ("weights", lossy(report.relative_error)),
     ]
     talk.written(

@@ -213,8 +213,7 @@ class _Defaults:
         command = given.pop("command", None)
         if not isinstance(command, str):
             raise WrongUsage(
-                f"{place}: it has no command",
-                hint=f"add command, one of: {', '.join(verbs())}",
+                f"{place}: it has no command", hint=f"add command, one of: {', '.join(verbs())}"
             )
         if command not in verbs():
             raise nearest("command", command, verbs(), place)
@@ -316,8 +315,7 @@ class _Table:
                 )
         if command == "convert" and not self.values.keys() & {"to", "host", "algo", "dtype"}:
             raise WrongUsage(
-                f"{place}: it has no target format",
-                hint="add to, the name of a format, or host",
+                f"{place}: it has no target format", hint="add to, the name of a format, or host"
             )
         if "output" not in self.values:
             names = "-".join(f"{{{name}}}" for name in verb(command).inputs)

@@ -372,8 +372,7 @@ class _Run:
             self._failed(job, outcome)
         elif self.plan.ledger.signature(job) != signature:
             self._failed(
-                job,
-                Outcome(error=CHANGED, hint="run the batch again when the inputs are complete"),
+                job, Outcome(error=CHANGED, hint="run the batch again when the inputs are complete")
             )
         else:
             self.plan.ledger.done(job, found, outcome.report, outcome.seconds)

@@ -87,9 +87,7 @@ def open_pair(
     if ema and not any(checkpoint.ema for checkpoint in pair):
         _close(pair)
         raise NoSuchName(
-            "neither checkpoint holds averaged (EMA) weights",
-            hint="omit --ema",
-            file=tuned,
+            "neither checkpoint holds averaged (EMA) weights", hint="omit --ema", file=tuned
         )
     return pair
 

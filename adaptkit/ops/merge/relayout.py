@@ -257,10 +257,7 @@ class Relayout:
         """Return the single move of a tensor that is transposed on either side."""
         name, move = moves[0]
         if len(moves) > 1 or move.count != self._shape(name)[0]:
-            raise self._refusal(
-                f"{move.stored} is transposed, which needs a whole tensor",
-                name,
-            )
+            raise self._refusal(f"{move.stored} is transposed, which needs a whole tensor", name)
         turned = one.place.transposed != self._places[name].transposed
         return name, Move(move.path, move.stored, 0, self.given[name].shape[0], 0, turned)
 

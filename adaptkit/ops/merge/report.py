@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.ops.blocks import block_of
 from adaptkit.ops.merge.kernel import Merged
-from adaptkit.ops.shared import (
-    WriterReport,
-)
+from adaptkit.ops.shared import WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
     from adaptkit.ops.merge.output import Output
     from adaptkit.ops.merge.verify import Verified
-    from adaptkit.ops.shared import (
-        Progress,
-    )
+    from adaptkit.ops.shared import Progress
 
 __all__ = ["Options", "Plan", "run"]
 
