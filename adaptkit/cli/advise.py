@@ -51,9 +51,10 @@ def advise(
     verbose: bool,
     **chosen: Any,
 ) -> None:
-    """Find the adapter that suits the difference of two checkpoints: algorithm, rank and error.
+    """Compare adapters for the difference of two checkpoints.
 
-    BASE and TUNED are checkpoints as for extract. Nothing is written.
+    BASE and TUNED are checkpoints as for extract. The tables list algorithms, ranks, file sizes
+    and errors. Nothing is written.
 
     For a range of file sizes, the first table gives the error of a LoRA of one rank
     (extract --rank), of a LoRA of the same size with chosen ranks (--size), and of the best

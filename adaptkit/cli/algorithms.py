@@ -20,7 +20,7 @@ def _stored(kind: type[Weights], role: str) -> bool:
 @click.command()
 @talk
 def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the algorithms, the tensors each stores, and which can be extracted."""
+    """List the algorithms and the tensors that they store."""
     from adaptkit.cli.show.page import listed
     from adaptkit.keymap import algorithms as known
 

@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 def batch(
     recipe: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
 ) -> int:
-    """Run the jobs of RECIPE.toml: merges, extractions, conversions, resizes and combinations.
+    """Run the jobs of RECIPE.toml.
 
-    A [[job]] is one command with its inputs and options. In a [[matrix]] values may be lists, and
-    every combination is a job. [defaults] and [defaults.COMMAND] hold default values. Options are
-    those of the commands, with _ for -. Paths are relative to the folder of the recipe. Outputs
-    are named by templates.
+    Jobs are merges, extractions, conversions, resizes and combinations. A [[job]] is one command
+    with its inputs and options. In a [[matrix]] values may be lists, and every combination is a
+    job. [defaults] and [defaults.COMMAND] hold default values. Options are those of the commands,
+    with _ for -. Paths are relative to the folder of the recipe. Outputs are named by templates.
 
     \b
     [[matrix]]

@@ -40,11 +40,12 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
 @recasts
 @writer
 def combine(adapters: tuple[tuple[Path, float], ...], **chosen: Any) -> None:
-    """Combine adapters into one whose ΔW is the weighted sum of theirs.
+    """Combine adapters into their weighted sum.
 
-    The adapters may differ in rank, algorithm and key format, but must be of one model family.
-    The weight of an adapter follows its last colon (a.safetensors:0.5, b.safetensors:-1) and
-    defaults to 1; a weight of 0.5 halves the effect.
+    ΔW of the output is the weighted sum of the ΔW of all adapters. They may differ in rank,
+    algorithm and key format, but must be of one model family. The weight of an adapter follows
+    its last colon (a.safetensors:0.5, b.safetensors:-1) and defaults to 1; a weight of 0.5 halves
+    the effect.
 
     Without a rank rule the sum is exact and its rank is the sum of the ranks. With a rank rule
     the sum is truncated optimally, and the report gives the error.

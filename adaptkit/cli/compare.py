@@ -38,7 +38,7 @@ def compare(
     verbose: bool,
     **chosen: Any,
 ) -> int:
-    """Measure the distance of two adapters, or how much of adapter A checkpoint B contains.
+    """Compare two adapters, or an adapter with a checkpoint.
 
     Two adapters may differ in format and algorithm. Their relative error is ‖A − B‖ / ‖B‖,
     computed in float64; a module of only one adapter counts in full. DoRA, OFT and other

@@ -24,12 +24,12 @@ HOSTS = ("comfyui", "diffusers", "kohya", "invokeai")
 @ranks
 @writer
 def convert(adapter: Path, **chosen: Any) -> None:
-    """Convert ADAPTER to another key format and account for every key.
+    """Convert ADAPTER to another key format.
 
-    Keys are renamed and tensors copied byte for byte. Layers that the formats fuse differently
-    are split or fused exactly. If the new format has no key for alpha, alpha is multiplied into
-    the weights, and the report gives the number of modules and the error. A key that would be
-    lost fails the run.
+    Keys are renamed and tensors copied byte for byte. Layers that the formats fuse differently are
+    split or fused exactly. If the new format has no key for alpha, alpha is multiplied into the
+    weights, and the report gives the number of modules and the error. A key that would be lost
+    fails the run.
 
     --algo also changes the algorithm. The result is exact if possible, and otherwise the nearest
     adapter, with the error in the report. A rank rule truncates the ranks in the same run.

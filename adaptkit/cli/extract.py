@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 @click.option("--ema", is_flag=True, help="Read the averaged (EMA) weights of a checkpoint.")
 @writer
 def extract(base: Path, tuned: Path, **chosen: Any) -> None:
-    """Extract the adapter that turns checkpoint BASE into checkpoint TUNED.
+    """Extract the adapter that turns BASE into TUNED.
 
     BASE and TUNED are checkpoints of one model family. Each is a .safetensors or .ckpt file, an
     index of shards or a diffusers folder, in any precision including fp8. Equal layers are left

@@ -44,9 +44,10 @@ def _loading(format: str) -> dict[str, list[str]]:
 @click.command()
 @talk
 def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the key formats with an example key, their writers, and the hosts that load them.
+    """List the key formats and the hosts that load them.
 
-    adaptkit reads all of them, also mixed in one file.
+    Each format is shown with an example key and the tools that write it. adaptkit reads all
+    formats, also mixed in one file.
     """
     from adaptkit.cli.show.page import listed
     from adaptkit.detect import formats as known

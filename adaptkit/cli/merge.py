@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )
 @writer
 def merge(base: Path, adapters: tuple[tuple[Path, float], ...], **chosen: Any) -> None:
-    """Merge adapters into checkpoint BASE and write the merged checkpoint.
+    """Merge adapters into checkpoint BASE.
 
     The strength of an adapter follows its last colon and defaults to 1; a negative strength
     subtracts. All adapters of a layer are added in float32 and rounded once. Unchanged layers are

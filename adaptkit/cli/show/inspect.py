@@ -112,7 +112,7 @@ def _file(report: inspect.Report) -> None:
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     evidence = record["evidence"]
     alike = (
-        f"  (or {', '.join(evidence['alternatives'])}, which has the same key names)"
+        f"  (the key names also fit {', '.join(evidence['alternatives'])})"
         if evidence["alternatives"]
         else ""
     )
