@@ -25,8 +25,10 @@ from adaptkit.ops import batch, merge
 from adaptkit.ops.batch.log import Ledger
 from adaptkit.ops.batch.output_names import filled, stem
 from adaptkit.ops.batch.recipe import Job, load
+from adaptkit.ops.batch.run import CHANGED
 from adaptkit.ops.batch.values import Reader
 from adaptkit.ops.batch.workers import Here, Processes, WorkerProcess
+from adaptkit.ops.merge.run import _groups
 from adaptkit.ops.merge.steps import combined
 from adaptkit.ops.verb import verb, verbs
 
@@ -432,7 +434,7 @@ class TestRuns:
 
         report = run(recipe(folder, RESIZE), GOING, engine=Meddling())
         assert statuses(report) == "ffff"
-        assert report.failures[0].outcome.error == batch.CHANGED
+        assert report.failures[0].outcome.error == CHANGED
 
     def test_jobs_on_one_base_follow_one_another(self, folder: Path) -> None:
         plan = batch.plan(recipe(folder, ALTERNATING), HERE)
@@ -596,9 +598,9 @@ class TestTogether:
             max(step.bytes for step in steps),
         )
         assert least < most
-        assert [len(group) for group in merge._groups(plans)] == [len(plans)]
+        assert [len(group) for group in _groups(plans)] == [len(plans)]
         for memory, count in ((most, 1), (most - 1, 2)):
-            groups = list(merge._groups(self.plans(folder, overwrite=True, memory=memory)))
+            groups = list(_groups(self.plans(folder, overwrite=True, memory=memory)))
             assert sum(map(len, groups)) == len(plans)
             assert len(groups) == count
 

@@ -262,7 +262,7 @@ def test_on_the_command_line(tmp_path: Path, tiny: Path, monkeypatch: pytest.Mon
     failed = adaptkit(*arguments, "--verify", "-o", tmp_path / "bad.safetensors")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "error: " in failed.stderr
-    assert "not base + ΔW" in failed.stderr
+    assert "differs from base + ΔW" in failed.stderr
     assert not (tmp_path / "bad.safetensors").exists()
 
 

@@ -33,7 +33,7 @@ def compared(talk: Talk, report: compare.Report) -> None:
         out = page()
         out.print(facts((name, value) for name, value in _lines(report) if value))
         _modules(out, report, talk.verbose)
-        _beside(report)
+        _print_notes(report)
     if report.exceeded:
         click.echo(click.style("error:", fg="red", bold=True) + f" {report.exceeded}", err=True)
 
@@ -138,7 +138,7 @@ def _badness(module: compare.ModuleDistance) -> float:
     return float("inf") if module.relative_error is None else module.relative_error
 
 
-def _beside(report: compare.Report) -> None:
+def _print_notes(report: compare.Report) -> None:
     err = page(stderr=True)
     for reason, count in Counter(item.reason for item in report.unused).items():
         first = next(item.key for item in report.unused if item.reason == reason)

@@ -191,7 +191,7 @@ def opened(
 
     if layout.folder:
         with publish_folder(path, layout.top, overwrite=overwrite) as made, ExitStack() as stack:
-            _beside(layout, made)
+            _write_others(layout, made)
             sinks = {
                 volume.path: stack.enter_context(
                     TensorSink(made / volume.path, volume.specs, metadata(volume))
@@ -224,7 +224,7 @@ def _rename(made: Path, path: Path) -> None:
         raise CannotWrite(f"cannot be written: {error.strerror or error}", file=path) from error
 
 
-def _beside(layout: Layout, made: Path) -> None:
+def _write_others(layout: Layout, made: Path) -> None:
     """Write indices and copy other files and unchanged weights files."""
     copies = {**layout.others, **{v.path: v.copied for v in layout.volumes if v.copied is not None}}
     folders = {(made / path).parent for path in (*copies, *layout.indices, *layout.files())}
