@@ -1,4 +1,4 @@
-"""The command line: Click and rich live here and nowhere else."""
+"""The command line; no other package imports Click or rich."""
 
 from __future__ import annotations
 

@@ -296,7 +296,7 @@ def test_a_vae_under_other_names_is_said_once(tmp_path: Path) -> None:
     found = pairing(*pair)
     assert not [pair for pair in found.pairs() if pair.slot is None]
     assert not found.lost
-    reason = "vae: the base has it under other names"
+    reason = "vae: the base uses other names"
     assert {item.key: item.reason for item in found.left} == {
         f"vae.decoder.{n}.weight": reason for n in range(2)
     }
@@ -428,7 +428,7 @@ def test_averaged_weights_are_what_differs(tmp_path: Path) -> None:
     ) ** 0.5 == pytest.approx(distance(base, averaged), rel=1e-5)
     assert {item.reason for item in found.left} == {"replaced: its average is read instead"}
     assert found.notes == (
-        f"Of the tuned checkpoint, the averaged (EMA) values of {second.ema} weights are read.",
+        f"The averaged (EMA) values of {second.ema} weights of the tuned checkpoint are read.",
     )
     first, second = open_pair(*paths, None)
     pairs = list(pairing(first, second).pairs())
