@@ -159,6 +159,6 @@ def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     assert record["made_by"]["factor"] == 8
     assert [one["rank"] for one in record["lora"]] == [1, 2, 4]
     assert {"lora_rank", "lora_size", "auto"} <= record["lora"][0].keys()
-    refused(adaptkit("advise", *pair, "--plot", tmp_path / "a.svg"), "exists already")
+    refused(adaptkit("advise", *pair, "--plot", tmp_path / "a.svg"), "already exists")
     refused(adaptkit("advise", *pair, "--plot", tmp_path / "a.gif"), ".svg", code=2)
     refused(adaptkit("advise", pair[0], tiny / "nothing.ckpt"), "nothing.ckpt")

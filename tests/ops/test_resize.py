@@ -304,7 +304,7 @@ def test_stacks_may_hold_zeros_and_what_needs_no_cut(
     assert report.relative_error == pytest.approx(relative(after, before), rel=1e-6)
     assert not after[PROJECTIONS[0]].any()
     whole = (tmp_path / "out.safetensors").read_bytes()
-    monkeypatch.setattr(_rewrite, "STACK", 1)
+    monkeypatch.setattr(rewriting, "STACK", 1)
     alone = run(source, rank=3)
     assert (tmp_path / "out.safetensors").read_bytes() == whole, "no member steers another"
     assert alone.details == report.details
