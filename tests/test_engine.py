@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from adaptkit import engine
-from adaptkit.engine import Resources, Step, Work, buckets, run
+from adaptkit.engine import Work, run
 from adaptkit.errors import AdaptkitError, NotEnoughMemory
+from adaptkit.steps import Resources, Step, buckets
 
 
 def steps(n: int, size: int = 10) -> list[Step[int]]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import same
 from adaptkit.checkpoint import exchanged
-from adaptkit.engine import Step
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.ops.compare.distance import (
     BLOCK,
@@ -22,6 +21,7 @@ from adaptkit.ops.compare.distance import (
     measure,
     widened,
 )
+from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
-from adaptkit.engine import Step, check_memory
 from adaptkit.errors import AdaptkitError, NothingToDo
 from adaptkit.ops.compare.distance import Numbers
 from adaptkit.ops.compare.inputs import Argument, Given, Inputs, open_inputs
 from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
 from adaptkit.ops.compare.measure import Measurer, needs_base
 from adaptkit.ops.shared import Closing, Progress, Shared, Unused
+from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

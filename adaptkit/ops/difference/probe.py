@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
-from adaptkit.engine import Step
 from adaptkit.files.quantized import FP8
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

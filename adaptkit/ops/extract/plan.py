@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.detect import chosen, formats
-from adaptkit.engine import Step, check_memory, peak_memory
 from adaptkit.errors import NoSuchName, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms
@@ -21,6 +20,7 @@ from adaptkit.ops.shared import (
     refuse_unused,
     stored_dtype,
 )
+from adaptkit.steps import Step, check_memory, peak_memory
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
-from adaptkit.engine import Step
 from adaptkit.ops.difference.pairing import Pair
 from adaptkit.ops.difference.probe import Probe, probe
 from adaptkit.ops.extract.fit import FitRecipe, Fitter
@@ -18,6 +17,7 @@ from adaptkit.ops.ranks.forms import Fitted, Form, Pick
 from adaptkit.ops.shared import (
     Progress,
 )
+from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

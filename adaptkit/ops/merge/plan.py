@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.engine import peak_memory
 from adaptkit.files.header import nbytes
 from adaptkit.ops.shared import Closing, Shared
+from adaptkit.steps import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from adaptkit.adapter import Adapter, Entry
     from adaptkit.checkpoint import Checkpoint
-    from adaptkit.engine import Step
     from adaptkit.files.header import TensorSpec
     from adaptkit.ops.merge.layout import Layout
     from adaptkit.ops.shared import Unused
+    from adaptkit.steps import Step
 
 __all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
 

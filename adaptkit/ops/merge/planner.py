@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter, Entry
 from adaptkit.checkpoint import Checkpoint, Piece
-from adaptkit.engine import check_memory
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
 from adaptkit.ops.merge.block_weights import Blocks
@@ -23,6 +22,7 @@ from adaptkit.ops.shared import (
     selected,
     stored_dtype,
 )
+from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.engine import Step
 from adaptkit.files.header import DTYPES, nbytes
+from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Weights
-    from adaptkit.engine import Step
     from adaptkit.files.source import TensorSource
     from adaptkit.keymap import Place
     from adaptkit.ops.merge.layout import Volume
     from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
+    from adaptkit.steps import Step
 
 __all__ = ["Verified", "verify"]
 

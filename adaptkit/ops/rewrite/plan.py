@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adaptkit.adapter import Adapter, Entry
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import formats
-from adaptkit.engine import Step, peak_memory
 from adaptkit.errors import (
     AdaptkitError,
     ShapeMismatch,
@@ -22,6 +21,7 @@ from adaptkit.keymap import KeyMap
 from adaptkit.ops.ranks.options import Ranked
 from adaptkit.ops.shared import Unused
 from adaptkit.respelling import Assembly
+from adaptkit.steps import Step, peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence

@@ -10,7 +10,6 @@ from adaptkit.adapter import Adapter, Entry
 from adaptkit.algorithms.contract import ALPHA, THIN
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import chosen, formats
-from adaptkit.engine import Step, check_memory
 from adaptkit.errors import (
     AdaptkitError,
     AmbiguousAdapter,
@@ -36,6 +35,7 @@ from adaptkit.ops.rewrite.plan import (
 )
 from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
 from adaptkit.respelling import Assembly, Respelling
+from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping, Sequence
