@@ -22,7 +22,7 @@ FLOORS = (
     ("errors", "memory", "names", "registry"),
     ("files", "linalg"),
     ("families", "formats", "algorithms"),
-    ("keymap", "suggest", "detect", "unknown", "adapter", "respelling", "checkpoint"),
+    ("keymap", "kinds", "suggest", "detect", "unknown", "adapter", "respelling", "checkpoint"),
     ("engine", "hosts"),
     ("ops",),
     ("cli",),
@@ -33,7 +33,7 @@ CHAINS = {
     "": FLOORS[3],
     "files": ("header", "provenance", "pickles", "source", "quantized", "_exchange", "sink"),
     "linalg": (
-        "precision", "krylov", "lowrank", "factored", "kron", "noise", "kronscan", "mixing",
+        "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
     ),
     "ops": ("verb", "shared", "blocks", "adapter_file", "ranks", "difference", "rewrite", "*"),
     "cli": ("show", "options", "*"),

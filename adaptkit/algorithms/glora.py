@@ -6,19 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms.contract import (
-    ALPHA,
-    Facts,
-    Role,
-    Shapes,
-    Stated,
-    Weights,
-    flat,
-    matched,
-    roles,
-    same,
-    scaling,
-)
+from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._stored import flat, matched, roles, scaling
+from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:

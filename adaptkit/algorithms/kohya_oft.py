@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._rotation import cayley, toward
-from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:

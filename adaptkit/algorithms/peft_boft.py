@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._rotation import cayley, toward
-from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights, matched, roles, same
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:

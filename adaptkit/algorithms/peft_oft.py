@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._rotation import toward
-from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights, matched, roles, same
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ class PeftOft(Weights):
             self, packed=upcast(self.packed) / (2 * math.sqrt(self.size - 1)), scaled=None
         )
 
-    def part(self, start: int, stop: int) -> Self:  # noqa: ARG002 the contract's names
+    def part(self, start: int, stop: int) -> Self:
         """The columns are turned alike in all rows."""
         return self
 

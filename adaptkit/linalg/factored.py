@@ -17,14 +17,13 @@ from adaptkit.linalg.precision import accumulate_dtype, compute_dtype, supports_
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["Core", "factored_core", "factored_svd", "product_distance", "product_inner"]
+__all__ = ["Core", "factored_core", "factored_svd"]
 
 CLEAR = 256.0  # times the length of a product: its terms may be so long, and float32 still gives six digits of it
 LOST = 1e-4  # of ‖ΔW‖²: below it a loss is that of rounding alone, which float32 does not tell well enough
 REGULAR = (
     1e-3  # of the largest pivot: a Gram matrix with none below is as good as its Cholesky factor
 )
-CANCELLED = 1e-10  # below this share of the norms a difference of Gram matrices has lost digits that a QR keeps
 
 Factors = tuple[Tensor, Tensor]
 
@@ -194,28 +193,3 @@ def factored_svd(left: Tensor, right: Tensor) -> LowRank:
     u, v = signed(left.to(wide) @ core.left, (core.right @ right.to(wide)).mT)
     zero = torch.zeros(core.s.shape[:-1], dtype=core.s.dtype, device=core.s.device)
     return LowRank(u.to(dtype), core.s.to(dtype), v.mT.to(dtype), zero)
-
-
-def product_inner(one: Factors, two: Factors) -> Tensor:
-    """⟨left · right, left' · right'⟩_F = tr((leftᵀ left')(right' rightᵀ)), (...,), in the dtype given (float64 to be exact)."""
-    return ((one[0].mT @ two[0]) * (one[1] @ two[1].mT)).sum((-1, -2))
-
-
-def product_distance(one: Factors, two: Factors, norm: float | None = None) -> Tensor:
-    """‖left · right − left' · right'‖²_F, (...,), for factors in float64 (float32 on MPS); `norm` is ‖left · right‖², if known.
-
-    From small Gram matrices; where those cancel, from the triangles of two QR decompositions, which keep the difference
-    to machine precision of the norms rather than of their squares. Exactly 0 for equal factors.
-    """
-    for same, other in ((1, 0), (0, 1)):
-        if one[same].shape == two[same].shape and torch.equal(one[same], two[same]):
-            change = one[other] - two[other]
-            pair = (change, one[1]) if same == 1 else (one[0], change)
-            return product_inner(pair, pair).clamp_min(0.0)
-    total = (product_inner(one, one) if norm is None else norm) + product_inner(two, two)
-    found = total - 2.0 * product_inner(one, two)
-    if bool((found < CANCELLED * total).any()):
-        left, right = torch.cat([one[0], -two[0]], -1), torch.cat([one[1], two[1]], -2)
-        r1, r2 = torch.linalg.qr(left)[1], torch.linalg.qr(right.mT)[1]
-        found = (r1 @ r2.mT).square().sum((-1, -2))
-    return found.clamp_min(0.0)
