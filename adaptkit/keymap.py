@@ -39,6 +39,7 @@ __all__ = [
     "split_suffix",
 ]
 
+OWN = "own"  # the template field of a format's own tags
 P = TypeVar("P")
 _FIELD = re.compile(r"\{(\w+)(?::(\d+))?\}")
 _DOTS = re.compile(r"\.")
@@ -382,7 +383,8 @@ def prefixes(part: Component, format: KeyFormat) -> tuple[str, ...]:
     found: list[str] = []
     for template in format.prefixes:
         tag = template.partition("{")[2].partition("}")[0]
-        found.extend(template.replace(f"{{{tag}}}", value) for value in part.tags.get(tag, ()))
+        values = format.tags.get(part.name, ()) if tag == OWN else part.tags.get(tag, ())
+        found.extend(template.replace(f"{{{tag}}}", value) for value in values)
     return tuple(found)
 
 

@@ -26,11 +26,6 @@ __all__ = ["NAME", "fallback", "family_of_weights"]
 
 NAME = "unknown"
 DENOISERS = ("transformer", "unet")
-ALIKE = (
-    ("kohya", "comfy"),
-    ("diffusers", "onetrainer", "lycoris"),
-    ("peft", "bare"),
-)  # styles that name modules alike
 SOURCE, NOWHERE = "source", "nowhere"
 TITLE = "an unknown family"
 
@@ -102,8 +97,7 @@ def _alike(format: KeyFormat, source: KeyFormat) -> bool:
     """Whether a format can spell the names that this source has."""
     if format is source:
         return True
-    group = next((group for group in ALIKE if source.style in group), ())
-    return format.style in group and source.joiner in (".", format.joiner)
+    return format.kin == source.kin != "" and source.joiner in (".", format.joiner)
 
 
 def _tags(component: str, source: KeyFormat) -> dict[str, tuple[str, ...]]:

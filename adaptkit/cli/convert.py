@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, ranks, recasts, writer
+from adaptkit.cli.options import HOST, PATH, ranks, recasts, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-HOSTS = ("comfyui", "diffusers", "kohya", "invokeai")
 
 
 @click.command()
@@ -20,7 +18,7 @@ HOSTS = ("comfyui", "diffusers", "kohya", "invokeai")
 @click.option(
     "--for",
     "host",
-    type=click.Choice(HOSTS),
+    type=HOST,
     help="Write what this host really loads for this family.",
 )
 @recasts

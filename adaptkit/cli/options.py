@@ -5,14 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from adaptkit.ops.ranks.options import rules
 from adaptkit.ops.shared import split_strength
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from adaptkit.ops.ranks.rules.contract import Rule
+
 __all__ = [
+    "EXTRACTABLE",
     "FACTOR",
+    "HOST",
     "PATH",
     "SIZE",
     "STRENGTH",
@@ -41,7 +49,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
             return value
         found = _SIZE.fullmatch(value.strip())
         if found is None or (found.group(3) and not found.group(2)):
-            self.fail(f"{value!r} is no size; write 500KB, 64MB, 1.5GB or 64MiB", param, ctx)
+            self.fail(f"invalid size {value!r}; write 500KB, 64MB, 1.5GB or 64MiB", param, ctx)
         number, unit, binary = found.groups()
         factor = _UNITS[unit.upper()]
         if binary:
@@ -71,10 +79,54 @@ class Factor(click.ParamType):  # type: ignore[type-arg]
         if value is None or isinstance(value, int) or value == "auto":
             return value if isinstance(value, int) else None
         if not value.isdecimal() or int(value) < 1:
-            self.fail(f"{value!r} is no factor; write a number from 1 on, or auto", param, ctx)
+            self.fail(f"invalid factor {value!r}; expected a number >= 1, or auto", param, ctx)
         return int(value)
 
 
+class Registered(click.ParamType):  # type: ignore[type-arg]
+    """A name from a registry, which is read when the option is used or shown."""
+
+    def __init__(self, name: str, names: Callable[[], Iterable[str]]) -> None:
+        self.name, self.names = name, names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self.names())}]"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"Choose from {', '.join(self.names())}."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        names = list(self.names())
+        if value not in names:
+            listed = ", ".join(map(repr, names))
+            self.fail(f"{value!r} is not one of {listed}.", param, ctx)
+        return str(value)
+
+
+class Algorithm(Registered):
+    """A name that the command itself checks, with the nearest names in its message."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "|".join(self.names())
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+
+def _hosts() -> Iterable[str]:
+    from adaptkit.hosts import hosts
+
+    return hosts()
+
+
+def _extractable() -> Iterable[str]:
+    from adaptkit.kinds import extractable
+
+    return (*extractable(), "auto")
+
+
+HOST = Registered("host", _hosts)
+EXTRACTABLE = Algorithm("algorithm", _extractable)
 FACTOR = Factor()
 SIZE = Size()
 STRENGTH = Strength()
@@ -117,67 +169,32 @@ def inputs(function: F) -> F:
     )
 
 
-SHARE = click.FloatRange(0.0, 1.0, min_open=True)
-
-
 def ranks(function: F) -> F:
-    """Which ranks to keep: one of the rules."""
-    return _apply(
-        function,
-        [
-            click.option(
-                "--rank",
-                type=click.IntRange(1),
-                help="This rank everywhere, as far as a layer allows.",
-            ),
-            click.option(
-                "--conv-rank",
-                type=click.IntRange(1),
-                help="Rank of convolutions larger than 1×1, with --rank.",
-            ),
-            click.option(
-                "--energy",
-                type=SHARE,
-                metavar="E",
-                help="The least rank per module keeping this share of ‖ΔW‖².",
-            ),
-            click.option(
-                "--error",
-                type=click.FloatRange(0.0, 1.0),
-                metavar="E",
-                help="The smallest file with a relative error of at most E over the whole adapter.",
-            ),
-            click.option(
-                "--size",
-                type=SIZE,
-                metavar="SIZE",
-                help="The least error in a file of at most SIZE.",
-            ),
-            click.option(
-                "--sv-ratio",
-                type=click.FloatRange(1.0),
-                metavar="R",
-                help="Keep σᵢ ≥ σ₁ / R, per module.",
-            ),
-            click.option(
-                "--sv-fro",
-                type=SHARE,
-                metavar="F",
-                help="Keep √(Σ kept σ² / Σ σ²) ≥ F, per module.",
-            ),
-            click.option(
-                "--sv-cumulative",
-                type=SHARE,
-                metavar="C",
-                help="Keep Σ kept σ / Σ σ ≥ C, per module.",
-            ),
-            click.option(
-                "--max-rank",
-                type=click.IntRange(1),
-                help="No module gets a higher rank, whatever the rule.",
-            ),
-        ],
+    """An option for every rank rule, --conv-rank and --max-rank."""
+    conv = click.option(
+        "--conv-rank",
+        type=click.IntRange(1),
+        help="Rank of convolutions larger than 1×1, with --rank.",
     )
+    most = click.option(
+        "--max-rank",
+        type=click.IntRange(1),
+        help="No module gets a higher rank, whatever the rule.",
+    )
+    first, *others = (_rule(rule) for rule in rules().values())
+    return _apply(function, [first, conv, *others, most])
+
+
+def _rule(rule: Rule) -> Callable[[F], F]:
+    """The option of a rank rule."""
+    kind: Any = SIZE
+    if rule.kind is int and not rule.bytes:
+        low, high = (None if n is None else int(n) for n in (rule.low, rule.high))
+        kind = click.IntRange(low, high)
+    elif not rule.bytes:
+        kind = click.FloatRange(rule.low, rule.high, min_open=rule.above)
+    name = f"--{rule.name.replace('_', '-')}"
+    return click.option(name, type=kind, metavar=rule.metavar, help=rule.help)
 
 
 def recasts(function: F) -> F:

@@ -1,4 +1,4 @@
-"""bare: dotted module names with no prefix at all, as a model's own `state_dict` has them; FLUX control LoRAs are such."""
+"""bare: dotted module names without a prefix, as in a `state_dict`; FLUX control LoRAs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ FORMAT = KeyFormat(
     prefixes=("{root}",),
     joiner=".",
     style="bare",
+    kin="module",
     alpha=Alpha.OPTIONAL,
     spelling=MappingProxyType({**COMFY_SPELLING, "set": MappingProxyType({"value": "scale"})}),
     written_by="black-forest-labs (control LoRAs), custom scripts",

@@ -1,4 +1,4 @@
-"""What a key format is: prefix, joiner, spelling overrides, and where alpha lives."""
+"""The contract of a key format: prefix, joiner, spelling overrides, the place of alpha."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Alpha(Enum):
     OPTIONAL = "optional"  # a scalar tensor where alpha differs from rank, none where it does not
 
 
-# PEFT and diffusers call the factors A (down) and B (up).
+# PEFT and diffusers call the factors A (down) and B (up)
 PEFT_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "lora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
         "lora+dora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
     }
 )
-# ComfyUI reads either spelling of the factors, and the magnitude only as `dora_scale`.
+# ComfyUI reads both spellings of the factors, but the magnitude only as `dora_scale`
 COMFY_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
     dict.fromkeys(("lora", "lora+dora"), PEFT_SPELLING["lora"])
 )
@@ -39,12 +39,18 @@ COMFY_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
 class KeyFormat:
     """How adapters are spelled.
 
-    `prefixes` are templates filled with the tags of each component (`lora_{kohya}_`): the first is written, all are
-    read. `joiner` joins the words of a module name. `style` picks the naming that is written (see
-    `Component.namings`); a `private` format reads and writes that naming alone, and no other format does. `spelling`
-    overrides the algorithms' default suffixes, by algorithm and role; whatever spelling an algorithm knows is read in
-    every format. `owns` are the algorithms it holds where it holds only those, and no other format does. `peft` says
-    that DoRA magnitudes are laid out as PEFT has them, `[out]` or `[1, out, 1, 1]`, not as LyCORIS, `[out, 1, …]`.
+    `prefixes` are templates filled with the tags of each component (`lora_{kohya}_`): the first is
+    written, all are read. A format brings tags of its own in `tags`, by the name of the component,
+    for the template field `{own}`. `joiner` joins the words of a module name.
+
+    `style` picks the naming that is written, see `Component.namings`. A `private` format reads and
+    writes that naming alone, and no other format does. Formats of one `kin` name the modules of
+    unknown families alike.
+
+    `spelling` overrides the default suffixes by algorithm and role. Any spelling that an algorithm
+    knows is read in every format. `owns` are the algorithms of a format that holds only those;
+    then no other format holds them. `peft` means that DoRA magnitudes are laid out as PEFT has
+    them, `[out]` or `[1, out, 1, 1]`, not as LyCORIS, `[out, 1, …]`.
     """
 
     name: str
@@ -57,5 +63,7 @@ class KeyFormat:
     private: bool = False
     owns: tuple[str, ...] = ()
     peft: bool = False
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    kin: str = ""
     written_by: str = ""
     note: str = ""

@@ -1,4 +1,4 @@
-"""kohya: `lora_unet_…`, `lora_te1_…`, underscores for dots, alpha as a tensor. Every host but diffusers' newest reads it."""
+"""kohya: `lora_unet_…`, `lora_te1_…`, underscores for dots, alpha as a tensor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ FORMAT = KeyFormat(
     prefixes=("lora_{kohya}_", "lora_{kohya}__"),
     joiner="_",
     style="kohya",
+    kin="original",
     alpha=Alpha.TENSOR,
     written_by="sd-scripts, musubi-tuner, LyCORIS inside kohya, most trainers",
     note="loads in ComfyUI, A1111/Forge, InvokeAI, kohya; in diffusers for LoRA",

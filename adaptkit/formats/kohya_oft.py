@@ -1,4 +1,4 @@
-"""kohya-oft: sd-scripts' own OFT, `oft_unet_….oft_blocks`, whose alpha bounds the rotation and scales with the layer."""
+"""kohya-oft: OFT of sd-scripts, `oft_unet_….oft_blocks`; alpha bounds the rotation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ FORMAT = KeyFormat(
     prefixes=("oft_{kohya}_",),
     joiner="_",
     style="kohya",
+    kin="original",
     owns=("kohya-oft",),
     alpha=Alpha.TENSOR,
     written_by="sd-scripts (networks.oft)",

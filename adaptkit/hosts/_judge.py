@@ -1,4 +1,4 @@
-"""Which hosts load a file, and how to write one for a host: both from the same tables."""
+"""Decide which hosts load a file, and how to write one for a host, from the same tables."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def hosts() -> Mapping[str, Host]:
 
 
 def judge(adapter: Adapter) -> dict[str, Verdict]:
-    """What each host makes of a file."""
+    """The verdict of each host on a file."""
     pieces = pieces_of(adapter) if adapter.known else ()
     return {name: _verdict(host, adapter, pieces) for name, host in hosts().items()}
 
 
 def complete(host: Host, format: str) -> list[str]:
-    """The families of whose denoiser a host loads every module in this format, as adaptkit writes it."""
+    """The families for which a host loads every module of the denoiser in this format."""
     found: list[str] = []
     for name in families():
         pieces = examples(name, format)
@@ -47,8 +47,9 @@ def complete(host: Host, format: str) -> list[str]:
 
 
 def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict:
-    if not adapter.known:
-        return Verdict(None, "not measured: the model family is unknown")
+    unknown = _unmeasured(host, adapter, pieces)
+    if unknown:
+        return Verdict(None, f"not measured{unknown}")
     if adapter.family.name in host.unsupported:
         return Verdict(False, host.unsupported[adapter.family.name])
     if adapter.unclaimed:
@@ -61,10 +62,21 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
     return Verdict(True)
 
 
+def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
+    """What of a file no table of a host can be about; empty if there is nothing."""
+    if not adapter.known:
+        return ": the model family is unknown"
+    strange = sorted({piece.algorithm for piece in pieces} - set(host.algorithms))
+    return f" for {' and '.join(strange)}" if strange else ""
+
+
 def _lost(
     host: Host, format: str, family: str, pieces: tuple[Piece, ...]
 ) -> dict[Loss, list[Piece]]:
-    """What a host does not load of these modules, each module under its first loss; a loss of the whole file alone."""
+    """The modules that a host does not load, each under its first loss.
+
+    A loss of the whole file stands alone.
+    """
     cell = host.cell(format, family, pieces)
     if cell is not None and not all(
         any(re.search(p, str(x.slot.target)) for x in pieces) for p in cell.needs
@@ -85,19 +97,20 @@ def _lost(
 
 
 def _reasons(lost: Mapping[Loss, Sequence[Piece]], total: int) -> Iterator[str]:
-    """One short sentence per way of losing modules, how many, and the first of them."""
+    """One short sentence per loss, with the number of modules and the first of them."""
     by_text: dict[str, list[Piece]] = {}
     for loss, pieces in lost.items():
         kinds = " and ".join(sorted({piece.algorithm for piece in pieces}))
         by_text.setdefault(loss.what.format(kinds=kinds), []).extend(pieces)
-        if loss == Loss(loss.what, whole=True):  # of any such file, whatever its modules
+        if loss == Loss(loss.what, whole=True):  # of every such file
             yield loss.what
             return
     for text, pieces in by_text.items():
         if len(pieces) == total:
             yield f"{total} modules {text}"
         else:
-            yield f"{len(pieces)} of {total} modules {text}: {_some([piece.label for piece in pieces])}"
+            shown = _some([piece.label for piece in pieces])
+            yield f"{len(pieces)} of {total} modules {text}: {shown}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -106,9 +119,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
-    """How to write an adapter for a host, perhaps in another algorithm: the form of which it loads the most modules.
+    """The form of an adapter of which a host loads the most modules, perhaps in another algorithm.
 
-    What it does not load even so is in the warnings; NotRepresentable where it loads nothing of any form.
+    The warnings tell what it does not load even so. NotRepresentable if it loads no form.
     """
     if host not in hosts():
         raise NoSuchName.among("host", host, hosts())
@@ -117,7 +130,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
     if not adapter.known:
         raise NotRepresentable(
             f"what {target.title} loads is not known for an unknown family",
-            hint="say the format: --to",
+            hint="name the format to write: --to",
             file=path,
         )
     tried = [
@@ -126,14 +139,10 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         for made in _forms(target, adapter, format, algorithm)
     ]
     if not tried:
-        family = adapter.family
-        why = target.unsupported.get(
-            family.name, f"{target.title} loads no adapter for {family.title}"
-        )
-        raise NotRepresentable(why, hint="see `adaptkit inspect` for what does load it", file=path)
+        raise _untried(target, adapter)
     missing, form, lost, total = min(tried, key=lambda made: made[0])
     reasons = tuple(_reasons(lost, total))
-    if missing == 1.0:  # of what the format has a place for, nothing is left
+    if missing == 1.0:  # nothing is left of what the format has a place for
         kinds = sorted(
             {piece.algorithm for loss, pieces in lost.items() if loss.besides for piece in pieces}
         )
@@ -152,12 +161,31 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
     )
 
 
+def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
+    """Why no form of an adapter can be recommended for a host."""
+    family, path = adapter.family, adapter.source.path
+    if family.name in host.unsupported:
+        hint = "`adaptkit inspect` shows the hosts that load it"
+        return NotRepresentable(host.unsupported[family.name], hint=hint, file=path)
+    if not any(family.name in cell.families for cell in host.cells):
+        return NotRepresentable(
+            f"not measured: what {host.title} loads for {family.title}",
+            hint="name the format to write: --to",
+            file=path,
+        )
+    return NotRepresentable(
+        f"{host.title} loads no adapter for {family.title}",
+        hint="`adaptkit inspect` shows the hosts that load it",
+        file=path,
+    )
+
+
 def _forms(
     host: Host, adapter: Adapter, format: str, algorithm: str | None
 ) -> Iterator[tuple[float, Recipe, dict[Loss, list[Piece]], int]]:
-    """The ways to write this format, alpha kept and folded: the share that is lost, the recipe, what is lost, of how many.
+    """(share lost, recipe, losses, modules) of this format, with alpha kept and folded.
 
-    What the format has no place for is lost too; `convert` itself refuses or lists it.
+    Modules that the format has no place for count as lost; `convert` refuses or lists them.
     """
     for fold in (False, True):
         pieces, homeless = pieces_as(adapter, format, fold, algorithm)

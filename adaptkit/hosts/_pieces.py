@@ -1,4 +1,4 @@
-"""An adapter as a host meets it: as it stands in its file, or as a format would write it. Headers only."""
+"""The modules of an adapter as a host finds them, in its file or as a format writes it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from adaptkit.families.contract import Kind
 from adaptkit.formats.contract import Alpha
 from adaptkit.hosts.contract import Piece
 from adaptkit.keymap import algorithms, compile_keys
+from adaptkit.kinds import low_rank_kind
 from adaptkit.names import WEIGHT, Slot, Target
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _INDEX = re.compile(r"\{\w+:\d+\}")
 
 
 def pieces_of(adapter: Adapter) -> tuple[Piece, ...]:
-    """The modules of a file as they stand in it."""
+    """The modules of a file as it stores them."""
     return tuple(_found(adapter, entry) for entry in adapter.entries.values())
 
 
@@ -55,7 +56,7 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
 def pieces_as(
     adapter: Adapter, format: str, fold: bool, algorithm: str | None
 ) -> tuple[tuple[Piece, ...], int]:
-    """The modules as `convert` writes them, and how many the format has no place for."""
+    """The modules as `convert` writes them, and the number of those without a place."""
     keys = compile_keys(adapter.family.name, format)
     fold = fold or keys.format.alpha is Alpha.NONE
     made: dict[Slot, Piece] = {}
@@ -70,7 +71,7 @@ def pieces_as(
 
 
 def _written(keys: KeyMap, slot: Slot) -> tuple[Slot, ...]:
-    """The slots a format holds this one in: itself, the parts it is cut into, or the whole that it is a part of."""
+    """The slots in which a format holds this one: itself, its parts, or the whole around it."""
     whole = tuple(s._replace(target=slot.target) for s in keys.slots(slot.target))
     if not whole:
         raise NotRepresentable(f"the {keys.format.name} format has no place for {slot}")
@@ -100,7 +101,7 @@ def _made(
 
 @cache
 def examples(family: str, format: str) -> tuple[Piece, ...]:
-    """One module of every row of the denoiser that a format has names for, as a LoRA with alpha = rank that it writes."""
+    """One module of every row of the denoiser that a format has names for, as a LoRA."""
     keys = compile_keys(family, format)
     part = keys.family.components[0]
     targets = (
@@ -112,13 +113,12 @@ def examples(family: str, format: str) -> tuple[Piece, ...]:
 
 
 def _example(keys: KeyMap, slot: Slot) -> Piece:
-    roles = (
-        [keys.spell(slot, "lora", role) for role in ("up", "down")] if keys.holds("lora") else []
-    )
+    lora = low_rank_kind().name
+    roles = [keys.spell(slot, lora, role) for role in ("up", "down")] if keys.holds(lora) else []
     return Piece(
         slot=slot,
         label=str(slot),
-        algorithm="lora" if roles else next(iter(keys.format.owns)),
+        algorithm=lora if roles else next(iter(keys.format.owns)),
         namings=_namings(keys, slot, keys.module(slot)),
         suffixes=tuple(key.removeprefix(f"{keys.stem(slot)}.") for key in roles),
         alpha=1.0,
@@ -138,21 +138,21 @@ def _weight(slot: Slot) -> Slot:
 
 
 def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:
-    """The namings that call a slot's module so, words joined as the format joins them."""
+    """The namings that give a slot's module this name, joined as the format joins words."""
     row = keys.row(slot.target)
     found = set()
     for naming in () if row is None else row.names:
         try:
             if keys.module(_weight(slot), naming) == module:
                 found.add(naming)
-        except NotRepresentable:  # this naming cuts the module otherwise
+        except NotRepresentable:  # this naming splits the module differently
             continue
     return frozenset(found)
 
 
 def _axis(adapter: Adapter, entry: Entry) -> str:
-    """Which axis DoRA's norm is taken over: LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1]."""
-    if "dora" not in entry.kind.name:
+    """The axis of a DoRA: LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1]."""
+    if not entry.kind.wrapper:
         return ""
     key = entry.keys.get("magnitude")
     shape = adapter.source.infos[key].shape if key else ()

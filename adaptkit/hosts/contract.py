@@ -1,4 +1,4 @@
-"""What a host is: which formats and algorithms it really loads, family by family, and what one writes for it."""
+"""The contract of a host: the formats and algorithms that it loads, and what to write for it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,19 @@ SD = ("sd1", "sd2")
 UNETS = (*SD, "sdxl", "sdxl-refiner")
 DORA = ("lora+dora", "loha+dora", "lokr+dora")
 TE = r"^text_encoder"
+# the algorithms that existed when the hosts were measured
+MEASURED = (
+    "boft", "full", "glora", "ia3", "kohya-oft", "loha", "lokr", "lora", "oft", "peft-boft",
+    "peft-oft", "set", *DORA,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a host loads every module of a file with the right values (None: nobody has measured it), and why not."""
+    """Whether a host loads every module of a file with the right values, and why not.
+
+    None if that is not measured.
+    """
 
     loads: bool | None
     why: str = ""
@@ -52,10 +60,11 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One adapted weight as a host meets it in a file: of an adapter as it is, or as a format would write it.
+    """One adapted weight as a host finds it in a file, or as a format would write it.
 
-    `namings` are those that call the module as the file does; `suffixes` what its tensors end in; `alpha` the number a
-    host takes for alpha; `told` whether a tensor tells it, `stated` whether only metadata does. `axis` is DoRA's.
+    `namings` are those that name the module as the file does, `suffixes` the ends of its keys.
+    `alpha` is the number that a host takes for alpha; `told` if a tensor states it, `stated` if
+    only metadata does. `axis` is that of a DoRA.
     """
 
     slot: Slot
@@ -71,14 +80,20 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Modules that a host does not load, or gets wrong: those for which every condition given here holds.
+    """Modules that a host does not load, or gets wrong: those that meet every condition given.
 
-    `what` completes "10 of 504 modules …"; `{kinds}` in it are their algorithms. `modules` is a pattern (`re.search` on
-    `component.module`, target names, `.bias` after those of biases). `algorithms`: these; `besides`: all but these.
-    `named`: called as in this naming; `unnamed`: not so (the denoiser alone: text encoders have Hugging Face's names
-    everywhere). `suffix`: a tensor whose suffix begins so. `told`: alpha stands in a tensor; `stated`: in metadata
-    alone; `odd`: alpha is not the most common one of the component. `axis`: DoRA's. `whole`: one such module, and the
-    host refuses the file or loads nothing of it.
+    `what` completes "10 of 504 modules …"; `{kinds}` in it are their algorithms.
+
+    - `modules`: a pattern (`re.search`) for `component.module`, with target names; those of biases
+      end in `.bias`.
+    - `algorithms`: these; `besides`: all but these.
+    - `named`: named as in this naming; `unnamed`: not so. The latter is for the denoiser alone:
+      text encoders have the names of Hugging Face everywhere.
+    - `suffix`: a tensor has a suffix that begins so.
+    - `told`: a tensor states alpha; `stated`: only metadata does; `odd`: alpha is not the most
+      common one of the component.
+    - `axis`: that of a DoRA.
+    - `whole`: one such module makes the host refuse the file, or load nothing of it.
     """
 
     what: str
@@ -95,7 +110,7 @@ class Loss:
     whole: bool = False
 
     def holds(self, piece: Piece, common: Mapping[str, float]) -> bool:
-        """Whether a module is lost so; `common` is the most common alpha of each component."""
+        """Whether a module is lost; `common` is the most common alpha of each component."""
         denoiser = not piece.slot.component.startswith(("text_encoder", "text_conditioner"))
         return (
             (not self.modules or re.search(self.modules, str(piece.slot.target)) is not None)
@@ -121,10 +136,10 @@ PARTIAL = Loss(
 
 @dataclass(frozen=True)
 class Cell:
-    """What a host makes of files of some families in one format: all is loaded but for these losses.
+    """How a host loads files of some families in one format: completely, but for the losses.
 
-    `having`: only of files with a module that matches this pattern. `needs`: a file loads only where each of these
-    patterns matches some module.
+    With `having`, the cell is about files with a module that matches this pattern. A file loads
+    only if each pattern of `needs` matches some module.
     """
 
     format: str
@@ -144,11 +159,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Host:
-    """A program that loads adapters. `measured` is the version the cells were found with, by running it.
+    """A program that loads adapters. `measured` is the version that the cells were measured with.
 
-    The first cell that fits a file counts; where none does, nobody has measured it. `always` are losses whatever the
-    format. `writes` are the formats to write, the better first where they load as much ("" for all other families);
-    families in `unsupported` it loads nothing for.
+    The first cell that fits a file counts; a file without one is not measured. Neither are files
+    with algorithms besides `algorithms`. `always` are losses in every format. `writes` are the
+    formats to write by family, the better first ("" for all other families). The host loads
+    nothing for families in `unsupported`, for the reason given there.
     """
 
     name: str
@@ -156,15 +172,16 @@ class Host:
     measured: str
     cells: tuple[Cell, ...]
     writes: Mapping[str, tuple[str, ...]]
+    algorithms: tuple[str, ...] = MEASURED
     always: tuple[Loss, ...] = ()
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def formats(self, family: str) -> tuple[str, ...]:
-        """The formats to write for a family, the best first."""
+        """The formats to write for a family, the best first; none if it is unsupported."""
         return (
             () if family in self.unsupported else self.writes.get(family, self.writes.get("", ()))
         )
 
     def cell(self, format: str, family: str, pieces: tuple[Piece, ...]) -> Cell | None:
-        """What is known about a file of this format and family, if anything."""
+        """The cell about a file of this format and family; None if it is not measured."""
         return next((cell for cell in self.cells if cell.fits(format, family, pieces)), None)

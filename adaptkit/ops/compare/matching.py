@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import KeyMap
+from adaptkit.kinds import dense_kind
 from adaptkit.names import Rows, Slot
 from adaptkit.ops.difference.pairing import Pairing, Wanted
 from adaptkit.ops.shared import Shared, Unused, selected
@@ -257,7 +258,7 @@ def of_checkpoint(
     """Every module beside the difference of (base, tuned); what else they hold, without a side; then what only A has."""
     base, tuned = checkpoints
     entries, cuts, there = a.adapter.entries, Cuts(a.adapter), Base(base)
-    pairing = Pairing(base, tuned, cuts, Wanted("full", True, select))
+    pairing = Pairing(base, tuned, cuts, Wanted(dense_kind().name, True, select))
     jobs, met = [], set(cuts.twice)
     for pair in pairing.pairs():
         job = Match(pair.label, None, (), (pair.base, pair.tuned), pair.counted)

@@ -157,7 +157,7 @@ class _Verifier:
         """As in the merge, factors twice as wide, and blocks of a few matrices; a kind that cannot be cut by rows whole."""
         job, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
         kinds = [c.entry.kind for c in job.contributions if c.strength]
-        whole = 8 * numel * (0 if all(kind.name == "lora" for kind in kinds) else 1)
+        whole = 8 * numel * (0 if all(kind.applies_in_place for kind in kinds) else 1)
         whole += (
             40
             * numel
