@@ -89,7 +89,8 @@ def _component(name: str, modules: Iterable[str], format: KeyFormat) -> Componen
         rows=rows,
         checkpoints={},
         tags=_tags(name, format),
-        namings={f.style: SOURCE if _alike(f, format) else NOWHERE for f in formats().values()},
+        namings=dict.fromkeys((f.style for f in formats().values()), NOWHERE)
+        | {f.style: SOURCE for f in formats().values() if _alike(f, format)},
     )
 
 

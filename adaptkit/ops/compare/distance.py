@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.errors import NotRepresentable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -191,9 +193,17 @@ def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool
         )
     return Difference(
         *size,
-        lambda start, stop: _wide(weights.part(start, stop).delta()) * strength,
+        lambda start, stop: _wide(_block(weights, start, stop)) * strength,
         factors if thin else None,
     )
+
+
+def _block(weights: Weights, start: int, stop: int) -> Tensor:
+    """Rows of ΔW; of a kind that cannot be cut, all of it is formed."""
+    try:
+        return weights.part(start, stop).delta()
+    except NotRepresentable:
+        return weights.delta()[start:stop]
 
 
 def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
