@@ -371,18 +371,17 @@ class Lokr(Weights):
     @classmethod
     def peft_fields(cls, modules: Sequence[Shapes]) -> dict[str, Any]:
         both = {"w1_a" in shapes for shapes in modules}
-        sizes = {min(first_shape(m)[0][0], second_shape(m)[0][0]) for m in modules}
+        # a plan knows a module that becomes a LoKr by the shapes of its source
+        known = [m for m in modules if m.keys() <= cls.roles.keys() and m.keys() & {"w1", "w1_a"}]
+        sizes = {min(first_shape(m)[0][0], second_shape(m)[0][0]) for m in known}
         if len(both) > 1 or len(sizes) > 1:
             raise NotRepresentable(
                 "these LoKr modules differ in how they are factored, "
                 "and a PEFT configuration states that once for all",
                 hint="convert with --algo lora",
             )
-        factor = next(iter(sizes), -1)
-        return tucker_field(modules) | {
-            "decompose_both": both == {True},
-            "decompose_factor": factor,
-        }
+        fields = {"decompose_both": both == {True}, "decompose_factor": next(iter(sizes), -1)}
+        return {**tucker_field(modules), **fields}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""comfy: ComfyUI's own names, dotted, under `diffusion_model.` and `text_encoders.`; alpha optional."""
+"""comfy: the names of ComfyUI, under `diffusion_model.` and `text_encoders.`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers: dotted names under the pipeline's parts, `unet.….lora_A.weight`; alpha folded into the weights."""
+"""diffusers: dotted names under pipeline components, `unet.….lora_A.weight`; no alpha."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers-old: attention processors, `unet.….attn1.processor.to_q_lora.down.weight`; alpha = rank."""
+"""diffusers-old: attention processors, `….attn1.processor.to_q_lora.down.weight`; no alpha."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lycoris: `lycoris_…` over the denoiser's own (diffusers) names, as the stand-alone LyCORIS wrapper saves."""
+"""lycoris: `lycoris_…` over the diffusers names of the denoiser (LyCORIS wrapper)."""
 
 from __future__ import annotations
 

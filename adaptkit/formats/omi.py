@@ -1,4 +1,4 @@
-"""omi: FLUX.1's own names under `transformer.`, fused layers in numbered parts; alpha as a tensor."""
+"""omi: original names of FLUX.1 under `transformer.`, fused layers in numbered parts."""
 
 from __future__ import annotations
 

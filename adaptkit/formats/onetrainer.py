@@ -1,4 +1,4 @@
-"""onetrainer: `lora_transformer_…` over diffusers' names, underscores for dots, alpha as a tensor."""
+"""onetrainer: `lora_transformer_…` over diffusers names, underscores for dots."""
 
 from __future__ import annotations
 

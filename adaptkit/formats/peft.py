@@ -1,4 +1,4 @@
-"""peft: `base_model.model.….lora_A.weight` over one module's own names; alpha in adapter_config.json."""
+"""peft: `base_model.model.….lora_A.weight`, one model a file; alpha in adapter_config.json."""
 
 from __future__ import annotations
 

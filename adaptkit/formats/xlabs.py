@@ -1,4 +1,4 @@
-"""xlabs: attention of FLUX.1's double blocks as `double_blocks.0.processor.qkv_lora1.down.weight`; alpha = rank."""
+"""xlabs: attention of double blocks, `double_blocks.0.processor.qkv_lora1.down.weight`."""
 
 from __future__ import annotations
 

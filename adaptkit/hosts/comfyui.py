@@ -7,16 +7,14 @@ from adaptkit.hosts.contract import DORA, NOTHING, SD, TE, UNETS, Cell, Host, Lo
 DROPPED = "are dropped with a line in the log"
 HUNYUAN = ("hunyuan-video", "hunyuan-video-15", "hunyuan-image")
 GENERIC = (
-    "sd3", "sd35-large", "flux", "chroma", "flux2", "qwen-image", "wan", "z-image", "lumina2", "anima", "krea2",
-    "ideogram4", "auraflow", "ltx", "ltx2",
+    "sd3", "sd35-large", "flux", "chroma", "flux2", "qwen-image", "wan", "z-image", "lumina2",
+    "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2",
 )  # fmt: skip
-MAPPED = ("sd3", "sd35-large", "flux", "chroma", "flux2", "qwen-image", "z-image", "auraflow")
 UNMAPPED = ("wan", *HUNYUAN, "lumina2", "krea2", "ideogram4", "anima", "ltx", "ltx2")
 READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
 
-IN_MEMORY = Loss(
-    DROPPED, unnamed="comfy"
-)  # what a checkpoint's layers are called once they are loaded
+# the names that the layers of a checkpoint have once it is loaded
+IN_MEMORY = Loss(DROPPED, unnamed="comfy")
 FUSED = Loss(DROPPED, unnamed="native")
 TEXT = Loss(DROPPED, modules=TE)
 PROJECTION = Loss(DROPPED, modules=rf"{TE}\w*\.text_projection")
@@ -61,9 +59,8 @@ HOST = Host(
         Cell("onetrainer", ("chroma",), (GUIDANCE, TEXT)),
         Cell("onetrainer", ("flux2",), (SHARED,)),
         Cell("onetrainer", ("qwen-image", "z-image", "auraflow", *UNMAPPED), (NOTHING,)),
-        Cell(
-            "bare", ("flux",), having=r"single_blocks\.0\.norm\.key_norm"
-        ),  # black-forest-labs' control LoRAs
+        # the control LoRAs of black-forest-labs
+        Cell("bare", ("flux",), having=r"single_blocks\.0\.norm\.key_norm"),
         Cell("bare", ("qwen-image",)),
         Cell("bare", ("z-image",), (Loss(DROPPED, unnamed="diffusers"),)),
         Cell("bare", ("flux", "chroma", "flux2", "auraflow", *UNMAPPED), (NOTHING,)),

@@ -1,4 +1,4 @@
-"""diffusers: its own names load everywhere; of other spellings it converts what its converters know."""
+"""diffusers: loads its own names everywhere, and converts some other spellings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ OUTSIDE = r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_lay
 SWAPPED = "come out with scale and shift exchanged"
 NO_PIPELINE = "its pipeline for this family has no LoRA loader"
 FAMILIES = (
-    "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "qwen-image", "wan", "z-image",
-    "lumina2", "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2",
+    "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "qwen-image",
+    "wan", "z-image", "lumina2", "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2",
 )  # fmt: skip
-TEXTLESS = tuple(set(FAMILIES) - {"sd3", "sd35-large", "flux"})
 
 STOPS = Loss(RAISES, whole=True)
 SILENT = NOTHING

@@ -1,15 +1,17 @@
-"""kohya's tools: sd-scripts and musubi-tuner, which read their own keys and convert others on request."""
+"""kohya: sd-scripts and musubi-tuner; they read their own keys, scripts convert others."""
 
 from __future__ import annotations
 
 from adaptkit.hosts.contract import DORA, SD, Cell, Host, Loss
 
 FAMILIES = (
-    *SD, "sdxl", "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "hunyuan-video-15",
-    "hunyuan-image", "qwen-image", "wan", "z-image", "lumina2", "anima", "krea2", "ideogram4",
+    *SD, "sdxl", "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack",
+    "hunyuan-video-15", "hunyuan-image", "qwen-image", "wan", "z-image", "lumina2", "anima",
+    "krea2", "ideogram4",
 )  # fmt: skip
 FOREIGN = Loss(
-    "its tools read kohya keys; musubi-tuner and sd-scripts convert others with scripts of their own",
+    "its tools read kohya keys; musubi-tuner and sd-scripts convert others "
+    "with scripts of their own",
     whole=True,
 )
 NOT_FOUND = "are not found under these names"

@@ -169,7 +169,7 @@ class Report:
         }
 
 
-# planning --------------------------------------------------------------------------------------------------------
+# --- planning --------------------------------------------------------------------------------
 
 
 def plan(base: Path, tuned: Path, options: Options) -> Plan:
@@ -197,7 +197,7 @@ def _step(job: Pair, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Pai
     return Step(job, job.number, stored + working, tuned.source.order(job.tuned[0].name))
 
 
-# measuring -------------------------------------------------------------------------------------------------------
+# --- measuring -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class _Measurer:
         return _Layer(job, norm, kept, captured, seen)
 
 
-# choosing --------------------------------------------------------------------------------------------------------
+# --- choosing --------------------------------------------------------------------------------
 
 
 def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:

@@ -10,11 +10,9 @@ from adaptkit.detect import chosen, formats
 from adaptkit.engine import Step, check_memory, peak_memory
 from adaptkit.errors import NoSuchName, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import KeyMap
 from adaptkit.kinds import extractable, taking
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
-from adaptkit.ops.difference.probe import Probe
 from adaptkit.ops.extract.fit import FitRecipe
 from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adaptkit.checkpoint import Checkpoint
+    from adaptkit.keymap import KeyMap
+    from adaptkit.ops.difference.probe import Probe
     from adaptkit.ops.ranks.rules.contract import Policy
 
 __all__ = ["MAX_RANK", "Options", "Plan", "plan"]

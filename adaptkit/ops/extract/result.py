@@ -9,8 +9,6 @@ from adaptkit.algorithms.contract import FitSpec
 from adaptkit.errors import NothingToDo, NotRepresentable
 from adaptkit.formats.contract import Alpha
 from adaptkit.kinds import extractable
-from adaptkit.ops.difference.pairing import Pair
-from adaptkit.ops.difference.probe import Probe
 from adaptkit.ops.extract.output import Output, Stored
 from adaptkit.ops.extract.plan import (
     AUTO,
@@ -26,6 +24,9 @@ from adaptkit.ops.shared import Unused, WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.difference.probe import Probe
 
 
 __all__ = ["Report"]

@@ -7,20 +7,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
-from adaptkit.engine import Step
-from adaptkit.ops.difference.pairing import Pair
 from adaptkit.ops.difference.probe import Probe, probe
 from adaptkit.ops.extract.fit import FitRecipe, Fitter
 from adaptkit.ops.extract.output import spool_key
 from adaptkit.ops.extract.plan import Plan, recipes_of, step_of
 from adaptkit.ops.extract.result import Report, Result
 from adaptkit.ops.ranks.forms import Fitted, Form, Pick
-from adaptkit.ops.shared import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adaptkit.engine import Step
     from adaptkit.files.sink import Spool
+    from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.shared import Progress
 
 __all__ = ["run"]
 

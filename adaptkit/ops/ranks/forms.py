@@ -285,6 +285,7 @@ class Form(Ladder):
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The stored shapes at a rank."""
         if not self.ladder:
             return dict(self.stored)
         return self.kind.truncated_shapes(self.stored, rank)

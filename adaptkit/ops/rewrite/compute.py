@@ -184,7 +184,7 @@ class Rewriter:
         rank = largest(options, convolution=task.convolution)
         return FitSpec(rank, task.kernel, options.factor)
 
-    # the exact weights ----------------------------------------------------------------------------------------------
+    # --- the exact weights -------------------------------------------------------------------
 
     def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, not rounded, in the order of rows of the new format."""
@@ -272,7 +272,7 @@ class Rewriter:
         ]
         return type(like).fuse(filled)
 
-    # what is stored -------------------------------------------------------------------------------------------------
+    # --- what is stored ----------------------------------------------------------------------
 
     def _store(
         self,

@@ -75,7 +75,7 @@ class Output:
             sink.restate(hashing.result())
 
     def specs(self) -> list[TensorSpec]:
-        """Every tensor, in the order of the safetensors library: wide dtypes first, then by name."""
+        """Every tensor, in the order of safetensors: wide dtypes first, then by name."""
         found = [item.spec for item in self.copied]
         found += [TensorSpec(key, "F32", ()) for key in self.scalars]
         for stored in self.state.stored.values():

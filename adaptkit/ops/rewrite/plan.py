@@ -9,24 +9,23 @@ from pathlib import Path  # noqa: TC003 - the types of options are read at run t
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter, Entry
-from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import formats
 from adaptkit.engine import Step, peak_memory
 from adaptkit.errors import AdaptkitError, ShapeMismatch
-from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import KeyMap
 from adaptkit.ops.ranks.options import Ranked
-from adaptkit.ops.shared import Unused
-from adaptkit.respelling import Assembly
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from adaptkit.algorithms.contract import Weights
-    from adaptkit.checkpoint import Piece
+    from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.files.header import TensorSpec
+    from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
+    from adaptkit.ops.shared import Unused
+    from adaptkit.respelling import Assembly
 
 __all__ = [
     "CHANGES",

@@ -151,7 +151,7 @@ def _spec(adapter: Adapter, name: str) -> TensorSpec:
 
 
 def _step(task: Task) -> Step[Task]:
-    """The step of a slot. It holds tensors as read, computed in float32 and float64, and rounded."""
+    """The step of a slot: tensors as read, computed in float32 and float64, and rounded."""
     adapter = task.terms[0].job.adapter
     elements = dense = 0
     for term in task.terms:
@@ -258,7 +258,7 @@ class _Planner:
         task = replace(task, kind=kind, ready=ready, changes=changes, ranked=ranked, base=based)
         return replace(task, likeness=_likeness(task, self.keys.swapped(slot))) if ranked else task
 
-    # which algorithm ------------------------------------------------------------------------------------------------
+    # --- which algorithm ---------------------------------------------------------------------
 
     def _kind(self, task: Task) -> type[Weights]:
         """The algorithm of the output; vectors keep theirs."""
@@ -340,7 +340,7 @@ class _Planner:
             )
         return pieces
 
-    # what is done to it ---------------------------------------------------------------------------------------------
+    # --- what is done to it ------------------------------------------------------------------
 
     def _what(self, task: Task, kind: type[Weights]) -> Iterator[str]:
         for term in task.terms:

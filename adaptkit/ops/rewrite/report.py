@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.ops.rewrite.plan import CHANGES, Recast, Task, detail
-from adaptkit.ops.rewrite.state import State
 from adaptkit.ops.shared import WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from adaptkit.ops.rewrite.state import State
 
 
 __all__ = ["Report"]

@@ -13,7 +13,6 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.peft_config import peft_config
 from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.output import Output
-from adaptkit.ops.rewrite.plan import Recast, Task
 from adaptkit.ops.rewrite.report import Report, report_of
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from adaptkit.algorithms.contract import Decomposition
     from adaptkit.files.sink import Spool, TensorSink
+    from adaptkit.ops.rewrite.plan import Recast, Task
     from adaptkit.ops.shared import Progress
 
 __all__ = ["check_peft", "run"]

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NotRepresentable
-from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.peft_config import PeftModule
 from adaptkit.ops.adapter_file.size import module_size
-from adaptkit.ops.rewrite.plan import Task
 from adaptkit.ops.shared import FLOATS, stored_dtype
 
 if TYPE_CHECKING:
@@ -20,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Decomposition, Weights
+    from adaptkit.files.header import TensorSpec
     from adaptkit.ops.ranks.knapsack import RankCurve
-    from adaptkit.ops.rewrite.plan import Recast
+    from adaptkit.ops.rewrite.plan import Recast, Task
 
 __all__ = ["Cut", "State", "Stored", "count", "curve_of", "dtype_of", "named", "stays"]
 
@@ -94,6 +93,7 @@ class State:
         ]
 
     def module(self, task: Task, stored: Stored) -> PeftModule:
+        """A module as a PEFT configuration names it."""
         name = self.plan.keys.module(task.slot)
         # two full LoKr factors have no rank, but PEFT multiplies them by alpha / r: both are 1
         rank, alpha = (1, 1.0) if stored.rank is None else (stored.rank, stored.alpha)

@@ -33,9 +33,11 @@ class Error(Policy):
 
     @property
     def most_error(self) -> float:
+        """The relative error asked for."""
         return self.error
 
     def choose(self, modules: Sequence[RankCurve], measure: Measure | None = None) -> list[int]:  # noqa: ARG002
+        """The rank of every module, see `Policy.choose`."""
         modules = capped(modules, self.max_rank)
         options = ranked(modules)
         front = frontier(options, options.error, options.bytes)

@@ -42,9 +42,11 @@ class Size(Policy):
 
     @property
     def most_bytes(self) -> int:
+        """The size asked for."""
         return self.bytes
 
     def choose(self, modules: Sequence[RankCurve], measure: Measure | None = None) -> list[int]:
+        """The rank of every module, see `Policy.choose`."""
         modules = capped(modules, self.max_rank)
         size = measure or (
             lambda ranks: sum(m.sizes[k] for m, k in zip(modules, ranks, strict=True))
