@@ -27,8 +27,6 @@ __all__ = ["NAME", "fallback", "family_of_weights"]
 
 NAME = "unknown"
 DENOISERS = ("transformer", "unet")
-# styles that name modules alike
-ALIKE = (("kohya", "comfy"), ("diffusers", "onetrainer", "lycoris"), ("peft", "bare"))
 SOURCE, NOWHERE = "source", "nowhere"
 TITLE = "an unknown family"
 
@@ -95,7 +93,8 @@ def _component(name: str, modules: Iterable[str], format: KeyFormat) -> Componen
         rows=rows,
         checkpoints={},
         tags=_tags(name, format),
-        namings={f.style: SOURCE if _alike(f, format) else NOWHERE for f in formats().values()},
+        namings=dict.fromkeys((f.style for f in formats().values()), NOWHERE)
+        | {f.style: SOURCE for f in formats().values() if _alike(f, format)},
     )
 
 
@@ -103,8 +102,7 @@ def _alike(format: KeyFormat, source: KeyFormat) -> bool:
     """Whether a format can spell the names of a source format."""
     if format is source:
         return True
-    group = next((group for group in ALIKE if source.style in group), ())
-    return format.style in group and source.joiner in (".", format.joiner)
+    return format.kin == source.kin != "" and source.joiner in (".", format.joiner)
 
 
 def _tags(component: str, source: KeyFormat) -> dict[str, tuple[str, ...]]:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms._algebra import distance_squared, inner
 from adaptkit.algorithms.contract import ALPHA, FitSpec, Stated, Weights
 from adaptkit.errors import NotRepresentable
 from adaptkit.keymap import algorithms
@@ -283,7 +282,7 @@ class AlgorithmLaws:
                         layout.name,
                         rank,
                     )
-                    assert distance_squared(weights, kept) ** 0.5 == pytest.approx(
+                    assert weights.distance_squared(kept) ** 0.5 == pytest.approx(
                         error, rel=1e-6, abs=1e-7 * size
                     )
                 told = max(0.0, taken.norm - sum(taken.energies[:rank])) ** 0.5
@@ -317,16 +316,16 @@ class AlgorithmLaws:
                     0.7,
                 )
             )
-            assert distance_squared(weights, weights) == 0.0
+            assert weights.distance_squared(weights) == 0.0
             for other in others:
                 theirs = other.delta().double().numpy()
                 for one, two in ((weights, other), (other, weights)):
                     scale = size * np.linalg.norm(theirs)
-                    assert inner(one, two) == pytest.approx(
+                    assert one.inner_product(two) == pytest.approx(
                         (dense * theirs).sum(), rel=1e-9, abs=1e-9 * scale
                     )
                     expected = ((dense - theirs) ** 2).sum()
-                    assert distance_squared(one, two) == pytest.approx(
+                    assert one.distance_squared(two) == pytest.approx(
                         expected, rel=1e-9, abs=1e-12 * scale
                     )
 

@@ -25,6 +25,7 @@ FLOORS = (
     (
         "configuration",
         "keymap",
+        "kinds",
         "suggest",
         "detect",
         "unknown",
@@ -45,7 +46,7 @@ CHAINS = {
         "quantized", "_exchange", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
-        "precision", "krylov", "lowrank", "factored", "kron", "noise", "kronscan", "mixing",
+        "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
     ),
     "keymap": ("templates", "roles", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("verb", "shared", "blocks", "adapter_file", "ranks", "difference", "rewrite", "*"),

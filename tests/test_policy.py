@@ -12,19 +12,16 @@ import numpy as np
 import pytest
 
 from adaptkit.errors import NonFinite, NotRepresentable, WrongUsage
-from adaptkit.ops.ranks import knapsack as policy
+from adaptkit.ops.ranks import knapsack
 from adaptkit.ops.ranks.knapsack import RankCurve, least_bytes, least_error
-from adaptkit.ops.ranks.policies import (
-    Energy,
-    Error,
-    Policy,
-    Rank,
-    Size,
-    SvCumulative,
-    SvFro,
-    SvRatio,
-    capped,
-)
+from adaptkit.ops.ranks.rules.contract import Policy, capped
+from adaptkit.ops.ranks.rules.energy import Energy
+from adaptkit.ops.ranks.rules.error import Error
+from adaptkit.ops.ranks.rules.rank import Rank
+from adaptkit.ops.ranks.rules.size import Size
+from adaptkit.ops.ranks.rules.sv_cumulative import SvCumulative
+from adaptkit.ops.ranks.rules.sv_fro import SvFro
+from adaptkit.ops.ranks.rules.sv_ratio import SvRatio
 
 pytestmark = pytest.mark.filterwarnings("error")  # numpy's, of divisions by nothing
 
@@ -578,7 +575,7 @@ def test_errors_that_are_no_integers() -> None:
 
 def test_equal_costs_need_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sort alone is optimal, and the bound says so."""
-    monkeypatch.setattr(policy, "CORE", 0)
+    monkeypatch.setattr(knapsack, "CORE", 0)
     random = np.random.default_rng(12)
     for _ in range(100):
         energies = [
@@ -617,14 +614,14 @@ def test_full_factors_at_the_end_against_dynamic_programming(
 
     All 16 are exact. With a sixteenth of the states the worst loses 0.2 % more than it has to, with none 10 %.
     """
-    worst = {policy.STATES: 0.0, policy.STATES // 16: 0.0, 0: 0.0}
+    worst = {knapsack.STATES: 0.0, knapsack.STATES // 16: 0.0, 0: 0.0}
     for seed in range(2):
         options = jumping(spectra(np.random.default_rng(seed), 40, 12, (64, 96, 77)))
         most = sum(one[-1][0] for one in options)
         best = table(options, most)
         for budget in np.linspace(0.02 * most, 0.95 * most, 8).astype(int).tolist():
             for states in worst:
-                monkeypatch.setattr(policy, "STATES", states)
+                monkeypatch.setattr(knapsack, "STATES", states)
                 found = least_error(options, budget)
                 assert found.bound <= best[budget] * (1 + 1e-12)
                 worst[states] = max(worst[states], float(found.error / best[budget] - 1))
@@ -648,8 +645,8 @@ def jumping(modules: Sequence[RankCurve]) -> Options:
 @pytest.mark.parametrize("states", [1, 1000, 30000])
 def test_no_option_more_would_fit(core: int, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However little is tried."""
-    monkeypatch.setattr(policy, "STATES", states)
-    monkeypatch.setattr(policy, "CORE", core)
+    monkeypatch.setattr(knapsack, "STATES", states)
+    monkeypatch.setattr(knapsack, "CORE", core)
     random = np.random.default_rng(15)
     for _ in range(60):
         options = mixed(random, 30, 8, 5000)
@@ -689,8 +686,8 @@ def test_limits_that_nothing_meets() -> None:
 
 
 def test_no_modules_and_no_options() -> None:
-    assert least_error([], 0) == policy.Allocation([], 0, 0.0, 0.0)
-    assert least_bytes([], 0.0) == policy.Allocation([], 0, 0.0, 0.0)
+    assert least_error([], 0) == knapsack.Allocation([], 0, 0.0, 0.0)
+    assert least_bytes([], 0.0) == knapsack.Allocation([], 0, 0.0, 0.0)
     with pytest.raises(ValueError, match="without options"):
         least_error([[(1, 1.0)], []], 9)
 
@@ -704,6 +701,6 @@ def test_numbers_that_are_none() -> None:
 
 def test_importing_it_loads_no_numpy() -> None:
     code = (
-        "import sys, adaptkit.ops.ranks.policies\nassert not {'numpy', 'torch'} & set(sys.modules)"
+        "import sys, adaptkit.ops.ranks.options\nassert not {'numpy', 'torch'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,7 @@
-"""What the orthogonal kinds share: rotations out of stored blocks, and applying what is no difference.
+"""Rotations from stored blocks, shared by the orthogonal kinds.
 
-Alpha of these kinds is no scale but a bound on the generator's norm, so `Facts.scale` carries it as it is stored.
+Their alpha is not a scale: it bounds the norm of the generators. `Facts.scale` carries it as it is
+stored.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -22,14 +24,15 @@ __all__ = ["Rotation", "cayley", "toward"]
 
 @dataclass(frozen=True, eq=False)
 class Rotation(Weights):
-    """Output rows turned by stored blocks, then perhaps rescaled: all of OFT and BOFT (LyCORIS) but how they turn.
+    """Output rows turned by stored blocks, then perhaps rescaled (OFT and BOFT of LyCORIS).
 
-    blocks: (..., n, b, b), with a stage before it where `dims` is 4; rows = n·b   rescale: (..., rows, 1)
+    blocks: (..., n, b, b), or (..., stages, n, b, b) if `dims` is 4; rows = n·b
+    rescale: (..., rows, 1)
     """
 
     additive: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
-    dims: ClassVar[int]  # of the stored blocks, which is what tells the kinds apart
+    dims: ClassVar[int]  # dimensions of the stored blocks; they differ between the kinds
     roles: ClassVar[Mapping[str, Role]] = roles(
         blocks=Role("oft_blocks"), rescale=Role("rescale"), alpha=Role(ALPHA)
     )
@@ -77,13 +80,13 @@ class Rotation(Weights):
         )
 
     def turned(self, blocks: Tensor, weight: Tensor, bound: float) -> Tensor:
-        """One weight (rows, columns), its rows turned by its blocks, whose generators are bounded."""
+        """One weight (rows, columns) with its rows turned by its blocks."""
         raise NotImplementedError
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch
 
-        # what the norm of all generators together may be: alpha times the rows, and anything where alpha is 0
+        # the bound on the norm of all generators together; alpha 0 means none
         bound = self.bound * self.rows if self.bound > 0 else math.inf
         many = self.blocks.reshape(-1, *self.blocks.shape[-self.dims :])
         weights = base.reshape(-1, *base.shape[-2:])
@@ -100,10 +103,11 @@ class Rotation(Weights):
 
 
 def cayley(blocks: Tensor, bound: float = math.inf) -> Tensor:
-    """R = (I + Q)(I − Q)⁻¹ with Q = B − Bᵀ for every block B of blocks (..., b, b), in float32 or wider.
+    """R = (I + Q)(I − Q)⁻¹ with Q = B − Bᵀ of every block B (..., b, b), in float32 or wider.
 
-    Where the norm of Q over all blocks together is larger than `bound`, Q is shortened to it (LyCORIS
-    `modules/diag_oft.py: get_r`, sd-scripts `networks/oft.py`); so with a bound, the blocks must be those of one weight.
+    If the norm of Q over all blocks together exceeds `bound`, Q is scaled down to it (LyCORIS
+    `modules/diag_oft.py: get_r`, sd-scripts `networks/oft.py`). So with a bound, the blocks must
+    be those of one weight.
     """
     import torch
 
@@ -120,5 +124,5 @@ def cayley(blocks: Tensor, bound: float = math.inf) -> Tensor:
 
 
 def toward(base: Tensor, merged: Tensor, strength: float) -> Tensor:
-    """W + strength · (W' − W), written into `base`: what a strength means for kinds that are no difference."""
+    """W + strength · (W' − W), written into `base`: the strength of non-additive kinds."""
     return base.copy_(merged) if strength == 1.0 else base.lerp_(merged, strength)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Boft(Rotation):
     """W' = rescale · B_m ⋯ B_1 W.   blocks: (..., m, n, b, b), rows = n·b   rescale: (..., rows, 1)
 
-    Stage i groups rows 2ⁱ·b/2 apart and turns each group of b by R = (I + Q)(I − Q)⁻¹, Q = B − Bᵀ, the norm of all Q
-    together bounded by alpha · rows where alpha is not 0 (Liu et al., arXiv:2311.06243; LyCORIS 4.1.3
-    `functional/boft.py`).
+    Stage i groups rows 2ⁱ·b/2 apart and turns each group of b by R = (I + Q)(I − Q)⁻¹ with
+    Q = B − Bᵀ. The norm of all Q together is bounded by alpha · rows, unless alpha is 0 (Liu et
+    al., arXiv:2311.06243; LyCORIS 4.1.3 `functional/boft.py`).
     """
 
     name: ClassVar[str] = "boft"

@@ -1,157 +1,189 @@
-"""The contract of an algorithm: what its tensors are called, what their shapes say, and what they mean.
+"""The contract of an algorithm: its tensors, their shapes, and the ΔW that they mean.
 
-Only `facts`, `decode`, `encode` and `delta` are obligatory. Everything is written for matrices with leading batch
-dimensions, `(..., m, n)`: a convolution is its kernel flattened to (out, in·K), a bias or norm a column (out, 1).
+`facts`, `decode`, `encode` and `delta` are obligatory; everything else has a default. Code is
+written for matrices with leading batch dimensions, `(..., m, n)`. A convolution is its kernel
+flattened to (out, in·K), a bias or norm is a column (out, 1).
+
+Commands never ask for an algorithm by name. They ask its class: the class variables of `Weights`
+say what an algorithm can do.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.errors import NonFinite, NotRepresentable, ShapeMismatch
-from adaptkit.names import WEIGHT
+from adaptkit.algorithms._factor import Factor
+from adaptkit.algorithms._ladder import FitSpec, Ladder, Truncation
+from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._stored import ALPHA, Facts, Role, Shapes, Stated
+from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
     from adaptkit.linalg.lowrank import LowRank
+    from adaptkit.linalg.products import Operand
 
 __all__ = [
     "ALPHA",
+    "NETWORK",
+    "THIN",
     "Decomposition",
-    "Dense",
-    "Factor",
     "Facts",
     "FitSpec",
     "KeptStack",
-    "Product",
+    "Ladder",
     "Role",
     "Shapes",
     "Stated",
-    "Tucker",
     "Weights",
-    "flat",
-    "grouped",
     "same",
-    "scaling",
-    "stacked",
-    "unique",
 ]
 
-ALPHA = "alpha"
-THIN = 0.5  # of the smaller side: factors of a higher rank are dearer than ΔW itself
-
-Shapes = Mapping[str, tuple[int, ...]]
+THIN = 0.5  # of the smaller side: factors of a higher rank cost more than ΔW itself
+NETWORK = "lycoris.kohya"  # the `ss_network_module` that loads every algorithm
 
 
-@dataclass(frozen=True, slots=True)
-class Role:
-    """What one tensor is to its algorithm: its default spelling (a key suffix) and others found in real files.
-
-    `param` is the parameter it adapts.
-    """
-
-    spelling: str
-    also: tuple[str, ...] = ()
-    param: str = WEIGHT
-
-
-@dataclass(frozen=True, slots=True)
-class Stated:
-    """Alpha as a file states it.
-
-    `rank` is the one a PEFT configuration states beside it, which the shapes of some kinds do not tell; `rank_scaled`
-    says that alpha is divided by √rank (rsLoRA, arXiv:2312.03732).
-    """
-
-    value: float
-    rank: int | None = None
-    rank_scaled: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the shapes (and alpha) of one adapted weight say, before any tensor is read.
-
-    `rows` × `columns` is the matrix it adapts, 0 where the stored shapes do not tell; `kernel` its kernel size, `()` for
-    a linear layer, None where the stored shapes do not tell. `rank` is None for dense kinds. `scale` multiplies the product.
-    """
-
-    rows: int
-    columns: int
-    kernel: tuple[int, ...] | None
-    rank: int | None
-    scale: float
-    vector: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FitSpec:
-    """How to fit weights to a difference: `rank` (None: the kind's fullest form), `kernel` of the target.
-
-    Of LoKr: `factor`, and whether `both` factors are products (of one rank).
-    """
-
-    rank: int | None = None
-    kernel: tuple[int, ...] = ()
-    factor: int = 8
-    svd: str = "auto"
-    seed: int = 0
-    both: bool = False
-
-
-class Weights:
+class Weights(Truncation):
     """One adapted weight, or a batch of equally shaped ones (leading dimensions)."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     roles: ClassVar[Mapping[str, Role]]
-    forms: ClassVar[tuple[frozenset[str], ...]]  # the sets of roles that make a whole, alpha aside
-    additive: ClassVar[bool] = True
-    wraps: ClassVar[tuple[str, ...]] = ()  # the algorithms this one is put around; see `over`
-    bounded: ClassVar[bool] = (
-        False  # alpha bounds a rotation and is part of the weights, not a scale
-    )
+    # the sets of roles that are complete, alpha aside
+    forms: ClassVar[tuple[frozenset[str], ...]]
+    additive: ClassVar[bool] = True  # ΔW does not depend on the weight that it is added to
+    bounded: ClassVar[bool] = False  # alpha bounds a rotation: it is a weight, not a scale
+
+    # what it holds exactly
+    dense: ClassVar[bool] = False  # stores ΔW itself: holds any difference, has no rank
+    low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
+    applies_in_place: ClassVar[bool] = False  # `apply` never forms ΔW
+
+    # wrapping another algorithm, see `over`
+    wraps: ClassVar[tuple[str, ...]] = ()
+    wrapper: ClassVar[str] = ""  # of a wrapped kind: the algorithm around it
+    kind: ClassVar[type[Weights] | None] = None  # of a wrapped kind: the one inside
+
+    # cutting ranks
+    resized: ClassVar[str | None] = None  # the algorithm that it becomes; None: has no rank to cut
+    stacks: ClassVar[bool] = False  # equally shaped ones with thin factors decompose as one stack
+
+    # fitting to a difference
     extractable: ClassVar[bool] = False
-    stacks: ClassVar[bool] = (
-        False  # whether equally shaped ones, with thin factors, can be taken apart at once
-    )
-    resized: ClassVar[str | None] = (
-        None  # the algorithm it becomes where its rank is cut; None: it has no rank to cut
-    )
+    fit_options: ClassVar[frozenset[str]] = frozenset()  # options of `extract` for this kind alone
+    default_rank: ClassVar[int | None] = None  # without a rank rule; None: the fullest form
+    fit_copies: ClassVar[int] = 2  # float32 copies of ΔW that are alive while it is fitted
+    refits: ClassVar[bool] = False  # fitting again at the chosen rank beats cutting the ladder
+    against_low_rank: ClassVar[bool] = False  # report what a LoRA of as many numbers would keep
+
+    # what readers call it
+    network_module: ClassVar[str] = NETWORK  # `ss_network_module` of a file of this kind alone
+    peft_type: ClassVar[str] = ""  # `peft_type` of a PEFT configuration; "": PEFT has none
+    peft_alpha: ClassVar[str] = "alpha"  # the field of alpha in that configuration
+
+    # --- stored tensors ----------------------------------------------------------------------
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
-        """Rank, size, kernel and scale from stored shapes; ShapeMismatch where they do not fit together."""
+        """Rank, size, kernel and scale from stored shapes; ShapeMismatch if they do not fit."""
         raise NotImplementedError
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
-        """Stored tensors (with or without equal leading batch dimensions) to matrices; no copy, no change of dtype."""
+        """Stored tensors, or equally shaped batches of them, to matrices.
+
+        Neither copies nor changes the dtype.
+        """
         raise NotImplementedError
 
     def encode(self) -> dict[str, Tensor]:
-        """The stored tensors by role, alpha included where the kind has one (float32, no dimensions)."""
+        """The stored tensors by role; alpha is float32 without dimensions."""
         raise NotImplementedError
+
+    @classmethod
+    def stored_as(cls, role: str, *, peft: bool) -> str:
+        """The role that PEFT (or LyCORIS, without `peft`) stores instead of this one."""
+        return role
+
+    @classmethod
+    def laid_out(
+        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
+    ) -> tuple[int, ...]:
+        """The stored shape of a role in PEFT's layout, or in that of LyCORIS without `peft`.
+
+        NotRepresentable if that layout cannot hold it.
+        """
+        return shape
+
+    @classmethod
+    def vector_role(cls, *, bias: bool, norm: bool) -> str | None:
+        """The role that holds a bias or the vector of a norm; None if the kind holds none."""
+        return None
+
+    def placed(self, role: str, *, vector: bool) -> Self:
+        """The same weights, stored under this role, as a vector if `vector`."""
+        return self
+
+    @classmethod
+    def too_wide(cls, shapes: Shapes) -> bool:
+        """Whether factors of these shapes store more numbers than ΔW itself."""
+        return False
+
+    @classmethod
+    def peft_fields(cls, modules: Sequence[Shapes]) -> dict[str, Any]:
+        """The fields of a PEFT configuration that only this kind has.
+
+        `modules` are the stored shapes of each module. NotRepresentable if they differ in what the
+        configuration states once for all.
+        """
+        return {}
+
+    # --- ΔW ----------------------------------------------------------------------------------
 
     def delta(self) -> Tensor:
         """ΔW, (..., rows, columns), in float32 or wider."""
         raise NotImplementedError
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        """W + strength·ΔW for `base` (..., rows, columns) of float32 or wider; may overwrite and return `base`."""
+        """W + strength·ΔW for `base` (..., rows, columns) of float32 or wider.
+
+        May overwrite `base` and return it.
+        """
         return base.add_(self.delta(), alpha=strength)
+
+    @property
+    def rows(self) -> int:
+        """The number of output rows of ΔW."""
+        return int(self.delta().shape[-2])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(left, right) with left·right = ΔW exactly, (..., rows, r) and (..., r, columns)."""
         raise NotRepresentable(f"{self.name} has no exact low-rank factors")
 
+    def thin_factors(self) -> tuple[Tensor, Tensor] | None:
+        """`factors` if their rank is so small that they cost less than ΔW itself."""
+        try:
+            left, right = self.factors()
+        except NotRepresentable:
+            return None
+        most = min(left.shape[-2], right.shape[-1]) * THIN
+        return (left, right) if left.shape[-1] <= most else None
+
+    def kron_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(w1, w2) with w1 ⊗ w2 = ΔW, in float32 or wider; None if it is no such product."""
+        return None
+
+    @classmethod
+    def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
+        """The rank of `factors`, from stored shapes: an upper bound of the rank of ΔW."""
+        return facts.rank or min(facts.rows, facts.columns)
+
     def norm_squared(self) -> float:
-        """‖ΔW‖²_F in float64; NotRepresentable where ΔW depends on the weight."""
+        """‖ΔW‖²_F in float64; NotRepresentable if ΔW depends on the weight."""
         from adaptkit.linalg.lowrank import product_norm_squared
 
         try:
@@ -160,14 +192,47 @@ class Weights:
             return float(self.delta().double().square().sum())
         return float(product_norm_squared(left.double(), right.double()).sum())
 
-    def kron_factors(self) -> tuple[Tensor, Tensor] | None:
-        """(w1, w2) with w1 ⊗ w2 = ΔW, in float32 or wider; None for all but Kronecker products."""
-        return None
+    def inner_product(self, other: Weights) -> float:
+        """⟨ΔW, ΔW'⟩_F; NotRepresentable if one of them depends on the weight."""
+        from adaptkit.linalg.products import inner
+
+        return inner(self._operand(), other._operand())
+
+    def distance_squared(self, other: Weights, norm: float | None = None) -> float:
+        """‖ΔW − ΔW'‖²_F. `norm` is ‖ΔW‖² if it is known.
+
+        Exact to machine precision of the norms if both have thin factors or equal Kronecker
+        blocks.
+        """
+        from adaptkit.linalg.products import distance_squared
+
+        return distance_squared(self._operand(), other._operand(), norm)
+
+    def _operand(self) -> Operand:
+        """ΔW in float64: a float32 product would add its rounding to every distance."""
+        from adaptkit.linalg.products import Operand
+
+        kron = self.kron_factors()
+        thin = None if kron is not None else self.thin_factors()
+        one, two = (pair and (pair[0].double(), pair[1].double()) for pair in (kron, thin))
+        return Operand(one, two, self._wide_delta, self.norm_squared)
+
+    def _wide_delta(self) -> Tensor:
+        from adaptkit.linalg.kron import kron
+
+        if (pair := self.kron_factors()) is not None:
+            return kron(pair[0].double(), pair[1].double())
+        try:
+            left, right = self.factors()
+        except NotRepresentable:
+            return self.delta().double()
+        return left.double() @ right.double()
 
     def spectrum(self) -> Tensor:
-        """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS); no vectors.
+        """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS).
 
-        From the factors where they are thin, else from the Gram matrix of ΔW. NotRepresentable where ΔW depends on the weight.
+        Computed from thin factors, else from the Gram matrix of ΔW. NotRepresentable if ΔW depends
+        on the weight.
         """
         from adaptkit.linalg.factored import factored_core
         from adaptkit.linalg.lowrank import energies
@@ -179,7 +244,7 @@ class Weights:
         return energies(delta, min(delta.shape[-2:])).sqrt()
 
     def svd(self, rank: int, method: str = "auto") -> LowRank:
-        """The leading `rank` singular triplets of ΔW; exact from the factors where they are thin."""
+        """The leading `rank` singular triplets of ΔW; exact from thin factors."""
         from adaptkit.linalg.factored import factored_svd
         from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 
@@ -188,74 +253,64 @@ class Weights:
             return factored_svd(*thin).head(rank)
         return truncated_svd(self.delta(), SvdSpec(rank, method=method))  # type: ignore[arg-type]
 
-    def thin_factors(self) -> tuple[Tensor, Tensor] | None:
-        """`factors` where their rank is so small that they are cheaper than ΔW itself; else None."""
-        try:
-            left, right = self.factors()
-        except NotRepresentable:
-            return None
-        return (
-            (left, right) if left.shape[-1] <= min(left.shape[-2], right.shape[-1]) * THIN else None
-        )
-
     def widened(self) -> Weights:
-        """The same ΔW in float64, where that saves converting its factors again and again; else itself."""
+        """The same ΔW with factors in float64, so that they are converted only once."""
         return self
 
     def computed(self) -> Weights:
-        """The same ΔW in the compute dtype, where that saves computing its factors again and again; else itself."""
+        """The same ΔW with factors in the compute dtype, so that they are computed only once."""
         return self
 
-    @classmethod
-    def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
-        """The rank of `factors`, from stored shapes: at most what ΔW has."""
-        return facts.rank or min(facts.rows, facts.columns)
-
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        """How many output rows belong together: `part` may cut between them, and applies to some rows as to all.
-
-        None where the whole weight is needed, or where a part would cost as much as the whole.
-        """
-        return None
-
-    @classmethod
-    def sum(cls, parts: Sequence[Self]) -> Self:
-        """The weights of the sum of all ΔW, exactly (no batch)."""
-        raise NotRepresentable(
-            f"a sum of {cls.name} is no {cls.name}", hint="--algo lora or --algo full can hold it"
-        )
-
-    @classmethod
-    def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
-        """ΔW of `weights` (no batch), of any kind, taken apart by the ranks that this kind can keep of it."""
-        raise NotRepresentable(f"a {cls.name} has no rank to choose", hint="--algo lora has")
-
-    @classmethod
-    def decompose_stack(cls, weights: Weights, spec: FitSpec) -> list[Decomposition]:
-        """`decompose` of every member of a stack (one leading dimension) at once; only of kinds that are `stacks`."""
-        raise NotRepresentable(f"{cls.name} are taken apart one by one")
-
-    @classmethod
-    def keep_stack(
-        cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]
-    ) -> KeptStack:
-        """`keep` of every member of a stack at its rank."""
-        raise NotRepresentable(f"{cls.name} are cut one by one")
+    # --- the same ΔW, and ΔW of several ------------------------------------------------------
 
     def times(self, factor: float) -> Self:
         """The weights of factor · ΔW."""
         raise NotRepresentable(f"a {self.name} cannot be multiplied by {factor:g}")
+
+    def folded(self) -> Self:
+        """The same ΔW with scale 1, in float32: the scale is multiplied into one factor."""
+        raise NotRepresentable(f"the scale of a {self.name} cannot be folded into its tensors")
+
+    @classmethod
+    def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:
+        """These weights in this kind, ΔW unchanged; NotRepresentable if there is no exact form.
+
+        `kernel` is the kernel size of the layer, None if it is not known.
+        """
+        raise NotRepresentable(
+            f"a {weights.name} is no {cls.name} exactly",
+            hint="--algo lora or --algo full can hold it",
+        )
+
+    @classmethod
+    def holding(cls, delta: Tensor, kernel: tuple[int, ...]) -> Self:
+        """The weights of this very ΔW, not copied; dense kinds only."""
+        raise NotRepresentable(f"{cls.name} does not store a difference as it is")
+
+    @classmethod
+    def sum(cls, parts: Sequence[Self]) -> Self:
+        """The weights of the exact sum of all ΔW (no batch)."""
+        raise NotRepresentable(
+            f"a sum of {cls.name} is no {cls.name}", hint="--algo lora or --algo full can hold it"
+        )
 
     def part(self, start: int, stop: int) -> Self:
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
 
     @classmethod
-    def fuse(cls, parts: Sequence[Self]) -> Self:
-        """The weights whose output rows are those of the parts, one after the other, exactly.
+    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
+        """The number of output rows that `part` must keep together.
 
-        Parts that came from a `part` of one thing give that thing back, at its own rank.
+        None if the whole weight is needed, or if a part costs as much as the whole.
+        """
+        return None
+
+    @classmethod
+    def fuse(cls, parts: Sequence[Self]) -> Self:
+        """The weights whose output rows are those of the parts, in order, exactly.
+
+        Parts that `part` cut from one weight give that weight back, at its own rank.
         """
         raise NotRepresentable(f"{len(parts)} {cls.name} cannot be stacked into one")
 
@@ -265,78 +320,86 @@ class Weights:
         raise NotRepresentable(f"a missing part cannot be filled up in a {cls.name}")
 
     def swapped(self) -> Self:
-        """The weights with the two halves of their output rows exchanged (a scale and shift in the other order)."""
+        """The weights with the two halves of their output rows exchanged.
+
+        Some layers store their scale and shift in the other order.
+        """
         rows = self.rows
         return self.fuse([self.part(rows // 2, rows), self.part(0, rows // 2)])
 
-    @property
-    def rows(self) -> int:
-        """How many output rows ΔW has."""
-        return int(self.delta().shape[-2])
-
-    def folded(self) -> Self:
-        """The same ΔW with scale 1, in float32: the scale multiplied into one factor, for formats without alpha."""
-        raise NotRepresentable(f"the scale of a {self.name} cannot be folded into its tensors")
-
-    @classmethod
-    def exactly(cls, weights: Weights, kernel: tuple[int, ...] | None) -> Self:
-        """These weights in this kind, ΔW unchanged; NotRepresentable where the kind has no exact form of them.
-
-        `kernel` is the kernel size of the layer, None where nobody knows it.
-        """
-        raise NotRepresentable(
-            f"a {weights.name} is no {cls.name} exactly",
-            hint="--algo lora or --algo full can hold it",
-        )
-
-    @classmethod
-    def stored_as(cls, role: str, *, peft: bool) -> str:
-        """The role under which PEFT (or, not `peft`, LyCORIS) stores what this role holds."""
-        return role
-
-    @classmethod
-    def laid_out(
-        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
-    ) -> tuple[int, ...]:
-        """The stored shape of a role as PEFT (or, not `peft`, LyCORIS) lays it out; NotRepresentable where it cannot."""
-        return shape
-
     @classmethod
     def over(cls, inner: type[Weights]) -> type[Self]:
-        """This algorithm put around another, as a kind of its own named `<inner>+<this>`."""
-        raise NotRepresentable(f"{cls.name} is not put around other algorithms")
-
-    @classmethod
-    def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """The nearest weights of this kind to `delta` (..., rows, columns), in Frobenius norm; shares no memory with it."""
-        raise NotRepresentable(f"{cls.name} cannot be fitted to a difference")
+        """This algorithm around another, as a kind of its own named `<inner>+<this>`."""
+        raise NotRepresentable(f"{cls.name} does not wrap other algorithms")
 
     def member(self, index: int) -> Self:
         """One member of a batch with a single leading dimension."""
-        chosen = {f.name: _pick(getattr(self, f.name), index) for f in fields(self)}  # type: ignore[arg-type]
-        return type(self)(**chosen)
+        return _pick(self, index)  # type: ignore[return-value]
+
+    # --- ranks of existing weights -----------------------------------------------------------
+
+    @classmethod
+    def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
+        """Decompose ΔW of `weights` (any kind, no batch) by the ranks that this kind can keep."""
+        raise NotRepresentable(f"a {cls.name} has no rank to choose", hint="--algo lora has")
+
+    @classmethod
+    def decompose_stack(cls, weights: Weights, spec: FitSpec) -> list[Decomposition]:
+        """`decompose` every member of a stack (one leading dimension); only if `stacks`."""
+        raise NotRepresentable(f"{cls.name} are decomposed one by one")
+
+    @classmethod
+    def keep_stack(
+        cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]
+    ) -> KeptStack:
+        """`keep` every member of a stack at its rank."""
+        raise NotRepresentable(f"{cls.name} are cut one by one")
+
+    # --- fitting to a difference -------------------------------------------------------------
+
+    @classmethod
+    def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
+        """The nearest weights of this kind to `delta` (..., rows, columns), in Frobenius norm.
+
+        Shares no memory with `delta`.
+        """
+        raise NotRepresentable(f"{cls.name} cannot be fitted to a difference")
+
+    @classmethod
+    def candidates(cls, delta: Tensor, spec: FitSpec, *, ladder: bool) -> list[Weights]:
+        """The weights of this kind to choose from, as `extract` stores them.
+
+        With `ladder`, the first may be truncated to any lower rank afterwards.
+        """
+        return [cls.fit(delta, spec)]
+
+    @classmethod
+    def fitted_numbers(cls, rows: int, columns: int, rank: int | None) -> int:
+        """An upper bound of the numbers that `fit` stores at this rank, alpha aside."""
+        return rows * columns
+
+    @classmethod
+    def caution(cls, spec: FitSpec) -> str:
+        """A sentence about readers of weights fitted so; empty if there is none."""
+        return ""
+
+    def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
+        """‖delta − ΔW‖² truncated to ranks 0, 1, …; may overwrite `delta`."""
+        raise NotRepresentable(f"a {self.name} has no ladder of ranks")
 
 
-class Decomposition:
-    """ΔW by rank: `energies`, what each further rank adds to what is kept of ‖ΔW‖² = `norm`; all of it small.
+class Decomposition(Ladder):
+    """ΔW by rank. `energies` are the gains of each further rank in ‖ΔW‖² = `norm`.
 
-    The weights themselves are not held: `keep` is given them again.
+    It is small: it does not hold the weights. `keep` gets them again.
     """
 
     energies: tuple[float, ...]
     norm: float
 
-    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """The stored shape of every role but alpha at this rank, 1 … len(energies)."""
-        raise NotImplementedError
-
     def elements(self) -> list[int]:
         """How many numbers are stored (alpha aside) at rank 0 (none), 1, …, len(energies)."""
-        ranks = range(1, len(self.energies) + 1)
-        return [
-            0,
-            *(sum(math.prod(shape) for shape in self.shapes(rank).values()) for rank in ranks),
-        ]
+        return [0, *(self.numbers(rank) for rank in range(1, len(self.energies) + 1))]
 
     def keep(self, weights: Weights, rank: int) -> Weights:
         """The nearest weights of this rank."""
@@ -348,175 +411,24 @@ class Decomposition:
 
 
 class KeptStack:
-    """A stack of weights cut to ranks, with zeros up to the highest of them; it knows what they were cut from."""
+    """A stack of weights cut to ranks, padded with zeros up to the highest rank."""
 
     @property
     def weights(self) -> Weights:
-        """What was kept, not rounded yet."""
+        """The weights that were kept, not rounded yet."""
         raise NotImplementedError
 
     def distances(self, stored: Weights) -> list[float]:
-        """‖ΔW − ΔW'‖²_F of every member in float64, ΔW being whole and ΔW' that of `weights` as they are stored."""
+        """‖ΔW − ΔW'‖²_F of every member in float64.
+
+        ΔW is that of the whole weights, ΔW' that of `stored`, which are `weights` rounded.
+        """
         raise NotImplementedError
 
 
 def _pick(value: object, index: int) -> object:
-    if isinstance(value, Dense | Product | Tucker):
+    if isinstance(value, Factor | Weights):
         return type(value)(*(_pick(getattr(value, f.name), index) for f in fields(value)))  # type: ignore[arg-type]
-    if isinstance(value, Weights):
-        return value.member(index)
     if isinstance(value, tuple):
         return tuple(_pick(one, index) for one in value)
     return value[index] if hasattr(value, "ndim") else value  # type: ignore[index]
-
-
-def same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are the same, bit for bit, or both not there."""
-    import torch
-
-    if one is None or other is None:
-        return one is other
-    return one is other or (
-        one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    )
-
-
-def stacked(parts: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
-    """Matrices (..., m, r) one below the other, those of each group in columns of its own: block-diagonal by group.
-
-    `groups` numbers the group of each part, from 0 in the order of first appearance; members of one have equal r.
-    """
-    import torch
-
-    widths = {group: part.shape[-1] for part, group in zip(parts, groups, strict=True)}
-    if len(widths) == 1:
-        return torch.cat(list(parts), -2)
-    rows = []
-    for part, group in zip(parts, groups, strict=True):
-        before = sum(width for other, width in widths.items() if other < group)
-        after = sum(widths.values()) - before - part.shape[-1]
-        rows.append(torch.nn.functional.pad(part, (before, after)))
-    return torch.cat(rows, -2)
-
-
-def grouped(parts: Sequence[Tensor]) -> list[int]:
-    """The number of each part's group, where equal tensors are one group."""
-    firsts: list[Tensor] = []
-    numbers: list[int] = []
-    for part in parts:
-        known = next((n for n, first in enumerate(firsts) if same(first, part)), None)
-        if known is None:
-            firsts.append(part)
-        numbers.append(len(firsts) - 1 if known is None else known)
-    return numbers
-
-
-def unique(parts: Sequence[Tensor], groups: Sequence[int]) -> list[Tensor]:
-    """The first part of each group, in order."""
-    return [parts[groups.index(group)] for group in range(max(groups) + 1)]
-
-
-def flat(tensor: Tensor, ndim: int) -> Tensor:
-    """A stored tensor of `ndim` own dimensions as (..., first, rest): `(..., r, i, kh, kw)` → `(..., r, i·kh·kw)`."""
-    return tensor.reshape(*tensor.shape[: tensor.ndim - ndim + 1], -1)
-
-
-def scaling(alpha: Stated | None, rank: int) -> float:
-    """alpha / rank, 1 where there is no alpha (kohya, LyCORIS and PEFT agree; rsLoRA divides by √rank)."""
-    if alpha is None:
-        return 1.0
-    if not math.isfinite(alpha.value):
-        raise NonFinite(f"alpha is {alpha.value}")
-    return alpha.value / (math.sqrt(rank) if alpha.rank_scaled else rank)
-
-
-def matched(condition: bool, roles: str, shapes: Shapes) -> None:
-    """Raise ShapeMismatch with the shapes of these roles unless the condition holds."""
-    if not condition:
-        listed = ", ".join(
-            f"{role} {list(shapes[role])}" for role in roles.split() if role in shapes
-        )
-        raise ShapeMismatch(f"these shapes do not fit together: {listed}")
-
-
-class Factor:
-    """One side of a Kronecker product: `Dense | Product | Tucker`."""
-
-    def dense(self) -> Tensor:
-        """The matrix, (..., m, n), in float32 or wider."""
-        raise NotImplementedError
-
-    @property
-    def rows(self) -> int:
-        """m."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class Dense(Factor):
-    """A matrix stored as it is, (..., m, n)."""
-
-    matrix: Tensor
-
-    def dense(self) -> Tensor:
-        from adaptkit.linalg.precision import upcast
-
-        return upcast(self.matrix)
-
-    @property
-    def rows(self) -> int:
-        return int(self.matrix.shape[-2])
-
-
-@dataclass(frozen=True, eq=False)
-class Product(Factor):
-    """left (..., m, r) · right (..., r, n)."""
-
-    left: Tensor
-    right: Tensor
-
-    def dense(self) -> Tensor:
-        from adaptkit.linalg.precision import upcast
-
-        return upcast(self.left) @ upcast(self.right)
-
-    @property
-    def rows(self) -> int:
-        return int(self.left.shape[-2])
-
-
-@dataclass(frozen=True, eq=False)
-class Tucker(Factor):
-    """Σ_{pq} left[:, p] core[p, q, :] right[q, :]: left (..., m, r), core (..., r, s, K), right (..., s, d) → (..., m, d·K)."""
-
-    core: Tensor
-    left: Tensor
-    right: Tensor
-
-    def dense(self) -> Tensor:
-        from adaptkit.linalg.precision import upcast
-
-        return upcast(self.left) @ spread(upcast(self.core), upcast(self.right))
-
-    @property
-    def rows(self) -> int:
-        return int(self.left.shape[-2])
-
-
-def spread(core: Tensor, right: Tensor) -> Tensor:
-    """core (..., r, s, K) ×₂ right (..., s, d) → (..., r, d·K), kernel index fastest as in `flatten(1)` of a conv."""
-    from adaptkit.linalg.precision import members, one_by_one
-
-    if core.ndim > 3 and one_by_one(right):
-        pairs = members(core.flatten(-2), right)
-        import torch
-
-        each = [spread(one.reshape(core.shape[-3:]), other) for one, other in pairs]
-        return torch.stack(each).reshape(*right.shape[:-2], core.shape[-3], -1)
-    wide = core.transpose(-1, -2) @ right.unsqueeze(-3)  # (..., r, K, d)
-    return wide.transpose(-1, -2).reshape(*wide.shape[:-2], -1)
-
-
-def roles(**named: Role) -> Mapping[str, Role]:
-    """The roles of an algorithm, read-only."""
-    return MappingProxyType(named)

@@ -1,4 +1,4 @@
-"""DoRA: a LoRA, LoHa or LoKr whose result is brought to learnt magnitudes, row by row or column by column."""
+"""DoRA: a LoRA, LoHa or LoKr whose rows or columns are scaled to learnt magnitudes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from adaptkit.algorithms._factor import Dense, Product, Tucker
+from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import (
     Decomposition,
-    Dense,
     Facts,
     FitSpec,
-    Product,
     Role,
     Shapes,
     Stated,
-    Tucker,
     Weights,
-    matched,
-    roles,
 )
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 
@@ -35,12 +32,13 @@ STORED = ("magnitude", "vector")
 
 @dataclass(frozen=True, eq=False)
 class Dora(Weights):
-    """W' = m · (W + ΔW) / ‖W + ΔW‖, the norm of every output row (`axis` output) or of every input column (input).
+    """W' = m · (W + ΔW) / ‖W + ΔW‖, by output rows (`axis` output) or input columns (input).
 
-    magnitude: (..., rows, 1) or (..., 1, inputs). Source: Liu et al., arXiv:2402.09353; LyCORIS
-    `modules/locon.py: apply_weight_decompose`, whose stored shape tells the axis: `[out, 1, …]` (its default) or
-    `[1, in, …]` (OneTrainer's); PEFT `tuners/lora/dora.py`: `[out]`, for convolutions `[1, out, 1, 1]`. ComfyUI and
-    InvokeAI divide by other norms on the output axis (reference, failures F11).
+    magnitude: (..., rows, 1) or (..., 1, inputs). Source: Liu et al., arXiv:2402.09353. In
+    LyCORIS (`modules/locon.py: apply_weight_decompose`) the stored shape tells the axis:
+    `[out, 1, …]` by default, `[1, in, …]` in OneTrainer. PEFT (`tuners/lora/dora.py`) stores
+    `[out]`, and `[1, out, 1, 1]` for convolutions. ComfyUI and InvokeAI divide by other norms on
+    the output axis.
     """
 
     name: ClassVar[str] = "dora"
@@ -58,7 +56,7 @@ class Dora(Weights):
     inner: Weights
     magnitude: Tensor
     axis: str
-    ones: int = 0  # trailing dimensions of 1 that the stored magnitudes have, one per dimension of the kernel
+    ones: int = 0  # trailing dimensions of 1 of the stored magnitudes: one per kernel dimension
 
     @classmethod
     def over(cls, inner: type[Weights]) -> type[Self]:
@@ -100,7 +98,7 @@ class Dora(Weights):
         import torch
 
         merged = self.inner.apply(base.clone(), 1.0)
-        # an input's columns, one for every position of a convolution's kernel, share its magnitude
+        # the columns of one input, one per position of the kernel, share its magnitude
         inputs = merged.shape[-1] if self.axis == OUTPUT else self.magnitude.shape[-1]
         wide = merged.reshape(*merged.shape[:-1], inputs, -1)  # (..., rows, inputs, K)
         over = (-2, -1) if self.axis == OUTPUT else (-3, -1)
@@ -111,7 +109,7 @@ class Dora(Weights):
 
     @classmethod
     def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
-        """The direction by rank, the magnitudes as they are (reference §5); energies are the direction's."""
+        """The direction by rank; the magnitudes stay. `energies` are those of the direction."""
         if not isinstance(weights, Dora):
             raise NotRepresentable(f"a {weights.name} has no magnitudes to make a {cls.name} of")
         return _Direction(
@@ -129,7 +127,7 @@ class Dora(Weights):
         )
 
     def swapped(self) -> Self:
-        if self.axis == INPUT:  # the norm of a column does not mind the order of its rows
+        if self.axis == INPUT:  # the norm of a column does not depend on the order of rows
             return replace(self, inner=self.inner.swapped())
         return super().swapped()
 
@@ -150,9 +148,14 @@ class Dora(Weights):
     def _by_rows(self) -> None:
         if self.axis == INPUT:
             raise NotRepresentable(
-                "a DoRA with magnitudes on its input axis cannot be split or fused: every column's norm needs all rows",
+                "a DoRA with magnitudes on its input axis cannot be split or fused: "
+                "the norm of a column needs all rows",
                 hint="merge it into its checkpoint",
             )
+
+    @classmethod
+    def peft_fields(cls, modules: Sequence[Shapes]) -> dict[str, Any]:
+        return {**cls.kind.peft_fields(modules), "use_dora": True}
 
     @classmethod
     def stored_as(cls, role: str, *, peft: bool) -> str:
@@ -183,7 +186,7 @@ class Dora(Weights):
 
 
 class _Direction(Decomposition):
-    """The inner weights' ranks; the magnitudes, stored in the shape given, go with each."""
+    """The ranks of the inner weights; the magnitudes are stored with each."""
 
     def __init__(self, inner: Decomposition, magnitude: tuple[int, ...]) -> None:
         self.inner, self.magnitude = inner, magnitude
@@ -192,9 +195,8 @@ class _Direction(Decomposition):
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         return {**self.inner.shapes(rank), "magnitude": self.magnitude}
 
-    def elements(self) -> list[int]:
-        extra = math.prod(self.magnitude)
-        return [n and n + extra for n in self.inner.elements()]
+    def numbers(self, rank: int) -> int:
+        return self.inner.numbers(rank) + math.prod(self.magnitude)
 
     def keep(self, weights: Weights, rank: int) -> Weights:
         assert isinstance(weights, Dora)
@@ -212,8 +214,12 @@ def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
         "name": f"{inner.name}+{cls.name}",
         "title": f"{inner.title} with DoRA",
         "kind": inner,
+        "wrapper": cls.name,
         "wraps": (),
         "resized": inner.resized and f"{inner.resized}+{cls.name}",
+        # PEFT has DoRA for those kinds alone whose configuration has a field for it
+        "peft_type": inner.peft_type if "use_dora" in inner.peft_fields(()) else "",
+        "peft_alpha": inner.peft_alpha,
         "roles": MappingProxyType({**inner.roles, **cls.own}),
         "forms": tuple(form | {role} for form in inner.forms for role in STORED),
     }
@@ -221,7 +227,7 @@ def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
 
 
 def _leading(weights: Weights) -> int:
-    """How many batch dimensions stand before the matrices of these weights."""
+    """The number of batch dimensions of these weights."""
     match getattr(weights, fields(weights)[0].name):  # type: ignore[arg-type]
         case Dense(matrix) | Product(matrix, _) | Tucker(_, matrix, _):
             return int(matrix.ndim) - 2
@@ -230,7 +236,7 @@ def _leading(weights: Weights) -> int:
 
 
 def _axis(shapes: Shapes, facts: Facts) -> str:
-    """The axis of the stored magnitudes; ShapeMismatch where they fit neither."""
+    """The axis of the stored magnitudes; ShapeMismatch if they fit neither."""
     role = next(role for role in STORED if role in shapes)
     shape = shapes[role]
     inputs = facts.columns // math.prod(facts.kernel or ())
@@ -242,7 +248,7 @@ def _axis(shapes: Shapes, facts: Facts) -> str:
     if shape[0] == 1 and (
         math.prod(shape) == inputs or (facts.kernel is None and inputs % math.prod(shape) == 0)
     ):
-        return INPUT  # of a convolution whose flat factors do not tell its kernel, where that fits
+        return INPUT  # if flat factors do not tell the kernel, any that divides the inputs fits
     raise ShapeMismatch(
         f"magnitudes {list(shape)} fit neither {facts.rows} rows nor {inputs} inputs"
     )

@@ -6,16 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms.contract import (
-    Facts,
-    FitSpec,
-    Role,
-    Shapes,
-    Stated,
-    Weights,
-    matched,
-    roles,
-)
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import Facts, FitSpec, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 from adaptkit.names import BIAS
 
@@ -27,14 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Full(Weights):
-    """ΔW = diff (..., m, n); a bias or norm vector is a column, (..., m, 1). No scale.
+    """ΔW = diff (..., m, n). A bias or the vector of a norm is a column, (..., m, 1). No scale.
 
-    Stored as `diff` and `diff_b` for layers, `w_norm` and `b_norm` for norms (LyCORIS
+    Stored as `diff` and `diff_b` for layers, as `w_norm` and `b_norm` for norms (LyCORIS
     `modules/full.py`, `norms.py`). Only PEFT's `lora_B.bias` has a scale, that of its factors.
     """
 
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full difference"
+    dense: ClassVar[bool] = True
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
@@ -89,6 +82,17 @@ class Full(Weights):
     def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
         return 1
 
+    @classmethod
+    def vector_role(cls, *, bias: bool, norm: bool) -> str | None:
+        return ("b_norm" if bias else "w_norm") if norm else "diff_b"
+
+    def placed(self, role: str, *, vector: bool) -> Self:
+        return replace(self, role=role, vector=vector)
+
+    @classmethod
+    def holding(cls, delta: Tensor, kernel: tuple[int, ...]) -> Self:
+        return cls(delta, kernel)
+
     @property
     def rows(self) -> int:
         return int(self.diff.shape[-2])
@@ -126,7 +130,7 @@ class Full(Weights):
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """The difference itself (a copy: the caller may overwrite `delta`)."""
+        """A copy of the difference: the caller may overwrite `delta`."""
         return cls(delta.clone(), spec.kernel)
 
 

@@ -1,4 +1,4 @@
-"""GLoRA: a low-rank difference, and another that the base weight is multiplied with."""
+"""GLoRA: a low-rank difference, and one that multiplies the base weight."""
 
 from __future__ import annotations
 
@@ -6,19 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms.contract import (
-    ALPHA,
-    Facts,
-    Role,
-    Shapes,
-    Stated,
-    Weights,
-    flat,
-    matched,
-    roles,
-    same,
-    scaling,
-)
+from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._stored import flat, matched, roles, scaling
+from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -29,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Glora(Weights):
-    """ΔW = scale · (b1 b2 + W a1 a2).   a1: (..., i, r)   a2: (..., r, i)   b1: (..., m, r)   b2: (..., r, i·K)
+    """ΔW = scale · (b1 b2 + W a1 a2).
 
-    scale is alpha / rank. For a convolution a1 and a2 act on its inputs at every kernel position alike (Chavan et al.,
-    arXiv:2306.07967; LyCORIS `modules/glora.py`, its forward pass).
+    a1: (..., i, r)   a2: (..., r, i)   b1: (..., m, r)   b2: (..., r, i·K)
+
+    scale is alpha / rank. In a convolution a1 and a2 act on the inputs alike at every kernel
+    position (Chavan et al., arXiv:2306.07967; LyCORIS `modules/glora.py`, its forward pass).
     """
 
     name: ClassVar[str] = "glora"
@@ -86,7 +78,7 @@ class Glora(Weights):
         )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        """W + strength · ΔW: linear in the strength, as LyCORIS has it."""
+        """W + strength · ΔW, linear in the strength as in LyCORIS."""
         a1, a2, b1, b2 = (tensor.to(base.dtype) for tensor in (self.a1, self.a2, self.b1, self.b2))
         window = math.prod(self.kernel)
         wide = base.reshape(*base.shape[:-1], -1, window).transpose(-1, -2)  # (..., m, K, i)
@@ -100,7 +92,7 @@ class Glora(Weights):
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
-        """Exact for the parts of one thing: what the rows are multiplied with is the same for all."""
+        """Exact for the parts of one weight: all rows have the same right factors."""
         import torch
 
         first = parts[0]
@@ -115,7 +107,7 @@ class Glora(Weights):
         return replace(first, b1=torch.cat([part.b1 for part in parts], -2))
 
     def folded(self) -> Self:
-        """The scale in `b1` and `a1`."""
+        """The scale is multiplied into `b1` and `a1`."""
         from adaptkit.linalg.precision import upcast
 
         if self.scale == 1.0:

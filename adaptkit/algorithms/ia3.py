@@ -1,4 +1,4 @@
-"""IA³: every output row, or every input column, multiplied by a learnt factor."""
+"""IA³: every output row or input column multiplied by a learnt factor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights, matched, roles, same
+from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -17,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Ia3(Weights):
-    """W' = W · (1 + weight), by rows, or by columns where `on_input` is set (Liu et al., arXiv:2205.05638).
+    """W' = W · (1 + weight) by rows, or by columns with `on_input` (arXiv:2205.05638).
 
-    weight: (..., n), n the rows or the inputs. LyCORIS stores what is added to 1 (`modules/ia3.py`: `weight` `[n]` or
-    `[1, n, 1, 1]`, and the flag `on_input`); PEFT the factor itself (`ia3_l`: `[1, in]` for the input, `[out, 1]` for
-    the output), which is taken as it is. PEFT multiplies the bias by an output factor too, which has no place here.
+    weight: (..., n), n the rows or the inputs. LyCORIS stores the number that is added to 1
+    (`modules/ia3.py`: `weight` `[n]` or `[1, n, 1, 1]`, and the flag `on_input`). PEFT stores the
+    factor itself (`ia3_l`: `[1, in]` for the input, `[out, 1]` for the output), and it is kept as
+    such. PEFT also multiplies the bias by an output factor, which adaptkit does not.
     """
 
     name: ClassVar[str] = "ia3"
@@ -47,7 +50,7 @@ class Ia3(Weights):
         if role == "weight":
             matched(math.prod(shape) == max(shape, default=0), role, shapes)
             return Facts(0, 0, None, None, 1.0)
-        if len(shape) > 2:  # [1, n, 1, 1] whichever side it multiplies (`tuners/ia3/layer.py`)
+        if len(shape) > 2:  # [1, n, 1, 1] for either side (`tuners/ia3/layer.py`)
             raise NotRepresentable(
                 "PEFT's IA³ of a convolution does not tell whether it multiplies inputs or outputs"
             )
@@ -96,7 +99,7 @@ class Ia3(Weights):
 
     @property
     def _mixed(self) -> bool:
-        """Whether a batch has both: their flags are values, which shapes do not tell apart."""
+        """Whether a batch has rows and columns: flags are values, so shapes do not tell them."""
         flags = None if self.on_input is None else self.on_input.reshape(-1).bool()
         return flags is not None and bool(flags.any()) and not bool(flags.all())
 
@@ -125,7 +128,7 @@ class Ia3(Weights):
 
     @classmethod
     def zeros(cls, like: Self, rows: int) -> Self:
-        """Rows that are not multiplied."""
+        """Rows that keep their values: their weight is 0."""
         if like._wide:
             return super().zeros(like, rows)
         neutral = like.weight.new_zeros if like.on_input is not None else like.weight.new_ones
@@ -138,7 +141,7 @@ class Ia3(Weights):
         return self
 
     def _of(self, weight: Tensor) -> Self:
-        """The same kind with other factors of the rows: only the one long dimension of the stored shape changes."""
+        """The same kind with other factors; only the longest stored dimension changes."""
         longest = max(range(len(self.stored)), key=self.stored.__getitem__)
         stored = (*self.stored[:longest], weight.shape[-1], *self.stored[longest + 1 :])
         return replace(self, weight=weight, stored=stored)

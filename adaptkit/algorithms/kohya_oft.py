@@ -1,4 +1,4 @@
-"""OFT as sd-scripts trains it: `oft_unet_` files, for FLUX.1 with blocks of their own for every part of a fused layer."""
+"""OFT of sd-scripts, `oft_unet_` files; in FLUX.1 the parts of a fused layer have own blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._rotation import cayley, toward
-from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ PARTS = ("part0", "part1", "part2", "part3")
 class KohyaOft(Weights):
     """W' = blockdiag(R)ᵀ W, part by part.   blocks of a part: (..., n, b, b), its rows = n·b
 
-    R = (I + Q)(I − Q)⁻¹, Q = B − Bᵀ, its norm over one part bounded by alpha · rows of that part (sd-scripts
-    `networks/oft.py` and `networks/oft_flux.py`, whose sum over `k n m, k n p` transposes R). An alpha of 0 lets nothing
-    turn, and there is always one.
+    R = (I + Q)(I − Q)⁻¹ with Q = B − Bᵀ, whose norm over one part is bounded by alpha · rows of
+    that part (sd-scripts `networks/oft.py` and `networks/oft_flux.py`, whose sum over
+    `k n m, k n p` transposes R). There is always an alpha, and with 0 nothing turns.
     """
 
     name: ClassVar[str] = "kohya-oft"
@@ -95,7 +96,7 @@ class KohyaOft(Weights):
         return self
 
     def part(self, start: int, stop: int) -> Self:
-        """Exact for whole parts, each of which has a bound of its own."""
+        """Exact for whole parts, since each has a bound of its own."""
         kept, ends, end = [], {0}, 0
         for blocks in self.blocks:
             end += int(blocks.shape[-3] * blocks.shape[-1])
@@ -103,7 +104,7 @@ class KohyaOft(Weights):
             if start < end <= stop:
                 kept.append(blocks)
         if not {start, stop} <= ends:
-            raise NotRepresentable(f"rows {start} to {stop} cut through what is bounded together")
+            raise NotRepresentable(f"rows {start} to {stop} cut through a part that has one bound")
         return replace(self, blocks=tuple(kept))
 
 

@@ -1,30 +1,15 @@
-"""LoHa: the Hadamard product of two low-rank products, each with a Tucker core for convolutions where one is stored."""
+"""LoHa: the Hadamard product of two low-rank products, perhaps with Tucker cores."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms.contract import (
-    ALPHA,
-    Factor,
-    Facts,
-    Product,
-    Role,
-    Shapes,
-    Stated,
-    Tucker,
-    Weights,
-    grouped,
-    matched,
-    roles,
-    same,
-    scaling,
-    spread,
-    stacked,
-    unique,
-)
+from adaptkit.algorithms._factor import Factor, Product, Tucker, low_rank, tucker_field
+from adaptkit.algorithms._parts import grouped, same, stacked, unique
+from adaptkit.algorithms._stored import matched, roles, scaling
+from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -37,16 +22,18 @@ PLAIN = frozenset({"w1_a", "w1_b", "w2_a", "w2_b"})
 
 @dataclass(frozen=True, eq=False)
 class Loha(Weights):
-    """ΔW = scale · (W1 ∘ W2), entry by entry.   W1 = w1_a · w1_b: (..., m, n)   W2 = w2_a · w2_b: (..., m, n)
+    """ΔW = scale · (W1 ∘ W2).   W1 = w1_a · w1_b: (..., m, n)   W2 = w2_a · w2_b: (..., m, n)
 
-    scale is alpha / rank (FedPara, arXiv:2108.06098; LyCORIS `modules/loha.py`, its forward pass). With `t1` and `t2`,
-    W[o, i, k] = Σ w_a[p, o] t[p, q, k] w_b[q, i] (`w_a` is stored transposed; LyCORIS `functional/loha.py`).
+    scale is alpha / rank (FedPara, arXiv:2108.06098; LyCORIS `modules/loha.py`, its forward pass).
+    With `t1` and `t2`, W[o, i, k] = Σ w_a[p, o] t[p, q, k] w_b[q, i]; `w_a` is stored transposed
+    (LyCORIS `functional/loha.py`).
     """
 
     name: ClassVar[str] = "loha"
     stacks: ClassVar[bool] = True
     title: ClassVar[str] = "LoHa"
     resized: ClassVar[str | None] = "lora"
+    peft_type: ClassVar[str] = "LOHA"
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{role: Role(f"hada_{role}") for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         alpha=Role(ALPHA),
@@ -97,8 +84,11 @@ class Loha(Weights):
         return self.w1.rows
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A1 B1) ∘ (A2 B2) = (A1 • A2)(B1 ⊙ B2): products of all pairs of columns, and of rows; rank r²."""
-        (a1, b1), (a2, b2) = _sides(self.w1), _sides(self.w2)
+        """(A1 B1) ∘ (A2 B2) = (A1 • A2)(B1 ⊙ B2), of rank r².
+
+        • multiplies all pairs of columns, ⊙ all pairs of rows.
+        """
+        (a1, b1), (a2, b2) = low_rank(self.w1), low_rank(self.w2)
         left = (a1.unsqueeze(-1) * a2.unsqueeze(-2)).flatten(-2) * self.scale
         right = (b1.unsqueeze(-2) * b2.unsqueeze(-3)).flatten(-3, -2)
         return left, right
@@ -113,7 +103,7 @@ class Loha(Weights):
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
-        """Block-diagonal in both products, which keeps the parts apart; parts of one thing share its columns."""
+        """Block-diagonal in both products; parts of one weight share its columns."""
         import torch
 
         if len({part.scale for part in parts}) > 1:
@@ -138,7 +128,7 @@ class Loha(Weights):
         return replace(like, w1=_empty(like.w1, rows), w2=_empty(like.w2, rows))
 
     def folded(self) -> Self:
-        """The scale in `w1_a`."""
+        """The scale is multiplied into `w1_a`."""
         from adaptkit.linalg.precision import upcast
 
         if self.scale == 1.0:
@@ -147,10 +137,14 @@ class Loha(Weights):
         return replace(self, w1=replace(self.w1, left=left), scale=1.0)  # type: ignore[type-var]
 
     def times(self, factor: float) -> Self:
-        """The number in the scale, its sign in `w1_a`."""
+        """The scale takes the number, `w1_a` its sign."""
         left = self.w1.left  # type: ignore[attr-defined]
         w1 = replace(self.w1, left=-left if factor < 0 else left)  # type: ignore[type-var]
         return replace(self, w1=w1, scale=self.scale * abs(factor))
+
+    @classmethod
+    def peft_fields(cls, modules: Sequence[Shapes]) -> dict[str, Any]:
+        return tucker_field(modules)
 
     def part(self, start: int, stop: int) -> Self:
         one, two = (_rows(factor, slice(start, stop)) for factor in (self.w1, self.w2))
@@ -158,7 +152,7 @@ class Loha(Weights):
 
 
 def _sizes(shapes: Shapes, side: str) -> tuple[int, int, tuple[int, ...] | None]:
-    """(rows, columns, kernel) of one product; a flat `w_b` does not tell the kernel of a convolution."""
+    """(rows, columns, kernel) of one product; a flat `w_b` does not tell its kernel."""
     a, b, core = shapes[f"w{side}_a"], shapes[f"w{side}_b"], shapes.get(f"t{side}")
     names = f"t{side} w{side}_a w{side}_b"
     matched(len(a) == len(b) == 2 and b[0] > 0, names, shapes)
@@ -176,20 +170,8 @@ def _side(tensors: Mapping[str, Tensor], side: str, batch: int) -> Factor:
     return Tucker(core.reshape(*core.shape[: batch + 2], -1), a.transpose(-1, -2), b)
 
 
-def _sides(factor: Factor) -> tuple[Tensor, Tensor]:
-    """(left, right) with left · right = the factor, in float32 or wider."""
-    from adaptkit.linalg.precision import upcast
-
-    match factor:
-        case Product(left, right):
-            return upcast(left), upcast(right)
-        case Tucker(core, left, right):
-            return upcast(left), spread(upcast(core), upcast(right))
-    raise TypeError(type(factor).__name__)
-
-
 def _alike(one: Factor, other: Factor) -> bool:
-    """Whether two factors differ in their rows alone."""
+    """Whether two factors differ in nothing but their rows."""
     if type(one) is not type(other):
         return False
     parts = ("core", "right") if isinstance(one, Tucker) else ("right",)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from adaptkit.algorithms._factor import (
+    Dense,
+    Factor,
+    Product,
+    Tucker,
+    factor_svd,
+    low_rank,
+    same_factor,
+    tucker_field,
+)
+from adaptkit.algorithms._kron_shapes import first_shape, full_from, second_factor, second_shape
+from adaptkit.algorithms._parts import grouped
+from adaptkit.algorithms._stored import roles, scaling
 from adaptkit.algorithms.contract import (
     ALPHA,
     Decomposition,
-    Dense,
-    Factor,
     Facts,
     FitSpec,
-    Product,
     Role,
     Shapes,
     Stated,
-    Tucker,
     Weights,
-    grouped,
-    matched,
-    roles,
-    same,
-    scaling,
-    spread,
 )
 from adaptkit.errors import NotRepresentable
 
@@ -36,28 +39,38 @@ if TYPE_CHECKING:
 
     from adaptkit.linalg.lowrank import LowRank
 
-SMALL_PART = 0.25  # of a module: up to so much a full first factor costs less than the error of cutting its rank
-NOTHING = 1e-14  # of the first energy: what lies below is no rank but the rounding of float64
+# of a module: a smaller full first factor costs less than the error of cutting its rank
+SMALL_PART = 0.25
+NOTHING = 1e-14  # of the first energy: smaller ones are the rounding of float64, not a rank
+# swept over all SD shapes with lycoris-lora 4.1.3: every smaller factor is guessed right
+GUESSED = 32
 W1_FORMS = (("w1",), ("w1_a", "w1_b"))
 W2_FORMS = (("w2",), ("w2_a", "w2_b"), ("t2", "w2_a", "w2_b"))
 
 
 @dataclass(frozen=True, eq=False)
 class Lokr(Weights):
-    """ΔW = scale · (W1 ⊗ W2).   W1: (..., a, b)   W2: (..., c, d·K)   out = a·c, in = b·d, K = kernel size
+    """ΔW = scale · (W1 ⊗ W2).   W1: (..., a, b)   W2: (..., c, d·K)
 
-    scale is alpha / rank if a factor is stored as a product, the rank being that factor's; otherwise 1, whatever alpha
-    says: files exist with alpha = 1e10 there (source: LyCORIS `modules/lokr.py`, ComfyUI and InvokeAI agree; PEFT alone
-    multiplies by alpha / r always, so a PEFT configuration that states r is taken at its word).
+    out = a·c, in = b·d, K is the kernel size.
+    scale is alpha / rank of the factor that is stored as a product. It is 1 if both factors are
+    full, whatever alpha says: files exist with alpha = 1e10 there. LyCORIS (`modules/lokr.py`),
+    ComfyUI and InvokeAI agree. PEFT always multiplies by alpha / r, so the r of a PEFT
+    configuration counts.
 
-    With `t2`, W2[c, d, k] = Σ w2_a[p, c] t2[p, q, k] w2_b[q, d] (`w2_a` is stored transposed). The kernel of a
-    convolution flattens as `flatten(1)` does, so kron(W1, W2.flatten(1)) is exact.
+    With `t2`, W2[c, d, k] = Σ w2_a[p, c] t2[p, q, k] w2_b[q, d]; `w2_a` is stored transposed. The
+    kernel flattens as `flatten(1)` does, so kron(W1, W2.flatten(1)) is exact.
     """
 
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
-    extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lokr"
+    ladder_roles: ClassVar[tuple[str, str] | None] = ("w2_a", "w2_b")
+    extractable: ClassVar[bool] = True
+    fit_options: ClassVar[frozenset[str]] = frozenset({"factor", "decompose_both"})
+    refits: ClassVar[bool] = True  # both factors together: the ladder fits w1 to a full w2
+    against_low_rank: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "LOKR"
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{
             role: Role(f"lokr_{role}")
@@ -76,11 +89,11 @@ class Lokr(Weights):
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
-        (a, b), rank1 = _first(shapes)
-        (c, columns, kernel), rank2 = _second(shapes)
+        (a, b), rank1 = first_shape(shapes)
+        (c, columns, kernel), rank2 = second_shape(shapes)
         # LyCORIS, ComfyUI and InvokeAI take the rank of w2 where it is a product, else that of w1
         rank = rank2 or rank1
-        # only a PEFT configuration gives two full factors a scale: PEFT multiplies by alpha / r whatever the form
+        # only a PEFT configuration gives two full factors a scale: PEFT always takes alpha / r
         divisor = rank or (alpha.rank if alpha else None)
         scale = scaling(alpha, divisor) if divisor else 1.0
         return Facts(a * c, b * columns, kernel, rank, scale)
@@ -90,7 +103,7 @@ class Lokr(Weights):
         w1: Factor = (
             Dense(tensors["w1"]) if "w1" in tensors else Product(tensors["w1_a"], tensors["w1_b"])
         )
-        return cls(w1, _decoded(tensors), facts.scale, facts.kernel)
+        return cls(w1, second_factor(tensors), facts.scale, facts.kernel)
 
     def encode(self) -> dict[str, Tensor]:
         import torch
@@ -99,14 +112,13 @@ class Lokr(Weights):
         if isinstance(self.w1, Product):
             stored |= {"w1_a": self.w1.left, "w1_b": self.w1.right}
         elif isinstance(self.w1, Dense):
-            # readers give two full factors scale 1, so another scale goes into w1
+            # readers give two full factors scale 1, so any other scale goes into w1
             folded = self.rank is None and self.scale != 1.0
             stored["w1"] = self.w1.dense() * self.scale if folded else self.w1.matrix
         stored |= self._second_stored()
-        # both full: 1 is right for readers that ignore alpha, and with rank 1 for those that do not
-        stored[ALPHA] = torch.tensor(
-            1.0 if self.rank is None else self.scale * self.rank, dtype=torch.float32
-        )
+        # of two full factors: 1 suits readers that ignore alpha, and those that divide by rank 1
+        alpha = 1.0 if self.rank is None else self.scale * self.rank
+        stored[ALPHA] = torch.tensor(alpha, dtype=torch.float32)
         return stored
 
     def _second_stored(self) -> dict[str, Tensor]:
@@ -145,7 +157,7 @@ class Lokr(Weights):
         return base
 
     def part(self, start: int, stop: int) -> Self:
-        """Exact where the cut falls between the blocks of W2: rows of W1."""
+        """Rows of W1; exact if the cut falls between the blocks of W2."""
         c = self.w2.rows
         if start % c or stop % c:
             raise NotRepresentable(
@@ -168,11 +180,11 @@ class Lokr(Weights):
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
-        """Exact where all parts have the same W2: the rows of their W1, one below the other."""
+        """The rows of all W1, stacked; exact if all parts have the same W2."""
         import torch
 
         first = parts[0]
-        if not all(_same_factor(part.w2, first.w2) for part in parts):
+        if not all(same_factor(part.w2, first.w2) for part in parts):
             raise NotRepresentable(
                 "LoKr with different second factors cannot be fused",
                 hint="convert with --algo lora or --algo full",
@@ -202,7 +214,7 @@ class Lokr(Weights):
         return replace(like, w1=Dense(w1.new_zeros(*w1.shape[:-2], height, w1.shape[-1])))
 
     def folded(self) -> Self:
-        """The scale in the first factor."""
+        """The scale is multiplied into the first factor."""
         from adaptkit.linalg.precision import upcast
 
         if self.scale == 1.0:
@@ -217,22 +229,22 @@ class Lokr(Weights):
         """(L1 R1) ⊗ (L2 R2) = (L1 ⊗ L2)(R1 ⊗ R2); the rank is the product of the factors' ranks."""
         from adaptkit.linalg.kron import kron
 
-        (left1, right1), (left2, right2) = _low_rank(self.w1), _low_rank(self.w2)
+        (left1, right1), (left2, right2) = low_rank(self.w1), low_rank(self.w2)
         return kron(left1 * self.scale, left2), kron(right1, right2)
 
     @classmethod
     def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        (c, _, _), _ = _second(shapes)
+        (c, _, _), _ = second_shape(shapes)
         return None if "t2" in shapes else c
 
     @classmethod
     def product_rank(cls, shapes: Shapes, facts: Facts) -> int:
-        (a, b), one = _first(shapes)
-        (c, columns, _), two = _second(shapes)
+        (a, b), one = first_shape(shapes)
+        (c, columns, _), two = second_shape(shapes)
         return min(one or a, a, b) * min(two or c, c, columns)
 
     def times(self, factor: float) -> Self:
-        """The number in the scale, its sign in the first factor."""
+        """The scale takes the number, the first factor its sign."""
         match self.w1:
             case Product(left, right) if factor < 0:
                 w1: Factor = Product(-left, right)
@@ -247,7 +259,7 @@ class Lokr(Weights):
 
     def spectrum(self) -> Tensor:
         """All products of the singular values of the two factors."""
-        one, two = (_svd(factor).s.double() for factor in (self.w1, self.w2))
+        one, two = (factor_svd(factor).s.double() for factor in (self.w1, self.w2))
         return (
             (abs(self.scale) * one.unsqueeze(-1) * two.unsqueeze(-2))
             .flatten(-2)
@@ -256,16 +268,19 @@ class Lokr(Weights):
         )
 
     def svd(self, rank: int, method: str = "auto") -> LowRank:
-        """σᵢ τⱼ with uᵢ ⊗ u'ⱼ and vᵢ ⊗ v'ⱼ, the largest products first: optimal (Eckart–Young), ΔW never formed."""
-        del method  # the factors are small: exact always
-        return _leading(_svd(self.w1), _svd(self.w2), self.scale, rank)
+        """σᵢ τⱼ with uᵢ ⊗ u'ⱼ and vᵢ ⊗ v'ⱼ, largest first: optimal (Eckart–Young)."""
+        from adaptkit.linalg.kron import leading_kron
+
+        del method  # always exact, since the factors are small
+        return leading_kron(factor_svd(self.w1), factor_svd(self.w2), self.scale, rank)
 
     @classmethod
     def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
-        """By the rank of the second factor, full from where readers expect it so.
+        """By the rank of the second factor, which is full from `full_from` on.
 
-        Of a LoKr the factors are kept: its best approximation of that form. Anything else is first brought to the nearest
-        Kronecker product with factor `spec.factor`; then `energies` are those of its truncation, which `fit` only improves.
+        A LoKr keeps its factors: the best approximation of that form. Any other kind is first
+        fitted by the nearest Kronecker product of factor `spec.factor`; `energies` are those of
+        its truncation, which `fit` only improves.
         """
         given = weights if isinstance(weights, Lokr) else None
         lokr = given or cls.fit(weights.delta(), replace(spec, rank=None))
@@ -273,7 +288,7 @@ class Lokr(Weights):
         sides = ((one.shape[-2], one.shape[-1]), (two.shape[-2], two.shape[-1]))
         both = given is not None and isinstance(given.w1, Product)
         ranks = _SecondRanks((), 0.0, sides, full_from(*sides[1], spec.kernel), spec, both)
-        energies = [_svd(factor).s.double().square() for factor in (lokr.w1, lokr.w2)]
+        energies = [factor_svd(factor).s.double().square() for factor in (lokr.w1, lokr.w2)]
         kept = ranks.captured(energies[0] * lokr.scale**2, energies[1])[: spec.rank]
         norm = (
             float(energies[0].sum() * energies[1].sum()) * lokr.scale**2
@@ -284,11 +299,12 @@ class Lokr(Weights):
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """Nearest Kronecker product (Van Loan and Pitsianis 1993), w2 full, or of low rank by alternating least squares.
+        """The nearest Kronecker product (Van Loan and Pitsianis 1993).
 
-        Written so that LyCORIS and ComfyUI both load it: one factor for both sides, w2 full once the rank reaches half of
-        its larger side, `w2_b` two-dimensional, no Tucker, alpha = rank (reference §3.5); factors from 32 on only ComfyUI
-        always reads.
+        A w2 of low rank is fitted by alternating least squares. LyCORIS and ComfyUI both load the
+        result: one factor for both sides, w2 full from half of its larger side on, `w2_b`
+        two-dimensional, no Tucker core, alpha = rank. Only ComfyUI always loads factors from 32
+        on, see `caution`.
         """
         from adaptkit.linalg.kron import factorization, nearest_kron, nearest_kron_lowrank
 
@@ -302,23 +318,78 @@ class Lokr(Weights):
         low = nearest_kron_lowrank(delta, a, b, spec.rank)
         first: Factor = Dense(low.w1)
         if spec.both and spec.rank < full_from(a, b, ()):  # readers want one rank for both
-            first = Product(*_svd(first).head(spec.rank).balanced())
+            first = Product(*factor_svd(first).head(spec.rank).balanced())
         return cls(first, Product(low.left, low.right), 1.0, spec.kernel)
 
+    @classmethod
+    def candidates(cls, delta: Tensor, spec: FitSpec, *, ladder: bool) -> list[Weights]:
+        """With a ladder: a second factor that may be truncated, and a full one."""
+        if not ladder:
+            return [cls.fit(delta, spec)]
+        full = cls.fit(delta, replace(spec, rank=None))
+        return [*full._truncatable(spec.rank), full]
 
-def full_from(rows: int, columns: int, kernel: tuple[int, ...]) -> int:
-    """The rank from which a second factor of rows × columns is stored full: LyCORIS expects it so from half its larger side
-    (kernel not counted), and no product is smaller from its smaller side on."""
-    larger = max(rows, columns // math.prod(kernel))
-    return min(-(-larger // 2), rows, columns)
+    def _truncatable(self, rank: int | None) -> list[Weights]:
+        """w2 as a product of the highest rank that takes less than a full one, if there is one."""
+        from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
+
+        dense = self.w2.dense()
+        rows, columns = dense.shape[-2:]
+        cheaper = (rows * columns - 1) // (rows + columns)
+        most = min(full_from(rows, columns, self.kernel or ()) - 1, cheaper)
+        most = most if rank is None else min(rank, most)
+        if most < 1:
+            return []
+        return [replace(self, w2=Product(*truncated_svd(dense, SvdSpec(most)).balanced()))]
+
+    def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
+        """With M the best w2 for this w1, what M leaves of delta is orthogonal to all its ranks."""
+        from adaptkit.linalg.kron import rearrange
+        from adaptkit.linalg.lowrank import truncation_errors
+        from adaptkit.linalg.precision import norm_squared
+
+        assert isinstance(self.w2, Product)
+        w1, size = self.w1.dense(), float(norm_squared(self.w1.dense()))
+        if not size:
+            return (float(norm_squared(delta)),)
+        left, right = self.w2.left, self.w2.right
+        r = rearrange(delta, *w1.shape[-2:])
+        best = (w1.reshape(1, -1) @ r / size).reshape(left.shape[-2], right.shape[-1])
+        rest = float(norm_squared(r.sub_(w1.reshape(-1, 1) * best.reshape(1, -1))))
+        errors = truncation_errors(best, left * self.scale, right)
+        return tuple((rest + size * errors).tolist())
+
+    @classmethod
+    def caution(cls, spec: FitSpec) -> str:
+        if spec.factor < GUESSED:
+            return ""
+        return (
+            f"LyCORIS guesses the factor from the shapes and fails on some layers from {GUESSED} "
+            "on; ComfyUI loads them."
+        )
+
+    @classmethod
+    def peft_fields(cls, modules: Sequence[Shapes]) -> dict[str, Any]:
+        both = {"w1_a" in shapes for shapes in modules}
+        # a plan knows a module that becomes a LoKr by the shapes of its source
+        known = [m for m in modules if m.keys() <= cls.roles.keys() and m.keys() & {"w1", "w1_a"}]
+        sizes = {min(first_shape(m)[0][0], second_shape(m)[0][0]) for m in known}
+        if len(both) > 1 or len(sizes) > 1:
+            raise NotRepresentable(
+                "these LoKr modules differ in how they are factored, "
+                "and a PEFT configuration states that once for all",
+                hint="convert with --algo lora",
+            )
+        fields = {"decompose_both": both == {True}, "decompose_factor": next(iter(sizes), -1)}
+        return {**tucker_field(modules), **fields}
 
 
 @dataclass(frozen=True)
 class _SecondRanks(Decomposition):
-    """Kept ranks are those of the second factor, c × d·K; from `limit` on it is full.
+    """Ranks of the second factor, c × d·K, which is full from `limit` on.
 
-    `both`: the first factor is a product too. It stays one, of the same rank as readers want it, while it would be a good part
-    of the module's size; else it is stored full, without loss.
+    With `both`, the first factor is a product too, and readers want it of the same rank. It stays
+    one while it would be a good part of the module; else it is stored full, without loss.
     """
 
     energies: tuple[float, ...]
@@ -343,7 +414,10 @@ class _SecondRanks(Decomposition):
         )
 
     def captured(self, one: Tensor, two: Tensor) -> list[float]:
-        """What is kept of ‖ΔW‖² at ranks 1, 2, … by the squared singular values of the factors: ‖w1‖² ‖w2‖²."""
+        """The share of ‖ΔW‖² that ranks 1, 2, … keep: ‖w1‖² ‖w2‖².
+
+        `one` and `two` are the squared singular values of the factors.
+        """
         real = int((two > NOTHING * two[:1]).sum())
         ranks = range(1, max(1, min(real, self.limit - 1)) + 1) if self.limit > 1 else ()
         found = [
@@ -360,119 +434,15 @@ class _SecondRanks(Decomposition):
             return Lokr(Dense(one), Dense(two), 1.0, self.spec.kernel)
         w1: Factor = Dense(one)
         if self._first_too(rank):
-            w1 = Product(*_svd(weights.w1).head(rank).balanced())
+            w1 = Product(*factor_svd(weights.w1).head(rank).balanced())
             w1 = replace(w1, left=w1.left * weights.scale)
-        return Lokr(w1, Product(*_svd(weights.w2).head(rank).balanced()), 1.0, self.spec.kernel)
-
-
-def _svd(factor: Factor) -> LowRank:
-    """All singular triplets of one side, (…, m, n)."""
-    from adaptkit.linalg.factored import factored_svd
-    from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
-
-    if isinstance(factor, Dense):
-        dense = factor.dense()
-        return truncated_svd(dense, SvdSpec(min(dense.shape[-2:])))
-    found = factored_svd(*_low_rank(factor))
-    return found.head(min(found.s.shape[-1], found.u.shape[-2], found.vh.shape[-1]))
-
-
-def _leading(one: LowRank, two: LowRank, scale: float, rank: int) -> LowRank:
-    from adaptkit.linalg.lowrank import LowRank
-
-    products = (one.s.unsqueeze(-1) * two.s.unsqueeze(-2)).flatten(-2)
-    s, index = products.topk(min(rank, products.shape[-1]))
-    rest = products.double().square().sum(-1) - s.double().square().sum(-1)
-    i, j = index // two.s.shape[-1], index % two.s.shape[-1]
-    u = _paired(one.u, two.u, i, j)
-    v = _paired(one.vh.mT, two.vh.mT, i, j)
-    return LowRank(
-        u * (-1.0 if scale < 0 else 1.0), abs(scale) * s, v.mT, (scale**2 * rest).clamp_min(0)
-    )
-
-
-def _paired(one: Tensor, two: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Columns i of one (..., a, ·) ⊗ columns j of two (..., c, ·), (..., a·c, k)."""
-    left = one.gather(-1, i.unsqueeze(-2).expand(*one.shape[:-1], -1))
-    right = two.gather(-1, j.unsqueeze(-2).expand(*two.shape[:-1], -1))
-    return (left.unsqueeze(-2) * right.unsqueeze(-3)).flatten(-3, -2)
+        return Lokr(
+            w1, Product(*factor_svd(weights.w2).head(rank).balanced()), 1.0, self.spec.kernel
+        )
 
 
 def _stored(factor: Factor) -> Tensor:
     return factor.matrix if isinstance(factor, Dense) else factor.dense()
-
-
-def _same_factor(one: Factor, other: Factor) -> bool:
-    if type(one) is not type(other):
-        return False
-    return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))  # type: ignore[arg-type]
-
-
-def _low_rank(factor: Factor) -> tuple[Tensor, Tensor]:
-    """(left, right) with left · right = the factor; for a dense one, itself and an identity on its smaller side."""
-    import torch
-
-    from adaptkit.linalg.precision import upcast
-
-    if isinstance(factor, Product):
-        return upcast(factor.left), upcast(factor.right)
-    if isinstance(factor, Tucker):
-        return upcast(factor.left), spread(upcast(factor.core), upcast(factor.right))
-    dense = factor.dense()
-    rows, columns = dense.shape[-2:]
-    eye = torch.eye(min(rows, columns), dtype=dense.dtype, device=dense.device).expand(
-        *dense.shape[:-2], -1, -1
-    )
-    return (eye, dense) if rows <= columns else (dense, eye)
-
-
-def _first(shapes: Shapes) -> tuple[tuple[int, int], int | None]:
-    """(a, b) and the rank of w1."""
-    if "w1" in shapes:
-        w1 = shapes["w1"]
-        matched(len(w1) == 2, "w1", shapes)
-        return (w1[0], w1[1]), None
-    left, right = shapes["w1_a"], shapes["w1_b"]
-    matched(len(left) == len(right) == 2 and left[1] == right[0] > 0, "w1_a w1_b", shapes)
-    return (left[0], right[1]), right[0]
-
-
-def _second(shapes: Shapes) -> tuple[tuple[int, int, tuple[int, ...] | None], int | None]:
-    """(c, d·K, kernel) and the rank of w2; the kernel of a flattened `w2_b` is not stored."""
-    if "w2" in shapes:
-        w2 = shapes["w2"]
-        matched(len(w2) >= 2, "w2", shapes)
-        return (w2[0], math.prod(w2[1:]), w2[2:]), None
-    left, right = shapes["w2_a"], shapes["w2_b"]
-    matched(len(left) >= 2 and len(right) >= 2, "w2_a w2_b", shapes)
-    if "t2" in shapes:
-        core = shapes["t2"]
-        matched(
-            len(core) > 2 and core[0] == left[0] and core[1] == right[0] > 0, "t2 w2_a w2_b", shapes
-        )
-        return (left[1], math.prod(right[1:]) * math.prod(core[2:]), core[2:]), right[0]
-    matched(left[1] == right[0] > 0, "w2_a w2_b", shapes)
-    kernel = right[2:] or None
-    return (left[0], math.prod(right[1:]), kernel), right[0]
-
-
-def _decoded(tensors: Mapping[str, Tensor]) -> Factor:
-    batch = _batch(tensors)
-    if "w2" in tensors:
-        w2 = tensors["w2"]
-        return Dense(w2.reshape(*w2.shape[: batch + 1], -1))
-    left, right = tensors["w2_a"], tensors["w2_b"]
-    right = right.reshape(*right.shape[: batch + 1], -1)
-    left = left.reshape(*left.shape[: batch + 2])
-    if "t2" in tensors:
-        core = tensors["t2"]
-        return Tucker(core.reshape(*core.shape[: batch + 2], -1), left.transpose(-1, -2), right)
-    return Product(left, right)
-
-
-def _batch(tensors: Mapping[str, Tensor]) -> int:
-    """How many leading batch dimensions: w1's own are two (it is never stored with more)."""
-    return tensors["w1" if "w1" in tensors else "w1_a"].ndim - 2
 
 
 ALGORITHM = Lokr

@@ -1,11 +1,14 @@
-"""LoRA, and LoCon: a low-rank product, with a Tucker core for convolutions where `mid` is stored."""
+"""LoRA and LoCon: a low-rank product, for some convolutions with a Tucker core."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from adaptkit.algorithms._factor import spread
+from adaptkit.algorithms._parts import grouped, same, stacked, unique
+from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import (
     ALPHA,
     Decomposition,
@@ -16,15 +19,6 @@ from adaptkit.algorithms.contract import (
     Shapes,
     Stated,
     Weights,
-    flat,
-    grouped,
-    matched,
-    roles,
-    same,
-    scaling,
-    spread,
-    stacked,
-    unique,
 )
 from adaptkit.errors import NotRepresentable
 
@@ -35,23 +29,33 @@ if TYPE_CHECKING:
 
     from adaptkit.linalg.factored import Core
 
-NOTHING = 1e-14  # of the first energy: what lies below is no rank but the rounding of float64
+NOTHING = 1e-14  # of the first energy: smaller ones are the rounding of float64, not a rank
 
 
 @dataclass(frozen=True, eq=False)
 class Lora(Weights):
-    """ΔW = scale · up · down.   up: (..., m, r)   down: (..., r, i·K)   mid (Tucker): (..., r, r, K), then down: (..., r, i)
+    """ΔW = scale · up · down.   up: (..., m, r)   down: (..., r, i·K)
 
-    scale is alpha / rank (Hu et al., arXiv:2106.09685; kohya sd-scripts `networks/lora.py`). With `mid`,
-    ΔW[o, i, k] = scale · Σ up[o, p] mid[p, q, k] down[q, i] (LyCORIS `functional/general.py: rebuild_tucker`).
-    DyLoRA and LoRA-FA files are LoRA files.
+    scale is alpha / rank (Hu et al., arXiv:2106.09685; kohya sd-scripts `networks/lora.py`). With
+    a Tucker core, mid: (..., r, r, K) and down: (..., r, i), and
+    ΔW[o, i, k] = scale · Σ up[o, p] mid[p, q, k] down[q, i] (LyCORIS `functional/general.py:
+    rebuild_tucker`). DyLoRA and LoRA-FA files are LoRA files.
     """
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA / LoCon"
-    extractable: ClassVar[bool] = True
+    low_rank: ClassVar[bool] = True
+    applies_in_place: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
+    ladder_roles: ClassVar[tuple[str, str] | None] = ("up", "down")
+    extractable: ClassVar[bool] = True
+    fit_options: ClassVar[frozenset[str]] = frozenset({"alpha", "clamp_quantile"})
+    default_rank: ClassVar[int | None] = 32
+    fit_copies: ClassVar[int] = 1
+    network_module: ClassVar[str] = "networks.lora"
+    peft_type: ClassVar[str] = "LORA"
+    peft_alpha: ClassVar[str] = "lora_alpha"
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role(
             "lora_up.weight",
@@ -62,9 +66,8 @@ class Lora(Weights):
             ("lora_A.weight", "lora_A", "lora.down.weight", "lora_linear_layer.down.weight"),
         ),
         mid=Role("lora_mid.weight"),
-        singular=Role(
-            "lora_E"
-        ),  # of AdaLoRA, in no form: without it the factors mean something else
+        # AdaLoRA's, in none of the forms: the factors mean something else beside it
+        singular=Role("lora_E"),
         alpha=Role(ALPHA),
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = (
@@ -101,7 +104,7 @@ class Lora(Weights):
         core = None if mid is None else mid.reshape(*mid.shape[: mid.ndim - len(kernel)], -1)
         own = 2 + len(kernel)
         down = flat(tensors["down"], own)
-        # a 1×1 convolution's `up` may be stored with or without its trailing ones
+        # some files store the `up` of a 1×1 convolution without its trailing ones
         up = tensors["up"].reshape(*down.shape[:-2], facts.rows, -1)
         return cls(up, down, facts.scale, kernel, core)
 
@@ -152,10 +155,10 @@ class Lora(Weights):
 
         wide = accumulate_dtype(self.up.device)
         right = self.down if self.mid is None else self._right()
-        # by way of float32: straight from a half float takes torch three times as long
+        # by way of float32: torch takes three times as long straight from a half float
         up, down = upcast(self.up).to(wide, copy=True), upcast(right).to(wide)
         if self.scale != 1.0:
-            up.mul_(self.scale)  # as in `factors`: what is found of these holds for those
+            up.mul_(self.scale)  # as `factors` does, so that both give the same numbers
         return replace(self, up=up, down=down, scale=1.0, mid=None)
 
     def computed(self) -> Self:
@@ -182,7 +185,7 @@ class Lora(Weights):
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
-        """Parts that share a `down` share its columns; others get columns of their own, so that ranks add up."""
+        """Parts that share a `down` share its columns; the ranks of the others add up."""
         import torch
 
         if any(
@@ -206,7 +209,7 @@ class Lora(Weights):
         return replace(like, up=like.up.new_zeros(*like.up.shape[:-2], rows, like.up.shape[-1]))
 
     def folded(self) -> Self:
-        """The scale in `up`, which powers of two leave exact."""
+        """The scale is multiplied into `up`; powers of two are exact."""
         from adaptkit.linalg.precision import upcast
 
         return (
@@ -214,29 +217,29 @@ class Lora(Weights):
         )
 
     def times(self, factor: float) -> Self:
-        """The number in the scale, its sign in `up`: some readers take a negative alpha for a mistake."""
+        """The scale takes the number, `up` its sign: some readers refuse a negative alpha."""
         return replace(self, up=-self.up if factor < 0 else self.up, scale=self.scale * abs(factor))
 
     @classmethod
     def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
-        """By singular values: best approximations (Eckart–Young), factors balanced by √σ, alpha = rank."""
+        """By singular values: best approximations (Eckart–Young), √σ on both sides."""
         return _by_singular_values(weights, spec)
 
     @classmethod
     def decompose_stack(cls, weights: Weights, spec: FitSpec) -> list[Decomposition]:
-        """By singular values, from factors that are thin; NotRepresentable for others."""
+        """By singular values, from thin factors; NotRepresentable without them."""
         return _by_cores(weights, spec)
 
     @classmethod
     def keep_stack(
         cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]
     ) -> KeptStack:
-        """From the cores that `found` holds; NotRepresentable where they are not held."""
+        """From the cores that `found` holds; NotRepresentable if it holds none."""
         return _kept(weights, found, ranks)
 
     @classmethod
     def sum(cls, parts: Sequence[Self]) -> Self:
-        """By concatenation, each with its own scale: ranks add up."""
+        """Factors are concatenated, each with its own scale: ranks add up."""
         import torch
 
         if any(part.mid is not None for part in parts):
@@ -260,7 +263,7 @@ class Lora(Weights):
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """Best rank-k approximation (Eckart–Young), factors balanced by √σ, alpha = rank."""
+        """Best approximation of rank k (Eckart–Young), √σ on both sides, alpha = rank."""
         from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 
         smaller = min(delta.shape[-2:])
@@ -269,10 +272,51 @@ class Lora(Weights):
         up, down = svd.balanced()
         return cls(up, down, 1.0, spec.kernel)
 
+    @classmethod
+    def candidates(cls, delta: Tensor, spec: FitSpec, *, ladder: bool) -> list[Weights]:
+        found = cls.fit(delta, spec)
+        if spec.quantile is not None:
+            found = found.clamped(spec.quantile)
+        return [found if spec.alpha is None else found.with_alpha(spec.alpha)]
+
+    @classmethod
+    def fitted_numbers(cls, rows: int, columns: int, rank: int | None) -> int:
+        return rows * columns if rank is None else rank * (rows + columns)
+
+    def with_alpha(self, alpha: float) -> Self:
+        """The same ΔW at another alpha; `up` takes the change of the scale alpha / rank."""
+        rank = self.down.shape[-2]
+        return replace(self, up=self.up * (rank / alpha), scale=alpha / rank)
+
+    def clamped(self, quantile: float) -> Self:
+        """Both factors clamped to a quantile of their magnitudes, as kohya's scripts do."""
+        import torch
+
+        both = torch.cat([self.up.flatten(-2), self.down.flatten(-2)], -1).abs()
+        # not torch.quantile, which takes at most 16 million numbers
+        place = max(1, math.ceil(quantile * both.shape[-1]))
+        most = both.kthvalue(place, dim=-1).values[..., None, None]
+        return replace(self, up=self.up.clamp(-most, most), down=self.down.clamp(-most, most))
+
+    def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
+        from adaptkit.linalg.lowrank import truncation_errors
+
+        up, down = self.factors()
+        return tuple(truncation_errors(delta, up, down).tolist())
+
+    @classmethod
+    def too_wide(cls, shapes: Shapes) -> bool:
+        up, down = shapes["up"], shapes["down"]
+        return sum(map(math.prod, shapes.values())) > up[0] * math.prod(down[1:])
+
+    @classmethod
+    def peft_fields(cls, modules: Sequence[Shapes]) -> dict[str, Any]:
+        return {"use_dora": False, "use_rslora": False, "bias": "none", "fan_in_fan_out": False}
+
 
 @dataclass(frozen=True)
 class _SingularValues(Decomposition):
-    """Kept ranks are LoRAs of `rows` × `columns`; the core, where it is held, saves a second decomposition."""
+    """LoRAs of `rows` × `columns`. A core that is held saves a second decomposition."""
 
     energies: tuple[float, ...]
     norm: float
@@ -286,17 +330,16 @@ class _SingularValues(Decomposition):
         inputs = self.columns // _columns(1, kernel)
         return {"up": (self.rows, rank, *(1 for _ in kernel)), "down": (rank, inputs, *kernel)}
 
-    def elements(self) -> list[int]:
-        return [rank * (self.rows + self.columns) for rank in range(len(self.energies) + 1)]
+    def numbers(self, rank: int) -> int:
+        return rank * (self.rows + self.columns)
 
     def keep(self, weights: Weights, rank: int) -> Weights:
         thin = None if self.core is None else weights.thin_factors()
         if self.core is None or thin is None:
             up, down = weights.widened().svd(rank, self.spec.svd).balanced()
         else:
-            up, down = self.core.kept(
-                thin[0].float(), thin[1].float(), rank
-            )  # as precise as the core
+            # float32 is as precise as the core
+            up, down = self.core.kept(thin[0].float(), thin[1].float(), rank)
         return Lora(up, down, 1.0, self.spec.kernel)
 
     def lighter(self) -> Decomposition:
@@ -304,7 +347,7 @@ class _SingularValues(Decomposition):
 
 
 def _by_cores(weights: Weights, spec: FitSpec) -> list[Decomposition]:
-    """The cores of a whole stack in one go, and what each tells of its member."""
+    """The cores of a whole stack at once, as one decomposition per member."""
     from adaptkit.linalg.factored import factored_core
 
     thin = None if weights.kron_factors() is not None else weights.thin_factors()
@@ -325,7 +368,7 @@ def _by_cores(weights: Weights, spec: FitSpec) -> list[Decomposition]:
 
 @dataclass(frozen=True)
 class _KeptLoras(KeptStack):
-    """LoRAs cut through their core, both factors and what was kept of them in float32: some members of `exact`."""
+    """LoRAs cut through their core. Their factors, whole and kept, are in float32."""
 
     exact: Weights
     numbers: Sequence[int]
@@ -341,8 +384,8 @@ class _KeptLoras(KeptStack):
     def distances(self, stored: Weights) -> list[float]:
         import torch
 
-        from adaptkit.linalg.factored import product_distance
         from adaptkit.linalg.precision import one_by_one
+        from adaptkit.linalg.products import product_distance
 
         found = self.core.distances(self.factors, self.kept, stored.factors())
         if not bool(torch.isfinite(found).all()):
@@ -358,14 +401,16 @@ class _KeptLoras(KeptStack):
         return listed
 
     def _distance(self, n: int, stored: Weights) -> float:
-        from adaptkit.algorithms._algebra import distance_squared
-
-        return distance_squared(self.exact.member(self.numbers[n]).widened(), stored.member(n))
+        exact = self.exact.member(self.numbers[n]).widened()
+        return exact.distance_squared(stored.member(n))
 
 
 @dataclass(frozen=True)
 class _KeptByRank(KeptStack):
-    """A stack in parts of equal ranks: BLAS may sum in another order where there are more columns, even of zeros."""
+    """A stack in parts of equal ranks.
+
+    BLAS may sum in another order over more columns, even if the added ones are zeros.
+    """
 
     parts: Sequence[_KeptLoras]
 
@@ -438,9 +483,7 @@ def _by_singular_values(weights: Weights, spec: FitSpec) -> Decomposition:
 
 
 def _columns(inputs: int, kernel: tuple[int, ...]) -> int:
-    for n in kernel:
-        inputs *= n
-    return inputs
+    return inputs * math.prod(kernel)
 
 
 ALGORITHM = Lora

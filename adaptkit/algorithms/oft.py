@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Oft(Rotation):
-    """W' = rescale · blockdiag(R)ᵀ W.   blocks: (..., n, b, b), rows = n·b   rescale: (..., rows, 1)
+    """W' = rescale · blockdiag(R)ᵀ W.   blocks: (..., n, b, b)   rescale: (..., rows, 1)
 
-    R = (I + Q)(I − Q)⁻¹, Q = B − Bᵀ, its norm bounded by alpha · rows where alpha is not 0 (Qiu et al.,
-    arXiv:2306.07280; LyCORIS 4.1.3 `modules/diag_oft.py`).
+    rows = n·b. R = (I + Q)(I − Q)⁻¹ with Q = B − Bᵀ, whose norm is bounded by alpha · rows unless
+    alpha is 0 (Qiu et al., arXiv:2306.07280; LyCORIS 4.1.3 `modules/diag_oft.py`).
     """
 
     name: ClassVar[str] = "oft"
@@ -31,11 +31,11 @@ class Oft(Rotation):
         return (cayley(blocks, bound).to(weight.dtype).mT @ cut).reshape(weight.shape)
 
     def part(self, start: int, stop: int) -> Self:
-        """Exact where the cut falls between blocks and no bound ties them together."""
+        """Exact if the cut falls between blocks and no bound ties them together."""
         b = self.blocks.shape[-1]
         if start % b or stop % b or self.bound > 0:
             raise NotRepresentable(
-                f"rows {start} to {stop} cut through what is rotated together, {b} rows at a time"
+                f"rows {start} to {stop} cut through a block of {b} rows that rotate together"
             )
         rescale = None if self.rescale is None else self.rescale[..., start:stop, :]
         stored = (stop - start, *self.stored[1:]) if self.stored else ()
@@ -69,7 +69,7 @@ class Oft(Rotation):
 
     @classmethod
     def zeros(cls, like: Self, rows: int) -> Self:
-        """Rows that are not turned."""
+        """Rows that are not turned: blocks of zeros."""
         b = like.blocks.shape[-1]
         if rows % b:
             raise NotRepresentable(f"{rows} missing rows are no multiple of a block of {b}")
@@ -77,17 +77,17 @@ class Oft(Rotation):
         return replace(like, blocks=blocks, rescale=None, stored=())
 
     def swapped(self) -> Self:
-        """Whole blocks change places, whatever bounds them together."""
+        """Whole blocks change places; a bound on all of them still holds."""
         rows, b = self.rows, self.blocks.shape[-1]
         if rows // 2 % b:
             raise NotRepresentable(
-                f"the middle of {rows} rows cuts through what is rotated together, {b} rows at a time"
+                f"the middle of {rows} rows cuts through a block of {b} rows that rotate together"
             )
         rescale = None if self.rescale is None else self.rescale.roll(rows // 2, -2)
         return replace(self, blocks=self.blocks.roll(rows // 2 // b, -3), rescale=rescale)
 
     def _factors(self, like: Tensor | None) -> Tensor:
-        """The rescaling of every row, 1 where there is none."""
+        """The rescaling of every row, 1 without one."""
         if self.rescale is not None:
             return self.rescale
         assert like is not None

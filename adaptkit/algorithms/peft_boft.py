@@ -1,4 +1,4 @@
-"""BOFT as PEFT stores it: butterfly stages of small rotations on the input side, then factors of the rows."""
+"""BOFT of PEFT: butterfly stages of small rotations of the columns, then factors of the rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._rotation import cayley, toward
-from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights, matched, roles, same
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -18,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PeftBoft(Weights):
-    """W' = factor · W · (B_m ⋯ B_1)ᵀ.   blocks: (..., m, n, b, b), columns = n·b   factor: (..., rows, 1)
+    """W' = factor · W · (B_m ⋯ B_1)ᵀ.   blocks: (..., m, n, b, b)   factor: (..., rows, 1)
 
-    Stage i pairs runs of b/2 columns that lie 2ⁱ·b/2 apart and turns each pair by R = (I − Q)(I + Q)⁻¹,
-    Q = (B − Bᵀ)/2 (huggingface/peft `tuners/boft/layer.py`, checked with 0.21.2). The columns of a convolution are its
-    inputs with their kernel positions, as `flatten(1)` has them. `factor` is stored `[rows, 1]`, for a convolution
-    `[1, rows]`.
+    columns = n·b. Stage i pairs runs of b/2 columns that lie 2ⁱ·b/2 apart and turns each pair by
+    R = (I − Q)(I + Q)⁻¹ with Q = (B − Bᵀ)/2 (huggingface/peft `tuners/boft/layer.py`, checked with
+    0.21.2). The columns of a convolution are its inputs with their kernel positions, as in
+    `flatten(1)`. `factor` is stored `[rows, 1]`, for a convolution `[1, rows]`.
     """
 
     name: ClassVar[str] = "peft-boft"
@@ -68,7 +70,7 @@ class PeftBoft(Weights):
         turns = cayley(self.blocks * -0.5).to(base.dtype)
         merged = base
         for stage in range(stages):
-            # two runs of b/2 columns, 2^stage runs apart, make a block; in the first stage they are neighbours
+            # two runs of b/2 columns, 2^stage runs apart, make a block; first they are neighbours
             runs = (2, 2**stage, b // 2) if stage else (1, 1, b)
             cut = merged.reshape(*base.shape[:-1], -1, *runs).transpose(-2, -3)
             blocks = cut.reshape(*base.shape[:-1], -1, b).transpose(-2, -3)  # (..., n, rows, b)
@@ -84,7 +86,7 @@ class PeftBoft(Weights):
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
-        """The rows of one rotation of the columns: the parts must have the same."""
+        """Exact for parts with the same rotation of the columns."""
         import torch
 
         if not all(same(part.blocks, parts[0].blocks) for part in parts):

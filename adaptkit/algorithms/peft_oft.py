@@ -1,4 +1,4 @@
-"""OFT as PEFT stores it: packed generators of rotations on the input side."""
+"""OFT of PEFT: packed generators of rotations of the columns."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._rotation import toward
-from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights, matched, roles, same
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -18,14 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PeftOft(Weights):
-    """W' = W · blockdiag(R)ᵀ.   packed: (..., n, b(b−1)/2), columns = n·b; with n = 1 one block serves all columns
+    """W' = W · blockdiag(R)ᵀ.   packed: (..., n, b(b−1)/2), columns = n·b
 
-    Q is skew-symmetric with `packed` above its diagonal, and R = I + 2Q + 2Q² + 2Q³ + Q⁴, the Cayley–Neumann series of
-    five terms that PEFT uses unless told otherwise (huggingface/peft `tuners/oft/layer.py`, checked with 0.21.2). The
-    columns of a convolution are its inputs with their kernel positions, as `flatten(1)` has them: so PEFT merges it, while
-    its own forward pass adds up overlapping windows, which no weight can do.
+    With n = 1 one block serves all columns. Q is skew-symmetric with `packed` above its diagonal,
+    and R = I + 2Q + 2Q² + 2Q³ + Q⁴, the Cayley–Neumann series of five terms, which is PEFT's
+    default (huggingface/peft `tuners/oft/layer.py`, checked with 0.21.2). The columns of a
+    convolution are its inputs with their kernel positions, as in `flatten(1)`: so PEFT merges it.
+    Its forward pass adds up overlapping windows instead, which no weight can do.
 
-    OneTrainer marks with `scaled_oft` that `packed` is to be divided by 2√(b − 1) first (`modules/module/oft_utils.py`).
+    OneTrainer's `scaled_oft` means that `packed` is divided by 2√(b − 1) first
+    (`modules/module/oft_utils.py`).
     """
 
     name: ClassVar[str] = "peft-oft"
@@ -83,7 +87,7 @@ class PeftOft(Weights):
         return toward(base, merged, strength)
 
     def folded(self) -> Self:
-        """Without OneTrainer's mark, as PEFT reads it."""
+        """The same generators without OneTrainer's mark, as PEFT reads them."""
         from adaptkit.linalg.precision import upcast
 
         if self.scaled is None:
@@ -92,13 +96,13 @@ class PeftOft(Weights):
             self, packed=upcast(self.packed) / (2 * math.sqrt(self.size - 1)), scaled=None
         )
 
-    def part(self, start: int, stop: int) -> Self:  # noqa: ARG002 the contract's names
-        """The columns are turned alike in all rows."""
+    def part(self, start: int, stop: int) -> Self:
+        """The columns turn alike in all rows."""
         return self
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:
-        """One rotation for all rows: the parts must have the same."""
+        """Exact for parts with the same rotation."""
         if all(
             same(part.packed, parts[0].packed) and same(part.scaled, parts[0].scaled)
             for part in parts
@@ -114,7 +118,7 @@ class PeftOft(Weights):
 
 
 def _size(elements: int) -> int:
-    """b with b(b−1)/2 = elements; 0 where there is none."""
+    """b with b(b−1)/2 = elements; 0 if there is none."""
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     return size if size * (size - 1) // 2 == elements else 0
 

@@ -1,4 +1,4 @@
-"""set: a weight that replaces the base's."""
+"""set: a weight that replaces that of the base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._rotation import toward
-from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights, matched, roles
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class Set(Weights):
     """W' = value (..., m, n); a vector is a column, (..., m, 1).
 
-    ComfyUI calls it `set_weight` (`comfy/lora.py`); FLUX.1's control LoRAs store the scales of their norms so, under the
-    parameter's own name `scale` (diffusers overwrites those norms too).
+    ComfyUI calls it `set_weight` (`comfy/lora.py`). The control LoRAs of FLUX.1 store the scales of
+    their norms so, as `scale`; diffusers overwrites those norms too.
     """
 
     name: ClassVar[str] = "set"

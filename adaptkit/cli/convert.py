@@ -6,20 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, ranks, recasts, writer
+from adaptkit.cli.options import HOST, PATH, ranks, recasts, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-HOSTS = ("comfyui", "diffusers", "kohya", "invokeai")
 
 
 @click.command()
 @click.argument("adapter", type=PATH)
 @click.option("--to", metavar="FORMAT", help="Key format to write; `adaptkit formats` lists them.")
-@click.option(
-    "--for", "host", type=click.Choice(HOSTS), help="Write the format that this host loads."
-)
+@click.option("--for", "host", type=HOST, help="Write the format that this host loads.")
 @recasts
 @ranks
 @writer

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import FACTOR, PATH, ranks, writer
+from adaptkit.cli.options import EXTRACTABLE, FACTOR, PATH, ranks, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "--algo",
     default="lora",
     show_default=True,
-    metavar="lora|lokr|full|auto",
+    type=EXTRACTABLE,
     help="Algorithm of the adapter.",
 )
 @ranks

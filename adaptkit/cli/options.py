@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from adaptkit.cli.show.picture import option as checked_picture
+from adaptkit.ops.ranks.options import rules
 from adaptkit.ops.shared import SIZES, parse_size, split_strength
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from adaptkit.ops.ranks.rules.contract import Rule
 
 __all__ = [
     "DTYPE",
+    "EXTRACTABLE",
     "FACTOR",
+    "HOST",
     "PATH",
     "SIZE",
     "STRENGTH",
@@ -75,6 +83,50 @@ class Factor(click.ParamType):  # type: ignore[type-arg]
         return int(value)
 
 
+class Registered(click.ParamType):  # type: ignore[type-arg]
+    """A name from a registry, which is read when the option is used or shown."""
+
+    def __init__(self, name: str, names: Callable[[], Iterable[str]]) -> None:
+        self.name, self.names = name, names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self.names())}]"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"Choose from {', '.join(self.names())}."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        names = list(self.names())
+        if value not in names:
+            listed = ", ".join(map(repr, names))
+            self.fail(f"{value!r} is not one of {listed}.", param, ctx)
+        return str(value)
+
+
+class Algorithm(Registered):
+    """A name that the command itself checks, with the nearest names in its message."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "|".join(self.names())
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+
+def _hosts() -> Iterable[str]:
+    from adaptkit.hosts import hosts
+
+    return hosts()
+
+
+def _extractable() -> Iterable[str]:
+    from adaptkit.kinds import extractable
+
+    return (*extractable(), "auto")
+
+
+HOST = Registered("host", _hosts)
+EXTRACTABLE = Algorithm("algorithm", _extractable)
 FACTOR = Factor()
 SIZE = Size()
 STRENGTH = Strength()
@@ -157,65 +209,32 @@ def selecting(function: F) -> F:
     )
 
 
-SHARE = click.FloatRange(0.0, 1.0, min_open=True)
-
-
 def ranks(function: F) -> F:
     """Add the rank rules, of which a user gives one."""
-    return _apply(
-        function,
-        [
-            click.option(
-                "--rank",
-                type=click.IntRange(1),
-                help="Keep this rank in every module, or the full rank of smaller layers.",
-            ),
-            click.option(
-                "--conv-rank",
-                type=click.IntRange(1),
-                help="With --rank: rank of convolutions larger than 1×1.",
-            ),
-            click.option(
-                "--energy",
-                type=SHARE,
-                metavar="E",
-                help="Keep the least rank per module that holds this share of ‖ΔW‖².",
-            ),
-            click.option(
-                "--error",
-                type=click.FloatRange(0.0, 1.0),
-                metavar="E",
-                help="Write the smallest file with a total relative error of at most E.",
-            ),
-            click.option(
-                "--size",
-                type=SIZE,
-                metavar="SIZE",
-                help="Write the most accurate file of at most SIZE.",
-            ),
-            click.option(
-                "--sv-ratio",
-                type=click.FloatRange(1.0),
-                metavar="R",
-                help="Keep σᵢ ≥ σ₁ / R, per module.",
-            ),
-            click.option(
-                "--sv-fro",
-                type=SHARE,
-                metavar="F",
-                help="Keep √(Σ kept σ² / Σ σ²) ≥ F, per module.",
-            ),
-            click.option(
-                "--sv-cumulative",
-                type=SHARE,
-                metavar="C",
-                help="Keep Σ kept σ / Σ σ ≥ C, per module.",
-            ),
-            click.option(
-                "--max-rank", type=click.IntRange(1), help="Limit the rank that any rule chooses."
-            ),
-        ],
+    conv = click.option(
+        "--conv-rank",
+        type=click.IntRange(1),
+        help="With --rank: rank of convolutions larger than 1×1.",
     )
+    most = click.option(
+        "--max-rank",
+        type=click.IntRange(1),
+        help="No module gets a higher rank, whatever the rule.",
+    )
+    first, *others = (_rule(rule) for rule in rules().values())
+    return _apply(function, [first, conv, *others, most])
+
+
+def _rule(rule: Rule) -> Callable[[F], F]:
+    """The option of a rank rule."""
+    kind: Any = SIZE
+    if rule.kind is int and not rule.bytes:
+        low, high = (None if n is None else int(n) for n in (rule.low, rule.high))
+        kind = click.IntRange(low, high)
+    elif not rule.bytes:
+        kind = click.FloatRange(rule.low, rule.high, min_open=rule.above)
+    name = f"--{rule.name.replace('_', '-')}"
+    return click.option(name, type=kind, metavar=rule.metavar, help=rule.help)
 
 
 def recasts(function: F) -> F:

@@ -12,6 +12,7 @@ FORMAT = KeyFormat(
     prefixes=("{root}",),
     joiner=".",
     style="bare",
+    kin="module",
     alpha=Alpha.OPTIONAL,
     spelling=MappingProxyType({**COMFY_SPELLING, "set": MappingProxyType({"value": "scale"})}),
     written_by="black-forest-labs (control LoRAs), custom scripts",

@@ -10,6 +10,7 @@ FORMAT = KeyFormat(
     prefixes=("{comfy}.",),
     joiner=".",
     style="comfy",
+    kin="original",
     alpha=Alpha.OPTIONAL,
     spelling=COMFY_SPELLING,
     written_by="ComfyUI, ai-toolkit, diffusion-pipe",

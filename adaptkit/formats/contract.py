@@ -22,14 +22,14 @@ class Alpha(Enum):
     OPTIONAL = "optional"  # a scalar tensor if alpha differs from the rank, else nothing
 
 
-# PEFT and diffusers call the factors A (down) and B (up).
+# PEFT and diffusers call the factors A (down) and B (up)
 PEFT_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "lora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
         "lora+dora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
     }
 )
-# ComfyUI reads either spelling of the factors, and the magnitude only as `dora_scale`.
+# ComfyUI reads both spellings of the factors, but the magnitude only as `dora_scale`
 COMFY_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
     dict.fromkeys(("lora", "lora+dora"), PEFT_SPELLING["lora"])
 )
@@ -40,14 +40,17 @@ class KeyFormat:
     """The spelling of adapter keys.
 
     `prefixes` are templates filled with the tags of each component (`lora_{kohya}_`): the first is
-    written, all are read. `joiner` joins the words of a module name. `style` selects the naming to
-    write (see `Component.namings`); a `private` format reads and writes that naming alone, and no
-    other format does.
+    written, all are read. A format brings tags of its own in `tags`, by the name of the component,
+    for the template field `{own}`. `joiner` joins the words of a module name.
 
-    `spelling` overrides the algorithms' default suffixes, by algorithm and role; every format reads
-    all spellings of an algorithm. A format with `owns` holds only these algorithms, and no other
-    format holds them. `peft`: DoRA magnitudes are shaped as in PEFT, `[out]` or `[1, out, 1, 1]`,
-    instead of LyCORIS' `[out, 1, …]`.
+    `style` picks the naming that is written, see `Component.namings`. A `private` format reads and
+    writes that naming alone, and no other format does. Formats of one `kin` name the modules of
+    unknown families alike.
+
+    `spelling` overrides the default suffixes by algorithm and role. Any spelling that an algorithm
+    knows is read in every format. `owns` are the algorithms of a format that holds only those;
+    then no other format holds them. `peft` means that DoRA magnitudes are laid out as PEFT has
+    them, `[out]` or `[1, out, 1, 1]`, not as LyCORIS, `[out, 1, …]`.
     """
 
     name: str
@@ -60,5 +63,7 @@ class KeyFormat:
     private: bool = False
     owns: tuple[str, ...] = ()
     peft: bool = False
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    kin: str = ""
     written_by: str = ""
     note: str = ""

@@ -10,6 +10,7 @@ FORMAT = KeyFormat(
     prefixes=("{diffusers}.",),
     joiner=".",
     style="diffusers",
+    kin="diffusers",
     alpha=Alpha.NONE,
     spelling=PEFT_SPELLING,
     peft=True,

@@ -11,6 +11,7 @@ FORMAT = KeyFormat(
     prefixes=("lora_{kohya}_", "lora_{kohya}__"),
     joiner="_",
     style="kohya",
+    kin="original",
     alpha=Alpha.TENSOR,
     written_by="sd-scripts, musubi-tuner, LyCORIS inside kohya, most trainers",
     note="loads in ComfyUI, A1111/Forge, InvokeAI, kohya; in diffusers for LoRA",

@@ -10,6 +10,7 @@ FORMAT = KeyFormat(
     prefixes=("oft_{kohya}_",),
     joiner="_",
     style="kohya",
+    kin="original",
     owns=("kohya-oft",),
     alpha=Alpha.TENSOR,
     written_by="sd-scripts (networks.oft)",

@@ -10,6 +10,7 @@ FORMAT = KeyFormat(
     prefixes=("lycoris_{root}",),
     joiner="_",
     style="lycoris",
+    kin="diffusers",
     alpha=Alpha.TENSOR,
     written_by="LyCORIS (create_lycoris), SimpleTuner",
     note="names carry no component; loads in ComfyUI",

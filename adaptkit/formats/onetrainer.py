@@ -10,6 +10,7 @@ FORMAT = KeyFormat(
     prefixes=("lora_{onetrainer}_",),
     joiner="_",
     style="onetrainer",
+    kin="diffusers",
     alpha=Alpha.TENSOR,
     written_by="OneTrainer before August 2026",
     note="for transformers; its U-Net files are kohya files",

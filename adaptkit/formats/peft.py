@@ -10,6 +10,7 @@ FORMAT = KeyFormat(
     prefixes=("base_model.model.{root}",),
     joiner=".",
     style="peft",
+    kin="module",
     alpha=Alpha.CONFIG,
     spelling=PEFT_SPELLING,
     peft=True,

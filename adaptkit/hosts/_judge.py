@@ -47,8 +47,9 @@ def complete(host: Host, format: str) -> list[str]:
 
 
 def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict:
-    if not adapter.known:
-        return Verdict(None, "not measured: the model family is unknown")
+    unknown = _unmeasured(host, adapter, pieces)
+    if unknown:
+        return Verdict(None, f"not measured{unknown}")
     if adapter.family.name in host.unsupported:
         return Verdict(False, host.unsupported[adapter.family.name])
     if adapter.unclaimed:
@@ -59,6 +60,14 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
     if host.cell(adapter.format.name, adapter.family.name, pieces) is None:
         return Verdict(None, "not measured")
     return Verdict(True)
+
+
+def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
+    """What of a file no table of a host can be about; empty if there is nothing."""
+    if not adapter.known:
+        return ": the model family is unknown"
+    strange = sorted({piece.algorithm for piece in pieces} - set(host.algorithms))
+    return f" for {' and '.join(strange)}" if strange else ""
 
 
 def _lost(
@@ -122,8 +131,8 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
     path = adapter.source.path
     if not adapter.known:
         raise NotRepresentable(
-            f"no measurement for {target.title} exists for an unknown family",
-            hint="choose the format: --to",
+            f"what {target.title} loads is not known for an unknown family",
+            hint="name the format to write: --to",
             file=path,
         )
     tried = [
@@ -132,11 +141,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         for made in _forms(target, adapter, format, algorithm)
     ]
     if not tried:
-        family = adapter.family
-        why = target.unsupported.get(
-            family.name, f"{target.title} loads no adapter for {family.title}"
-        )
-        raise NotRepresentable(why, hint="see `adaptkit inspect` for hosts that load it", file=path)
+        raise _untried(target, adapter)
     missing, form, lost, total = min(tried, key=lambda made: made[0])
     reasons = tuple(_reasons(lost, total))
     if missing == 1.0:  # nothing is left of what the format has a place for
@@ -155,6 +160,25 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         )
     return Recipe(
         form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons)
+    )
+
+
+def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
+    """Why no form of an adapter can be recommended for a host."""
+    family, path = adapter.family, adapter.source.path
+    if family.name in host.unsupported:
+        hint = "`adaptkit inspect` shows the hosts that load it"
+        return NotRepresentable(host.unsupported[family.name], hint=hint, file=path)
+    if not any(family.name in cell.families for cell in host.cells):
+        return NotRepresentable(
+            f"not measured: what {host.title} loads for {family.title}",
+            hint="name the format to write: --to",
+            file=path,
+        )
+    return NotRepresentable(
+        f"{host.title} loads no adapter for {family.title}",
+        hint="`adaptkit inspect` shows the hosts that load it",
+        file=path,
     )
 
 

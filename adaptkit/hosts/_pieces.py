@@ -17,6 +17,7 @@ from adaptkit.families.contract import Kind
 from adaptkit.formats.contract import Alpha
 from adaptkit.hosts.contract import Piece
 from adaptkit.keymap import algorithms, compile_keys
+from adaptkit.kinds import low_rank_kind
 from adaptkit.names import WEIGHT, Slot, Target
 
 if TYPE_CHECKING:
@@ -121,13 +122,12 @@ def examples(family: str, format: str) -> tuple[Piece, ...]:
 
 
 def _example(keys: KeyMap, slot: Slot) -> Piece:
-    roles = (
-        [keys.spell(slot, "lora", role) for role in ("up", "down")] if keys.holds("lora") else []
-    )
+    lora = low_rank_kind().name
+    roles = [keys.spell(slot, lora, role) for role in ("up", "down")] if keys.holds(lora) else []
     return Piece(
         slot=slot,
         label=str(slot),
-        algorithm="lora" if roles else next(iter(keys.format.owns)),
+        algorithm=lora if roles else next(iter(keys.format.owns)),
         namings=_namings(keys, slot, keys.module(slot)),
         suffixes=tuple(key.removeprefix(f"{keys.stem(slot)}.") for key in roles),
         alpha=1.0,
@@ -167,7 +167,7 @@ def _axis(adapter: Adapter, entry: Entry) -> str:
 
     LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1].
     """
-    if "dora" not in entry.kind.name:
+    if not entry.kind.wrapper:
         return ""
     key = entry.keys.get("magnitude")
     shape = adapter.source.infos[key].shape if key else ()

@@ -31,6 +31,11 @@ SD = ("sd1", "sd2")
 UNETS = (*SD, "sdxl", "sdxl-refiner")
 DORA = ("lora+dora", "loha+dora", "lokr+dora")
 TE = r"^text_encoder"
+# the algorithms that existed when the hosts were measured
+MEASURED = (
+    "boft", "full", "glora", "ia3", "kohya-oft", "loha", "lokr", "lora", "oft", "peft-boft",
+    "peft-oft", "set", *DORA,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +158,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Host:
-    """A program that loads adapters. `measured` is the version whose loaders were run.
+    """A program that loads adapters. `measured` is the version that the cells were measured with.
 
-    The first cell that fits a file counts; without one, nothing is known. `always` are losses in
-    every format. `writes` are the formats to write by family ("" for all others), the preferred one
-    first. `unsupported` maps families for which nothing loads to the reason.
+    The first cell that fits a file counts; a file without one is not measured. Neither are files
+    with algorithms besides `algorithms`. `always` are losses in every format. `writes` are the
+    formats to write by family, the better first ("" for all other families). The host loads
+    nothing for families in `unsupported`, for the reason given there.
     """
 
     name: str
@@ -165,15 +171,16 @@ class Host:
     measured: str
     cells: tuple[Cell, ...]
     writes: Mapping[str, tuple[str, ...]]
+    algorithms: tuple[str, ...] = MEASURED
     always: tuple[Loss, ...] = ()
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def formats(self, family: str) -> tuple[str, ...]:
-        """The formats to write for a family, best first."""
+        """The formats to write for a family, the best first; none if it is unsupported."""
         return (
             () if family in self.unsupported else self.writes.get(family, self.writes.get("", ()))
         )
 
     def cell(self, format: str, family: str, pieces: tuple[Piece, ...]) -> Cell | None:
-        """The cell of a file of this format and family, if it was measured."""
+        """The cell about a file of this format and family; None if it is not measured."""
         return next((cell for cell in self.cells if cell.fits(format, family, pieces)), None)

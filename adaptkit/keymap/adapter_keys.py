@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KeyMap", "Parsed", "compile_keys", "prefixes"]
 
+OWN = "own"  # the template field of a format's own tags
+
 # (meaning of a stem, its indices, its module as spelled)
 _Match = tuple["Reading", dict[str, int], str]
 
@@ -249,7 +251,8 @@ def prefixes(part: Component, format: KeyFormat) -> tuple[str, ...]:
     found: list[str] = []
     for template in format.prefixes:
         tag = template.partition("{")[2].partition("}")[0]
-        found.extend(template.replace(f"{{{tag}}}", value) for value in part.tags.get(tag, ()))
+        values = format.tags.get(part.name, ()) if tag == OWN else part.tags.get(tag, ())
+        found.extend(template.replace(f"{{{tag}}}", value) for value in values)
     return tuple(found)
 
 

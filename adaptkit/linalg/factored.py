@@ -26,7 +26,7 @@ from adaptkit.linalg.precision import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["Core", "factored_core", "factored_svd", "product_distance", "product_inner"]
+__all__ = ["Core", "factored_core", "factored_svd"]
 
 # bound on (size of the terms / size of the product): float32 then still gives six digits
 CLEAR = 256.0
@@ -34,8 +34,6 @@ CLEAR = 256.0
 LOST = 1e-4
 # share of the largest pivot: above it, a Gram matrix is regular enough for Cholesky
 REGULAR = 1e-3
-# share of the norms: a smaller difference of Gram matrices has lost digits that a QR keeps
-CANCELLED = 1e-10
 
 Factors = tuple[Tensor, Tensor]
 
@@ -232,32 +230,3 @@ def factored_svd(left: Tensor, right: Tensor) -> LowRank:
     u, v = signed(left.to(wide) @ core.left, (core.right @ right.to(wide)).mT)
     zero = torch.zeros(core.s.shape[:-1], dtype=core.s.dtype, device=core.s.device)
     return LowRank(u.to(dtype), core.s.to(dtype), v.mT.to(dtype), zero)
-
-
-def product_inner(one: Factors, two: Factors) -> Tensor:
-    """⟨left · right, left' · right'⟩_F, (...,), in the given dtype (float64 to be exact).
-
-    tr((leftᵀ left')(right' rightᵀ)).
-    """
-    return ((one[0].mT @ two[0]) * (one[1] @ two[1].mT)).sum((-1, -2))
-
-
-def product_distance(one: Factors, two: Factors, norm: float | None = None) -> Tensor:
-    """‖left · right − left' · right'‖²_F, (...,), for factors in float64 (float32 on MPS).
-
-    `norm` is ‖left · right‖², if known. From small Gram matrices, or, if those cancel, from the
-    triangles of two QR decompositions. These are accurate to machine precision of the norms rather
-    than of their squares. Exactly 0 for equal factors.
-    """
-    for same, other in ((1, 0), (0, 1)):
-        if one[same].shape == two[same].shape and torch.equal(one[same], two[same]):
-            change = one[other] - two[other]
-            pair = (change, one[1]) if same == 1 else (one[0], change)
-            return product_inner(pair, pair).clamp_min(0.0)
-    total = (product_inner(one, one) if norm is None else norm) + product_inner(two, two)
-    found = total - 2.0 * product_inner(one, two)
-    if bool((found < CANCELLED * total).any()):
-        left, right = torch.cat([one[0], -two[0]], -1), torch.cat([one[1], two[1]], -2)
-        r1, r2 = torch.linalg.qr(left)[1], torch.linalg.qr(right.mT)[1]
-        found = (r1 @ r2.mT).square().sum((-1, -2))
-    return found.clamp_min(0.0)

@@ -25,6 +25,7 @@ __all__ = [
     "KronLowRank",
     "factorization",
     "kron",
+    "leading_kron",
     "nearest_kron",
     "nearest_kron_lowrank",
     "rearrange",
@@ -251,3 +252,26 @@ def _each(x: Tensor, fit: Callable[[Tensor], K]) -> K:
     return type(each[0])(
         **{name: whole.reshape(*batch, *whole.shape[1:]) for name, whole in found.items()}
     )
+
+
+def leading_kron(one: LowRank, two: LowRank, scale: float, rank: int) -> LowRank:
+    """The leading `rank` singular triplets of scale · (A ⊗ B), from those of A and B.
+
+    The singular values are the products of theirs.
+    """
+    products = (one.s.unsqueeze(-1) * two.s.unsqueeze(-2)).flatten(-2)
+    s, index = products.topk(min(rank, products.shape[-1]))
+    rest = products.double().square().sum(-1) - s.double().square().sum(-1)
+    i, j = index // two.s.shape[-1], index % two.s.shape[-1]
+    u = _paired(one.u, two.u, i, j)
+    v = _paired(one.vh.mT, two.vh.mT, i, j)
+    return LowRank(
+        u * (-1.0 if scale < 0 else 1.0), abs(scale) * s, v.mT, (scale**2 * rest).clamp_min(0)
+    )
+
+
+def _paired(one: Tensor, two: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Columns i of one (..., a, ·) ⊗ columns j of two (..., c, ·), (..., a·c, k)."""
+    left = one.gather(-1, i.unsqueeze(-2).expand(*one.shape[:-1], -1))
+    right = two.gather(-1, j.unsqueeze(-2).expand(*two.shape[:-1], -1))
+    return (left.unsqueeze(-2) * right.unsqueeze(-3)).flatten(-3, -2)

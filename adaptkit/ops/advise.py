@@ -1,4 +1,8 @@
-"""advise: what each kind of adapter would lose of a difference, for the bytes it takes, before a file is written."""
+"""advise: what each kind of adapter would lose of a difference, and the bytes it would take.
+
+The curves are computed without fitting, from singular values and Kronecker scans. So they are of
+LoRA, LoKr and full differences alone, by name: the JSON report is made of these names.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,13 @@ from adaptkit import engine
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
+from adaptkit.kinds import low_rank_kind
 from adaptkit.ops.adapter_file.size import module_size
 from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
 from adaptkit.ops.difference.probe import Look, Probe, as_rounded, look, made_by
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
-from adaptkit.ops.ranks.policies import Size
+from adaptkit.ops.ranks.rules.size import Size
 from adaptkit.ops.shared import Progress, Shared, Unused, refuse_unused
 from adaptkit.steps import Step, check_memory
 
@@ -45,7 +50,7 @@ BASIS = 3  # of Lanczos: columns kept, as a multiple of the rank
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure: ranks up to `max_rank`, in the key format `to`, stored as `dtype`."""
+    """The curves to measure: ranks up to `max_rank`, in the key format `to`, as `dtype`."""
 
     max_rank: int = MAX_RANK
     to: str = "kohya"
@@ -60,7 +65,7 @@ class Options:
 
     @property
     def shared(self) -> Shared:
-        """What pairs two checkpoints."""
+        """The options that pair two checkpoints."""
         return Shared(family=self.family, dtype=self.dtype, only=self.only, skip=self.skip)
 
 
@@ -85,9 +90,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Point:
-    """One way to store the difference: about `bytes`, losing `relative_error` of ‖ΔW‖ (before the stored numbers are rounded).
+    """One way to store the difference: about `bytes`, losing `relative_error` of ‖ΔW‖.
 
-    `mix` counts the layers by what they are stored as; `gap`: how far `relative_error` may be from the best there is.
+    The error is that before stored numbers are rounded. `mix` counts the layers by kind. `gap` is
+    the share of the error by which a better choice might exist.
     """
 
     bytes: int
@@ -103,11 +109,15 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The curves. By rank: `rank` (the same everywhere), and at the same bytes `size` (LoRA, each rank chosen) and `auto`.
-    By factor: `lokr`, and `beside`, LoRA at the same bytes.
+    """The curves.
 
-    `floor` is the rounding of the tuned checkpoint, relative to ‖ΔW‖: no error below it means anything. `left_out` is what
-    no adapter of this format holds (biases, norms, embeddings), as a relative error that every curve contains.
+    By rank: `rank` is LoRA of one rank everywhere; at the same bytes, `size` is LoRA with each
+    rank chosen, `auto` the best of everything. By factor: `lokr`, and at the same bytes `beside`,
+    which is LoRA.
+
+    `noise_floor` is the rounding of the tuned checkpoint relative to ‖ΔW‖: smaller errors mean
+    nothing. `left_out` is the relative error of what no adapter of this format holds (biases,
+    norms, embeddings); every curve contains it.
     """
 
     family: str
@@ -159,17 +169,17 @@ class Report:
         }
 
 
-# planning --------------------------------------------------------------------------------------------------------
+# --- planning --------------------------------------------------------------------------------
 
 
 def plan(base: Path, tuned: Path, options: Options) -> Plan:
-    """Pair the checkpoints; reads headers only, and fails here if anything can."""
+    """Pair the checkpoints. Reads headers only; anything that can fail fails here."""
     if options.max_rank < 1:
         raise WrongUsage(f"--max-rank must be at least 1, not {options.max_rank}")
     chosen("format", formats(), options.to)
     first, second = open_pair(base, tuned, options.family, ema=options.ema)
     keys = first.keys(formats()[options.to])
-    pairing = Pairing(first, second, keys, Wanted("lora", False, options.shared))
+    pairing = Pairing(first, second, keys, Wanted(low_rank_kind().name, False, options.shared))
     jobs = tuple(job for job in pairing.pairs() if job.counted)
     if not any(job.algorithm for job in jobs):
         raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
@@ -182,29 +192,27 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
 def _step(job: Pair, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Pair]:
     rows, columns = job.matrix
     stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
-    # ΔW, whitened or rearranged, and squares of ulps, each in float32; the Krylov basis and its images
+    # in float32: ΔW, ΔW whitened or rearranged, squares of ulps; the Krylov basis and its images
     working = 4 * 4 * rows * columns + 8 * BASIS * min(rank, rows, columns) * (rows + columns)
     return Step(job, job.number, stored + working, tuned.source.order(job.tuned[0].name))
 
 
-# measuring -------------------------------------------------------------------------------------------------------
+# --- measuring -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """What was measured of one layer; energies are squares."""
+    """One layer as measured. `captured` is (energy, numbers stored) by factor."""
 
     job: Pair
     norm: float
     energies: tuple[float, ...] = ()
-    captured: Mapping[int, tuple[float, int]] = field(
-        default_factory=dict
-    )  # by factor: energy, and numbers stored
+    captured: Mapping[int, tuple[float, int]] = field(default_factory=dict)
     seen: Look | None = None
 
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
-    """Measure every layer, and draw the curves; the only part that reads weights."""
+    """Measure every layer and draw the curves; the only part that reads weights."""
     started = time.perf_counter()
     found: dict[int, _Layer] = {}
     worker, total = _Measurer(plan), len(plan.steps)
@@ -262,7 +270,7 @@ class _Measurer:
         return _Layer(job, norm, kept, captured, seen)
 
 
-# choosing --------------------------------------------------------------------------------------------------------
+# --- choosing --------------------------------------------------------------------------------
 
 
 def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
@@ -304,7 +312,7 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
 
 
 def _signal(layer: _Layer) -> int:
-    """How many of its singular values stand out of the noise of rounding."""
+    """How many singular values of a layer stand out of the rounding noise."""
     from adaptkit.linalg.noise import noise_edge
 
     m, n = layer.job.matrix
@@ -317,12 +325,11 @@ class _Curves:
 
     def __init__(self, plan: Plan, layers: Sequence[_Layer], total: float) -> None:
         self.plan, self.layers, self.total = plan, layers, total
-        self.rest = max(
-            0.0, total - sum(layer.norm for layer in layers)
-        )  # of what no adapter holds
+        # ‖·‖² of what no adapter holds
+        self.rest = max(0.0, total - sum(layer.norm for layer in layers))
         self.alpha = plan.keys.format.alpha is Alpha.TENSOR
         self.modules = [self._module(layer, layer.energies) for layer in layers]
-        # as `extract --size`, which is not filled with noise of rounding
+        # as in `extract --size`, which is not filled with rounding noise
         signal = [self._module(layer, layer.energies[: _signal(layer)]) for layer in layers]
         self.signal = signal if any(module.energies for module in signal) else self.modules
         self.options = [list(self._options(n)) for n in range(len(layers))]
@@ -334,15 +341,16 @@ class _Curves:
         return RankCurve(energies, layer.norm, sizes)
 
     def _bytes(self, layer: _Layer, numbers: int, tensors: int) -> int:
-        """Bytes in the file: the numbers, and about what the header takes."""
+        """Bytes in the file: the numbers, and an estimate of their header entries."""
         assert layer.job.slot is not None
         stem = self.plan.keys.stem(layer.job.slot)
         return module_size(numbers, layer.job.dtype, stem, tensors, alpha=self.alpha)
 
     def _options(self, n: int) -> Iterator[tuple[str, int, float]]:
-        """(kind, bytes, squared error) of a layer: nothing, LoRA of each rank, LoKr of each factor, full.
+        """(kind, bytes, squared error) of every way to store a layer.
 
-        Nothing that takes more than the smallest of those that leave but noise.
+        Ways are none, LoRA of each rank, LoKr of each factor, and full. Those larger than the
+        smallest one that leaves only noise are skipped.
         """
         layer, module = self.layers[n], self.signal[n]
         found = [
@@ -377,13 +385,13 @@ class _Curves:
         """LoKr everywhere, its second factor full."""
         size, left = 0, 0.0
         for layer in self.layers:
-            # a layer that the factor does not cut is stored whole
+            # a layer that the factor does not divide is stored whole
             energy, numbers = layer.captured.get(factor, (layer.norm, math.prod(layer.job.matrix)))
             size, left = size + self._bytes(layer, numbers, 2), left + max(0.0, layer.norm - energy)
         return self._choice(size, left)
 
     def auto(self, bytes: int) -> Point:
-        """For each layer the best of everything."""
+        """The best way for each layer."""
         found = least_error(
             [[(size, error) for _, size, error in one] for one in self.options], bytes
         )
@@ -397,7 +405,7 @@ class _Curves:
 
 
 def _distinct(choices: Mapping[int, Point]) -> dict[int, Point]:
-    """Of factors that cut every layer alike, the first."""
+    """The first of the factors that divide every layer alike."""
     first: dict[int, int] = {}
     for factor, choice in choices.items():
         first.setdefault(choice.bytes, factor)

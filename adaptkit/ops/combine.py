@@ -1,4 +1,4 @@
-"""combine: several adapters in one, linear in ΔW, exact before any rank is cut."""
+"""combine: several adapters in one, exact until a rank is cut."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
 
 @dataclass(frozen=True)
 class Options(RecastOptions):
-    """How to put them together: `sum` is exact; the others keep a share (`density`) of the entries of each ΔW.
+    """The `method` that joins the adapters. `sum` is exact.
 
-    `to`: the format to write, that of the first without it.
+    The other methods keep a share (`density`) of the entries of each ΔW. `to` is the format to
+    write, by default that of the first adapter.
     """
 
     to: str | None = None
@@ -40,9 +41,10 @@ class Options(RecastOptions):
 
 
 def plan(inputs: Sequence[tuple[Path, float]], options: Options) -> Recast:
-    """Every module of any input and what it may become; reads headers only, and fails here if anything can.
+    """Plan what becomes of every module of any input.
 
-    `inputs` are adapters with their weights: ΔW = Σ weight · ΔW of each.
+    `inputs` are adapters with their weights: ΔW = Σ weight · ΔW of each. Reads headers only.
+    Anything that can fail fails here.
     """
     mixing = _mixing(options)
     if options.to is not None:

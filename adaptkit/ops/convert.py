@@ -1,4 +1,4 @@
-"""convert: the same adapter in another key format, for another host, or in another algorithm; every key accounted for."""
+"""convert: the same adapter in another key format, for a host, or in another algorithm."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ Plan = Recast
 
 @dataclass(frozen=True)
 class Options(RecastOptions):
-    """What to write: a format (`to`) or what a host loads (`host`), perhaps in another algorithm, perhaps of lower rank."""
+    """The format to write (`to`), or the host that is to load it (`host`)."""
 
     to: str | None = None
     host: str | None = None
 
 
 def plan(path: Path, options: Options) -> Recast:
-    """Find the place of every module in the new format; reads headers only, and fails here if anything can."""
+    """Find the place of every module in the new format.
+
+    Reads headers only. Anything that can fail fails here.
+    """
     rule = asked(options)
     adapter = Adapter.open(path, family=options.family, format=options.format)
     try:

@@ -1,4 +1,4 @@
-"""resize: the best adapter of lower rank, from the factors alone; a LoKr stays a LoKr, everything else becomes a LoRA."""
+"""resize: the best adapter of lower rank, computed from the factors alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
 from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
+from adaptkit.kinds import dense_kind
 from adaptkit.ops.ranks.options import asked, policy, spelled
 from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
 from adaptkit.ops.rewrite.planner import recast
@@ -25,18 +26,21 @@ Plan = Recast
 
 @dataclass(frozen=True)
 class Options(RecastOptions):
-    """Which ranks to keep (one rule), perhaps in another algorithm."""
+    """The ranks to keep, by one rule; `algo` changes the algorithm too."""
 
 
 def plan(path: Path, options: Options) -> Recast:
-    """Every module and what it may become; reads headers only, and fails here if anything can."""
+    """Plan what every module may become. Reads headers only; anything that can fail fails here."""
     if asked(options) is None:
         raise WrongUsage(
-            "nothing says which ranks to keep",
+            "no rank rule is given",
             hint="give --rank, --energy, --error, --size or an --sv-* rule",
         )
-    if options.algo == "full":
-        raise WrongUsage("a full difference has no rank", hint="use `adaptkit convert --algo full`")
+    if options.algo == dense_kind().name:
+        raise WrongUsage(
+            f"a {options.algo} difference has no rank",
+            hint=f"use `adaptkit convert --algo {options.algo}`",
+        )
     chosen = policy(options)
     adapter = Adapter.open(path, family=options.family, format=options.format)
     try:

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from adaptkit.algorithms._algebra import distance_squared, inner
 
 from adaptkit.algorithms import _algebra
-from adaptkit.algorithms._algebra import distance_squared, inner
 from adaptkit.algorithms.contract import Dense, Product, Weights
 from adaptkit.algorithms.full import Full
 from adaptkit.algorithms.loha import Loha

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms.contract import Dense, FitSpec, Product, Stated
+from adaptkit.algorithms._factor import Dense, Product
+from adaptkit.algorithms.contract import FitSpec, Stated
 from adaptkit.algorithms.lokr import Lokr
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from tests import oracle

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from adaptkit.linalg import factored
-from adaptkit.linalg.factored import factored_core, factored_svd, product_distance, product_inner
+from adaptkit.linalg.factored import factored_core, factored_svd
 from adaptkit.linalg.lowrank import LowRank
+from adaptkit.linalg.products import product_distance, product_inner
 
 
 def reconstructed(found: LowRank) -> np.ndarray:

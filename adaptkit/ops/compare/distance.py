@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.errors import NotRepresentable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -32,8 +34,6 @@ Factors = tuple["Tensor", "Tensor"]
 
 # entries of ΔW that are formed at a time: 4 MB in float64, up to four blocks at once
 BLOCK = 1 << 19
-# share of ‖A‖² + ‖B‖²: a smaller ‖A − B‖² is computed directly, as the Gram numbers cancel
-CANCELLED = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +198,17 @@ def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool
         )
     return Difference(
         *size,
-        lambda start, stop: _wide(weights.part(start, stop).delta()) * strength,
+        lambda start, stop: _wide(_block(weights, start, stop)) * strength,
         factors if thin else None,
     )
+
+
+def _block(weights: Weights, start: int, stop: int) -> Tensor:
+    """Rows of ΔW; of a kind that cannot be cut, all of it is formed."""
+    try:
+        return weights.part(start, stop).delta()
+    except NotRepresentable:
+        return weights.delta()[start:stop]
 
 
 def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
@@ -252,93 +260,39 @@ def measure(a: Difference | None, b: Difference | None) -> Numbers:
     if a is None or b is None:
         size = 0.0 if (only := a or b) is None else _size(only)
         return Numbers(size if a else 0.0, size if b else 0.0, 0.0, size)
+    from adaptkit.linalg.products import compare_products, rearranged
+
     if a.kron is not None and b.kron is not None and a.kron[0].shape == b.kron[0].shape:
-        return _of_products(_vectors(a.kron), _vectors(b.kron))
+        return Numbers(*compare_products(rearranged(a.kron), rearranged(b.kron)))
     if (found := _kron_and_product(a, b)) is not None:
         return found
     if a.factors is not None and b.factors is not None:
-        return _of_products(a.factors(), b.factors())
+        return Numbers(*compare_products(a.factors(), b.factors()))
     return _dense(a, b)
 
 
 def _size(form: Difference) -> float:
     """Return ‖·‖²."""
+    from adaptkit.linalg.products import kron_norm, product_norm
+
     if form.kron is not None:
-        return _kron_size(form.kron)
+        return kron_norm(form.kron)
     if form.factors is not None:
-        return _product_size(form.factors())
+        return product_norm(form.factors())
     return sum(_dot(block, block) for (block,) in _blocks(form))
 
 
-def _kron_size(kron: Factors) -> float:
-    return _dot(kron[0], kron[0]) * _dot(kron[1], kron[1])
-
-
-def _product_size(factors: Factors) -> float:
-    from adaptkit.linalg.factored import product_inner
-
-    return max(0.0, float(product_inner(factors, factors)))
-
-
-def _vectors(kron: Factors) -> Factors:
-    """Rearrange a Kronecker product to vec(w1) vec(w2)ᵀ of rank 1 (Van Loan, Pitsianis 1993)."""
-    return kron[0].reshape(-1, 1), kron[1].reshape(1, -1)
-
-
-def _of_products(a: Factors, b: Factors) -> Numbers:
-    from adaptkit.linalg.factored import product_inner
-
-    one, two, inner = _product_size(a), _product_size(b), float(product_inner(a, b))
-    error = one + two - 2.0 * inner
-    if error < CANCELLED * (one + two):
-        error = _distance(a, b)
-    return Numbers(one, two, inner, error)
-
-
-def _distance(a: Factors, b: Factors) -> float:
-    """Return ‖left · right − left' · right'‖², exactly 0 for equal factors."""
-    import torch
-
-    from adaptkit.linalg.factored import product_distance
-
-    if torch.equal(a[1], b[1]):
-        return _product_size((a[0] - b[0], a[1]))
-    if torch.equal(a[0], b[0]):
-        return _product_size((a[0], a[1] - b[1]))
-    return float(product_distance(_balanced(a), _balanced(b)))
-
-
-def _balanced(factors: Factors) -> Factors:
-    """Scale the factors to similar norms by a power of two, which is exact."""
-    left, right = (float(factor.norm()) for factor in factors)
-    if left == 0.0 or right == 0.0:
-        return factors
-    scale = 2.0 ** round(math.log2(right / left) / 2)
-    return factors[0] * scale, factors[1] / scale
-
-
 def _kron_and_product(a: Difference, b: Difference) -> Numbers | None:
-    """Measure a Kronecker product and a product of factors; None for other or near forms."""
-    if a.kron is None or b.factors is None:
-        if b.kron is None or a.factors is None:
-            return None
-        turned = _kron_and_product(b, a)
-        return turned and Numbers(turned.b, turned.a, turned.inner, turned.error)
-    product = b.factors()
-    one, two, inner = _kron_size(a.kron), _product_size(product), _inner(a.kron, product)
-    error = one + two - 2.0 * inner
-    return None if error < CANCELLED * (one + two) else Numbers(one, two, inner, error)
+    """Compare a Kronecker product and a product; None for other forms, or if nearly equal."""
+    from adaptkit.linalg.products import compare_kron
 
-
-def _inner(kron: Factors, product: Factors) -> float:
-    """Return ⟨w1 ⊗ w2, left · right⟩ = Σ_p ⟨w1, Uₚ w2 Vₚᵀ⟩.
-
-    Uₚ and Vₚ are column p of left and row p of right, folded.
-    """
-    (one, two), (left, right) = kron, product
-    u = left.mT.reshape(-1, one.shape[0], two.shape[0])
-    v = right.reshape(-1, one.shape[1], two.shape[1])
-    return float(((u @ two @ v.mT) * one).sum())
+    if a.kron is not None and b.factors is not None:
+        found = compare_kron(a.kron, b.factors())
+        return found and Numbers(*found)
+    if b.kron is None or a.factors is None:
+        return None
+    found = compare_kron(b.kron, a.factors())
+    return found and Numbers(found.two, found.one, found.inner, found.distance)
 
 
 def _dense(a: Difference, b: Difference) -> Numbers:

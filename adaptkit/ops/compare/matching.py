@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import KeyMap
+from adaptkit.kinds import dense_kind
 from adaptkit.names import Rows, Slot
 from adaptkit.ops.difference.pairing import Pairing, Wanted
 from adaptkit.ops.shared import Shared, Unused, selected
@@ -264,7 +265,7 @@ def of_checkpoint(
     """Match every layer of (base, tuned) with the adapter, then the modules of A alone."""
     base, tuned = checkpoints
     entries, cuts, there = a.adapter.entries, Cuts(a.adapter), Base(base)
-    pairing = Pairing(base, tuned, cuts, Wanted("full", True, select))
+    pairing = Pairing(base, tuned, cuts, Wanted(dense_kind().name, True, select))
     matches, met = [], set(cuts.twice)
     for pair in pairing.pairs():
         match = Match(pair.label, None, (), (pair.base, pair.tuned), pair.counted)

@@ -76,7 +76,7 @@ class Measurer:
         facts = side.entry.facts
         infos = [side.given.adapter.source.infos[key] for _, key in side.entry.tensors()]
         stored, elements = sum(info.nbytes for info in infos), sum(info.numel for info in infos)
-        if side.entry.kind.name == "full":
+        if side.entry.kind.dense:
             return 2 * stored
         size = stored + 2 * WIDE * elements
         if side.base is not None and self.base is not None:
@@ -211,7 +211,7 @@ class _Operand:
 
         A full difference keeps its dtype, since it is as large as the weight.
         """
-        tensors = dict(self.stored) if self.entry.kind.name == "full" else widened(self.stored)
+        tensors = dict(self.stored) if self.entry.kind.dense else widened(self.stored)
         return self.entry.kind.decode(tensors, self.entry.facts)
 
     @cached_property

@@ -11,6 +11,7 @@ from adaptkit.errors import AdaptkitError, NoSuchName, ShapeMismatch, UnknownAda
 from adaptkit.families.contract import Kind
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import FP8
+from adaptkit.kinds import dense_kind, vector_kind
 from adaptkit.names import BIAS, Slot, Target
 from adaptkit.ops.shared import FLOATS, Shared, Unused, selected, stored_dtype
 from adaptkit.unknown import family_of_weights
@@ -257,9 +258,11 @@ class Pairing:
         if vector and not self.wanted.vectors:
             return replace(pair, why="biases and norms are left out; pass --vectors to keep them")
         if vector:
-            role = ("b_norm" if slot.param == BIAS else "w_norm") if kind is Kind.NORM else "diff_b"
-            return replace(pair, algorithm="full", role=role)
-        if kind is Kind.EMBEDDING and self.wanted.algorithm != "full":
+            holder = vector_kind()
+            role = holder.vector_role(bias=slot.param == BIAS, norm=kind is Kind.NORM)
+            assert role is not None
+            return replace(pair, algorithm=holder.name, role=role)
+        if kind is Kind.EMBEDDING and self.wanted.algorithm != dense_kind().name:
             return replace(pair, why=f"hosts load no {self.wanted.algorithm} for embeddings")
         return replace(pair, algorithm=self.wanted.algorithm)
 

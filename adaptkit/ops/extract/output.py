@@ -1,4 +1,4 @@
-"""extract: the file to write. Its tensors, its metadata, its size."""
+"""The file that an extraction writes: its tensors, its metadata, its size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from adaptkit import __version__
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
-from adaptkit.ops.adapter_file.peft_config import PeftModule, factor_rows
+from adaptkit.kinds import network_module
+from adaptkit.ops.adapter_file.peft_config import PeftModule
 from adaptkit.ops.adapter_file.size import exact_size
 from adaptkit.ops.adapter_file.writer import AdapterWriter
+from adaptkit.ops.extract.plan import AUTO, takes_factor
 from adaptkit.ops.ranks.options import RULES
 from adaptkit.ops.shared import torch_dtype
 
@@ -29,7 +31,7 @@ __all__ = ["Output", "Stored", "spool_key"]
 
 
 class Stored(NamedTuple):
-    """A layer that goes into the file: what was picked, and its number among the layer's forms."""
+    """A layer in the file: its pick, and the number of that form among the layer's forms."""
 
     pair: Pair
     pick: Pick
@@ -48,7 +50,7 @@ def spool_key(pair: Pair, form: int, role: str) -> str:
 
 
 class Output:
-    """The adapter file of the layers stored; `relative_error` goes into its record."""
+    """The adapter file of the stored layers, with its relative error in the record."""
 
     def __init__(self, plan: Plan, stored: Sequence[Stored], relative_error: float) -> None:
         self.plan, self.stored, self.relative_error = plan, stored, relative_error
@@ -77,11 +79,12 @@ class Output:
         """(name, dtype, shape, pick, key in the spool) of every tensor; alpha has no such key."""
         for item in self.stored:
             spell, pick = self.plan.keys.spell, item.pick
-            for role, shape in pick.form.at(pick.rank).items():
-                name = spell(item.slot, pick.form.kind, role)
+            kind = pick.form.kind.name
+            for role, shape in pick.form.shapes(pick.rank).items():
+                name = spell(item.slot, kind, role)
                 yield name, item.pair.dtype, shape, pick, spool_key(item.pair, item.form, role)
             if pick.form.alpha is not None and self.plan.keys.format.alpha is Alpha.TENSOR:
-                yield spell(item.slot, pick.form.kind, ALPHA), "F32", (), pick, ""
+                yield spell(item.slot, kind, ALPHA), "F32", (), pick, ""
 
     def _fill(self, sink: TensorSink, spool: Spool) -> None:
         import torch
@@ -107,13 +110,16 @@ class Output:
 
     def _module(self, item: Stored) -> PeftModule:
         pick = item.pick
-        shapes, rank = pick.form.at(pick.rank), pick.stored_rank or 1
+        rank = pick.stored_rank or 1
         alpha = rank if pick.form.alpha is None else pick.alpha
-        name, kind = self.plan.keys.module(item.slot), pick.form.kind
-        return PeftModule(name, kind, rank, alpha, frozenset(shapes), factor_rows(shapes))
+        name, shapes = self.plan.keys.module(item.slot), pick.form.shapes(pick.rank)
+        return PeftModule(name, pick.form.kind, rank, alpha, shapes)
 
     def metadata(self) -> dict[str, str]:
-        """What hosts show, and one record of the run. No date: equal inputs give equal bytes."""
+        """The metadata that hosts show, and one record of the run.
+
+        It has no date, so that equal inputs give equal bytes.
+        """
         from adaptkit.files.provenance import updated
 
         record = {name: value for name, value in self._record().items() if value is not None}
@@ -121,9 +127,11 @@ class Output:
 
     def _for_hosts(self) -> dict[str, str]:
         family, options = self.plan.base.family, self.plan.options
-        kinds = {item.pick.form.kind for item in self.stored}
-        lora = kinds <= {"lora"} or options.algo == "lora"
-        found = {"ss_network_module": "networks.lora" if lora else "lycoris.kohya"}
+        # biases and norms beside it do not change how an adapter is loaded
+        kinds = {item.pick.form.kind.name for item in self.stored}
+        found = {
+            "ss_network_module": network_module(kinds if options.algo == AUTO else [options.algo])
+        }
         if family.modelspec:
             found |= {
                 "ss_base_model_version": family.base_version or family.modelspec,
@@ -131,8 +139,7 @@ class Output:
                 "modelspec.architecture": f"{family.modelspec}/lora",
                 "modelspec.title": self.plan.output.stem,
             }
-        picks = [item.pick for item in self.stored if item.pick.form.kind != "full"]
-        ranks = {rank for pick in picks if (rank := pick.stored_rank) is not None}
+        ranks = {rank for item in self.stored if (rank := item.pick.stored_rank) is not None}
         if ranks:
             dim = str(max(ranks)) if len(ranks) == 1 else "Dynamic"
             alpha = dim if options.alpha is None else f"{options.alpha:g}"
@@ -149,7 +156,7 @@ class Output:
             "algorithm": options.algo,
             "rank": options.rank,
             "conv_rank": options.conv_rank,
-            "factor": options.factor if options.algo in ("lokr", "auto") else None,
+            "factor": options.factor if takes_factor(options) else None,
             **{name: getattr(options, name) for name in RULES if name != "rank"},
             **{name: getattr(options, name) for name in ("max_rank", "alpha", "clamp_quantile")},
             "relative_error": float(f"{self.relative_error:.6g}"),

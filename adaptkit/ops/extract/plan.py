@@ -1,19 +1,19 @@
-"""extract: what is fitted and how, from headers alone."""
+"""Plan an extraction: what is fitted and how, from headers alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.algorithms.contract import FitSpec, Weights
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import NoSuchName, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import KeyMap, algorithms
+from adaptkit.kinds import extractable, taking
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
-from adaptkit.ops.difference.probe import Probe
 from adaptkit.ops.extract.fit import FitRecipe
-from adaptkit.ops.ranks.options import Ranked, asked, largest, policy
+from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
     Unused,
     default_output,
@@ -26,30 +26,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adaptkit.checkpoint import Checkpoint
-    from adaptkit.ops.ranks.policies import Policy
+    from adaptkit.keymap import KeyMap
+    from adaptkit.ops.difference.probe import Probe
+    from adaptkit.ops.ranks.rules.contract import Policy
 
 __all__ = ["MAX_RANK", "Options", "Plan", "plan"]
 
 
-DEFAULT_RANK = 32
-
-
+AUTO = "auto"  # instead of an algorithm: the best one for each layer
 DEFAULT_FACTOR = 8
-
-
 BLOCKS = 6_000_000  # bytes that reading a weight in blocks of rows takes
-
-
-MAX_RANK = 128  # of the ladder from which a rule chooses, unless --max-rank says otherwise
+MAX_RANK = 128  # the end of the ladder from which a rule chooses, unless --max-rank is given
 
 
 @dataclass(frozen=True)
 class Options(Ranked):
     """What to fit.
 
-    Without a rank rule: rank 32 for LoRA, a full second factor for LoKr. `factor` None: the one that the difference was made
-    with, where that is recognised, else 8. `alpha` is stored instead of the rank; `vectors`: carry changed biases and norms
-    exactly (None: with `full` only; several hosts refuse such keys beside a LoRA or LoKr).
+    Without a rank rule a LoRA has rank 32, and the second factor of a LoKr is full. `factor` None
+    takes the factor that the difference was made with, or 8 if none is recognised. `alpha` is
+    stored instead of the rank. `vectors` carries changed biases and norms exactly; None does so
+    with `full` only, since several hosts refuse such keys beside a LoRA or LoKr.
     """
 
     algo: str = "lora"
@@ -79,7 +76,10 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--dry-run` prints; sizes are upper bounds, since unchanged layers are left out."""
+        """The plan as `--dry-run` prints it.
+
+        Sizes are upper bounds, since unchanged layers are left out.
+        """
         fitted = [job for job in self.jobs if job.algorithm]
         return {
             "output": str(self.output),
@@ -112,14 +112,17 @@ class Plan:
 
 
 def plan(base: Path, tuned: Path, options: Options) -> Plan:
-    """Pair the checkpoints by target and decide what is fitted; reads headers only, and fails here if anything can."""
+    """Pair the checkpoints by target and decide what is fitted.
+
+    Reads headers only. Anything that can fail fails here.
+    """
     rule = _check(options)
     folder = formats()[options.to].alpha is Alpha.CONFIG
     output = options.output or default_output(tuned, options.algo, folder=folder)
     check_adapter_output(output, folder=folder, overwrite=options.overwrite)
     first, second = open_pair(base, tuned, options.family, ema=options.ema)
     keys = first.keys(formats()[options.to])
-    vectors = options.algo == "full" if options.vectors is None else options.vectors
+    vectors = _dense(options.algo) if options.vectors is None else options.vectors
     pairing = Pairing(first, second, keys, Wanted(options.algo, vectors, options))
     jobs = pairing.pairs()
     if not any(job.algorithm for job in jobs):
@@ -142,95 +145,129 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
 
 
 def _check(options: Options) -> Policy | None:
-    kinds = {name for name, kind in algorithms().items() if kind.extractable}
-    if options.algo not in kinds | {"auto"}:
-        raise NoSuchName.among("algorithm for extraction", options.algo, kinds | {"auto"})
+    kinds = {*extractable(), AUTO}
+    if options.algo not in kinds:
+        raise NoSuchName.among("algorithm for extraction", options.algo, kinds)
     stored_dtype(options.dtype, "F32")
     chosen("format", formats(), options.to)
     rule = asked(options)
-    if options.algo == "auto" and rule not in ("size", "error"):
+    if options.algo == AUTO and (rule is None or not rules()[rule].total):
         raise WrongUsage(
             "--algo auto chooses within a size or an error", hint="give --size or --error"
         )
-    if options.algo == "full" and rule is not None:
+    if rule is not None and _dense(options.algo):
         raise WrongUsage(
-            "a full difference has no rank",
-            hint="leave the rank rule out, or use --algo lora or auto",
+            f"a {options.algo} difference has no rank",
+            hint="omit the rank rule, or use --algo lora or auto",
         )
-    if options.alpha is not None and (
-        options.algo != "lora" or rule not in ("rank", None) or options.alpha <= 0
-    ):
-        raise WrongUsage("--alpha goes with --algo lora and --rank, and is above 0")
-    if options.clamp_quantile is not None and (
-        options.algo != "lora" or not 0 < options.clamp_quantile <= 1
-    ):
-        raise WrongUsage("--clamp-quantile goes with --algo lora, and is above 0 and at most 1")
-    if options.decompose_both and (options.algo != "lokr" or rule != "rank"):
-        raise WrongUsage("--decompose-both goes with --algo lokr and --rank")
+    _check_kind_options(options, rule)
     if options.factor is not None and options.factor < 1:
         raise WrongUsage(f"--factor must be at least 1, not {options.factor}")
     return policy(options)
 
 
+def _check_kind_options(options: Options, rule: str | None) -> None:
+    """Refuse options that the algorithm does not take, or not with this rule."""
+    alpha, quantile = options.alpha, options.clamp_quantile
+    if alpha is not None and not (
+        _takes(options, "alpha") and not has_ladder(options) and alpha > 0
+    ):
+        raise WrongUsage(f"--alpha goes with {_algos('alpha')} and --rank, and is above 0")
+    if quantile is not None and not (_takes(options, "clamp_quantile") and 0 < quantile <= 1):
+        names = _algos("clamp_quantile")
+        raise WrongUsage(f"--clamp-quantile goes with {names}, and is above 0 and at most 1")
+    if options.decompose_both and not (_takes(options, "decompose_both") and rule == "rank"):
+        raise WrongUsage(f"--decompose-both goes with {_algos('decompose_both')} and --rank")
+
+
+def _takes(options: Options, name: str) -> bool:
+    return options.algo in taking(name)
+
+
+def _algos(option: str) -> str:
+    return " or ".join(f"--algo {name}" for name in taking(option))
+
+
+def _dense(algorithm: str | None) -> bool:
+    kind = extractable().get(algorithm or "")
+    return kind is not None and kind.dense
+
+
+def takes_factor(options: Options) -> bool:
+    """Whether any kind that is fitted has a factor."""
+    return options.algo == AUTO or _takes(options, "factor")
+
+
 def has_ladder(options: Options) -> bool:
     """Whether ranks are chosen once all layers are known."""
-    return asked(options) not in ("rank", None)
+    rule = asked(options)
+    return rule is not None and not rules()[rule].fixed
+
+
+def has_ranks(job: Pair) -> bool:
+    """Whether a rank may be chosen for this layer."""
+    return job.algorithm is not None and not _dense(job.algorithm)
 
 
 def _rank(job: Pair, options: Options) -> int | None:
-    """The rank to fit at (with a ladder: the highest); the layer may allow less. None: the kind's fullest form."""
-    if job.algorithm == "full":
+    """The rank to fit at, with a ladder the highest; None for the fullest form of the kind.
+
+    The layer may allow less.
+    """
+    if _dense(job.algorithm):
         return None
-    convolution = any(n > 1 for n in job.shape[2:])
     if has_ladder(options):
         return min(options.max_rank or MAX_RANK, *job.matrix)
-    rank = largest(options, convolution=convolution)
-    if options.rank is None and job.algorithm == "lora":
-        rank = DEFAULT_RANK if rank is None else min(rank, DEFAULT_RANK)
+    rank = largest(options, convolution=any(n > 1 for n in job.shape[2:]))
+    kind = extractable().get(job.algorithm or "")
+    if options.rank is None and kind is not None and kind.default_rank is not None:
+        rank = kind.default_rank if rank is None else min(rank, kind.default_rank)
     return None if rank is None else min(rank, *job.matrix)
 
 
 def recipes_of(job: Pair, options: Options, probe: Probe) -> tuple[FitRecipe, ...]:
-    """How a layer is fitted; nothing where it is only compared."""
-    kind, rank, ladder = job.algorithm, _rank(job, options), has_ladder(options)
-    if kind is None:
+    """How to fit a layer; empty if it is only compared."""
+    if job.algorithm is None:
         return ()
-    if kind == "full":
-        return (FitRecipe("full"),)
-    factor = options.factor or probe.factor or DEFAULT_FACTOR
-    lora = FitRecipe(
-        "lora", rank, ladder, svd=options.svd, alpha=options.alpha, quantile=options.clamp_quantile
+    spec = FitSpec(
+        _rank(job, options),
+        factor=options.factor or probe.factor or DEFAULT_FACTOR,
+        svd=options.svd,
+        both=options.decompose_both,
+        alpha=options.alpha,
+        quantile=options.clamp_quantile,
     )
-    if kind == "auto":
-        return (
-            lora,
-            FitRecipe("lokr", rank, ladder=True, factor=factor),
-            FitRecipe("full", ladder=True),
-        )
-    if kind == "lora":
-        return (lora,)
-    return (FitRecipe("lokr", rank, ladder, factor, both=options.decompose_both),)
+    if job.algorithm == AUTO:
+        return tuple(FitRecipe(kind, spec, ladder=True) for kind in extractable().values())
+    kind = extractable()[job.algorithm]
+    return (FitRecipe(kind, spec, has_ladder(options) and not kind.dense),)
 
 
 def _stored_bytes(job: Pair, options: Options) -> int:
-    """At most how many bytes this slot takes in the output."""
+    """An upper bound of the bytes that this slot takes in the output."""
     size = 4 if job.dtype == "F32" else 2
-    rows, columns = job.matrix
-    rank = _rank(job, options)
-    if job.algorithm == "lora" and rank is not None:
-        return rank * (rows + columns) * size + 4
-    return rows * columns * size + 4
+    kind, (rows, columns) = extractable().get(job.algorithm or ""), job.matrix
+    if kind is None:
+        return rows * columns * size + 4
+    return kind.fitted_numbers(rows, columns, _rank(job, options)) * size + 4
+
+
+def _copies(job: Pair) -> int:
+    """Float32 matrices of the size of ΔW that are alive at once; `auto` keeps ΔW beside them."""
+    if job.algorithm == AUTO:
+        return 2 + sum(kind.fit_copies - 1 for kind in extractable().values())
+    kind = extractable().get(job.algorithm or "")
+    return Weights.fit_copies if kind is None else kind.fit_copies
 
 
 def step_of(
     job: Pair, base: Checkpoint, tuned: Checkpoint, options: Options, *, streamed: bool
 ) -> Step[Pair]:
-    """`streamed`: on a CPU, where weights are subtracted as they are read."""
+    """The step of one layer. `streamed` on a CPU, which subtracts weights as it reads them."""
     rows, columns = job.matrix
     dense, rank = 4 * rows * columns, _rank(job, options) or DEFAULT_FACTOR
-    # ΔW in float32; a second matrix of its size (LoKr rearranges it, full copies it, auto keeps it); the Krylov space
-    copies = {"lora": 1, "auto": 4}.get(job.algorithm or "", 2)
-    working = dense * copies + 4 * (rows + columns + min(rows, columns)) * 8 * rank
+    # ΔW and its copies in float32, and the Krylov space
+    working = dense * _copies(job) + 4 * (rows + columns + min(rows, columns)) * 8 * rank
     sides = (base, job.base, not streamed), (tuned, job.tuned, not streamed or has_ladder(options))
     stored = sum(
         c.nbytes(p) if whole or not c.streams(p) else min(c.nbytes(p), BLOCKS)

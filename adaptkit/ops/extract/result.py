@@ -1,40 +1,43 @@
-"""extract: choose the ranks and report what the adapter captures."""
+"""Choose the ranks of an extraction, and report what the adapter captures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.algorithms.contract import FitSpec
 from adaptkit.errors import NothingToDo, NotRepresentable
 from adaptkit.formats.contract import Alpha
-from adaptkit.ops.difference.pairing import Pair
-from adaptkit.ops.difference.probe import Probe
+from adaptkit.kinds import extractable
 from adaptkit.ops.extract.output import Output, Stored
-from adaptkit.ops.extract.plan import MAX_RANK, Options, Plan, has_ladder
-from adaptkit.ops.ranks.forms import Fitted, Layer, Pick, choose, choose_any
-from adaptkit.ops.shared import (
-    Unused,
-    WriterReport,
+from adaptkit.ops.extract.plan import (
+    AUTO,
+    DEFAULT_FACTOR,
+    MAX_RANK,
+    Options,
+    Plan,
+    has_ladder,
+    has_ranks,
 )
+from adaptkit.ops.ranks.forms import Fitted, Layer, Pick, choose, choose_any
+from adaptkit.ops.shared import Unused, WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.difference.probe import Probe
 
 
 __all__ = ["Report"]
 
 
-GUESSED = (
-    32  # swept over all SD shapes with lycoris-lora 4.1.3: every factor below is guessed right
-)
-
-
-LITTLE = 0.5  # a LoKr that keeps less of ‖ΔW‖² than this is worth a word
+LITTLE = 0.5  # of ‖ΔW‖²: a note says so if a LoKr keeps less
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(WriterReport):
-    """What was written, how much of the difference it captures, and what a user should know."""
+    """The adapter that was written, the share of the difference that it captures, and notes."""
 
     family: str
     format: str
@@ -70,7 +73,10 @@ class Report(WriterReport):
 
 @dataclass
 class Result:
-    """What was found of every layer, and what of it is stored."""
+    """The measured layers, and what is stored of each.
+
+    `noise` counts the stored ranks of all ladders: those within rounding noise, and all.
+    """
 
     plan: Plan
     probe: Probe
@@ -78,9 +84,7 @@ class Result:
     picks: dict[int, Pick | None] = field(default_factory=dict)
     gap: float | None = None
     all_signal: bool = False
-    noise: tuple[int, int] | None = (
-        None  # of ladders: how many of the ranks lie within the noise, and of how many
-    )
+    noise: tuple[int, int] | None = None
 
     @property
     def fitted(self) -> list[tuple[Pair, Fitted]]:
@@ -93,7 +97,7 @@ class Result:
         return sum(found.norm for job, found in self.measured if job.counted)
 
     def picked(self) -> list[tuple[Pair, Pick | None]]:
-        """The layers that may be stored, with what is."""
+        """The layers that may be stored, each with its pick."""
         return [(job, self.picks[job.number]) for job, _ in self.fitted]
 
     def choose(self) -> None:
@@ -106,7 +110,7 @@ class Result:
                 file=self.plan.tuned.source.path,
             )
         options, rule = self.plan.options, self.plan.policy
-        free = [(job, found) for job, found in self.fitted if job.algorithm != "full"]
+        free = [(job, found) for job, found in self.fitted if has_ranks(job)]
         self.picks = {job.number: Pick(found.forms[0], 0) for job, found in self.fitted}
         if not has_ladder(options) or rule is None or not free:
             return
@@ -120,8 +124,8 @@ class Result:
         rest = sum(found.norm if pick is None else pick.error for pick, found in others)
         measure = self._measure([job for job, _ in free])
         try:
-            if options.algo == "auto":
-                chosen_ = choose_any(layers, rest, (options.size, options.error), measure)
+            if options.algo == AUTO:
+                chosen_ = choose_any(layers, rest, (rule.most_bytes, rule.most_error), measure)
             else:
                 chosen_ = choose(layers, rest, rule, measure)
         except NotRepresentable as error:
@@ -163,7 +167,7 @@ class Result:
         """‖Δ − stored‖² over the model's own layers."""
         stored = [(job, found, pick) for job, found, pick in self.stored() if job.counted]
         held = all(job.algorithm for job, found in self.measured if job.counted and found.norm > 0)
-        if held and len(self.stored()) == len(self.fitted):  # nothing to cancel
+        if held and len(self.stored()) == len(self.fitted):  # no subtraction, so no cancellation
             return max(0.0, sum(pick.error for _, _, pick in stored))
         return max(0.0, self.norm - sum(found.norm - pick.error for _, found, pick in stored))
 
@@ -209,11 +213,17 @@ class Result:
 def _nothing(changed: Sequence[tuple[Pair, Fitted]]) -> str:
     if not changed:
         return "nothing differs between the base and the tuned checkpoint"
-    return f"no layer that an adapter can hold differs; {len(changed)} other tensors do, first {changed[0][0].label}"
+    first = changed[0][0].label
+    return (
+        f"no layer that an adapter can hold differs; {len(changed)} other tensors do, first {first}"
+    )
 
 
 def _same_size(stored: Sequence[tuple[Pair, Fitted, Pick]]) -> tuple[float, float] | None:
-    """Shares of ‖ΔW‖² that LoKr, and LoRA with as many parameters, keep of the layers that were fitted by LoKr."""
+    """Shares of ‖ΔW‖² that the adapter and a LoRA of as many numbers keep.
+
+    Over the layers whose kind is compared with a LoRA; None without any.
+    """
     fitted = [(found, pick) for _, found, pick in stored if found.lora is not None]
     norm = sum(found.norm for found, _ in fitted)
     if not norm:
@@ -226,7 +236,7 @@ def _detail(job: Pair, found: Fitted, pick: Pick) -> dict[str, Any]:
     rank, error = pick.stored_rank, max(0.0, pick.error)
     detail: dict[str, Any] = {
         "module": job.label,
-        "algorithm": pick.form.kind,
+        "algorithm": pick.form.kind.name,
         "rank": rank,
         "relative_error": (error / found.norm) ** 0.5,
         "captured": max(0.0, 1.0 - error / found.norm),
@@ -238,7 +248,7 @@ def _detail(job: Pair, found: Fitted, pick: Pick) -> dict[str, Any]:
 
 
 def _noise_ranks(picks: Iterable[Pick]) -> tuple[int, int]:
-    """How many of the stored ranks lie within the noise of rounding, and of how many."""
+    """How many of the stored ranks lie within the rounding noise, and how many there are."""
     ladders = [(pick.rank, pick.form.signal) for pick in picks if pick.form.ladder]
     return sum(max(0, rank - signal) for rank, signal in ladders), sum(rank for rank, _ in ladders)
 
@@ -247,53 +257,83 @@ def _notes(
     options: Options, same_size: tuple[float, float] | None, left: Sequence[Unused], result: Result
 ) -> Iterator[str]:
     yield from _about(options, result)
-    if same_size is not None:
-        kept, lora = same_size
-        if kept < LITTLE and lora > kept:
-            yield (
-                f"This LoKr keeps only {kept:.1%} of the difference, where a LoRA of the same size would keep {lora:.1%}: "
-                "a difference that no LoKr made is usually far from any LoKr. Use --algo lora here."
-            )
-        elif lora > kept:
-            yield f"This LoKr keeps {kept:.1%} of the difference, a LoRA of the same size would keep {lora:.1%}."
-    if options.algo == "lokr" and (options.factor or result.probe.factor or 0) >= GUESSED:
-        yield (
-            f"LyCORIS guesses the factor from the shapes and fails on some layers from {GUESSED} on; ComfyUI loads them."
-        )
+    kind = extractable().get(options.algo)
+    if same_size is not None and kind is not None:
+        yield from _about_size(kind.title, *same_size)
+    if kind is not None:
+        factor = options.factor or result.probe.factor or DEFAULT_FACTOR
+        if caution := kind.caution(FitSpec(factor=factor)):
+            yield caution
     if left:
         count = "1 changed tensor is" if len(left) == 1 else f"{len(left)} changed tensors are"
-        yield f"{count} not in the adapter, and counted in the error; `unused` says which and why."
+        yield (
+            f"{count} not in the adapter, and counted in the error; "
+            "`unused` lists them with the reasons."
+        )
+
+
+def _about_size(title: str, kept: float, lora: float) -> Iterator[str]:
+    """A note if a LoRA of the same size would keep more."""
+    if kept < LITTLE and lora > kept:
+        yield (
+            f"This {title} keeps only {kept:.1%} of the difference, a LoRA of the same size would "
+            f"keep {lora:.1%}: a difference that no {title} made is usually far from any {title}. "
+            "Use --algo lora here."
+        )
+    elif lora > kept:
+        yield (
+            f"This {title} keeps {kept:.1%} of the difference, a LoRA of the same size would keep "
+            f"{lora:.1%}."
+        )
 
 
 def _about(options: Options, result: Result) -> Iterator[str]:
-    """What made the difference, where that is not what is extracted, and what was left out."""
-    made = result.probe.made
-    if (
-        made is not None
-        and made["algorithm"] == "lora"
-        and (options.algo == "lokr" or (options.rank or 0) != made["rank"])
-    ):
-        yield f"this difference is a rank-{made['rank']} LoRA, and rounding: --rank {made['rank']} keeps all of it."
-    elif made is not None and made["algorithm"] == "lokr" and options.algo == "lora":
-        yield f"this difference is a LoKr of factor {made['factor']}, and rounding: --algo lokr keeps all of it."
+    """Notes on what made the difference, and on what was left out."""
+    yield from _about_origin(options, result.probe)
     if result.all_signal:
-        yield "no more than this stands out of the rounding noise: the size asked for is not filled with noise."
+        yield (
+            "only this much stands out of the rounding noise: "
+            "the size asked for is not filled with noise."
+        )
     if result.noise and result.noise[0]:
         within, ranks = result.noise
-        yield f"{within} of {ranks} ranks lie within the rounding noise of the checkpoint; --size leaves such ranks out."
+        yield (
+            f"{within} of {ranks} ranks lie within the rounding noise of the checkpoint; "
+            "--size leaves such ranks out."
+        )
     dropped = sum(1 for _, pick in result.picked() if pick is None)
     if dropped:
         verb = "is" if dropped == 1 else "are"
-        yield f"{dropped} of {len(result.fitted)} changed layers {verb} left out: their share is not worth its bytes."
-    ladders = [
-        (pick, found) for (_, pick), (_, found) in zip(result.picked(), result.fitted, strict=True)
-    ]
-    bound = [
-        pick
-        for pick, _ in ladders
-        if pick and pick.form.ladder and pick.rank == len(pick.form.errors) - 1
-    ]
-    if has_ladder(options) and bound and options.max_rank is None and options.size is None:
-        full = [pick for pick in bound if pick.rank == MAX_RANK]
-        if full:
-            yield f"{len(full)} layers have the highest rank looked at, {MAX_RANK}; --max-rank raises it."
+        yield (
+            f"{dropped} of {len(result.fitted)} changed layers {verb} left out: "
+            "their share is not worth its bytes."
+        )
+    if has_ladder(options) and options.max_rank is None and options.size is None:
+        yield from _about_highest(result)
+
+
+def _about_origin(options: Options, probe: Probe) -> Iterator[str]:
+    """A note if a merged adapter made the difference, and another kind or rank is extracted."""
+    kind = extractable().get(options.algo)
+    if probe.rank is not None and (
+        (kind is not None and "factor" in kind.fit_options) or (options.rank or 0) != probe.rank
+    ):
+        yield (
+            f"this difference is a rank-{probe.rank} LoRA, and rounding: "
+            f"--rank {probe.rank} keeps all of it."
+        )
+    elif probe.factor is not None and kind is not None and kind.low_rank:
+        yield (
+            f"this difference is a LoKr of factor {probe.factor}, and rounding: "
+            "--algo lokr keeps all of it."
+        )
+
+
+def _about_highest(result: Result) -> Iterator[str]:
+    """A note if layers end at the last rank of their ladder."""
+    picks = (pick for _, pick in result.picked() if pick is not None and pick.form.ladder)
+    highest = sum(pick.rank == len(pick.form.errors) - 1 == MAX_RANK for pick in picks)
+    if highest:
+        yield (
+            f"{highest} layers have the highest rank considered, {MAX_RANK}; --max-rank raises it."
+        )

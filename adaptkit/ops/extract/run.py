@@ -1,4 +1,4 @@
-"""extract: the adapter that turns one checkpoint into another, as nearly as its kind and rank allow."""
+"""Run an extraction: probe, fit, choose the ranks, write."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
-from adaptkit.ops.difference.pairing import Pair
 from adaptkit.ops.difference.probe import Probe, probe
 from adaptkit.ops.extract.fit import FitRecipe, Fitter
 from adaptkit.ops.extract.output import spool_key
 from adaptkit.ops.extract.plan import Plan, recipes_of, step_of
 from adaptkit.ops.extract.result import Report, Result
 from adaptkit.ops.ranks.forms import Fitted, Form, Pick
-from adaptkit.ops.shared import (
-    Progress,
-)
-from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adaptkit.files.spool import Spool
+    from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.shared import Progress
+    from adaptkit.steps import Step
 
 __all__ = ["run"]
 
@@ -30,7 +28,10 @@ SPOOL = 64_000_000  # bytes of results held in memory before they go to a tempor
 
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
-    """Fit every changed slot, choose the ranks, and write the adapter; the only part that reads weights."""
+    """Fit every changed slot, choose the ranks and write the adapter.
+
+    This is the only part that reads weights.
+    """
     from adaptkit.files.spool import Spool
 
     started = time.perf_counter()
@@ -48,7 +49,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
 
 
 class _Fitting:
-    """Runs the fitter over layers; their tensors go to the spool, under the number of the layer, of the form, and the role."""
+    """Run the fitter over layers. Their tensors go to the spool, see `spool_key`."""
 
     def __init__(
         self, plan: Plan, looked: Probe, spool: Spool, resources: engine.Resources
@@ -57,7 +58,7 @@ class _Fitting:
         self.recipes = {job.number: recipes_of(job, plan.options, looked) for job in plan.jobs}
         self.found: dict[int, Fitted] = {}
         self.steps: Sequence[Step[Pair]] = plan.steps
-        if not resources.on_cpu:  # which gets both weights whole
+        if not resources.on_cpu:  # a device gets both weights whole
             self.steps = [
                 step_of(job, plan.base, plan.tuned, plan.options, streamed=False)
                 for job in plan.jobs
@@ -69,7 +70,7 @@ class _Fitting:
         self._run(self.steps, self.recipes, self._keep, told)
 
     def finish(self, result: Result, progress: Progress | None) -> None:
-        """Now that the ranks are known: the tensors that were left for later, and both factors of a LoKr fitted together."""
+        """Fit once more at the ranks chosen: forms left for later, and kinds that gain by it."""
         recipes = {
             job.number: again
             for job, pick in result.picked()
@@ -82,20 +83,14 @@ class _Fitting:
             self._run(steps, recipes, lambda job, fitted: self._complete(result, job, fitted), told)
 
     def _again(self, job: Pair, pick: Pick) -> tuple[FitRecipe, ...]:
-        """How a layer is fitted once more."""
-        if pick.form.later:
-            return (FitRecipe("full"),)
-        first = next(
-            (
-                recipe
-                for recipe in self.recipes[job.number]
-                if recipe.kind == "lokr" and recipe.ladder
-            ),
-            None,
-        )
-        if first is None or pick.form.kind != "lokr":
+        """The recipe to fit a layer once more; empty if its form is final."""
+        form = pick.form
+        mine = (one for one in self.recipes[job.number] if one.kind is form.kind and one.ladder)
+        recipe = next(mine, None)
+        if recipe is None or not (form.later or form.kind.refits):
             return ()
-        return (replace(first, rank=pick.rank if pick.form.ladder else None, ladder=False),)
+        rank = pick.rank if form.ladder else None
+        return (replace(recipe, spec=replace(recipe.spec, rank=rank), ladder=False),)
 
     def _run(self, steps: Sequence[Step[Pair]], recipes: Any, store: Any, report: Any) -> None:
         pair = self.plan.base, self.plan.tuned
@@ -119,10 +114,9 @@ class _Fitting:
         assert pick is not None
         found.lora = fitted.lora
         if pick.form.later:
-            self._spool(
-                job, next(n for n, other in enumerate(found.forms) if other is pick.form), form
-            )
-        elif form.shapes == pick.form.at(pick.rank) and form.error(0) < pick.error:
+            number = next(n for n, other in enumerate(found.forms) if other is pick.form)
+            self._spool(job, number, form)
+        elif form.stored == pick.form.shapes(pick.rank) and form.error(0) < pick.error:
             found.forms.append(form)
             self._spool(job, len(found.forms) - 1, form)
             result.picks[job.number] = Pick(form, 0)

@@ -109,10 +109,8 @@ def _sizes(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) ->
     if apart is not None:
         block = 4 * min(info.numel, max(BLOCK, apart * _columns(info.shape)))
         return info.nbytes + 4 * block, min(own, block)
-    kinds = ((c.entry.facts.rank, c.entry.kind.name) for c in merge.contributions if c.strength)
-    dense = max(
-        (0 if rank and kind == "lora" else 4 * info.numel for rank, kind in kinds), default=0
-    )
+    kinds = (c.entry.kind for c in merge.contributions if c.strength)
+    dense = max((0 if kind.applies_in_place else 4 * info.numel for kind in kinds), default=0)
     scaled = 8 * info.numel if base.quantization.widens(info) else 0
     return info.nbytes + 4 * info.numel + dense + scaled, own
 

@@ -1,4 +1,4 @@
-"""Which form and rank each layer of a difference is stored at, over all layers at once."""
+"""Choose the form and rank of every layer of a difference, over all layers at once."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING
 
+from adaptkit.algorithms.contract import Ladder
 from adaptkit.errors import NotRepresentable
-from adaptkit.keymap import algorithms
 from adaptkit.ops.adapter_file.size import module_size
 from adaptkit.ops.ranks.knapsack import RankCurve, least_bytes, least_error
-from adaptkit.ops.ranks.policies import Error, Policy, Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.ops.ranks.rules.contract import Policy
+
 __all__ = ["EXPLAINED", "Fitted", "Form", "Layer", "Pick", "Picks", "choose", "choose_any"]
 
 ROUNDS = 16  # budgets tried until the file fits its size
-SPARE = 1e-4  # of the size: less is not worth another one
-EXPLAINED = (
-    1.1  # times the noise that rounding is expected to leave: a residual of no more is noise
-)
+SPARE = 1e-4  # of the size: a smaller rest is not worth another budget
+# times the noise that rounding is expected to leave: a smaller residual is noise
+EXPLAINED = 1.1
 
 
 @dataclass(frozen=True)
 class Pick:
-    """A form at a rank (0 where it has none to choose)."""
+    """A form at a rank; 0 if it has none to choose."""
 
     form: Form
     rank: int
@@ -42,7 +43,7 @@ class Pick:
 
     @property
     def alpha(self) -> float:
-        """Alpha as it is stored: the rank chosen, for a ladder."""
+        """Alpha as it is stored; for a ladder, the rank chosen."""
         if self.form.ladder:
             return float(self.rank)
         return 0.0 if self.form.alpha is None else self.form.alpha
@@ -50,14 +51,14 @@ class Pick:
     @property
     def stored_rank(self) -> int | None:
         """The rank that a reader finds in the stored shapes."""
-        return algorithms()[self.form.kind].facts(self.form.at(self.rank)).rank
+        return self.form.kind.facts(self.form.shapes(self.rank)).rank
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that differs. `stem` begins its keys; `alpha`: the format stores one.
+    """A layer that differs. Its keys begin with `stem`.
 
-    `convolution`: `--conv-rank` applies.
+    `alpha` tells whether the format stores alpha, `convolution` whether `--conv-rank` applies.
     """
 
     fitted: Fitted
@@ -66,19 +67,22 @@ class Layer:
     convolution: bool
 
     def _bytes(self, form: Form, rank: int) -> int:
-        """What a form takes in the file."""
+        """The bytes that a form takes in the file."""
         alpha = self.alpha and form.alpha is not None
-        return module_size(form.numbers(rank), form.dtype, self.stem, len(form.shapes), alpha=alpha)
+        return module_size(form.numbers(rank), form.dtype, self.stem, len(form.stored), alpha=alpha)
 
     def rungs(self, *, trimmed: bool = False) -> list[tuple[Pick, int]]:
-        """Every form and rank, and its bytes in the file; `trimmed`: of those that hold more than the noise of rounding."""
+        """Every form and rank with its bytes in the file.
+
+        With `trimmed`, only those that hold more than rounding noise.
+        """
         found = []
         for form in self.fitted.forms:
             ranks = form.ranks[: form.signal] if trimmed and form.ladder else form.ranks
             found += [(Pick(form, rank), self._bytes(form, rank)) for rank in ranks]
         if not trimmed:
             return found
-        # what takes more than the smallest form that leaves but noise would spend it on noise
+        # the smallest form that leaves only noise: any larger one would store noise
         enough = min(
             (size for pick, size in found if pick.error <= EXPLAINED * self.fitted.noise),
             default=math.inf,
@@ -88,9 +92,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Picks:
-    """For each layer what is stored of it (None: nothing), and how far from the best the error may be.
+    """The pick of every layer (None: left out), and the gap to the best error that is possible.
 
-    `all_signal`: there is no more to store but noise of rounding.
+    With `all_signal`, only rounding noise is left to store.
     """
 
     picks: tuple[Pick | None, ...]
@@ -98,11 +102,11 @@ class Picks:
     all_signal: bool = False
 
 
-Ladder = list[tuple[Pick, int]]
+Rungs = list[tuple[Pick, int]]
 
 
-def _ladders(layers: Sequence[Layer], *, trimmed: bool) -> list[Ladder]:
-    """The rungs of every layer; not trimmed where nothing would be left of any."""
+def _ladders(layers: Sequence[Layer], *, trimmed: bool) -> list[Rungs]:
+    """The rungs of every layer; not trimmed if that left nothing of any layer."""
     if trimmed:
         found = [layer.rungs(trimmed=True) for layer in layers]
         if any(found):
@@ -111,9 +115,9 @@ def _ladders(layers: Sequence[Layer], *, trimmed: bool) -> list[Ladder]:
 
 
 def _all_signal(
-    layers: Sequence[Layer], ladders: Sequence[Ladder], picks: Sequence[Pick | None]
+    layers: Sequence[Layer], ladders: Sequence[Rungs], picks: Sequence[Pick | None]
 ) -> bool:
-    """Whether every layer has the best of its trimmed rungs, and there are others."""
+    """Whether every layer has the best of its trimmed rungs, and some were trimmed off."""
     shorter = any(
         len(ladder) < len(layer.rungs()) for layer, ladder in zip(layers, ladders, strict=True)
     )
@@ -130,14 +134,15 @@ def choose(
     policy: Policy,
     measure: Callable[[Sequence[Pick | None]], int],
 ) -> Picks:
-    """By a rank rule, over the ladder of one kind. `rest`: ‖·‖² of what no adapter holds, part of every error.
+    """Choose by a rank rule, over the ladders of one kind.
 
-    A size is not filled with noise of rounding; the other rules are about the difference as it is. NotRepresentable where
-    no ranks reach the error asked for, or the size.
+    `rest` is ‖·‖² of the tensors that no adapter holds; every error contains it. A size is not
+    filled with rounding noise; the other rules do not know noise. NotRepresentable if no ranks
+    reach the error or the size asked for.
     """
-    ladders = _ladders(layers, trimmed=isinstance(policy, Size))
+    ladders = _ladders(layers, trimmed=policy.most_bytes is not None)
     modules = [_module(layer, ladder) for layer, ladder in zip(layers, ladders, strict=True)]
-    if isinstance(policy, Error):
+    if policy.most_error is not None:
         modules.append(RankCurve((), rest, (0,)))
 
     def picked(ranks: Sequence[int]) -> list[Pick | None]:
@@ -147,8 +152,8 @@ def choose(
         ]
 
     picks = picked(policy.choose(modules, lambda ranks: measure(picked(ranks))))
-    if isinstance(policy, Error):
-        _check_error(layers, picks, rest, policy.error)
+    if policy.most_error is not None:
+        _check_error(layers, picks, rest, policy.most_error)
     return Picks(tuple(picks), all_signal=_all_signal(layers, ladders, picks))
 
 
@@ -165,10 +170,11 @@ def choose_any(
     limits: tuple[int | None, float | None],
     measure: Callable[[Sequence[Pick | None]], int],
 ) -> Picks:
-    """For each layer the best of nothing and all its forms: the least error within a size, or the fewest bytes within an error.
+    """Choose among all forms of every layer, and none: a multiple-choice knapsack.
 
-    A multiple-choice knapsack; `gap` is how much less than the chosen error (or size) the linear relaxation allows, of
-    forms that hold more than noise of rounding where a size is asked for.
+    `limits` are (bytes, error): the least error within a size, or the fewest bytes within an
+    error. The `gap` compares it with the linear relaxation. A size is not filled with rounding
+    noise.
     """
     rungs = _ladders(layers, trimmed=limits[0] is not None)
     ladders: list[list[tuple[Pick | None, int]]] = [[(None, 0), *found] for found in rungs]
@@ -204,7 +210,7 @@ def _within(
     rest: float,
     measure: Callable[[Sequence[Pick | None]], int],
 ) -> Picks:
-    """What the file takes beyond its layers is known only for a choice, so that their budget is searched."""
+    """Search the budget of the layers: only a choice tells what the file takes beyond them."""
     least, exceeds, budget = 0, 2 * size, size
     best: Picks | None = None
     for _ in range(ROUNDS):
@@ -234,7 +240,7 @@ def _within(
                 break
     if best is None:
         raise NotRepresentable(
-            f"nothing of this difference fits {size} bytes",
+            f"no adapter of this difference fits in {size} bytes",
             hint="ask for a larger --size, or for fewer layers with --only",
         )
     return best
@@ -249,35 +255,28 @@ def _check_error(
         for layer, pick in zip(layers, picks, strict=True)
     )
     if left > asked**2 * total * (1 + 1e-9):
-        out = (
-            f", of which {math.sqrt(rest / total):.3g} are biases, norms and others left out"
-            if rest
-            else ""
-        )
+        share = math.sqrt(rest / total)
+        out = f", of which {share:.3g} are biases, norms and others left out" if rest else ""
+        least = math.sqrt(left / total)
         raise NotRepresentable(
-            f"no ranks reach a relative error of {asked:g}: the least is {math.sqrt(left / total):.6g}{out}",
-            hint="raise --max-rank, carry biases and norms with --vectors, or use --algo auto or full",
+            f"no ranks reach a relative error of {asked:g}: the least is {least:.6g}{out}",
+            hint="raise --max-rank, carry biases and norms with --vectors, "
+            "or use --algo auto or full",
         )
-
-
-CUT = {
-    "lora": ("up", "down"),
-    "lokr": ("w2_a", "w2_b"),
-}  # by kind: the roles that share a rank, last and first axis
 
 
 @dataclass
-class Form:
-    """A layer as it would be stored: rounded tensors by role, and ‖Δ − stored‖² (`errors[-1]`).
+class Form(Ladder):
+    """A layer as it would be stored: rounded tensors by role and ‖Δ − stored‖² (`errors[-1]`).
 
-    With a ladder `errors[k]` belongs to the leading k of the rank; `errors[0]` to nothing stored. `later`: the tensors are
-    made when the form is chosen, since they are as large as the layer. Of a ladder, ranks that take away no more than `edge`
-    of the squared error may be noise of rounding.
+    With a ladder, `errors[k]` belongs to the leading k ranks, `errors[0]` to nothing stored.
+    Ranks that take away no more than `edge` of the squared error may be noise of rounding. With
+    `later`, the tensors are made once the form is chosen, since they are as large as the layer.
     """
 
-    kind: str
+    kind: type[Weights]
     dtype: str
-    shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, tuple[int, ...]]
     errors: tuple[float, ...]
     ladder: bool = False
     alpha: float | None = None
@@ -285,40 +284,30 @@ class Form:
     edge: float = 0.0
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def at(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """The stored shapes at a rank of the ladder."""
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The stored shapes at a rank."""
         if not self.ladder:
-            return dict(self.shapes)
-        left, right = CUT[self.kind]
-        found = dict(self.shapes)
-        found[left] = (found[left][0], rank, *found[left][2:])
-        found[right] = (rank, *found[right][1:])
-        return found
+            return dict(self.stored)
+        return self.kind.truncated_shapes(self.stored, rank)
 
     def cut(self, role: str, tensor: Tensor, rank: int) -> Tensor:
         """A tensor of this form at a rank."""
-        if not self.ladder or role not in CUT[self.kind]:
-            return tensor
-        return (tensor[:, :rank] if role == CUT[self.kind][0] else tensor[:rank]).contiguous()
+        return self.kind.truncated(role, tensor, rank) if self.ladder else tensor
 
     @property
     def ranks(self) -> range:
-        """What may be chosen: ranks of the ladder, or the form as it is."""
+        """The ranks to choose from; a form without a ladder has the one rank 0."""
         return range(1, len(self.errors)) if self.ladder else range(1)
 
     @cached_property
     def signal(self) -> int:
-        """How many leading ranks of the ladder stand out of the noise of rounding."""
+        """The number of leading ranks that stand out of the rounding noise."""
         gains = (before - after for before, after in pairwise(self.errors))
         return sum(1 for _ in takewhile(lambda gain: gain > self.edge, gains))
 
     def error(self, rank: int) -> float:
         """‖Δ − stored‖² at one of `ranks`."""
         return self.errors[rank] if self.ladder else self.errors[-1]
-
-    def numbers(self, rank: int) -> int:
-        """How many numbers are stored, alpha aside."""
-        return sum(math.prod(shape) for shape in self.at(rank).values())
 
     @property
     def nbytes(self) -> int:
@@ -328,9 +317,10 @@ class Form:
 
 @dataclass
 class Fitted:
-    """What the engine found for one layer: ‖Δ‖², the forms it may take, and (LoKr) what of ‖Δ‖² a LoRA of its size keeps.
+    """One layer as measured: ‖Δ‖² and the forms that it may take.
 
-    `noise`: with a ladder what rounding is expected to have left of ‖Δ‖²; 0 where that cannot be told.
+    `noise` is the share of ‖Δ‖² that rounding is expected to leave, 0 if it is not known; only
+    measured with a ladder. `lora` is the energy that a LoRA of as many numbers keeps.
     """
 
     norm: float

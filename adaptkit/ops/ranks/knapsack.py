@@ -1,4 +1,11 @@
-"""Multiple-choice knapsack: one option of every module, least error within bytes or the reverse."""
+"""Multiple-choice knapsack: one option of every module, least error within bytes or the reverse.
+
+Each option has a size in bytes and a squared error. The lower convex hulls of all modules, merged
+by slope, give the optimum of the linear relaxation (Sinha and Zoltners 1979), which is also the
+Lagrangian optimum (Shoham and Gersho 1988), and with it a bound. A whole choice is less than one
+step of one module away from it. Few options could still close that gap; they are tried together
+(Pisinger 1995, the core of the problem), exactly if they are few enough.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +30,15 @@ __all__ = ["Allocation", "RankCurve", "least_bytes", "least_error"]
 
 
 CORE = 64  # modules that an exchange may involve
-
-
-STATES = 1 << 18  # partial exchanges looked at in all: 30 ms
+STATES = 1 << 18  # partial exchanges tried in all: 30 ms
 
 
 @dataclass(frozen=True, slots=True)
 class RankCurve:
-    """What a policy knows of one module: ‖ΔW‖² is `norm`, of which rank k captures the first k of `energies`.
+    """One module for a policy: ‖ΔW‖² is `norm`; rank k keeps the first k of `energies`.
 
-    `energies` are σᵢ², descending; they may sum to less than `norm`. `sizes[k]` is what the module takes in the file at
-    rank k, in bytes, for k = 0 … len(energies): ascending, by steps of any height.
+    `energies` are σᵢ², descending; their sum may be less than `norm`. `sizes[k]` are the bytes of
+    the module in the file at rank k, ascending, for k = 0 … len(energies).
     """
 
     energies: Sequence[float]
@@ -48,7 +53,10 @@ class RankCurve:
             )
 
     def errors(self) -> list[float]:
-        """‖ΔW − ΔW_k‖² for k = 0 … len(energies), summed from the tail so that small ones keep their digits."""
+        """‖ΔW − ΔW_k‖² for k = 0 … len(energies).
+
+        Summed from the tail, so that small errors keep their digits.
+        """
         return tail_sums(self.energies, max(self.norm - math.fsum(self.energies), 0.0))
 
 
@@ -59,9 +67,9 @@ def tail_sums(values: Sequence[float], rest: float = 0.0) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """One option of every module: its index, the sums of bytes and of (squared) errors.
+    """One option of every module by its index, with the sums of bytes and of squared errors.
 
-    `bound` is below what any choice reaches of the sum that was to be least: the linear relaxation.
+    `bound` is a lower bound of the sum that was minimised, from the linear relaxation.
     """
 
     chosen: list[int]
@@ -71,9 +79,10 @@ class Allocation:
 
 
 def least_error(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> Allocation:
-    """One of the (bytes, squared error) of every module: the least error in at most `budget` bytes.
+    """Choose one (bytes, squared error) of every module: the least error within a budget.
 
-    Options stand in any order and need no regular steps. NotRepresentable where even the smallest exceed the budget.
+    Options may come in any order and by any steps. NotRepresentable if the smallest exceed the
+    budget.
     """
     table = _listed(options)
     front = frontier(table, table.bytes, table.error)
@@ -86,9 +95,9 @@ def least_error(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> 
 
 
 def least_bytes(options: Sequence[Sequence[tuple[int, float]]], error: float) -> Allocation:
-    """One of the (bytes, squared error) of every module: the fewest bytes with at most `error` in sum.
+    """Choose one (bytes, squared error) of every module: the fewest bytes within an error.
 
-    NotRepresentable where even the most faithful options exceed the error.
+    NotRepresentable if the most faithful options exceed the error.
     """
     table = _listed(options)
     front = frontier(table, table.error, table.bytes)
@@ -102,7 +111,10 @@ def least_bytes(options: Sequence[Sequence[tuple[int, float]]], error: float) ->
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """The options of all modules end to end: bytes and error (n,), `first` (modules + 1,) where each module begins."""
+    """The options of all modules in a row: bytes and error (n,).
+
+    Module i has those from `first[i]` to `first[i + 1]`; `first` is (modules + 1,).
+    """
 
     first: Indices
     bytes: Floats
@@ -114,7 +126,7 @@ class _Options:
         return found
 
     def allocation(self, picks: Indices, bound: float) -> Allocation:
-        """What this choice comes to."""
+        """This choice with its sums."""
         total, error = int(math.fsum(self.bytes[picks])), math.fsum(self.error[picks])
         return Allocation(self.chosen(picks), total, error, bound)
 
@@ -147,11 +159,13 @@ def _options(counts: list[int], sizes: Floats, errors: Floats) -> _Options:
 
 @dataclass(frozen=True, slots=True)
 class _Frontier:
-    """The options worth a thought: resource ascending and value descending within each module, shape (n,).
+    """The options that no other of their module dominates, (n,).
 
-    `begin` (modules,) is where each module's begin, `least` what these take of the resource. `where` (n,) are indices of
-    the options. The steps along the hulls, all modules together, the best value for the resource first: `stop` (s,) is
-    the option each leads to, `cost` (s,) its resource, `slope` (s,) the value it saves for each unit of that.
+    Within a module the resource ascends and the value descends. `begin` (modules,) is the first
+    of each module; together these take `least` of the resource. `where` (n,) are the indices of
+    the options. The steps along all hulls are sorted, the best value for the resource first:
+    `stop` (s,) is the option that a step leads to, `cost` (s,) the resource that it takes and
+    `slope` (s,) the value that it saves per unit of that.
     """
 
     owner: Indices
@@ -173,7 +187,7 @@ def frontier(options: _Options, resource: Floats, value: Floats) -> _Frontier:
     order = np.lexsort((value, resource, owner))
     places = np.empty_like(order)
     places[np.argsort(value[order], kind="stable")] = np.arange(len(order))
-    # a running minimum that starts anew with each module: all places of one lie below those of the one before
+    # a running minimum that restarts with each module: its places lie below all places before
     where = order[_drops(places - owner[order] * len(order))]
     owner, resource, value = owner[where], resource[where], value[where]
     begin = np.searchsorted(owner, np.arange(modules))
@@ -198,11 +212,11 @@ def _drops(values: NDArray[np.float64] | Indices) -> NDArray[np.bool_]:
 
 
 def _hull(owner: Indices, x: Floats, y: Floats) -> Indices:
-    """The corners of each module's lower convex hull; x ascends and y descends within a module.
+    """The corners of the lower convex hull of each module, in which x ascends and y descends.
 
-    A point on or above the chord between two others is none, whatever these are: all such points go at once, round by
-    round, until every slope is steeper than the next. The chord to the last point saves a round for each point that a
-    low last one undercuts.
+    A point on or above the chord between any two others is no corner. All such points are removed
+    at once, round by round, until every slope is steeper than the next. The chord to the last
+    point saves a round for each point above it.
     """
     import numpy as np
 
@@ -237,14 +251,14 @@ def grain(front: _Frontier, bytes_: Floats) -> int:
 
 
 def floored(budget: float, least: float, grain: int) -> float:
-    """As much of the budget as can be used: `least` and whole grains. It makes the bound the tighter."""
+    """The part of the budget that can be used: `least` and whole grains. It tightens the bound."""
     return least + (budget - least) // grain * grain
 
 
 def solve(front: _Frontier, limit: float, grain: float = 0.0) -> tuple[Indices, float]:
-    """(indices into the frontier, one a module: the least Σ value with Σ resource ≤ limit; a lower bound of that).
+    """Minimise Σ value with Σ resource ≤ limit: (one index per module, a lower bound of Σ value).
 
-    Where nothing meets the limit, what takes least of the resource. `grain`: unequal values differ by at least so much.
+    If nothing meets the limit, the least resource. Unequal values differ by at least `grain`.
     """
     import numpy as np
 
@@ -270,9 +284,9 @@ def solve(front: _Frontier, limit: float, grain: float = 0.0) -> tuple[Indices, 
 
 
 def filled(front: _Frontier, picks: Indices, room: float) -> Indices:
-    """Spend the room that is left: the best value for the resource first, whatever does not fit is skipped.
+    """Spend the resource that is left, the best value for it first; skip what does not fit.
 
-    In the end no single module can be improved.
+    Afterwards no single module can be improved.
     """
     import numpy as np
 
@@ -294,12 +308,13 @@ def filled(front: _Frontier, picks: Indices, room: float) -> Indices:
 def _exchanged(
     front: _Frontier, picks: Indices, room: float, price: float, gap: float
 ) -> Indices | None:
-    """A choice whose value exceeds the bound by less than `gap`, the least found; None where none is.
+    """The best choice found whose value exceeds the bound by less than `gap`; None without one.
 
-    Every choice exceeds the bound by price · (room it leaves) + Σ regret, where regret = change of value + price · change
-    of resource ≥ 0 against `picks`, the corners that `price` selects. So only options with a regret below the gap can be
-    part of a better one. They are combined module by module, least regret first, into states (resource, value) of
-    which dominated and hopeless ones are dropped; the answer is exact unless there are more than CORE modules or STATES.
+    Against `picks`, the corners that `price` selects, an option has a regret ≥ 0: its change of
+    value + price · its change of resource. Every choice exceeds the bound by price · (resource
+    left) + Σ regret. So only options with a regret below the gap can be part of a better choice.
+    They are combined module by module, least regret first, into states (resource, value).
+    Dominated and hopeless states are dropped. The answer is exact up to CORE modules and STATES.
     """
     import numpy as np
 
@@ -326,7 +341,7 @@ def _exchanged(
 
 
 def _core(owner: Indices, cost: Floats, regret: Floats, gap: float) -> list[Indices]:
-    """The options with less regret than the gap, by module, modules of least regret first."""
+    """The options with a regret below the gap, by module, those of least regret first."""
     import numpy as np
 
     near = np.flatnonzero((regret < gap) & (cost != 0))
@@ -337,12 +352,15 @@ def _core(owner: Indices, cost: Floats, regret: Floats, gap: float) -> list[Indi
 
 
 def _later(values: list[float]) -> list[float]:
-    """For each place the sum of the values after it."""
+    """The sum of the values after each place."""
     return tail_sums(values)[1:]
 
 
 def _thinned(states: Indices, spent: Floats, value: Floats, price: float, most: int) -> Indices:
-    """Of these states those that no other undercuts, by what they spend; of too many, that of least regret in each group."""
+    """The states that no other dominates, by resource.
+
+    If there are too many, the one of least regret in each group.
+    """
     import numpy as np
 
     states = states[np.lexsort((value[states], spent[states]))]
@@ -357,7 +375,7 @@ def _thinned(states: Indices, spent: Floats, value: Floats, price: float, most: 
 def _retraced(
     owner: Indices, picks: Indices, trail: list[tuple[Indices, Indices]], last: int, state: int
 ) -> Indices:
-    """`picks` with the moves that led to a state."""
+    """`picks` after the moves that led to a state."""
     picks = picks.copy()
     for parents, moves in reversed(trail[: last + 1]):
         picks[owner[moves[state]]] = moves[state]

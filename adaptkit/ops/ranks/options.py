@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import WrongUsage
 from adaptkit.ops.shared import Shared
+from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
-    from adaptkit.ops.ranks.policies import Policy
+    from adaptkit.ops.ranks.rules.contract import Policy, Rule
 
-__all__ = ["Ranked", "asked", "largest", "policy"]
+__all__ = ["RULES", "Ranked", "asked", "largest", "policy", "rules", "spelled"]
 
-RULES = ("rank", "energy", "error", "size", "sv_ratio", "sv_fro", "sv_cumulative")
+
+@cache
+def rules() -> Mapping[str, Rule]:
+    """Every rank rule by name, in the order of `--help`."""
+    found: Mapping[str, Rule] = discover("adaptkit.ops.ranks.rules", "RULE")
+    return dict(sorted(found.items(), key=lambda item: item[1].order))
+
+
+RULES = tuple(rules())
+
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True)
+    class _Rules(Shared):
+        rank: int | None = None
+        energy: float | None = None
+        error: float | None = None
+        size: int | None = None
+        sv_ratio: float | None = None
+        sv_fro: float | None = None
+        sv_cumulative: float | None = None
+
+else:
+    # a field for every rule that is found; mypy knows those above by their types
+    _Rules = make_dataclass(
+        "_Rules",
+        [(rule.name, rule.kind | None, field(default=None)) for rule in rules().values()],
+        bases=(Shared,),
+        frozen=True,
+        namespace={"__module__": __name__},
+    )
 
 
 @dataclass(frozen=True)
-class Ranked(Shared):
-    """Which ranks to keep: exactly one of the rules, with `max_rank` as a bound on any of them.
+class Ranked(_Rules):
+    """The ranks to keep: at most one of the rules, each of which has a field of its name.
 
-    `rank` N everywhere (`conv_rank` for convolutions) · `energy` the least per module that keeps this share of ‖ΔW‖² · `error`
-    the cheapest over the whole adapter · `size` the best within these bytes · `sv_*` as in other tools.
+    `conv_rank` is the rank of convolutions beside `rank`. `max_rank` bounds the ranks of any rule.
     """
 
-    rank: int | None = None
     conv_rank: int | None = None
     max_rank: int | None = None
-    energy: float | None = None
-    error: float | None = None
-    size: int | None = None
-    sv_ratio: float | None = None
-    sv_fro: float | None = None
-    sv_cumulative: float | None = None
 
 
 def asked(options: Ranked) -> str | None:
-    """The name of the rule that is asked for; WrongUsage where there are two."""
+    """The name of the rule that is asked for; WrongUsage for two rules."""
     given = [name for name in RULES if getattr(options, name) is not None]
     if len(given) > 1:
         names = " and ".join(_option(name) for name in given)
@@ -52,28 +76,13 @@ def asked(options: Ranked) -> str | None:
 
 
 def policy(options: Ranked) -> Policy | None:
-    """The policy; None where no rule is given. WrongUsage for a value that a rule does not take."""
-    from adaptkit.ops.ranks import policies
-
+    """The policy; None without a rule. WrongUsage for a value that the rule does not take."""
     rule = asked(options)
-    if rule is None:
-        return None
-    if rule == "rank":
-        assert options.rank is not None
-        return policies.Rank(options.rank, options.conv_rank, max_rank=options.max_rank)
-    kinds: dict[str, Callable[..., Policy]] = {
-        "energy": policies.Energy,
-        "error": policies.Error,
-        "size": policies.Size,
-        "sv_ratio": policies.SvRatio,
-        "sv_fro": policies.SvFro,
-        "sv_cumulative": policies.SvCumulative,
-    }
-    return kinds[rule](getattr(options, rule), max_rank=options.max_rank)
+    return None if rule is None else rules()[rule].make(options)
 
 
 def largest(options: Ranked, *, convolution: bool) -> int | None:
-    """No module gets a higher rank than this; None where only the module itself bounds it."""
+    """The highest rank that a module may get; None if only the module itself bounds it."""
     rank = options.conv_rank if convolution and options.conv_rank is not None else options.rank
     bounds = [bound for bound in (rank, options.max_rank) if bound is not None]
     return min(bounds) if bounds else None
@@ -85,7 +94,7 @@ def spelled(options: Ranked) -> str:
     if rule is None:
         return "resized"
     value = getattr(options, rule)
-    return _bytes(value) if rule == "size" else f"{rule.replace('_', '-')}{value:g}"
+    return _bytes(value) if rules()[rule].bytes else f"{rule.replace('_', '-')}{value:g}"
 
 
 def _bytes(size: int) -> str:

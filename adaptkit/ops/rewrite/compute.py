@@ -1,4 +1,4 @@
-"""What one module becomes: computed from its exact weights, cut to a rank, rounded as it is written, and measured."""
+"""Compute one module: exact weights, cut to a rank, rounded as written, error measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec, Stated
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import algorithms
+from adaptkit.kinds import dense_kind, low_rank_kind
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.plan import Task, product_rank
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Rewriter"]
 
-CANCELLED = 1e-14  # of Σ ‖·‖² of the terms: float64's rounding of a sum that is zero
+CANCELLED = 1e-14  # of Σ ‖·‖² of the terms: the rounding of float64 in a sum that is zero
 
 
 class Rewriter:
-    """What is computed of one task."""
+    """Compute tasks: read, decompose, cut, round, measure."""
 
     def __init__(self, plan: Recast, state: State) -> None:
         self.plan, self.state = plan, state
 
     def load(self, task: Task) -> dict[str, Tensor]:
-        """Every tensor of every term, and the base weight where it is needed."""
+        """Read every tensor of every term, and the base weight if it is needed."""
         found: dict[str, Tensor] = {}
         for number, term in enumerate(task.terms):
             for n, entry in enumerate(term.job.entries):
@@ -48,21 +48,27 @@ class Rewriter:
     def first(
         self, tasks: Sequence[Task], tensors: dict[str, Tensor]
     ) -> Sequence[Stored | Decomposition | Cut]:
-        """Take apart what has a rank to choose, and keep what can be known by itself; store the rest."""
+        """Decompose tasks whose rank is chosen, and store all others.
+
+        A rank that depends on no other task is cut at once.
+        """
         found = self._stacked(self._first_stack, tasks, tensors)
         return found or [
             self._guarded(self._first, task, tensors, n) for n, task in enumerate(tasks)
         ]
 
     def second(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> Sequence[Stored]:
-        """Keep the ranks chosen."""
+        """Cut tasks to the ranks chosen."""
         found = self._stacked(self._second_stack, tasks, tensors)
         return found or [
             self._guarded(self._second, task, tensors, n) for n, task in enumerate(tasks)
         ]
 
     def _stacked(self, work: Any, tasks: Sequence[Task], tensors: Mapping[str, Tensor]) -> Any:
-        """The results of tasks that are alike; None: they have to be done one by one, so that the one at fault is named."""
+        """The results of a stack of tasks; None if they must be computed one by one.
+
+        Only that names the task at fault.
+        """
         if tasks[0].likeness is None:
             return None
         try:
@@ -138,19 +144,19 @@ class Rewriter:
         return Cut(found.lighter(), rank, stored)
 
     def _cancel(self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the terms of a sum leave nothing but rounding."""
+        """Whether the terms of a sum cancel up to rounding."""
         parts = (self._term(task, number, term, tensors) for number, term in enumerate(task.terms))
         return exact.norm_squared() <= CANCELLED * sum(part.norm_squared() for part in parts)
 
     def _nothing(self, task: Task, exact: Weights) -> Stored:
-        """A ΔW of zero, in the smallest form there is."""
+        """A ΔW of zero, in the smallest form."""
         if any(entry.facts.vector for entry in task.entries) or task.kernel is None:
             return replace(self._store(task, exact, exact.times(0.0), {}), zero=True)
-        lora = algorithms()["lora"].fit(exact.delta() * 0.0, FitSpec(1, task.kernel))
-        return replace(self._store(task, lora, lora, {}), zero=True)
+        smallest = low_rank_kind().fit(exact.delta() * 0.0, FitSpec(1, task.kernel))
+        return replace(self._store(task, smallest, smallest, {}), zero=True)
 
     def _changed(self, task: Task, weights: Weights) -> Weights:
-        """In another algorithm: exactly where it can be, else the nearest."""
+        """The weights in another algorithm: exactly if possible, else the nearest."""
         try:
             return task.kind.exactly(weights, task.kernel)
         except NotRepresentable:
@@ -178,10 +184,10 @@ class Rewriter:
         rank = largest(options, convolution=task.convolution)
         return FitSpec(rank, task.kernel, options.factor)
 
-    # the exact weights ----------------------------------------------------------------------------------------------
+    # --- the exact weights -------------------------------------------------------------------
 
     def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
-        """All terms together, in the target's order of rows of the new format, nothing rounded."""
+        """All terms together, not rounded, in the order of rows of the new format."""
         if self.plan.mixing is not None:
             _finite(task, tensors)  # electing signs would drop NaN without a word
         parts = [self._term(task, number, term, tensors) for number, term in enumerate(task.terms)]
@@ -198,16 +204,17 @@ class Rewriter:
             return self._mixed(task, parts)
         if vector:
             return type(parts[0]).sum(parts)
-        kind = algorithms()[
-            "full" if task.kind.name == "full" or self._thick(task, parts) else "lora"
-        ]
+        kind = dense_kind() if task.kind.dense or self._thick(task, parts) else low_rank_kind()
         return kind.sum(
             [part if type(part) is kind else kind.exactly(part, task.kernel) for part in parts]
         )
 
     def _thick(self, task: Task, parts: Sequence[Weights]) -> bool:
-        """Whether the sum is better taken as a matrix than by its factors: to decompose it, or where ranks exceed its sides."""
-        if any(part.kron_factors() is not None or type(part).name == "full" for part in parts):
+        """Whether the sum is cheaper as a matrix than as factors.
+
+        It is if its rank exceeds its sides, or half of them if it is decomposed next.
+        """
+        if any(part.kron_factors() is not None or part.dense for part in parts):
             return True
         rank = sum(product_rank(term) for term in task.terms)
         smaller = min(task.entries[0].facts.columns, parts[0].rows)
@@ -218,39 +225,34 @@ class Rewriter:
 
         assert self.plan.mixing is not None
         how = self.plan.mixing
-        numbers = [term.number for term in task.terms]
         deltas = [part.delta() for part in parts]
-        label = task.label
-        mixed = mix(
-            deltas, how.method, how.density, [f"{how.seed}/{number}/{label}" for number in numbers]
-        )
-        full = algorithms()["full"]
-        if isinstance(parts[0], full):  # keeps the role of a bias or norm
+        seeds = [f"{how.seed}/{term.number}/{task.label}" for term in task.terms]
+        mixed = mix(deltas, how.method, how.density, seeds)
+        kind = dense_kind()
+        if isinstance(parts[0], kind):  # keeps the role of a bias or norm
             return replace(parts[0], diff=mixed)  # type: ignore[type-var]
-        return full(mixed, task.kernel or ())  # type: ignore[call-arg]
+        return kind.holding(mixed, task.kernel or ())
 
     def _term(self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]) -> Weights:
         weights = self._joined(task, number, term, tensors)
         if "base" in tensors and not (type(weights) is task.kind or self._resizes(task, weights)):
             base = _wide(tensors["base"])
             changed = weights.apply(base.clone(), term.weight) - base
-            return algorithms()["full"](changed, task.kernel or ())  # type: ignore[call-arg]
+            return dense_kind().holding(changed, task.kernel or ())
         return weights if term.weight == 1.0 else weights.times(term.weight)
 
     def _resizes(self, task: Task, weights: Weights) -> bool:
-        """Whether the base is only for measuring: the kind stays, or stays what it becomes when it is resized."""
+        """Whether the base only measures the error: the kind stays, or becomes its resized kind."""
         return task.ranked and not weights.additive and type(weights).resized == task.kind.name
 
     def _joined(
         self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]
     ) -> Weights:
-        """The parts of one adapter, cut and put together."""
+        """The parts of one adapter, cut and fused."""
         found: list[Weights | None] = []
         entries = iter(enumerate(term.job.entries))
-        if not task.ranked and task.changes & {
-            "summed",
-            "changed",
-        }:  # so that only the rounding of what is stored is lost
+        if not task.ranked and task.changes & {"summed", "changed"}:
+            # computed wide, so that only the rounding of what is stored is lost
             tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
         for part in term.job.parts:
             if part.entry is None:
@@ -275,7 +277,7 @@ class Rewriter:
         ]
         return type(like).fuse(filled)
 
-    # what is stored -------------------------------------------------------------------------------------------------
+    # --- what is stored ----------------------------------------------------------------------
 
     def _store(
         self,
@@ -285,7 +287,7 @@ class Rewriter:
         tensors: Mapping[str, Tensor],
         taken: Decomposition | None = None,
     ) -> Stored:
-        """Round to what is written, and measure what that leaves of the exact weights."""
+        """Round to what is written, and measure the error against the exact weights."""
         kind, place = type(kept), self.plan.keys.format.alpha
         folded = (
             kept.folded()
@@ -314,7 +316,7 @@ class Rewriter:
         taken: Sequence[Decomposition],
         ranks: Sequence[int],
     ) -> list[Stored]:
-        """`_store` of a stack, each cut to its rank."""
+        """Store a stack, each member cut to its rank."""
         import torch
 
         kind, dtype = tasks[0].kind, torch_dtype(dtype_of(self.plan, tasks[0]))
@@ -344,7 +346,7 @@ class Rewriter:
     def _laid_out(
         self, task: Task, kind: type[Weights], facts: Facts, encoded: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Rounded tensors under their keys, in the shapes of the format; alpha where the format has one."""
+        """Rounded tensors by key, in the shapes of the format, with alpha if it stores one."""
         shapes = {role: tuple(tensor.shape) for role, tensor in encoded.items() if role != ALPHA}
         found = {
             name: encoded[role].reshape(shape).contiguous().cpu()
@@ -357,7 +359,7 @@ class Rewriter:
         return found
 
     def _silent(self, task: Task, kind: type[Weights], scale: float) -> bool:
-        """Whether the format says nothing of alpha."""
+        """Whether the format stores no alpha."""
         if kind.bounded:
             return False
         place = self.plan.keys.format.alpha
@@ -373,7 +375,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
-    """NonFinite with the key of the tensor: a decomposition would only say that it did not converge."""
+    """Raise NonFinite with the key of the tensor; a decomposition would only not converge."""
     import torch
 
     for name, tensor in tensors.items():
@@ -405,7 +407,7 @@ def _rounded(role: str, tensor: Tensor, dtype: Any) -> Tensor:
 
 
 def _vanished(before: Tensor, after: Tensor) -> int:
-    """How many numbers rounding made zero."""
+    """The number of entries that rounding made zero."""
     from adaptkit.linalg.precision import upcast
 
     if before.dtype == after.dtype or not before.is_floating_point():
@@ -417,14 +419,13 @@ def _vanished(before: Tensor, after: Tensor) -> int:
 def _lost(
     exact: Weights, stored: Weights, base: Tensor | None, norm: float | None
 ) -> tuple[float | None, float | None]:
-    """‖ΔW‖² (known where it was taken apart) and the ‖·‖² of what was lost, in float64.
+    """‖ΔW‖² and the ‖·‖² that was lost, in float64. `norm` is ‖ΔW‖² if it is known.
 
-    None where ΔW depends on a base weight that is not given.
+    None if ΔW depends on a base weight that is not given.
     """
-    from adaptkit.algorithms._algebra import distance_squared
-
     if exact.additive and stored.additive:
-        return exact.norm_squared() if norm is None else norm, distance_squared(exact, stored, norm)
+        whole = exact.norm_squared() if norm is None else norm
+        return whole, exact.distance_squared(stored, norm)
     if base is None:
         return None, None
     weight = base.double()

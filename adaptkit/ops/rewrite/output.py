@@ -1,4 +1,4 @@
-"""Adapters written anew, the last part: the file, or PEFT's folder, of all that was copied and computed."""
+"""Write the rewritten adapter: a file, or the folder that PEFT reads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
+from adaptkit.kinds import network_module
 from adaptkit.ops.adapter_file.peft_config import PeftModule, diffusers_metadata
 from adaptkit.ops.adapter_file.size import exact_size
 from adaptkit.ops.adapter_file.writer import AdapterWriter
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Output"]
 
+LORA_CONFIG = "LORA"  # the only `peft_type` that diffusers reads from metadata
+
 
 class Output:
-    """The file, or PEFT's folder, of all that was copied and stored."""
+    """The file of all tensors that are copied and stored, or PEFT's folder."""
 
     def __init__(self, plan: Recast, state: State, spool: Spool | None) -> None:
         self.plan, self.state, self.spool = plan, state, spool
@@ -46,14 +49,14 @@ class Output:
     def write(self, fill: Callable[[TensorSink], None]) -> int:
         """Publish the output; return its bytes.
 
-        `fill` puts what is neither copied nor in the spool.
+        `fill` puts the tensors that are neither copied nor in the spool.
         """
         plan, metadata = self.plan, self.metadata()
         modules = self.state.modules() if plan.keys.format.alpha is Alpha.CONFIG else None
         writer = AdapterWriter(
             plan.output, self.specs(), metadata, modules, overwrite=plan.options.overwrite
         )
-        # the output can be made again from its input: wait for the disk only if it replaces one
+        # a lost output can be made again: wait for the disk only if it replaces a file
         sync = plan.output.exists()
         return writer.write(lambda sink: self._fill(sink, metadata, fill), sync=sync)
 
@@ -73,7 +76,7 @@ class Output:
             sink.restate(hashing.result())
 
     def specs(self) -> list[TensorSpec]:
-        """In the order that the official library writes: wide dtypes first, then by name."""
+        """Every tensor, in the order of safetensors: wide dtypes first, then by name."""
         found = [item.spec for item in self.copied]
         found += [TensorSpec(key, "F32", ()) for key in self.scalars]
         for stored in self.state.stored.values():
@@ -87,7 +90,7 @@ class Output:
         return sorted(found, key=lambda spec: (-WIDTHS[spec.dtype], spec.name))
 
     def metadata(self) -> dict[str, str]:
-        """What the inputs had where it still holds, and one record of what was done."""
+        """The metadata of the inputs that still holds, and one record of the run."""
         from adaptkit.files.provenance import sshs_places, updated
 
         plan = self.plan
@@ -98,11 +101,11 @@ class Output:
         return updated(kept | changed, _record(plan)) | sshs_places(plan.adapter.metadata)
 
     def _ranks(self) -> dict[str, str]:
-        """`ss_network_dim` and `ss_network_alpha` where the file has them and they no longer hold."""
+        """`ss_network_dim` and `ss_network_alpha`, if the file has them and they changed."""
         still = {"renamed", "split", "swapped", "cast"}
         if "ss_network_dim" not in self.plan.adapter.metadata or self.plan.counts().keys() <= still:
             return {}
-        modules = [module for module in self.state.modules() if module.algorithm != "full"]
+        modules = [module for module in self.state.modules() if not module.kind.dense]
         dims, alphas = {m.rank for m in modules}, {m.alpha for m in modules}
         return {
             "ss_network_dim": str(dims.pop()) if len(dims) == 1 else "Dynamic",
@@ -110,17 +113,20 @@ class Output:
         }
 
     def _network(self) -> dict[str, str]:
-        """`ss_network_module` where the algorithm changed."""
+        """`ss_network_module`, if the algorithm changed."""
         if (
             "ss_network_module" not in self.plan.adapter.metadata
             or "changed" not in self.plan.counts()
         ):
             return {}
         kinds = {task.kind.name for task in self.plan.tasks}
-        return {"ss_network_module": "networks.lora" if kinds <= {"lora"} else "lycoris.kohya"}
+        return {"ss_network_module": network_module(kinds)}
 
     def _for_diffusers(self) -> dict[str, str]:
-        """diffusers before 0.42 takes the first module's rank for every alpha: where ranks differ it has to be told."""
+        """LoraConfig fields, if ranks differ.
+
+        diffusers before 0.42 takes the rank of the first module for every alpha without them.
+        """
         if self.plan.keys.format.name != "diffusers":
             return {}
         parts: dict[str, list[PeftModule]] = {}
@@ -128,7 +134,7 @@ class Output:
             stored = self.state.outcome(task)
             if stored is None:
                 continue
-            if stored.kind.name not in ("lora", "lora+dora"):
+            if stored.kind.peft_type != LORA_CONFIG:
                 return {}
             parts.setdefault(task.slot.component, []).append(self.state.module(task, stored))
         if all(len({m.rank for m in modules}) == 1 for modules in parts.values()):
@@ -150,7 +156,7 @@ class Output:
 
 
 def _common(plan: Recast) -> dict[str, str]:
-    """The metadata that all inputs agree on."""
+    """The metadata that all inputs share."""
     first, *others = (adapter.metadata for adapter in plan.adapters)
     return {
         name: value
@@ -160,7 +166,7 @@ def _common(plan: Recast) -> dict[str, str]:
 
 
 def _record(plan: Recast) -> dict[str, Any]:
-    """The one provenance record. No date: equal inputs give equal bytes."""
+    """The provenance record of the run; without a date, so that equal inputs give equal bytes."""
     from adaptkit.ops.ranks.options import asked
 
     sources = [adapter.source.path.name for adapter in plan.adapters]
@@ -188,7 +194,10 @@ def _record(plan: Recast) -> dict[str, Any]:
 
 
 class _Hashing:
-    """sd-scripts' hashes, where the file had them, of what it will hold; worked out while the tensors are copied."""
+    """The hashes of sd-scripts, if the file had them.
+
+    They are computed in a thread while the tensors are copied.
+    """
 
     def __init__(self, writing: Output, sink: TensorSink, metadata: Mapping[str, str]) -> None:
         from adaptkit.files.provenance import SSHS

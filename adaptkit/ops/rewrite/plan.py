@@ -1,4 +1,4 @@
-"""Adapters written anew: in another format or algorithm, at another rank, or several in one. The plan, from headers alone."""
+"""The plan of a rewritten adapter: its tasks, from headers alone."""
 
 from __future__ import annotations
 
@@ -9,27 +9,23 @@ from pathlib import Path  # noqa: TC003 - the types of options are read at run t
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter, Entry
-from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import formats
-from adaptkit.errors import (
-    AdaptkitError,
-    ShapeMismatch,
-)
-from adaptkit.files.header import TensorSpec
+from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import KeyMap
 from adaptkit.ops.ranks.options import Ranked
-from adaptkit.ops.shared import Unused
-from adaptkit.respelling import Assembly
 from adaptkit.steps import Step, peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from adaptkit.algorithms.contract import Weights
-    from adaptkit.checkpoint import Piece
+    from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.files.header import TensorSpec
+    from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot
-    from adaptkit.ops.ranks.policies import Policy
+    from adaptkit.ops.ranks.rules.contract import Policy
+    from adaptkit.ops.shared import Unused
+    from adaptkit.respelling import Assembly
 
 __all__ = [
     "CHANGES",
@@ -60,8 +56,11 @@ CHANGES = (
 
 @dataclass(frozen=True)
 class RecastOptions(Ranked):
-    """What every verb that writes adapters anew accepts: rank options, `algo` to change the algorithm to, LoKr's `factor`, and
-    the checkpoint (`base`) that gives kinds like DoRA a difference."""
+    """The options of every verb that rewrites adapters.
+
+    `algo` is the algorithm to change to, `factor` the small factor of a LoKr. `base` is the
+    checkpoint that kinds like DoRA need for a difference.
+    """
 
     algo: str | None = None
     factor: int = 8
@@ -69,7 +68,7 @@ class RecastOptions(Ranked):
 
 
 class Copied(NamedTuple):
-    """A tensor taken over byte for byte from an adapter (by its number), perhaps under another shape of as many elements."""
+    """A tensor copied byte for byte from the adapter of this number, perhaps reshaped."""
 
     key: str
     source: str
@@ -85,7 +84,7 @@ class Written(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What one adapter gives to a slot, and what that is multiplied by."""
+    """The part of one adapter in a slot, and its weight."""
 
     job: Assembly
     weight: float = 1.0
@@ -94,10 +93,11 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One slot of the output: `ready` tensors that can be copied, or (None) what has to be computed, and why.
+    """One slot of the output. `ready` are tensors to copy; None means that it is computed.
 
-    `ranked`: a policy chooses the rank; `ready` is then what stands there if it is to stay. `base`: where the slot lies in the
-    base checkpoint, for terms whose ΔW depends on it. Tasks of equal `likeness` are computed as one stack; None: alone.
+    `changes` says why. If a policy chooses the rank (`ranked`), `ready` is copied if the module
+    keeps its rank. `base` is the place of the slot in the base checkpoint, for terms whose ΔW
+    depends on it. Tasks of equal `likeness` are computed as one stack, None alone.
     """
 
     slot: Slot
@@ -112,17 +112,17 @@ class Task:
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """All entries that are read for it."""
+        """All entries that are read for this task."""
         return tuple(entry for term in self.terms for entry in term.job.entries)
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The name that people know it by."""
         return self.terms[0].job.label
 
     @cached_property
     def dtypes(self) -> frozenset[str]:
-        """The dtypes of all their tensors."""
+        """The dtypes of all tensors that are read for this task."""
         terms = (
             (term.job.adapter.source.infos, entry)
             for term in self.terms
@@ -132,26 +132,26 @@ class Task:
 
     @cached_property
     def kernel(self) -> tuple[int, ...] | None:
-        """The kernel size of the layer, None where nobody knows it."""
+        """The kernel size of the layer, None if it is not known."""
         known = (entry.facts.kernel for entry in self.entries)
         return next((kernel for kernel in known if kernel is not None), None)
 
     @property
     def convolution(self) -> bool:
-        """Whether `--conv-rank` is meant: a kernel larger than 1."""
+        """Whether `--conv-rank` applies: the kernel is larger than 1."""
         return any(n > 1 for n in self.kernel or ())
 
 
 @dataclass(frozen=True, slots=True)
 class Into:
-    """The format to write, and whether alpha has to go into the weights whatever the format says."""
+    """The format to write, and whether to fold alpha into the weights in any case."""
 
     format: str
     fold: bool
 
     @property
     def config(self) -> bool:
-        """Whether alpha stands in a configuration file, so that the output is a folder."""
+        """Whether the output is a folder, since a configuration file states alpha."""
         return formats()[self.format].alpha is Alpha.CONFIG
 
     @classmethod
@@ -181,16 +181,16 @@ class Recast:
 
     @property
     def adapter(self) -> Adapter:
-        """The first of them, whose family and metadata the output has."""
+        """The first adapter, whose family and metadata the output takes."""
         return self.adapters[0]
 
     def counts(self) -> dict[str, int]:
-        """How many slots are merely renamed, split, fused, folded, …"""
+        """How many slots are renamed, split, fused, folded, …"""
         found = Counter(change for task in self.tasks for change in (task.changes or {"renamed"}))
         return {name: found[name] for name in CHANGES if found[name]}
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--dry-run` prints; `bytes_out_copied` leaves out what has to be computed first."""
+        """The plan as `--dry-run` prints it; `bytes_out_copied` counts copied tensors only."""
         ready = [
             item
             for task in self.tasks
@@ -227,8 +227,11 @@ class Recast:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How several ΔW become one, entry by entry: `method` ties | dare | dare-ties | magnitude, the share of entries that
-    is kept, and the seed of what is dropped."""
+    """How several ΔW become one, entry by entry.
+
+    `method` is ties, dare, dare-ties or magnitude; `density` the share of entries that is kept;
+    `seed` chooses those that dare drops.
+    """
 
     method: str
     density: float
@@ -247,7 +250,10 @@ def detail(task: Task, error: float | None, rank: int | None) -> dict[str, Any]:
 
 
 def open_all(paths: Sequence[Path], options: RecastOptions) -> tuple[Adapter, ...]:
-    """Adapters of one family: a look-alike follows the first. ShapeMismatch where they are of two."""
+    """Open adapters of one family; ShapeMismatch if they are of two.
+
+    An adapter that may be of two families is read as of the family of the first.
+    """
     found: list[Adapter] = []
     try:
         for path in paths:
@@ -263,7 +269,7 @@ def open_all(paths: Sequence[Path], options: RecastOptions) -> tuple[Adapter, ..
 
 
 def _alike(first: Adapter, other: Adapter) -> Adapter:
-    """`other` read as of the first one's family, where its names allow that."""
+    """`other`, read as of the family of the first if its names allow that."""
     path = other.source.path
     if first.family.name in other.detection.alternatives:
         other.close()
@@ -279,7 +285,7 @@ def _alike(first: Adapter, other: Adapter) -> Adapter:
 
 
 def product_rank(term: Term) -> int:
-    """The rank of the exact factors of what a term gives: parts that are fused add up."""
+    """The rank of the exact factors of a term; fused parts add up."""
     infos = term.job.adapter.source.infos
     total = 0
     for entry in term.job.entries:

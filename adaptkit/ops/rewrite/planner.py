@@ -21,6 +21,7 @@ from adaptkit.files.header import TensorSpec
 from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms, compile_keys
+from adaptkit.kinds import dense_kind, low_rank_kind, wrapped_like
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.rewrite.plan import (
     Copied,
@@ -44,12 +45,12 @@ if TYPE_CHECKING:
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Piece
     from adaptkit.names import Slot
-    from adaptkit.ops.ranks.policies import Policy
+    from adaptkit.ops.ranks.rules.contract import Policy
 
 __all__ = ["recast"]
 
 
-SANE = 1e4  # an alpha above this, where it multiplies nothing, is a placeholder (ai-toolkit writes 9999999999)
+SANE = 1e4  # a larger alpha that scales nothing is a placeholder: ai-toolkit writes 9999999999
 
 
 def recast(
@@ -64,7 +65,10 @@ def recast(
     mixing: Mixing | None = None,
     notes: Sequence[str] = (),
 ) -> Recast:
-    """Find the place of every module in the new format; reads headers only, and fails here if anything can."""
+    """Find the place of every module in the new format.
+
+    Reads headers only. Anything that can fail fails here.
+    """
     stored_dtype(options.dtype, "F32")
     if options.algo is not None:
         chosen("algorithm", algorithms(), options.algo)
@@ -124,7 +128,7 @@ def _keys(adapter: Adapter, format: str) -> KeyMap:
 def _check_family(
     adapter: Adapter, format: str, tasks: Sequence[Task], options: RecastOptions
 ) -> None:
-    """AmbiguousAdapter where a look-alike family would give other names."""
+    """Refuse an adapter that may be of two families, if those give other names."""
     if options.family is not None or format == adapter.format.name:
         return
     keys = _keys(adapter, format)
@@ -135,7 +139,8 @@ def _check_family(
         theirs = [respelled.keys.stem(job.slot) for job in respelled.jobs(other.entries)]
         if theirs != ours:
             raise AmbiguousAdapter(
-                f"this may be {adapter.family.title} or {other.family.title}, and the names to write differ",
+                f"this may be {adapter.family.title} or {other.family.title}, "
+                "and the names to write differ",
                 hint=f"say which: --family {adapter.family.name} or --family {name}",
                 file=adapter.source.path,
             )
@@ -147,7 +152,7 @@ def _spec(adapter: Adapter, name: str) -> TensorSpec:
 
 
 def _step(task: Task) -> Step[Task]:
-    """Working memory of a slot: what is read, and what is computed from it in float32 and float64 and rounded."""
+    """The step of a slot: tensors as read, computed in float32 and float64, and rounded."""
     adapter = task.terms[0].job.adapter
     elements = dense = 0
     for term in task.terms:
@@ -157,14 +162,17 @@ def _step(task: Task) -> Step[Task]:
             infos[key].numel for entry in term.job.entries for _, key in entry.tensors()
         )
         dense = max(dense, sum(e.facts.rows * e.facts.columns for e in term.job.entries))
-    whole = "changed" in task.changes or task.kind.name == "full" or task.base is not None
+    whole = "changed" in task.changes or task.kind.dense or task.base is not None
     order = adapter.source.order(next(task.entries[0].tensors())[1])
     shape = task.number if task.likeness is None else task.likeness
     return Step(task, shape, 16 * elements + (16 * dense if whole else 0), order)
 
 
 def _likeness(task: Task, swapped: bool) -> Hashable:
-    """Everything that two tasks must share to be computed as one stack: here only modules of one piece that are cut by rank."""
+    """What two tasks must share to be computed as one stack; None for a task by itself.
+
+    Only modules of one piece whose rank is cut are stacked.
+    """
     whole = task.terms[0].job.whole
     if not task.ranked or task.base is not None or "summed" in task.changes or whole is None:
         return None
@@ -177,7 +185,7 @@ def _likeness(task: Task, swapped: bool) -> Hashable:
 
 
 class _Planner:
-    """Makes a task of every slot; what would be lost goes to `unused`."""
+    """Make a task of every slot; keys that would be lost go to `unused`."""
 
     def __init__(
         self,
@@ -202,7 +210,7 @@ class _Planner:
         self.carried = tuple(self._carried())
 
     def _carried(self) -> Iterator[Copied]:
-        """What stands beside the weights of each adapter, once."""
+        """The tensors that other tools left beside the weights, each name once."""
         taken: set[str] = set()
         for number, adapter in enumerate(self.adapters):
             for name in adapter.carried:
@@ -253,10 +261,10 @@ class _Planner:
         task = replace(task, kind=kind, ready=ready, changes=changes, ranked=ranked, base=based)
         return replace(task, likeness=_likeness(task, self.keys.swapped(slot))) if ranked else task
 
-    # which algorithm ------------------------------------------------------------------------------------------------
+    # --- which algorithm ---------------------------------------------------------------------
 
     def _kind(self, task: Task) -> type[Weights]:
-        """The algorithm of the output; vectors stay full differences."""
+        """The algorithm of the output; vectors keep theirs."""
         kinds = {entry.kind for entry in task.entries}
         if any(entry.facts.vector for entry in task.entries):
             return next(iter(kinds))
@@ -276,38 +284,42 @@ class _Planner:
         return kind
 
     def _asked(self, wanted: type[Weights], kinds: set[type[Weights]]) -> type[Weights]:
-        """`--algo`: a DoRA that is only resized keeps its magnitudes; without a base it has no other form."""
-        if len(kinds) == 1 and self.base is None:
-            (kind,) = kinds
-            dora = f"{wanted.name}+dora"
-            if kind.name.endswith("+dora") and self.policy is not None and dora in algorithms():
-                return algorithms()[dora]
+        """The algorithm that `--algo` means.
+
+        A DoRA that is only resized keeps its magnitudes: without a base it has no other form.
+        """
+        if len(kinds) == 1 and self.base is None and self.policy is not None:
+            return wrapped_like(next(iter(kinds)), wanted) or wanted
         return wanted
 
     def _sum(self, task: Task, kinds: set[type[Weights]]) -> type[Weights]:
-        """Of a sum: of LoRAs a LoRA of all ranks together; else that, or the full difference where it is smaller."""
+        """The algorithm of a sum: products whose ranks add up, or a dense difference.
+
+        Products stay products. Other kinds become what is smaller.
+        """
         if self.policy is not None:
-            return algorithms()["lora"]
-        if self.mixing is not None or any(
-            kind.name == "full" or not kind.additive for kind in kinds
-        ):
-            return algorithms()["full"]
+            return low_rank_kind()
+        if self.mixing is not None or any(kind.dense or not kind.additive for kind in kinds):
+            return dense_kind()
         rank = sum(product_rank(term) for term in task.terms)
         facts = task.entries[0].facts
         rows = sum(entry.facts.rows for entry in task.terms[0].job.entries)
-        lora = {kind.name for kind in kinds} == {"lora"} or rank * (
-            rows + facts.columns
-        ) < rows * facts.columns
-        return algorithms()["lora" if lora else "full"]
+        smaller = rank * (rows + facts.columns) < rows * facts.columns
+        if smaller or all(kind.low_rank for kind in kinds):
+            return low_rank_kind()
+        return dense_kind()
 
     def _ranked(self, task: Task, kind: type[Weights]) -> bool:
         """Whether the policy has a rank to choose here."""
         if any(entry.facts.vector for entry in task.entries):
             return False
-        return kind.resized is not None and kind.name != "full"
+        return kind.resized is not None and not kind.dense
 
     def _place(self, task: Task, kind: type[Weights]) -> tuple[Piece, ...] | None:
-        """Where the slot lies in the base, for terms that have no difference of their own; NotRepresentable without one."""
+        """The place of the slot in the base, for terms whose ΔW depends on it.
+
+        NotRepresentable without a base.
+        """
         dependent = [entry for entry in task.entries if not entry.kind.additive]
         alone = len(task.terms) == 1 and self.mixing is None and task.terms[0].weight == 1.0
         if not dependent or (
@@ -342,7 +354,7 @@ class _Planner:
                     shape = infos[key].shape if key in infos else ()
                     kind.laid_out(role, shape, entry.facts, peft=self.keys.format.peft)
 
-    # what is done to it ---------------------------------------------------------------------------------------------
+    # --- what is done to it ------------------------------------------------------------------
 
     def _what(self, task: Task, kind: type[Weights]) -> Iterator[str]:
         for term in task.terms:
@@ -374,7 +386,10 @@ class _Planner:
         return dtype in (*FLOATS, *FP8) and stored_dtype(self.options.dtype, dtype) != dtype
 
     def _folds(self, entry: Entry) -> bool:
-        """Whether the scale has to go into the weights: no place for alpha, or none that a reader takes as a scale."""
+        """Whether the scale is folded into the weights.
+
+        It is if the format has no place for alpha, or readers do not take alpha as a scale.
+        """
         if entry.facts.scale == 1.0 or entry.kind.bounded:
             return False
         return self.into.fold or entry.facts.rank is None
@@ -396,14 +411,14 @@ class _Planner:
     def _shape(
         self, job: Assembly, entry: Entry, role: str, shape: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """The stored shape in the new format: PEFT and LyCORIS lay DoRA's magnitudes out differently."""
+        """The stored shape in the new format: PEFT lays out DoRA magnitudes differently."""
         try:
             return entry.kind.laid_out(role, shape, entry.facts, peft=self.keys.format.peft)
         except NotRepresentable as error:
             raise error.at(file=job.adapter.source.path, tensor=entry.keys[role]) from None
 
     def _alpha(self, term: Term, entry: Entry) -> Copied | Written | None:
-        """What the new format says of alpha: the stored tensor, one of our own, or nothing."""
+        """The alpha tensor of the new format: copied, written anew, or none."""
         if ALPHA not in entry.kind.roles or self._silent(entry):
             return None
         name = self.keys.spell(term.job.slot, entry.kind.name, ALPHA)
@@ -418,8 +433,8 @@ class _Planner:
         return Written(name, 1.0 if rank is None else entry.facts.scale * rank)
 
     def _silent(self, entry: Entry) -> bool:
-        """Whether the new format says nothing of this entry's alpha."""
-        if entry.kind.bounded:  # alpha is no scale but a bound, and part of the weights
+        """Whether the new format stores no alpha for this entry."""
+        if entry.kind.bounded:  # alpha is not a scale but a bound, and one of the weights
             return ALPHA not in entry.keys
         place = self.keys.format.alpha
         if self.into.fold or place in (Alpha.NONE, Alpha.CONFIG):
@@ -456,12 +471,12 @@ def _size(job: Assembly) -> tuple[int, int]:
 
 
 def _turned(kind: type[Weights], into: type[Weights]) -> bool:
-    """Whether a resized `kind` is an `into`: magnitudes stay, the direction changes."""
+    """Whether a resized `kind` is an `into`: magnitudes stay, directions change."""
     return kind.resized == into.name
 
 
 def _why(adapter: Adapter, key: str, reason: str) -> str:
-    """The reason, and the nearest name that the tables know."""
+    """The reason with the nearest name that the tables know."""
     from adaptkit.suggest import nearest
 
     near = nearest(adapter.keys, key) if reason.startswith("no such") else None

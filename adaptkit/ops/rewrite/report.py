@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.ops.rewrite.plan import CHANGES, Recast, Task, detail
-from adaptkit.ops.rewrite.state import State, Stored, count
 from adaptkit.ops.shared import WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from adaptkit.ops.rewrite.state import State
 
 
 __all__ = ["Report"]
@@ -19,7 +20,7 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True, kw_only=True)
 class Report(WriterReport):
-    """What was written. `changes` counts the slots by what was done to them."""
+    """The adapter that was written. `changes` counts the slots by what was done to them."""
 
     family: str
     source_format: str
@@ -40,6 +41,7 @@ class Report(WriterReport):
 
 
 def report_of(plan: Recast, state: State, size: int, seconds: float) -> Report:
+    """The report of a finished run."""
     lost = [_loss(state, task) for task in plan.tasks]
     error = sum(found[1] for found in lost if found is not None)
     norm = sum(found[0] for found in lost if found is not None)
@@ -66,7 +68,10 @@ def report_of(plan: Recast, state: State, size: int, seconds: float) -> Report:
 
 
 def _changes(plan: Recast, state: State) -> dict[str, int]:
-    """How many slots were renamed, resized, …; of those that might be resized also how many were not, or are left out."""
+    """How many slots were renamed, resized, …
+
+    Slots that might have been resized also count as unchanged or left out.
+    """
     found: Counter[str] = Counter()
     for task in plan.tasks:
         changes = task.changes or {"renamed"}
@@ -79,7 +84,7 @@ def _changes(plan: Recast, state: State) -> dict[str, int]:
 
 
 def _loss(state: State, task: Task) -> tuple[float, float] | None:
-    """‖ΔW‖² and what was lost of it; None where nothing was computed, or nobody can say."""
+    """‖ΔW‖² and what was lost of it; None if nothing was computed, or without the base weight."""
     stored, found = state.stored.get(task.number), state.taken.get(task.number)
     if stored is not None and stored.norm is not None and stored.error is not None:
         return stored.norm, stored.error
@@ -89,7 +94,7 @@ def _loss(state: State, task: Task) -> tuple[float, float] | None:
 
 
 def _untouched(plan: Recast, state: State) -> float:
-    """‖ΔW‖² of what was copied, where an error is to be put in proportion to the whole."""
+    """‖ΔW‖² of what was copied: errors are relative to the whole adapter."""
     total = 0.0
     for task in plan.tasks:
         if state.copied(task) and task.number not in state.taken and task.kind.additive:
@@ -118,13 +123,20 @@ def _notes(plan: Recast, state: State) -> Iterator[str]:
     dropped = sum(1 for task in plan.tasks if state.dropped(task))
     if dropped:
         verb = "is" if dropped == 1 else "are"
-        yield f"{dropped} of {len(plan.tasks)} modules {verb} left out: their share of ΔW is not worth its bytes."
+        yield (
+            f"{dropped} of {len(plan.tasks)} modules {verb} left out: "
+            "their share of ΔW is not worth its bytes."
+        )
     zero = sum(1 for stored in state.stored.values() if stored.zero)
     if zero:
-        yield f"ΔW is zero in {'every module' if zero == len(plan.tasks) else f'{zero} modules'}: the inputs cancel out."
+        where = "every module" if zero == len(plan.tasks) else f"{zero} modules"
+        yield f"ΔW is zero in {where}: the inputs cancel out."
     vanished = sum(stored.vanished for stored in state.stored.values())
     if vanished:
-        yield f"{vanished:,} numbers became zero in rounding; the error counts that. --dtype bf16 or fp32 keeps them."
+        yield (
+            f"{vanished:,} numbers became zero in rounding; the error counts that. "
+            "--dtype bf16 or fp32 keeps them."
+        )
     ranked = [task for task in plan.tasks if task.number in state.taken]
     if ranked and not any(task.number in state.stored for task in ranked) and not dropped:
         yield "nothing was cut: every module has no more rank than that."
@@ -135,16 +147,12 @@ def _notes(plan: Recast, state: State) -> Iterator[str]:
     )
     if directions:
         yield (
-            f"{directions} DoRA modules: their directions were resized and their magnitudes kept; how far the merged weights "
-            "move depends on the checkpoint. --base measures it."
+            f"{directions} DoRA modules: their directions were resized and their magnitudes kept; "
+            "how far the merged weights move depends on the checkpoint. --base measures it."
         )
-    wide = sum(1 for stored in state.stored.values() if _too_wide(stored))
+    wide = sum(1 for stored in state.stored.values() if stored.kind.too_wide(stored.shapes))
     if wide:
-        yield f"{wide} modules take more than their full difference would; --rank or --size makes them smaller."
-
-
-def _too_wide(stored: Stored) -> bool:
-    if stored.kind.name != "lora" or stored.rank is None:
-        return False
-    up, down = stored.shapes["up"], stored.shapes["down"]
-    return stored.parameters > up[0] * count(down[1:])
+        yield (
+            f"{wide} modules take more than their full difference would; "
+            "--rank or --size makes them smaller."
+        )

@@ -1,4 +1,4 @@
-"""Adapters written anew, the running half: take apart, choose ranks, compute, measure what is lost, write."""
+"""Rewrite adapters: decompose, choose ranks, compute, measure the error, write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.peft_config import peft_config
 from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.output import Output
-from adaptkit.ops.rewrite.plan import Recast, Task
 from adaptkit.ops.rewrite.report import Report, report_of
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 
@@ -25,23 +24,27 @@ if TYPE_CHECKING:
     from adaptkit.algorithms.contract import Decomposition
     from adaptkit.files.sink import TensorSink
     from adaptkit.files.spool import Spool
+    from adaptkit.ops.rewrite.plan import Recast, Task
     from adaptkit.ops.shared import Progress
 
 __all__ = ["check_peft", "run"]
 
 SPOOL = 256_000_000  # bytes of computed tensors held in memory before they go to a temporary file
 STACK = 16  # modules of equal shape that a CPU computes at once, at most
-CORES = 200_000_000  # bytes of decompositions held from choosing ranks to keeping them; beyond, they are made again
+CORES = 200_000_000  # bytes of decompositions held until ranks are cut; others are made again
 
 
 def check_peft(plan: Recast) -> None:
-    """Say what PEFT cannot hold before anything is computed."""
+    """Refuse what PEFT cannot hold before anything is computed."""
     if plan.keys.format.alpha is Alpha.CONFIG:
         peft_config(State(plan).modules())
 
 
 def run(plan: Recast, progress: Progress | None = None) -> Report:
-    """Compute what has to be computed, copy the rest as bytes, and write; the only part that reads weights."""
+    """Compute changed tensors, copy the rest as bytes, and write.
+
+    This is the only part that reads weights.
+    """
     started = time.perf_counter()
     state = State(plan)
     with _spool(plan) as spool:
@@ -67,18 +70,21 @@ def _held(result: Stored | Decomposition | Cut) -> int:
 
 
 class _Computing:
-    """One pass, where the rank of a module depends on no other; else two: modules are taken apart, then ranks are kept."""
+    """Run the engine once, or twice if the rank of a module depends on other modules.
+
+    The first pass decomposes, the second cuts to the ranks chosen.
+    """
 
     def __init__(self, plan: Recast, state: State, spool: Spool, progress: Progress | None) -> None:
         self.plan, self.state, self.progress = plan, state, progress
         self.worker, self.put = Rewriter(plan, state), spool.append
         self.held = 0
-        self.cut: list[engine.Step[Task]] = []  # what the second pass computes
+        self.cut: list[engine.Step[Task]] = []  # the steps of the second pass
         twice = plan.policy is not None and not plan.policy.local
         self.total = len(plan.steps) + (sum(task.ranked for task in plan.tasks) if twice else 0)
 
     def first(self) -> None:
-        """Fill `state`: after this it knows every tensor of the output, and the spool has those computed so far."""
+        """Fill `state` with every tensor of the output; the spool has those computed so far."""
         self._pass(self.plan.steps, self.worker.first, 0)
         ranked = [
             task
@@ -91,7 +97,7 @@ class _Computing:
             self.cut = [step for step in self.plan.steps if step.payload.number in cut]
 
     def second(self, sink: TensorSink) -> None:
-        """Keep the ranks that were chosen, each module going where it belongs in the output."""
+        """Cut to the ranks that were chosen, straight into the output."""
         self.put = sink.put
         self._pass(self.cut, self.worker.second, len(self.plan.steps))
 
@@ -133,13 +139,13 @@ class _Computing:
                 self.state.stored[task.number] = stored
 
     def _cuts(self, task: Task) -> bool:
-        """Whether anything is to be computed: not where all of a module's rank stays in its own tensors, or none of it."""
+        """Whether a module is cut: its rank is not 0, and not what its own tensors hold."""
         rank = self.state.ranks[task.number]
         return rank > 0 and not stays(self.state, task, self.state.taken[task.number], rank)
 
 
 class _Measure:
-    """The exact size of the file for any choice of ranks: its header is built, nothing is computed."""
+    """The exact size of the file for any choice of ranks, from its header alone."""
 
     def __init__(self, plan: Recast, state: State, ranked: Sequence[Task]) -> None:
         self.plan, self.ranked = plan, ranked
@@ -159,7 +165,10 @@ class _Measure:
         return Output(self.plan, state, None).size()
 
     def at(self, task: Task, rank: int) -> Stored | None:
-        """What is stored at a rank, None where the module stays as it is; most keep their rank from one call to the next."""
+        """What is stored at a rank; None if the module stays as it is.
+
+        Cached, since most modules keep their rank from one call to the next.
+        """
         place = (task.number, rank)
         if place not in self.made:
             same = stays(self.state, task, self.state.taken[task.number], rank)

@@ -1,4 +1,4 @@
-"""What is known of every module while an adapter is rewritten."""
+"""The state of every module while an adapter is rewritten."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NotRepresentable
-from adaptkit.files.header import TensorSpec
 from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
-from adaptkit.ops.adapter_file.peft_config import PeftModule, factor_rows
+from adaptkit.ops.adapter_file.peft_config import PeftModule
 from adaptkit.ops.adapter_file.size import module_size
-from adaptkit.ops.rewrite.plan import Task
 from adaptkit.ops.shared import FLOATS, stored_dtype
 
 if TYPE_CHECKING:
@@ -21,15 +19,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Decomposition, Weights
+    from adaptkit.files.header import TensorSpec
     from adaptkit.ops.ranks.knapsack import RankCurve
-    from adaptkit.ops.rewrite.plan import Recast
+    from adaptkit.ops.rewrite.plan import Recast, Task
 
 __all__ = ["Cut", "State", "Stored", "count", "curve_of", "dtype_of", "named", "stays"]
 
 
 @dataclass
 class Stored:
-    """A slot as it is written: its keys, and the ‖·‖² of ΔW and of what was lost (None where that needs the base weight)."""
+    """A slot as it is written.
+
+    `norm` is ‖ΔW‖², `error` the ‖·‖² that was lost; None if that needs the base weight. `zero`
+    means that the terms cancel.
+    """
 
     kind: type[Weights]
     rank: int | None
@@ -37,8 +40,8 @@ class Stored:
     shapes: Mapping[str, tuple[int, ...]]
     norm: float | None = None
     error: float | None = None
-    vanished: int = 0  # numbers that became zero in rounding
-    zero: bool = False  # the terms cancel: ΔW is zero
+    vanished: int = 0  # numbers that rounding made zero
+    zero: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
     specs: tuple[TensorSpec, ...] = ()
 
@@ -49,7 +52,7 @@ class Stored:
 
 
 class State:
-    """What is known of each task while it is worked on: its decomposition, the rank chosen, what is stored."""
+    """The decomposition of each task, the rank chosen and what is stored, so far as known."""
 
     def __init__(self, plan: Recast) -> None:
         self.plan = plan
@@ -59,7 +62,7 @@ class State:
         self._unchanged: dict[int, Stored] = {}
 
     def copied(self, task: Task) -> bool:
-        """Whether a task's tensors are taken as they are (so far as is known)."""
+        """Whether the tensors of a task are copied, so far as known."""
         return task.ready is not None and task.number not in self.stored and not self.dropped(task)
 
     def dropped(self, task: Task) -> bool:
@@ -67,13 +70,13 @@ class State:
         return self.ranks.get(task.number) == 0
 
     def outcome(self, task: Task) -> Stored | None:
-        """What stands in the file for a task: stored, or as copied; None where it is left out."""
+        """What the file holds of a task, stored or copied; None if it is left out."""
         if self.dropped(task):
             return None
         return self.stored.get(task.number) or self.unchanged(task)
 
     def unchanged(self, task: Task) -> Stored:
-        """As the source has it; of what has yet to be computed, the best that headers tell."""
+        """The task as its source stores it, from headers alone."""
         if task.number not in self._unchanged:
             entry, infos = task.entries[0], task.terms[0].job.adapter.source.infos
             shapes = {role: infos[key].shape for role, key in entry.tensors()}
@@ -91,22 +94,16 @@ class State:
         ]
 
     def module(self, task: Task, stored: Stored) -> PeftModule:
+        """A module as a PEFT configuration names it."""
         name = self.plan.keys.module(task.slot)
-        # two full LoKr factors have no rank; PEFT multiplies them by alpha / r all the same, so both are 1
+        # two full LoKr factors have no rank, but PEFT multiplies them by alpha / r: both are 1
         rank, alpha = (1, 1.0) if stored.rank is None else (stored.rank, stored.alpha)
-        return PeftModule(
-            name,
-            stored.kind.name,
-            rank,
-            alpha,
-            frozenset(stored.shapes),
-            factor_rows(stored.shapes),
-        )
+        return PeftModule(name, stored.kind, rank, alpha, stored.shapes)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A module taken apart, its rank chosen; `stored` is None where it stays as it is."""
+    """A module decomposed and its rank chosen; `stored` is None if it stays as it is."""
 
     found: Decomposition
     rank: int
@@ -114,7 +111,7 @@ class Cut:
 
 
 def curve_of(plan: Recast, task: Task, found: Decomposition) -> RankCurve:
-    """What a policy needs to know of a module: energies, and bytes by rank, 0 first."""
+    """The energies of a module and its bytes by rank, 0 first, for a policy."""
     from adaptkit.ops.ranks.knapsack import RankCurve
 
     dtype, stem = dtype_of(plan, task), plan.keys.stem(task.slot)
@@ -125,7 +122,7 @@ def curve_of(plan: Recast, task: Task, found: Decomposition) -> RankCurve:
 
 
 def stays(state: State, task: Task, found: Decomposition, rank: int) -> bool:
-    """Whether a module keeps all it has, in the tensors it has."""
+    """Whether a module keeps its full rank and the sizes of its tensors."""
     return (
         task.ready is not None
         and rank == len(found.energies)
@@ -154,9 +151,8 @@ def dtype_of(plan: Recast, task: Task) -> str:
     # fp8 is a storage format: what is computed from it is written as float16
     kept = {"F16" if dtype in FP8 else dtype for dtype in kept}
     if not kept <= set(FLOATS):
-        raise NotRepresentable(
-            f"stored as {', '.join(sorted(kept - set(FLOATS)))}; only plain floats can be computed with"
-        )
+        names = ", ".join(sorted(kept - set(FLOATS)))
+        raise NotRepresentable(f"stored as {names}; only plain floats can be computed with")
     widest = (
         min(kept, key=FLOATS.index) if len(kept) == 1 or "F32" in kept or "F64" in kept else "F32"
     )
@@ -164,6 +160,7 @@ def dtype_of(plan: Recast, task: Task) -> str:
 
 
 def count(shape: Sequence[int]) -> int:
+    """The number of entries of a tensor of this shape."""
     total = 1
     for n in shape:
         total *= n

@@ -1,0 +1,74 @@
+"""Algorithms by what they can do, so that no command asks for one by name."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from adaptkit.algorithms.contract import NETWORK
+from adaptkit.keymap import algorithms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from adaptkit.algorithms.contract import Weights
+
+__all__ = [
+    "dense_kind",
+    "extractable",
+    "low_rank_kind",
+    "network_module",
+    "taking",
+    "vector_kind",
+    "wrapped_like",
+]
+
+
+@cache
+def extractable() -> Mapping[str, type[Weights]]:
+    """The kinds that can be fitted to a difference, in the order in which they are tried.
+
+    Products of two factors come first and dense differences last; others by name between them.
+    Of equally good forms of a layer the first is stored.
+    """
+    found = [kind for kind in algorithms().values() if kind.extractable]
+    found.sort(key=lambda kind: (kind.dense, not kind.low_rank, kind.name))
+    return {kind.name: kind for kind in found}
+
+
+def low_rank_kind() -> type[Weights]:
+    """The kind that stores any product of two factors exactly."""
+    return _only(lambda kind: kind.low_rank)
+
+
+def dense_kind() -> type[Weights]:
+    """The kind that stores any difference exactly."""
+    return _only(lambda kind: kind.dense)
+
+
+def vector_kind() -> type[Weights]:
+    """The kind that stores biases and the vectors of norms."""
+    return _only(lambda kind: kind.vector_role(bias=True, norm=False) is not None)
+
+
+def _only(holds: Callable[[type[Weights]], bool]) -> type[Weights]:
+    return next(kind for kind in extractable().values() if holds(kind))
+
+
+def taking(option: str) -> list[str]:
+    """The names of the kinds that an option of `extract` is for."""
+    return [name for name, kind in extractable().items() if option in kind.fit_options]
+
+
+def wrapped_like(kind: type[Weights], inner: type[Weights]) -> type[Weights] | None:
+    """Another kind inside the wrapper of this one; None if there is none."""
+    if not kind.wrapper:
+        return None
+    same = (one for one in algorithms().values() if one.wrapper == kind.wrapper)
+    return next((one for one in same if one.kind is inner), None)
+
+
+def network_module(names: Iterable[str]) -> str:
+    """The `ss_network_module` that loads a file of these algorithms."""
+    modules = {algorithms()[name].network_module for name in names}
+    return modules.pop() if len(modules) == 1 else NETWORK
