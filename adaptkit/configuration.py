@@ -31,7 +31,7 @@ OFT_DEFAULTS: Mapping[str, object] = {
     "num_cayley_neumann_terms": 5,
     "coft": False,
 }
-# keys under which trainers and hosts state alpha for a whole file; none says which modules it is for
+# metadata keys that state alpha for a whole file, without saying for which modules
 FLAT_ALPHA = ("lora_alpha", "alpha", "network_alpha")
 
 

@@ -64,22 +64,24 @@ def works_on_stacks(device: torch.device | str) -> bool:
 def one_by_one(x: Tensor) -> bool:
     """Whether x (..., m, n) is a stack whose members are computed one by one, as on a CPU.
 
-    There BLAS takes other kernels for a batch than for one matrix, a reduction may be cut elsewhere, and a branch taken for
-    the worst member would be taken for all: only what is computed alone has bits that nothing else in the stack decides.
+    Only then do the bits of a member not depend on the rest of the stack. BLAS uses other kernels
+    for a batch than for one matrix, a reduction may be cut elsewhere, and a branch for the worst
+    member would be taken for all.
     """
     return x.ndim > 2 and not works_on_stacks(x.device)
 
 
 def members(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Each member of stacks (..., m, n) of equal leading dimensions, laid out in memory as if it had been read alone.
+    """Each member of stacks (..., m, n), laid out in memory as a tensor of its own.
 
-    BLAS may sum in another order where a matrix begins at an odd address or has other strides: such members are copied.
+    The stacks have equal leading dimensions. BLAS may sum in another order for a matrix at an odd
+    address or of other strides, so such members are copied.
     """
     return zip(*(_members(stack.reshape(-1, *stack.shape[-2:])) for stack in stacks), strict=True)
 
 
 def _members(stack: Tensor) -> Iterable[Tensor]:
-    """Those of (B, m, n), as they are where all of them lie well."""
+    """The members of (B, m, n), copied only if one is not aligned."""
     step = stack.stride(0) * stack.itemsize if len(stack) > 1 else 0
     whole = stack.unbind()
     if whole and step % ALIGNED == 0 and _lies_well(whole[0]):
@@ -88,7 +90,8 @@ def _members(stack: Tensor) -> Iterable[Tensor]:
 
 
 def _lies_well(x: Tensor) -> bool:
-    """Whether x (m, n) begins where a tensor of its own would, and is as dense; strides of sides of 1 are arbitrary."""
+    """Whether x (m, n) is aligned and dense as a tensor of its own would be."""
+    # the stride of a side of 1 is arbitrary
     dense = x.is_contiguous() or x.mT.is_contiguous()
     return dense and 1 not in x.shape and x.data_ptr() % ALIGNED == 0
 
@@ -100,7 +103,10 @@ def _alone(x: Tensor) -> Tensor:
 
 
 def each(function: Callable[..., Any], *stacks: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that `function` makes of each member of stacks (..., m, n), stacked again; on accelerators it gets the stacks."""
+    """Apply `function` to each member of stacks (..., m, n) and stack its results.
+
+    On accelerators it is applied to whole stacks.
+    """
     if not (one_by_one(stacks[0]) and stacks[0].numel()):
         found = function(*stacks)
         return found if isinstance(found, tuple) else (found,)

@@ -7,16 +7,23 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from adaptkit.algorithms._algebra import distance_squared, inner
 
-from adaptkit.algorithms import _algebra
-from adaptkit.algorithms.contract import Dense, Product, Weights
+from adaptkit.algorithms._factor import Dense, Product
+from adaptkit.algorithms.contract import Weights
 from adaptkit.algorithms.full import Full
 from adaptkit.algorithms.loha import Loha
 from adaptkit.algorithms.lokr import Lokr
 from adaptkit.algorithms.lora import Lora
 
 DRAW = np.random.default_rng(0)
+
+
+def inner(one: Weights, two: Weights) -> float:
+    return one.inner_product(two)
+
+
+def distance_squared(one: Weights, two: Weights, norm: float | None = None) -> float:
+    return one.distance_squared(two, norm)
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -104,7 +111,7 @@ def test_a_kronecker_product_with_thin_factors_is_never_made_dense(
     def dense(_: Weights) -> torch.Tensor:
         raise AssertionError("ΔW was formed")
 
-    monkeypatch.setattr(_algebra, "_dense", dense)
+    monkeypatch.setattr(Weights, "_wide_delta", dense)
     for one, two in itertools.product(("lora", "lokr", "low lokr"), repeat=2):
         (first, exact), (second, other) = KINDS[one], KINDS[two]
         assert inner(first, second) == pytest.approx((exact * other).sum(), rel=1e-9)

@@ -8,21 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.algorithms.contract import (
-    Dense,
-    FitSpec,
-    Product,
-    Stated,
-    Tucker,
-    Weights,
-    flat,
-    grouped,
-    same,
-    scaling,
-    spread,
-    stacked,
-    unique,
-)
+from adaptkit.algorithms._factor import Dense, Product, Tucker, spread
+from adaptkit.algorithms._parts import grouped, same, stacked, unique
+from adaptkit.algorithms._stored import flat, scaling
+from adaptkit.algorithms.contract import FitSpec, Stated, Weights
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.keymap import algorithms
 

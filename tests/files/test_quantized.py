@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from adaptkit.files.header import TensorInfo
+from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
-from adaptkit.files.source import open_source
 
 
 def header(**shapes: tuple[str, tuple[int, ...]]) -> dict[str, TensorInfo]:

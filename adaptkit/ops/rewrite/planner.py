@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter, Entry
-from adaptkit.algorithms.contract import ALPHA, THIN
+from adaptkit.algorithms.contract import ALPHA
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import (
@@ -34,12 +34,13 @@ from adaptkit.ops.rewrite.plan import (
     Written,
     product_rank,
 )
+from adaptkit.ops.rewrite.stacking import check_sizes, likeness_of, step_of
 from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
 from adaptkit.respelling import Assembly, Respelling
-from adaptkit.steps import Step, check_memory
+from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from adaptkit.algorithms.contract import Weights
@@ -86,7 +87,7 @@ def recast(
             file=path,
         )
     _check_family(first, into.format, tasks, options)
-    steps = tuple(_step(task) for task in tasks if task.ready is None or task.ranked)
+    steps = tuple(step_of(task) for task in tasks if task.ready is None or task.ranked)
     check_memory(steps, options.memory)
     return Recast(
         command,
@@ -151,39 +152,6 @@ def _spec(adapter: Adapter, name: str) -> TensorSpec:
     return TensorSpec(name, info.dtype, info.shape)
 
 
-def _step(task: Task) -> Step[Task]:
-    """The step of a slot: tensors as read, computed in float32 and float64, and rounded."""
-    adapter = task.terms[0].job.adapter
-    elements = dense = 0
-    for term in task.terms:
-        infos = term.job.adapter.source.infos
-        fused = len(term.job.parts) if len(term.job.parts) > 1 else 1
-        elements += fused * sum(
-            infos[key].numel for entry in term.job.entries for _, key in entry.tensors()
-        )
-        dense = max(dense, sum(e.facts.rows * e.facts.columns for e in term.job.entries))
-    whole = "changed" in task.changes or task.kind.dense or task.base is not None
-    order = adapter.source.order(next(task.entries[0].tensors())[1])
-    shape = task.number if task.likeness is None else task.likeness
-    return Step(task, shape, 16 * elements + (16 * dense if whole else 0), order)
-
-
-def _likeness(task: Task, swapped: bool) -> Hashable:
-    """What two tasks must share to be computed as one stack; None for a task by itself.
-
-    Only modules of one piece whose rank is cut are stacked.
-    """
-    whole = task.terms[0].job.whole
-    if not task.ranked or task.base is not None or "summed" in task.changes or whole is None:
-        return None
-    thin = product_rank(task.terms[0]) <= THIN * min(whole.facts.rows, whole.facts.columns)
-    if not (task.kind.stacks and whole.kind.stacks and thin):
-        return None
-    infos = task.terms[0].job.adapter.source.infos
-    tensors = tuple((role, infos[key].shape, infos[key].dtype) for role, key in whole.tensors())
-    return task.kind, whole.kind, whole.facts, whole.swapped, swapped, task.changes, tensors
-
-
 class _Planner:
     """Make a task of every slot; keys that would be lost go to `unused`."""
 
@@ -246,7 +214,7 @@ class _Planner:
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
-        _check_sizes(task)
+        check_sizes(task)
         try:
             kind = self._kind(task)
             ranked = self.policy is not None and self._ranked(task, kind)
@@ -259,7 +227,9 @@ class _Planner:
         if ranked:
             changes |= {"resized"}
         task = replace(task, kind=kind, ready=ready, changes=changes, ranked=ranked, base=based)
-        return replace(task, likeness=_likeness(task, self.keys.swapped(slot))) if ranked else task
+        return (
+            replace(task, likeness=likeness_of(task, self.keys.swapped(slot))) if ranked else task
+        )
 
     # --- which algorithm ---------------------------------------------------------------------
 
@@ -440,34 +410,6 @@ class _Planner:
         if self.into.fold or place in (Alpha.NONE, Alpha.CONFIG):
             return True
         return place is Alpha.OPTIONAL and entry.facts.scale == 1.0
-
-
-def _check_sizes(task: Task) -> None:
-    """ShapeMismatch if two inputs adapt a layer of different sizes; 0 is a size not known."""
-    first, *others = ((term, _size(term.job)) for term in task.terms)
-    for term, size in others:
-        if any(a and b and a != b for a, b in zip(first[1], size, strict=True)):
-            here, there = ("{} × {}".format(*(n or "?" for n in s)) for s in (size, first[1]))
-            name = first[0].job.adapter.source.path.name
-            raise ShapeMismatch(
-                f"{task.label} is {here} in this adapter, {there} in {name}",
-                hint="they were made for models of different sizes; see `adaptkit inspect --modules`",
-                file=term.job.adapter.source.path,
-            )
-
-
-def _size(job: Assembly) -> tuple[int, int]:
-    """(rows, columns) that an adapter gives to a slot; 0 if its tensors do not tell."""
-    heights = [
-        part.rows
-        if part.entry is None
-        else part.cut[1] - part.cut[0]
-        if part.cut
-        else part.entry.facts.rows
-        for part in job.parts
-    ]
-    columns = {entry.facts.columns for entry in job.entries}
-    return (sum(heights) if all(heights) else 0), (columns.pop() if len(columns) == 1 else 0)
 
 
 def _turned(kind: type[Weights], into: type[Weights]) -> bool:
