@@ -12,11 +12,12 @@ from adaptkit.ops.rewrite.plan import (
     Task,
     product_rank,
 )
-from adaptkit.respelling import Assembly
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+
+    from adaptkit.respelling import Assembly
 
 
 __all__ = ["check_sizes", "likeness_of", "step_of"]
