@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.algorithms.contract import ALPHA, Stated
+from adaptkit.algorithms.contract import ALPHA
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.source import open_source
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label, split_suffix
+from adaptkit.meaning import Meaning
 from adaptkit.unknown import fallback
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ CARRIED = (
     "bundle_emb.",
     "_aux.",
 )  # OneTrainer's embeddings, and tensors other tools leave beside an adapter
-DIFFUSERS_CONFIG = "lora_adapter_metadata"
 
 
 class Problem(NamedTuple):
@@ -142,9 +141,10 @@ class Adapter:
         keys: KeyMap,
         found: Detection,
     ) -> Adapter:
-        reader = _Reader(source, keys, _Configs.of(source.metadata, config))
+        meaning = Meaning.of(source.metadata, config)
+        reader = _Reader(source, keys, meaning)
         entries = reader.entries(infos)
-        reader.problems += _unusual(config or {})
+        reader.problems += [Problem("error", None, what) for what in meaning.unsupported()]
         return cls(
             source,
             keys.family,
@@ -238,22 +238,6 @@ def _unknown(
     return KeyMap(stranger, key_format), Detection(None, key_format.name, claimed, found.total)
 
 
-def _unusual(config: Mapping[str, object]) -> list[Problem]:
-    """What a PEFT configuration asks for that the tensors do not show and adaptkit does not do."""
-    usual: dict[str, object] = {
-        "use_cayley_neumann": True,
-        "num_cayley_neumann_terms": 5,
-        "coft": False,
-    }
-    if config.get("peft_type") != "OFT":
-        return []
-    wrong = [name for name, value in usual.items() if config.get(name, value) != value]
-    return [
-        Problem("error", None, f"{name} = {config[name]}: this kind of OFT is not supported")
-        for name in wrong
-    ]
-
-
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:
     """An adapter's file, and PEFT's adapter_config.json where the path is a folder that has one."""
     config = path / PEFT_CONFIG
@@ -268,55 +252,13 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
         ) from None
 
 
-@dataclass(frozen=True)
-class _Configs:
-    """Alphas that stand in metadata: PEFT's LoraConfig fields, per component where diffusers wrote them."""
-
-    configs: Mapping[str, Mapping[str, object]]
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, str], config: Mapping[str, object] | None) -> _Configs:
-        if config is not None:
-            return cls({"": config})
-        try:
-            stored = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
-        except ValueError:
-            stored = {}
-        parts: dict[str, dict[str, object]] = {}
-        for name, value in stored.items() if isinstance(stored, dict) else ():
-            component, _, key = name.partition(".")
-            parts.setdefault(component, {})[key] = value
-        return cls(parts)
-
-    def alpha(self, component: str, module: str) -> Stated | None:
-        """Alpha of a module, named as the file names it; None where no configuration states one."""
-        config = self.configs.get(component) or self.configs.get("") or {}
-        alpha = _pattern(
-            config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha"))
-        )
-        if not isinstance(alpha, int | float):
-            return None
-        rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
-        return Stated(
-            float(alpha), rank if isinstance(rank, int) else None, bool(config.get("use_rslora"))
-        )
-
-
-def _pattern(patterns: object, module: str, default: object) -> object:
-    """The value of the first pattern that matches the end of the module's name, as PEFT's `get_pattern_key` finds it."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
-
-
 class _Reader:
     """Groups keys by slot and makes entries of them; what does not fit is listed, never dropped."""
 
-    def __init__(self, source: TensorSource, keys: KeyMap, configs: _Configs) -> None:
+    def __init__(self, source: TensorSource, keys: KeyMap, meaning: Meaning) -> None:
         self.source = source
         self.keys = keys
-        self.configs = configs
+        self.meaning = meaning
         self.unclaimed: dict[str, str] = {}
         self.problems: list[Problem] = []
 
@@ -337,7 +279,8 @@ class _Reader:
         names = tuple(group)
         for kind, places in _whole(tuple(parsed.roles for parsed in group.values())):
             keys = {role: names[n] for role, n in places.items()}
-            alpha, origin = self._alpha(slot, keys, first.module)
+            stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
+            alpha, origin = self.meaning.alpha(slot.component, first.module, stored)
             try:
                 shapes = {
                     role: self.source.infos[key].shape
@@ -362,12 +305,6 @@ class _Reader:
         if row is None or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
-
-    def _alpha(self, slot: Slot, keys: Mapping[str, str], module: str) -> tuple[Stated | None, str]:
-        if ALPHA in keys:
-            return Stated(self.source.scalar(keys[ALPHA])), "tensor"
-        alpha = self.configs.alpha(slot.component, module)
-        return alpha, "none" if alpha is None else "metadata"
 
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
         self.problems.append(Problem("error", label(self.keys.family, slot), what))

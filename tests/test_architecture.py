@@ -22,7 +22,7 @@ FLOORS = (
     ("errors", "memory", "names", "registry"),
     ("files", "linalg"),
     ("families", "formats", "algorithms"),
-    ("keymap", "kinds", "suggest", "detect", "unknown", "adapter", "respelling", "checkpoint"),
+    ("keymap", "kinds", "suggest", "detect", "unknown", "meaning", "adapter", "respelling", "checkpoint"),
     ("engine", "hosts"),
     ("ops",),
     ("cli",),
