@@ -9,12 +9,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.algorithms.contract import ALPHA, Stated
-from adaptkit.configuration import PEFT_CONFIG, Configuration, Problem, refuse_errors
+from adaptkit.algorithms.contract import ALPHA
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label, split_suffix
+from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
 from adaptkit.unknown import fallback
 
 if TYPE_CHECKING:
@@ -147,13 +147,13 @@ class Adapter:
         keys: KeyMap,
         found: Detection,
     ) -> Adapter:
-        stated = Configuration.of(source.metadata, config)
-        reader = _Reader(source, keys, stated)
+        meaning = Meaning.of(source.metadata, config)
+        reader = _Reader(source, keys, meaning)
         entries = reader.entries(infos)
-        reader.problems += stated.problems()
+        reader.problems += meaning.problems()
         ranked = [entry for entry in entries.values() if entry.facts.rank is not None]
         if ranked and all(entry.alpha is None for entry in ranked):
-            reader.problems += stated.unused_alpha()
+            reader.problems += meaning.ignored_alpha()
         return cls(
             source,
             keys.family,
@@ -284,10 +284,10 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
 class _Reader:
     """Groups keys by slot into entries; lists keys that do not fit."""
 
-    def __init__(self, source: TensorSource, keys: KeyMap, configs: Configuration) -> None:
+    def __init__(self, source: TensorSource, keys: KeyMap, meaning: Meaning) -> None:
         self.source = source
         self.keys = keys
-        self.configs = configs
+        self.meaning = meaning
         self.unclaimed: dict[str, str] = {}
         self.problems: list[Problem] = []
 
@@ -308,7 +308,8 @@ class _Reader:
         names = tuple(group)
         for kind, places in _whole(tuple(parsed.roles for parsed in group.values())):
             keys = {role: names[n] for role, n in places.items()}
-            alpha, origin = self._alpha(slot, keys, first.module)
+            stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
+            alpha, origin = self.meaning.alpha(slot.component, first.module, stored)
             try:
                 shapes = {
                     role: self.source.infos[key].shape
@@ -339,22 +340,14 @@ class _Reader:
     def _with_bias_scale(
         self, slot: Slot, facts: Facts, keys: Mapping[str, str], module: str
     ) -> Facts:
-        """PEFT scales `lora_B.bias` as it scales the factors (peft/tuners/lora/layer.py)."""
         key = next(iter(keys.values()))
         if not key.endswith(PEFT_BIAS):
             return facts
         down = self.source.infos.get(f"{key.removesuffix(PEFT_BIAS)}lora_A.weight")
-        stated = self.configs.alpha(slot.component, module)
-        if down is None or stated is None:
+        if down is None:
             return facts
-        rank = stated.rank or down.shape[0]
-        return replace(facts, scale=stated.value / (rank**0.5 if stated.rank_scaled else rank))
-
-    def _alpha(self, slot: Slot, keys: Mapping[str, str], module: str) -> tuple[Stated | None, str]:
-        if ALPHA in keys:
-            return Stated(self.source.scalar(keys[ALPHA])), "tensor"
-        alpha = self.configs.alpha(slot.component, module)
-        return alpha, "none" if alpha is None else "metadata"
+        scale = self.meaning.bias_scale(slot.component, module, down.shape[0])
+        return replace(facts, scale=scale)
 
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
         self.problems.append(Problem("error", label(self.keys.family, slot), what))

@@ -23,12 +23,12 @@ FLOORS = (
     ("files", "linalg"),
     ("families", "formats", "algorithms"),
     (
-        "configuration",
         "keymap",
         "kinds",
         "suggest",
         "detect",
         "unknown",
+        "meaning",
         "adapter",
         "respelling",
         "checkpoint",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
-from adaptkit.configuration import refuse_errors
 from adaptkit.detect import is_adapter
 from adaptkit.errors import AdaptkitError, ShapeMismatch, UnknownAdapter
+from adaptkit.meaning import refuse_errors
 from adaptkit.ops.difference.pairing import open_pair
 
 if TYPE_CHECKING:

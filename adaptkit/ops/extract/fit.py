@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adaptkit.algorithms.contract import ALPHA, FitSpec, Stated
+from adaptkit.algorithms.contract import ALPHA, FitSpec
 from adaptkit.errors import NonFinite
+from adaptkit.meaning import as_read
 from adaptkit.ops.difference.probe import as_rounded
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
@@ -149,10 +150,7 @@ class Fitter:
         """Round to what is written and measure the error against `delta`, which it overwrites."""
         weights = weights.placed(job.role, vector=len(job.shape) == 1)
         encoded = self._encoded(job, weights)
-        shapes = {role: tuple(t.shape) for role, t in encoded.items() if role != ALPHA}
-        alpha = float(encoded[ALPHA]) if ALPHA in encoded else None
-        facts = recipe.kind.facts(shapes, None if alpha is None else Stated(alpha))
-        rounded = recipe.kind.decode({role: encoded[role] for role in shapes}, facts)
+        rounded, _, shapes, alpha = as_read(recipe.kind, encoded)
         ladder = recipe.ladder and recipe.kind.laddered(shapes)
         errors = rounded.ladder_errors(delta) if ladder else (_left(rounded, delta),)
         later = recipe.kind.dense and recipe.ladder

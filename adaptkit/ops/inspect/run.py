@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
-from adaptkit.configuration import PEFT_CONFIG, Problem
 from adaptkit.detect import Detection, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
+from adaptkit.meaning import PEFT_CONFIG, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median, median_high
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.configuration import Problem
 from adaptkit.errors import NotRepresentable
+from adaptkit.meaning import Problem
 from adaptkit.ops.blocks import KINDS, NUMBERED, STAGES, block_of, kind_of
 
 if TYPE_CHECKING:

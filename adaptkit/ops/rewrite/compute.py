@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec, Stated
+from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.formats.contract import Alpha
 from adaptkit.kinds import dense_kind, low_rank_kind
+from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.plan import Task, product_rank
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
@@ -297,17 +298,12 @@ class Rewriter:
         dtype = torch_dtype(dtype_of(self.plan, task))
         whole = folded.encode()
         encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
-        shapes = {role: tuple(tensor.shape) for role, tensor in encoded.items() if role != ALPHA}
-        alpha = None if ALPHA not in encoded else Stated(float(encoded[ALPHA]))
-        facts = kind.facts(shapes, alpha)
-        rounded = kind.decode({role: encoded[role] for role in shapes}, facts)
-        norm, error = _lost(
-            exact, rounded, tensors.get("base"), None if taken is None else taken.norm
-        )
+        rounded, facts, shapes, alpha = as_read(kind, encoded)
+        known = None if taken is None else taken.norm
+        norm, error = _lost(exact, rounded, tensors.get("base"), known)
         found = self._laid_out(task, kind, facts, encoded)
-        value = 0.0 if alpha is None else alpha.value
         vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
-        return Stored(kind, facts.rank, value, shapes, norm, error, vanished, tensors=found)
+        return Stored(kind, facts.rank, alpha or 0.0, shapes, norm, error, vanished, tensors=found)
 
     def _store_stack(
         self,
@@ -323,8 +319,8 @@ class Rewriter:
         kept = kind.keep_stack(exact, taken, ranks)
         whole = {role: tensor for role, tensor in kept.weights.encode().items() if role != ALPHA}
         encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
-        facts = kind.facts({role: tuple(tensor.shape[1:]) for role, tensor in encoded.items()})
-        errors = kept.distances(kind.decode(encoded, facts))
+        rounded, facts, _, _ = as_read(kind, encoded, batch=1)
+        errors = kept.distances(rounded)
         vanished = any(_vanished(whole[role], encoded[role]) for role in encoded)
         results = []
         for n, (task, one, rank) in enumerate(zip(tasks, taken, ranks, strict=True)):
