@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = [
+    "ALIGNED",
     "accumulate_dtype",
     "cast",
     "compute_dtype",
@@ -113,7 +114,15 @@ def each(function: Callable[..., Any], *stacks: Tensor) -> tuple[Tensor, ...]:
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x (..., m, k) · y (..., k, n), each of a stack by itself on a CPU."""
-    return each(torch.matmul, x, y)[0] if x.ndim > 2 else x @ y
+    if not one_by_one(x):
+        return x @ y
+    result = x.new_empty(*x.shape[:-1], y.shape[-1])
+    places = result.reshape(-1, *result.shape[-2:])
+    if result.shape[-2:].numel() * result.itemsize % ALIGNED:
+        return each(torch.mm, x, y)[0]
+    for place, (one, other) in zip(places, members(x, y), strict=True):
+        torch.mm(one, other, out=place)
+    return result
 
 
 def entry_sum(x: Tensor) -> Tensor:
