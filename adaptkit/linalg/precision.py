@@ -75,13 +75,16 @@ def one_by_one(x: Tensor) -> bool:
 def members(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Each member of stacks (..., m, n) of equal leading dimensions, laid out in memory as if it had been read alone.
 
-    BLAS may sum in another order where a matrix begins at an odd address or has other strides: such members are copied.
+    BLAS may sum in another order where a matrix begins at an odd address or has other strides: on a CPU such members are
+    copied.
     """
     return zip(*(_members(stack.reshape(-1, *stack.shape[-2:])) for stack in stacks), strict=True)
 
 
 def _members(stack: Tensor) -> Iterable[Tensor]:
     """Those of (B, m, n), as they are where all of them lie well."""
+    if works_on_stacks(stack.device):
+        return stack.unbind()
     step = stack.stride(0) * stack.itemsize if len(stack) > 1 else 0
     whole = stack.unbind()
     if whole and step % ALIGNED == 0 and _lies_well(whole[0]):
