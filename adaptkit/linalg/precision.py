@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = [
+    "ALIGNED",
     "accumulate_dtype",
     "cast",
     "compute_dtype",
@@ -74,14 +75,16 @@ def one_by_one(x: Tensor) -> bool:
 def members(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Each member of stacks (..., m, n), laid out in memory as a tensor of its own.
 
-    The stacks have equal leading dimensions. BLAS may sum in another order for a matrix at an odd
-    address or of other strides, so such members are copied.
+    The stacks have equal leading dimensions. On a CPU, BLAS may sum in another order for a matrix
+    at an odd address or of other strides, so such members are copied there.
     """
     return zip(*(_members(stack.reshape(-1, *stack.shape[-2:])) for stack in stacks), strict=True)
 
 
 def _members(stack: Tensor) -> Iterable[Tensor]:
-    """The members of (B, m, n), copied only if one is not aligned."""
+    """The members of (B, m, n), copied on a CPU if one is not aligned."""
+    if works_on_stacks(stack.device):
+        return stack.unbind()
     step = stack.stride(0) * stack.itemsize if len(stack) > 1 else 0
     whole = stack.unbind()
     if whole and step % ALIGNED == 0 and _lies_well(whole[0]):
@@ -118,7 +121,15 @@ def each(function: Callable[..., Any], *stacks: Tensor) -> tuple[Tensor, ...]:
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x (..., m, k) · y (..., k, n), each of a stack by itself on a CPU."""
-    return each(torch.matmul, x, y)[0] if x.ndim > 2 else x @ y
+    if not one_by_one(x):
+        return x @ y
+    result = x.new_empty(*x.shape[:-1], y.shape[-1])
+    places = result.reshape(-1, *result.shape[-2:])
+    if result.shape[-2:].numel() * result.itemsize % ALIGNED:
+        return each(torch.mm, x, y)[0]
+    for place, (one, other) in zip(places, members(x, y), strict=True):
+        torch.mm(one, other, out=place)
+    return result
 
 
 def entry_sum(x: Tensor) -> Tensor:

@@ -462,7 +462,10 @@ def test_members_of_a_batch_strides_and_threads_change_nothing() -> None:
     assert torch.equal(again.low_rank, found.low_rank)
     # Lanczos stops by what rounding leaves: a block more or less moves the ratio within its tolerance
     torch.testing.assert_close(again.ratio, found.ratio, rtol=1e-3, atol=0)
-    torch.testing.assert_close(clean_again.s, clean.s, rtol=1e-5, atol=0)
+    # one that barely rises above the noise is shrunk to a small difference of large numbers
+    torch.testing.assert_close(
+        clean_again.s, clean.s, rtol=1e-5, atol=1e-5 * float(clean.s[0, 0, 0])
+    )
 
 
 @pytest.mark.parametrize("ulp", [3e2, 1e4, 1e5])
