@@ -46,7 +46,7 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     host = gram.cpu()
     try:
-        # LAPACK takes one matrix after another; where they all begin well, torch's own loop saves a tenth
+        # if every matrix is aligned, torch's own loop over LAPACK gives the same bits 10 % faster
         well = host.shape[-1] ** 2 * host.itemsize % ALIGNED == 0
         values, vectors = torch.linalg.eigh(host) if well else each(torch.linalg.eigh, host)
         values, vectors = values.flip(-1), vectors.flip(-1)

@@ -153,7 +153,7 @@ def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     done = adaptkit("advise", *pair, "--max-rank", 4, "--plot", tmp_path / "a.svg")
     assert done.returncode == 0, done.stderr
     assert "factor" in done.stdout
-    assert "this difference is a LoKr" in done.stderr
+    assert "sampled layers are a LoKr of factor 8" in done.stderr
     assert (tmp_path / "a.svg").read_bytes().count(b"<svg") == 1
     record = json.loads(adaptkit("advise", *pair, "--max-rank", 4, "--json").stdout)
     assert record["made_by"]["factor"] == 8

@@ -44,6 +44,8 @@ class Pair:
     why: str = ""
     # position among the pairs of a plan
     number: int = 0
+    # whether the format stores the two halves of its rows exchanged
+    swapped: bool = False
     # whether the difference counts in the total: a VAE, for one, does not
     counted: bool = True
 
@@ -252,6 +254,7 @@ class Pairing:
         assert slot is not None
         if not self.keys.slots(slot.target):
             return replace(pair, why=f"the {self.keys.format.name} format has no key for it")
+        pair = replace(pair, swapped=self.keys.swapped(slot))
         row = self.keys.row(slot.target)
         kind = row.kind if row else Kind.MATRIX
         vector = slot.param == BIAS or kind is Kind.NORM

@@ -66,17 +66,15 @@ class Probe:
         return None if self.made is None else self.made.get("rank")
 
     def notes(self) -> list[str]:
-        """Return notes for the user."""
+        """Return notes for the user. They claim no more than the sample shows."""
         if self.made is None:
             return []
+        sampled = f"{self.made['layers']} of {self.made['of']} sampled layers"
         if self.rank is not None:
-            return [
-                f"this difference is a LoRA of rank {self.rank}; --rank {self.rank} keeps all of "
-                "it except rounding."
-            ]
+            return [f"{sampled} are a rank-{self.rank} LoRA and rounding: see --rank {self.rank}."]
         return [
-            f"this difference is a LoKr; --algo lokr --factor {self.factor} keeps all of it "
-            "except rounding."
+            f"{sampled} are a LoKr of factor {self.factor} and rounding: "
+            f"see --algo lokr --factor {self.factor}."
         ]
 
 
