@@ -315,11 +315,10 @@ def _about(options: Options, result: Result) -> Iterator[str]:
 def _about_origin(options: Options, probe: Probe) -> Iterator[str]:
     """A note if a merged adapter made the difference, and another kind or rank is extracted."""
     kind = extractable().get(options.algo)
-    rank_differs = probe.rank is not None and (options.rank or 0) != probe.rank
     factored = kind is not None and "factor" in kind.fit_options
-    if probe.rank is not None and (factored or rank_differs):
-        yield from probe.notes()
-    elif probe.factor is not None and kind is not None and kind.low_rank:
+    low_rank = probe.rank is not None and (factored or (options.rank or 0) != probe.rank)
+    product = probe.factor is not None and kind is not None and kind.low_rank
+    if low_rank or product:
         yield from probe.notes()
 
 
