@@ -18,8 +18,8 @@ class Alpha(Enum):
 
     TENSOR = "tensor"  # one scalar tensor per module
     CONFIG = "config"  # in adapter_config.json beside the file
-    NONE = "none"  # nowhere that every host looks: the scale is folded into the weights
-    OPTIONAL = "optional"  # a scalar tensor where alpha differs from rank, none where it does not
+    NONE = "none"  # nowhere: the scale is folded into the weights
+    OPTIONAL = "optional"  # a scalar tensor, only if alpha differs from the rank
 
 
 # PEFT and diffusers call the factors A (down) and B (up)

@@ -153,7 +153,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         )
         raise NotRepresentable(
             f"{target.title} loads no {what}",
-            hint="--algo lora writes a LoRA where that is exact; --skip leaves modules out",
+            hint="--algo lora writes a LoRA if that is exact; --skip leaves modules out",
             file=path,
         )
     return Recipe(

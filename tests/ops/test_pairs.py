@@ -217,7 +217,7 @@ def test_every_family_reads_the_same_weights_from_a_folder(tmp_path: Path, famil
     )
     first, second = open_pair(*paths, None)
     found = pairing(first, second, skip=("text_conditioner",))  # Anima's: no folder that is read
-    jobs = list(found.jobs())
+    jobs = list(found.pairs())
     assert (found.lost, found.left) == ([], [])
     assert len(jobs) > 30
     for job in jobs:
@@ -294,7 +294,7 @@ def test_a_vae_under_other_names_is_said_once(tmp_path: Path) -> None:
         save(tmp_path / "b.safetensors", base), save_folder(tmp_path / "t", folders), None
     )
     found = pairing(*pair)
-    assert not [job for job in found.jobs() if job.slot is None]
+    assert not [job for job in found.pairs() if job.slot is None]
     assert not found.lost
     reason = "vae: the base has it under other names"
     assert {item.key: item.reason for item in found.left} == {
@@ -356,7 +356,7 @@ def test_fp8_is_written_in_the_dtype_of_its_plain_partner(tmp_path: Path) -> Non
     narrow, _ = quantised(base, torch.float8_e4m3fn, scaled=True)
     one, two = save(tmp_path / "a.safetensors", base), save(tmp_path / "b.safetensors", narrow)
     for pair, expected in (((one, two), "BF16"), ((two, one), "BF16"), ((two, two), "F16")):
-        jobs = [job for job in pairing(*open_pair(*pair, None)).jobs() if job.algorithm == "lora"]
+        jobs = [job for job in pairing(*open_pair(*pair, None)).pairs() if job.algorithm == "lora"]
         wide = {
             job.dtype
             for job in jobs
@@ -421,7 +421,7 @@ def test_averaged_weights_are_what_differs(tmp_path: Path) -> None:
     first, second = open_pair(*paths, None, ema=True)
     assert (first.ema, second.ema) == (0, len([key for key in base if key.startswith("model.")]))
     found = pairing(first, second)
-    jobs = list(found.jobs())
+    jobs = list(found.pairs())
     assert not found.lost
     assert sum(
         float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in jobs
@@ -431,7 +431,7 @@ def test_averaged_weights_are_what_differs(tmp_path: Path) -> None:
         f"Of the tuned checkpoint, the averaged (EMA) values of {second.ema} weights are read.",
     )
     first, second = open_pair(*paths, None)
-    jobs = list(pairing(first, second).jobs())
+    jobs = list(pairing(first, second).pairs())
     assert sum(
         float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in jobs
     ) ** 0.5 == pytest.approx(distance(base, plain), rel=1e-5)
@@ -503,7 +503,7 @@ def test_a_family_without_a_table_pairs_by_its_own_names(
     first, second = open_pair(*paths, None)
     assert (first.known, second.known, first.family) == (False, False, second.family)
     found = pairing(first, second, to)
-    jobs = {job.label: job for job in found.jobs()}
+    jobs = {job.label: job for job in found.pairs()}
     assert not found.lost
     assert found.notes[0].startswith("adaptkit has no table for this family")
     fitted = {job.slot: job for job in jobs.values() if job.algorithm == "lora"}
@@ -533,7 +533,7 @@ def test_a_pipeline_without_a_table_keeps_its_parts_apart(tmp_path: Path) -> Non
         save_folder(tmp_path / "a", folders), save_folder(tmp_path / "b", folders), None
     )
     found = pairing(*pair)
-    stems = {found.keys.stem(job.slot) for job in found.jobs() if job.algorithm and job.slot}
+    stems = {found.keys.stem(job.slot) for job in found.pairs() if job.algorithm and job.slot}
     assert len(stems) == 12
     assert {stem.partition("_encoder")[0] for stem in stems} == {"lora_unet", "lora_te1"}
 
@@ -542,7 +542,7 @@ def test_modules_that_underscores_do_not_tell_apart_are_left_out(tmp_path: Path)
     state = stranger() | {"a.b_c.weight": torch.zeros(4, 4), "a_b.c.weight": torch.zeros(4, 4)}
     path = save(tmp_path / "a.safetensors", state)
     found = pairing(*open_pair(path, path, None))
-    jobs = list(found.jobs())
+    jobs = list(found.pairs())
     assert len([job for job in jobs if job.algorithm]) == 6
     assert {job.label for job in jobs if job.slot is None} == {
         "pooler.scale",

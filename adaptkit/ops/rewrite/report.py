@@ -85,7 +85,7 @@ def _changes(plan: Recast, state: State) -> dict[str, int]:
 
 def _loss(state: State, task: Task) -> tuple[float, float] | None:
     """‖ΔW‖² and what was lost of it; None if nothing was computed, or without the base weight."""
-    stored, found = state.stored.get(task.number), state.taken.get(task.number)
+    stored, found = state.stored.get(task.number), state.decomposed.get(task.number)
     if stored is not None and stored.norm is not None and stored.error is not None:
         return stored.norm, stored.error
     if found is None or (stored is not None and not task.kind.additive):
@@ -97,7 +97,7 @@ def _untouched(plan: Recast, state: State) -> float:
     """‖ΔW‖² of what was copied: errors are relative to the whole adapter."""
     total = 0.0
     for task in plan.tasks:
-        if state.copied(task) and task.number not in state.taken and task.kind.additive:
+        if state.copied(task) and task.number not in state.decomposed and task.kind.additive:
             total += task.terms[0].job.adapter.weights(task.entries[0]).norm_squared()
     return total
 
@@ -137,7 +137,7 @@ def _notes(plan: Recast, state: State) -> Iterator[str]:
             f"{vanished:,} numbers became zero in rounding; the error counts that. "
             "--dtype bf16 or fp32 keeps them."
         )
-    ranked = [task for task in plan.tasks if task.number in state.taken]
+    ranked = [task for task in plan.tasks if task.number in state.decomposed]
     if ranked and not any(task.number in state.stored for task in ranked) and not dropped:
         yield "nothing was cut: every module has no more rank than that."
     directions = sum(
