@@ -1,4 +1,4 @@
-"""LoKr: a Kronecker product of two small matrices, either of them possibly a low-rank product."""
+"""LoKr: a Kronecker product of two small matrices, each full or of low rank."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Lokr(Weights):
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
         (a, b), rank1 = first_shape(shapes)
         (c, columns, kernel), rank2 = second_shape(shapes)
-        # LyCORIS, ComfyUI and InvokeAI take the rank of w2 where it is a product, else that of w1
+        # LyCORIS, ComfyUI and InvokeAI take the rank of w2, or that of w1 if w2 is full
         rank = rank2 or rank1
         # only a PEFT configuration gives two full factors a scale: PEFT always takes alpha / r
         divisor = rank or (alpha.rank if alpha else None)
@@ -135,7 +135,7 @@ class Lokr(Weights):
 
     @property
     def rank(self) -> int | None:
-        """The rank that alpha is divided by; None where both factors are full."""
+        """The rank that alpha is divided by; None if both factors are full."""
         match self.w2:
             case Product(_, right) | Tucker(_, _, right):
                 return int(right.shape[-2])

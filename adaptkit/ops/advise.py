@@ -44,7 +44,7 @@ USUAL = (
     8,
     16,
     32,
-)  # factors of LoKr shown always; others where the difference was made with them
+)  # the factors of LoKr that are always shown
 BASIS = 3  # of Lanczos: columns kept, as a multiple of the rank
 
 

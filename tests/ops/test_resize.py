@@ -469,7 +469,7 @@ def test_what_has_no_rank_is_carried_or_refused(tmp_path: Path) -> None:
 def test_one_rule_exactly(tmp_path: Path) -> None:
     source = adapter(tmp_path / "a.safetensors")
     for options, words in (
-        ({}, "which ranks"),
+        ({}, "no rank rule is given"),
         ({"rank": 2, "error": 0.1}, "contradict"),
         ({"energy": 0.9, "conv_rank": 2}, "--conv-rank"),
         ({"rank": 2, "algo": "full"}, "no rank"),

@@ -1,1 +1,1 @@
-"""Write adapter files: the one writer, the one size, and the configuration that PEFT reads."""
+"""Write adapter files: one writer, one size, and the configuration of PEFT."""

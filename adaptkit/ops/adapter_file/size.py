@@ -1,4 +1,4 @@
-"""The bytes of an adapter file: exact for a whole file, and close for one module."""
+"""The size of an adapter file, exact, and that of one module, estimated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""extract: the adapter that turns one checkpoint into another, as nearly as its rank allows."""
+"""extract: fit the adapter that turns one checkpoint into another."""
 
 from __future__ import annotations
 

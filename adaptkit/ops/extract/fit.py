@@ -1,4 +1,4 @@
-"""Fit the forms of a layer that differs: on the device, rounded as written, and measured."""
+"""Fit the forms of a layer that differs, rounded as written and measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose the form and rank of every layer of a difference, over all layers at once."""
+"""Choose the form and rank of every layer, over all layers at once."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def _hull(owner: Indices, x: Floats, y: Floats) -> Indices:
 
 
 def grain(front: _Frontier, bytes_: Floats) -> int:
-    """The greatest number of bytes that divides all differences; 1 where there are none."""
+    """The greatest number of bytes that divides all differences; 1 without any."""
     import numpy as np
 
     differences = (bytes_ - bytes_[front.begin[front.owner]]).astype(np.int64)

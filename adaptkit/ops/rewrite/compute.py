@@ -1,4 +1,4 @@
-"""Compute one module: exact weights, cut to a rank, rounded as written, error measured."""
+"""Compute the tensors of one module, and measure the error of what is written."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class Rewriter:
             return self._nothing(task, exact)
         if task.ranked:
             exact = exact.widened()
-            taken = self._taken(task, exact, tensors)
+            decomposed = self._decomposed(task, exact, tensors)
             return (
-                self._cut(task, exact, taken, tensors)
+                self._cut(task, exact, decomposed, tensors)
                 if self.plan.policy and self.plan.policy.local
-                else taken
+                else decomposed
             )
         whole = exact if isinstance(exact, task.kind) else self._changed(task, exact)
         found = self._store(task, exact if whole.additive else whole, whole, tensors)
@@ -123,7 +123,9 @@ class Rewriter:
         cuts = zip(found, ranks, stored, stay, strict=True)
         return [Cut(one.lighter(), rank, None if same else kept) for one, rank, kept, same in cuts]
 
-    def _taken(self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]) -> Decomposition:
+    def _decomposed(
+        self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]
+    ) -> Decomposition:
         try:
             found = task.kind.decompose(exact, self._spec(task))
         except (NonFinite, RuntimeError):  # LAPACK does not converge on NaN
@@ -166,7 +168,7 @@ class Rewriter:
             return task.kind.fit(weights.delta(), self._spec(task))
 
     def _second(self, task: Task, tensors: Mapping[str, Tensor]) -> Stored:
-        exact, found = self._exact(task, tensors), self.state.taken[task.number]
+        exact, found = self._exact(task, tensors), self.state.decomposed[task.number]
         kept = found.keep(exact, self.state.ranks[task.number])
         return self._store(task, exact.widened(), kept, tensors, found)
 
@@ -174,7 +176,7 @@ class Rewriter:
         self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]
     ) -> Sequence[Stored]:
         exact = self._exact(tasks[0], tensors).computed()
-        found = [self.state.taken[task.number] for task in tasks]
+        found = [self.state.decomposed[task.number] for task in tasks]
         ranks = [self.state.ranks[task.number] for task in tasks]
         return self._store_stack(tasks, exact, found, ranks)
 
@@ -286,7 +288,7 @@ class Rewriter:
         exact: Weights,
         kept: Weights,
         tensors: Mapping[str, Tensor],
-        taken: Decomposition | None = None,
+        decomposed: Decomposition | None = None,
     ) -> Stored:
         """Round to what is written, and measure the error against the exact weights."""
         kind, place = type(kept), self.plan.keys.format.alpha
@@ -299,7 +301,7 @@ class Rewriter:
         whole = folded.encode()
         encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
         rounded, facts, shapes, alpha = as_read(kind, encoded)
-        known = None if taken is None else taken.norm
+        known = None if decomposed is None else decomposed.norm
         norm, error = _lost(exact, rounded, tensors.get("base"), known)
         found = self._laid_out(task, kind, facts, encoded)
         vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
@@ -309,21 +311,21 @@ class Rewriter:
         self,
         tasks: Sequence[Task],
         exact: Weights,
-        taken: Sequence[Decomposition],
+        decomposed: Sequence[Decomposition],
         ranks: Sequence[int],
     ) -> list[Stored]:
         """Store a stack, each member cut to its rank."""
         import torch
 
         kind, dtype = tasks[0].kind, torch_dtype(dtype_of(self.plan, tasks[0]))
-        kept = kind.keep_stack(exact, taken, ranks)
+        kept = kind.keep_stack(exact, decomposed, ranks)
         whole = {role: tensor for role, tensor in kept.weights.encode().items() if role != ALPHA}
         encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
         rounded, facts, _, _ = as_read(kind, encoded, batch=1)
         errors = kept.distances(rounded)
         vanished = any(_vanished(whole[role], encoded[role]) for role in encoded)
         results = []
-        for n, (task, one, rank) in enumerate(zip(tasks, taken, ranks, strict=True)):
+        for n, (task, one, rank) in enumerate(zip(tasks, decomposed, ranks, strict=True)):
             shapes = one.shapes(rank)
             own = {
                 role: encoded[role][n][tuple(map(slice, shape))] for role, shape in shapes.items()

@@ -89,7 +89,7 @@ class _Computing:
         ranked = [
             task
             for task in self.plan.tasks
-            if task.number in self.state.taken.keys() - self.state.ranks.keys()
+            if task.number in self.state.decomposed.keys() - self.state.ranks.keys()
         ]
         if ranked:
             self._choose(ranked)
@@ -115,14 +115,17 @@ class _Computing:
 
     def _store(self, task: Task, result: Stored | Decomposition | Cut) -> None:
         if isinstance(result, Cut):
-            self.state.taken[task.number], self.state.ranks[task.number] = result.found, result.rank
+            self.state.decomposed[task.number], self.state.ranks[task.number] = (
+                result.found,
+                result.rank,
+            )
             if result.stored is not None:
                 self._store(task, result.stored)
             return
         if not isinstance(result, Stored):
             core = getattr(result, "core", None)
             self.held += 0 if core is None else core.nbytes
-            self.state.taken[task.number] = result if self.held <= CORES else result.lighter()
+            self.state.decomposed[task.number] = result if self.held <= CORES else result.lighter()
             return
         for key, tensor in result.tensors.items():
             self.put(key, tensor)
@@ -131,7 +134,7 @@ class _Computing:
 
     def _choose(self, ranked: Sequence[Task]) -> None:
         assert self.plan.policy is not None
-        choices = [curve_of(self.plan, task, self.state.taken[task.number]) for task in ranked]
+        choices = [curve_of(self.plan, task, self.state.decomposed[task.number]) for task in ranked]
         measure = _Measure(self.plan, self.state, ranked)
         for task, rank in zip(ranked, self.plan.policy.choose(choices, measure), strict=True):
             self.state.ranks[task.number] = rank
@@ -141,7 +144,7 @@ class _Computing:
     def _cuts(self, task: Task) -> bool:
         """Whether a module is cut: its rank is not 0, and not what its own tensors hold."""
         rank = self.state.ranks[task.number]
-        return rank > 0 and not stays(self.state, task, self.state.taken[task.number], rank)
+        return rank > 0 and not stays(self.state, task, self.state.decomposed[task.number], rank)
 
 
 class _Measure:
@@ -150,7 +153,7 @@ class _Measure:
     def __init__(self, plan: Recast, state: State, ranked: Sequence[Task]) -> None:
         self.plan, self.ranked = plan, ranked
         self.state = State(plan)
-        self.state.taken, self.state.stored = state.taken, dict(state.stored)
+        self.state.decomposed, self.state.stored = state.decomposed, dict(state.stored)
         self.made: dict[tuple[int, int], Stored | None] = {}
 
     def __call__(self, ranks: Sequence[int]) -> int:
@@ -171,12 +174,12 @@ class _Measure:
         """
         place = (task.number, rank)
         if place not in self.made:
-            same = stays(self.state, task, self.state.taken[task.number], rank)
+            same = stays(self.state, task, self.state.decomposed[task.number], rank)
             self.made[place] = None if same else self._stored(task, rank)
         return self.made[place]
 
     def _stored(self, task: Task, rank: int) -> Stored:
-        shapes = self.state.taken[task.number].shapes(rank)
+        shapes = self.state.decomposed[task.number].shapes(rank)
         dtype = dtype_of(self.plan, task)
         specs = [
             TensorSpec(name, dtype, shape)

@@ -56,7 +56,7 @@ class State:
 
     def __init__(self, plan: Recast) -> None:
         self.plan = plan
-        self.taken: dict[int, Decomposition] = {}
+        self.decomposed: dict[int, Decomposition] = {}
         self.ranks: dict[int, int] = {}
         self.stored: dict[int, Stored] = {}
         self._unchanged: dict[int, Stored] = {}
