@@ -1,10 +1,11 @@
-"""adaptkit: inspect, extract, convert, combine and merge diffusion-model adapters.
+"""Inspect, extract, convert, combine and merge diffusion-model adapters.
 
-The public API, imported on first use, so that ``import adaptkit`` costs nothing and never loads torch::
+The public API is imported on first use, so that ``import adaptkit`` is fast and never loads torch::
 
     from adaptkit import Adapter, Checkpoint, ops
     adapter = Adapter.open("style.safetensors")
-    report = ops.extract.run(ops.extract.plan(base, tuned, ops.extract.Options(algo="lokr", factor=8)))
+    options = ops.extract.Options(algo="lokr", factor=8)
+    report = ops.extract.run(ops.extract.plan(base, tuned, options))
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m adaptkit``."""
+"""Run the command line with ``python -m adaptkit``."""
 
 from __future__ import annotations
 

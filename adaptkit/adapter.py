@@ -1,4 +1,4 @@
-"""An adapter file: its slots, what stands in each, and how to read them."""
+"""Read an adapter file: its slots, their tensors, and their weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label, split_suffix
-from adaptkit.meaning import Meaning
+from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
 from adaptkit.unknown import fallback
 
 if TYPE_CHECKING:
@@ -29,26 +29,19 @@ if TYPE_CHECKING:
     from adaptkit.formats.contract import KeyFormat
     from adaptkit.names import Slot
 
-__all__ = ["Adapter", "Entry", "Problem", "open_adapter_source"]
+__all__ = ["Adapter", "Entry", "open_adapter_source"]
 
-PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-CARRIED = (
-    "bundle_emb.",
-    "_aux.",
-)  # OneTrainer's embeddings, and tensors other tools leave beside an adapter
-
-
-class Problem(NamedTuple):
-    """Something wrong with a file: `error` where it cannot be used as it stands, else `warning`."""
-
-    severity: str
-    module: str | None
-    what: str
+PEFT_BIAS = "lora_B.bias"
+# OneTrainer's embeddings, and tensors that other tools store in adapter files
+CARRIED = ("bundle_emb.", "_aux.")
 
 
 class Entry(NamedTuple):
-    """Everything the header tells about one adapted weight. `keys` maps each role to its key in the file."""
+    """One adapted weight, from the header alone.
+
+    `keys` maps each role to its key in the file.
+    """
 
     slot: Slot
     kind: type[Weights]
@@ -57,23 +50,26 @@ class Entry(NamedTuple):
     alpha: float | None = None
     alpha_source: str = "none"  # tensor | metadata | none
     naming: str = "diffusers"
-    swapped: bool = False  # stored with the halves of its rows exchanged
+    swapped: bool = False  # stored with the halves of its rows swapped
 
     def tensors(self) -> Iterator[tuple[str, str]]:
-        """(role, key) of the tensors that hold weights: all but alpha."""
+        """(role, key) of the tensors with weights, that is, all except alpha."""
         return ((role, key) for role, key in self.keys.items() if role != ALPHA)
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
-        """Stored tensors (perhaps stacked) to weights, in the order of rows that the target has."""
+        """Decode stored tensors (perhaps stacked), rows in target order."""
         weights = self.kind.decode(tensors, self.facts)
         return weights.swapped() if self.swapped else weights
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter file, understood. `unclaimed` lists the keys that nobody claims, each with the reason.
+    """A parsed adapter file.
 
-    `carried` are tensors beside the adapter that other tools put there (embeddings): no weights, but not to be lost.
+    `unclaimed` maps each key without a slot to the reason.
+
+    `carried` names tensors of other tools (embeddings) in the file. They hold no weights, and are
+    copied to the output.
     """
 
     source: TensorSource
@@ -83,6 +79,7 @@ class Adapter:
     unclaimed: Mapping[str, str]
     problems: tuple[Problem, ...]
     detection: Detection
+    keys: KeyMap  # of this file's own family and format
     metadata: Mapping[str, str] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
 
@@ -90,10 +87,15 @@ class Adapter:
     def open(
         cls, path: str | Path, *, family: str | None = None, format: str | None = None
     ) -> Adapter:
-        """Read the header of an adapter file, or of a PEFT folder; UnknownAdapter where no (family, format) fits."""
+        """Read the header of an adapter file or PEFT folder.
+
+        Raises `UnknownAdapter` if no (family, format) fits.
+        """
         source, config = open_adapter_source(Path(path))
         try:
-            return cls.understand(source, config, family=family, format=format)
+            found = cls.understand(source, config, family=family, format=format)
+            refuse_errors(found.problems, Path(path))
+            return found
         except AdaptkitError as error:
             source.close()
             raise error.at(file=path) from None
@@ -102,14 +104,18 @@ class Adapter:
     def open_as(
         cls, path: str | Path, family: ModelFamily, *, format: str | None = None
     ) -> Adapter:
-        """Read the header of an adapter for a family without a table (see adaptkit.unknown), which gives the modules' names.
+        """Read the header of an adapter for a `family` without a table.
 
-        UnknownAdapter where no format spells most keys by these names.
+        See adaptkit.unknown.
+
+        Raises `UnknownAdapter` if no format spells most keys with the module names of the family.
         """
         source, config = open_adapter_source(Path(path))
         try:
             infos = _weights_of(source)
-            return cls._read(source, config, infos, *_by_names(infos, family, format))
+            found = cls._read(source, config, infos, *_by_names(infos, family, format))
+            refuse_errors(found.problems, Path(path))
+            return found
         except AdaptkitError as error:
             source.close()
             raise error.at(file=path) from None
@@ -123,7 +129,7 @@ class Adapter:
         family: str | None = None,
         format: str | None = None,
     ) -> Adapter:
-        """The adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
+        """Parse the adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
         infos = _weights_of(source)
         found = detect_adapter(infos, source.metadata, family=family, format=format)
         if found.family is not None and found.format is not None:
@@ -144,7 +150,10 @@ class Adapter:
         meaning = Meaning.of(source.metadata, config)
         reader = _Reader(source, keys, meaning)
         entries = reader.entries(infos)
-        reader.problems += [Problem("error", None, what) for what in meaning.unsupported()]
+        reader.problems += meaning.problems()
+        ranked = [entry for entry in entries.values() if entry.facts.rank is not None]
+        if ranked and all(entry.alpha is None for entry in ranked):
+            reader.problems += meaning.ignored_alpha()
         return cls(
             source,
             keys.family,
@@ -153,43 +162,46 @@ class Adapter:
             reader.unclaimed,
             tuple(reader.problems),
             found,
+            keys,
             source.metadata,
             tuple(name for name in source.infos if name not in infos),
         )
 
     @property
     def known(self) -> bool:
-        """Whether the family is one that adaptkit has a table for."""
+        """Whether adaptkit has a table for the family."""
         return self.detection.family is not None
 
     @cached_property
-    def keys(self) -> KeyMap:
-        """The key map of this file's own family and format."""
-        return KeyMap(self.family, self.format)
-
-    @cached_property
     def alpha_source(self) -> str:
-        """Where alpha comes from: `tensor`, `metadata`, `none` or `mixed`, over the entries whose scale needs one."""
+        """The source of alpha over all entries that need one.
+
+        `tensor`, `metadata`, `none` or `mixed`.
+        """
         sources = {
             entry.alpha_source for entry in self.entries.values() if entry.facts.rank is not None
         }
         return sources.pop() if len(sources) == 1 else ("mixed" if sources else "none")
 
     def label(self, slot: Slot) -> str:
-        """What people call a slot: in the file's own naming."""
+        """The display name of a slot, in the file's own naming."""
         entry = self.entries.get(slot)
         return label(self.family, slot, entry.naming if entry else "diffusers")
 
     def algorithms(self) -> dict[str, int]:
-        """How many slots each algorithm has."""
+        """Number of slots per algorithm."""
         return dict(Counter(entry.kind.name for entry in self.entries.values()).most_common())
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
-        """The stored tensors of an entry by role, alpha left out (it is in `facts.scale`)."""
-        return {role: self.source.read(key) for role, key in entry.tensors()}
+        """The tensors of an entry by role, alpha left out (it is in `facts.scale`).
+
+        They keep their stored dtype if all share one that torch computes with. Others come in the
+        narrowest float dtype that holds them all.
+        """
+        return _alike({role: self.source.read(key) for role, key in entry.tensors()})
 
     def weights(self, entry: Entry) -> Weights:
-        """The weights of an entry, decoded, in their stored dtype."""
+        """Read and decode the weights of an entry, in their stored dtype."""
         return entry.decode(self.read(entry))
 
     def close(self) -> None:
@@ -210,15 +222,19 @@ def _weights_of(source: TensorSource) -> dict[str, TensorInfo]:
 def _by_names(
     infos: Mapping[str, TensorInfo], family: ModelFamily, format: str | None
 ) -> tuple[KeyMap, Detection]:
-    """The key map of the format that claims most keys with a family's names; UnknownAdapter where that is not most of them."""
+    """The key map of the format that claims most of a family's names.
+
+    Raises `UnknownAdapter` if it claims at most half of the keys.
+    """
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     maps = [KeyMap(family, formats()[name]) for name in chosen("format", formats(), format)]
     claimed = [sum(n for stem, n in stems.items() if keys.claims(stem)) for keys in maps]
     most = max(claimed)
     if most <= ENOUGH * len(infos):
+        first = next(iter(infos), "nothing")
         raise UnknownAdapter(
-            "its modules are not named as the checkpoint's, whose family adaptkit has no table for",
-            hint=f"it begins with {next(iter(infos), 'nothing')!r}; only names that both files use can be matched",
+            "module names match no module of this (unknown-family) checkpoint",
+            hint=f"the first key is {first!r}; only names that occur in both files can be matched",
         )
     keys = maps[claimed.index(most)]
     return keys, Detection(None, keys.format.name, most, len(infos))
@@ -227,33 +243,46 @@ def _by_names(
 def _unknown(
     infos: Mapping[str, TensorInfo], found: Detection, family: str | None, format: str | None
 ) -> tuple[KeyMap, Detection]:
-    """The key map of a family made of the file's own module names; UnknownAdapter where no format fits either."""
+    """The key map of a family made of the file's own module names.
+
+    Raises `UnknownAdapter` if no format fits either.
+    """
     made = fallback(infos, format) if not family and is_adapter(infos) else None
     if made is None:
+        first = next(iter(infos), "nothing")
         raise UnknownAdapter(
-            "no family and key format adaptkit knows claims these keys",
-            hint=f"it begins with {next(iter(infos), 'nothing')!r}; see `adaptkit families` and `adaptkit formats`",
+            "no known family and key format claims these keys",
+            hint=f"the first key is {first!r}; see `adaptkit families` and `adaptkit formats`",
         )
     stranger, key_format, claimed = made
     return KeyMap(stranger, key_format), Detection(None, key_format.name, claimed, found.total)
 
 
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:
-    """An adapter's file, and PEFT's adapter_config.json where the path is a folder that has one."""
-    config = path / PEFT_CONFIG
+    """An adapter's file, and PEFT's adapter_config.json.
+
+    The configuration is read for a folder that has one, and for weights of PEFT's name beside one:
+    alpha stands nowhere else.
+    """
+    folder = path.parent if path.name in PEFT_WEIGHTS else path
+    config = folder / PEFT_CONFIG
     if not config.is_file():
         return open_source(path), None
-    weights = next((path / name for name in PEFT_WEIGHTS if (path / name).is_file()), path)
+    weights = path
+    if path.is_dir():
+        weights = next((path / name for name in PEFT_WEIGHTS if (path / name).is_file()), path)
     try:
-        return open_source(weights), json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UnknownAdapter(
-            f"{PEFT_CONFIG} is not readable as JSON: {error}", file=config
-        ) from None
+        read = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        what = f"{PEFT_CONFIG} is not valid JSON: {error}"
+        raise UnknownAdapter(what, file=config) from None
+    if not isinstance(read, dict):
+        raise UnknownAdapter(f"{PEFT_CONFIG} is not a JSON object", file=config)
+    return open_source(weights), read
 
 
 class _Reader:
-    """Groups keys by slot and makes entries of them; what does not fit is listed, never dropped."""
+    """Groups keys by slot into entries; lists keys that do not fit."""
 
     def __init__(self, source: TensorSource, keys: KeyMap, meaning: Meaning) -> None:
         self.source = source
@@ -288,6 +317,7 @@ class _Reader:
                     if role != ALPHA
                 }
                 facts = self._with_kernel(slot, kind.facts(shapes, alpha))
+                facts = self._with_bias_scale(slot, facts, keys, first.module)
             except AdaptkitError as error:
                 failures.append(error.message)
             else:
@@ -298,24 +328,54 @@ class _Reader:
         return None
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
-        """Where the stored shapes do not tell the kernel (flat factors), a table made for weights does."""
+        """Add the table's kernel if flat factors do not determine it."""
         if facts.kernel is not None:
             return facts
         row = self.keys.row(slot.target)
+        # a family without checkpoints is made of file names: its rows know no kernels
         if row is None or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
+
+    def _with_bias_scale(
+        self, slot: Slot, facts: Facts, keys: Mapping[str, str], module: str
+    ) -> Facts:
+        key = next(iter(keys.values()))
+        if not key.endswith(PEFT_BIAS):
+            return facts
+        down = self.source.infos.get(f"{key.removesuffix(PEFT_BIAS)}lora_A.weight")
+        if down is None:
+            return facts
+        scale = self.meaning.bias_scale(slot.component, module, down.shape[0])
+        return replace(facts, scale=scale)
 
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
         self.problems.append(Problem("error", label(self.keys.family, slot), what))
         self.unclaimed |= dict.fromkeys(group, what)
 
 
+def _alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one float dtype: torch multiplies no two dtypes, and computes nothing in fp8."""
+    import torch
+
+    floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(floats) < 2 and all(dtype.itemsize > 1 for dtype in floats):
+        return tensors
+    wide = torch.float64 if torch.float64 in floats else torch.float32
+    return {
+        role: tensor.to(wide) if tensor.is_floating_point() else tensor
+        for role, tensor in tensors.items()
+    }
+
+
 @lru_cache(maxsize=4096)
 def _whole(
     group: tuple[tuple[RoleName, ...], ...],
 ) -> tuple[tuple[type[Weights], Mapping[str, int]], ...]:
-    """The algorithms that all tensors of a slot can belong to, each with the tensor (by number) of every role."""
+    """The algorithms that can hold all tensors of a slot.
+
+    Each comes with its tensor index by role.
+    """
     found: list[tuple[type[Weights], Mapping[str, int]]] = []
     for name in dict.fromkeys(algorithm for roles in group for algorithm, _ in roles):
         kind = algorithms()[name]

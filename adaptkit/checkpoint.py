@@ -1,4 +1,4 @@
-"""A base model's checkpoint: which tensor, or which rows of one, holds a slot."""
+"""Read a base model's checkpoint: the tensors that hold a slot."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
 from adaptkit.errors import AdaptkitError, ShapeMismatch, UnknownAdapter
+from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
-from adaptkit.files.source import open_source
 from adaptkit.keymap import CheckpointMap, KeyMap, Place, compile_checkpoint, compile_keys, label
 from adaptkit.names import Slot
 from adaptkit.unknown import family_of_weights
@@ -33,9 +33,10 @@ __all__ = ["Checkpoint", "Piece", "exchanged"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of one tensor: all of it where `rows` is None.
+    """Rows of one tensor; the whole tensor if `rows` is None.
 
-    `transposed`: the file stores the target's transpose; `swapped`: it has the two halves of the rows exchanged.
+    `transposed`: the file stores the transpose of the target. `swapped`: the two halves of the rows
+    are swapped in the file.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Piece:
 
 
 def exchanged(tensor: Tensor, dim: int = 0) -> Tensor:
-    """A copy with the two halves of a dimension exchanged; its own inverse."""
+    """A copy with the two halves of a dimension swapped; its own inverse."""
     import torch
 
     return torch.cat(tensor.tensor_split(2, dim)[::-1], dim)
@@ -53,8 +54,10 @@ def exchanged(tensor: Tensor, dim: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, understood. `others` maps keys that no adapter holds to their part: `vae`, `ema`, `unknown`; `scale`
-    for what belongs to quantised weights; `replaced` for weights that averaged ones (`ema` of them) are read instead of.
+    """A parsed checkpoint.
+
+    `others` maps keys that no adapter adapts to their part: `vae`, `ema`, `unknown`; `scale` for
+    tensors of quantised weights; `replaced` for weights whose average (`ema`) is read instead.
     """
 
     source: TensorSource
@@ -74,15 +77,17 @@ class Checkpoint:
         ema: bool = False,
         strangers: bool = False,
     ) -> Checkpoint:
-        """Read the header of a checkpoint; UnknownAdapter where no family fits.
+        """Read the header of a checkpoint; `UnknownAdapter` if no family fits.
 
-        `ema`: read the averaged weights (`model_ema.…`) instead of the plain ones, where there are any. `strangers`: where
-        no family fits and none is asked for, take it as one of a family that names its modules as this file does.
+        With `ema`, averaged weights (`model_ema.…`) are read in place of the plain ones, if the
+        file has any. With `strangers`, a file of no known family is read as a family made of its
+        own module names, unless `family` is given.
         """
         source = open_source(path)
         try:
             return cls.understand(source, family=family, ema=ema)
         except UnknownAdapter as error:
+            # an adapter given as the base must stay an error, not become a family of its own
             if strangers and family is None and not is_adapter(source.infos):
                 made = family_of_weights({name: info.shape for name, info in source.infos.items()})
                 if made.components:
@@ -97,13 +102,13 @@ class Checkpoint:
     def understand(
         cls, source: TensorSource, *, family: str | None = None, ema: bool = False
     ) -> Checkpoint:
-        """The checkpoint in an open source."""
+        """Parse the checkpoint in an open source."""
         stored = Quantization.of(source.infos)
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
         found = detect_checkpoint(infos, source.metadata, family=family)
         if found.family is None:
             raise UnknownAdapter(
-                "not a checkpoint of a family adaptkit knows",
+                "not a checkpoint of a known family",
                 hint=f"known families: {', '.join(families())}",
             )
         return cls._placed(source, stored, compile_checkpoint(found.family), found, ema)
@@ -112,7 +117,7 @@ class Checkpoint:
     def under_own_names(
         cls, source: TensorSource, family: ModelFamily, *, ema: bool = False
     ) -> Checkpoint:
-        """The checkpoint in an open source as one of a family that was made from its names (see adaptkit.unknown)."""
+        """Parse a checkpoint as a family made of its own names (see adaptkit.unknown)."""
         stored, keys = Quantization.of(source.infos), CheckpointMap(family)
         claimed = sum(keys.parse(name) is not None for name in source.infos)
         return cls._placed(
@@ -145,11 +150,11 @@ class Checkpoint:
 
     @property
     def known(self) -> bool:
-        """Whether the family is one that adaptkit has a table for."""
+        """Whether adaptkit has a table for the family."""
         return self.detection.family is not None
 
     def keys(self, format: KeyFormat) -> KeyMap:
-        """The names that an adapter for this checkpoint has in a format."""
+        """The key map of a format for adapters of this checkpoint."""
         return (
             compile_keys(self.family.name, format.name)
             if self.known
@@ -157,20 +162,24 @@ class Checkpoint:
         )
 
     def targets(self) -> dict[Target, dict[Slot, str]]:
-        """The tensors that hold each target: itself, or its parts; the first where two hold the same."""
+        """The tensors that hold each target or its parts.
+
+        Of two that hold the same, the first counts.
+        """
         found: dict[Target, dict[Slot, str]] = {}
         for name, place in self.places.items():
             found.setdefault(place.slot.target, {}).setdefault(place.slot, name)
         return found
 
     def label(self, slot: Slot) -> str:
-        """What people call a slot."""
-        return label(self.family, slot)  # the same for every layout, so that `--only` is too
+        """The display name of a slot, equal in all layouts, so that `--only` is too."""
+        return label(self.family, slot)
 
     def locate(self, slot: Slot, held: Mapping[Slot, str]) -> tuple[Piece, ...] | None:
-        """Where a slot lies, given the tensors that hold its target; None where they do not cover it."""
+        """Locate a slot in the tensors of its target; None if incomplete."""
         if slot in held:
             return (self._piece(held[slot]),)
+        # a fused tensor serves its parts by rows; separate tensors serve the whole by concatenation
         whole = held.get(Slot(slot.target))
         if whole is not None and slot.rows is not None:
             bounds = slot.rows.bounds(self.shape(whole)[0])
@@ -178,7 +187,7 @@ class Checkpoint:
         return self._joined(held) if slot.rows is None else None
 
     def _joined(self, held: Mapping[Slot, str]) -> tuple[Piece, ...] | None:
-        """All parts of a target in order, where they make it whole."""
+        """All parts of a target in order, if they cover it."""
         parts = sorted((part.rows, name) for part, name in held.items() if part.rows is not None)
         if not parts or sum(rows.stop - rows.start for rows, _ in parts) != parts[0][0].total:
             return None
@@ -189,22 +198,22 @@ class Checkpoint:
         return Piece(name, rows, place.transposed, place.swapped)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor as its target has it (the reverse where the file stores the transpose)."""
+        """The shape of a tensor in its target; reversed if transposed."""
         shape = self.source.infos[name].shape
         return shape[::-1] if self.places[name].transposed else shape
 
     def slot_shape(self, pieces: tuple[Piece, ...]) -> tuple[int, ...]:
-        """The shape of a slot that lies in these pieces."""
+        """The shape of a slot in these pieces."""
         first = self.shape(pieces[0].name)
         rows = sum(p.rows[1] - p.rows[0] if p.rows else self.shape(p.name)[0] for p in pieces)
         return (rows, *first[1:])
 
     def dtypes(self, pieces: tuple[Piece, ...]) -> frozenset[str]:
-        """The dtypes in which a slot is stored."""
+        """The stored dtypes of a slot."""
         return frozenset(self.source.infos[piece.name].dtype for piece in pieces)
 
     def refusal(self, names: Iterable[str]) -> str | None:
-        """Why tensors cannot be read as the weights they mean (`nf4 (bitsandbytes)`), by the first such; None for none."""
+        """The first unsupported quantization among tensors (`nf4 (bitsandbytes)`), or None."""
         infos = (self.source.infos[name] for name in names)
         return next(
             (reason for info in infos if (reason := self.quantization.refusal(info)) is not None),
@@ -212,9 +221,9 @@ class Checkpoint:
         )
 
     def read(self, pieces: tuple[Piece, ...]) -> Tensor:
-        """A slot as a matrix (rows, columns); a vector is a column.
+        """Read a slot as a matrix (rows, columns); a vector becomes a column.
 
-        In its stored dtype; fp8 and scaled weights as float32, multiplied with their scales.
+        The dtype is the stored one. fp8 and scaled weights come as float32, scales applied.
         """
         import torch
 
@@ -222,8 +231,9 @@ class Checkpoint:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def streams(self, pieces: tuple[Piece, ...]) -> bool:
-        """Whether `blocks` reads no more than a block at a time: a slot of one piece, stored as it is."""
+        """Whether `blocks` reads block by block: a slot of one piece, stored unmodified."""
         (piece, *others) = pieces
+        # these need the whole tensor before the first block
         plain = not (others or piece.transposed or piece.swapped)
         return (
             plain
@@ -232,7 +242,7 @@ class Checkpoint:
         )
 
     def blocks(self, pieces: tuple[Piece, ...], rows: int) -> Iterator[Tensor]:
-        """What `read` gives, so many rows at a time."""
+        """Read a slot as `read` does, `rows` rows at a time."""
         if not self.streams(pieces):
             whole = self.read(pieces)
             yield from (whole[start : start + rows] for start in range(0, len(whole), rows))
@@ -243,11 +253,12 @@ class Checkpoint:
             yield self._read(replace(piece, rows=(start, min(start + rows, last))))
 
     def announce(self, pieces: tuple[Piece, ...]) -> None:
-        """These pieces will be read soon."""
+        """Prefetch pieces that will be read soon."""
         for piece in pieces:
             self.source.announce(piece.name)
 
     def _read(self, piece: Piece) -> Tensor:
+        # rows of a transpose are columns of the file: read everything, then cut
         if piece.transposed:
             whole = self._numbers(piece.name).T
             return whole if piece.rows is None else whole[slice(*piece.rows)]
@@ -261,11 +272,11 @@ class Checkpoint:
         return read_widened(self.source, self.quantization, name, rows)
 
     def stored_bytes(self, pieces: tuple[Piece, ...]) -> int:
-        """Bytes of the file read for these pieces, scales left out."""
+        """Bytes read from the file for these pieces, without scales."""
         return sum(self._share(piece, self._info(piece).nbytes) for piece in pieces)
 
     def nbytes(self, pieces: tuple[Piece, ...]) -> int:
-        """Bytes that reading these pieces takes in memory at most: as stored, and where they are widened once more as such."""
+        """Peak memory to read these pieces: stored bytes, plus widened bytes if widened."""
         wide = (
             (piece, self._info(piece))
             for piece in pieces
@@ -279,7 +290,7 @@ class Checkpoint:
         return self.source.infos[piece.name]
 
     def _share(self, piece: Piece, size: int) -> int:
-        """What a piece's rows take of a size of its whole tensor."""
+        """The share of a piece's rows in a size of its whole tensor."""
         if piece.rows is None or piece.transposed:  # a transposed tensor is read whole
             return size
         return (
@@ -298,10 +309,11 @@ class Checkpoint:
 
 
 def _averaged(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, str]:
-    """Plain key → the key of its average.
+    """Map each plain key to the key of its average.
 
-    CompVis' LitEma keeps `model.diffusion_model.out.0.weight` as `model_ema.diffusion_modelout0weight`: the name inside its
-    model, without dots, which no buffer may have in its name. Names alike without dots get no average.
+    CompVis' LitEma (latent-diffusion `ldm/modules/ema.py`) stores the average of
+    `model.diffusion_model.out.0.weight` as `model_ema.diffusion_modelout0weight`: buffer names may
+    not contain dots. Names that are equal without dots get no average.
     """
     flat: dict[str, list[str]] = {}
     for name in names:
@@ -312,7 +324,8 @@ def _averaged(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str
         if len(plain) != 1:
             continue
         if infos[plain[0]].shape != infos[key].shape:
-            shapes = f"{list(infos[key].shape)}, that of the weight {list(infos[plain[0]].shape)}"
+            weight = list(infos[plain[0]].shape)
+            shapes = f"{list(infos[key].shape)}, that of the weight {weight}"
             raise ShapeMismatch(f"the shape of this average is {shapes}", tensor=key)
         found[plain[0]] = key
     return found

@@ -1,4 +1,7 @@
-"""What is this file: header in, family and format out, with the evidence. No ordered `elif`: every pair is scored."""
+"""Detect family and format from a header, with evidence.
+
+Every pair is scored, in no order.
+"""
 
 from __future__ import annotations
 
@@ -34,27 +37,26 @@ __all__ = [
     "is_adapter",
 ]
 
-# spellings of adapters in general, so that one adaptkit cannot read yet is not called a checkpoint
+# spellings of adapters in general: a kind adaptkit cannot read must not pass for a checkpoint
 _FOREIGN = re.compile(
-    r"lora|_lora\d?\.|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude|\.alpha$|\.[ab][12]\.weight$"
+    r"lora|_lora\d?\.|lokr_|hada_|glora|oft_|boft_|dora_scale|ia3_|on_input$|magnitude"
+    r"|\.alpha$|\.[ab][12]\.weight$"
 )
 
 _HEAD = re.compile(r"[^{\d]*")
-_PLAIN = frozenset(
-    {"weight", "bias", "scale", "up.weight", "down.weight"}
-)  # checkpoints have such names too
+# suffixes that checkpoints have too
+_PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})
 
-_Evidence = tuple[
-    float, int
-]  # the share of a family's marks that hold, and its runs of blocks that are complete
+# (share of a family's marks that hold, number of complete runs of blocks)
+_Evidence = tuple[float, int]
 
 SAMPLE = 48  # names that every family is tried on first
-ENOUGH = 0.5  # of the keys: fewer claimed, and it is some other family that shares a few names
+ENOUGH = 0.5  # share of the keys; another family that shares a few names claims fewer
 
 
 @dataclass(frozen=True)
 class Detection:
-    """The winner and the evidence: keys `claimed` of `total`, the best other pair, and look-alikes that claim as many."""
+    """The winner and the evidence: `claimed` of `total` keys, runner-up and equal look-alikes."""
 
     family: str | None
     format: str | None
@@ -82,22 +84,29 @@ def formats() -> Mapping[str, KeyFormat]:
 
 
 def is_adapter(names: Iterable[str]) -> bool:
-    """Whether most of these keys are spelled as an adapter's, of a kind adaptkit reads or of another."""
+    """Whether most keys are spelled as an adapter's, even of an unsupported kind."""
     names = list(names)
+    # only IA³ files have `on_input`
     gates = {name.removesuffix("on_input") for name in names if name.endswith(".on_input")}
     return 2 * sum(_is_adapters(name, gates) for name in names) > len(names)
 
 
 def _is_adapters(name: str, gates: Set[str]) -> bool:
-    """Whether a key is spelled as an adapter's; IA³ calls its vector `weight`, which tells only beside an `on_input`."""
+    """Whether a key is spelled as an adapter's.
+
+    IA³ calls its vector `weight`, which means an adapter only together with an `on_input`.
+    """
     found = split_suffix(name)
-    if found is not None and found[1] in _PLAIN:
+    if found is not None and found[1] in _PLAIN and _FOREIGN.search(name) is None:
         return f"{found[0]}." in gates
     return found is not None or _FOREIGN.search(name) is not None
 
 
 def chosen(kind: str, known: Mapping[str, object], name: str | None) -> tuple[str, ...]:
-    """The names to consider: all, or the one given; NoSuchName where nobody knows it."""
+    """The names to consider: all, or the given one.
+
+    Raises `NoSuchName` if it is unknown.
+    """
     if name is None:
         return tuple(known)
     if name not in known:
@@ -112,9 +121,11 @@ def detect_adapter(
     family: str | None = None,
     format: str | None = None,
 ) -> Detection:
-    """Score every (family, format) by claimed keys; break ties by metadata, then by shapes.
+    """Score every (family, format) by claimed keys.
 
-    `family` and `format` restrict the search. A winner that claims less than half of the keys is no winner.
+    Ties are broken by metadata, then by shapes.
+
+    `family` and `format` restrict the search. A winner must claim at least half of the keys.
     """
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     names = chosen("family", families(), family)
@@ -124,23 +135,24 @@ def detect_adapter(
     scores: dict[_Pair, _Score] = {}
     first = second = 0  # the most keys that a pair claims, and the next most
     for pair in sorted(pairs, key=lambda pair: -pair.most):
+        # `most` bounds what a pair can claim, and pairs come in descending order of it
         if pair.most < second:
-            break  # neither the winner nor the runner-up, nor is any that follows
+            break  # neither this pair nor a later one can be winner or runner-up
         if len(names) > 1 and pair.estimate() < ENOUGH / 2 * first:
             continue
         scores[pair] = score = pair.score()
         first, second = max(first, score.claimed), max(second, min(first, score.claimed))
-    ordered = [
-        scores[pair] for pair in pairs if pair in scores
-    ]  # as the tables stand, which breaks ties
+    # in the order of the tables, which breaks ties
+    ordered = [scores[pair] for pair in pairs if pair in scores]
     return _decide(ordered, len(infos), metadata, _adapter_shapes(infos), bool(family))
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """A family in a format: the stems that begin as its names do, and the keys of each; some of the format's stems.
+    """A family in a format, with the stems that begin like its names.
 
-    `most` is the sum of those keys, which is as many as it can claim; `total` counts the keys of all the format's stems.
+    `most` counts the keys of these stems, an upper bound on what it claims. `total` counts the keys
+    of all stems of the format.
     """
 
     family: str
@@ -151,7 +163,7 @@ class _Pair:
     total: int
 
     def estimate(self) -> float:
-        """How many keys it claims if all are as the sample is."""
+        """Estimate the number of claimed keys from the sample."""
         return (
             self.total
             * sum(map(compile_keys(self.family, self.format).claims, self.sample))
@@ -159,7 +171,7 @@ class _Pair:
         )
 
     def score(self) -> _Score:
-        """How many keys are claimed."""
+        """Count the claimed keys."""
         claims = compile_keys(self.family, self.format).claims
         return _Score(
             sum(n for stem, n in self.near.items() if claims(stem)), self.family, self.format
@@ -174,7 +186,7 @@ def _starts(format: str) -> tuple[str, ...]:
 
 
 def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> Iterator[_Pair]:
-    """The families worth counting in a format: those with whose words a share of a sample of the stems begin."""
+    """The families worth scoring in a format, judged by a sample."""
     starts = _starts(format)
     found = [stem for stem in stems if stem.startswith(starts)]
     if not found:
@@ -190,7 +202,10 @@ def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> Iter
 
 @cache
 def _heads(family: str, format: str) -> tuple[str, ...]:
-    """How the names of a family begin, up to the first number: passes over most families without compiling them."""
+    """The beginnings of a family's names up to the first number.
+
+    They rule out most families without compiling their tables.
+    """
     kind = formats()[format]
     found: dict[str, None] = {}
     for part in families()[family].components:
@@ -202,17 +217,18 @@ def _heads(family: str, format: str) -> tuple[str, ...]:
 
 @cache
 def _words(part: Component) -> tuple[str, ...]:
-    """What stands before the first number in the names of a part's modules."""
+    """The beginnings of a component's module names up to the first number."""
     modules = (name.module for row in part.rows for names in row.names.values() for name in names)
-    return tuple({_HEAD.match(module)[0]: None for module in modules})  # type: ignore[index]  # matches anything
+    # the pattern matches any string, if only at its start
+    return tuple({_HEAD.match(module)[0]: None for module in modules})  # type: ignore[index]
 
 
 def detect_checkpoint(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], *, family: str | None = None
 ) -> Detection:
-    """Score every family by claimed checkpoint keys; `format` of the answer is None.
+    """Score every family by claimed checkpoint keys; the answer has no format.
 
-    A sample of the keys passes over families that would claim too few of them to matter.
+    A sample of the keys rules out families that would claim too few.
     """
     names = chosen("family", families(), family)
     apart = {prefixes for kind in families().values() for prefixes in kind.others.values()}
@@ -224,13 +240,13 @@ def detect_checkpoint(
     for name in sorted(names, key=lambda name: -near[name]):
         keys = compile_checkpoint(name)
         if len(names) > 1:
+            # half of ENOUGH leaves room for an unrepresentative sample
             least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
             if near[name] < least or sum(map(keys.claims, sample)) < least:
                 continue
         counts[name] = sum(map(keys.claims, infos))
-    scores = [
-        _Score(counts[name], name, None) for name in names if name in counts
-    ]  # in the order of the tables
+    # in the order of the tables, which breaks ties
+    scores = [_Score(counts[name], name, None) for name in names if name in counts]
     return _decide(
         scores, len(own), metadata, lambda score: _checkpoint_marks(infos, score), bool(family)
     )
@@ -238,7 +254,7 @@ def detect_checkpoint(
 
 @cache
 def _checkpoint_heads(family: str) -> tuple[str, ...]:
-    """How the checkpoint keys of a family begin, up to the first number."""
+    """The beginnings of a family's checkpoint keys up to the first number."""
     found: dict[str, None] = {}
     for part in families()[family].components:
         for start in chain.from_iterable(part.checkpoints.values()):
@@ -255,15 +271,16 @@ def _decide(
 ) -> Detection:
     ranked = sorted(scores, key=lambda score: -score.claimed)
     best = ranked[0] if ranked else _Score(0, "", None)
-    if best.claimed == 0 or (best.claimed < ENOUGH * total and not forced):
+    if best.claimed == 0 or (best.claimed <= ENOUGH * total and not forced):
         return Detection(None, None, best.claimed, total)
     tied = [score for score in ranked if score.claimed == best.claimed]
     marks = {
         score: (_named_in(metadata, score.family), evidence(score) if len(tied) > 1 else (0.0, 0))
         for score in tied
     }
-    tied.sort(key=lambda score: marks[score], reverse=True)  # stable: else the order of the tables
+    tied.sort(key=lambda score: marks[score], reverse=True)  # stable: table order breaks ties
     leaders = [score for score in tied if marks[score] == marks[tied[0]]]
+    # if names and shapes cannot decide, `yields_to` names the likelier family
     tied = sorted(leaders, key=lambda score: _yields(score, leaders)) + tied[len(leaders) :]
     winner = tied[0]
     alike = tuple(
@@ -277,12 +294,12 @@ def _decide(
 
 
 def _yields(score: _Score, tied: Sequence[_Score]) -> bool:
-    """Whether another of the tied families is the likelier one."""
+    """Whether another of the tied families is likelier."""
     return bool({other.family for other in tied} & set(families()[score.family].yields_to))
 
 
 def _named_in(metadata: Mapping[str, str], family: str) -> bool:
-    """Whether the metadata says this family (`modelspec.architecture`, `ss_base_model_version`)."""
+    """Whether `modelspec.architecture` or `ss_base_model_version` names this family."""
     values = (metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", ""))
     marks = families()[family].architectures
     return any(value.lower().removesuffix("/lora").startswith(marks) for value in values if value)
@@ -290,7 +307,7 @@ def _named_in(metadata: Mapping[str, str], family: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """What is known of one module's weight; None where the stored shapes do not tell."""
+    """The size of a module's weight; None for unknown dimensions."""
 
     rows: int | None
     columns: int
@@ -298,7 +315,7 @@ class _Size:
 
 
 def _score_mark(mark: Mark, size: _Size) -> int:
-    """+1 where a shape is as the mark says, -1 where it is not, 0 where it does not tell."""
+    """+1 if a shape fits the mark, -1 if not, 0 if unknown."""
     if mark.columns is not None:
         return 1 if _among(size.columns, mark.columns) else -1
     if mark.rows is not None:
@@ -311,7 +328,10 @@ def _among(value: int, known: int | tuple[int, ...]) -> bool:
 
 
 def _sum_marks(family: ModelFamily, sizes: Iterable[tuple[Slot, _Size]]) -> float:
-    """The share of marks that hold, each judged by the first module that shows it; one half where none is shown."""
+    """The share of marks that hold; 0.5 if none is present.
+
+    Each mark is judged by its first module.
+    """
     seen: dict[Mark, int] = {}
     for slot, size in sizes:
         for mark in family.marks:
@@ -322,19 +342,25 @@ def _sum_marks(family: ModelFamily, sizes: Iterable[tuple[Slot, _Size]]) -> floa
 
 
 def _runs(keys: KeyMap, slots: Iterable[Slot]) -> int:
-    """How many of the family's runs of blocks the file holds the last block of (FLUX.1: 19 double, 38 single)."""
+    """Count the complete runs of blocks (FLUX.1: 19 double, 38 single).
+
+    A run counts if its last block is in the file.
+    """
     return len({run for slot in slots for run in keys.ends(slot.target)})
 
 
 def _whole(slot: Slot, part: _Size) -> _Size:
-    """The size of the target that a slot is a part of."""
+    """The size of the target of which a slot is a part."""
     if slot.rows is None or part.rows is None:
         return part
     return replace(part, rows=part.rows * slot.rows.total // (slot.rows.stop - slot.rows.start))
 
 
 def _adapter_shapes(infos: Mapping[str, TensorInfo]) -> Callable[[_Score], _Evidence]:
-    """A function from a score to its marks, over the facts of every stem (worked out only when there is a tie)."""
+    """A function from a score to its marks.
+
+    The facts of stems are computed only for a tie.
+    """
     sizes: dict[str, _Size] = {}
 
     def evidence(score: _Score) -> _Evidence:
@@ -360,6 +386,7 @@ def _stem_sizes(infos: Mapping[str, TensorInfo]) -> dict[str, _Size]:
         for algorithm, shapes in by_algorithm.items():
             kind = algorithms()[algorithm]
             given = {role: shape for role, shape in shapes.items() if role != ALPHA}
+            # an incomplete set of tensors has no reliable shape
             if frozenset(given) not in kind.forms:
                 continue
             try:

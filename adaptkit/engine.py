@@ -1,8 +1,9 @@
-"""The one engine: steps in buckets of equal shape, read ahead, computed on the device, written behind.
+"""Run steps in buckets: read ahead, compute, write behind.
 
-Planning (`Step`, `check_memory`) needs no torch. On a CPU every core works on a step of its own, with one thread: faster than
-all of them on one (factors are small), and results cannot depend on their number. What is read, computed and written at
-once never exceeds the memory bound, so peak memory is a number the plan can print.
+Planning (`Step`, `check_memory`) needs no torch. On a CPU every core computes its own step with one
+thread. That is faster than all cores on one step, because factors are small, and results cannot
+depend on the number of cores. Tensors being read, computed and written never exceed the memory
+bound, so that a plan can print its peak memory.
 """
 
 from __future__ import annotations
@@ -10,19 +11,36 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from adaptkit.errors import AdaptkitError, NotEnoughMemory
 from adaptkit.memory import forget
+from adaptkit.steps import (
+    BESIDE,
+    DEFAULT_MEMORY,
+    NEAR,
+    PARCEL,
+    ROUNDS,
+    Bucket,
+    Resources,
+    Step,
+    bound,
+    buckets,
+    check_memory,
+    peak_memory,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "BESIDE",
     "DEFAULT_MEMORY",
+    "NEAR",
+    "PARCEL",
+    "ROUNDS",
     "Bucket",
     "Resources",
     "Step",
@@ -38,141 +56,9 @@ P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-DEFAULT_MEMORY = 560_000_000  # bytes of working memory, torch itself (about 250 MB) not counted; more where one step needs it
-BESIDE = 2  # parcels read ahead of those that are computed
-PARCEL = 16_000_000  # bytes of working memory: smaller buckets go from thread to thread together
-NEAR = 128  # steps between which those of equal shape may be computed together on a CPU
-ROUNDS = (
-    4  # a parcel is at most this part of what is left for each worker, a stack of what there is
-)
-_TURN = 1e-4  # seconds that a thread of Python may keep the others waiting: with 5e-3, two workers took a tenth longer
-_POLL = 0.2  # seconds between looks at the stop flag while a queue is full or empty
-
-
-@dataclass(frozen=True)
-class Step(Generic[P]):
-    """One unit of work: steps of equal `shape` may be stacked; `bytes` is peak working memory; `order` the place on disk."""
-
-    payload: P
-    shape: Hashable
-    bytes: int
-    order: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
-class Bucket(Generic[P]):
-    """Steps of equal shape that are computed together."""
-
-    steps: tuple[Step[P], ...]
-
-    @property
-    def payloads(self) -> tuple[P, ...]:
-        """What the steps are about."""
-        return tuple(step.payload for step in self.steps)
-
-    @property
-    def bytes(self) -> int:
-        """Working memory of all its steps."""
-        return sum(step.bytes for step in self.steps)
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Where to compute, how much working memory (bytes) may be used (None: the default), by how many workers."""
-
-    device: str = "cpu"
-    memory: int | None = None
-    workers: int = 1
-
-    @classmethod
-    def choose(cls, device: str = "auto", memory: int | None = None) -> Resources:
-        """Resolve `auto` and check that the device is there."""
-        import torch
-
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise AdaptkitError("no CUDA device is available", hint="use --device cpu")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise AdaptkitError(f"device {device!r} cannot be used: {error}") from None
-        return cls(device, memory, torch.get_num_threads() if device.startswith("cpu") else 1)
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether tensors stay in host memory."""
-        return self.device.partition(":")[0] == "cpu"
-
-
-def check_memory(steps: Iterable[Step[P]], memory: int | None) -> None:
-    """NotEnoughMemory where a single step does not fit the bound that was asked for."""
-    largest = max((step.bytes for step in steps), default=0)
-    if memory is not None and largest > memory:
-        raise NotEnoughMemory(
-            f"one layer needs {largest / 1e6:.1f} MB of working memory; the bound is {memory / 1e6:.1f} MB",
-            hint="raise --memory",
-        )
-
-
-def bound(steps: Iterable[Step[P]], memory: int | None) -> int:
-    """The bound in bytes: what was asked for, else the default, or one step where that is larger."""
-    return max([DEFAULT_MEMORY, *(step.bytes for step in steps)]) if memory is None else memory
-
-
-def peak_memory(steps: Iterable[Step[P]], memory: int | None = None) -> int:
-    """At most how many bytes are in use at once on a CPU."""
-    listed = list(steps)
-    return min(bound(listed, memory), sum(step.bytes for step in listed))
-
-
-def buckets(steps: Iterable[Step[P]], resources: Resources, stack: int = 1) -> Iterator[Bucket[P]]:
-    """Cut steps into buckets, in file order of their first members.
-
-    On a CPU at most `stack` light steps of equal shape are a bucket, a parcel's bytes of them, and every worker gets some:
-    that spares Python most of its turns, and results are the same bits. On a GPU equal shapes fill the memory bound.
-    NotEnoughMemory where a single step does not fit.
-    """
-    ordered = sorted(steps, key=lambda step: step.order)
-    check_memory(ordered, resources.memory)
-    room = bound(ordered, resources.memory) // (1 + BESIDE)
-    if not resources.on_cpu:
-        return _stacked(ordered, room)
-    return _few(
-        ordered, min(PARCEL, room), min(stack, max(1, len(ordered) // (ROUNDS * resources.workers)))
-    )
-
-
-def _few(ordered: Sequence[Step[P]], room: int, most: int) -> Iterator[Bucket[P]]:
-    """Those of equal shape that are near one another, so that reading still goes forwards, and small."""
-    groups: list[list[Step[P]]] = []
-    latest: dict[Hashable, tuple[int, list[Step[P]]]] = {}
-    for n, step in enumerate(ordered):
-        start, group = latest.get(step.shape, (n, []))
-        if (
-            not 0 < len(group) < most
-            or n - start >= NEAR
-            or step.bytes + sum(s.bytes for s in group) > room
-        ):
-            group = []
-            latest[step.shape] = n, group
-            groups.append(group)
-        group.append(step)
-    return (Bucket(tuple(group)) for group in groups)
-
-
-def _stacked(ordered: Sequence[Step[P]], room: int) -> Iterator[Bucket[P]]:
-    groups: dict[Hashable, list[Step[P]]] = {}
-    for step in ordered:
-        groups.setdefault(step.shape, []).append(step)
-    for group in groups.values():
-        held: list[Step[P]] = []
-        for step in group:
-            if held and sum(s.bytes for s in held) + step.bytes > room:
-                yield Bucket(tuple(held))
-                held = []
-            held.append(step)
-        yield Bucket(tuple(held))
+# seconds of sys.setswitchinterval: with Python's 5e-3 s, two workers took a tenth longer
+_TURN = 1e-4
+_POLL = 0.2  # seconds between checks of the stop flag while a queue is full or empty
 
 
 Tensors = Mapping[str, "Tensor"]
@@ -180,12 +66,15 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Work(Generic[P, R]):
-    """What to do with a step: `load` its tensors (reader thread), compute a bucket's results, `store` one (writer thread).
+    """Callbacks for a step: `load`, `kernel` and `store`.
 
-    `kernel` gets the payloads and the stacked tensors, each with one leading dimension, on the device; several threads call
-    it at once, each for a bucket of its own. `held`: bytes of a result while it waits for those before it, without which
-    it counts as all of its step. `stack`: how many light steps a CPU computes at once. `announce`: where given, the reader
-    only calls this, and whoever computes a step loads it: for loads that leave their work in the cache.
+    `load` runs in the reader thread, `store` in the writer thread.
+
+    `kernel` gets the payloads and stacked tensors on the device, each with one leading dimension.
+    Several threads call it, each for its own bucket. `held` gives the bytes of a result that waits
+    for earlier ones (default: those of its step). `stack` is the number of small steps that a CPU
+    computes at once. With `announce`, the reader only calls that, and the computing thread loads:
+    for loads that leave their data in the CPU's cache.
     """
 
     load: Callable[[P], Tensors]
@@ -202,12 +91,13 @@ def run(
     resources: Resources,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Stream all steps through `work`, results stored in bucket order; the first error of any thread is raised here.
+    """Stream all steps through `work`; results are stored in bucket order.
 
-    `progress` is called with the number of steps done. On return or error no thread is left running.
+    `progress` gets the number of finished steps. The first error of any thread is raised here. On
+    return or error no thread is left running.
     """
     listed = list(steps)
-    room = _Room(bound(listed, resources.memory), resources.workers + BESIDE)
+    room = _Budget(bound(listed, resources.memory), resources.workers + BESIDE)
     parcels = _parcels(list(buckets(listed, resources, work.stack)), room.bytes, resources.workers)
     _Pipeline(work, resources, room, progress or (lambda _: None)).run(list(parcels))
 
@@ -216,8 +106,11 @@ class _Stopped(Exception):
     pass
 
 
-class _Room:
-    """Admits parcels in order while their bytes, and the number of those not yet computed, stay within bounds; one always."""
+class _Budget:
+    """Admits parcels in order while their bytes and their number stay within bounds.
+
+    A single parcel is always admitted, so that a step of any size can run.
+    """
 
     def __init__(self, bytes: int, parcels: int) -> None:
         self.bytes, self.parcels = bytes, parcels
@@ -226,6 +119,7 @@ class _Room:
 
     def enter(self, size: int, stop: threading.Event) -> None:
         with self.changed:
+            # `used` = 0 admits a parcel of any size: one step may exceed its share of the bound
             while self.used and (self.used + size > self.bytes or self.inside >= self.parcels):
                 if stop.is_set():
                     raise _Stopped
@@ -234,7 +128,7 @@ class _Room:
             self.inside += 1
 
     def computed(self, size: int, held: int) -> None:
-        """A parcel became its results, which stay until `leave`."""
+        """Replace a parcel's bytes by those of its results, until `leave`."""
         with self.changed:
             self.used -= size - held
             self.inside -= 1
@@ -248,19 +142,26 @@ class _Room:
 
 @dataclass(frozen=True)
 class _Parcel(Generic[P]):
-    """Consecutive buckets that one thread hands to the next at once: threads of Python wait for one another at every turn."""
+    """Consecutive buckets handed from thread to thread at once.
+
+    Each hand-over costs a switch between Python threads.
+    """
 
     number: int
     buckets: tuple[Bucket[P], ...]
 
     @property
     def bytes(self) -> int:
-        """Working memory of all its buckets."""
+        """Working memory of all buckets."""
         return sum(bucket.bytes for bucket in self.buckets)
 
 
 def _parcels(buckets: Sequence[Bucket[P]], room: int, workers: int) -> Iterator[_Parcel[P]]:
-    """In order; the fewer buckets are left, the smaller, so that all workers end together."""
+    """Cut buckets into parcels, smaller ones towards the end.
+
+    All workers then end together.
+    """
+    # workers and the parcels read ahead all hold one parcel each
     room = min(PARCEL, room // (workers + BESIDE))
     number = start = 0
     while start < len(buckets):
@@ -279,7 +180,7 @@ Done = tuple["_Parcel[P]", Sequence[Sequence[R]], int]
 
 class _Pipeline(Generic[P, R]):
     def __init__(
-        self, work: Work[P, R], resources: Resources, room: _Room, progress: Callable[[int], None]
+        self, work: Work[P, R], resources: Resources, room: _Budget, progress: Callable[[int], None]
     ) -> None:
         self.work, self.resources, self.room, self.progress = work, resources, room, progress
         self.stop = threading.Event()
@@ -303,7 +204,7 @@ class _Pipeline(Generic[P, R]):
                 thread.start()
             try:
                 for thread in threads:
-                    while thread.is_alive():  # so that an interrupt is heard
+                    while thread.is_alive():  # with a timeout, so that Ctrl-C is noticed
                         thread.join(_POLL)
             finally:
                 self.stop.set()
@@ -318,6 +219,7 @@ class _Pipeline(Generic[P, R]):
         except _Stopped:
             pass
         except BaseException as error:
+            # BaseException: a worker that dies silently would leave the others waiting
             self.failure.append(error)
             self.stop.set()
 
@@ -347,6 +249,7 @@ class _Pipeline(Generic[P, R]):
             self.loaded.put((parcel, loaded))
             del loaded
         for _ in range(self.resources.workers):
+            # one end marker per worker
             self.loaded.put(None)
 
     def _load(self, bucket: Bucket[P]) -> dict[str, Tensor]:
@@ -358,13 +261,16 @@ class _Pipeline(Generic[P, R]):
         stacked = {key: torch.stack([tensors[key] for tensors in loaded]) for key in loaded[0]}
         if torch.device(self.resources.device).type != "cuda":
             return stacked
+        # only page-locked memory is copied to a GPU asynchronously
         return {key: tensor.pin_memory() for key, tensor in stacked.items()}
 
     def _compute(self) -> None:
         import torch
 
         if self.resources.on_cpu:
+            # OpenMP keeps this setting per thread: each worker must set its own
             torch.set_num_threads(1)
+        # every `del` below drops the last reference, so that the memory counted as free is free
         while (item := self._next()) is not None:
             parcel, host = item
             results: list[Sequence[R]] = []
@@ -383,7 +289,7 @@ class _Pipeline(Generic[P, R]):
                 self.done.put(None)
 
     def _next(self) -> Loaded[P] | None:
-        """What is to be computed next; a worker that has to wait keeps no memory."""
+        """The next parcel to compute; a waiting worker frees its memory."""
         try:
             return self.loaded.get_nowait()
         except queue.Empty:
@@ -393,7 +299,7 @@ class _Pipeline(Generic[P, R]):
     def _moved(
         self, host: list[dict[str, Tensor] | None], n: int, bucket: Bucket[P]
     ) -> dict[str, Tensor]:
-        """The tensors of a bucket on the device; they are in the list no longer, so that nothing keeps them."""
+        """Move a bucket's tensors to the device and drop the originals."""
         tensors, host[n] = host[n], None
         if tensors is None:
             tensors = self._load(bucket)
@@ -405,7 +311,10 @@ class _Pipeline(Generic[P, R]):
         }
 
     def _held(self, parcel: _Parcel[P], results: Sequence[Sequence[R]]) -> int:
-        """Bytes of results; at least one, as `used` tells whether anybody is inside."""
+        """Bytes of the results, at least 1.
+
+        `used` = 0 would mean that nothing is admitted.
+        """
         size, held = parcel.bytes, self.work.held
         return max(
             1,
@@ -415,7 +324,7 @@ class _Pipeline(Generic[P, R]):
         )
 
     def _write(self) -> None:
-        """Store results in the order of the parcels, whichever is computed first."""
+        """Store results in the order of the parcels, not in that of completion."""
         waiting: dict[int, Done[P, R]] = {}
         following = finished = 0
         while (item := self._get(self.done)) is not None:
@@ -435,7 +344,10 @@ class _Pipeline(Generic[P, R]):
 
 @contextmanager
 def _own_threads(resources: Resources) -> Iterator[None]:
-    """Short turns of Python's threads; after workers have set torch's threads to one each, their number as it was."""
+    """Shorten Python's thread switches; restore torch's number of threads afterwards.
+
+    The workers set it to one each.
+    """
     import torch
 
     turn, threads = sys.getswitchinterval(), torch.get_num_threads()

@@ -1,27 +1,27 @@
-"""Every error adaptkit raises on purpose, as one tree.
+"""All errors that adaptkit raises on purpose, as one tree.
 
 ::
 
     AdaptkitError                     exit code 1
-    ├── CorruptFile                   bytes that are not what their format promises
-    │   └── UnsafePickle              a pickle that asks to run code
-    ├── UnreadableFile                missing, no permission, a folder without weights
+    ├── CorruptFile                   bytes that violate their file format
+    │   └── UnsafePickle              a pickle that would run code
+    ├── UnreadableFile                missing file, no permission, a folder without weights
     ├── UnknownAdapter                no (family, format) claims these keys
     ├── AmbiguousAdapter              several do, and the answer would change the output
-    ├── NoSuchName                    a family, format, algorithm or module nobody knows
-    ├── ShapeMismatch                 a tensor whose shape does not fit its place
-    ├── NotRepresentable              exact in no form of the requested kind
+    ├── NoSuchName                    an unknown family, format, algorithm or module
+    ├── ShapeMismatch                 a tensor of the wrong shape
+    ├── NotRepresentable              no exact form of the requested kind
     ├── Unclaimed                     keys or modules that would be lost
     ├── NothingToDo                   the inputs leave nothing to write
-    ├── NonFinite                     NaN or infinity where a number must stand
+    ├── NonFinite                     NaN or infinity instead of a number
     ├── WouldOverwrite                the output exists
     ├── CannotWrite                   disk full, no permission, no such folder
-    ├── NotEnoughMemory               one step needs more than the bound
-    └── WrongUsage                    options that contradict one another: exit code 2, as Click's own
+    ├── NotEnoughMemory               one step needs more than the memory bound
+    └── WrongUsage                    conflicting options or values: exit code 2, as in Click
 
 An interrupt exits 130.
 
-Deep code raises with the facts it knows; `ops` adds file and slot; the command line prints
+Low-level code raises with the facts it knows; `ops` adds file and slot; the command line prints
 ``error:`` and ``hint:``.
 """
 
@@ -53,7 +53,7 @@ __all__ = [
 
 
 class AdaptkitError(Exception):
-    """Root of the tree: `message` says what is wrong, `hint` what to do, `file` and `tensor` where."""
+    """Root of the tree: `message`, `hint`, and the place."""
 
     exit_code = 1
 
@@ -72,7 +72,7 @@ class AdaptkitError(Exception):
         self.tensor = tensor
 
     def at(self, *, file: object | None = None, tensor: str | None = None) -> AdaptkitError:
-        """Add where it happened, keeping what deeper code already said; returns self, to raise again."""
+        """Add the place unless it is already known; returns self, to raise again."""
         if self.file is None and file is not None:
             self.file = str(file)
         if self.tensor is None:
@@ -89,7 +89,7 @@ class AdaptkitError(Exception):
 
 
 class CorruptFile(AdaptkitError):
-    """The bytes are not what their format promises (truncated, overlapping, bad header)."""
+    """Bytes that violate their file format (truncated, overlapping, bad header)."""
 
 
 class UnsafePickle(CorruptFile):
@@ -97,23 +97,23 @@ class UnsafePickle(CorruptFile):
 
 
 class UnreadableFile(AdaptkitError):
-    """The path cannot be opened, or holds no weights."""
+    """A path that cannot be opened, or holds no weights."""
 
 
 class UnknownAdapter(AdaptkitError):
-    """No (family, format) pair claims the keys of this file."""
+    """A file whose keys no (family, format) pair claims."""
 
 
 class AmbiguousAdapter(AdaptkitError):
-    """Several families fit equally well and the answer would change the output."""
+    """A file that several families fit equally well, with different outputs."""
 
 
 class NoSuchName(AdaptkitError):
-    """A name that nobody knows; the hint lists near matches or all of them."""
+    """An unknown name; the hint lists near matches or all names."""
 
     @classmethod
     def among(cls, kind: str, name: str, known: Iterable[str]) -> NoSuchName:
-        """Build the error for `name`, which is not one of the `known` names of this `kind`."""
+        """Build the error for a `name` that is not among `known`."""
         from difflib import get_close_matches
 
         names = sorted(known)
@@ -123,11 +123,11 @@ class NoSuchName(AdaptkitError):
 
 
 class ShapeMismatch(AdaptkitError):
-    """A tensor's shape does not fit its place."""
+    """A tensor of the wrong shape."""
 
 
 class NotRepresentable(AdaptkitError):
-    """The requested kind has no exact form for this weight."""
+    """A weight that has no exact form of the requested kind."""
 
 
 class Unclaimed(AdaptkitError):
@@ -135,26 +135,26 @@ class Unclaimed(AdaptkitError):
 
 
 class NothingToDo(AdaptkitError):
-    """The inputs leave nothing to write."""
+    """Inputs that leave nothing to write."""
 
 
 class NonFinite(AdaptkitError):
-    """NaN or infinity where a number must stand."""
+    """NaN or infinity instead of a number."""
 
 
 class WouldOverwrite(AdaptkitError):
-    """The output exists (see `--overwrite`)."""
+    """An output that exists (see `--overwrite`)."""
 
 
 class CannotWrite(AdaptkitError):
-    """The output cannot be written: disk full, no permission, no such folder."""
+    """An output that cannot be written: disk full, no permission, no such folder."""
 
 
 class NotEnoughMemory(AdaptkitError):
-    """One step needs more than the memory bound."""
+    """A step that needs more than the memory bound."""
 
 
 class WrongUsage(AdaptkitError):
-    """Options that contradict one another, or a value that an option does not take."""
+    """Conflicting options, or a value that an option does not accept."""
 
     exit_code = 2

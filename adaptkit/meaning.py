@@ -1,60 +1,86 @@
 """What stored numbers mean to a reader: alpha and its source, the configuration, the weights.
 
-Files are read through this module, and every tensor that is written passes `as_read` first. So the
-weights that a report measures are those that a reader finds.
+Files are read through this module, and every computed tensor passes `as_read` before it is
+written. So the weights that a report measures are those that a reader finds. What cannot be
+honoured is a `Problem`; one of severity `error` stops every verb but `inspect`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.algorithms.contract import ALPHA, Stated
+from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Facts, Weights
 
-__all__ = ["AsRead", "Meaning", "as_read"]
+__all__ = ["PEFT_CONFIG", "AsRead", "Meaning", "Problem", "as_read", "refuse_errors"]
 
+PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
+# PEFT subtracts what these put into the factors from the base (peft/tuners/lora/layer.py), so the
+# adapter alone is not the difference; `loftq` quantises the base instead
+REBASED = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga", re.IGNORECASE)
 # the settings of PEFT's OFT that adaptkit computes; tensors do not show others
-SUPPORTED: Mapping[str, object] = MappingProxyType(
+OFT_COMPUTED: Mapping[str, object] = MappingProxyType(
     {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": False}
 )
+# metadata keys that state alpha for a whole file, without saying for which modules
+FLAT_ALPHA = ("lora_alpha", "alpha", "network_alpha")
+
+
+class Problem(NamedTuple):
+    """A fault of a file: an `error` makes it unusable, a `warning` does not."""
+
+    severity: str
+    module: str | None
+    what: str
+
+
+def refuse_errors(problems: Iterable[Problem], path: Path) -> None:
+    """NotRepresentable for the first problem of the whole file that is an error."""
+    for problem in problems:
+        if problem.severity == "error" and problem.module is None:
+            raise NotRepresentable(
+                problem.what, hint="`adaptkit inspect` lists the problems of a file", file=path
+            )
 
 
 @dataclass(frozen=True)
 class Meaning:
     """What metadata and configuration say about the tensors of a file.
 
-    `configs` are the fields of PEFT's configuration: one, or one per component in the metadata of
-    diffusers. `config` is PEFT's adapter_config.json alone.
+    `configs` are the fields of PEFT's configuration: those of the whole file (component ""), or
+    one set per component in the metadata of diffusers.
     """
 
     configs: Mapping[str, Mapping[str, object]]
-    config: Mapping[str, object]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, metadata: Mapping[str, str], config: Mapping[str, object] | None) -> Meaning:
-        """From the metadata of a file, or from the configuration beside it."""
+        """From PEFT's adapter_config.json if there is one, else from the metadata."""
         if config is not None:
-            return cls({"": config}, config)
+            return cls({"": config}, metadata)
         try:
             stored = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             stored = {}
         parts: dict[str, dict[str, object]] = {}
         for name, value in stored.items() if isinstance(stored, dict) else ():
-            component, _, key = name.partition(".")
+            component, _, key = name.rpartition(".")
             parts.setdefault(component, {})[key] = value
-        return cls(parts, {})
+        return cls(parts, metadata)
 
     def alpha(self, component: str, module: str, stored: float | None) -> tuple[Stated | None, str]:
         """The alpha of a module and its source: tensor, metadata or none.
@@ -67,6 +93,30 @@ class Meaning:
         found = self._configured(component, module)
         return found, "none" if found is None else "metadata"
 
+    def bias_scale(self, component: str, module: str, rank: int) -> float:
+        """What multiplies a `lora_B.bias`: what multiplies its factors, of this rank.
+
+        Source: peft/tuners/lora/layer.py, `merge`.
+        """
+        found = self._configured(component, module)
+        if found is None:
+            return 1.0
+        rank = found.rank or rank
+        return found.value / (rank**0.5 if found.rank_scaled else rank)
+
+    def problems(self) -> Iterator[Problem]:
+        """What the configuration asks for that adaptkit does not compute."""
+        for component, config in self.configs.items():
+            where = f"{component}: " if component else ""
+            yield from (Problem("error", None, where + what) for what in _unsupported(config))
+
+    def ignored_alpha(self) -> Iterator[Problem]:
+        """A warning for an alpha in the metadata that no host applies."""
+        found = [f"{key} = {self.metadata[key]}" for key in FLAT_ALPHA if key in self.metadata]
+        if found:
+            what = f"the metadata states {', '.join(found)}, which hosts ignore; alpha = rank"
+            yield Problem("warning", None, what)
+
     def _configured(self, component: str, module: str) -> Stated | None:
         config = self.configs.get(component) or self.configs.get("") or {}
         usual = config.get("lora_alpha", config.get("alpha"))
@@ -77,23 +127,29 @@ class Meaning:
         known = rank if isinstance(rank, int) else None
         return Stated(float(alpha), known, bool(config.get("use_rslora")))
 
-    def unsupported(self) -> list[str]:
-        """Settings of the configuration that adaptkit does not compute."""
-        if self.config.get("peft_type") != "OFT":
-            return []
-        return [
-            f"{name} = {self.config[name]}: this kind of OFT is not supported"
-            for name, value in SUPPORTED.items()
-            if self.config.get(name, value) != value
-        ]
+
+def _unsupported(config: Mapping[str, object]) -> Iterator[str]:
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and REBASED.fullmatch(init):
+        yield (
+            f"init_lora_weights = {init}: the training changed the base weights too, so the "
+            "factors alone are not the difference; save it with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    if config.get("peft_type") != "OFT":
+        return
+    for name, usual in OFT_COMPUTED.items():
+        if config.get(name, usual) != usual:
+            yield f"{name} = {config[name]}: this kind of OFT is not supported"
 
 
 def _pattern(patterns: object, module: str, default: object) -> object:
     """The value of the first pattern that matches the end of a module's name.
 
-    Found as PEFT's `get_pattern_key` finds it.
+    Found as PEFT's `get_pattern_key` finds it (peft/utils/other.py).
     """
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        # unescaped on purpose: PEFT treats patterns as regular expressions
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
     return default

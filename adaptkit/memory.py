@@ -1,4 +1,4 @@
-"""Large blocks of memory from the operating system, in huge pages where it has them."""
+"""Allocate large blocks of memory in huge pages, on systems that have them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import suppress
 
 __all__ = ["HUGE", "forget", "huge"]
 
-HUGE = 1 << 22  # bytes from which it is worth while
-_LOOSE = 2  # a block serves needs down to this part of its size
+HUGE = 1 << 22  # bytes: smaller blocks gain nothing
+_LOOSE = 2  # a block is reused for requests of at least 1/_LOOSE of its size
 
 
 class _Own(threading.local):
-    """The blocks that a thread asked for and may get again."""
+    """A thread's own blocks, kept for reuse."""
 
     def __init__(self) -> None:
         self.views: list[memoryview] = []
@@ -24,11 +24,14 @@ _own = _Own()
 
 
 def huge(size: int) -> memoryview | None:
-    """At least `size` writable bytes in huge pages, of any content; None for few, and on systems without.
+    """Allocate at least `size` uninitialised bytes in huge pages, or None.
 
-    Freed with its last use. A page fault for each 4 KB of fresh memory took a quarter of the CPU time of an extraction, in
-    a virtual machine, and to have fresh pages cleared a fifteenth: so a thread gets a block of its own again that is free
-    and of about that size, as in layers of one shape. Free blocks of other sizes go back before a new one comes.
+    None for small blocks and unsupported systems.
+
+    The block is freed with its last reference. Page faults of 4 KB pages took a quarter of the CPU
+    time of an extraction in a virtual machine, and clearing fresh pages a fifteenth. A thread
+    therefore reuses its own free blocks of about the right size, as for layers of one shape, and
+    releases its other free blocks before it allocates a new one.
     """
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
@@ -38,8 +41,9 @@ def huge(size: int) -> memoryview | None:
     ]
     if fits:
         return views[min(fits, key=lambda n: len(views[n]))]
+    # a block in use elsewhere stays listed: it may become free later
     views[:] = [views[n] for n in range(len(views)) if not _free(views, n)]
-    with suppress(OSError):  # a kernel built without them
+    with suppress(OSError):  # a kernel without huge pages
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block.madvise(mmap.MADV_HUGEPAGE)
         views.append(memoryview(block))
@@ -48,10 +52,11 @@ def huge(size: int) -> memoryview | None:
 
 
 def _free(views: list[memoryview], n: int) -> bool:
-    """Whether nothing refers to a view but the list, and the call that counts."""
+    """Whether only the list and this call refer to a block."""
+    # one reference from the list, one from getrefcount's own argument
     return sys.getrefcount(views[n]) <= 2
 
 
 def forget() -> None:
-    """Give back what this thread would get again: for one that is about to wait."""
+    """Release this thread's free blocks, before a long wait."""
     _own.views.clear()

@@ -1,6 +1,7 @@
-"""What a weight is called: targets of the base model, slots in them, and skeletons of key strings.
+"""Names of weights: targets, slots in them, and skeletons of keys.
 
-They are named tuples because they are the keys of every table: a file has thousands, each hashed a dozen times.
+These are named tuples because every table is keyed by them: a file has thousands, and each is
+hashed a dozen times.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _DIGITS = re.compile(r"(\d+)")
 
 
 class Target(NamedTuple):
-    """A parameter of the base model, under the name the family's table gives it.
+    """A parameter of the base model, named as in the family's table.
 
     `component` is the part of the model (`unet`, `text_encoder`), `module` the dotted module name,
     `param` the parameter of that module (`weight`, `bias`).
@@ -34,9 +35,10 @@ class Target(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A cut of a target's output rows, in shares: rows [start/total, stop/total) of them.
+    """A range of a target's output rows in shares: rows [start/total, stop/total).
 
-    Shares instead of sizes, so that one table holds for every width: q of a fused qkv is `Rows(0, 1, 3)`.
+    Shares fit every width, so one table serves all sizes of a model: q of a fused qkv is
+    `Rows(0, 1, 3)`.
     """
 
     start: int
@@ -44,7 +46,10 @@ class Rows(NamedTuple):
     total: int
 
     def bounds(self, rows: int) -> tuple[int, int] | None:
-        """First and last-plus-one row of this cut in a target of `rows` rows; None where the shares do not divide."""
+        """(first, last + 1) of this range in `rows` rows, or None.
+
+        None if the shares do not divide.
+        """
         if rows % self.total:
             return None
         unit = rows // self.total
@@ -52,14 +57,14 @@ class Rows(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A target, or a row-part of it: the place where one adapted weight applies."""
+    """A target or a row range of it: one place to adapt."""
 
     target: Target
     rows: Rows | None = None
 
     @property
     def component(self) -> str:
-        """The part of the model this slot lies in."""
+        """The component of the model that holds this slot."""
         return self.target.component
 
     @property
@@ -74,7 +79,7 @@ class Slot(NamedTuple):
 
 @lru_cache(maxsize=65536)
 def tokenise(key: str) -> tuple[str, tuple[int, ...]]:
-    """Split a key into its skeleton, each run of digits replaced by `#`, and those integers in order.
+    """Split a key into its skeleton (digits replaced by `#`) and its integers.
 
     >>> tokenise("double_blocks.7.img_attn.qkv")
     ('double_blocks.#.img_attn.qkv', (7,))

@@ -1,4 +1,4 @@
-"""Find the members of a plug-in package: one module, one named attribute, no list to edit."""
+"""Discover the members of a plug-in package by one attribute per module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["discover"]
 
 @cache
 def discover(package: str, attribute: str, *, required: bool = True) -> Mapping[str, Any]:
-    """Import every public module of `package` and collect its `attribute` by that object's `name`.
+    """Collect the `attribute` of every public module, by its `name`.
 
     Order is that of the module names. `contract` modules are not members. Raises TypeError for a
     module without the attribute (if `required`), for a module and object of different names (a

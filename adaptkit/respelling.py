@@ -1,4 +1,7 @@
-"""Which slots of one format come from which entries of another: renamed, split or fused. Headers only."""
+"""Map an adapter's entries to the slots of another format.
+
+Slots are renamed, split or fused. Reads headers only.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ __all__ = ["Assembly", "Part", "Respelling"]
 
 
 class Part(NamedTuple):
-    """What one entry gives to a slot: all of its rows, or those of `cut`. Without an entry: `rows` rows of zeros."""
+    """One entry's contribution to a slot: all rows, or those of `cut`.
+
+    A part without an entry is `rows` rows of zeros.
+    """
 
     entry: Entry | None
     cut: tuple[int, int] | None = None
@@ -28,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """One slot of the output and the parts that make it, in the order of its rows."""
+    """One slot of the output and its parts, in row order."""
 
     slot: Slot
     parts: tuple[Part, ...]
@@ -36,31 +42,34 @@ class Assembly(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What people call it: by the entry it holds, where that is one."""
+        """The display name, taken from the entry if the slot holds exactly one."""
         only = self.whole
         return self.adapter.label(self.slot if only is None else only.slot)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The entries that are read for it."""
+        """The entries to read for this slot."""
         return tuple(part.entry for part in self.parts if part.entry is not None)
 
     @property
     def whole(self) -> Entry | None:
-        """The entry that this slot holds as it is; None where it is cut out or put together."""
+        """The entry that this slot holds unchanged, or None."""
         first = self.parts[0]
         return first.entry if len(self.parts) == 1 and first.cut is None else None
 
 
 class Respelling:
-    """Finds the slots that a format has for an adapter's entries; what finds none goes to `lost`."""
+    """Finds a format's slots for an adapter's entries.
+
+    `lost` lists the keys without a slot.
+    """
 
     def __init__(self, adapter: Adapter, keys: KeyMap) -> None:
         self.adapter, self.keys = adapter, keys
         self.lost: dict[str, str] = {}
 
     def jobs(self, entries: Mapping[Slot, Entry]) -> Iterator[Assembly]:
-        """Every slot to write, in the order in which the file first names its target; fills `lost`."""
+        """Every slot to write, in the order of the file; fills `lost`."""
         held: dict[Target, dict[Slot, Entry]] = {}
         for slot, entry in entries.items():
             held.setdefault(slot.target, {})[slot] = entry
@@ -76,13 +85,18 @@ class Respelling:
                 yield Assembly(slot, found, self.adapter)
         for slot, entry in held.items():
             if slot not in used:
-                reason = f"the {self.keys.format.name} format has no place for {self.adapter.label(slot)}"
+                name = self.adapter.label(slot)
+                reason = f"the {self.keys.format.name} format has no place for {name}"
                 self.lost |= dict.fromkeys(entry.keys.values(), reason)
 
     def _parts(self, slot: Slot, held: Mapping[Slot, Entry]) -> tuple[Part, ...]:
-        """What makes a slot: the entry of that slot, rows of a larger one, or smaller ones and the gaps between them."""
+        """The parts of a slot.
+
+        Its entry, rows of a larger one, or smaller ones and their gaps.
+        """
         if slot in held:
             return (Part(held[slot]),)
+        # spans are exact fractions: thirds of a fused qkv have no exact float
         want = _span(slot.rows)
         for theirs, entry in held.items():
             have = _span(theirs.rows)
@@ -94,7 +108,7 @@ class Respelling:
         return tuple(self._joined(want, inside)) if inside else ()
 
     def _cut(self, entry: Entry, have: Span, want: Span) -> tuple[int, int]:
-        """The rows of an entry that a slot takes, counted from the entry's first."""
+        """The rows of an entry that a slot takes."""
         height = self._height(entry, have)
         return (
             self._row(entry, height * (want[0] - have[0])),
@@ -113,10 +127,11 @@ class Respelling:
             yield Part(None, rows=self._row(entry, height * (want[1] - at)))
 
     def _height(self, entry: Entry, span: Span) -> Fraction:
-        """How many rows the whole target has."""
+        """The number of rows of the whole target."""
         if not entry.facts.rows:
             raise NotRepresentable(
-                f"the tensors of a {entry.kind.name} do not tell its rows, so it cannot be split or fused",
+                f"the tensors of a {entry.kind.name} do not determine its rows, "
+                "so it cannot be split or fused",
                 hint="merge it into a checkpoint instead",
                 tensor=self.adapter.label(entry.slot),
             )
@@ -132,7 +147,7 @@ class Respelling:
 
 
 def _span(rows: Rows | None) -> Span:
-    from fractions import Fraction  # 3 ms that a pure renaming does not need
+    from fractions import Fraction  # takes 3 ms, which a pure renaming does not need
 
     if rows is None:
         return Fraction(0), Fraction(1)

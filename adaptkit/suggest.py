@@ -1,4 +1,4 @@
-"""The name that someone may have meant: nearest known keys to one that no table claims."""
+"""Suggest known keys for an unknown one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ if TYPE_CHECKING:
 
 __all__ = ["nearest"]
 
-CUTOFF = 0.75  # of difflib's ratio: below, names have little in common
+CUTOFF = 0.75  # difflib ratio; names below this have little in common
 
 
 def nearest(keys: KeyMap, key: str) -> str | None:
-    """The known key most like this one, its numbers kept; None where nothing is near.
+    """The most similar known key with the numbers of `key`, or None.
 
-    Either the module is known and its suffix is not, or the other way round, or neither; compared without numbers.
+    Names are compared without their numbers. A known module with a strange suffix has no nearer
+    name.
     """
+    if any(keys.claims(key[:at]) for at, letter in enumerate(key) if letter == "."):
+        return None
     found = split_suffix(key)
     stem, suffix = (
         (found[0], found[1]) if found else (key.rpartition(".")[0], key.rpartition(".")[2])
     )
     shape, numbers = tokenise(stem)
     match = get_close_matches(shape, _shapes(keys), n=1, cutoff=CUTOFF)
+    # an equal shape means that only a number is out of range: no other name to suggest
     if not match or match[0] == shape:
         return None
     holes = match[0].count("#")
@@ -42,7 +46,7 @@ def nearest(keys: KeyMap, key: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def _shapes(keys: KeyMap) -> tuple[str, ...]:
-    """Every stem of a key map without its numbers."""
+    """Every stem of a key map, without numbers."""
     return tuple(dict.fromkeys(_stems(keys)))
 
 
@@ -57,6 +61,6 @@ def _stems(keys: KeyMap) -> Iterator[str]:
 
 
 def _numbered(template: str) -> str:
-    """A template with its free indices as zeros."""
+    """A template with its free indices set to zero."""
     head, brace, rest = template.partition("{")
     return head if not brace else head + "0" + _numbered(rest.partition("}")[2])

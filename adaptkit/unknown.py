@@ -1,7 +1,8 @@
-"""A family nobody has a table for: its modules are those the file names.
+"""Families without a table, made of the module names in a file.
 
-Enough wherever names need no translation: inspecting, resizing, another algorithm, another spelling of the same names.
-Names are carried between formats only where these name modules alike, and never from underscores back to dots.
+They suffice if names need no translation: to inspect, resize, change the algorithm, or spell the
+same names in another format. Names are carried over only between formats that name modules alike,
+and never from underscores back to dots.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import families, formats
 from adaptkit.families.contract import Component, Kind, ModelFamily, Row, named
-from adaptkit.files.source import COMPONENTS
+from adaptkit.files.open import COMPONENTS
 from adaptkit.keymap import prefixes, split_suffix
 from adaptkit.names import BIAS, WEIGHT
 
@@ -42,7 +43,7 @@ _ENCODERS = {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "
 def fallback(
     names: Iterable[str], format: str | None = None
 ) -> tuple[ModelFamily, KeyFormat, int] | None:
-    """A family made of the modules these keys name, the format that spells them, and how many keys that claims."""
+    """Build a family from adapter keys: (family, format that spells them, claimed keys)."""
     stems = Counter(found[0] for name in names if (found := split_suffix(name)) is not None)
     known = [
         f for f in formats().values() if not f.private and not f.owns and format in (None, f.name)
@@ -59,7 +60,10 @@ def _claimed(stems: Mapping[str, int], format: KeyFormat) -> int:
 
 
 def _parts(format: KeyFormat) -> dict[str, str]:
-    """Prefix → the component it means, over all families; the denoiser of most where they differ."""
+    """Map each prefix to its component over all families.
+
+    Prefixes that mean several components map to the denoiser.
+    """
     found: dict[str, str] = {}
     for family in families().values():
         for part in family.components:
@@ -95,14 +99,17 @@ def _component(name: str, modules: Iterable[str], format: KeyFormat) -> Componen
 
 
 def _alike(format: KeyFormat, source: KeyFormat) -> bool:
-    """Whether a format can spell the names that this source has."""
+    """Whether a format can spell the names of a source format."""
     if format is source:
         return True
     return format.kin == source.kin != "" and source.joiner in (".", format.joiner)
 
 
 def _tags(component: str, source: KeyFormat) -> dict[str, tuple[str, ...]]:
-    """The tags on which all families that have this component agree; all of those that the source's prefixes need."""
+    """The tags of a component that families agree on.
+
+    Plus all tags that the source's prefixes need.
+    """
     found: dict[str, dict[tuple[str, ...], None]] = {}
     for family in families().values():
         for part in family.components:
@@ -117,18 +124,17 @@ def _tags(component: str, source: KeyFormat) -> dict[str, tuple[str, ...]]:
     }
 
 
-# checkpoints ---------------------------------------------------------------------------------------------------------
+# checkpoints ----------------------------------------------------------------------------
 
 
 def family_of_weights(*files: Mapping[str, tuple[int, ...]]) -> ModelFamily:
-    """A family of the modules that these files (key → shape) have weights or biases of, by their own names.
+    """Build a family from the weights and biases in files (key → shape).
 
-    Every format spells these names behind its prefix, kohya's with underscores for dots. Modules that only those tell
-    apart are left out: no such key would say which is meant.
+    Every format spells these names after its prefix, kohya with underscores for dots. Modules that
+    differ only in dots and underscores are skipped: such a key would be ambiguous.
     """
-    modules: dict[
-        str, dict[str, tuple[int, ...]]
-    ] = {}  # component → module → the shape of its weight
+    # component → module → shape of its weight
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
     starts: dict[str, dict[str, None]] = {}
     for shapes in files:
         parts = _weight_parts(shapes)
@@ -148,21 +154,19 @@ def family_of_weights(*files: Mapping[str, tuple[int, ...]]) -> ModelFamily:
 
 
 def _weight_parts(names: Iterable[str]) -> dict[str, str]:
-    """Prefix → component: the folders of a pipeline, or else one denoiser."""
+    """Map prefixes to components: the folders of a pipeline, or else one denoiser."""
     names = list(names)
     folders = {name.partition(".")[0] for name in names}
     if folders <= set(COMPONENTS):
         return {f"{folder}.": folder for folder in COMPONENTS if folder in folders}
-    return {
-        next(p for p in _DENOISER_PREFIXES if any(name.startswith(p) for name in names)): DENOISERS[
-            0
-        ]
-    }
+    prefix = next(p for p in _DENOISER_PREFIXES if any(name.startswith(p) for name in names))
+    return {prefix: DENOISERS[0]}
 
 
 def _weighed(
     name: str, modules: Mapping[str, tuple[int, ...]], starts: tuple[str, ...]
 ) -> Component:
+    # `a.b_c` and `a_b.c` would be one key in kohya's spelling
     alike = Counter(module.replace(".", "_") for module in modules)
     rows = [
         _row(module, shape)

@@ -39,7 +39,23 @@ def corpus() -> Path:
     return CORPUS
 
 
+NUMERIC = (  # what .ci/run runs a second time with other kernels of BLAS
+    "algorithms",
+    "linalg",
+    "ops/test_combine.py",
+    "ops/test_compare.py",
+    "ops/test_extract.py",
+    "ops/test_merge.py",
+    "ops/test_resize.py",
+    "test_kernels.py",
+)
+TESTS = Path(__file__).parent
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(TESTS / path) for path in NUMERIC):
+            item.add_marker(pytest.mark.numeric)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -500,20 +500,20 @@ command = "merge"
 bases = ["base.safetensors", "tuned.safetensors"]
 adapters = ["lora-kohya.safetensors"]
 strengths = [0.5, 1.0]
-output = "../../out/{base}-{adapter}-{strength}.safetensors"
+output = "out/{base}-{adapter}-{strength}.safetensors"
 
 [[matrix]]
 command = "resize"
 adapter = "lora-kohya.safetensors"
 rank = [1, 2]
-output = "../../out/{adapter}-rank{rank}.safetensors"
+output = "out/{adapter}-rank{rank}.safetensors"
 
 [[job]]
 command = "extract"
 base = "base.safetensors"
 tuned = "tuned.safetensors"
 algo = "lokr"
-output = "../../out/{tuned}-lokr.safetensors"
+output = "out/{tuned}-lokr.safetensors"
 """
 
 

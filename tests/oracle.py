@@ -110,8 +110,12 @@ def _rotation(block: np.ndarray) -> np.ndarray:
 
 
 def _bounded(blocks: np.ndarray, bound: float) -> np.ndarray:
-    """Blocks whose skew parts together have a norm of at most `bound` (0: as they are)."""
+    """Blocks whose skew parts together have a norm of at most `bound` (0: as they are).
+
+    LyCORIS `modules/diag_oft.py: get_r` adds 1e-8 to the norm before it divides by it.
+    """
     norm = np.sqrt(sum(((b - b.T) ** 2).sum() for b in blocks.reshape(-1, *blocks.shape[-2:])))
+    norm += 1e-8
     return blocks * min(1.0, bound / norm) if bound > 0 else blocks
 
 

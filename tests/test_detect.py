@@ -52,6 +52,16 @@ def infos(listing: Listing) -> dict[str, TensorInfo]:
     return {key: TensorInfo(key, dtype, shape, 0, 0) for key, (dtype, shape) in listing.items()}
 
 
+# a list of another project's test, whose made-up magnitude fits none of its weights
+MADE_UP = "invokeai__anima_lora_lokr_format"
+
+
+def test_there_are_key_lists_to_look_at(corpus: Path) -> None:
+    assert len(KEY_LISTS) >= 50
+    assert len(list((corpus / "adapters").glob("*.json"))) == len(CORPUS_LISTS) >= 70
+    assert MADE_UP in CORPUS_LISTS
+
+
 # FramePack has every module of HunyuanVideo, by the same diffusers names and with the same shapes
 ALIKE_OURS = {"hunyuan-video-diffusers": ("framepack",)}
 
@@ -75,11 +85,7 @@ def test_n4_real_key_lists(name: str, corpus: Path, tmp_path: Path) -> None:
     described = json.loads((corpus / "adapters" / f"{name}.json").read_text())
     family = family_of(described["family"])
     with Adapter.open(write_header_only(tmp_path / "a.safetensors", listing)) as adapter:
-        if not described["shape_check"][
-            "inconsistent"
-        ]:  # some made-up lists have shapes that fit nothing
-            assert not adapter.unclaimed
-            assert not adapter.problems
+        assert bool(adapter.unclaimed) == bool(adapter.problems) == (name == MADE_UP)
         assert adapter.format.name == format_of(listing)
         found = (adapter.family.name, *adapter.detection.alternatives)
         assert found[0] == ALIKE.get(name, family)
@@ -172,3 +178,23 @@ def test_names_are_checked() -> None:
 def test_an_unknown_checkpoint_has_no_family() -> None:
     found = detect_checkpoint(infos({"transformer.h.0.attn.weight": ("F16", (4, 4))}), {})
     assert found.family is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        # diffusers before 0.20 (`train_dreambooth_lora.py` of that time)
+        [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.{part}_lora.{role}.weight"
+         for part in ("to_q", "to_k", "to_v", "to_out") for role in ("down", "up")],
+        # XLabs-AI x-flux
+        [f"double_blocks.0.processor.{part}_lora{n}.{role}.weight"
+         for part in ("qkv", "proj") for n in (1, 2) for role in ("down", "up")],
+    ],
+)  # fmt: skip
+def test_old_spellings_are_adapters_not_checkpoints(names: list[str]) -> None:
+    from adaptkit.detect import is_adapter
+
+    assert is_adapter(names)
+    assert not is_adapter(
+        [name.replace("_lora1", "").replace("_lora2", "").replace("_lora", "") for name in names]
+    )

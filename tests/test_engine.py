@@ -3,14 +3,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 from adaptkit import engine
-from adaptkit.engine import Resources, Step, Work, buckets, run
+from adaptkit.engine import Work, run
 from adaptkit.errors import AdaptkitError, NotEnoughMemory
+from adaptkit.steps import Resources, Step, buckets
 
 
 def steps(n: int, size: int = 10) -> list[Step[int]]:
@@ -194,12 +197,48 @@ def test_workers_compute_at_once_and_results_are_stored_in_order() -> None:
         time.sleep(0.02 * (payloads[0] % 3))
         return [tensors["x"]]
 
-    before = torch.get_num_threads()
     work = Work(lambda i: {"x": torch.zeros(1)}, kernel, lambda i, _: stored.append(i))
     run(steps(30), work, Resources(workers=3))
     assert stored == list(reversed(range(30)))
     assert threads == {1}
-    assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Another number than the one that the suite, and every worker, sets."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_of_a_new_thread() -> int:
+    """What torch gives a thread that asks for the first time: the number of the whole process."""
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("fails", [False, True])
+def test_torch_has_its_threads_again_afterwards(fails: bool) -> None:
+    inside: set[int] = set()
+
+    def kernel(payloads: tuple[int, ...], tensors: dict[str, Tensor]) -> list[Tensor]:
+        inside.add(threads_of_a_new_thread())
+        if fails and len(inside) == 1:
+            raise ValueError("here")
+        return [tensors["x"]]
+
+    work = Work(lambda i: {"x": torch.zeros(1)}, kernel, lambda *_: None)
+    assert threads_of_a_new_thread() == 3
+    with pytest.raises(ValueError, match="here") if fails else nullcontext():
+        run(steps(6), work, Resources(workers=2))
+    assert inside == {1}, "the workers had set another number"
+    assert threads_of_a_new_thread() == 3
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -248,13 +287,26 @@ def test_the_default_bound_grows_with_the_largest_step() -> None:
     assert engine.peak_memory([big, big]) == big.bytes
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_machine_without_cuda_says_so(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AdaptkitError, match="no CUDA device") as caught:
+        Resources.choose(device)
+    assert caught.value.hint == "use --device cpu"
+    assert Resources.choose("auto").device == "cpu"
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_cpu_has_as_many_workers_as_torch_has_threads() -> None:
+    chosen = Resources.choose("cpu", 123)
+    assert (chosen.device, chosen.memory, chosen.workers, chosen.on_cpu) == ("cpu", 123, 3, True)
+    assert not Resources("cuda:1").on_cpu
+    assert Resources("cpu:0").on_cpu
+
+
 def test_unknown_devices_are_refused() -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(AdaptkitError, match="CUDA"):
-            Resources.choose("cuda")
     with pytest.raises(AdaptkitError, match="cannot be used"):
         Resources.choose("quantum")
-    assert Resources.choose("cpu", 123).memory == 123
 
 
 @pytest.mark.gpu

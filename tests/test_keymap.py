@@ -8,9 +8,20 @@ import pytest
 
 from adaptkit.detect import families, formats
 from adaptkit.errors import NotRepresentable
-from adaptkit.families.contract import Component, Row
-from adaptkit.keymap import algorithms, compile_keys, label, param_of, prefixes, split_suffix
-from adaptkit.names import Slot, Target
+from adaptkit.families import contract as table
+from adaptkit.families.contract import Component, Kind, ModelFamily, Name, Row, pair, split
+from adaptkit.keymap import (
+    CheckpointMap,
+    KeyMap,
+    Place,
+    algorithms,
+    compile_keys,
+    label,
+    param_of,
+    prefixes,
+    split_suffix,
+)
+from adaptkit.names import Rows, Slot, Target
 from tests.synth import expand, fill
 
 PAIRS = [(family, format) for family in families() for format in formats()]
@@ -153,3 +164,240 @@ def test_a_format_without_a_place_says_so() -> None:
         compile_keys("sdxl", "lycoris").stem(
             Slot(Target("text_encoder_2", "text_model.final_layer_norm"))
         )
+
+
+# a family of a few rows, one of each kind; what is expected is written out by hand
+
+ROWS = (
+    pair("blocks.{i:3}.qkv", split("layers.{i:3}.to_", "q", "k", "v")),
+    pair("blocks.{i:3}.mod", table.swapped("layers.{i:3}.norm.linear")),
+    pair("blocks.{i:3}.norm", table.scaled("layers.{i:3}.norm_out"), kind=Kind.NORM),
+    pair("conv", "conv_in", kernel=(3, 3)),
+    pair(Name("proj", "proj.weight", "proj.bias", kernel=(1, 1)), "proj_in"),
+    pair("single.{j:1}.out", "alone.{j:1}.out"),
+)
+TEXT = (
+    table.row(
+        "layers.{i:2}.fc", original=table.named("h.{i:2}.fc", weight="h.{i:2}.w", transposed=True)
+    ),
+    table.row("emb", kind=Kind.EMBEDDING),
+)
+AUTOENCODER = (table.row("decoder.conv", kernel=(3, 3)),)
+TOY = ModelFamily(
+    name="toy",
+    title="Toy",
+    components=(
+        Component(
+            name="unet",
+            title="U-Net",
+            rows=ROWS,
+            checkpoints={"native": ("model.", ""), "diffusers": ("unet.",)},
+            tags={"kohya": ("unet",), "comfy": ("model",), "root": ("",), "diffusers": ("unet",)},
+            namings={"kohya": "native", "comfy": "native"},
+        ),
+        Component(
+            name="text",
+            title="encoder",
+            rows=TEXT,
+            checkpoints={"original": ("te.",), "diffusers": ("text.", "")},
+            tags={"kohya": ("te",), "root": ("",), "diffusers": ("text",)},
+        ),
+    ),
+    beside=(
+        Component(
+            name="vae", title="VAE", rows=AUTOENCODER, checkpoints={"diffusers": ("vae.", "")}
+        ),
+    ),
+)
+
+
+def keys_of(format: str) -> KeyMap:
+    return KeyMap(TOY, formats()[format])
+
+
+def at(module: str, rows: Rows | None = None, param: str = "weight", part: str = "unet") -> Slot:
+    return Slot(Target(part, module, param), rows)
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("model.blocks.2.qkv.weight", Place(at("blocks.2.qkv"), Kind.MATRIX, "native")),
+        ("blocks.2.qkv.bias", Place(at("blocks.2.qkv", param="bias"), Kind.MATRIX, "native")),
+        (
+            "unet.layers.2.to_k.weight",
+            Place(at("blocks.2.qkv", Rows(1, 2, 3)), Kind.MATRIX, "diffusers"),
+        ),
+        (
+            "unet.layers.0.norm.linear.weight",
+            Place(at("blocks.0.mod"), Kind.MATRIX, "diffusers", swapped=True),
+        ),
+        ("blocks.0.mod.weight", Place(at("blocks.0.mod"), Kind.MATRIX, "native")),
+        ("unet.layers.1.norm_out.scale", Place(at("blocks.1.norm"), Kind.NORM, "diffusers")),
+        (
+            "te.h.1.w",
+            Place(at("layers.1.fc", part="text"), Kind.MATRIX, "original", transposed=True),
+        ),
+        (
+            "te.h.1.fc.bias",
+            Place(at("layers.1.fc", param="bias", part="text"), Kind.MATRIX, "original"),
+        ),
+        ("text.emb.weight", Place(at("emb", part="text"), Kind.EMBEDDING, "diffusers")),
+        ("emb.weight", Place(at("emb", part="text"), Kind.EMBEDDING, "diffusers")),
+    ],
+)
+def test_a_checkpoint_key_says_where_it_belongs_and_how_it_is_stored(
+    key: str, place: Place
+) -> None:
+    assert CheckpointMap(TOY).parse(key) == place
+    assert CheckpointMap(TOY).claims(key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.blocks.3.qkv.weight",
+        "model.layers.2.to_k.weight",
+        "unet.blocks.2.qkv.weight",
+        "unet.layers.1.norm_out.weight",
+        "te.h.1.fc.weight",
+        "te.layers.1.fc.weight",
+        "vae.decoder.conv.weight",
+        "model.blocks.0.qkv",
+        "",
+    ],
+)
+def test_a_checkpoint_key_in_another_naming_is_foreign(key: str) -> None:
+    assert CheckpointMap(TOY).parse(key) is None
+    assert not CheckpointMap(TOY).claims(key)
+
+
+def test_parts_that_no_adapter_holds_are_read_where_they_are_asked_for() -> None:
+    for key in ("vae.decoder.conv.weight", "decoder.conv.weight"):
+        place = CheckpointMap(TOY, beside=True).parse(key)
+        assert place == Place(at("decoder.conv", part="vae"), Kind.MATRIX, "diffusers"), key
+    assert CheckpointMap(TOY, beside=True).claims("emb.weight")
+    assert CheckpointMap(TOY).other("vae.decoder.conv.weight") == "vae"
+    assert CheckpointMap(TOY).other("model.blocks.0.qkv.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("slot", "naming", "tensors"),
+    [
+        (at("blocks.1.qkv"), "native", [("blocks.1.qkv.weight", None, False, False, ())]),
+        (
+            at("blocks.1.qkv"),
+            "diffusers",
+            [
+                ("layers.1.to_q.weight", Rows(0, 1, 3), False, False, ()),
+                ("layers.1.to_k.weight", Rows(1, 2, 3), False, False, ()),
+                ("layers.1.to_v.weight", Rows(2, 3, 3), False, False, ()),
+            ],
+        ),
+        (
+            at("blocks.1.mod", param="bias"),
+            "diffusers",
+            [("layers.1.norm.linear.bias", None, False, True, None)],
+        ),
+        (at("conv"), "native", [("conv.weight", None, False, False, (3, 3))]),
+        (at("conv", param="bias"), "native", [("conv.bias", None, False, False, None)]),
+        (at("proj"), "native", [("proj.weight", None, False, False, (1, 1))]),
+        (at("proj"), "diffusers", [("proj_in.weight", None, False, False, ())]),
+        (at("layers.0.fc", part="text"), "original", [("h.0.w", None, True, False, ())]),
+        (
+            at("layers.0.fc", param="bias", part="text"),
+            "original",
+            [("h.0.fc.bias", None, False, False, None)],
+        ),
+        # a naming without names for it has diffusers'
+        (
+            at("layers.0.fc", part="text"),
+            "native",
+            [("layers.0.fc.weight", None, False, False, ())],
+        ),
+        (at("nowhere"), "native", []),
+    ],
+)
+def test_a_layout_tells_the_tensors_that_hold_a_target(
+    slot: Slot,
+    naming: str,
+    tensors: list[tuple[str, Rows | None, bool, bool, tuple[int, ...] | None]],
+) -> None:
+    found = CheckpointMap(TOY).spelled(slot.target, naming)
+    assert [
+        (one.key, one.place.slot.rows, one.place.transposed, one.place.swapped, one.kernel)
+        for one in found
+    ] == tensors
+    assert all(one.place.slot.target == slot.target for one in found)
+
+
+def test_halves_are_exchanged_where_a_formats_own_naming_has_them_so() -> None:
+    mod = at("blocks.1.mod")
+    assert {name: keys_of(name).swapped(mod) for name in ("kohya", "comfy", "diffusers")} == {
+        "kohya": False,
+        "comfy": False,
+        "diffusers": True,
+    }
+    assert not keys_of("diffusers").swapped(at("blocks.1.qkv", Rows(0, 1, 3)))
+    assert not keys_of("diffusers").swapped(at("blocks.1.mod", Rows(0, 1, 2))), "no such name"
+    assert not keys_of("diffusers").swapped(at("nowhere"))
+    parsed = keys_of("diffusers").parse("unet.layers.1.norm.linear.lora_A.weight")
+    assert parsed is not None
+    assert (parsed.swapped, parsed.naming, parsed.module) == (
+        True,
+        "diffusers",
+        "layers.1.norm.linear",
+    )
+
+
+def test_only_the_last_block_ends_a_run() -> None:
+    keys = keys_of("kohya")
+    assert list(keys.ends(at("blocks.2.qkv").target)) == ["blocks.{i:3}"]
+    assert list(keys.ends(at("blocks.1.qkv").target)) == []
+    assert list(keys.ends(at("layers.1.fc", part="text").target)) == ["layers.{i:2}"]
+    assert list(keys.ends(at("single.0.out").target)) == [], "one block is no run"
+    assert list(keys.ends(at("conv").target)) == []
+    assert list(keys.ends(at("nowhere").target)) == []
+
+
+def test_a_target_is_cut_as_the_formats_naming_cuts_it() -> None:
+    target = at("blocks.1.qkv").target
+    assert keys_of("kohya").slots(target) == (Slot(target),)
+    assert keys_of("diffusers").slots(target) == tuple(
+        Slot(target, Rows(n, n + 1, 3)) for n in range(3)
+    )
+    assert keys_of("diffusers").slots(at("nowhere").target) == ()
+    text = at("layers.1.fc", part="text").target
+    assert keys_of("comfy").slots(text) == (), "no tag, no place"
+    assert keys_of("peft").slots(text) == (), "the first component has the prefix already"
+
+
+def test_a_bias_is_spelled_behind_the_name_of_its_module() -> None:
+    keys, bias = keys_of("kohya"), at("blocks.1.mod", param="bias")
+    assert keys.stem(bias) == keys.stem(at("blocks.1.mod")) == "lora_unet_blocks_1_mod"
+    assert keys.spell(bias, "full", "diff_b") == "lora_unet_blocks_1_mod.diff_b"
+    parsed = keys.parse("lora_unet_blocks_1_mod.diff_b")
+    assert parsed is not None
+    assert parsed.slot == bias
+    assert keys.slot("lora_unet_blocks_1_mod", "bias") == bias
+    assert keys.slot("lora_unet_blocks_1_mod") == at("blocks.1.mod")
+
+
+def test_a_module_is_named_in_any_naming_or_refused() -> None:
+    keys = keys_of("kohya")
+    query = at("blocks.1.qkv", Rows(0, 1, 3))
+    assert keys.module(query, "diffusers") == "layers_1_to_q"
+    assert keys.module(at("blocks.1.qkv")) == "blocks_1_qkv"
+    for slot, naming in ((query, None), (at("blocks.1.qkv"), "diffusers"), (query, "other")):
+        with pytest.raises(NotRepresentable, match="has no name for unet.layers.1.to_q|qkv"):
+            keys.module(slot, naming)
+    with pytest.raises(NotRepresentable, match="no module of Toy"):
+        keys.module(at("nowhere"))
+
+
+def test_labels_are_names_that_people_know() -> None:
+    assert label(TOY, at("blocks.1.qkv", Rows(1, 2, 3))) == "unet.layers.1.to_k"
+    assert label(TOY, at("blocks.1.qkv", param="bias"), "native") == "unet.blocks.1.qkv.bias"
+    assert label(TOY, at("blocks.1.qkv")) == "unet.blocks.1.qkv", "diffusers has only its parts"
+    assert label(TOY, at("blocks.1.qkv", Rows(0, 1, 2))) == "unet.blocks.1.qkv[0:1/2]"
+    assert label(TOY, at("nowhere")) == "unet.nowhere"

@@ -1,16 +1,221 @@
-"""Alpha and its source, settings that are not supported, and tensors as their reader finds them."""
+"""What a file means to its reader: alpha, PEFT's configuration, stored tensors."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from adaptkit.adapter import Adapter
 from adaptkit.algorithms.contract import Stated
 from adaptkit.algorithms.lora import Lora
-from adaptkit.errors import ShapeMismatch
+from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.meaning import Meaning, as_read
+from adaptkit.ops import combine, compare, convert, inspect, merge, resize
+
+STEM = "transformer_blocks.0.attn.to_q"
+RANK, SIZE = 4, 24
+
+
+def folder(path: Path, config: dict[str, Any], *, bias: bool = False) -> Path:
+    """A PEFT folder of one module, seeded."""
+    draw = np.random.default_rng(1)
+    tensors = {
+        "lora_A.weight": draw.standard_normal((RANK, SIZE)),
+        "lora_B.weight": draw.standard_normal((SIZE, RANK)),
+    }
+    if bias:
+        tensors["lora_B.bias"] = draw.standard_normal(SIZE)
+    path.mkdir()
+    save_file(
+        {f"base_model.model.{STEM}.{k}": torch.tensor(v).float() for k, v in tensors.items()},
+        path / "adapter_model.safetensors",
+    )
+    whole = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": ["to_q"],
+        **config,
+    }
+    (path / "adapter_config.json").write_text(json.dumps(whole), encoding="utf-8")
+    return path
+
+
+def base(path: Path) -> Path:
+    draw = torch.Generator().manual_seed(0)
+    state = {
+        f"{STEM}.weight": torch.randn(SIZE, SIZE, generator=draw),
+        f"{STEM}.bias": torch.randn(SIZE, generator=draw),
+    }
+    save_file(state, path)
+    return path
+
+
+def merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    output = base.with_name("merged.safetensors")
+    merge.run(merge.plan(base, [(adapter, 1.0)], merge.Options(output=output, overwrite=True)))
+    return load_file(output)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 1.0),
+        ({"lora_alpha": 16}, 4.0),
+        ({"lora_alpha": 6, "use_rslora": True}, 3.0),
+        ({"lora_alpha": 4, "alpha_pattern": {"to_q": 10}}, 2.5),
+        ({"lora_alpha": 4, "r": 8, "rank_pattern": {"to_q": RANK}}, 1.0),
+    ],
+)
+def test_the_bias_of_a_lora_is_scaled_as_its_factors_are(
+    tmp_path: Path, config: dict[str, Any], scale: float
+) -> None:
+    """peft/tuners/lora/layer.py: merge adds `lora_B.bias * scaling`."""
+    source, adapter = base(tmp_path / "base.safetensors"), folder(tmp_path / "a", config, bias=True)
+    before, after = load_file(source), merged(source, adapter)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    stem = f"base_model.model.{STEM}."
+    bias = scale * stored[f"{stem}lora_B.bias"].double()
+    weight = (
+        scale * stored[f"{stem}lora_B.weight"].double() @ stored[f"{stem}lora_A.weight"].double()
+    )
+    for name, delta in (("bias", bias), ("weight", weight)):
+        found = after[f"{STEM}.{name}"].double() - before[f"{STEM}.{name}"].double()
+        assert float((found - delta).norm()) <= 1e-5 * float(delta.norm())
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("config", [{"lora_alpha": 16}, {"lora_alpha": 6, "use_rslora": True}])
+def test_the_bias_of_a_lora_is_what_peft_merges(tmp_path: Path, config: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            block, attn = torch.nn.Module(), torch.nn.Module()
+            attn.to_q, block.attn = torch.nn.Linear(SIZE, SIZE), attn
+            self.transformer_blocks = torch.nn.ModuleList([block])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.transformer_blocks[0].attn.to_q(x)
+
+    torch.manual_seed(0)
+    model = Model()
+    source = tmp_path / "base.safetensors"
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, source)
+    settings = peft.LoraConfig(
+        r=RANK, target_modules=["to_q"], lora_bias=True, init_lora_weights=False, **config
+    )
+    tuned = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    tuned.save_pretrained(tmp_path / "a")
+    after = merged(source, tmp_path / "a")
+    for name, tensor in tuned.merge_and_unload().state_dict().items():
+        assert torch.allclose(after[name], tensor, atol=1e-5), name
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+def test_adapters_whose_training_changed_the_base_are_refused_by_every_verb(
+    tmp_path: Path, init: str
+) -> None:
+    adapter = folder(tmp_path / "a", {"init_lora_weights": init})
+    source, out = base(tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    plans = [
+        lambda: merge.plan(source, [(adapter, 1.0)], merge.Options(output=out)),
+        lambda: convert.plan(adapter, convert.Options(to="comfy", family="flux", output=out)),
+        lambda: resize.plan(adapter, resize.Options(rank=2, output=tmp_path / "small")),
+        lambda: combine.plan([(adapter, 1.0)] * 2, combine.Options(output=tmp_path / "both")),
+        lambda: compare.plan((adapter, 1.0), (adapter, 1.0), compare.Options()),
+    ]
+    for plan in plans:
+        with pytest.raises(NotRepresentable, match=f"init_lora_weights = {init}"):
+            plan()
+    assert not out.exists()
+    problems = inspect.run(adapter).record["problems"]
+    assert [p["severity"] for p in problems if "init_lora_weights" in p["what"]] == ["error"]
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_inits_that_leave_the_base_as_it_is_are_read(tmp_path: Path, init: object) -> None:
+    adapter = folder(tmp_path / "a", {"init_lora_weights": init, "lora_alpha": 8})
+    with Adapter.open(adapter) as found:
+        assert found.problems == ()
+        assert [entry.facts.scale for entry in found.entries.values()] == [2.0]
+
+
+def test_diffusers_metadata_states_the_init_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {
+        f"transformer.{STEM}.lora_A.weight": torch.randn(RANK, SIZE),
+        f"transformer.{STEM}.lora_B.weight": torch.randn(SIZE, RANK),
+    }
+    stated = {"transformer.init_lora_weights": "pissa", "transformer.r": RANK}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(stated)})
+    with pytest.raises(NotRepresentable, match="transformer: init_lora_weights = pissa"):
+        Adapter.open(path, family="flux")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 2}, {"coft": True}],
+)
+def test_an_oft_that_is_not_computed_here_stops_every_verb(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    path = tmp_path / "a"
+    path.mkdir()
+    save_file(
+        {f"base_model.model.{STEM}.oft_R.weight": torch.randn(3, 28)},
+        path / "adapter_model.safetensors",
+    )
+    whole = {"peft_type": "OFT", "r": 3, "oft_block_size": 8, "use_cayley_neumann": True, **config}
+    (path / "adapter_config.json").write_text(json.dumps(whole), encoding="utf-8")
+    source = base(tmp_path / "base.safetensors")
+    with pytest.raises(NotRepresentable, match="this kind of OFT is not supported"):
+        merge.plan(source, [(path, 1.0)], merge.Options(output=tmp_path / "o.safetensors"))
+    with pytest.raises(NotRepresentable, match="this kind of OFT is not supported"):
+        compare.plan((path, 1.0), (path, 1.0), compare.Options())
+
+
+def test_weights_named_directly_are_read_with_the_configuration_beside_them(
+    tmp_path: Path,
+) -> None:
+    adapter = folder(tmp_path / "a", {"lora_alpha": 1})
+    for path in (adapter, adapter / "adapter_model.safetensors"):
+        with Adapter.open(path) as found:
+            assert [entry.facts.scale for entry in found.entries.values()] == [0.25], path
+            assert found.alpha_source == "metadata"
+
+
+def test_a_broken_configuration_beside_the_weights_is_named(tmp_path: Path) -> None:
+    adapter = folder(tmp_path / "a", {})
+    (adapter / "adapter_config.json").write_text("[1, 2", encoding="utf-8")
+    record = inspect.run(adapter / "adapter_model.safetensors").record
+    assert "adapter_config.json is not valid JSON" in record["error"]
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "alpha", "network_alpha"])
+def test_an_alpha_that_stands_only_in_the_metadata_is_warned_about(
+    tmp_path: Path, key: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {
+        f"transformer.{STEM}.lora_A.weight": torch.randn(RANK, SIZE),
+        f"transformer.{STEM}.lora_B.weight": torch.randn(SIZE, RANK),
+    }
+    save_file(tensors, path, {key: "8"})
+    problems = inspect.run(path, inspect.Options(family="flux")).record["problems"]
+    assert any(p["severity"] == "warning" and f"{key} = 8" in p["what"] for p in problems)
+
 
 CONFIG = {
     "lora_alpha": 8,
@@ -47,10 +252,10 @@ def test_diffusers_keeps_a_configuration_for_each_component() -> None:
 
 
 def test_settings_that_are_not_supported_are_named() -> None:
-    assert Meaning.of({}, {"peft_type": "OFT", "coft": False}).unsupported() == []
-    (what,) = Meaning.of({}, {"peft_type": "OFT", "coft": True}).unsupported()
-    assert what == "coft = True: this kind of OFT is not supported"
-    assert Meaning.of({}, {"peft_type": "LORA", "coft": True}).unsupported() == []
+    assert list(Meaning.of({}, {"peft_type": "OFT", "coft": False}).problems()) == []
+    (problem,) = Meaning.of({}, {"peft_type": "OFT", "coft": True}).problems()
+    assert problem.what == "coft = True: this kind of OFT is not supported"
+    assert list(Meaning.of({}, {"peft_type": "LORA", "coft": True}).problems()) == []
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])

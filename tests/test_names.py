@@ -52,3 +52,22 @@ class TestTemplates:
         table.add("a.{i}", "one")
         with pytest.raises(TypeError, match="means both"):
             table.add("a.{i}", "two")
+
+    def test_several_free_indices_among_fixed_numbers(self) -> None:
+        table: Templates[str] = Templates()
+        table.add("block2.{i:3}.to{j:5}.norm1.7", "here")
+        assert table.match("block2.2.to4.norm1.7") == ("here", {"i": 2, "j": 4})
+        for other in (
+            "block2.3.to4.norm1.7",
+            "block2.2.to5.norm1.7",
+            "block1.2.to4.norm1.7",
+            "block2.2.to4.norm2.7",
+            "block2.2.to4.norm1.8",
+        ):
+            assert table.match(other) is None, other
+
+    def test_words_may_be_joined_by_underscores(self) -> None:
+        table: Templates[str] = Templates()
+        table.add("mid.block_1.{i:2}.fc", "here", "_")
+        assert table.match("mid_block_1_1_fc") == ("here", {"i": 1})
+        assert table.match("mid.block_1.1.fc") is None

@@ -438,6 +438,21 @@ def test_a_file_that_grows_unevenly() -> None:
         assert limit - 4096 < pages(ranks) <= limit
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_file_that_jumps_is_filled_to_the_last_rank(seed: int) -> None:
+    """What it takes beyond its ranks leaps here and there: only bisection finds the way."""
+    random = np.random.default_rng(seed)
+    sigmas = np.sort(random.random(100))[::-1].tolist()
+    jumps = [(random.integers(100), random.integers(5000)) for _ in range(1 + seed % 3)]
+    limit = int(random.integers(5500, 10_000))
+
+    def size(ranks: Sequence[int]) -> int:
+        return 100 * ranks[0] + sum(int(leap) for at, leap in jumps if ranks[0] >= at)
+
+    best = max(k for k in range(1, 101) if size([k]) <= limit)
+    assert Size(limit).choose([module(*sigmas, step=100)], size) == [best]
+
+
 def test_a_size_that_nothing_foretells() -> None:
     """Up to 2000 bytes more or less, by a checksum of the ranks: still never too large, in a bounded number of calls."""
     modules = spectra(np.random.default_rng(7), 60, 8)

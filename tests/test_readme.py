@@ -1,110 +1,46 @@
-"""The README tells the truth: its commands run, print what it shows, and every command and key is in it.
+"""The front page: its examples run and print what it shows, and its setup is what the checks run.
 
-`python -m tests.test_readme` writes today's output into its ```console blocks.
+`python -m tests.test_readme [FILE...]` writes today's output into the examples of the README and
+the guide.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from adaptkit.cli import cli
-from tests.synth import FIXTURES, ROOT
+from tests.examples import README, blocks, check, documents, named, refresh
+from tests.synth import ROOT
 
-README = ROOT / "README.md"
-BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
-VARIES = (
-    (re.compile(r"(seconds\s+)[\d.]+"), r"\1…"),
-    (re.compile(r"[ \t]+$", re.MULTILINE), ""),
-)
-
-
-def blocks(language: str) -> list[str]:
-    return [
-        body for kind, body in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == language
-    ]
+LENGTH = 250  # lines: what a person scrolls through
+WIDTH = 100
+PROSE = [
+    *documents(),
+    ROOT / "fixtures" / "README.md",
+    ROOT / ".github" / "CONTRIBUTING.md",
+    ROOT / ".github" / "SECURITY.md",
+]
 
 
-def examples(block: str) -> Iterator[tuple[str, str]]:
-    """(command, expected output) of each `$` line of a console block."""
-    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-        command, _, output = part.partition("\n")
-        yield command, output
+def test_the_examples_print_what_is_shown() -> None:
+    assert sum(len(list(block.commands)) for block in blocks(README)) >= 5
+    check(README)
 
 
-def run(command: str, folder: Path) -> str:
-    program, *arguments = shlex.split(command)
-    assert program == "adaptkit", command
-    done = subprocess.run(
-        [sys.executable, "-m", "adaptkit", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        check=False,
-        cwd=folder,
-        env=os.environ | {"COLUMNS": "100", "OMP_NUM_THREADS": "1"},
-    )
-    return plain(done.stdout)
-
-
-def plain(text: str) -> str:
-    for pattern, replacement in VARIES:
-        text = pattern.sub(replacement, text)
-    return text.strip("\n") + "\n"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    shutil.copytree(FIXTURES / "tiny", tmp_path / "fixtures" / "tiny")
-    return tmp_path
-
-
-def test_console_examples_print_what_is_shown(folder: Path) -> None:
-    found = [example for block in blocks("console") for example in examples(block)]
-    assert len(found) >= 5
-    for command, expected in found:
-        assert run(command, folder) == plain(expected), command
-
-
-def test_the_recipe_shown_is_the_one_that_runs() -> None:
-    assert blocks("toml")[0] == (FIXTURES / "tiny" / "recipe.toml").read_text(encoding="utf-8")
-
-
-def test_python_examples_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    found = blocks("python")
-    assert found
-    for block in found:
-        exec(compile(block, "README.md", "exec"), {})
-
-
-def test_every_command_is_documented() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name in cli.commands or (
-        "inspect",
-        "extract",
-        "merge",
-        "formats",
-        "families",
-        "algorithms",
-    ):
-        assert f"adaptkit {name}" in text
+def test_it_stays_a_front_page() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= LENGTH
 
 
 def test_the_setup_commands_are_those_that_ci_runs() -> None:
     setup = [
         line
-        for block in blocks("sh")
-        for line in block.splitlines()
+        for block in blocks(README)
+        if block.language == "sh"
+        for line in block.body.splitlines()
         if line.startswith("pip install")
     ]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
@@ -119,18 +55,20 @@ def test_the_setup_commands_are_those_that_ci_runs() -> None:
             assert all(word in script for word in words), command
 
 
-def refresh(folder: Path) -> None:
-    """Write what the commands print today into the README."""
-    text = README.read_text(encoding="utf-8")
-    for block in blocks("console"):
-        fresh = "".join(f"$ {command}\n{run(command, folder)}" for command, _ in examples(block))
-        text = text.replace(f"```console\n{block}```", f"```console\n{fresh}```")
-    README.write_text(text, encoding="utf-8", newline="\n")
+@pytest.mark.parametrize("document", PROSE, ids=named)
+def test_lines_of_prose_are_short(document: Path) -> None:
+    """Lines of code are as long as their output, and a row of a table is one line."""
+    prose = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.S | re.M)
+    lines = [line for line in prose.splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > WIDTH] == []
+
+
+@pytest.mark.parametrize("document", PROSE, ids=named)
+def test_files_that_are_linked_exist(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        assert "://" in target or (document.parent / target).exists(), target
 
 
 if __name__ == "__main__":
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        shutil.copytree(FIXTURES / "tiny", Path(scratch) / "fixtures" / "tiny")
-        refresh(Path(scratch))
+    for path in [Path(name).resolve() for name in sys.argv[1:]] or documents():
+        refresh(path)

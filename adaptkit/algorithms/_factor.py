@@ -100,6 +100,14 @@ def spread(core: Tensor, right: Tensor) -> Tensor:
 
     The kernel index is the fastest, as in `flatten(1)` of a convolution.
     """
+    from adaptkit.linalg.precision import members, one_by_one
+
+    if core.ndim > 3 and one_by_one(right):
+        import torch
+
+        pairs = members(core.flatten(-2), right)
+        each = [spread(one.reshape(core.shape[-3:]), other) for one, other in pairs]
+        return torch.stack(each).reshape(*right.shape[:-2], core.shape[-3], -1)
     wide = core.transpose(-1, -2) @ right.unsqueeze(-3)  # (..., r, K, d)
     return wide.transpose(-1, -2).reshape(*wide.shape[:-2], -1)
 

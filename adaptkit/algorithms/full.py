@@ -22,7 +22,7 @@ class Full(Weights):
     """ΔW = diff (..., m, n). A bias or the vector of a norm is a column, (..., m, 1). No scale.
 
     Stored as `diff` and `diff_b` for layers, as `w_norm` and `b_norm` for norms (LyCORIS
-    `modules/full.py`, `norms.py`).
+    `modules/full.py`, `norms.py`). Only PEFT's `lora_B.bias` has a scale, that of its factors.
     """
 
     name: ClassVar[str] = "full"
@@ -54,6 +54,10 @@ class Full(Weights):
         ((role, stored),) = tensors.items()
         own = 1 if facts.vector else 2 + len(facts.kernel or ())
         matrix = stored.reshape(*stored.shape[: stored.ndim - own], facts.rows, facts.columns)
+        if facts.scale != 1.0:
+            from adaptkit.linalg.precision import upcast
+
+            matrix = upcast(matrix) * facts.scale
         return cls(matrix, facts.kernel or (), role, facts.vector)
 
     def encode(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import spread
+from adaptkit.algorithms._lora_cut import by_cores, by_singular_values, cut_stack
 from adaptkit.algorithms._parts import grouped, same, stacked, unique
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import (
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-
-    from adaptkit.linalg.factored import Core
-
-NOTHING = 1e-14  # of the first energy: smaller ones are the rounding of float64, not a rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +120,17 @@ class Lora(Weights):
         stored[ALPHA] = torch.tensor(self.scale * rank, dtype=torch.float32)
         return stored
 
+    @classmethod
+    def laid_out(
+        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
+    ) -> tuple[int, ...]:
+        if role == "mid" and peft:
+            raise NotRepresentable(
+                "PEFT and diffusers read no lora_mid",
+                hint="`adaptkit resize --energy 1` writes it as a plain LoRA first",
+            )
+        return shape
+
     def _right(self) -> Tensor:
         from adaptkit.linalg.precision import upcast
 
@@ -210,21 +218,25 @@ class Lora(Weights):
         return replace(self, up=-self.up if factor < 0 else self.up, scale=self.scale * abs(factor))
 
     @classmethod
+    def _plain(cls, up: Tensor, down: Tensor, kernel: tuple[int, ...]) -> Self:
+        return cls(up, down, 1.0, kernel)
+
+    @classmethod
     def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
         """By singular values: best approximations (Eckart–Young), √σ on both sides."""
-        return _by_singular_values(weights, spec)
+        return by_singular_values(weights, spec, cls._plain)
 
     @classmethod
     def decompose_stack(cls, weights: Weights, spec: FitSpec) -> list[Decomposition]:
         """By singular values, from thin factors; NotRepresentable without them."""
-        return _by_cores(weights, spec)
+        return by_cores(weights, spec, cls._plain)
 
     @classmethod
     def keep_stack(
         cls, weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]
     ) -> KeptStack:
         """From the cores that `found` holds; NotRepresentable if it holds none."""
-        return _kept(weights, found, ranks)
+        return cut_stack(weights, found, ranks, cls._plain)
 
     @classmethod
     def sum(cls, parts: Sequence[Self]) -> Self:
@@ -301,121 +313,6 @@ class Lora(Weights):
     @classmethod
     def peft_fields(cls, modules: Sequence[Shapes]) -> dict[str, Any]:
         return {"use_dora": False, "use_rslora": False, "bias": "none", "fan_in_fan_out": False}
-
-
-@dataclass(frozen=True)
-class _SingularValues(Decomposition):
-    """LoRAs of `rows` × `columns`. A core that is held saves a second decomposition."""
-
-    energies: tuple[float, ...]
-    norm: float
-    rows: int
-    columns: int
-    spec: FitSpec
-    core: Core | None
-
-    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        kernel = self.spec.kernel
-        inputs = self.columns // _columns(1, kernel)
-        return {"up": (self.rows, rank, *(1 for _ in kernel)), "down": (rank, inputs, *kernel)}
-
-    def numbers(self, rank: int) -> int:
-        return rank * (self.rows + self.columns)
-
-    def keep(self, weights: Weights, rank: int) -> Weights:
-        thin = None if self.core is None else weights.thin_factors()
-        if self.core is None or thin is None:
-            up, down = weights.widened().svd(rank, self.spec.svd).balanced()
-        else:
-            # float32 is as precise as the core
-            up, down = self.core.kept(thin[0].float(), thin[1].float(), rank)
-        return Lora(up, down, 1.0, self.spec.kernel)
-
-    def lighter(self) -> Decomposition:
-        return replace(self, core=None)
-
-
-def _by_cores(weights: Weights, spec: FitSpec) -> list[Decomposition]:
-    """The cores of a whole stack at once, as one decomposition per member."""
-    from adaptkit.linalg.factored import factored_core
-
-    thin = None if weights.kron_factors() is not None else weights.thin_factors()
-    if thin is None:
-        raise NotRepresentable(f"a stack of {weights.name} without thin factors")
-    core = factored_core(*thin)
-    squares = core.s.double().square()
-    totals, values = squares.sum(-1).tolist(), squares.tolist()
-    real = (squares > NOTHING * squares[:, :1]).sum(-1).clamp_min(1).tolist()
-    core = core.head(core.s.shape[-1] if spec.rank is None else spec.rank)
-    sides = thin[0].shape[-2], thin[1].shape[-1]
-    return [
-        _SingularValues(tuple(energies[:count][: spec.rank]), total, *sides, spec, own)
-        for energies, count, total, own in zip(values, real, totals, core.members(), strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class _KeptLoras(KeptStack):
-    """LoRAs cut through their core. Their factors, whole and kept, are in float32."""
-
-    exact: Weights
-    core: Core
-    factors: tuple[Tensor, Tensor]
-    kept: tuple[Tensor, Tensor]
-    kernel: tuple[int, ...]
-
-    @property
-    def weights(self) -> Lora:
-        return Lora(*self.kept, 1.0, self.kernel)
-
-    def distances(self, stored: Weights) -> list[float]:
-        import torch
-
-        from adaptkit.linalg.products import product_distance
-
-        found = self.core.distances(self.factors, self.kept, stored.factors())
-        if not bool(torch.isfinite(found).all()):
-            whole, theirs = self.exact.widened().factors(), stored.factors()
-            dtype = whole[0].dtype
-            found = product_distance(whole, (theirs[0].to(dtype), theirs[1].to(dtype)))
-        listed: list[float] = found.tolist()
-        return listed
-
-
-def _kept(weights: Weights, found: Sequence[Decomposition], ranks: Sequence[int]) -> _KeptLoras:
-    from adaptkit.linalg.factored import Core
-
-    cores = [core for one in found if (core := getattr(one, "core", None)) is not None]
-    thin = weights.thin_factors()
-    if thin is None or len(cores) < len(found):
-        raise NotRepresentable("a stack whose cores are not held")
-    core, factors = Core.stack(cores, ranks), (thin[0].float(), thin[1].float())
-    kept = core.kept(*factors, max(ranks))
-    return _KeptLoras(weights, core, factors, kept, found[0].spec.kernel)  # type: ignore[attr-defined]
-
-
-def _by_singular_values(weights: Weights, spec: FitSpec) -> Decomposition:
-    from adaptkit.linalg.factored import factored_core
-    from adaptkit.linalg.lowrank import SvdSpec, energies
-
-    norm, core = None, None
-    if (kron := weights.kron_factors()) is not None:
-        values = weights.spectrum()
-        sides = kron[0].shape[-2] * kron[1].shape[-2], kron[0].shape[-1] * kron[1].shape[-1]
-    elif (thin := weights.thin_factors()) is not None:
-        core = factored_core(*thin)
-        values, sides = core.s, (thin[0].shape[-2], thin[1].shape[-1])
-        core = core.head(len(values) if spec.rank is None else spec.rank)
-    else:
-        delta = weights.delta()
-        sides = (delta.shape[-2], delta.shape[-1])
-        rank = min(sides) if spec.rank is None else min(spec.rank, *sides)
-        norm = weights.norm_squared()
-        values = energies(delta, rank, SvdSpec(rank, method=spec.svd)).sqrt()  # type: ignore[arg-type]
-    found = values.double().square()
-    total = float(found.sum()) if norm is None else norm
-    real = found[: max(1, int((found > NOTHING * found[:1]).sum()))][: spec.rank]
-    return _SingularValues(tuple(real.tolist()), total, *sides, spec, core)
 
 
 def _columns(inputs: int, kernel: tuple[int, ...]) -> int:

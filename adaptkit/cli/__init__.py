@@ -1,4 +1,4 @@
-"""The command line: Click and rich live here and nowhere else."""
+"""The command line; no other package imports Click or rich."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaptkit.errors import AdaptkitError
 __all__ = ["cli", "main", "run"]
 
 _INTERRUPTED = 130
-# the order of `adaptkit --help`: the way people work; a command not named here comes last
+# the order of `adaptkit --help`; a command that is not listed comes last
 _ORDER = (
     "inspect",
     "convert",
@@ -32,12 +32,14 @@ _ORDER = (
     "formats",
     "families",
     "algorithms",
+    "help",
 )
-_SHARED = ("options", "show")  # modules of this package that are no commands
+# modules of this package that are not commands
+_SHARED = ("options", "show")
 
 
 class _Lazy(click.Group):
-    """One command for each module of this package, imported when it is looked up."""
+    """A group with one command per module of this package, imported on lookup."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         names = [found.name for found in iter_modules(__path__) if found.name not in _SHARED]
@@ -55,29 +57,30 @@ class _Lazy(click.Group):
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
-    """Inspect, convert, resize, combine, extract, merge and compare diffusion-model adapters (LoRA, LoKr, …).
+    """Inspect, convert, resize, combine, extract, merge and compare diffusion-model adapters.
 
-    Every key is accounted for, every lossy step reports its exact error, and no file appears half-written.
+    adaptkit accounts for every key, reports the exact error of every lossy step, and writes each
+    file completely or not at all. It reads LoRA, LoKr and other algorithms.
 
     \b
     adaptkit inspect style.safetensors
     adaptkit convert style.safetensors --for comfyui
     adaptkit extract base.ckpt tuned.ckpt --algo lokr
     adaptkit merge base.safetensors style.safetensors:0.8
+
+    `adaptkit help` lists the pages of the guide.
     """
 
 
 def main() -> NoReturn:
-    """Run the command line and exit as the contract says: 0 done, 1 refused, 2 wrong usage, 130 interrupted."""
+    """Run the command line; exit with 0 (done), 1 (failed), 2 (usage) or 130 (interrupted)."""
     _utf8()
-    # torch's threads spin while they wait for one another: beside one other busy process that made an SVD 13 times slower
+    # torch's threads spin while they wait: next to one busy process, an SVD took 13 times longer
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault(
-        "OPENBLAS_NUM_THREADS", "1"
-    )  # NumPy multiplies no matrix here, and its threads spin at first
-    gc.set_threshold(
-        200_000, 20, 20
-    )  # headers are many small objects that live to the end: looking for cycles cost 10 %
+    # NumPy multiplies no matrix here, and its threads spin at the start
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # headers are many small objects that live to the end: searching them for cycles cost 10 %
+    gc.set_threshold(200_000, 20, 20)
     try:
         code = cli.main(prog_name="adaptkit", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -89,25 +92,24 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(_INTERRUPTED)
-    except BrokenPipeError:  # `adaptkit … | head`: not our failure
+    except BrokenPipeError:
+        # the reader of the pipe has ended, as in `adaptkit … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except AdaptkitError as error:
         _fail(str(error), error.hint, error.exit_code)
-    except (
-        Exception
-    ) as error:  # a defect of ours: say so in one line, keep the traceback for those who ask
+    except Exception as error:
         if os.environ.get("ADAPTKIT_DEBUG"):
             raise
         _fail(
             f"unexpected {type(error).__name__}: {error}",
-            "this is a bug; ADAPTKIT_DEBUG=1 shows the traceback",
+            "this is a bug in adaptkit; set ADAPTKIT_DEBUG=1 to see the traceback",
             1,
         )
 
 
 def run() -> NoReturn:
-    """`main` as the program: leaves without Python's taking apart of a hundred thousand small objects (50 ms)."""
+    """Run `main` and exit without freeing a hundred thousand small objects (50 ms)."""
     code: object = 1
     try:
         main()
@@ -120,7 +122,7 @@ def run() -> NoReturn:
 
 
 def _utf8() -> None:
-    """Windows pipes default to a legacy code page that cannot hold a path in any script."""
+    """Switch the streams to UTF-8: Windows pipes default to a legacy code page."""
     for stream in (sys.stdout, sys.stderr):
         if (
             hasattr(stream, "reconfigure")

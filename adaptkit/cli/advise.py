@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, SIZE, talk
-from adaptkit.cli.show.picture import option
+from adaptkit.cli.options import DTYPE, PATH, computing, picture, selecting, talk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,56 +20,25 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="The highest rank to look at.",
+    help="Highest rank in the table.",
 )
 @click.option(
     "--to",
     default="kohya",
     show_default=True,
     metavar="FORMAT",
-    help="Key format that is meant; see `adaptkit formats`.",
+    help="Key format of the adapter; `adaptkit formats` lists them.",
 )
-@click.option(
-    "--plot",
-    type=PATH,
-    callback=option,
-    help="Draw it: a .png, .svg or .html file (needs adaptkit[plot]).",
-)
-@click.option("--overwrite", is_flag=True, help="Replace an existing picture.")
-@click.option("--family", metavar="NAME", help="Model family, where detection should not decide.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["keep", "fp32", "fp16", "bf16"]),
-    default="keep",
-    show_default=True,
-    help="Number format that would be written.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="auto|cpu|cuda|cuda:N",
-    help="Where to compute.",
-)
-@click.option(
-    "--memory",
-    type=SIZE,
-    metavar="SIZE",
-    help="Bound on working memory, torch not counted.  [default: 560MB, or what one layer needs]",
-)
-@click.option(
-    "--only", multiple=True, metavar="GLOB", help="Only these modules or components (repeatable)."
-)
-@click.option(
-    "--skip", multiple=True, metavar="GLOB", help="Not these modules or components (repeatable)."
-)
-@click.option(
-    "--ema", is_flag=True, help="Read the averaged weights where a checkpoint holds them too."
-)
+@picture("the tables")
+@click.option("--family", metavar="NAME", help="Override the detected model family.")
+@DTYPE
+@computing
+@selecting
+@click.option("--ema", is_flag=True, help="Read the averaged (EMA) weights of a checkpoint.")
 @click.option(
     "--allow-unused",
     is_flag=True,
-    help="Go on where layers have no partner; the report lists them.",
+    help="Continue even if layers have no counterpart; the report lists them.",
 )
 @talk
 def advise(
@@ -83,11 +51,15 @@ def advise(
     verbose: bool,
     **chosen: Any,
 ) -> None:
-    """Say which adapter suits the difference of two checkpoints: which algorithm, which rank, and what it would lose.
+    """Compare adapters for the difference of two checkpoints.
 
-    BASE and TUNED are as for extract, and nothing is written. For a range of file sizes the table gives the error of a LoRA
-    with one rank everywhere (extract --rank), of one with the ranks chosen (--size), and of the best choice for each layer
-    (--algo auto); then that of a LoKr at each factor, beside a LoRA of the same size.
+    BASE and TUNED are checkpoints as for extract. The tables list algorithms, ranks, file sizes
+    and errors. Nothing is written.
+
+    For a range of file sizes, the first table gives the error of a LoRA of one rank
+    (extract --rank), of a LoRA of the same size with chosen ranks (--size), and of the best
+    algorithm for each layer (--algo auto). The second table gives the error of a LoKr for each
+    factor, next to a LoRA of the same size.
 
     \b
     adaptkit advise base.safetensors tuned.safetensors

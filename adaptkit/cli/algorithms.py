@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def _stored(kind: type[Weights], role: str) -> bool:
-    """Whether files that can be read hold this role; some are known only to be refused."""
+    """Return whether any readable form stores this role; some roles are only refused."""
     return role == "alpha" or any(role in form for form in kind.forms)
 
 
 @click.command()
 @talk
 def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the algorithms, the tensors each stores, and which can be extracted."""
+    """List the algorithms and the tensors that they store."""
     from adaptkit.cli.show.page import listed
     from adaptkit.keymap import algorithms as known
 

@@ -18,37 +18,40 @@ if TYPE_CHECKING:
     "--jobs",
     type=click.IntRange(0),
     metavar="N",
-    help="So many jobs at once, each in a process of its own; 0: one after the other in this process. Default: 1, or as "
-    "many as a Ray cluster has CPUs.",
+    help="Number of worker processes; 0 runs all jobs in this process.  [default: 1, or the number "
+    "of CPUs of a Ray cluster]",
 )
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="Where: on this machine, or on a Ray cluster whose machines see the same files (needs adaptkit[ray]).",
+    help="Run on this machine, or on a Ray cluster with a shared file system (needs "
+    "adaptkit[ray]).",
 )
 @click.option(
     "--address",
     metavar="HOST:PORT",
-    help="Of the Ray cluster; without it RAY_ADDRESS, or the one that runs here, or a new one for this run.",
+    help="Address of the Ray cluster.  [default: RAY_ADDRESS, a running local cluster, or a new "
+    "one]",
 )
-@click.option("--keep-going", is_flag=True, help="Go on with the other jobs where one fails.")
+@click.option("--keep-going", is_flag=True, help="Continue with the other jobs if one fails.")
 @click.option("--dry-run", is_flag=True, help="Print the plan of all jobs and write nothing.")
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace existing outputs that this recipe did not write, too.",
+    help="Also replace existing outputs that this recipe did not write.",
 )
 @talk
 def batch(
     recipe: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
 ) -> int:
-    """Do the jobs of RECIPE.toml: merges, extractions, conversions, resizes and combinations.
+    """Run the jobs of RECIPE.toml.
 
-    A [[job]] is one command with its inputs and options; in a [[matrix]] values may be lists, and every combination is a
-    job. [defaults] and [defaults.COMMAND] fill in the rest. Options are those of the commands, with _ for -; paths count
-    from the recipe's folder, and outputs are named by templates.
+    Jobs are merges, extractions, conversions, resizes and combinations. A [[job]] is one command
+    with its inputs and options. In a [[matrix]] values may be lists, and every combination is a
+    job. [defaults] and [defaults.COMMAND] hold default values. Options are those of the commands,
+    with _ for -. Paths are relative to the folder of the recipe. Outputs are named by templates.
 
     \b
     [[matrix]]
@@ -58,9 +61,10 @@ def batch(
     strengths = [0.4, 0.8]
     output = "merged/{base}-{adapter}-{strength}.safetensors"
 
-    What was done stands in RECIPE.toml.log.jsonl. A job whose inputs (by content), options and output are as they were then
-    is skipped, so the same command goes on after an interrupt, and does again what changed. The first failure ends the
-    batch unless --keep-going; a summary names those that failed.
+    RECIPE.toml.log.jsonl records the finished jobs. A job is skipped if its inputs (by content),
+    its options and its output have not changed since; so the same command resumes an interrupted
+    batch and repeats the jobs that changed. The first failure ends the batch unless --keep-going
+    is given. A summary names the failed jobs.
 
     \b
     adaptkit batch recipe.toml --dry-run

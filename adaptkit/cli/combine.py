@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,9 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, type=STRENGTH, metavar="ADAPTER[:WEIGHT]...")
-@click.option("--to", metavar="FORMAT", help="Key format to write.  [default: that of the first]")
+@click.option(
+    "--to", metavar="FORMAT", help="Key format to write.  [default: that of the first adapter]"
+)
 @click.option(
     "--method",
     type=click.Choice(METHODS),
@@ -25,25 +28,27 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
     help="sum is exact; the others keep a share of the entries of each ΔW.",
 )
 @click.option(
-    "--density", type=float, metavar="D", help="That share, above 0 and at most 1.  [default: 0.5]"
+    "--density",
+    type=float,
+    metavar="D",
+    help="Share of the entries to keep, above 0 and at most 1.  [default: 0.5]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Which entries dare drops.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Random seed of dare and dare-ties."
+)
 @ranks
 @recasts
 @writer
-def combine(
-    adapters: tuple[tuple[Path, float], ...],
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    dry_run: bool,
-    **chosen: Any,
-) -> None:
-    """Make one adapter of several: ΔW is the sum of weight · ΔW of each.
+def combine(adapters: tuple[tuple[Path, float], ...], **chosen: Any) -> None:
+    """Combine adapters into their weighted sum.
 
-    The adapters may differ in rank, algorithm and key format, but are of one family. A weight stands after the last colon
-    (a.safetensors:0.5, b.safetensors:-1) and is 1 otherwise; 0.5 means half the effect. Without a rank rule the sum is exact
-    and ranks add up; with one it is cut to the optimum and the error reported.
+    ΔW of the output is the weighted sum of the ΔW of all adapters. They may differ in rank,
+    algorithm and key format, but must be of one model family. The weight of an adapter follows
+    its last colon (a.safetensors:0.5, b.safetensors:-1) and defaults to 1; a weight of 0.5 halves
+    the effect.
+
+    Without a rank rule the sum is exact and its rank is the sum of the ranks. With a rank rule
+    the sum is truncated optimally, and the report gives the error.
 
     \b
     adaptkit combine style.safetensors:0.7 face.safetensors:0.5 -o both.safetensors
@@ -51,14 +56,8 @@ def combine(
     adaptkit combine a.safetensors b.safetensors --method ties --density 0.3 --rank 32
     """
     from adaptkit.cli.show.rewrite import combined
-    from adaptkit.cli.show.talk import Talk
-    from adaptkit.ops import combine as op
+    from adaptkit.cli.show.talk import write
+    from adaptkit.ops.combine import VERB
 
-    talk = Talk("combine", as_json, quiet, verbose)
-    plan = op.plan(adapters, op.Options(**chosen))
-    if dry_run:
-        talk.plan(plan.to_dict())
-        return
-    with talk.progress("combining") as progress:
-        report = op.run(plan, progress)
-    combined(talk, report, [(str(path), weight) for path, weight in adapters])
+    shown = [(str(path), weight) for path, weight in adapters]
+    write(VERB, "combining", partial(combined, inputs=shown), adapters, **chosen)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, SIZE, STRENGTH, inputs, talk
+from adaptkit.cli.options import PATH, STRENGTH, computing, inputs, selecting, talk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,37 +18,17 @@ if TYPE_CHECKING:
 @click.option(
     "--base",
     type=PATH,
-    help="Checkpoint that the adapters are for, or that checkpoint B was made from.",
+    help="Checkpoint of the adapters, or the one that checkpoint B was made from.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(0),
     metavar="T",
-    help="Exit 1 if the relative error is larger.",
+    help="Exit with 1 if the relative error is larger.",
 )
 @inputs
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="auto|cpu|cuda|cuda:N",
-    help="Where to compute.",
-)
-@click.option(
-    "--memory",
-    type=SIZE,
-    metavar="SIZE",
-    help="Bound on working memory, torch not counted.  [default: 560MB, or what one layer needs]",
-)
-@click.option(
-    "--only",
-    multiple=True,
-    metavar="GLOB",
-    help="Only these modules or components, by A's names (repeatable).",
-)
-@click.option(
-    "--skip", multiple=True, metavar="GLOB", help="Not these modules or components, likewise."
-)
+@computing
+@selecting
 @talk
 def compare(
     a: tuple[Path, float],
@@ -58,14 +38,16 @@ def compare(
     verbose: bool,
     **chosen: Any,
 ) -> int:
-    """Say how far adapter A is from adapter B, or how much of adapter A checkpoint B contains.
+    """Compare two adapters, or an adapter with a checkpoint.
 
-    The formats and algorithms of two adapters may differ. The relative error is ‖A − B‖ / ‖B‖ of what they change, in
-    float64; modules that only one of them has count in full. DoRA, OFT and other kinds that depend on the weights need
-    --base, unless their tensors are equal.
+    Two adapters may differ in format and algorithm. Their relative error is ‖A − B‖ / ‖B‖,
+    computed in float64; a module of only one adapter counts in full. DoRA, OFT and other
+    algorithms that depend on the weights need --base, unless the tensors are equal.
 
-    With a checkpoint, --base is the one it was made from, and D is what they differ by: the report says at which strength
-    the adapter stands in D, and how much of D it is.
+    If B is a checkpoint, --base must be the checkpoint that it was made from. The report gives
+    the strength of the adapter in their difference D, and its share of D.
+
+    --only and --skip take module names as A spells them.
 
     \b
     adaptkit compare style.safetensors style-lokr.safetensors --tolerance 0.1

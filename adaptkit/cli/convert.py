@@ -15,26 +15,20 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("adapter", type=PATH)
 @click.option("--to", metavar="FORMAT", help="Key format to write; `adaptkit formats` lists them.")
-@click.option(
-    "--for",
-    "host",
-    type=HOST,
-    help="Write what this host really loads for this family.",
-)
+@click.option("--for", "host", type=HOST, help="Write the format that this host loads.")
 @recasts
 @ranks
 @writer
-def convert(
-    adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
-) -> None:
-    """Write ADAPTER in another key format, every key accounted for.
+def convert(adapter: Path, **chosen: Any) -> None:
+    """Convert ADAPTER to another key format.
 
-    Keys are renamed and their tensors copied byte for byte. Where the formats cut layers differently, fused projections
-    are split or parts fused, exactly. Where the new format has no place for alpha, it is multiplied into the weights, and
-    the report says for how many modules and with what error. A key that would be lost fails the run.
+    Keys are renamed and tensors copied byte for byte. Layers that the formats fuse differently are
+    split or fused exactly. If the new format has no key for alpha, alpha is multiplied into the
+    weights, and the report gives the number of modules and the error. A key that would be lost
+    fails the run.
 
-    --algo changes the algorithm too: exactly where that is possible, else to the nearest weights, with the error reported;
-    one of the rank rules cuts the rank on the way.
+    --algo also changes the algorithm. The result is exact if possible, and otherwise the nearest
+    adapter, with the error in the report. A rank rule truncates the ranks in the same run.
 
     \b
     adaptkit convert style.safetensors --to comfy
@@ -43,18 +37,11 @@ def convert(
     adaptkit convert lokr.safetensors --to diffusers --algo lora --rank 32
     """
     from adaptkit.cli.show.rewrite import converted
-    from adaptkit.cli.show.talk import Talk
-    from adaptkit.ops import convert as op
+    from adaptkit.cli.show.talk import write
+    from adaptkit.ops.convert import VERB
 
     if chosen["to"] and chosen["host"]:
         raise click.UsageError("--to and --for exclude each other")
     if not (chosen["to"] or chosen["host"] or chosen["algo"] or chosen["dtype"] != "keep"):
-        raise click.UsageError("say what to write: --to FORMAT or --for HOST")
-    talk = Talk("convert", as_json, quiet, verbose)
-    plan = op.plan(adapter, op.Options(**chosen))
-    if dry_run:
-        talk.plan(plan.to_dict())
-        return
-    with talk.progress("converting") as progress:
-        report = op.run(plan, progress)
-    converted(talk, report)
+        raise click.UsageError("missing --to FORMAT or --for HOST")
+    write(VERB, "converting", converted, adapter, **chosen)

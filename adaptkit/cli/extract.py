@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     default="lora",
     show_default=True,
     type=EXTRACTABLE,
-    help="Kind of adapter to fit.",
+    help="Algorithm of the adapter.",
 )
 @ranks
 @click.option(
     "--factor",
     type=FACTOR,
     metavar="N|auto",
-    help="LoKr: size of the small factor.  [default: auto, the one it was made with, else 8]",
+    help="LoKr: size of the small factor.  [default: auto, the detected factor or 8]",
 )
 @click.option(
     "--decompose-both",
     is_flag=True,
-    help="LoKr: the first factor as a product too, of the same rank.",
+    help="LoKr: also decompose the small factor, at the same rank.",
 )
 @click.option(
     "--alpha",
@@ -43,41 +43,39 @@ if TYPE_CHECKING:
     "--clamp-quantile",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="Q",
-    help="LoRA: clamp factors to this quantile, as kohya's script does (0.99); it costs accuracy.",
+    help="LoRA: clamp factors to this quantile as kohya's script does (0.99); less accurate.",
 )
 @click.option(
     "--to",
     default="kohya",
     show_default=True,
     metavar="FORMAT",
-    help="Key format to write; see `adaptkit formats`.",
+    help="Key format to write; `adaptkit formats` lists them.",
 )
 @click.option(
     "--svd",
     type=click.Choice(["auto", "exact"]),
     default="auto",
     show_default=True,
-    help="auto is within 0.1 % of the optimum; exact takes far longer.",
+    help="auto is within 0.1 % of the optimum; exact is far slower.",
 )
 @click.option(
     "--vectors/--no-vectors",
     default=None,
-    help="Carry changed biases and norms, exactly; not every host reads them.  [default: with --algo full only]",
+    help="Store changed biases and norms exactly; some hosts ignore them.  [default: only with "
+    "--algo full]",
 )
-@click.option(
-    "--ema", is_flag=True, help="Read the averaged weights where a checkpoint holds them too."
-)
+@click.option("--ema", is_flag=True, help="Read the averaged (EMA) weights of a checkpoint.")
 @writer
-def extract(
-    base: Path, tuned: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
-) -> None:
-    """Write the adapter that turns checkpoint BASE into checkpoint TUNED.
+def extract(base: Path, tuned: Path, **chosen: Any) -> None:
+    """Extract the adapter that turns BASE into TUNED.
 
-    BASE and TUNED are checkpoints of one model family, each a .safetensors or .ckpt file, an index of shards or a
-    diffusers folder, in any mix, fp8 included. Layers that do not differ are left out. The report says which share of the
-    difference the adapter captures, per layer and in total, measured on the numbers as they are stored.
+    BASE and TUNED are checkpoints of one model family. Each is a .safetensors or .ckpt file, an
+    index of shards or a diffusers folder, in any precision including fp8. Equal layers are left
+    out. The report gives the share of the difference that the adapter captures, per layer and in
+    total, measured on the stored numbers.
 
-    Without a rank rule a LoRA has rank 32, and the second factor of a LoKr is full.
+    Without a rank rule a LoRA has rank 32, and the second factor of a LoKr is not decomposed.
 
     \b
     adaptkit extract base.ckpt tuned.ckpt                          a LoRA of rank 32
@@ -86,14 +84,7 @@ def extract(
     adaptkit extract base.ckpt tuned.ckpt --algo auto --size 64MB  the best for each layer
     """
     from adaptkit.cli.show.extract import extracted
-    from adaptkit.cli.show.talk import Talk
-    from adaptkit.ops import extract as op
+    from adaptkit.cli.show.talk import write
+    from adaptkit.ops.extract import VERB
 
-    talk = Talk("extract", as_json, quiet, verbose)
-    plan = op.plan(base, tuned, op.Options(**chosen))
-    if dry_run:
-        talk.plan(plan.to_dict())
-        return
-    with talk.progress("extracting") as progress:
-        report = op.run(plan, progress)
-    extracted(talk, report)
+    write(VERB, "extracting", extracted, base, tuned, **chosen)

@@ -10,7 +10,7 @@ from adaptkit.cli.options import talk
 @click.command()
 @talk
 def families(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the model families and their parts."""
+    """List the model families and their components."""
     from adaptkit.cli.show.page import listed
     from adaptkit.detect import families as known
 

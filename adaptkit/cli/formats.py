@@ -14,7 +14,7 @@ from adaptkit.names import Rows, Slot, Target
 if TYPE_CHECKING:
     from adaptkit.formats.contract import KeyFormat
 
-# a module that some family has in every format
+# modules that spell an example key in every format
 EXAMPLES = (
     ("sd1", Slot(Target("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"))),
     ("flux", Slot(Target("transformer", "double_blocks.0.img_attn.proj"))),
@@ -23,7 +23,7 @@ EXAMPLES = (
 
 
 def _example(format: KeyFormat) -> str:
-    """A key as this format spells it."""
+    """Return an example key in this format."""
     from adaptkit.keymap import algorithms, compile_keys
 
     algorithm = format.owns[0] if format.owns else "lora"
@@ -35,7 +35,7 @@ def _example(format: KeyFormat) -> str:
 
 
 def _loading(format: str) -> dict[str, list[str]]:
-    """The families that each host loads completely in this format, alpha and algorithm allowing."""
+    """Return the families that each host loads completely in this format."""
     from adaptkit.hosts import complete, hosts
 
     return {name: found for name, host in hosts().items() if (found := complete(host, format))}
@@ -44,9 +44,10 @@ def _loading(format: str) -> dict[str, list[str]]:
 @click.command()
 @talk
 def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the key formats: how each spells a module, who writes it, and which hosts load it for which families.
+    """List the key formats and the hosts that load them.
 
-    adaptkit reads all of them, in any mixture of names that real files have.
+    Each format is shown with an example key and the tools that write it. adaptkit reads all
+    formats, also mixed in one file.
     """
     from adaptkit.cli.show.page import listed
     from adaptkit.detect import formats as known

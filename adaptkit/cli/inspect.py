@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.options import PATH, inputs, talk
-from adaptkit.cli.show.picture import option
+from adaptkit.cli.options import PATH, inputs, picture, talk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
-    """Refuse what cannot be drawn before anything is read."""
+    """Refuse an impossible picture before any file is read."""
     from adaptkit.cli.show.picture import check
 
     if len(files) != 1:
@@ -28,23 +27,17 @@ def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
-@click.option("--keys", is_flag=True, help="List every tensor: key, dtype, shape.")
+@click.option("--keys", is_flag=True, help="List all tensors: key, dtype, shape.")
 @click.option(
-    "--modules", is_flag=True, help="List every adapted module: algorithm, rank, alpha, shape."
+    "--modules", is_flag=True, help="List all adapted modules: algorithm, rank, alpha, shape."
 )
 @click.option(
     "--stats",
     is_flag=True,
-    help="Read the weights too: strengths and ranks by block; zeros, NaN, overflow.",
+    help="Also read the weights: norms and ranks by block; zeros, NaN, overflow.",
 )
-@click.option(
-    "--plot",
-    type=PATH,
-    callback=option,
-    help="Draw what --stats finds: a .png, .svg or .html file (needs adaptkit[plot]).",
-)
-@click.option("--overwrite", is_flag=True, help="Replace an existing picture.")
-@click.option("--hash", is_flag=True, help="Add the SHA-256 of the file.")
+@picture("the statistics")
+@click.option("--hash", is_flag=True, help="Add the SHA-256 of each file.")
 @inputs
 @talk
 def inspect(
@@ -61,16 +54,17 @@ def inspect(
     quiet: bool,
     verbose: bool,
 ) -> int:
-    """Say what adapter files and checkpoints are, from their headers alone.
+    """Identify adapter files and checkpoints from their headers.
 
-    FILE is a .safetensors file, a pickle (.ckpt, .pt, .bin), an index of shards, or a folder: a diffusers or PEFT folder
-    counts as one file, any other folder is searched for weight files. Without --stats and --plot no weights are read
-    and torch is not loaded.
+    FILE is a .safetensors file, a pickle (.ckpt, .pt, .bin), an index of shards or a folder. A
+    diffusers or PEFT folder counts as one file; any other folder is searched for weight files.
+    Without --stats and --plot no weights are read and torch is not loaded.
 
-    --stats computes ‖ΔW‖ and the singular values of every module, and shows them by block: a heat map of how much each
-    kind of layer changes, and how many singular values hold 90 and 99 % of it. --plot draws the same, with the spectra.
+    --stats computes ‖ΔW‖ and the singular values of every module. It prints, for every block, a
+    heat map of ‖ΔW‖ per kind of layer and the ranks that hold 90 and 99 % of it. --plot also
+    draws the spectra.
 
-    Exits 1 if a file is corrupt or foreign, after reporting the others.
+    Exits with 1 if a file is corrupt or of an unknown kind, after reporting the others.
     """
     from adaptkit.cli.show.inspect import inspected
     from adaptkit.cli.show.talk import Talk

@@ -19,59 +19,42 @@ if TYPE_CHECKING:
     "--blocks",
     multiple=True,
     metavar="NAME=WEIGHT,…",
-    help="Weights of blocks, by name, glob or range, or a vector as LoRA Block Weight takes it (repeatable).",
+    help="Multiply the strength in some blocks; NAME is a name, a glob or a range (repeatable).",
 )
+@click.option("--verify", is_flag=True, help="Read the output back and compare it with base + ΔW.")
 @click.option(
-    "--verify",
-    is_flag=True,
-    help="Read the output back and check it against base + ΔW before it appears.",
-)
-@click.option(
-    "--shard-size", type=SIZE, metavar="SIZE", help="Write a folder of shards of at most this size."
+    "--shard-size", type=SIZE, metavar="SIZE", help="Write a folder of shards of at most SIZE."
 )
 @click.option(
     "--layout",
     type=click.Choice(["single-file", "folder"]),
-    help="Write one file with the original names, or a folder with diffusers', whichever BASE is.",
+    help="Write one file with the original key names, or a folder with diffusers' key names.",
 )
 @writer
-def merge(
-    base: Path,
-    adapters: tuple[tuple[Path, float], ...],
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    dry_run: bool,
-    **chosen: Any,
-) -> None:
-    """Bake adapters into checkpoint BASE and write the merged checkpoint.
+def merge(base: Path, adapters: tuple[tuple[Path, float], ...], **chosen: Any) -> None:
+    """Merge adapters into checkpoint BASE.
 
-    Each adapter may carry a strength after its last colon (1 without one; negative subtracts). All adapters of a layer
-    are added in float32 and rounded once; layers no adapter touches are copied byte for byte. An adapter module that
-    finds no place in BASE fails the run.
+    The strength of an adapter follows its last colon and defaults to 1; a negative strength
+    subtracts. All adapters of a layer are added in float32 and rounded once. Unchanged layers are
+    copied byte for byte. An adapter module without a matching layer in BASE fails the run.
 
-    BASE may be a file, an index of shards or a folder; the output is of the same kind, with the same file names, unless
-    --layout asks for the other one: every weight is then renamed, cut or joined as the model's family does it, bit for
-    bit. A folder gets weights only; its config.json files are those of any diffusers folder of the model. Weights stored
-    as fp8, with or without scales, stay so unless --dtype says otherwise, and the report says what that costs.
+    BASE is a file, an index of shards or a folder. The output has the same layout and file names,
+    unless --layout selects the other layout: then every weight is renamed, split or fused, bit
+    for bit. A new folder holds weights only; take the config.json files from any diffusers folder
+    of the model. Weights stored as fp8, scaled or not, stay fp8 unless --dtype is given, and the
+    report gives the error.
 
-    --blocks multiplies the strength in parts of the model: `te=0`, `unet.down_blocks.*=0.5`, `double.0-5=0.3`, `IN04=0`,
-    or the 12, 17, 20 or 26 numbers (57 or 61 for FLUX) of the LoRA Block Weight extension. The last rule that matches
-    counts, what none matches keeps its strength, and a rule that matches nothing is an error.
+    --blocks multiplies the strength in parts of the model: `te=0`, `unet.down_blocks.*=0.5`,
+    `double.0-5=0.3`, `IN04=0`, or the 12, 17, 20 or 26 numbers (57 or 61 for FLUX) of the LoRA
+    Block Weight extension. If several rules match a module, the last one applies. A rule that
+    matches nothing is an error.
 
     \b
     adaptkit merge base.safetensors style.safetensors:0.8 detail.safetensors -o merged.safetensors
-    adaptkit merge base.safetensors style.safetensors --blocks "te=0,unet.up_blocks.0-1=0.5" --verify
+    adaptkit merge base.ckpt style.safetensors --blocks "te=0,unet.up_blocks.0-1=0.5" --verify
     """
     from adaptkit.cli.show.merge import merged
-    from adaptkit.cli.show.talk import Talk
-    from adaptkit.ops import merge as op
+    from adaptkit.cli.show.talk import write
+    from adaptkit.ops.merge import VERB
 
-    talk = Talk("merge", as_json, quiet, verbose)
-    plan = op.plan(base, adapters, op.Options(**chosen))
-    if dry_run:
-        talk.plan(plan.to_dict())
-        return
-    with talk.progress("merging") as progress:
-        report = op.run(plan, progress)
-    merged(talk, report)
+    write(VERB, "merging", merged, base, adapters, **chosen)

@@ -1,16 +1,16 @@
-"""Options that commands share, and the parameter types they need."""
+"""Options that several commands share, and their parameter types."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from adaptkit.cli.show.picture import option as checked_picture
 from adaptkit.ops.ranks.options import rules
-from adaptkit.ops.shared import split_strength
+from adaptkit.ops.shared import SIZES, parse_size, split_strength
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.ranks.rules.contract import Rule
 
 __all__ = [
+    "DTYPE",
     "EXTRACTABLE",
     "FACTOR",
     "HOST",
@@ -25,9 +26,12 @@ __all__ = [
     "SIZE",
     "STRENGTH",
     "Size",
+    "computing",
     "inputs",
+    "picture",
     "ranks",
     "recasts",
+    "selecting",
     "talk",
     "writer",
 ]
@@ -35,30 +39,24 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
-    """`500KB`, `64MB`, `1.5GB` (powers of 1000) or `64MiB` (of 1024), in bytes."""
+    """A size in bytes: `500KB`, `64MB`, `1.5GB` (powers of 1000) or `64MiB` (of 1024)."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = _SIZE.fullmatch(value.strip())
-        if found is None or (found.group(3) and not found.group(2)):
-            self.fail(f"invalid size {value!r}; write 500KB, 64MB, 1.5GB or 64MiB", param, ctx)
-        number, unit, binary = found.groups()
-        factor = _UNITS[unit.upper()]
-        if binary:
-            factor = 1024 ** list(_UNITS).index(unit.upper())
-        return int(float(number) * factor)
+        size = parse_size(value)
+        if size is None:
+            self.fail(f"invalid size {value!r}; expected a size such as {SIZES}", param, ctx)
+        return size
 
 
 class Strength(click.ParamType):  # type: ignore[type-arg]
-    """`style.safetensors:0.8`: a path, and what its ΔW is multiplied by."""
+    """`style.safetensors:0.8`: a path and the strength of the adapter in it."""
 
     name = "adapter[:strength]"
 
@@ -69,7 +67,7 @@ class Strength(click.ParamType):  # type: ignore[type-arg]
 
 
 class Factor(click.ParamType):  # type: ignore[type-arg]
-    """A number from 1 on, or `auto` (None)."""
+    """An integer of at least 1, or `auto` (None)."""
 
     name = "factor"
 
@@ -79,7 +77,9 @@ class Factor(click.ParamType):  # type: ignore[type-arg]
         if value is None or isinstance(value, int) or value == "auto":
             return value if isinstance(value, int) else None
         if not value.isdecimal() or int(value) < 1:
-            self.fail(f"invalid factor {value!r}; expected a number >= 1, or auto", param, ctx)
+            self.fail(
+                f"invalid factor {value!r}; expected an integer of at least 1, or auto", param, ctx
+            )
         return int(value)
 
 
@@ -139,42 +139,82 @@ def _apply(function: F, options: list[Callable[[F], F]]) -> F:
 
 
 def talk(function: F) -> F:
-    """--json, -q, -v."""
+    """Add --json, -q and -v."""
     return _apply(
         function,
         [
             click.option(
                 "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
             ),
-            click.option(
-                "-q", "--quiet", is_flag=True, help="No progress, no summary; errors only."
-            ),
-            click.option("-v", "--verbose", is_flag=True, help="One line per module as well."),
+            click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+            click.option("-v", "--verbose", is_flag=True, help="Also print one line per module."),
         ],
     )
 
 
 def inputs(function: F) -> F:
-    """--family, --format: override detection."""
+    """Add --family and --format."""
+    return _apply(
+        function,
+        [
+            click.option("--family", metavar="NAME", help="Override the detected model family."),
+            click.option(
+                "--format", metavar="NAME", help="Override the detected key format of the input."
+            ),
+        ],
+    )
+
+
+def computing(function: F) -> F:
+    """Add --device and --memory."""
     return _apply(
         function,
         [
             click.option(
-                "--family", metavar="NAME", help="Model family, where detection should not decide."
+                "--device",
+                default="auto",
+                show_default=True,
+                metavar="auto|cpu|cuda|cuda:N",
+                help="Device to compute on.",
             ),
             click.option(
-                "--format", metavar="NAME", help="Key format of the input adapter, likewise."
+                "--memory",
+                type=SIZE,
+                metavar="SIZE",
+                help="Limit working memory, not counting torch itself.  [default: 560MB, or the "
+                "need of the largest layer]",
+            ),
+        ],
+    )
+
+
+def selecting(function: F) -> F:
+    """Add --only and --skip."""
+    return _apply(
+        function,
+        [
+            click.option(
+                "--only",
+                multiple=True,
+                metavar="GLOB",
+                help="Process only these modules or components (repeatable).",
+            ),
+            click.option(
+                "--skip",
+                multiple=True,
+                metavar="GLOB",
+                help="Leave out these modules or components (repeatable).",
             ),
         ],
     )
 
 
 def ranks(function: F) -> F:
-    """An option for every rank rule, --conv-rank and --max-rank."""
+    """Add the rank rules, of which a user gives one."""
     conv = click.option(
         "--conv-rank",
         type=click.IntRange(1),
-        help="Rank of convolutions larger than 1×1, with --rank.",
+        help="With --rank: rank of convolutions larger than 1×1.",
     )
     most = click.option(
         "--max-rank",
@@ -198,7 +238,7 @@ def _rule(rule: Rule) -> Callable[[F], F]:
 
 
 def recasts(function: F) -> F:
-    """--algo, --factor and --base of the commands that write adapters anew."""
+    """Add --algo, --factor and --base."""
     return _apply(
         function,
         [
@@ -208,20 +248,49 @@ def recasts(function: F) -> F:
                 type=click.IntRange(1),
                 default=8,
                 show_default=True,
-                help="Size of the small factor, where something becomes a LoKr.",
+                help="Size of the small factor of a new LoKr.",
             ),
             click.option(
                 "--base",
                 type=PATH,
                 metavar="CHECKPOINT",
-                help="The model it was trained on: for DoRA, OFT and others whose change depends on it.",
+                help="Checkpoint of the adapter; DoRA, OFT and others depend on its weights.",
             ),
         ],
     )
 
 
+def picture(what: str) -> Callable[[F], F]:
+    """Add --plot and --overwrite; `what` names the content of the picture."""
+
+    def added(function: F) -> F:
+        return _apply(
+            function,
+            [
+                click.option(
+                    "--plot",
+                    type=PATH,
+                    callback=checked_picture,
+                    help=f"Draw {what} as a .png, .svg or .html file (needs adaptkit[plot]).",
+                ),
+                click.option("--overwrite", is_flag=True, help="Replace an existing picture."),
+            ],
+        )
+
+    return added
+
+
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["keep", "fp32", "fp16", "bf16"]),
+    default="keep",
+    show_default=True,
+    help="Number format of the output.",
+)
+
+
 def writer(function: F) -> F:
-    """What every command that writes accepts."""
+    """Add the options of every command that writes."""
     return _apply(
         function,
         [
@@ -229,47 +298,18 @@ def writer(function: F) -> F:
                 "-o",
                 "--output",
                 type=PATH,
-                help="File to write; without it, beside the last input.",
+                help="File to write.  [default: next to the last input]",
             ),
             inputs,
-            click.option(
-                "--dtype",
-                type=click.Choice(["keep", "fp32", "fp16", "bf16"]),
-                default="keep",
-                show_default=True,
-                help="Number format of what is written.",
-            ),
-            click.option(
-                "--device",
-                default="auto",
-                show_default=True,
-                metavar="auto|cpu|cuda|cuda:N",
-                help="Where to compute.",
-            ),
-            click.option(
-                "--memory",
-                type=SIZE,
-                metavar="SIZE",
-                help="Bound on working memory, torch not counted.  [default: 560MB, or what one layer needs]",
-            ),
-            click.option(
-                "--only",
-                multiple=True,
-                metavar="GLOB",
-                help="Only these modules or components (repeatable).",
-            ),
-            click.option(
-                "--skip",
-                multiple=True,
-                metavar="GLOB",
-                help="Not these modules or components (repeatable).",
-            ),
+            DTYPE,
+            computing,
+            selecting,
             click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
             click.option("--overwrite", is_flag=True, help="Replace an existing output."),
             click.option(
                 "--allow-unused",
                 is_flag=True,
-                help="Go on where keys would be lost; the report lists them.",
+                help="Continue even if keys would be lost; the report lists them.",
             ),
             talk,
         ],

@@ -17,15 +17,14 @@ if TYPE_CHECKING:
 @ranks
 @recasts
 @writer
-def resize(
-    adapter: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any
-) -> None:
-    """Cut the rank of ADAPTER, as exactly as that rank allows.
+def resize(adapter: Path, **chosen: Any) -> None:
+    """Truncate the ranks of ADAPTER with the least error.
 
-    Give one rule: a rank, an error, a file size, or what other tools know as dynamic methods. --error and --size choose
-    the ranks of all modules together, which at the same size loses less than one rank everywhere. Everything is computed from
-    the factors in float64: the result is the optimum, in seconds. A LoKr stays a LoKr; LoHa and full differences become LoRA;
-    a DoRA keeps its magnitudes.
+    Give one rule: a rank, an error, a file size, or a dynamic method of other tools. --error and
+    --size choose the ranks of all modules together, which loses less than one rank everywhere at
+    the same size. Everything is computed from the factors in float64, so the result is the
+    optimum and takes seconds. A LoKr stays a LoKr; LoHa and full differences become LoRA; a DoRA
+    keeps its magnitudes.
 
     \b
     adaptkit resize style.safetensors --rank 16
@@ -33,14 +32,7 @@ def resize(
     adaptkit resize style.safetensors --error 0.05
     """
     from adaptkit.cli.show.rewrite import resized
-    from adaptkit.cli.show.talk import Talk
-    from adaptkit.ops import resize as op
+    from adaptkit.cli.show.talk import write
+    from adaptkit.ops.resize import VERB
 
-    talk = Talk("resize", as_json, quiet, verbose)
-    plan = op.plan(adapter, op.Options(**chosen))
-    if dry_run:
-        talk.plan(plan.to_dict())
-        return
-    with talk.progress("resizing") as progress:
-        report = op.run(plan, progress)
-    resized(talk, report)
+    write(VERB, "resizing", resized, adapter, **chosen)

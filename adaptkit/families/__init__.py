@@ -1,1 +1,4 @@
-"""Model families: which modules exist and what each naming calls them. One file each, attribute `FAMILY`."""
+"""Model families: the modules of each model, and their names in each naming.
+
+One file per family, with the attribute `FAMILY`.
+"""

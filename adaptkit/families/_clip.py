@@ -1,7 +1,8 @@
-"""Rows of CLIP text encoders, in Hugging Face names and in OpenCLIP's, which fuse q, k and v.
+"""Rows of CLIP text encoders, in Hugging Face's and OpenCLIP's naming.
 
-Source: transformers' `CLIPTextModel` and open_clip's `TextTransformer`, related as diffusers'
-`convert_open_clip_checkpoint` does (in_proj is q, k, v in thirds; `text_projection` is stored transposed).
+OpenCLIP fuses q, k and v. Source: transformers' `CLIPTextModel` and open_clip's `TextTransformer`,
+mapped as in diffusers' `convert_open_clip_checkpoint` (in_proj is q, k, v in thirds;
+`text_projection` is stored transposed).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def clip_l(
     projection: bool = False,
     alone: bool = True,
 ) -> Component:
-    """CLIP-L as the text encoder that diffusers calls `name`; `prefixes` are those of single-file checkpoints.
+    """CLIP-L as diffusers' component `name`; `prefixes` are those of single-file checkpoints.
 
-    `alone`: the pipeline has no other CLIP, so that names without a component can only mean this one.
+    `alone`: the pipeline has no other CLIP, so that names without a component mean this one.
     """
     comfy = "text_encoders.clip_l.transformer"
     checkpoints = (*prefixes, f"{comfy}.", f"{name}.")
@@ -42,7 +43,10 @@ def clip_l(
 
 
 def clip_g(*, kohya: tuple[str, ...] = ("te2",), native: tuple[str, ...] = ()) -> Component:
-    """OpenCLIP-G as a pipeline's second text encoder; `native` are the prefixes of files that have OpenCLIP's names."""
+    """OpenCLIP-G as second text encoder.
+
+    `native` are the prefixes of files with OpenCLIP names.
+    """
     comfy, name = "text_encoders.clip_g.transformer", "text_encoder_2"
     checkpoints = {"diffusers": (f"{comfy}.", f"{name}.")}
     return Component(
@@ -59,7 +63,7 @@ def _tags(name: str, kohya: tuple[str, ...], comfy: str) -> dict[str, tuple[str,
 
 
 def clip_rows(layers: int) -> tuple[Row, ...]:
-    """CLIP with Hugging Face names; `flat` is what transformers 5 calls them, without `text_model.`."""
+    """CLIP under Hugging Face names; `flat` is transformers 5's naming, without `text_model.`."""
     layer = f"encoder.layers.{{i:{layers}}}."
     matrices = (
         "self_attn.q_proj",
@@ -82,7 +86,7 @@ def _flat(module: str, kind: Kind) -> Row:
 
 
 def _processor(module: str) -> dict[str, Any]:
-    """What diffusers before 0.20 called the adapters of attention layers: `self_attn.to_q_lora`, `to_out_lora`."""
+    """Names of attention adapters in diffusers < 0.20: `self_attn.to_q_lora`, `to_out_lora`."""
     stem, _, name = module.rpartition(".")
     return (
         {"processor": f"{stem}.to_{name.partition('_')[0]}_lora"}
@@ -92,7 +96,7 @@ def _processor(module: str) -> dict[str, Any]:
 
 
 def openclip_rows(layers: int, *, projection: bool) -> tuple[Row, ...]:
-    """CLIP whose checkpoints carry OpenCLIP names (`native`); adapters always use the Hugging Face ones."""
+    """CLIP with OpenCLIP names in checkpoints (`native`); adapters use Hugging Face names."""
     rows = [*_openclip_ends(), *_openclip_layer(layers)]
     if projection:
         transposed = named("text_projection", weight="text_projection", transposed=True)

@@ -1,7 +1,7 @@
-"""Rows that FLUX.1 and its kin (Chroma, FLUX.2) share: double and single blocks.
+"""Rows of double and single blocks, shared by FLUX.1, Chroma and FLUX.2.
 
-Source of the correspondence: black-forest-labs `flux/model.py` against diffusers' `FluxTransformer2DModel`, as
-diffusers' `convert_flux_transformer_checkpoint_to_diffusers` maps them.
+Source: black-forest-labs `flux/model.py` and diffusers' `FluxTransformer2DModel`, mapped as in
+diffusers' `convert_flux_transformer_checkpoint_to_diffusers`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def embedder(native: str, diffusers: str) -> Iterator[Row]:
 
 
 def double_attention(native: str, diffusers: str) -> Iterator[Row]:
-    """Attention of a double block: fused q, k, v and a projection per side, with their norms."""
+    """Attention of a double block: fused qkv, projection and norms per side."""
     for side, project, out, norm in SIDES:
         ours = f"{native}{side}_attn."
         yield pair(
@@ -52,14 +52,20 @@ def double_attention(native: str, diffusers: str) -> Iterator[Row]:
 def double_mlps(
     native: str, diffusers: str, first: str = "net.0.proj", second: str = "net.2"
 ) -> Iterator[Row]:
-    """The MLPs of a double block; `first` and `second` are what diffusers calls their layers."""
+    """The MLPs of a double block.
+
+    `first` and `second` are diffusers' names of their layers.
+    """
     for ours, theirs in (("img_mlp", "ff"), ("txt_mlp", "ff_context")):
         yield pair(f"{native}{ours}.0", f"{diffusers}{theirs}.{first}")
         yield pair(f"{native}{ours}.2", f"{diffusers}{theirs}.{second}")
 
 
 def single_block(native: str, diffusers: str) -> Iterator[Row]:
-    """A single block but for its modulation: q, k, v and the MLP's first layer in one, out and its second in another."""
+    """A single block without its modulation.
+
+    linear1 is q, k, v and the MLP's first layer; linear2 is out and the MLP's second layer.
+    """
     yield pair(
         f"{native}linear1",
         split(diffusers, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", ratio=SHARES),
@@ -69,7 +75,7 @@ def single_block(native: str, diffusers: str) -> Iterator[Row]:
 
 
 def single_norms(native: str, diffusers: str) -> Iterator[Row]:
-    """The q and k norms of a single block."""
+    """The norms of q and k in a single block."""
     for word, letter in (("query", "q"), ("key", "k")):
         yield pair(
             scaled(f"{native}norm.{word}_norm"), f"{diffusers}attn.norm_{letter}", kind=Kind.NORM
@@ -77,9 +83,10 @@ def single_norms(native: str, diffusers: str) -> Iterator[Row]:
 
 
 def marks(*widths: int, mlp: int, single: int) -> tuple[Mark, ...]:
-    """Marks of a model of these widths; `mlp` and `single` are the rows of its MLPs' first layers and linear1, per width.
+    """Marks of models of these widths.
 
-    Look-alikes are marked by the same modules, so that a file whose shapes fit both fits them equally.
+    `mlp` and `single` are the rows per width of the MLPs' first layers and of linear1. Look-alikes
+    are marked by the same modules, so that a file that fits both scores the same for both.
     """
     return (
         Mark("transformer", "img_attn.qkv", columns=widths),

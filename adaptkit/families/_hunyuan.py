@@ -1,8 +1,11 @@
-"""Rows of Tencent's Hunyuan transformers: HunyuanVideo, HunyuanVideo 1.5, HunyuanImage 2.1 and FramePack.
+"""Rows of Tencent's Hunyuan transformers: Video, Video 1.5, Image 2.1 and FramePack.
 
-Three namings: `native` is Tencent's and musubi-tuner's, `comfy` what ComfyUI calls the modules in memory (FLUX.1's
-names, and the only ones its adapters load completely by), and diffusers'. Every row gives all three.
-Source: Tencent-Hunyuan `hyvideo/modules/models.py`, ComfyUI's `HunyuanVideo.process_unet_state_dict` and diffusers'
+Every row has three namings: `native` is that of Tencent and musubi-tuner, `comfy` that of
+ComfyUI's modules in memory (FLUX.1's names, the only ones under which its adapters load
+completely), and diffusers'.
+
+Source: Tencent-Hunyuan `hyvideo/modules/models.py`, ComfyUI's
+`HunyuanVideo.process_unet_state_dict` and diffusers'
 `convert_hunyuan_video_transformer_to_diffusers`.
 """
 
@@ -41,24 +44,24 @@ SHARES = (1, 1, 1, 4)
 def _same(
     native: str, diffusers: str | Name, kind: Kind = Kind.MATRIX, kernel: tuple[int, ...] = ()
 ) -> Row:
-    """A module that ComfyUI calls as Tencent does."""
+    """A module with the same name in ComfyUI and in Tencent's checkpoint."""
     return pair(native, diffusers, comfy=native, kind=kind, kernel=kernel)
 
 
 def embedder(native: str, diffusers: str) -> Iterator[Row]:
-    """An embedder of two linear layers, `time_in.mlp.0` and `.2`, in ComfyUI `in_layer` and `out_layer`."""
+    """An embedder of two linear layers: `mlp.0`, `mlp.2`; in ComfyUI `in_layer`, `out_layer`."""
     for n, layer, m in LAYERS:
         yield pair(f"{native}.mlp.{n}", f"{diffusers}.linear_{m}", comfy=f"{native}.{layer}_layer")
 
 
 def plain_embedder(native: str, diffusers: str) -> Iterator[Row]:
-    """An embedder whose layers Tencent calls `in_layer` and `out_layer` too."""
+    """An embedder with layers `in_layer` and `out_layer` in Tencent's checkpoint too."""
     for _, layer, m in LAYERS:
         yield _same(f"{native}.{layer}_layer", f"{diffusers}.linear_{m}")
 
 
 def ends(kernel: tuple[int, ...]) -> Iterator[Row]:
-    """Patch embedding (a convolution of this kernel), the refiner of the text, and the final layer."""
+    """Patch embedding (a convolution with `kernel`), text refiner and final layer."""
     yield _same("img_in.proj", "x_embedder.proj", kernel=kernel)
     yield _same("txt_in.input_embedder", "context_embedder.proj_in")
     yield from embedder("txt_in.t_embedder", "context_embedder.time_text_embed.timestep_embedder")
@@ -90,7 +93,7 @@ def _mlp(native: str, diffusers: str) -> Iterator[Row]:
 
 
 def double_blocks(layers: int, *, fused: bool = True) -> Iterator[Row]:
-    """Double blocks; `fused`: Tencent has q, k and v in one layer (ComfyUI always does)."""
+    """Double blocks; `fused`: Tencent fuses q, k and v (ComfyUI always does)."""
     ours, theirs = f"double_blocks.{{i:{layers}}}.", f"transformer_blocks.{{i:{layers}}}."
     for side, project, out, norm, modulation, mlp in SIDES:
         old, new = f"{ours}{side}_attn_", f"{ours}{side}_attn."
@@ -110,7 +113,7 @@ def double_blocks(layers: int, *, fused: bool = True) -> Iterator[Row]:
 
 
 def single_blocks(layers: int) -> Iterator[Row]:
-    """Single blocks, which differ from FLUX.1's in their norms' and modulations' names."""
+    """Single blocks; their norms and modulations have other names than FLUX.1's."""
     ours, theirs = f"single_blocks.{{i:{layers}}}.", f"single_transformer_blocks.{{i:{layers}}}."
     parts = split(theirs, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", ratio=SHARES)
     yield pair(f"{ours}linear1", parts, comfy=f"{ours}linear1")
@@ -120,7 +123,7 @@ def single_blocks(layers: int) -> Iterator[Row]:
 
 
 def _norms(native: str, comfy: str, diffusers: str, norm: str) -> Iterator[Row]:
-    """The norms of q and k; in ComfyUI their weight is called `scale`."""
+    """The norms of q and k; ComfyUI calls their weight `scale`."""
     for word, letter in (("query", "q"), ("key", "k")):
         name = scaled(f"{comfy}{word}_norm")
         yield pair(
@@ -129,7 +132,7 @@ def _norms(native: str, comfy: str, diffusers: str, norm: str) -> Iterator[Row]:
 
 
 def video_rows() -> tuple[Row, ...]:
-    """All of HunyuanVideo, which FramePack extends."""
+    """All rows of HunyuanVideo, which FramePack extends."""
     return (
         *ends((1, 2, 2)),
         *embedder("time_in", "time_text_embed.timestep_embedder"),
@@ -141,14 +144,14 @@ def video_rows() -> tuple[Row, ...]:
 
 
 def byt5() -> Iterator[Row]:
-    """The embedder of the glyph encoder, ByT5."""
+    """The embedder of ByT5, the glyph encoder."""
     for n in (1, 2, 3):
         yield _same(f"byt5_in.fc{n}", f"context_embedder_2.linear_{n}")
     yield _same("byt5_in.layernorm", "context_embedder_2.norm", Kind.NORM)
 
 
 def marks(width: int, *, qkv: str = "img_attn_qkv") -> tuple[Mark, ...]:
-    """Marks of a model of this width, by the same modules as those of FLUX.1 and its kin."""
+    """Marks of a model of this width, on the same modules as those of FLUX.1."""
     return (
         Mark("transformer", qkv, columns=width),
         Mark("transformer", "img_mlp.fc1", rows=4 * width),

@@ -1,7 +1,7 @@
-"""Rows of decoder language models used as text encoders (Gemma 2, Qwen 3, Llama), by transformers' names.
+"""Rows of language models used as text encoders.
 
-Source: transformers' `Gemma2Model`, `Qwen3Model` and `LlamaModel`; checkpoints and adapters use no others, but for the
-`model.` that the models with a language head put before them.
+Gemma 2, Qwen 3, Llama. Source: transformers' `Gemma2Model`, `Qwen3Model` and `LlamaModel`.
+Checkpoints and adapters use these names, with the prefix `model.` for models with a language head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 def llm_rows(
     layers: int, *, qk_norms: bool = False, feedforward_norms: bool = False
 ) -> tuple[Row, ...]:
-    """A decoder; Qwen 3 normalises q and k (`qk_norms`), Gemma 2 also around the MLP (`feedforward_norms`)."""
+    """A decoder; `qk_norms`: norms of q and k (Qwen 3), `feedforward_norms`: Gemma 2's."""
     layer = f"layers.{{i:{layers}}}."
     norms = ["input_layernorm", "post_attention_layernorm"]
     norms += ["self_attn.q_norm", "self_attn.k_norm"] * qk_norms
@@ -34,9 +34,11 @@ def llm_rows(
 def llm(
     title: str, rows: tuple[Row, ...], *, comfy: str, kohya: tuple[str, ...] = ("te",)
 ) -> Component:
-    """A language model as a pipeline's only text encoder; `comfy` is what ComfyUI calls it.
+    """A language model as a pipeline's only text encoder.
 
-    ComfyUI holds it with its head, hence the `model.` there; files without it are read too.
+    `comfy` is its name in ComfyUI.
+
+    ComfyUI keeps the language head, so its keys have the prefix `model.`; others are read too.
     """
     ours, theirs = f"text_encoders.{comfy}.transformer", "text_encoder"
     return Component(
@@ -60,5 +62,5 @@ def gemma2_2b() -> Component:
 
 
 def qwen3(size: str, layers: int, *, comfy: str, kohya: tuple[str, ...] = ("te",)) -> Component:
-    """Qwen 3 of a size: 0.6B has 28 layers and is 1024 wide, 4B has 36 and is 2560 wide."""
+    """Qwen 3: 0.6B has 28 layers of width 1024, 4B has 36 layers of width 2560."""
     return llm(f"Qwen 3 {size}", llm_rows(layers, qk_norms=True), comfy=comfy, kohya=kohya)

@@ -1,6 +1,6 @@
-"""Rows that LTX-Video and LTX-2 share; diffusers renames little of the original.
+"""Rows shared by LTX-Video and LTX-2, with few renamed modules in diffusers.
 
-Source: Lightricks' checkpoints as diffusers' `convert_ltx_to_diffusers` and `convert_ltx2_to_diffusers` rename them.
+Source: diffusers' `convert_ltx_to_diffusers` and `convert_ltx2_to_diffusers`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["adaln", "attention", "ends", "feed_forward", "table"]
 
 
 def table(native: str, diffusers: str | None = None) -> Row:
-    """A learnt scale and shift: a parameter that belongs to no module of its own."""
+    """A learned scale-and-shift parameter without a module of its own."""
     theirs = diffusers or native
     return pair(named(native, weight=native), named(theirs, weight=theirs), kind=Kind.NORM)
 
@@ -42,7 +42,7 @@ def feed_forward(module: str) -> Iterator[Row]:
 
 
 def ends(stem: str = "") -> Iterator[Row]:
-    """What comes before and after the blocks, for the video or (`audio_`) the sound."""
+    """Layers before and after the blocks, for the video or (`audio_`) the sound."""
     yield pair(f"{stem}patchify_proj", f"{stem}proj_in")
     yield from adaln(f"{stem}adaln_single", f"{stem}time_embed")
     yield row(f"{stem}caption_projection.linear_1")

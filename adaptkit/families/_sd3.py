@@ -1,7 +1,7 @@
-"""Rows of MMDiT, the transformer of Stable Diffusion 3 and 3.5, and the text encoders around it.
+"""Rows of MMDiT, the transformer of Stable Diffusion 3 and 3.5.
 
-Source: Stability-AI `sd3.5/mmditx.py` against diffusers' `SD3Transformer2DModel`, as diffusers'
-`convert_sd3_transformer_checkpoint_to_diffusers` maps them.
+Source: Stability-AI `sd3.5/mmditx.py` and diffusers' `SD3Transformer2DModel`, mapped as in
+diffusers' `convert_sd3_transformer_checkpoint_to_diffusers`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NORMS = ("q", "k")
 
 
 def components(title: str, layers: int, *, dual: int = 0) -> tuple[Component, ...]:
-    """Everything of a model with this many layers, the first `dual` of which have a second attention."""
+    """All components of a model; its first `dual` layers have a second attention."""
     return (
         transformer(title, (*_ends(), *_layers(layers), *_dual(dual))),
         clip_l(projection=True, alone=False),
@@ -51,6 +51,7 @@ def marks(width: int) -> tuple[Mark, ...]:
     return tuple(
         Mark("transformer", name.replace("x_block", block), columns=width)
         for name in names
+        # both sides, as an adapter may hold only one of them
         for block in ("x_block", "context_block")
     )
 
@@ -67,17 +68,22 @@ def _ends() -> Iterator[Row]:
         for n, m in ((0, 1), (2, 2)):
             yield pair(f"{ours}.mlp.{n}", f"time_text_embed.{name}.linear_{m}")
     yield pair("final_layer.linear", "proj_out")
+    # diffusers' AdaLayerNormContinuous stores scale before shift, the original shift before scale
     yield pair("final_layer.adaLN_modulation.1", swapped("norm_out.linear"))
 
 
 def _layers(layers: int) -> Iterator[Row]:
-    """All layers; the last one's text side only feeds its attention, so its modulation is a final layer's, swapped."""
+    """All layers. The last one modulates its text side like a final layer, swapped.
+
+    That side only feeds the attention.
+    """
     ours, theirs = f"joint_blocks.{{i:{layers}}}.", f"transformer_blocks.{{i:{layers}}}."
     yield from _attention(f"{ours}x_block.attn", f"{theirs}attn", "to_{}", "norm_{}")
     yield from _attention(
         f"{ours}context_block.attn", f"{theirs}attn", "add_{}_proj", "norm_added_{}"
     )
     yield from _rest(f"{ours}x_block.", theirs, "to_out.0", "ff", "norm1")
+    # the last layer has no text MLP: its text output is not used
     last = layers - 1
     ours, theirs = f"joint_blocks.{{i:{last}}}.", f"transformer_blocks.{{i:{last}}}."
     yield from _rest(f"{ours}context_block.", theirs, "to_add_out", "ff_context", "norm1_context")
@@ -86,7 +92,7 @@ def _layers(layers: int) -> Iterator[Row]:
 
 
 def _dual(layers: int) -> Iterator[Row]:
-    """The second attention of the image side, in SD 3.5 medium."""
+    """The second attention of the image side (SD 3.5 medium)."""
     if layers:
         ours, theirs = (
             f"joint_blocks.{{i:{layers}}}.x_block.attn2",
@@ -97,7 +103,7 @@ def _dual(layers: int) -> Iterator[Row]:
 
 
 def _attention(ours: str, theirs: str, project: str, norm: str) -> Iterator[Row]:
-    """Fused q, k and v; their norms exist in SD 3.5 only."""
+    """Fused q, k and v, with norms in SD 3.5 only."""
     yield pair(f"{ours}.qkv", split(f"{theirs}.", *(project.format(letter) for letter in "qkv")))
     for letter in NORMS:
         yield pair(f"{ours}.ln_{letter}", f"{theirs}.{norm.format(letter)}", kind=Kind.NORM)

@@ -1,4 +1,4 @@
-"""Rows of T5 encoders (T5-XXL, UMT5-XXL), by transformers' names; adapters and checkpoints use no others.
+"""Rows of T5 encoders (T5-XXL, UMT5-XXL), which have one naming.
 
 Source: transformers' `T5EncoderModel` and `UMT5EncoderModel`.
 """
@@ -11,7 +11,7 @@ __all__ = ["t5", "t5_rows"]
 
 
 def t5_rows(layers: int, *, bias_everywhere: bool = False) -> tuple[Row, ...]:
-    """A T5 encoder; UMT5 has a relative position bias in every layer (`bias_everywhere`), T5 in the first."""
+    """A T5 encoder; `bias_everywhere`: position bias in all layers (UMT5)."""
     block = f"encoder.block.{{i:{layers}}}."
     first = block if bias_everywhere else "encoder.block.0."
     return (
@@ -27,9 +27,17 @@ def t5_rows(layers: int, *, bias_everywhere: bool = False) -> tuple[Row, ...]:
 
 
 def t5(
-    name: str, *, kohya: tuple[str, ...] = (), comfy: str = "text_encoders.t5xxl.transformer"
+    name: str,
+    *,
+    kohya: tuple[str, ...] = (),
+    onetrainer: tuple[str, ...] | None = None,
+    comfy: str = "text_encoders.t5xxl.transformer",
 ) -> Component:
-    """T5-XXL as diffusers' component `name`; `kohya` are the prefixes `lora_<tag>_` it goes by, the written one first."""
+    """T5-XXL as diffusers' component `name`.
+
+    `kohya` are the prefixes `lora_<tag>_` it goes by, the written one first; `onetrainer` those of
+    OneTrainer, where they differ.
+    """
     return Component(
         name=name,
         title="T5-XXL",
@@ -37,7 +45,7 @@ def t5(
         checkpoints={"diffusers": (f"{name}.", f"{comfy}.", "")},
         tags={
             "kohya": kohya,
-            "onetrainer": kohya,
+            "onetrainer": kohya if onetrainer is None else onetrainer,
             "comfy": (comfy,),
             "root": ("",),
             "diffusers": (name,),

@@ -1,7 +1,7 @@
-"""Rows of the latent-diffusion U-Net, shared by SD 1, SD 2 and SDXL.
+"""Rows of the latent-diffusion U-Net of SD 1, SD 2 and SDXL.
 
-Source of the correspondence: CompVis/Stability `openaimodel.py` numbering against diffusers' `UNet2DConditionModel`
-(checked row by row against diffusers' own single-file converter, see tests/families).
+Source: CompVis/Stability `openaimodel.py` and diffusers' `UNet2DConditionModel`, checked row by row
+against diffusers' single-file converter (see tests/families).
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ PROJECTIONS = (
 def unet_rows(
     depths: tuple[int, ...], *, middle: int, class_embedding: bool = False, pointwise: bool = False
 ) -> tuple[Row, ...]:
-    """All rows of a U-Net with `depths[level]` transformer blocks per attention (0: none) and `middle` in the middle.
+    """All rows of a U-Net.
 
-    Levels are given from the outermost inwards; two residual blocks a level going down, three going up. `pointwise`: the
-    projections around attention are 1×1 convolutions (SD 1), not linear layers.
+    `depths[level]` is the number of transformer blocks per attention (0: no attention).
+
+    `middle` is the depth of the middle block. Levels are ordered from the outermost inwards, with
+    two residual blocks per level going down and three going up. `pointwise`: projections around the
+    attention are 1×1 convolutions (SD 1) instead of linear layers.
     """
     rows = (
         *_ends(class_embedding),
@@ -94,7 +97,7 @@ def _up(depths: tuple[int, ...]) -> Iterator[Row]:
                 f"up_blocks.{level}.attentions.{n}", f"output_blocks.{block}.1", depth
             )
             if n == 2 and level + 1 < len(depths):
-                place = 2 if depth else 1  # the upsampler follows the attention, where there is one
+                place = 2 if depth else 1  # the upsampler follows the attention, if any
                 yield row(
                     f"up_blocks.{level}.upsamplers.0.conv",
                     native=f"output_blocks.{block}.{place}.conv",
@@ -122,6 +125,6 @@ def _attention(diffusers: str, native: str, depth: int) -> Iterator[Row]:
 
 
 def _processor(module: str) -> dict[str, Any]:
-    """What diffusers before 0.20 called the adapters of attention layers: `attn1.processor.to_q_lora`."""
+    """Names of attention adapters in diffusers < 0.20: `attn1.processor.to_q_lora`."""
     stem, found, name = module.removesuffix(".0").rpartition(".to_")
     return {"processor": f"{stem}.processor.to_{name}_lora"} if found else {}

@@ -1,7 +1,8 @@
-"""Rows of the latent autoencoder (KL) of Stable Diffusion and FLUX: no adapter holds it, but each layout names it otherwise.
+"""Rows of the KL autoencoder of Stable Diffusion and FLUX, renamed between layouts.
 
-Source of the correspondence: diffusers' `convert_ldm_vae_checkpoint` (the decoder's levels count the other way, attention
-is 1×1 convolutions in the original and linear layers in diffusers). `old` are diffusers' names before 0.18.
+No adapter holds it. Source: diffusers' `convert_ldm_vae_checkpoint` (the decoder's levels are
+numbered in reverse; attention is 1×1 convolutions in the original, linear layers in diffusers).
+`old` are diffusers' names before 0.18.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ATTENTION = (
 
 
 def autoencoder(*native: str) -> Component:
-    """The autoencoder, in single files behind one of these prefixes (the written one first), in folders as `vae`."""
+    """The autoencoder; `native` are its prefixes in single files, the written one first."""
     diffusers = ("vae.",)
     return Component(
         name="vae",

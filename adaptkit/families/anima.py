@@ -1,7 +1,8 @@
-"""Anima: 2 G parameters, 28 blocks, 2048 wide, with a language model adapter of six blocks; Qwen3-0.6B.
+"""Anima: 2 G parameters, 28 blocks of width 2048, a text adapter of six blocks; Qwen3-0.6B.
 
-The checkpoint holds the adapter inside the transformer (`llm_adapter.`), diffusers beside it (`text_conditioner`).
-Source: circlestone-labs' checkpoint (Cosmos-Predict2 names) as diffusers' Anima converter maps it.
+The checkpoint holds the text adapter inside the transformer (`llm_adapter.`), diffusers in a
+component of its own (`text_conditioner`). Source: circlestone-labs' checkpoint (Cosmos-Predict2
+names), mapped as in diffusers' Anima converter.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PROJECTIONS = (
     ("v_proj", "to_v"),
     ("output_proj", "to_out.0"),
 )
-BUFFERS = ("seq", "dim_spatial_range", "dim_temporal_range")  # constants some files carry
+BUFFERS = ("seq", "dim_spatial_range", "dim_temporal_range")  # constants in some files
 
 
 def _blocks() -> Iterator[Row]:
@@ -86,7 +87,7 @@ def _conditioner(block: str = "blocks.{i:6}.") -> Iterator[Row]:
     yield row("norm", kind=Kind.NORM)
 
 
-# without a root: under it, its blocks would be taken for the transformer's
+# no tag `root`: without a prefix, its blocks could be the transformer's
 CONDITIONER = Component(
     name="text_conditioner",
     title="Anima text conditioner",
@@ -117,7 +118,6 @@ FAMILY = ModelFamily(
     ),
     architectures=("anima",),
     modelspec="anima-preview",
-    yields_to=(
-        "ltx",
-    ),  # in diffusers' names, self-attention alone; Anima's own adapters use the checkpoint's
+    # self-attention alone in diffusers' names fits both; Anima's trainers use native names
+    yields_to=("ltx",),
 )

@@ -26,7 +26,7 @@ SINGLE, ALONE = "single_layers.{i:32}.", "single_transformer_blocks.{i:32}."
 
 
 def _bare(native: str, diffusers: str) -> Row:
-    """A parameter that belongs to no module of its own."""
+    """A parameter without a module of its own."""
     return pair(named(native, weight=native), named(diffusers, weight=diffusers), kind=Kind.NORM)
 
 
@@ -70,6 +70,7 @@ ROWS = (
     *_mlp(f"{SINGLE}mlp", f"{ALONE}ff"),
     pair(f"{SINGLE}modCX.1", f"{ALONE}norm1.linear"),
     pair("final_linear", "proj_out"),
+    # scale before shift in diffusers, shift before scale in the original
     pair("modF.1", swapped("norm_out.linear")),
 )
 
@@ -83,5 +84,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("auraflow", "aura-flow"),
     modelspec="auraflow",
-    yields_to=("flux",),  # single blocks' q, k and v alone
+    yields_to=("flux",),  # q, k and v of single blocks alone fit both
 )

@@ -1,8 +1,8 @@
-"""Chroma: 8.9 G parameters, FLUX.1 (schnell) with its modulations replaced by one network; T5-XXL alone.
+"""Chroma: 8.9 G parameters, FLUX.1 (schnell) with one network for all modulations; T5-XXL.
 
-Its blocks have FLUX.1's names and shapes: an adapter of blocks alone could be for either.
-Source: lodestone-rock's `flow` against diffusers' `ChromaTransformer2DModel`, as diffusers'
-`convert_chroma_transformer_checkpoint_to_diffusers` maps them.
+Its blocks have FLUX.1's names and shapes: an adapter of blocks alone fits both. Source:
+lodestone-rock's `flow` and diffusers' `ChromaTransformer2DModel`, mapped as in diffusers'
+`convert_chroma_transformer_checkpoint_to_diffusers`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from adaptkit.families.contract import Kind, ModelFamily, pair, scaled, transfor
 
 DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
 THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."
-GUIDANCE = "distilled_guidance_layer."  # the network in place of the modulations, called the same in both namings
+# the network that replaces the modulations, with one name in both namings
+GUIDANCE = "distilled_guidance_layer."
 
 ROWS = (
     pair("img_in", "x_embedder"),
@@ -34,9 +35,8 @@ FAMILY = ModelFamily(
     title="Chroma",
     components=(
         transformer("Chroma transformer", ROWS),
-        t5(
-            "text_encoder", kohya=("te3", "te")
-        ),  # sd-scripts keeps FLUX.1's numbers, OneTrainer counts one encoder
+        # sd-scripts keeps FLUX.1's number, OneTrainer counts from one
+        t5("text_encoder", kohya=("te3", "te")),
     ),
     beside=(autoencoder("vae.", "first_stage_model."),),
     marks=marks(3072, mlp=4, single=7),

@@ -1,8 +1,9 @@
-"""The words family tables are written in: a row says what every naming calls one module.
+"""Building blocks of family tables: the names of modules.
 
-A *naming* is a way the world names modules: `diffusers` (also Hugging Face transformers' text encoders), `native`
-(the original checkpoint), `flat`, … A *template* is a module name with free indices, `layers.{i}.fc1`; `{i:12}` bounds
-an index. Free indices carry over between the namings of a row.
+A *naming* is a convention for module names: `diffusers` (also Hugging Face transformers' text
+encoders), `native` (the original checkpoint), `flat`, … A *template* is a module name with free
+indices, such as `layers.{i}.fc1`; `{i:12}` bounds an index. Free indices have the same value in all
+namings of a row.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
 
 
 class Kind(Enum):
-    """What sort of module a row describes, which decides what may adapt it."""
+    """The kind of a module, which decides what can adapt it."""
 
     MATRIX = "matrix"  # linear or convolution: every algorithm
     NORM = "norm"  # weight and bias are vectors: only stored as full differences
@@ -44,12 +45,12 @@ class Kind(Enum):
 
 
 class Name(NamedTuple):
-    """What one naming calls a module, and how its tensors relate to the target's.
+    """A module's name in one naming, and its relation to the target.
 
-    `rows` is the cut of the target's output rows this name covers (None: all); `transposed` says that the checkpoint
-    stores the transpose of the target; `swapped` that the two halves of the output rows stand in the other order (the
-    scale and shift of a modulation, which the original models and diffusers write in opposite orders). `kernel` is what
-    this naming stores where that is not the row's: a linear layer as a 1×1 convolution.
+    `rows` is the range of the target's output rows (None: all). `transposed`: the checkpoint stores
+    the transpose. `swapped`: the two halves of the output rows are swapped (original models and
+    diffusers store the scale and shift of a modulation in opposite orders). `kernel` is the stored
+    kernel if it differs from the row's: a linear layer stored as a 1×1 convolution.
     """
 
     module: str
@@ -62,24 +63,24 @@ class Name(NamedTuple):
 
 
 def swapped(module: str) -> Name:
-    """A name whose tensors hold the target's rows with their halves exchanged."""
+    """A name whose tensors hold the target's rows with their halves swapped."""
     return Name(module, f"{module}.weight", f"{module}.bias", swapped=True)
 
 
 def named(
     module: str, *, weight: str | None = None, bias: str | None = None, transposed: bool = False
 ) -> Name:
-    """A name whose parameters are not spelled `<module>.weight` and `<module>.bias`."""
+    """A name with parameters other than `<module>.weight` and `<module>.bias`."""
     return Name(module, weight or f"{module}.weight", bias or f"{module}.bias", None, transposed)
 
 
 def scaled(module: str) -> Name:
-    """A norm whose weight is called `scale` (FLUX and its kin)."""
+    """A norm with a weight called `scale` (FLUX and relatives)."""
     return Name(module, f"{module}.scale", f"{module}.bias")
 
 
 def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple[Name, ...]:
-    """Names of modules that together hold the target's rows, in order; `ratio` gives their shares (default: equal)."""
+    """Names of modules that share the target's rows, equally or by `ratio`."""
     shares = ratio or (1,) * len(parts)
     if len(shares) != len(parts):
         raise ValueError(f"{len(parts)} parts, {len(shares)} shares")
@@ -92,7 +93,7 @@ def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple
 
 
 class Row(NamedTuple):
-    """One module (or a run of them): its target name and its names in each naming; `kernel` of a convolution, else ()."""
+    """One module or run of modules: target, names and kernel."""
 
     target: str
     names: Mapping[str, tuple[Name, ...]]
@@ -107,7 +108,7 @@ def row(
     kernel: tuple[int, ...] = (),
     **namings: str | Name | tuple[Name, ...],
 ) -> Row:
-    """A row; the `diffusers` naming is the target's own name unless it is given."""
+    """A row; its `diffusers` name defaults to the target."""
     namings.setdefault("diffusers", target)
     return Row(
         target,
@@ -125,7 +126,7 @@ def pair(
     kernel: tuple[int, ...] = (),
     **namings: str | Name | tuple[Name, ...],
 ) -> Row:
-    """A row whose target has the original checkpoint's name, and what diffusers calls it."""
+    """A row with the original checkpoint's name as target, and diffusers' name."""
     target = native if isinstance(native, str) else native.module
     return row(target, kind=kind, kernel=kernel, native=native, diffusers=diffusers, **namings)
 
@@ -144,10 +145,10 @@ def _frozen() -> Mapping[str, tuple[str, ...]]:
 class Component:
     """A part of a model that adapters can hold weights for.
 
-    `name` is diffusers' folder name. `checkpoints` maps a naming to the prefixes its keys carry in checkpoints. `tags`
-    fill the prefix templates of the key formats (first value written, all read); a format whose template needs a tag
-    that is missing here cannot hold this component. `namings` says which naming a format's style writes, where that is
-    not `diffusers`.
+    `name` is diffusers' folder name. `checkpoints` maps a naming to its prefixes in checkpoints.
+    `tags` fill the prefix templates of key formats (first value written, all read); a format that
+    needs a missing tag cannot hold this component. `namings` maps a format's style to the naming it
+    writes (default: `diffusers`).
     """
 
     name: str
@@ -158,7 +159,7 @@ class Component:
     namings: Mapping[str, str] = field(default_factory=dict)
 
     def naming(self, style: str) -> str:
-        """The naming that formats of this style write for this component."""
+        """The naming that formats of a style write for this component."""
         return self.namings.get(style, "diffusers")
 
 
@@ -173,7 +174,10 @@ def transformer(
     comfy: str = "native",
     native_prefixes: tuple[str, ...] = NATIVE_PREFIXES,
 ) -> Component:
-    """The denoiser of a family that is a transformer; `kohya` and `comfy` are the namings those formats write."""
+    """The transformer of a family.
+
+    `kohya` and `comfy` are the namings those formats write.
+    """
     return Component(
         name="transformer",
         title=title,
@@ -195,10 +199,11 @@ def transformer(
 
 
 class Mark(NamedTuple):
-    """A shape that tells this family from those that share its names.
+    """A shape that tells a family from others with the same names.
 
-    It is about the modules of `component` whose target name ends in `suffix`: `columns` their input width (any of those
-    given), `rows` their output width, `kernel` their kernel size (`()` for a linear layer).
+    It applies to modules of `component` whose target ends in `suffix`. `columns` are their input
+    widths, `rows` their output widths (any of those given), `kernel` their kernel size (`()` for a
+    linear layer).
     """
 
     component: str
@@ -210,12 +215,13 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ModelFamily:
-    """A model family: its components, what tells it from look-alikes, and what metadata calls it.
+    """A model family: components, marks, and names in metadata.
 
-    `others` names the parts of a checkpoint that no adapter holds, by their key prefixes. `architectures` are the
-    values of `modelspec.architecture` and `ss_base_model_version` that mean this family (lower case, prefixes);
-    `modelspec` and `base_version` are what adaptkit writes there. `yields_to` names the look-alikes that a file which
-    could be either more likely is. `beside` are parts that no adapter holds, with the names that each layout gives them.
+    `others` maps parts of a checkpoint that no adapter holds to key prefixes; `beside` are such
+    parts with tables. `architectures` are the values of `modelspec.architecture` and
+    `ss_base_model_version` that mean this family (lower case, prefixes); `modelspec` and
+    `base_version` are the values to write. `yields_to` names the likelier family for a file that
+    fits both.
     """
 
     name: str
@@ -224,7 +230,7 @@ class ModelFamily:
     marks: tuple[Mark, ...] = ()
     architectures: tuple[str, ...] = ()
     modelspec: str = ""
-    base_version: str = ""  # where trainers write something else than `modelspec`
+    base_version: str = ""  # if trainers write something other than `modelspec`
     yields_to: tuple[str, ...] = ()
     beside: tuple[Component, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(
@@ -238,5 +244,5 @@ class ModelFamily:
     )
 
     def component(self, name: str) -> Component:
-        """The component of this name (KeyError where there is none)."""
+        """The component of this name; KeyError if there is none."""
         return next(part for part in self.components if part.name == name)

@@ -1,4 +1,4 @@
-"""FLUX.1 (dev, schnell, Kontext, Fill, Control): 12 G parameters, 19 double and 38 single blocks; CLIP-L and T5-XXL."""
+"""FLUX.1 (dev, schnell, Kontext, Fill, Control): 12 G parameters; CLIP-L and T5-XXL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PUBLIC = (
     pair("txt_in", "context_embedder"),
     *embedder("time_in", "time_text_embed.timestep_embedder"),
     *embedder("vector_in", "time_text_embed.text_embedder"),
-    *embedder("guidance_in", "time_text_embed.guidance_embedder"),  # schnell has none
+    *embedder("guidance_in", "time_text_embed.guidance_embedder"),  # not in schnell
     *double_attention(DOUBLE, THEIRS),
     pair(f"{DOUBLE}img_mod.lin", f"{THEIRS}norm1.linear"),
     pair(f"{DOUBLE}txt_mod.lin", f"{THEIRS}norm1_context.linear"),
@@ -34,7 +34,7 @@ PUBLIC = (
     pair("final_layer.adaLN_modulation.1", swapped("norm_out.linear")),
 )
 
-# what formats that exist for this family alone call the layers they have names for
+# names in formats that exist for this family alone
 OMI = {
     f"{SINGLE}linear1": split(f"{SINGLE}linear1.", "0", "1", "2", "3", ratio=SHARES),
     **{
@@ -64,7 +64,8 @@ FAMILY = ModelFamily(
     components=(
         transformer("FLUX.1 transformer", ROWS),
         clip_l(),
-        t5("text_encoder_2", kohya=("te3", "te2")),
+        # sd-scripts numbers T5 as in SD3; OneTrainer by its place, which is all that InvokeAI reads
+        t5("text_encoder_2", kohya=("te3", "te2"), onetrainer=("te2", "te3")),
     ),
     beside=(autoencoder("vae.", "first_stage_model."),),
     marks=marks(3072, mlp=4, single=7),

@@ -1,8 +1,8 @@
-"""FLUX.2: dev (32 G parameters, 8 double and 48 single blocks), klein 9B (8 and 24) and klein 4B (5 and 20).
+"""FLUX.2: dev (32 G parameters, 8 double and 48 single blocks), klein 9B (8, 24), klein 4B (5, 20).
 
-The modulations are shared by all blocks, and diffusers keeps the single blocks' layers fused.
-Source: black-forest-labs `flux2/model.py` against diffusers' `Flux2Transformer2DModel`, as diffusers'
-`convert_flux2_transformer_checkpoint_to_diffusers` maps them.
+All blocks share their modulations, and diffusers keeps the layers of single blocks fused. Source:
+black-forest-labs `flux2/model.py` and diffusers' `Flux2Transformer2DModel`, mapped as in diffusers'
+`convert_flux2_transformer_checkpoint_to_diffusers`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FAMILY = ModelFamily(
     name="flux2",
     title="FLUX.2",
     components=(transformer("FLUX.2 transformer", ROWS),),
-    # klein 4B is as wide as FLUX.1, but its MLPs are gated: twice three times as many rows, not four
+    # klein 4B is as wide as FLUX.1, but its gated MLPs have 6 rows per width instead of 4
     marks=marks(3072, 4096, 6144, mlp=6, single=9),
     architectures=("flux-2", "flux.2", "flux2", "flux_2"),
     modelspec="Flux.2-dev",

@@ -1,7 +1,8 @@
-"""FramePack (and F1, one frame): HunyuanVideo with embeddings of past frames and of an image; diffusers' names only.
+"""FramePack (and F1): HunyuanVideo with embeddings of past frames and of an image.
 
-Its modules keep HunyuanVideo's targets, whose adapters fit them.
-Source: lllyasviel's `diffusers_helper/models/hunyuan_video_packed.py`, diffusers' `HunyuanVideoFramepackTransformer3DModel`.
+It has diffusers' names only. Its modules have HunyuanVideo's targets, whose adapters fit. Source:
+lllyasviel's `diffusers_helper/models/hunyuan_video_packed.py`, diffusers'
+`HunyuanVideoFramepackTransformer3DModel`.
 """
 
 from __future__ import annotations

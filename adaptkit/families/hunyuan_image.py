@@ -1,6 +1,7 @@
-"""HunyuanImage 2.1: 17 G parameters, 20 double and 40 single blocks; Qwen2.5-VL 7B, and a ByT5 no adapter is trained for.
+"""HunyuanImage 2.1: 17 G parameters, 20 double and 40 single blocks; Qwen2.5-VL 7B and ByT5.
 
-Source: Tencent-Hunyuan `HunyuanImage-2.1`, ComfyUI's layers and diffusers' `HunyuanImageTransformer2DModel`.
+No adapter is trained for ByT5. Source: Tencent-Hunyuan `HunyuanImage-2.1`, ComfyUI's layers and
+diffusers' `HunyuanImageTransformer2DModel`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from adaptkit.families.contract import ModelFamily, transformer
 ROWS = (
     *ends((1, 1)),
     *embedder("time_in", "time_guidance_embed.timestep_embedder"),
-    *embedder(
-        "time_r_in", "time_guidance_embed.timestep_embedder_r"
-    ),  # mean flow and guidance: the distilled model
+    # mean flow and guidance: only in the distilled model
+    *embedder("time_r_in", "time_guidance_embed.timestep_embedder_r"),
     *embedder("guidance_in", "time_guidance_embed.guidance_embedder"),
     *byt5(),
     *double_blocks(20),
@@ -31,5 +31,5 @@ FAMILY = ModelFamily(
     marks=marks(3584),
     architectures=("hunyuan-image", "hunyuan_image"),
     modelspec="hunyuan-image-2.1",
-    yields_to=("flux",),  # where the shapes do not tell
+    yields_to=("flux",),  # if the shapes fit both
 )

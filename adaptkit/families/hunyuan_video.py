@@ -1,4 +1,4 @@
-"""HunyuanVideo (text and image to video): 13 G parameters, 20 double and 40 single blocks; Llama 3 8B and CLIP-L."""
+"""HunyuanVideo (text and image to video): 13 G parameters; Llama 3 8B and CLIP-L."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ FAMILY = ModelFamily(
         clip_l(name="text_encoder_2", kohya=()),
     ),
     marks=marks(3072),
-    # also the beginning of what HunyuanVideo 1.5 is called, which its width tells apart
+    # also a prefix of HunyuanVideo 1.5's names, which has another width
     architectures=("hunyuan-video", "hunyuan_video"),
     modelspec="hunyuan-video",
-    yields_to=(
-        "flux",
-    ),  # fused attention alone, or everything in the first 19 and 38 blocks in ComfyUI's names
+    # fused attention alone, or the first 19 and 38 blocks in ComfyUI's names, fit both
+    yields_to=("flux",),
 )

@@ -1,7 +1,8 @@
-"""HunyuanVideo 1.5: 8 G parameters, 54 double blocks; Qwen2.5-VL 7B, and a ByT5 that no adapter is trained for.
+"""HunyuanVideo 1.5: 8 G parameters, 54 double blocks; Qwen2.5-VL 7B and ByT5.
 
-Tencent has q, k and v apart, ComfyUI fuses them.
-Source: Tencent-Hunyuan `HunyuanVideo-1.5`, ComfyUI's layers and diffusers' `HunyuanVideo15Transformer3DModel`.
+No adapter is trained for ByT5. q, k and v are separate in Tencent's checkpoint, fused in ComfyUI.
+Source: Tencent-Hunyuan `HunyuanVideo-1.5`, ComfyUI's layers and diffusers'
+`HunyuanVideo15Transformer3DModel`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ VISION = (("0", "norm_in"), ("1", "linear_1"), ("3", "linear_2"), ("4", "norm_ou
 ROWS = (
     *ends((1, 1, 1)),
     *embedder("time_in", "time_embed.timestep_embedder"),
-    *embedder(
-        "time_r_in", "time_embed.timestep_embedder_r"
-    ),  # mean flow: super-resolution, step distillation
+    # mean flow: only in super-resolution and step-distilled models
+    *embedder("time_r_in", "time_embed.timestep_embedder_r"),
     pair(
         "cond_type_embedding", "cond_type_embed", comfy="cond_type_embedding", kind=Kind.EMBEDDING
     ),
@@ -44,5 +44,5 @@ FAMILY = ModelFamily(
     marks=marks(2048, qkv="img_attn.qkv"),
     architectures=("hunyuan-video-1.5", "hunyuan_video_1_5", "hunyuan_video_1.5"),
     modelspec="hunyuan-video-1.5",
-    yields_to=("flux", "hunyuan-video"),  # where the shapes do not tell
+    yields_to=("flux", "hunyuan-video"),  # if the shapes fit both
 )

@@ -1,7 +1,8 @@
-"""Ideogram 4: 34 layers, 4608 wide.
+"""Ideogram 4: 34 layers of width 4608.
 
-Source: the names of the original checkpoint (musubi-tuner) against diffusers' `Ideogram4Transformer2DModel`; no
-converter exists, so the correspondence rests on equal names and shapes, the order of q, k and v on diffusers' adapters.
+Source: the original checkpoint (musubi-tuner) and diffusers' `Ideogram4Transformer2DModel`. No
+converter exists: names and shapes are matched, and the order of q, k, v is that of diffusers'
+adapters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Krea 2: 28 blocks, 6144 wide, with a text fusion of four narrower blocks.
+"""Krea 2: 28 blocks of width 6144, and a text fusion of four narrower blocks.
 
-Source: the original checkpoint's names against diffusers' `Krea2Transformer2DModel`, as its converter maps them.
+Source: the original checkpoint and diffusers' `Krea2Transformer2DModel`, mapped as in its
+converter.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _block(ours: str, theirs: str) -> Iterator[Row]:
 
 
 def _modulation(native: str, diffusers: str) -> Row:
-    """A learnt scale and shift: a flat vector in a block of the original, a table (6, width) in diffusers."""
+    """A learned scale and shift: flat in the original, a table (6, width) in diffusers."""
     return pair(named(native, weight=native), named(diffusers, weight=diffusers), kind=Kind.NORM)
 
 

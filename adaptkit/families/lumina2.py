@@ -1,7 +1,7 @@
 """Lumina Image 2.0: 2.6 G parameters, 26 layers and two refiners of two; Gemma2-2B.
 
-Source: Alpha-VLLM `Lumina2` against diffusers' `Lumina2Transformer2DModel`, as diffusers'
-`convert_lumina2_to_diffusers` maps them.
+Source: Alpha-VLLM `Lumina2` and diffusers' `Lumina2Transformer2DModel`, mapped as in diffusers'
+`convert_lumina2_to_diffusers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHARES = (3, 1, 1)  # 24 query heads, 8 of keys and of values
 
 
 def _layer(layer: str) -> Iterator[Row]:
-    """A layer, whose stem both namings share; the context refiner is not modulated."""
+    """A layer; both namings share its stem, and the context refiner has no modulation."""
     modulated = not layer.startswith("context")
     ours, theirs = f"{layer}attention.", f"{layer}attn."
     yield pair(f"{ours}qkv", split(theirs, "to_q", "to_k", "to_v", ratio=SHARES))
@@ -47,7 +47,7 @@ ROWS = (
     pair("cap_embedder.0", "time_caption_embed.caption_embedder.0", kind=Kind.NORM),
     pair("cap_embedder.1", "time_caption_embed.caption_embedder.1"),
     *(made for part in PARTS for made in _layer(part)),
-    row("norm_final", kind=Kind.NORM),  # in the original checkpoint, used by nobody
+    row("norm_final", kind=Kind.NORM),  # in the original checkpoint, but unused
     pair("final_layer.linear", "norm_out.linear_2"),
     pair("final_layer.adaLN_modulation.1", "norm_out.linear_1"),
 )

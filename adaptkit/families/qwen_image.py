@@ -1,4 +1,4 @@
-"""Qwen-Image (and Edit, Layered): 20 G parameters, 60 double blocks; its checkpoints have diffusers' names."""
+"""Qwen-Image (and Edit, Layered): 20 G parameters, 60 double blocks, under diffusers' names."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("qwen-image", "qwen_image"),
     modelspec="Qwen-Image",
-    yields_to=("flux",),  # attention of the first 19 blocks alone: a full Qwen-Image file has 60
+    yields_to=("flux",),  # attention of the first 19 blocks alone; a full file has 60
 )

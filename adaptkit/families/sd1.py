@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: U-Net of 860 M parameters, CLIP-L text encoder."""
+"""Stable Diffusion 1.x: U-Net of 860 M parameters, CLIP-L."""
 
 from __future__ import annotations
 

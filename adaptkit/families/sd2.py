@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.x: the SD 1 U-Net with linear projections, OpenCLIP-H text encoder."""
+"""Stable Diffusion 2.x: the SD 1 U-Net with linear projections, OpenCLIP-H."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAMILY = ModelFamily(
         Component(
             name="text_encoder",
             title="OpenCLIP-H",
-            # the checkpoint holds 24 layers; diffusers keeps 23 and hosts use the last but one
+            # the checkpoint has 24 layers, of which diffusers keeps 23: hosts skip the last one
             rows=openclip_rows(24, projection=True),
             checkpoints={
                 "native": ("cond_stage_model.model.", ""),

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 medium and 3.5 medium: 2 and 2.5 G parameters, 24 layers; CLIP-L, OpenCLIP-G and T5-XXL."""
+"""Stable Diffusion 3 and 3.5 medium: 24 layers; CLIP-L, OpenCLIP-G and T5-XXL."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ FAMILY = ModelFamily(
         "sd3.5_m",
     ),
     modelspec="stable-diffusion-3-medium",
-    yields_to=("sdxl", "flux"),  # their text encoders alone
+    yields_to=("sdxl", "flux"),  # text encoders alone fit both
 )

@@ -1,6 +1,6 @@
-"""Stable Diffusion 3.5 large (and turbo): 8 G parameters, 38 layers; CLIP-L, OpenCLIP-G and T5-XXL.
+"""Stable Diffusion 3.5 large (and turbo): 38 layers; CLIP-L, OpenCLIP-G and T5-XXL.
 
-A family of its own beside `sd3`: which layer's modulation diffusers swaps depends on the number of layers.
+A separate family from `sd3`, because diffusers swaps the modulation of the last layer.
 """
 
 from __future__ import annotations

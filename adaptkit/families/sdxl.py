@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (base): U-Net of 2.6 G parameters, CLIP-L and OpenCLIP-G text encoders."""
+"""Stable Diffusion XL (base): U-Net of 2.6 G parameters, CLIP-L and OpenCLIP-G."""
 
 from __future__ import annotations
 

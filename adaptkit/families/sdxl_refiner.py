@@ -1,4 +1,4 @@
-"""Stable Diffusion XL refiner: U-Net of 2.3 G parameters in four levels, and the base model's OpenCLIP-G."""
+"""Stable Diffusion XL refiner: four-level U-Net of 2.3 G parameters, OpenCLIP-G."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Wan 2.1 and 2.2: text and image to video, 1.3B (30 blocks), 5B (30) and 14B (40); also the FLF2V and VACE models.
+"""Wan 2.1 and 2.2: video, 1.3B (30 blocks), 5B (30) and 14B (40); also FLF2V and VACE.
 
-Wan 2.2 A14B has two experts of 14B: their adapters are two files that do not say which they are for, except in
-diffusers, where `transformer_2` is the low-noise one.
-Source: Wan-AI `wan/modules/model.py` against diffusers' `WanTransformer3DModel` and `WanVACETransformer3DModel`, as
-diffusers' `convert_wan_to_diffusers` maps them.
+Wan 2.2 A14B has two experts of 14B. Their adapters are two files that do not name their expert,
+except in diffusers, where `transformer_2` is the low-noise one. Source: Wan-AI
+`wan/modules/model.py` and diffusers' `WanTransformer3DModel`, `WanVACETransformer3DModel`, mapped
+as in diffusers' `convert_wan_to_diffusers`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
-IMAGE = (("k_img", "add_k_proj"), ("v_img", "add_v_proj"))  # image to video of Wan 2.1
+IMAGE = (("k_img", "add_k_proj"), ("v_img", "add_v_proj"))  # Wan 2.1 image to video
 EMBEDDER = "condition_embedder."
 
 
 def _bare(native: str, diffusers: str) -> Row:
-    """A parameter that belongs to no module of its own."""
+    """A parameter without a module of its own."""
     return pair(named(native, weight=native), named(diffusers, weight=diffusers), kind=Kind.NORM)
 
 
 def _block(block: str) -> Iterator[Row]:
-    """A block, whose stem both namings share."""
+    """A block; both namings share its stem."""
     for ours, theirs, more in (("self_attn", "attn1", ()), ("cross_attn", "attn2", IMAGE)):
         for native, diffusers in (*ATTENTION, *more):
             yield pair(f"{block}{ours}.{native}", f"{block}{theirs}.{diffusers}")
@@ -46,7 +46,7 @@ def _block(block: str) -> Iterator[Row]:
     yield pair(f"{block}cross_attn.norm_k_img", f"{block}attn2.norm_added_k", kind=Kind.NORM)
     yield pair(f"{block}ffn.0", f"{block}ffn.net.0.proj")
     yield pair(f"{block}ffn.2", f"{block}ffn.net.2")
-    # the original counts its norms 1, 3, 2 in the order it calls them; only this one has parameters
+    # the original numbers its norms 1, 3, 2 in the order of use; only this one has parameters
     yield pair(f"{block}norm3", f"{block}norm2", kind=Kind.NORM)
     yield _bare(f"{block}modulation", f"{block}scale_shift_table")
 
@@ -73,6 +73,7 @@ ROWS = (
     _bare("head.modulation", "scale_shift_table"),
 )
 
+# no kohya or ComfyUI tags: outside diffusers each expert is a file of its own
 LOW_NOISE = Component(
     name="transformer_2",
     title="Wan transformer (low noise)",

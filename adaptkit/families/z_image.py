@@ -1,7 +1,7 @@
 """Z-Image (Turbo, Base, Edit): 6 G parameters, 30 layers and two refiners of two; Qwen3-4B.
 
-Trainers of kohya's kin write diffusers' split projections (musubi-tuner), ComfyUI the fused ones of the checkpoint.
-Source: Tongyi-MAI `z_image` as ComfyUI's and diffusers' converters map it.
+musubi-tuner writes diffusers' split projections, ComfyUI the fused ones of the checkpoint. Source:
+Tongyi-MAI `z_image`, mapped as in ComfyUI's and diffusers' converters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _same(module: str, kind: Kind = Kind.MATRIX) -> Row:
 
 
 def _layer(layer: str) -> Iterator[Row]:
-    """A layer, whose stem both namings share."""
+    """A layer; both namings share its stem."""
     ours = f"{layer}attention."
     yield pair(f"{ours}qkv", split(ours, "to_q", "to_k", "to_v"))
     yield pair(f"{ours}out", f"{ours}to_out.0")
@@ -42,6 +42,7 @@ def _layer(layer: str) -> Iterator[Row]:
         yield _same(layer + name)
     for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
         yield _same(layer + name, Kind.NORM)
+    # the context refiner has no time modulation
     if not layer.startswith("context"):
         yield _same(f"{layer}adaLN_modulation.0")
 

@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors, shards, folders and torch pickles; nothing about adapters."""
+"""Tensor files: safetensors, shards, folders and torch pickles. Knows nothing about adapters."""

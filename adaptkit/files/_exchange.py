@@ -1,4 +1,4 @@
-"""Two paths of one folder that trade their names in a single step, where the system has a call for it."""
+"""Atomic exchange of two paths, on systems that offer it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _RENAME_SWAP = 2  # macOS: sys/stdio.h
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let both existing paths swap what they name, at once; False where nothing happened.
+    """Swap two existing paths atomically; False if nothing happened.
 
-    Whatever the reason (no such call, a file system or sandbox that refuses it, no permission): the plain renames that
-    the caller does instead either work, or say what is wrong.
+    The reason for a failure is ignored (no such call, unsupported file system, sandbox, no
+    permission). The caller falls back to plain renames, which succeed or report the error.
     """
     try:
         call = _call()
@@ -33,7 +33,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 @cache
 def _call() -> Callable[[bytes, bytes], int] | None:
-    """renameat2(2) of Linux (glibc from 2.28), renamex_np(2) of macOS; others have none."""
+    """renameat2(2) on Linux (glibc >= 2.28), renamex_np(2) on macOS; None elsewhere."""
     if sys.platform not in ("linux", "darwin"):
         return None
     import ctypes

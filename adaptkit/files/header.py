@@ -1,9 +1,12 @@
-"""The safetensors header: parse, validate, build. Never imports torch.
+"""Parse, validate and build safetensors headers. Never imports torch.
 
-A file is eight bytes (little-endian length of the header), the header (JSON: tensor name to dtype, shape and offsets)
-and the data, covered by the tensors exactly: no hole, no overlap, no rest. Whatever the official library refuses is
-refused here too (its reading is the oracle in the tests), each fault with its own `CorruptFile` message; besides, equal
-tensor names, which it lets pass, are refused, because one of the two tensors would be lost.
+A file is eight bytes (little-endian length of the header), the header (JSON: tensor name to dtype,
+shape and offsets) and the data. The tensors must cover the data exactly: no gap, no overlap, no
+trailing bytes.
+
+Files that the safetensors library rejects are rejected here too; the tests compare the two. Each
+fault has its own `CorruptFile` message. Duplicate tensor names are rejected as well: the library
+accepts them and silently loses one of the two tensors.
 """
 
 from __future__ import annotations
@@ -37,27 +40,33 @@ __all__ = [
     "unreadable",
 ]
 
-HEADER_LIMIT = 100_000_000  # bytes; the official library's own limit
-_SIZE_LIMIT = 2**64 - 1  # the official library counts elements and bits in a u64
+HEADER_LIMIT = 100_000_000  # bytes; MAX_HEADER_SIZE of the safetensors library
+_SIZE_LIMIT = 2**64 - 1  # the safetensors library counts elements and bits in a u64
 _PREFIX = 8
 _FIELDS = ("dtype", "shape", "data_offsets")
 
 DTYPES: Mapping[str, int] = {  # bits per element
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
+    "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 
-TORCH_NAMES: Mapping[str, str] = {  # safetensors spelling -> attribute of torch; what has none is only ever copied
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
-    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+# safetensors dtype -> attribute of torch; tensors of any other dtype can only be copied
+TORCH_NAMES: Mapping[str, str] = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8",
+    "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to be written: `dtype` in safetensors spelling."""
+    """A tensor to write; `dtype` is the safetensors name."""
 
     name: str
     dtype: str
@@ -65,7 +74,7 @@ class TensorSpec(NamedTuple):
 
 
 class TensorInfo(NamedTuple):
-    """A tensor that stands in a file: `start` and `stop` are byte offsets from the start of that file."""
+    """A tensor in a file, at byte offsets `start` to `stop` of the file."""
 
     name: str
     dtype: str
@@ -80,13 +89,16 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, packed (a strided view in a pickle may span more or fewer in its file)."""
+        """Bytes of the packed elements.
+
+        A strided view in a pickle may span more or fewer.
+        """
         return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a header tells: `infos` in order of offset, `size` of the whole file in bytes."""
+    """A parsed header: `infos` by offset, `size` of the file in bytes."""
 
     infos: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -94,10 +106,10 @@ class Header:
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one element; `NotRepresentable` for the packed 4 and 6 bit kinds."""
+    """Bytes of one element; `NotRepresentable` for the packed 4-bit and 6-bit dtypes."""
     bits = DTYPES[dtype]
     if bits % 8:
-        raise NotRepresentable(f"one {dtype} element takes {bits} bits, which is no whole byte")
+        raise NotRepresentable(f"{dtype} packs {bits} bits per element, not whole bytes")
     return bits // 8
 
 
@@ -107,26 +119,27 @@ def nbytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def unreadable(path: object, error: OSError) -> UnreadableFile:
-    """The `UnreadableFile` that says what the operating system said."""
+    """Turn an `OSError` into an `UnreadableFile` with the system's message."""
     if isinstance(error, FileNotFoundError):
         return UnreadableFile("no such file or folder", file=path)
     if isinstance(error, PermissionError):
         return UnreadableFile(
-            "no permission to read it", file=path, hint="check the owner and mode of the file"
+            "permission denied", file=path, hint="check the owner and mode of the file"
         )
     return UnreadableFile(f"cannot be read: {error.strerror or error}", file=path)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and validate the header of one `.safetensors` file; reads nothing else."""
+    """Read and validate the header of a `.safetensors` file."""
     path = Path(path)
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
+            # a first read of 512 bytes serves foreign files and small headers alike
             raw = file.read(512)
             if len(raw) >= _PREFIX:
                 wanted = _PREFIX + int.from_bytes(raw[:_PREFIX], "little")
@@ -138,7 +151,10 @@ def read_header(path: str | Path) -> Header:
 
 
 def parse_header(raw: bytes, file_size: int, path: str | Path) -> Header:
-    """Validate a header. `raw` is at least the length prefix and the JSON; `path` only names the file in errors."""
+    """Validate a header.
+
+    `raw` holds at least the length prefix and the JSON; `path` only names the file in errors.
+    """
     try:
         table, data_start = _json_table(raw, file_size)
         metadata = _metadata(table.pop("__metadata__", None))
@@ -146,6 +162,7 @@ def parse_header(raw: bytes, file_size: int, path: str | Path) -> Header:
             (_info(name, entry, data_start) for name, entry in table.items()),
             key=lambda info: (info.start, info.stop),
         )
+        # as in the safetensors library, whose README gives the reason: no polyglot files
         _check_cover(infos, data_start, file_size)
     except CorruptFile as error:
         raise error.at(file=path) from error.__cause__
@@ -153,7 +170,7 @@ def parse_header(raw: bytes, file_size: int, path: str | Path) -> Header:
 
 
 def _json_table(raw: bytes, file_size: int) -> tuple[dict[str, Any], int]:
-    """The header as a dict, and the offset at which the data starts."""
+    """The header as a dict, and the offset of the first data byte."""
     if file_size == 0:
         raise CorruptFile("the file is empty", hint="an interrupted download? fetch it again")
     if foreign := _foreign(raw):
@@ -163,7 +180,7 @@ def _json_table(raw: bytes, file_size: int) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(raw[:_PREFIX], "little")
     if length > HEADER_LIMIT:
         raise CorruptFile(
-            f"not a safetensors file: its header would take {length} bytes (the limit is {HEADER_LIMIT})"
+            f"not a safetensors file: its header would take {length} bytes (limit: {HEADER_LIMIT})"
         )
     if _PREFIX + length > min(file_size, len(raw)):
         raise CorruptFile(
@@ -195,10 +212,9 @@ _SIGNATURES = (
 
 
 def _foreign(head: bytes) -> tuple[str, str] | None:
-    """What a file that is not safetensors seems to be, and what to do about it."""
-    if (
-        head[_PREFIX : _PREFIX + 1] == b"{"
-    ):  # the signatures could stand in a length prefix by chance
+    """Guess what a foreign file is, and what to do about it."""
+    # a length prefix may equal a signature by chance: a JSON header rules that out
+    if head[_PREFIX : _PREFIX + 1] == b"{":
         return None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     for magic, what, hint in _SIGNATURES:
@@ -212,7 +228,10 @@ def _foreign(head: bytes) -> tuple[str, str] | None:
 
 
 def _decode(raw: bytes) -> dict[str, Any]:
-    """JSON as strictly as the official library's parser, where Python's is laxer: -0, 1e999, NaN, lone surrogates."""
+    """Parse JSON as strictly as the safetensors library.
+
+    Python's parser is laxer about -0, 1e999, NaN and lone surrogates.
+    """
     if not raw.startswith(b"{"):
         raise CorruptFile("the header is not a JSON object: it does not start with '{'")
     try:
@@ -220,7 +239,7 @@ def _decode(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise CorruptFile(f"the header is not UTF-8 at byte {_PREFIX + error.start}") from error
     try:
-        # a call for every number only where one may be -0, which a name can hold too
+        # parse_int costs a call per number: use it only if a -0 may occur (names may hold one too)
         integer = _integer if "-0" in text else None
         table = json.loads(
             text,
@@ -230,9 +249,8 @@ def _decode(raw: bytes) -> dict[str, Any]:
             parse_constant=_no_constant,
         )
         if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(table, ensure_ascii=False).encode(
-                "utf-8"
-            )  # fails on a surrogate without its partner
+            # fails on a lone surrogate
+            json.dumps(table, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"the header is not valid JSON: {error}") from error
     assert isinstance(table, dict)
@@ -274,7 +292,7 @@ def _metadata(table: object) -> dict[str, str]:
 
 
 def _info(name: str, entry: object, data_start: int) -> TensorInfo:
-    """One tensor of the header, its offsets made absolute."""
+    """One tensor of the header, with absolute offsets."""
     if not isinstance(entry, dict):
         raise CorruptFile("its header entry is not a table", tensor=name)
     for field in _FIELDS:
@@ -285,9 +303,8 @@ def _info(name: str, entry: object, data_start: int) -> TensorInfo:
         isinstance(entry[key], dict | list) for key in entry.keys() - _FIELDS
     )
     if beside or isinstance(dtype, dict | list):
-        raise CorruptFile(
-            "its header entry holds a nested value", tensor=name
-        )  # also bounds the depth
+        # this also bounds the nesting depth
+        raise CorruptFile("its header entry holds a nested value", tensor=name)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CorruptFile(
             f"unknown dtype {dtype!r}", tensor=name, hint=f"known: {', '.join(DTYPES)}"
@@ -314,9 +331,8 @@ def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], stored: int) -> 
     numel = 1
     for n in shape:
         numel *= n
-        if (
-            numel > _SIZE_LIMIT
-        ):  # in this order, as a u64 would overflow, even if a later dimension is 0
+        # check after each factor, as a u64 would overflow even if a later dimension is 0
+        if numel > _SIZE_LIMIT:
             raise CorruptFile(f"shape {list(shape)} is too large", tensor=name)
     bits = numel * DTYPES[dtype]
     if bits > _SIZE_LIMIT:
@@ -325,13 +341,13 @@ def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], stored: int) -> 
         raise CorruptFile(f"{numel} elements of {dtype} do not fill whole bytes", tensor=name)
     if bits // 8 != stored:
         message = (
-            f"shape {list(shape)} of {dtype} takes {bits // 8} bytes, the header gives it {stored}"
+            f"shape {list(shape)} of {dtype} takes {bits // 8} bytes, the header reserves {stored}"
         )
         raise CorruptFile(message, tensor=name)
 
 
 def _check_cover(infos: Sequence[TensorInfo], data_start: int, file_size: int) -> None:
-    """Tensors must follow each other without hole or overlap, up to the last byte of the file."""
+    """Check that the tensors cover the data without gap or overlap."""
     end = infos[-1].stop if infos else data_start
     if infos and infos[0].start != data_start:
         raise CorruptFile(
@@ -342,30 +358,34 @@ def _check_cover(infos: Sequence[TensorInfo], data_start: int, file_size: int) -
         if after.start < before.stop:
             raise CorruptFile(f"its bytes overlap those of {before.name!r}", tensor=after.name)
         if after.start > before.stop:
-            message = f"{after.start - before.stop} bytes between {before.name!r} and it belong to no tensor"
+            message = (
+                f"{after.start - before.stop} bytes between {before.name!r} and it "
+                "belong to no tensor"
+            )
             raise CorruptFile(message, tensor=after.name)
     if end > file_size:
-        message = f"truncated: the header promises {end} bytes, the file has {file_size}"
+        message = f"truncated: the header describes {end} bytes, the file has {file_size}"
         raise CorruptFile(message, hint="an interrupted download? fetch it again")
     if end < file_size:
-        raise CorruptFile(f"the file goes on for {file_size - end} bytes after its last tensor")
+        raise CorruptFile(f"{file_size - end} bytes follow the last tensor")
 
 
-# --- building --------------------------------------------------------------------------------------------------------
+# --- building ---------------------------------------------------------------------------
 
 
 def build_header(
     specs: Iterable[TensorSpec | TensorInfo], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The first bytes of a file (prefix and padded JSON) and where each tensor goes, in the order given.
+    """Build the prefix and padded JSON, and place tensors in order.
 
-    Deterministic: equal specs and metadata give equal bytes. `CannotWrite` where the library could not read the result.
+    Deterministic: equal specs and metadata give equal bytes. Raises `CannotWrite` if the
+    safetensors library could not read the result.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for spec in specs:
         if spec.name in table or spec.name == "__metadata__":
-            raise CannotWrite("two entries of this name cannot stand in one file", tensor=spec.name)
+            raise CannotWrite("two tensors of one file have the same name", tensor=spec.name)
         stop = offset + _storable(spec)
         table[spec.name] = {
             "dtype": spec.dtype,
@@ -386,7 +406,7 @@ def build_header(
 
 
 def _storable(spec: TensorSpec | TensorInfo) -> int:
-    """Bytes of a tensor to be written, or `CannotWrite`."""
+    """Bytes of a tensor to write; `CannotWrite` if safetensors cannot store it."""
     if spec.dtype not in DTYPES:
         raise CannotWrite(f"safetensors has no dtype {spec.dtype!r}", tensor=spec.name)
     bits = math.prod(spec.shape) * DTYPES[spec.dtype]
@@ -400,9 +420,7 @@ def _storable(spec: TensorSpec | TensorInfo) -> int:
 def _encode(table: dict[str, Any], metadata: Mapping[str, str]) -> bytes:
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise CannotWrite(
-                f"metadata {key!r} is not a string, and safetensors stores only strings"
-            )
+            raise CannotWrite(f"metadata {key!r} is not a string")
     try:
         text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as error:

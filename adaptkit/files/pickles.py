@@ -1,37 +1,36 @@
-"""Torch pickles (`.ckpt .pt .pth .bin`): where each tensor lies in the file. Runs no code of the file, needs no torch.
+"""Locate the tensors of torch pickles without running their code.
 
-A torch file is a pickle of containers, in which every tensor is a call `_rebuild_tensor_v2(storage, offset, size,
-stride, …)`, and raw storages beside it: entries of a zip archive, or, before torch 1.6, one after another behind the
-pickle. Here the globals that `torch.load(weights_only=True)` knows are replaced by inert stand-ins which only note
-their arguments; any other global is refused by name (`UnsafePickle`) before anything can be called.
+A torch file is a pickle of containers plus raw storages. Each tensor in the pickle is a call
+`_rebuild_tensor_v2(storage, offset, size, stride, …)`. Storages are entries of a zip archive or,
+before torch 1.6, follow the pickle. The globals that `torch.load(weights_only=True)` accepts are
+replaced by inert stand-ins; any other global is refused by name (`UnsafePickle`) before anything
+is called. Needs no torch.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
-import pickletools
 import struct
 import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from adaptkit.errors import AdaptkitError, CorruptFile, UnsafePickle
-from adaptkit.files.header import TORCH_NAMES, TensorInfo, itemsize, unreadable
+from adaptkit.errors import AdaptkitError, CorruptFile
+from adaptkit.files.header import TensorInfo, itemsize, unreadable
+from adaptkit.files.pickle_globals import CONVERT, Storage, StoredTensor
+from adaptkit.files.unpickler import CATALOGUE_LIMIT, unpickle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["Catalogue", "Packed", "looks_like_pickle", "packed_bytes", "read_catalogue"]
 
-CATALOGUE_LIMIT = 32 << 20  # bytes of pickle: about 100 000 tensors
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_EXPANSION_LIMIT = 1 << 30  # bytes that an expanded (stride 0) view may take up beyond its storage
-_CONVERT = "convert it to safetensors with a tool you trust, in a place where running its code does no harm"
+# bytes by which an expanded (stride 0) view may exceed its storage; bounds a hostile file
+_EXPANSION_LIMIT = 1 << 30
 
 
 class Packed(NamedTuple):
@@ -44,11 +43,12 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What a pickle holds.
+    """The tensors of a pickle.
 
-    `infos` in order of offset. A tensor in `strides` (counted in elements) is a view: `start:stop` of its info is all
-    that it touches. A tensor in `packed` lies in a compressed entry: its info has `start == stop`, the place of that
-    entry. `ignored` names what is no tensor.
+    `infos` are in order of offset. A tensor in `strides` (in elements) is a strided view;
+    `start:stop` of its info covers every byte it touches. A tensor in `packed` is in a compressed
+    zip entry; `start == stop` of its info is the offset of that entry. `ignored` names the entries
+    that are not tensors.
     """
 
     infos: dict[str, TensorInfo]
@@ -58,23 +58,8 @@ class Catalogue:
     size: int
 
 
-class _Storage(NamedTuple):
-    key: str
-    dtype: str | None  # None: untyped bytes
-    numel: int  # elements of dtype, or bytes
-    offset: int  # elements into the storage of that key (views in legacy files)
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
 def looks_like_pickle(head: bytes) -> bool:
-    """Whether a file's first bytes are those of a zip archive, of a pickle or (torch 0.1) of a tar archive."""
+    """Whether a file starts like a zip, pickle or (torch 0.1) tar file."""
     return (
         head.startswith(b"PK\x03\x04")
         or (head[:1] == b"\x80" and head[1:2] <= b"\x05")
@@ -87,9 +72,10 @@ def _is_tar(head: bytes) -> bool:
 
 
 def read_catalogue(path: str | Path) -> Catalogue:
-    """List the tensors of a torch file; reads its pickle and no tensor.
+    """List the tensors of a torch file. Reads the pickle, not the tensors.
 
-    `UnsafePickle` where it refers to anything but tensors and plain containers, `CorruptFile` where it is damaged.
+    Raises `UnsafePickle` if it refers to anything but tensors and plain containers, `CorruptFile`
+    if it is damaged.
     """
     path = Path(path)
     try:
@@ -118,7 +104,7 @@ def read_catalogue(path: str | Path) -> Catalogue:
 
 
 def packed_bytes(path: Path, packed: Packed) -> bytes:
-    """The bytes of a tensor that lies in a compressed zip entry."""
+    """Read the bytes of a tensor in a compressed zip entry."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(packed.entry) as entry:
             entry.seek(packed.start)
@@ -141,7 +127,7 @@ def _open_format(file: BinaryIO, head: bytes, size: int) -> tuple[object, _Blobs
         return _open_zip(file, size)
     if _is_tar(head):
         raise CorruptFile(
-            "torch's oldest format (a tar archive)",
+            "torch's oldest format (a tar archive) is not supported",
             hint="load and save it once with a current torch",
         )
     if head[:1] == b"\x80":
@@ -149,11 +135,8 @@ def _open_format(file: BinaryIO, head: bytes, size: int) -> tuple[object, _Blobs
     raise CorruptFile("neither a torch archive nor a pickle")
 
 
-# --- where storages lie ----------------------------------------------------------------------------------------------
-
-
 class _Blob(NamedTuple):
-    """The raw bytes of one storage; `entry` is its name where it is compressed."""
+    """The raw bytes of one storage; `entry` names it if it is compressed."""
 
     start: int
     nbytes: int
@@ -164,13 +147,16 @@ _Blobs = dict[str, _Blob]
 
 
 def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
-    """The zip format (torch ≥ 1.6): `<name>/data.pkl`, `<name>/data/<key>`, `<name>/byteorder`."""
+    """Read the zip format (torch >= 1.6).
+
+    Entries: `<name>/data.pkl`, `<name>/data/<key>`, `<name>/byteorder`.
+    """
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         catalogues = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(catalogues) != 1:
             raise CorruptFile(
-                f"a zip archive with {len(catalogues)} entries data.pkl, not a torch file"
+                f"not a torch file: a zip archive with {len(catalogues)} entries named data.pkl"
             )
         root_name = catalogues[0].removesuffix("data.pkl")
         if root_name + "constants.pkl" in entries:
@@ -178,7 +164,7 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
                 "a TorchScript archive, not a state dict", hint="save model.state_dict() instead"
             )
         _check_byteorder(archive, entries.get(root_name + "byteorder"))
-        root, _, _ = _unpickle(_small_entry(archive, entries[catalogues[0]]))
+        root, _, _ = unpickle(_small_entry(archive, entries[catalogues[0]]))
         prefix = root_name + "data/"
         blobs = {
             name.removeprefix(prefix): _locate(file, info, size)
@@ -191,7 +177,7 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
 def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.file_size > CATALOGUE_LIMIT:
         raise CorruptFile(
-            f"{info.filename} takes {info.file_size} bytes (the limit is {CATALOGUE_LIMIT})"
+            f"{info.filename} takes {info.file_size} bytes (limit: {CATALOGUE_LIMIT})"
         )
     with archive.open(info) as entry:
         return entry.read(CATALOGUE_LIMIT)
@@ -199,11 +185,15 @@ def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 def _check_byteorder(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> None:
     if info is not None and (order := _small_entry(archive, info)) != b"little":
-        raise CorruptFile(f"its byte order is {order[:20]!r}, only little-endian files can be read")
+        raise CorruptFile(f"byte order {order[:20]!r} is not supported, only little-endian")
 
 
 def _locate(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> _Blob:
-    """Where an entry's bytes start: its local header has its own name and padding, of other lengths than the index."""
+    """Locate an entry's bytes.
+
+    The offset must be read from the local header, whose name and padding may differ in length
+    from the central directory's.
+    """
     if info.flag_bits & 1:
         raise CorruptFile(f"entry {info.filename!r} is encrypted")
     if info.compress_type != zipfile.ZIP_STORED:
@@ -216,324 +206,60 @@ def _locate(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> _Blob:
     start = info.header_offset + 30 + name + extra
     if start + info.file_size > size:
         raise CorruptFile(
-            f"truncated: entry {info.filename!r} ends at {start + info.file_size}, the file has {size}"
+            f"truncated: entry {info.filename!r} ends at {start + info.file_size}, "
+            f"the file has {size} bytes"
         )
     return _Blob(start, info.file_size, None)
 
 
 def _open_legacy(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
-    """The format before torch 1.6: five pickles (magic, protocol, system, object, storage keys), then the storages."""
+    """Read the format before torch 1.6.
+
+    Five pickles (magic number, protocol, system, object, storage keys), then the storages.
+    """
     head = file.read(CATALOGUE_LIMIT)
-    magic, at, _ = _unpickle(head)
+    magic, at, _ = unpickle(head)
     if magic != _LEGACY_MAGIC:
-        raise CorruptFile("a pickle, but not one that torch.save wrote", hint=_CONVERT)
-    protocol, at, _ = _unpickle(head, at)
-    system, at, _ = _unpickle(head, at)
+        raise CorruptFile("a pickle, but not one that torch.save wrote", hint=CONVERT)
+    protocol, at, _ = unpickle(head, at)
+    system, at, _ = unpickle(head, at)
     if protocol != _LEGACY_PROTOCOL:
-        raise CorruptFile(f"unknown version {str(protocol)[:20]} of torch's old format")
+        raise CorruptFile(f"unknown version {str(protocol)[:20]} of torch's legacy format")
     if isinstance(system, dict) and not system.get("little_endian", True):
-        raise CorruptFile("written on a big-endian machine, only little-endian files can be read")
-    root, at, storages = _unpickle(head, at)
-    keys, at, _ = _unpickle(head, at)
+        raise CorruptFile("written on a big-endian machine, only little-endian is supported")
+    root, at, storages = unpickle(head, at)
+    keys, at, _ = unpickle(head, at)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CorruptFile("damaged: no list of storages after the pickle")
     return root, _legacy_blobs(file, keys, {storage.key: storage for storage in storages}, at, size)
 
 
 def _legacy_blobs(
-    file: BinaryIO, keys: Iterable[str], storages: Mapping[str, _Storage], at: int, size: int
+    file: BinaryIO, keys: Iterable[str], storages: Mapping[str, Storage], at: int, size: int
 ) -> _Blobs:
-    """Each storage: its number of elements (int64), then its bytes."""
+    """Locate each storage: number of elements (int64), then its bytes."""
     blobs: _Blobs = {}
     for key in keys:
         if key not in storages:
-            raise CorruptFile(f"damaged: storage {key!r} is of no known type")
+            raise CorruptFile(f"damaged: storage {key!r} has no known type")
         file.seek(at)
         numel = int.from_bytes(file.read(8), "little", signed=True)
         dtype = storages[key].dtype
         length = numel * (1 if dtype is None else itemsize(dtype))
         if numel < 0 or at + 8 + length > size:
             raise CorruptFile(
-                f"truncated: storage {key!r} takes {length} bytes from {at + 8}, the file has {size}"
+                f"truncated: storage {key!r} takes {length} bytes from {at + 8}, "
+                f"the file has {size}"
             )
+        # torch's legacy_save writes the element count as int64 before each storage
         blobs[key] = _Blob(at + 8, length, None)
         at += 8 + length
     return blobs
 
 
-# --- the pickle ------------------------------------------------------------------------------------------------------
-
-_REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"})
-
-
-def _scan(data: bytes, start: int) -> int:
-    """Check a pickle's opcodes without running it; where it ends. Keeps the unpickler from being made to allocate."""
-    stream = io.BytesIO(data)
-    stream.seek(start)
-    nesting = _Nesting()
-    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
-        if opcode.name in _REFUSED_OPCODES:
-            raise UnsafePickle(
-                f"uses the opcode {opcode.name}, which torch.save never writes", hint=_CONVERT
-            )
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(arg or 0) <= count:
-            raise CorruptFile(
-                "damaged pickle: a memo index beyond what it has stored"
-            )  # the memo is an array
-        if opcode.name == "BYTEARRAY8":
-            raise CorruptFile("damaged pickle: a bytearray among the weights")
-        nesting.follow(opcode, arg)
-    return stream.tell()
-
-
-class _Nesting:
-    """How deep tuples nest. As a key a deep one is hashed by unguarded C recursion: 2 000 000 levels crash Python."""
-
-    _NESTING_OPCODES = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
-    _LIMIT = 1000
-    _MARK = -1
-
-    def __init__(self) -> None:
-        self._stack: list[int] = []  # depth of each object on the unpickler's stack
-        self._memo: dict[int, int] = {}
-
-    def follow(self, opcode: pickletools.OpcodeInfo, arg: Any) -> None:
-        name = opcode.name
-        if name == "MARK":
-            self._stack.append(self._MARK)
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            self._stack.append(self._memo.get(arg, 0))
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self._memo[arg] = self._stack[-1]
-        elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = self._stack[-1]
-        else:
-            depth = self._pop(opcode) + (name in self._NESTING_OPCODES)
-            if depth > self._LIMIT:
-                raise CorruptFile(f"damaged pickle: nested more than {self._LIMIT} deep")
-            self._stack.extend([depth] * len(opcode.stack_after))
-
-    def _pop(self, opcode: pickletools.OpcodeInfo) -> int:
-        """Take what an opcode takes; the greatest depth among it."""
-        count, depth = len(opcode.stack_before), 0
-        if pickletools.markobject in opcode.stack_before:
-            count = opcode.stack_before.index(pickletools.markobject)
-            while (top := self._stack.pop()) != self._MARK:
-                depth = max(depth, top)
-        for _ in range(count):
-            depth = max(depth, self._stack.pop())
-        return depth
-
-
-def _unpickle(data: bytes, start: int = 0) -> tuple[object, int, list[_Storage]]:
-    """One pickle: its object, where it ends, the storages that it names."""
-    try:
-        end = _scan(data, start)
-        unpickler = _Unpickler(io.BytesIO(data[start:end]))
-        return unpickler.load(), end, unpickler.storages
-    except AdaptkitError:
-        raise
-    except Exception as error:  # a hostile pickle can make the unpickler raise anything
-        reason = f"{type(error).__name__}: {error}"[:200]
-        hint = (
-            f"a pickle larger than {CATALOGUE_LIMIT} bytes?"
-            if len(data) >= CATALOGUE_LIMIT
-            else None
-        )
-        raise CorruptFile(f"damaged pickle ({reason})", hint=hint) from error
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the stand-ins below and nothing else."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="utf-8")
-        self.storages: list[_Storage] = []
-
-    def find_class(self, module: str, name: str) -> object:
-        try:
-            return _GLOBALS[module, name]
-        except KeyError:
-            message = f"refers to {module}.{name}: loading it would run code"
-            raise UnsafePickle(message, hint=_CONVERT) from None
-
-    def persistent_load(self, pid: object) -> _Storage:
-        match pid:
-            case (
-                "storage",
-                _StorageType() as kind,
-                str() | int() as key,
-                _,
-                int() as numel,
-                *rest,
-            ) if numel >= 0:
-                storage = _Storage(str(key), kind.dtype, numel, _view_offset(rest))
-                self.storages.append(storage)
-                return storage
-        raise CorruptFile("damaged pickle: a persistent id that is no storage")
-
-
-def _view_offset(rest: list[object]) -> int:
-    """Legacy files may name a part of a storage: (key of the part, offset, length)."""
-    match rest:
-        case [] | [None]:
-            return 0
-        case [(_, int() as offset, int())] if offset >= 0:
-            return offset
-    raise CorruptFile("damaged pickle: a malformed view of a storage")
-
-
-def _malformed(what: str) -> NoReturn:
-    raise CorruptFile(f"damaged pickle: {what} with arguments of the wrong kind")
-
-
-class _Opaque:
-    """Something that is no weight; calling it, filling it, asking it: all the same."""
-
-    __slots__ = ()
-
-    def __call__(self, *_: object) -> _Opaque:
-        return self
-
-    def __setstate__(self, state: object) -> None:
-        """Keep nothing: the stand-ins are shared by all files."""
-
-
-class _Table(dict[Any, Any]):
-    """OrderedDict; the attributes that torch hangs on it (`_metadata`) are dropped."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: object) -> None:
-        """Keep nothing."""
-
-
-class _Call(_Opaque):
-    """A stand-in for a function."""
-
-    __slots__ = ("run",)
-
-    def __init__(self, run: Callable[..., object]) -> None:
-        self.run = run
-
-    def __call__(self, *args: object) -> Any:
-        return self.run(*args)
-
-
-class _StorageType(_Opaque):
-    """A stand-in for `torch.FloatStorage` and its like."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype: str | None) -> None:
-        self.dtype = dtype
-
-
-class _DType(_Opaque):
-    """A stand-in for `torch.float32` and its like."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def _table(*args: object) -> _Table:
-    match args:
-        case ():
-            return _Table()
-        case (list() as pairs,):
-            return _Table(pairs)
-    _malformed("OrderedDict")
-
-
-def _sizes(value: object) -> tuple[int, ...]:
-    if (
-        isinstance(value, tuple | list)
-        and len(value) <= 64
-        and all(type(n) is int and 0 <= n < 2**63 for n in value)
-    ):
-        return tuple(value)
-    _malformed("a size")
-
-
-def _rebuild_tensor(*args: object) -> _Tensor:
-    """`(storage, offset, size, stride, …)` of all versions; version 3 gives the dtype as its seventh argument."""
-    match args:
-        case (_Storage() as storage, int() as offset, size, stride, *rest) if 0 <= offset < 2**63:
-            dtype = rest[2].name if len(rest) > 2 and isinstance(rest[2], _DType) else storage.dtype
-            shape, strides = _sizes(size), _sizes(stride)
-            if len(shape) == len(strides):
-                return _Tensor(storage, dtype or "U8", offset, shape, strides)
-    _malformed("a tensor")
-
-
-def _first_tensor(*args: object) -> _Tensor:
-    if args and isinstance(args[0], _Tensor):
-        return args[0]
-    _malformed("a parameter")
-
-
-def _rebuild_from_type(*args: object) -> _Tensor:
-    match args:
-        case (_Call() as function, _Opaque(), tuple() as inner, *_) if isinstance(
-            made := function(*inner), _Tensor
-        ):
-            return made
-    _malformed("a tensor")
-
-
-def _size(*args: object) -> tuple[int, ...]:
-    return _sizes(args[0] if args else ())
-
-
-_TYPED = {
-    "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Double": "F64", "Long": "I64", "Int": "I32", "Short": "I16",
-    "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64", "UInt16": "U16", "UInt32": "U32",
-    "UInt64": "U64",
-}  # fmt: skip
-
-
-def _globals() -> dict[tuple[str, str], object]:
-    table: dict[tuple[str, str], object] = {
-        ("collections", "OrderedDict"): _Call(_table),
-        ("torch._utils", "_rebuild_tensor"): _Call(_rebuild_tensor),
-        ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
-        ("torch._utils", "_rebuild_tensor_v3"): _Call(_rebuild_tensor),
-        ("torch._utils", "_rebuild_parameter"): _Call(_first_tensor),
-        ("torch._utils", "_rebuild_parameter_with_state"): _Call(_first_tensor),
-        ("torch._tensor", "_rebuild_from_type_v2"): _Call(_rebuild_from_type),
-        ("torch.nn.parameter", "Parameter"): _Call(_first_tensor),
-        ("torch", "Size"): _Call(_size),
-        ("torch.storage", "UntypedStorage"): _StorageType(None),
-        ("torch", "UntypedStorage"): _StorageType(None),
-        ("torch.storage", "TypedStorage"): _StorageType(None),
-    }
-    # what weights_only=True lets pass and no weight is made of
-    for module, name in (
-        ("torch", "device"), ("torch", "Tensor"), ("torch.serialization", "_get_layout"), ("collections", "Counter"),
-        ("_codecs", "encode"), ("builtins", "set"), ("builtins", "bytearray"), ("builtins", "complex"),
-        ("__builtin__", "set"), ("__builtin__", "bytearray"), ("__builtin__", "complex"),
-    ):  # fmt: skip
-        table[module, name] = _Opaque()
-    for name, dtype in _TYPED.items():
-        table["torch", name + "Storage"] = table["torch.storage", name + "Storage"] = _StorageType(
-            dtype
-        )
-    for dtype, name in TORCH_NAMES.items():
-        table["torch", name] = _DType(dtype)
-    return table
-
-
-_GLOBALS = _globals()
-
-
-# --- from the object to the catalogue --------------------------------------------------------------------------------
-
-
 @dataclass
 class _Draft:
-    """A catalogue in the making."""
+    """A catalogue under construction."""
 
     infos: list[TensorInfo] = field(default_factory=list)
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -544,7 +270,7 @@ class _Draft:
 def _catalogue(root: object, blobs: Mapping[str, _Blob], size: int) -> Catalogue:
     draft = _Draft()
     for key, value in _state_dict(root, draft.ignored).items():
-        if isinstance(key, str) and isinstance(value, _Tensor):
+        if isinstance(key, str) and isinstance(value, StoredTensor):
             _place(draft, key, value, blobs)
         else:
             draft.ignored.append(_label(key))
@@ -564,15 +290,20 @@ def _label(key: object) -> str:
 
 
 def _holds_tensors(value: object) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, _Tensor) for item in value.values())
+    return isinstance(value, dict) and any(
+        isinstance(item, StoredTensor) for item in value.values()
+    )
 
 
 def _state_dict(root: object, ignored: list[str]) -> Mapping[object, object]:
-    """The table of tensors: the file's object, its `state_dict`, or the only value that is one."""
+    """Find the table of tensors.
+
+    The object itself, its `state_dict`, or its only table of tensors.
+    """
     if not isinstance(root, dict):
         what = (
             "a single tensor"
-            if isinstance(root, _Tensor)
+            if isinstance(root, StoredTensor)
             else f"a {type(root).__name__.strip('_').lower()}"
         )
         raise CorruptFile(f"holds {what}, not a table of named tensors")
@@ -592,8 +323,8 @@ def _state_dict(root: object, ignored: list[str]) -> Mapping[object, object]:
     return table
 
 
-def _place(draft: _Draft, name: str, tensor: _Tensor, blobs: Mapping[str, _Blob]) -> None:
-    """Work out which bytes of the file a tensor takes."""
+def _place(draft: _Draft, name: str, tensor: StoredTensor, blobs: Mapping[str, _Blob]) -> None:
+    """Compute which bytes of the file a tensor takes."""
     blob = blobs.get(tensor.storage.key)
     if blob is None:
         raise CorruptFile(
@@ -609,6 +340,7 @@ def _place(draft: _Draft, name: str, tensor: _Tensor, blobs: Mapping[str, _Blob]
         raise CorruptFile(
             f"it ends at byte {stop} of a storage of {blob.nbytes} bytes", tensor=name
         )
+    # a stride of 0 makes a few bytes claim any shape: refuse what memory could not hold
     if math.prod(tensor.shape) * unit > max(blob.nbytes, _EXPANSION_LIMIT):
         message = f"a storage of {blob.nbytes} bytes is expanded to shape {list(tensor.shape)}"
         raise CorruptFile(message, tensor=name)
@@ -623,14 +355,17 @@ def _place(draft: _Draft, name: str, tensor: _Tensor, blobs: Mapping[str, _Blob]
 
 
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last that a view touches."""
+    """Number of elements from the first to the last that a view touches."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether the elements lie one after another; the stride of a dimension of size 1 says nothing."""
+    """Whether the elements are adjacent.
+
+    The stride of a dimension of size 1 is arbitrary.
+    """
     step = 1
     for n, given in zip(reversed(shape), reversed(stride), strict=True):
         if n != 1 and given != step:

@@ -1,4 +1,4 @@
-"""Metadata of an output: what is kept, what is dropped because it no longer holds, what adaptkit adds; file hashes."""
+"""Metadata of an output: entries kept, dropped and added, and file hashes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ __all__ = ["KEY", "STALE", "history", "kept", "sha256", "sshs_hashes", "sshs_pla
 
 KEY = "adaptkit"
 STALE = frozenset({"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
-"""Hashes of the tensors: wrong as soon as one of them changes."""
+"""Hashes of the tensors, invalid once a tensor changes."""
 SSHS = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
-LEGACY = (0x100000, 0x10000)  # where and how much of a file the first web UI hashed
+# offset and length of the part that AUTOMATIC1111's first web UI hashed
+LEGACY = (0x100000, 0x10000)
 
 
 def sha256(path: str | Path, chunk: int = 8 << 20) -> str:
-    """The SHA-256 of a whole file in hexadecimal, read `chunk` bytes at a time."""
+    """Hash a whole file, read `chunk` bytes at a time; hexadecimal SHA-256."""
     import hashlib  # 4 ms that most commands do not need
 
     digest = hashlib.sha256()
@@ -35,16 +36,19 @@ def sha256(path: str | Path, chunk: int = 8 << 20) -> str:
 
 
 def sshs_places(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Placeholders for the hashes that sd-scripts keeps, as long as those will be; none where the file had none."""
+    """Placeholders for sd-scripts' hashes, of the final length.
+
+    Empty if the file had none.
+    """
     return {name: "0" * length for name, length in SSHS.items() if name in metadata}
 
 
 def sshs_hashes(data: Iterable[memoryview], header: int) -> dict[str, str]:
-    """sd-scripts' hashes of a file with this tensor data, over what `safetensors.save` would give.
+    """Compute sd-scripts' hashes of tensor data, as of the output of `safetensors.save`.
 
-    `header` is the length of a header with only the `ss_` metadata, which is what sd-scripts hashes with. The model hash
-    is over the tensors alone, the legacy hash over 64 KiB at 1 MiB of the whole (sd-scripts `library/train_util.py`,
-    `precalculate_safetensors_hashes`).
+    `header` is the length of a header with only the `ss_` metadata, which sd-scripts hashes with.
+    The model hash covers the tensors alone, the legacy hash 64 KiB at offset 1 MiB of the whole.
+    Source: sd-scripts `library/train_util.py`, `precalculate_safetensors_hashes`.
     """
     import hashlib
 
@@ -58,12 +62,15 @@ def sshs_hashes(data: Iterable[memoryview], header: int) -> dict[str, str]:
 
 
 def kept(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Everything but the hashes that no longer hold, in the order given."""
+    """Drop the hashes that no longer hold; keep everything else, in order."""
     return {key: value for key, value in metadata.items() if key not in STALE}
 
 
 def history(metadata: Mapping[str, str]) -> list[object]:
-    """The records that adaptkit left in a file, oldest first; what is not its own form is kept as it is."""
+    """The records adaptkit left in a file, oldest first.
+
+    Foreign records are kept unchanged.
+    """
     text = metadata.get(KEY)
     if text is None:
         return []
@@ -75,9 +82,9 @@ def history(metadata: Mapping[str, str]) -> list[object]:
 
 
 def updated(metadata: Mapping[str, str], ours: Mapping[str, object]) -> dict[str, str]:
-    """`kept(metadata)` with `ours` appended to the records under "adaptkit": a JSON list, the newest last.
+    """Append `ours` to the "adaptkit" records (a JSON list, newest last) of `kept(metadata)`.
 
-    Deterministic: compact, keys sorted, no time and no path but those in `ours`.
+    Deterministic: compact JSON, sorted keys, no time and no path except those in `ours`.
     """
     records = [*history(metadata), dict(ours)]
     text = json.dumps(records, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

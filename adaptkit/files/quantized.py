@@ -1,8 +1,8 @@
-"""Weights that are stored in fewer bits than they mean: which tensors hold their scales, and how they are widened.
+"""Read quantized weights: find their scales, and widen them.
 
-Read here: fp8 (e4m3, e5m2), alone or with a scale beside it, as ComfyUI writes them (`scale_weight`, since 2025-11
-`weight_scale`; its QUANTIZATION.md), musubi-tuner and diffusers: one number, one per row, or one per block of a row.
-Everything else is named and refused, never read as if it were the weight.
+Supported: fp8 (e4m3, e5m2), plain or with a scale tensor, as ComfyUI writes them (`scale_weight`,
+since 2025-11 `weight_scale`; ComfyUI QUANTIZATION.md), musubi-tuner and diffusers. A scale is one
+number, one per row, or one per block of a row. Any other scheme is named and refused.
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["FLOATS", "FP8", "Quantization", "read_widened"]
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # what can be computed with as it is stored
+FLOATS = ("F64", "F32", "F16", "BF16")  # computed with as stored
 FP8 = ("F8_E4M3", "F8_E5M2")
 
 _SCALES = ("scale_weight", "weight_scale")
-_UNUSED = (
-    "scale_input",
-    "input_scale",
-    "comfy_quant",
-)  # of the activations, and what the scales say already
-_FOREIGN = {  # each changes what the stored numbers mean
+# scales of activations, and a description that repeats the scales
+_UNUSED = ("scale_input", "input_scale", "comfy_quant")
+_FOREIGN = {  # suffixes of schemes that change the meaning of the stored numbers
     "weight_scale_2": "nvfp4",
     "weight_scale_inv": "fp8 with a scale per block of rows and columns",
     "pre_quant_scale": "weights with their input channels rescaled",
@@ -44,18 +41,19 @@ _FOREIGN = {  # each changes what the stored numbers mean
     "absmax": "integers (bitsandbytes)",
 }
 _BITSANDBYTES = re.compile(
-    r"(?P<weight>.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?P<kind>nf4|fp4))"
+    r"(?P<weight>.+)\.(absmax|quant_map|nested_absmax|nested_quant_map"
+    r"|quant_state\.bitsandbytes__(?P<kind>nf4|fp4))"
 )
-_MARK = "scaled_fp8"  # an empty tensor at the top, whose dtype is that of the weights
+_MARK = "scaled_fp8"  # an empty top-level tensor with the dtype of the weights
 _INTEGERS = {"I8": "int8", "U8": "packed integers"}
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a file's weights are stored.
+    """The quantization of a file's weights.
 
-    `scales` maps a weight to the key of its scale, `refused` one to the name of a scheme that is not read here; `extras`
-    are the keys that belong to such weights and are none themselves.
+    `scales` maps a weight to the key of its scale, `refused` a weight to the name of an unsupported
+    scheme. `extras` are the keys that belong to such weights.
     """
 
     scales: Mapping[str, str]
@@ -64,7 +62,7 @@ class Quantization:
 
     @classmethod
     def of(cls, infos: Mapping[str, TensorInfo]) -> Quantization:
-        """What the header tells."""
+        """Detect quantization from a header."""
         beside: dict[str, dict[str, str]] = {}
         extras = {name for name in infos if name.rpartition(".")[2] == _MARK}
         for name in infos:
@@ -83,22 +81,22 @@ class Quantization:
         return cls(scales, refused, frozenset(extras))
 
     def refusal(self, info: TensorInfo) -> str | None:
-        """What the numbers of this tensor are, where they cannot be read as the weight; else None."""
+        """The unsupported scheme of this tensor; None if it can be read."""
         if info.name in self.refused:
             return self.refused[info.name]
         return None if info.dtype in FLOATS + FP8 else _INTEGERS.get(info.dtype, info.dtype)
 
     def widens(self, info: TensorInfo) -> bool:
-        """Whether a tensor is read wider than it is stored."""
+        """Whether a tensor is read in a wider dtype than it is stored."""
         return info.dtype in FP8 or info.name in self.scales
 
     def wide_bytes(self, info: TensorInfo) -> int:
-        """Bytes of a tensor that `widens`, as it is read."""
+        """Bytes of a tensor that `widens`, after reading."""
         return nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
 
 
 def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """The weight that a key is beside, and as what; None for a tensor in its own right."""
+    """(weight, part) of a key that belongs to a weight, or None."""
     if (match := _BITSANDBYTES.fullmatch(name)) is not None and match["weight"] in infos:
         return match["weight"], match["kind"] or "absmax"
     module, _, kind = name.rpartition(".")
@@ -107,13 +105,15 @@ def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | No
 
 
 def _scheme(weight: TensorInfo, scales: list[TensorInfo], parts: Mapping[str, str]) -> str | None:
-    """The name of a scheme that is not read here; None for one that is."""
+    """The name of an unsupported scheme; None if supported."""
     if foreign := next((name for kind, name in _FOREIGN.items() if kind in parts), None):
         return foreign
     if weight.dtype not in FLOATS + FP8:
         return _INTEGERS.get(weight.dtype, weight.dtype)
+    # `scale_weight` and `weight_scale` on one weight: which applies is undefined
     if len(scales) > 1:
         return "a weight with two scales"
+    # mxfp8 stores its block scales as E8M0 bytes (OCP Microscaling specification 1.0)
     if any(scale.dtype not in FLOATS for scale in scales):
         return "mxfp8"
     if not all(_fits(weight.shape, scale.shape) for scale in scales):
@@ -122,19 +122,23 @@ def _scheme(weight: TensorInfo, scales: list[TensorInfo], parts: Mapping[str, st
 
 
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
-    """Whether these are scales of a whole tensor (), of its rows (m) or (m, 1, …), or of blocks of a row (m, blocks, 1)."""
+    """Whether a scale is per tensor, row or block of a row.
+
+    Shapes: (), (m) or (m, 1, …), (m, blocks, 1).
+    """
     if math.prod(scale) == 1 or (weight[:1] == scale[:1] and math.prod(scale) == scale[0]):
         return True
     blocks = len(weight) == 2 and len(scale) == 3 and (scale[0], scale[2]) == (weight[0], 1)
+    # blocks must divide the row, as `read_widened` views it (rows, blocks, entries)
     return blocks and scale[1] > 0 and weight[1] % scale[1] == 0
 
 
 def read_widened(
     source: TensorSource, quantization: Quantization, name: str, rows: tuple[int, int] | None = None
 ) -> Tensor:
-    """A tensor, or some of its rows, as the numbers it means.
+    """Read a tensor, or some of its rows, with its scale applied.
 
-    fp8 and scaled weights come as float32 (a scaled float64 as float64), the rest in its stored dtype.
+    fp8 and scaled weights come as float32 (a scaled float64 as float64), others as stored.
     """
     cut = None if rows is None else slice(*rows)
     part = source.read(name, cut)
@@ -150,6 +154,6 @@ def read_widened(
     scale = source.read(key, cut if by_row else None).to(wide.dtype)
     if not by_row:
         return wide.mul_(scale.reshape(()))
-    # one number for each stretch of a row, or for all of it
+    # one number per block of a row, or per row
     wide.view(len(scale), scale[0].numel(), -1).mul_(scale.view(len(scale), -1, 1))
     return wide

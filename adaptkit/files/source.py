@@ -1,29 +1,25 @@
-"""Tensors on disk behind one face: a safetensors file, shards, a diffusers folder, a torch pickle.
+"""Read tensors lazily from safetensors, shards, folders or pickles.
 
-Opening reads headers only and imports no torch. Data is read by positioned reads straight into each tensor's own
-memory, from any thread; never through a memory map, whose pages would count as resident memory.
+Opening reads headers only and imports no torch. Data is read by positioned reads into each tensor's
+own memory, from any thread. Memory maps are avoided: their pages count as resident memory.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
-import struct
 import threading
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from adaptkit.errors import AdaptkitError, CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
-from adaptkit.files.header import TORCH_NAMES, TensorInfo, itemsize, nbytes, read_header, unreadable
-from adaptkit.memory import huge
+from adaptkit.files.header import TensorInfo, itemsize, nbytes, read_header, unreadable
+from adaptkit.files.tensors import bytes_of, decode_scalar, empty_bytes, row_range, torch_dtype
 
 if TYPE_CHECKING:
     import io
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -32,26 +28,15 @@ if TYPE_CHECKING:
     from adaptkit.files.header import Header
     from adaptkit.files.pickles import Catalogue
 
-__all__ = ["COMPONENTS", "TensorSource", "open_source"]
+__all__ = ["TensorSource", "join", "open_file"]
 
 HAS_PREADV = hasattr(os, "preadv")
 HAS_FADVISE = hasattr(os, "posix_fadvise")
-_CHUNK = 1 << 30  # bytes per system call; macOS and Linux refuse or cut reads of 2 GiB and more
-
-COMPONENTS = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-    "vae",
-)
-"""The folders of a diffusers model that hold weights, in the order in which they are read."""
+_CHUNK = 1 << 30  # bytes per system call; macOS and Linux refuse or truncate reads of 2 GiB
 
 
 class _Reader:
-    """Positioned reads from one file. Opened at the first read, so that a source used for its header holds no file."""
+    """Positioned reads from one file, opened at the first read."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -60,7 +45,7 @@ class _Reader:
         self._lock = threading.Lock()
 
     def into(self, view: memoryview, start: int, tensor: str) -> None:
-        """Fill `view` with the bytes from `start` on; `CorruptFile` naming the tensor if the file ends before."""
+        """Fill `view` with the bytes from `start` on; `CorruptFile` at a premature end."""
         file = self._opened()
         done = 0
         while done < len(view):
@@ -80,13 +65,14 @@ class _Reader:
         if HAS_PREADV:
             return os.preadv(file.fileno(), [view], start)
         with self._lock:
+            # no positioned reads (Windows): the file offset is shared, hence the lock
             file.seek(start)
             return file.readinto(view) or 0
 
     def ahead(self, start: int, length: int) -> None:
-        """Have the system fetch these bytes from the disk, where it takes such advice."""
+        """Prefetch bytes from the disk, on systems with posix_fadvise."""
         if HAS_FADVISE:
-            with suppress(OSError, AdaptkitError):  # whoever reads them will say what is wrong
+            with suppress(OSError, AdaptkitError):  # the read itself will report it
                 os.posix_fadvise(self._opened().fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def _opened(self) -> io.FileIO:
@@ -96,9 +82,10 @@ class _Reader:
                     file = self.path.open("rb", buffering=0)
                 except OSError as error:
                     raise unreadable(self.path, error) from error
+                # offsets come from the header read earlier; another size means another file
                 if (now := os.fstat(file.fileno()).st_size) != self.size:
                     file.close()
-                    message = f"changed since it was opened: it had {self.size} bytes, now {now}"
+                    message = f"changed after opening: it had {self.size} bytes, now {now}"
                     raise CorruptFile(message, file=self.path)
                 self._file = file
             return self._file
@@ -113,41 +100,44 @@ class _Reader:
 class TensorSource(ABC):
     """Lazily read tensors, from any thread. A context manager.
 
-    `close` frees the file handles; call it when no read is under way (a later one opens them again).
+    `close` frees the file handles. Call it when no read is pending; a later read opens them again.
     """
 
-    path: Path  # what was opened: a file or a folder
+    path: Path  # the file or folder that was opened
     infos: Mapping[str, TensorInfo]  # in file order
     metadata: Mapping[str, str]
     files: tuple[Path, ...]  # the files that hold the data
     size: int  # bytes of all files
-    ignored: tuple[str, ...] = ()  # entries of a pickle that are no tensors
+    ignored: tuple[str, ...] = ()  # entries of a pickle other than tensors
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor on the CPU, contiguous, in memory of its own.
+        """Read a tensor to the CPU, contiguous, in its own memory.
 
         `rows` is a slice (step 1) of the leading dimension; only its bytes are read.
         """
 
     @abstractmethod
     def scalar(self, name: str) -> float:
-        """The value of a one-element tensor, read without torch; `ShapeMismatch` if it has more elements."""
+        """Read a one-element tensor without torch; `ShapeMismatch` if it has more elements."""
 
     @abstractmethod
     def span(self, name: str) -> tuple[Path, int, int] | None:
-        """File, start and stop of the tensor's raw bytes; None where they are strided or compressed."""
+        """File, start and stop of the raw bytes; None if not contiguous.
+
+        That is, None for strided or compressed tensors.
+        """
 
     @abstractmethod
     def raw(self, name: str) -> memoryview:
-        """The tensor's bytes in row-major order."""
+        """Read the tensor's bytes in row-major order."""
 
-    def announce(self, name: str) -> None:  # noqa: B027 no more than advice
-        """A tensor will be read soon: its bytes may come from the disk while others are worked on."""
+    def announce(self, name: str) -> None:  # noqa: B027 optional
+        """Prefetch a tensor that will be read soon."""
 
     @abstractmethod
     def order(self, name: str) -> tuple[int, int]:
-        """File index and offset: reading in this order reads every file forwards."""
+        """(file index, offset); reading in this order reads every file forwards."""
 
     @abstractmethod
     def close(self) -> None:
@@ -165,11 +155,12 @@ class TensorSource(ABC):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__.strip('_')} {str(self.path)!r}: {len(self.infos)} tensors, {self.size} bytes>"
+        name = type(self).__name__.strip("_")
+        return f"<{name} {str(self.path)!r}: {len(self.infos)} tensors, {self.size} bytes>"
 
 
 class _FileSource(TensorSource):
-    """One file whose tensors are spans of bytes."""
+    """One file with tensors at byte spans."""
 
     def __init__(self, path: Path, found: Header | Catalogue) -> None:
         self.path = path
@@ -187,12 +178,12 @@ class _FileSource(TensorSource):
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         info = self.info(name)
-        first, count = _row_range(info, rows)
+        first, count = row_range(info, rows)
         shape = info.shape if rows is None else (count, *info.shape[1:])
         row = nbytes(info.dtype, info.shape[1:]) if rows is not None else 0
-        buffer = _buffer(info, self.path, nbytes(info.dtype, shape))
-        self._fill(info, _view(buffer), first * row)
-        return buffer.view(_torch_dtype(info, self.path)).reshape(shape)
+        buffer = empty_bytes(info, self.path, nbytes(info.dtype, shape))
+        self._fill(info, bytes_of(buffer), first * row)
+        return buffer.view(torch_dtype(info, self.path)).reshape(shape)
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         """Read bytes `skip : skip + len(view)` of a tensor."""
@@ -202,13 +193,13 @@ class _FileSource(TensorSource):
         info = self.info(name)
         if info.numel != 1:
             raise ShapeMismatch(
-                f"a single number expected, shape is {list(info.shape)}",
+                f"expected a single number, got shape {list(info.shape)}",
                 file=self.path,
                 tensor=name,
             )
         raw = bytearray(info.nbytes)
         self._fill(info, memoryview(raw), 0)
-        return _decode_scalar(bytes(raw), info, self.path)
+        return decode_scalar(bytes(raw), info, self.path)
 
     def span(self, name: str) -> tuple[Path, int, int] | None:
         info = self.info(name)
@@ -219,7 +210,7 @@ class _FileSource(TensorSource):
         if self.span(name) is None:
             import torch
 
-            return _view(self.read(name).reshape(-1).view(torch.uint8))
+            return bytes_of(self.read(name).reshape(-1).view(torch.uint8))
         view = memoryview(bytearray(info.nbytes))
         self._fill(info, view, 0)
         return view
@@ -244,7 +235,7 @@ class _SafetensorsSource(_FileSource):
 
 
 class _PickleSource(_FileSource):
-    """One torch pickle: strided views and compressed entries besides plain spans."""
+    """One torch pickle, with strided views and compressed entries."""
 
     def __init__(self, path: Path, catalogue: Catalogue) -> None:
         super().__init__(path, catalogue)
@@ -256,7 +247,7 @@ class _PickleSource(_FileSource):
         if name not in self._strides:
             return super().read(name, rows)
         info, stride = self.info(name), self._strides[name]
-        first, count = _row_range(info, rows)
+        first, count = row_range(info, rows)
         shape = info.shape if rows is None else (count, *info.shape[1:])
         unit = itemsize(info.dtype)
         extent = (
@@ -264,12 +255,11 @@ class _PickleSource(_FileSource):
             if 0 in shape
             else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         )
-        buffer = _buffer(info, self.path, extent * unit)
-        self._fill(info, _view(buffer), first * stride[0] * unit)
-        view = buffer.view(_torch_dtype(info, self.path)).as_strided(shape, stride)
-        return view.new_empty(shape).copy_(
-            view
-        )  # contiguous() would keep odd strides of dimensions of size 1
+        buffer = empty_bytes(info, self.path, extent * unit)
+        self._fill(info, bytes_of(buffer), first * stride[0] * unit)
+        view = buffer.view(torch_dtype(info, self.path)).as_strided(shape, stride)
+        # a copy, as contiguous() would keep odd strides of dimensions of size 1
+        return view.new_empty(shape).copy_(view)
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         packed = self._packed.get(info.name)
@@ -292,7 +282,7 @@ class _PickleSource(_FileSource):
 
 
 class _JoinedSource(TensorSource):
-    """Several sources read as one: shards (no prefix), or the components of a diffusers folder."""
+    """Several sources as one: shards, or components of a diffusers folder."""
 
     def __init__(self, path: Path, parts: Sequence[tuple[str, TensorSource]]) -> None:
         self.path = path
@@ -303,9 +293,8 @@ class _JoinedSource(TensorSource):
             key: value for _, part in reversed(parts) for key, value in part.metadata.items()
         }
         self._parts = [part for _, part in parts]
-        self._places: dict[
-            str, tuple[TensorSource, str, int]
-        ] = {}  # the last: index of the part's first file
+        # the last item: index of the part's first file
+        self._places: dict[str, tuple[TensorSource, str, int]] = {}
         infos: dict[str, TensorInfo] = {}
         index = 0
         for prefix, part in parts:
@@ -319,7 +308,7 @@ class _JoinedSource(TensorSource):
         if full in self._places:
             other = self._places[full][0].path.name
             raise CorruptFile(
-                f"it stands in both {other} and {part.path.name}", file=self.path, tensor=full
+                f"both {other} and {part.path.name} hold it", file=self.path, tensor=full
             )
         self._places[full] = part, name, index
 
@@ -359,120 +348,8 @@ class _JoinedSource(TensorSource):
             part.close()
 
 
-# --- bytes to values -------------------------------------------------------------------------------------------------
-
-
-def _row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
-    """First row and number of rows; (0, 0) for the whole tensor."""
-    if rows is None:
-        return 0, 0
-    if not info.shape:
-        raise ShapeMismatch("a single number has no rows", tensor=info.name)
-    start, stop, step = rows.indices(info.shape[0])
-    if step != 1:
-        raise ShapeMismatch(
-            f"rows are read one after another, not with step {step}", tensor=info.name
-        )
-    return start, max(stop - start, 0)
-
-
-def _buffer(info: TensorInfo, path: Path, size: int) -> torch.Tensor:
-    """Uninitialised bytes for a tensor of a dtype that torch knows."""
-    import torch
-
-    _torch_dtype(info, path)
-    block = huge(size)
-    return (
-        torch.empty(size, dtype=torch.uint8)
-        if block is None
-        else torch.frombuffer(block, dtype=torch.uint8, count=size)
-    )
-
-
-def _view(buffer: torch.Tensor) -> memoryview:
-    array: Any = buffer.numpy()  # numpy's stubs hide the buffer protocol before Python 3.12
-    return memoryview(array)
-
-
-def _torch_dtype(info: TensorInfo, path: Path) -> torch.dtype:
-    import torch
-
-    dtype = getattr(torch, TORCH_NAMES.get(info.dtype, ""), None)
-    if dtype is None:
-        message = f"torch {torch.__version__} has no dtype for {info.dtype}"
-        raise UnreadableFile(
-            message, file=path, tensor=info.name, hint="such tensors can only be copied unchanged"
-        )
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-_STRUCT = {
-    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
-    "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
-}  # fmt: skip
-
-
-def _decode_scalar(raw: bytes, info: TensorInfo, path: Path) -> float:
-    if info.dtype in _STRUCT:
-        return float(struct.unpack(_STRUCT[info.dtype], raw)[0])
-    if info.dtype == "BF16":  # the upper half of a float32
-        return float(struct.unpack("<f", b"\0\0" + raw)[0])
-    if info.dtype == "F8_E5M2":  # the upper half of a float16
-        return float(struct.unpack("<e", b"\0" + raw)[0])
-    if info.dtype == "F8_E4M3":
-        return _decode_e4m3(raw[0])
-    raise UnreadableFile(
-        f"a number of dtype {info.dtype} cannot be decoded", file=path, tensor=info.name
-    )
-
-
-def _decode_e4m3(byte: int) -> float:
-    """One sign, four exponent (bias 7), three mantissa bits; no infinities, 0x7f is NaN (arXiv:2209.05433)."""
-    sign = -1.0 if byte & 0x80 else 1.0
-    exponent, mantissa = byte >> 3 & 15, byte & 7
-    if byte & 0x7F == 0x7F:
-        return math.nan
-    if exponent == 0:
-        return sign * math.ldexp(mantissa, -9)
-    return sign * math.ldexp(8 + mantissa, exponent - 10)
-
-
-# --- opening ---------------------------------------------------------------------------------------------------------
-
-
-def open_source(path: str | Path) -> TensorSource:
-    """Open whatever holds tensors: a file (its content decides its kind), a shard index, a folder. Reads headers only.
-
-    A folder is a diffusers model (names get the prefix `<component>.`), one component, or a set of shards; safetensors
-    go before pickles, files without a variant (`.fp16.`) before those with one.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            return _open_folder(path)
-        if not path.exists():
-            raise UnreadableFile("no such file or folder", file=path, hint=_near(path))
-        return _open_index(path) if path.suffix == ".json" else _open_file(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:  # pathlib refuses a path that holds a null character
-        raise UnreadableFile(str(error), file=repr(str(path))) from error
-
-
-def _near(path: Path) -> str | None:
-    """A hint for a path that does not exist."""
-    if not path.parent.is_dir():
-        return f"there is no folder {str(path.parent)!r}"
-    from difflib import get_close_matches
-
-    near = get_close_matches(
-        path.name, [item.name for item in path.parent.iterdir()], n=3, cutoff=0.6
-    )
-    return f"did you mean {' or '.join(near)}?" if near else None
-
-
-def _open_file(path: Path) -> TensorSource:
+def open_file(path: Path) -> TensorSource:
+    """Open one file, safetensors or torch pickle by its first bytes."""
     if not path.is_file():
         raise UnreadableFile("not a regular file", file=path)
     with path.open("rb") as file:
@@ -485,141 +362,6 @@ def _open_file(path: Path) -> TensorSource:
     return _SafetensorsSource(path, read_header(path))
 
 
-class _WeightsName(NamedTuple):
-    """What a file name tells: `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`."""
-
-    stem: str
-    variant: str
-    pickle: bool
-    shards: int  # 0: a file of its own
-    is_index: bool
-
-
-_PICKLE_SUFFIXES = ("bin", "ckpt", "pt", "pth")
-_STEMS = (
-    "diffusion_pytorch_model",
-    "model",
-    "pytorch_model",
-    "adapter_model",
-    "pytorch_lora_weights",
-)
-_VARIANTS = ("", "fp32", "bf16", "fp16")
-_PATTERN = re.compile(
-    r"(?P<stem>.+?)(?:\.(?P<before>fp32|bf16|fp16|non_ema|ema|int8|fp8))?(?:-\d{5}-of-(?P<shards>\d{5}))?"
-    r"(?:\.(?P<after>fp32|bf16|fp16|non_ema|ema|int8|fp8))?\.(?P<kind>safetensors|sft|bin|ckpt|pt|pth)"
-    r"(?P<index>\.index(?:\.(?P<last>\w+))?\.json)?",
-    re.IGNORECASE,
-)
-
-
-def _parse_name(name: str) -> _WeightsName | None:
-    match = _PATTERN.fullmatch(name)
-    if match is None or name.startswith("."):
-        return None
-    variant = match["before"] or match["after"] or match["last"] or ""
-    is_pickle = match["kind"].lower() in _PICKLE_SUFFIXES
-    return _WeightsName(
-        match["stem"], variant, is_pickle, int(match["shards"] or 0), match["index"] is not None
-    )
-
-
-def _rank(name: _WeightsName) -> tuple[bool, bool, int, int]:
-    """Which set of weights of a folder is meant: the least."""
-    variant = _VARIANTS.index(name.variant) if name.variant in _VARIANTS else len(_VARIANTS)
-    stem = _STEMS.index(name.stem) if name.stem in _STEMS else len(_STEMS)
-    return stem == len(_STEMS), name.pickle, variant, stem
-
-
-def _open_folder(path: Path) -> TensorSource:
-    parts = [(name, path / name) for name in COMPONENTS if _weight_files(path / name)]
-    if parts and ((path / "model_index.json").exists() or not _weight_files(path)):
-        return _JoinedSource(
-            path, [(f"{name}.", _open_component(folder)) for name, folder in parts]
-        )
-    return _open_component(path)
-
-
-def _weight_files(folder: Path) -> list[tuple[_WeightsName, Path]]:
-    if not folder.is_dir():
-        return []
-    found = ((_parse_name(item.name), item) for item in sorted(folder.iterdir()))
-    return [(name, item) for name, item in found if name is not None and item.is_file()]
-
-
-def _open_component(folder: Path) -> TensorSource:
-    """The weights of one folder: one file, or the shards of one index."""
-    found = _weight_files(folder)
-    if not found:
-        raise UnreadableFile("the folder holds no weights", file=folder, hint=_contents(folder))
-    best = min(_rank(name) for name, _ in found)
-    chosen = [(name, item) for name, item in found if _rank(name) == best]
-    if len({(name.stem, name.variant) for name, _ in chosen}) > 1:
-        names = ", ".join(item.name for _, item in chosen[:8])
-        raise UnreadableFile(
-            "the folder holds several weights", file=folder, hint=f"name one of them: {names}"
-        )
-    indices = [item for name, item in chosen if name.is_index]
-    if indices:
-        return _open_index(indices[0])
-    whole = [item for name, item in chosen if not name.shards]
-    if whole:
-        return _open_file(whole[0])
-    shards = [item for _, item in chosen]
-    if len(shards) != chosen[0][0].shards:
-        message = f"{len(shards)} of {chosen[0][0].shards} shards are there: {', '.join(s.name for s in shards[:8])}"
-        raise UnreadableFile(message, file=folder, hint="fetch the missing ones")
-    return _JoinedSource(folder, [("", _open_file(shard)) for shard in shards])
-
-
-def _contents(folder: Path) -> str:
-    names = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
-    more = f", and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"it holds: {', '.join(names[:8])}{more}" if names else "it is empty"
-
-
-def _open_index(path: Path) -> TensorSource:
-    """The shards that an index names, checked against their own headers."""
-    weight_map = _weight_map(path)
-    names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (path.parent / name).is_file()]
-    if missing:
-        message = f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}"
-        raise UnreadableFile(message, file=path, hint="fetch them into the folder of the index")
-    shards = {name: _open_file(path.parent / name) for name in names}
-    for name, shard in weight_map.items():
-        if name not in shards[shard].infos:
-            raise CorruptFile(
-                f"the index places it in {shard}, which does not hold it", file=path, tensor=name
-            )
-    return _JoinedSource(path, [("", shard) for shard in shards.values()])
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        table = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"not valid JSON: {error}", file=path) from error
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        hint = "a shard index holds a table 'weight_map'"
-        raise UnreadableFile("neither weights nor a shard index", file=path, hint=hint)
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_inside(shard):
-            raise CorruptFile(
-                f"the index places it in {shard!r}, which is no file beside it",
-                file=path,
-                tensor=name,
-            )
-    return weight_map
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a relative path stays in its folder, by the rules of every system."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    return (
-        bool(name)
-        and not parts.is_absolute()
-        and ".." not in parts.parts
-        and ":" not in name
-        and "\0" not in name
-    )
+def join(path: Path, parts: Sequence[tuple[str, TensorSource]]) -> TensorSource:
+    """Join several (prefix, source) into one; `CorruptFile` if two hold the same name."""
+    return _JoinedSource(path, parts)

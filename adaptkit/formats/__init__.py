@@ -1,1 +1,1 @@
-"""Key formats: how adapters are spelled. One file each, attribute `FORMAT`."""
+"""Key formats: the spelling of adapter keys. One file per format, attribute `FORMAT`."""

@@ -1,4 +1,4 @@
-"""bare: dotted module names without a prefix, as in a `state_dict`; FLUX control LoRAs."""
+"""bare: dotted module names without a prefix, as in `state_dict` and FLUX control LoRAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""comfy: the names of ComfyUI, under `diffusion_model.` and `text_encoders.`."""
+"""comfy: ComfyUI's dotted names under `diffusion_model.` and `text_encoders.`; optional alpha."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ FORMAT = KeyFormat(
     alpha=Alpha.OPTIONAL,
     spelling=COMFY_SPELLING,
     written_by="ComfyUI, ai-toolkit, diffusion-pipe",
-    note="ComfyUI loads it completely; alpha is written only where it differs from the rank",
+    note="ComfyUI loads it completely; alpha is written only if it differs from the rank",
 )

@@ -1,4 +1,4 @@
-"""The contract of a key format: prefix, joiner, spelling overrides, the place of alpha."""
+"""The definition of a key format: prefix, joiner, spelling overrides, storage of alpha."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["COMFY_SPELLING", "PEFT_SPELLING", "Alpha", "KeyFormat"]
 
 
 class Alpha(Enum):
-    """Where a format keeps alpha."""
+    """Storage of alpha in a format."""
 
     TENSOR = "tensor"  # one scalar tensor per module
-    CONFIG = "config"  # in adapter_config.json beside the file
-    NONE = "none"  # nowhere: the scale is folded into the weights
-    OPTIONAL = "optional"  # a scalar tensor, only if alpha differs from the rank
+    CONFIG = "config"  # in adapter_config.json next to the file
+    NONE = "none"  # no place that every host reads: the scale is folded into the weights
+    OPTIONAL = "optional"  # a scalar tensor if alpha differs from the rank, else nothing
 
 
 # PEFT and diffusers call the factors A (down) and B (up)
@@ -37,7 +37,7 @@ COMFY_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class KeyFormat:
-    """How adapters are spelled.
+    """The spelling of adapter keys.
 
     `prefixes` are templates filled with the tags of each component (`lora_{kohya}_`): the first is
     written, all are read. A format brings tags of its own in `tags`, by the name of the component,

@@ -1,4 +1,4 @@
-"""diffusers: dotted names under pipeline components, `unet.….lora_A.weight`; no alpha."""
+"""diffusers: dotted names by component, `unet.….lora_A.weight`; alpha folded into the weights."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ FORMAT = KeyFormat(
     spelling=PEFT_SPELLING,
     peft=True,
     written_by="diffusers, SimpleTuner",
-    note="alpha is folded into lora_B: every reader of these names takes alpha = rank",
+    note="alpha is folded into lora_B, because readers of these names assume alpha = rank",
 )

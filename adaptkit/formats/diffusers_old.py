@@ -1,4 +1,4 @@
-"""diffusers-old: attention processors, `….attn1.processor.to_q_lora.down.weight`; no alpha."""
+"""diffusers-old: attention processors, `….processor.to_q_lora.down.weight`; alpha = rank."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from adaptkit.formats.contract import Alpha, KeyFormat
 FORMAT = KeyFormat(
     name="kohya",
     title="kohya sd-scripts",
-    # some Wan-Fun and Z-Image files carry a doubled underscore
+    # some Wan-Fun and Z-Image files have a double underscore
     prefixes=("lora_{kohya}_", "lora_{kohya}__"),
     joiner="_",
     style="kohya",

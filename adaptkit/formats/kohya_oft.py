@@ -1,4 +1,4 @@
-"""kohya-oft: OFT of sd-scripts, `oft_unet_….oft_blocks`; alpha bounds the rotation."""
+"""kohya-oft: sd-scripts' OFT, `oft_unet_….oft_blocks`; alpha bounds the rotation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lycoris: `lycoris_…` over the diffusers names of the denoiser (LyCORIS wrapper)."""
+"""lycoris: `lycoris_…` with the denoiser's diffusers names, as LyCORIS' wrapper saves them."""
 
 from __future__ import annotations
 

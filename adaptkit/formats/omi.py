@@ -1,4 +1,4 @@
-"""omi: original names of FLUX.1 under `transformer.`, fused layers in numbered parts."""
+"""omi: FLUX.1's names under `transformer.`, fused layers in numbered parts; alpha as a tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""onetrainer: `lora_transformer_…` over diffusers names, underscores for dots."""
+"""onetrainer: `lora_transformer_…` with diffusers' names, underscores for dots, alpha tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""peft: `base_model.model.….lora_A.weight`, one model a file; alpha in adapter_config.json."""
+"""peft: `base_model.model.….lora_A.weight` for one model; alpha in adapter_config.json."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ FORMAT = KeyFormat(
     spelling=PEFT_SPELLING,
     peft=True,
     written_by="peft (save_pretrained)",
-    note="one model a file; alpha stands in adapter_config.json beside it",
+    note="one model per file; alpha is in adapter_config.json next to it",
 )

@@ -1,4 +1,4 @@
-"""xlabs: attention of double blocks, `double_blocks.0.processor.qkv_lora1.down.weight`."""
+"""xlabs: attention of FLUX.1's double blocks, `….processor.qkv_lora1.down.weight`; alpha = rank."""
 
 from __future__ import annotations
 

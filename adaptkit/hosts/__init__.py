@@ -1,6 +1,7 @@
-"""Hosts: programs that load adapters, what each really loads. One file each, attribute `HOST`.
+"""Hosts: the programs that load adapters, and what each really loads.
 
-Measured by running the hosts' own loaders over real key lists; see each file for the version.
+One file per host, with the attribute `HOST`. Measured by running the hosts' own loaders on real
+key lists; each file states the version.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decide which hosts load a file, and how to write one for a host, from the same tables."""
+"""Judge which hosts load a file, and how to write one for a host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def judge(adapter: Adapter) -> dict[str, Verdict]:
 
 
 def complete(host: Host, format: str) -> list[str]:
-    """The families for which a host loads every module of the denoiser in this format."""
+    """The families whose denoiser a host loads completely in a format."""
     found: list[str] = []
     for name in families():
         pieces = examples(name, format)
@@ -73,9 +73,9 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
 def _lost(
     host: Host, format: str, family: str, pieces: tuple[Piece, ...]
 ) -> dict[Loss, list[Piece]]:
-    """The modules that a host does not load, each under its first loss.
+    """The modules a host does not load, by their first loss.
 
-    A loss of the whole file stands alone.
+    A loss of the whole file excludes all others.
     """
     cell = host.cell(format, family, pieces)
     if cell is not None and not all(
@@ -90,6 +90,7 @@ def _lost(
             for loss in (*(cell.losses if cell else ()), *host.always)
             if loss.holds(piece, common)
         )
+        # a loss of the whole file outweighs any other reason
         for loss in sorted(losses, key=lambda loss: not loss.whole)[:1]:
             found.setdefault(loss, []).append(piece)
     whole = next((loss for loss in found if loss.whole), None)
@@ -97,20 +98,20 @@ def _lost(
 
 
 def _reasons(lost: Mapping[Loss, Sequence[Piece]], total: int) -> Iterator[str]:
-    """One short sentence per loss, with the number of modules and the first of them."""
+    """One short sentence per loss, with count and first modules."""
     by_text: dict[str, list[Piece]] = {}
     for loss, pieces in lost.items():
         kinds = " and ".join(sorted({piece.algorithm for piece in pieces}))
         by_text.setdefault(loss.what.format(kinds=kinds), []).extend(pieces)
-        if loss == Loss(loss.what, whole=True):  # of every such file
+        if loss == Loss(loss.what, whole=True):  # unconditional: any such file, any modules
             yield loss.what
             return
     for text, pieces in by_text.items():
         if len(pieces) == total:
             yield f"{total} modules {text}"
         else:
-            shown = _some([piece.label for piece in pieces])
-            yield f"{len(pieces)} of {total} modules {text}: {shown}"
+            labels = [piece.label for piece in pieces]
+            yield f"{len(pieces)} of {total} modules {text}: {_some(labels)}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -119,9 +120,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
-    """The form of an adapter of which a host loads the most modules, perhaps in another algorithm.
+    """Choose how to write an adapter for a host, perhaps in another algorithm.
 
-    The warnings tell what it does not load even so. NotRepresentable if it loads no form.
+    The form with the most modules loaded wins; modules lost even so become warnings. Raises
+    `NotRepresentable` if every form loads nothing.
     """
     if host not in hosts():
         raise NoSuchName.among("host", host, hosts())
@@ -153,7 +155,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         )
         raise NotRepresentable(
             f"{target.title} loads no {what}",
-            hint="--algo lora writes a LoRA if that is exact; --skip leaves modules out",
+            hint="--algo lora writes a LoRA if that is exact; --skip drops modules",
             file=path,
         )
     return Recipe(
@@ -183,10 +185,12 @@ def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
 def _forms(
     host: Host, adapter: Adapter, format: str, algorithm: str | None
 ) -> Iterator[tuple[float, Recipe, dict[Loss, list[Piece]], int]]:
-    """(share lost, recipe, losses, modules) of this format, with alpha kept and folded.
+    """The ways to write this format, with alpha kept and folded.
 
-    Modules that the format has no place for count as lost; `convert` refuses or lists them.
+    Yields the share of lost modules, the recipe, the losses and the number of modules. Modules that
+    the format has no place for count as lost; `convert` itself refuses or lists them.
     """
+    # unfolded first: `min` keeps the first of equally good forms, and alpha stays readable
     for fold in (False, True):
         pieces, homeless = pieces_as(adapter, format, fold, algorithm)
         if not pieces or host.cell(format, adapter.family.name, pieces) is None:

@@ -1,4 +1,7 @@
-"""The modules of an adapter as a host finds them, in its file or as a format writes it."""
+"""The modules of an adapter as a host finds them.
+
+Reads headers only.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _INDEX = re.compile(r"\{\w+:\d+\}")
 
 
 def pieces_of(adapter: Adapter) -> tuple[Piece, ...]:
-    """The modules of a file as it stores them."""
+    """The modules of a file."""
     return tuple(_found(adapter, entry) for entry in adapter.entries.values())
 
 
@@ -56,7 +59,10 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
 def pieces_as(
     adapter: Adapter, format: str, fold: bool, algorithm: str | None
 ) -> tuple[tuple[Piece, ...], int]:
-    """The modules as `convert` writes them, and the number of those without a place."""
+    """The modules as `convert` writes them.
+
+    Also the number of modules the format has no place for.
+    """
     keys = compile_keys(adapter.family.name, format)
     fold = fold or keys.format.alpha is Alpha.NONE
     made: dict[Slot, Piece] = {}
@@ -71,7 +77,7 @@ def pieces_as(
 
 
 def _written(keys: KeyMap, slot: Slot) -> tuple[Slot, ...]:
-    """The slots in which a format holds this one: itself, its parts, or the whole around it."""
+    """The slots of a format for a slot: itself, parts, or its whole."""
     whole = tuple(s._replace(target=slot.target) for s in keys.slots(slot.target))
     if not whole:
         raise NotRepresentable(f"the {keys.format.name} format has no place for {slot}")
@@ -101,7 +107,10 @@ def _made(
 
 @cache
 def examples(family: str, format: str) -> tuple[Piece, ...]:
-    """One module of every row of the denoiser that a format has names for, as a LoRA."""
+    """One LoRA module per row of the denoiser that a format can name.
+
+    alpha = rank.
+    """
     keys = compile_keys(family, format)
     part = keys.family.components[0]
     targets = (
@@ -138,7 +147,10 @@ def _weight(slot: Slot) -> Slot:
 
 
 def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:
-    """The namings that give a slot's module this name, joined as the format joins words."""
+    """The namings in which a slot's module has this name.
+
+    Words are joined as in the format.
+    """
     row = keys.row(slot.target)
     found = set()
     for naming in () if row is None else row.names:
@@ -151,7 +163,10 @@ def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:
 
 
 def _axis(adapter: Adapter, entry: Entry) -> str:
-    """The axis of a DoRA: LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1]."""
+    """The axis of DoRA's norm.
+
+    LyCORIS stores [out, 1] or [1, in], PEFT [out] or [1, out, 1, 1].
+    """
     if not entry.kind.wrapper:
         return ""
     key = entry.keys.get("magnitude")
@@ -160,7 +175,7 @@ def _axis(adapter: Adapter, entry: Entry) -> str:
 
 
 def common_alphas(pieces: Sequence[Piece]) -> dict[str, float]:
-    """The most common alpha of each component, as diffusers' `get_peft_kwargs` counts them."""
+    """The most common alpha of each component, counted as in diffusers' `get_peft_kwargs`."""
     counts: dict[str, Counter[float]] = {}
     for piece in pieces:
         if piece.told and piece.alpha is not None:

@@ -1,4 +1,4 @@
-"""ComfyUI: reads most formats; drops what its key maps do not name, with a line in the log."""
+"""ComfyUI: reads most formats; drops unmapped keys with a line in the log."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ DROPPED = "are dropped with a line in the log"
 HUNYUAN = ("hunyuan-video", "hunyuan-video-15", "hunyuan-image")
 GENERIC = (
     "sd3", "sd35-large", "flux", "chroma", "flux2", "qwen-image", "wan", "z-image", "lumina2",
-    "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2",
+    "anima", "krea2",
+    "ideogram4", "auraflow", "ltx", "ltx2",
 )  # fmt: skip
 UNMAPPED = ("wan", *HUNYUAN, "lumina2", "krea2", "ideogram4", "anima", "ltx", "ltx2")
 READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
 
-# the names that the layers of a checkpoint have once it is loaded
+# "comfy" is the naming of the layers in memory, after ComfyUI's conversion of the checkpoint
 IN_MEMORY = Loss(DROPPED, unnamed="comfy")
 FUSED = Loss(DROPPED, unnamed="native")
 TEXT = Loss(DROPPED, modules=TE)
 PROJECTION = Loss(DROPPED, modules=rf"{TE}\w*\.text_projection")
-FLAT = Loss(DROPPED, named="flat", modules=TE)  # transformers 5 leaves out `text_model.`
+FLAT = Loss(DROPPED, named="flat", modules=TE)  # transformers 5 omits `text_model.`
 GUIDANCE = Loss(DROPPED, modules="distilled_guidance_layer")
 SHARED = Loss(DROPPED, modules="^transformer.*(stream_modulation|time_in|guidance_in)")
 
@@ -59,7 +60,7 @@ HOST = Host(
         Cell("onetrainer", ("chroma",), (GUIDANCE, TEXT)),
         Cell("onetrainer", ("flux2",), (SHARED,)),
         Cell("onetrainer", ("qwen-image", "z-image", "auraflow", *UNMAPPED), (NOTHING,)),
-        # the control LoRAs of black-forest-labs
+        # black-forest-labs' control LoRAs
         Cell("bare", ("flux",), having=r"single_blocks\.0\.norm\.key_norm"),
         Cell("bare", ("qwen-image",)),
         Cell("bare", ("z-image",), (Loss(DROPPED, unnamed="diffusers"),)),
@@ -91,7 +92,7 @@ HOST = Host(
             suffix="lora_magnitude_vector",
         ),
         Loss(
-            "are DoRA on the output axis, where it divides by another norm",
+            "are DoRA on the output axis, for which it divides by another norm",
             algorithms=DORA,
             axis="output",
         ),

@@ -1,4 +1,4 @@
-"""The contract of a host: the formats and algorithms that it loads, and what to write for it."""
+"""The definition of a host: what it loads and writes, by family."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ MEASURED = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a host loads every module of a file with the right values, and why not.
+    """Whether a host loads a whole file (None: not measured), and why not.
 
-    None if that is not measured.
+    That is, every module with the right values.
     """
 
     loads: bool | None
@@ -60,11 +60,11 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One adapted weight as a host finds it in a file, or as a format would write it.
+    """One adapted weight as a host finds it in a file.
 
-    `namings` are those that name the module as the file does, `suffixes` the ends of its keys.
-    `alpha` is the number that a host takes for alpha; `told` if a tensor states it, `stated` if
-    only metadata does. `axis` is that of a DoRA.
+    `namings` are those in which the module has the file's name, `suffixes` the ends of its tensors'
+    keys. `alpha` is the number that a host takes for alpha; `told`: a tensor states it, `stated`:
+    only metadata does. `axis` is that of DoRA's norm.
     """
 
     slot: Slot
@@ -80,20 +80,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Modules that a host does not load, or gets wrong: those that meet every condition given.
+    """Modules that a host skips or misreads: those that fit every condition given.
 
-    `what` completes "10 of 504 modules …"; `{kinds}` in it are their algorithms.
+    `what` completes "10 of 504 modules …"; `{kinds}` in it stands for their algorithms.
 
-    - `modules`: a pattern (`re.search`) for `component.module`, with target names; those of biases
-      end in `.bias`.
-    - `algorithms`: these; `besides`: all but these.
-    - `named`: named as in this naming; `unnamed`: not so. The latter is for the denoiser alone:
-      text encoders have the names of Hugging Face everywhere.
-    - `suffix`: a tensor has a suffix that begins so.
-    - `told`: a tensor states alpha; `stated`: only metadata does; `odd`: alpha is not the most
-      common one of the component.
-    - `axis`: that of a DoRA.
-    - `whole`: one such module makes the host refuse the file, or load nothing of it.
+    Conditions: `modules` is a pattern (`re.search` on `component.module`, target names, `.bias`
+    after those of biases). `algorithms`: one of these; `besides`: none of these. `named`: the name
+    is of this naming; `unnamed`: it is not (only denoisers, as text encoders have Hugging Face
+    names everywhere). `suffix`: a tensor's suffix begins so. `told`: a tensor states alpha;
+    `stated`: only metadata does; `odd`: alpha is not the component's most common one. `axis`: that
+    of DoRA. `whole`: one such module makes the host refuse the file or load nothing.
     """
 
     what: str
@@ -110,7 +106,10 @@ class Loss:
     whole: bool = False
 
     def holds(self, piece: Piece, common: Mapping[str, float]) -> bool:
-        """Whether a module is lost; `common` is the most common alpha of each component."""
+        """Whether a module is lost.
+
+        `common` is the most common alpha of each component.
+        """
         denoiser = not piece.slot.component.startswith(("text_encoder", "text_conditioner"))
         return (
             (not self.modules or re.search(self.modules, str(piece.slot.target)) is not None)
@@ -128,18 +127,18 @@ class Loss:
         )
 
 
-NOTHING = Loss("no such name is read: nothing loads, and no error is shown", whole=True)
-PARTIAL = Loss(
-    "its converter stops where a kind of block module is missing, and one is", whole=True
-)
+NOTHING = Loss("none of these names is read: nothing loads, and no error is shown", whole=True)
+PARTIAL = Loss("its converter stops, because a kind of block module is missing", whole=True)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """How a host loads files of some families in one format: completely, but for the losses.
+    """A host on files of some families in one format.
 
-    With `having`, the cell is about files with a module that matches this pattern. A file loads
-    only if each pattern of `needs` matches some module.
+    It loads everything except the losses.
+
+    `having`: only files with a module that matches this pattern. `needs`: each of these patterns
+    must match some module, else nothing loads.
     """
 
     format: str
@@ -149,7 +148,7 @@ class Cell:
     needs: tuple[str, ...] = ()
 
     def fits(self, format: str, family: str, pieces: tuple[Piece, ...]) -> bool:
-        """Whether this cell is about such a file."""
+        """Whether a file falls under this cell."""
         if format != self.format or family not in self.families:
             return False
         return not self.having or any(

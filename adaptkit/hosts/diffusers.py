@@ -1,4 +1,4 @@
-"""diffusers: loads its own names everywhere, and converts some other spellings."""
+"""diffusers: loads its own names for every family; converts some other spellings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from adaptkit.hosts.contract import DORA, NOTHING, SD, TE, UNETS, Cell, Host, Lo
 DROPPED = "are dropped without a message"
 RAISES = "its converter stops at such a file"
 OUTSIDE = r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
-SWAPPED = "come out with scale and shift exchanged"
+SWAPPED = "come out with scale and shift swapped"
 NO_PIPELINE = "its pipeline for this family has no LoRA loader"
 FAMILIES = (
     "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "qwen-image",
-    "wan", "z-image", "lumina2", "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2",
+    "wan", "z-image",
+    "lumina2", "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2",
 )  # fmt: skip
 
 STOPS = Loss(RAISES, whole=True)
@@ -20,13 +21,13 @@ TEXT = Loss(DROPPED, modules=TE)
 ALPHA = Loss(
     "have alpha tensors, which it refuses or ignores under these names", told=True, whole=True
 )
-# every other algorithm: a converter raises, or the keys pass through it and are not read
+# for any other algorithm a converter raises, or passes keys through that are never read
 ONLY_LORA = Loss(
     "are {kinds}, which it does not load in this format", besides=("lora", *DORA), whole=True
 )
 NO_DORA = Loss("are DoRA, which it loads as plain LoRA", algorithms=DORA)
 OF_LORA = (ONLY_LORA, NO_DORA)
-# one alpha for a network's attention: its pattern keys never match (0.42.1, `_get_alpha_name`)
+# all attention gets one alpha: the keys of its pattern never match (0.42.1, `_get_alpha_name`)
 ODD = Loss(
     "get the alpha that most modules have, not their own", modules=rf"\.attn\d\.|{TE}", odd=True
 )  # fmt: skip
@@ -173,7 +174,7 @@ HOST = Host(
             ("hunyuan-video",),
             (
                 Loss(
-                    "stop its converter, where they are the refiner's or the embedders'",
+                    "stop its converter (those of the refiner and the embedders)",
                     whole=True,
                     modules=r"^transformer\.(txt_in|time_in|guidance_in|vector_in|img_in)",
                 ),
@@ -245,7 +246,7 @@ HOST = Host(
             ("flux", "chroma"),
             (
                 Loss(
-                    "it takes such a file for fal's and wants exactly the modules of those",
+                    "it mistakes such a file for one of fal's, and expects exactly their modules",
                     whole=True,
                 ),
             ),

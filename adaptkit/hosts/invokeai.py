@@ -1,4 +1,4 @@
-"""InvokeAI: knows a format by its keys, family by family; takes look-alikes of FLUX.1 for it."""
+"""InvokeAI: recognises a format by its keys per family; takes look-alikes of FLUX.1 for it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ OUTSIDE = r"^transformer\.(text_embedding|time_embedding|time_projection|patch_e
 FAMILIES = ("flux", "flux2", "qwen-image", "z-image", "wan", "krea2", "anima")
 READ = ("lora", "loha", "lokr", "full", "ia3", "lora+dora")
 
+EMBEDDERS = "img_in|txt_in|time_in|guidance_in"
 REFUSES = "are {kinds}, which stop its loader"
 ANY = (
     Loss(REFUSES, besides=(*READ, "kohya-oft", "set"), whole=True),
     Loss(PASSED_OVER, modules=r"\.bias$", algorithms=("full",)),
 )
-# grouping keys by layer, it cuts other suffixes than LoRA's in the wrong place
+# its grouping of keys by layer splits suffixes other than LoRA's in the wrong place
 LORA = Loss(REFUSES, besides=("lora",), whole=True)
 LORA_OR_DORA = Loss(REFUSES, besides=("lora", "lora+dora"), whole=True)
 PEFT_DORA = Loss(
@@ -49,7 +50,7 @@ HOST = Host(
             (
                 Loss(
                     UNNAMED,
-                    modules=r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer\.adaLN)",
+                    modules=rf"^transformer\.({EMBEDDERS}|vector_in|final_layer\.adaLN)",
                     whole=True,
                 ),
                 Loss(
@@ -67,7 +68,7 @@ HOST = Host(
             (
                 Loss(
                     UNNAMED,
-                    modules=r"^transformer\.(img_in|txt_in|time_in|guidance_in|final_layer\.adaLN|.*stream_mod)",
+                    modules=rf"^transformer\.({EMBEDDERS}|final_layer\.adaLN|.*stream_mod)",
                     whole=True,
                 ),
                 Loss(PASSED_OVER, modules=r"_attn\.qkv$", algorithms=("loha", "lokr")),
@@ -165,7 +166,7 @@ HOST = Host(
                 Loss("stop its converter", modules=r"(_mod|modulation)\.lin$", whole=True),
                 Loss(
                     UNNAMED,
-                    modules=r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)",
+                    modules=rf"^transformer\.({EMBEDDERS}|vector_in|final_layer)",
                     whole=True,
                 ),
                 Loss(REFUSES, besides=("lora", "lora+dora"), whole=True),

@@ -1,4 +1,4 @@
-"""kohya: sd-scripts and musubi-tuner; they read their own keys, scripts convert others."""
+"""kohya's tools (sd-scripts, musubi-tuner): read their own keys, convert others on request."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from adaptkit.hosts.contract import DORA, SD, Cell, Host, Loss
 
 FAMILIES = (
     *SD, "sdxl", "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack",
-    "hunyuan-video-15", "hunyuan-image", "qwen-image", "wan", "z-image", "lumina2", "anima",
-    "krea2", "ideogram4",
+    "hunyuan-video-15",
+    "hunyuan-image", "qwen-image", "wan", "z-image", "lumina2", "anima", "krea2", "ideogram4",
 )  # fmt: skip
 FOREIGN = Loss(
-    "its tools read kohya keys; musubi-tuner and sd-scripts convert others "
-    "with scripts of their own",
+    "its tools read kohya keys; musubi-tuner and sd-scripts convert others with scripts "
+    "of their own",
     whole=True,
 )
 NOT_FOUND = "are not found under these names"

@@ -1,1 +1,1 @@
-"""Batched kernels on plain tensors (..., m, n): low-rank and Kronecker approximation. Knows no adapters."""
+"""Batched low-rank and Kronecker kernels on plain tensors (..., m, n). Knows no adapters."""

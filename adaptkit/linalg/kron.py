@@ -1,4 +1,7 @@
-"""Kronecker products: forming them, and the nearest one to a matrix (Van Loan and Pitsianis 1993)."""
+"""Kronecker products, and the nearest one to a matrix.
+
+Van Loan and Pitsianis 1993.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.krylov import eigh, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, truncated_svd
-from adaptkit.linalg.precision import empty, norm_squared, upcast, works_on_stacks
+from adaptkit.linalg.precision import empty, members, norm_squared, one_by_one, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,15 +31,21 @@ __all__ = [
     "rearrange",
 ]
 
-GRAM_SIDE = 256  # up to this many blocks (or entries a block) the Gram matrix is the cheapest way
-LEADING_TOL = 1e-5  # of the whole error: a product often captures 1 % of ‖X‖², and 1e-3 would lose a twentieth of that
-STACK_RANK = 8  # what a stack of fixed size looks for to get the first vector as well: 0.1 % lost on noise, 2 % with 1
-SWEEP_TOL = 1e-5  # alternating least squares stops where the residual drops by less than this share
+GRAM_SIDE = 256  # up to this number of blocks (or entries per block) the Gram matrix is cheapest
+# of the whole error: a product often captures 1 % of ‖X‖², of which 1e-3 would lose a twentieth
+LEADING_TOL = 1e-5
+# vectors sought to get the first one from a fixed-size stack: 0.1 % lost on noise, 2 % with 1
+STACK_RANK = 8
+SWEEP_TOL = 1e-5  # alternating least squares stops at a smaller relative drop of the residual
 
 
 @dataclass(frozen=True)
 class Kron:
-    """X ≈ w1 ⊗ w2.   w1: (..., a, b)   w2: (..., c, d)   captured: (...,) = ‖X‖² − ‖X − w1 ⊗ w2‖², float64"""
+    """X ≈ w1 ⊗ w2.
+
+    w1: (..., a, b)   w2: (..., c, d)
+    captured: (...,) = ‖X‖² − ‖X − w1 ⊗ w2‖², float64
+    """
 
     w1: Tensor
     w2: Tensor
@@ -45,7 +54,10 @@ class Kron:
 
 @dataclass(frozen=True)
 class KronLowRank:
-    """X ≈ w1 ⊗ (left · right).   w1: (..., a, b)   left: (..., c, r)   right: (..., r, d)   captured: (...,), float64"""
+    """X ≈ w1 ⊗ (left · right).
+
+    w1: (..., a, b)   left: (..., c, r)   right: (..., r, d)   captured: (...,), float64
+    """
 
     w1: Tensor
     left: Tensor
@@ -54,11 +66,11 @@ class KronLowRank:
 
 
 def factorization(dim: int, factor: int = -1) -> tuple[int, int]:
-    """(small, large) with small · large = dim: how LoKr cuts a dimension.
+    """Split a dimension for LoKr: (small, large) with small · large = dim.
 
-    `factor` itself where it divides dim (the smaller of it and its cofactor first); otherwise the greatest divisor up to
-    `factor` (any, for -1) that is no greater than its cofactor. The same function as LyCORIS'
-    `functional/general.py: factorization`, which loaders use to guess the factor back.
+    `factor` and its cofactor, the smaller first, if `factor` divides dim. Otherwise the greatest
+    divisor up to `factor` (any, for -1) that does not exceed its cofactor. Identical to LyCORIS
+    `functional/general.py: factorization`, from which loaders infer the factor.
     """
     if factor > 0 and dim % factor == 0:
         return min(factor, dim // factor), max(factor, dim // factor)
@@ -68,7 +80,7 @@ def factorization(dim: int, factor: int = -1) -> tuple[int, int]:
 
 
 def kron(w1: Tensor, w2: Tensor) -> Tensor:
-    """w1 (..., a, b) ⊗ w2 (..., c, d) → (..., a·c, b·d): block (i, j) is w1[i, j] · w2."""
+    """w1 (..., a, b) ⊗ w2 (..., c, d) → (..., a·c, b·d); block (i, j) is w1[i, j] · w2."""
     a, b = w1.shape[-2:]
     c, d = w2.shape[-2:]
     blocks = w1[..., :, None, :, None] * w2[..., None, :, None, :]
@@ -76,9 +88,10 @@ def kron(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def rearrange(x: Tensor, a: int, b: int) -> Tensor:
-    """R(X): x (..., a·c, b·d) → (..., a·b, c·d), row i·b + j being block (i, j) flattened. One copy.
+    """Rearrange x (..., a·c, b·d) to R (..., a·b, c·d) with one block per row. One copy.
 
-    ‖X − w1 ⊗ w2‖_F = ‖R(X) − vec(w1) vec(w2)ᵀ‖_F (Van Loan and Pitsianis 1993). ShapeMismatch where a or b does not divide.
+    Row i·b + j is block (i, j), flattened: ‖X − w1 ⊗ w2‖_F = ‖R(X) − vec(w1) vec(w2)ᵀ‖_F (Van Loan
+    and Pitsianis 1993). Raises `ShapeMismatch` if a or b does not divide.
     """
     if x.shape[-2] % a or x.shape[-1] % b:
         raise ShapeMismatch(f"{x.shape[-2]} × {x.shape[-1]} does not divide into {a} × {b} blocks")
@@ -93,14 +106,16 @@ def rearrange(x: Tensor, a: int, b: int) -> Tensor:
 def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     """The nearest w1 (..., a, b) ⊗ w2 to x (..., a·c, b·d) in Frobenius norm.
 
-    The leading singular pair of R(X), from the float64 Gram matrix of its smaller side, formed once: exact,
-    deterministic, no iteration (power iteration stalls on the small gaps of real differences). Where both sides of R
-    exceed 256, by block Lanczos: captured within 0.3 % of the optimum on white noise, the worst case. rms(w1) = rms(w2),
-    the largest entry of w1 is positive; a zero x gives w1 = e₁, w2 = 0. Factors in the compute dtype of x. Stacks are
-    computed together on CUDA, one by one elsewhere.
+    This is the leading singular pair of R(X). It comes from the float64 Gram matrix of the smaller
+    side: exact, deterministic, no iteration (power iteration stalls on the small spectral gaps of
+    real differences). If both sides of R exceed 256, it comes from block Lanczos, within 0.3 % of
+    the optimal captured energy on white noise, the worst case.
+
+    rms(w1) = rms(w2), and the largest entry of w1 is positive; a zero x gives w1 = e₁, w2 = 0. The
+    factors are in the compute dtype of x. Stacks are computed together on CUDA, else one by one.
     """
     x = upcast(x)
-    if _apart(x):
+    if one_by_one(x):
         return _each(x, lambda member: nearest_kron(member, a, b))
     c, d = x.shape[-2] // a, x.shape[-1] // b
     r = rearrange(x, a, b)
@@ -115,15 +130,11 @@ def _folded(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.reshape(*x.shape[:-1], rows, columns)
 
 
-def _apart(x: Tensor) -> bool:
-    """Whether a stack is better taken one by one: so that results cannot depend on it."""
-    return x.ndim > 2 and not works_on_stacks(x.device)
-
-
 def _leading(r: Tensor) -> Tensor:
-    """The leading left singular vector of r (..., p, q), (..., p), unit length; e₁ for a zero matrix."""
+    """The leading left singular vector (..., p) of r (..., p, q), unit length; e₁ if r is zero."""
     p, q = r.shape[-2:]
     if min(p, q) > GRAM_SIDE:
+        # a stack cannot adapt its number of steps to the spectrum
         spec = SvdSpec(STACK_RANK if r.ndim > 2 else 1, method="lanczos", tol=LEADING_TOL)
         found = truncated_svd(r, spec).u[..., 0]
     else:
@@ -132,13 +143,13 @@ def _leading(r: Tensor) -> Tensor:
     size = found.norm(dim=-1, keepdim=True)
     unit = torch.zeros_like(found)
     unit[..., 0] = 1.0
-    # the Gram matrix of a zero matrix has unit eigenvectors like any other, the last one first
+    # eigh gives a zero matrix unit eigenvectors too: replace them by e₁
     dead = (size == 0) | ~torch.isfinite(size) | ~r.any(-1).any(-1, keepdim=True)
     return torch.where(dead, unit, found / torch.where(dead, 1.0, size))
 
 
 def _gauged(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with equal root mean squares, the largest entry of w1 positive."""
+    """Scale to equal root mean squares, with the largest entry of w1 positive; same product."""
     one, two = (w.square().mean((-2, -1), keepdim=True).sqrt() for w in (w1, w2))
     ratio = torch.where(two > 0, (two / one).sqrt(), 1.0)
     flat = w1.flatten(-2)
@@ -148,14 +159,15 @@ def _gauged(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = 10) -> KronLowRank:
-    """The nearest w1 (..., a, b) ⊗ (left·right), rank of the second factor at most `rank`, to x (..., a·c, b·d).
+    """The nearest w1 (..., a, b) ⊗ (left·right) of rank at most `rank` to x (..., a·c, b·d).
 
-    Starts from `nearest_kron`, truncated, then alternates exactly: the best low-rank second factor for w1, the best w1 for
-    it. Captured energy never falls; no restart ever gained more than 3e-4 (reference §3.2). Equal root mean squares of all
-    three factors (reference §3.5), in the compute dtype of x.
+    Starts from `nearest_kron`, truncated, then alternates: the best low-rank second factor for w1,
+    and the best w1 for it. Both steps are exact, so captured energy never falls. Random restarts
+    gained at most 3e-4 (measured). The three factors have equal root mean squares and are in the
+    compute dtype of x.
     """
     x = upcast(x)
-    if _apart(x):
+    if one_by_one(x):
         return _each(x, lambda member: nearest_kron_lowrank(member, a, b, rank, sweeps))
     c, d = x.shape[-2] // a, x.shape[-1] // b
     r = rearrange(x, a, b)
@@ -166,20 +178,23 @@ def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = 10)
 def _alternate(
     r: Tensor, w1: Tensor, shape: tuple[int, int], spec: SvdSpec, sweeps: int
 ) -> tuple[Tensor, LowRank, Tensor]:
-    """Alternating least squares on r (..., a·b, c·d) from w1 (..., a·b): w1, the second factor, the energy captured.
+    """Alternating least squares on r (..., a·b, c·d) from w1 (..., a·b).
 
-    Each member of a stack stops by itself: where a sweep gains less than 1e-5 of the residual.
+    Returns w1, the second factor and the captured energy. Each member of a stack stops on its own,
+    once a sweep gains less than 1e-5 of the residual.
     """
     total = norm_squared(r)
     low, captured = _second(r, w1, shape, spec)
     active = torch.ones_like(captured, dtype=torch.bool)
     for _ in range(sweeps):
+        # for a fixed second factor the best w1 is R vec(w2), normalised
         better = (r @ (low.u @ (low.s.unsqueeze(-1) * low.vh)).flatten(-2).unsqueeze(-1)).squeeze(
             -1
         )
         trial = better / better.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(better.dtype).tiny)
         found, energy = _second(r, trial, shape, spec)
         gained = energy - captured
+        # exact steps cannot lose energy; rounding at convergence can
         accepted = active & (gained > 0)
         w1 = torch.where(accepted.unsqueeze(-1), trial, w1)
         low = _chosen(accepted, found, low)
@@ -191,13 +206,13 @@ def _alternate(
 
 
 def _second(r: Tensor, w1: Tensor, shape: tuple[int, int], spec: SvdSpec) -> tuple[LowRank, Tensor]:
-    """The best low-rank second factor for w1, and the energy the two capture."""
+    """The best low-rank second factor for w1, and the captured energy of both."""
     low = truncated_svd((w1.unsqueeze(-2) @ r).squeeze(-2).reshape(*r.shape[:-2], *shape), spec)
     return low, low.s.to(low.residual.dtype).square().sum(-1)
 
 
 def _chosen(mask: Tensor, one: LowRank, two: LowRank) -> LowRank:
-    """Member by member, `one` where the mask holds, else `two`."""
+    """Select `one` if the mask holds, else `two`, member by member."""
     matrix, vector = mask[..., None, None], mask[..., None]
     return LowRank(
         torch.where(matrix, one.u, two.u),
@@ -208,7 +223,10 @@ def _chosen(mask: Tensor, one: LowRank, two: LowRank) -> LowRank:
 
 
 def _evened(w1: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same triple product with equal root mean squares, the largest entry of w1 positive; unscaled where one is 0."""
+    """Scale to equal root mean squares, with the largest entry of w1 positive; same product.
+
+    Unscaled if a factor is zero.
+    """
     sizes = torch.stack([t.square().mean((-2, -1), keepdim=True).sqrt() for t in (w1, left, right)])
     alive = (sizes > 0).all(0)
     logs = torch.where(alive, sizes, 1.0).log()
@@ -223,14 +241,15 @@ K = TypeVar("K", Kron, KronLowRank)
 
 
 def _each(x: Tensor, fit: Callable[[Tensor], K]) -> K:
-    """`fit` on every member of a batch, stacked again; an empty batch gives empty stacks of the same shapes."""
-    batch, flat = x.shape[:-2], x.flatten(0, -3)
-    members = [fit(member) for member in flat] or [fit(x.new_zeros(x.shape[-2:]))]
+    """Apply `fit` to each member of a batch, and stack the results."""
+    batch = x.shape[:-2]
+    # a dummy member gives an empty batch its output shapes
+    each = [fit(member) for (member,) in members(x)] or [fit(x.new_zeros(x.shape[-2:]))]
     found = {
-        f.name: torch.stack([getattr(one, f.name) for one in members])[: len(flat)]
-        for f in fields(members[0])
+        f.name: torch.stack([getattr(one, f.name) for one in each])[: math.prod(batch)]
+        for f in fields(each[0])
     }
-    return type(members[0])(
+    return type(each[0])(
         **{name: whole.reshape(*batch, *whole.shape[1:]) for name, whole in found.items()}
     )
 

@@ -1,4 +1,4 @@
-"""Which Kronecker product, if any, a difference (..., m, n) is: all splits at once, and the rank of the second factor."""
+"""Detect Kronecker products: their split, and the rank of w2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.kron import factorization, nearest_kron, rearrange
 from adaptkit.linalg.krylov import eigenvalues, start_block
 from adaptkit.linalg.noise import NoiseRank, RoundingNoise, rank_above_noise
-from adaptkit.linalg.precision import accumulate_dtype, norm_squared, upcast
+from adaptkit.linalg.precision import accumulate_dtype, members, norm_squared, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,21 +29,29 @@ __all__ = [
 ]
 
 FACTORS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 64, -1)
-RECOGNISED = 0.5  # from this score on it is a product: others measured below .35, products above .6 (reference §3.4)
-UNEXPLAINED = 4.0  # times the rounding: of a product less remains, .3 to 1.2, and twice that with a rounded base (§3.4)
-NEGLIGIBLE = 1e-5  # of the energy: or so little, an adapter merged in half precision
-GRAM_SIDE = 256  # up to so many blocks the Gram matrix costs no more than Lanczos, and gives coarser splits for nothing
-RUN = 1 << 13  # products summed in float32 before float64 takes over
-STEPS = 48  # of Lanczos at most
-TOL = 1e-2  # of λ₁: Lanczos stops where an eigenvalue is known to lie this close; it is then closer by far
-TIE = 1e-2  # of what the best score lacks to 1: splits within this, or within
-EXACT = 1e-6  # this, are equally good
-STRUCTURED = 1e-2  # of the rounding's energy: one direction of w2 may hold so much of it, measured .005 for rank 1
+# score: products measured above 0.6, everything else below 0.35
+RECOGNISED = 0.5
+# times the rounding noise: products leave 0.3 to 1.2, and twice that if the base was rounded
+UNEXPLAINED = 4.0
+NEGLIGIBLE = 1e-5  # of the energy: the residual of an adapter merged in half precision
+# up to this number of blocks the Gram matrix is as cheap as Lanczos, and gives coarser splits too
+GRAM_SIDE = 256
+RUN = 1 << 13  # products summed in float32 before float64
+STEPS = 48  # maximal number of Lanczos steps
+# of λ₁: Lanczos stops once an eigenvalue is known to be this close; it is then far closer
+TOL = 1e-2
+TIE = 1e-2  # splits within this share of (1 − best score), or
+EXACT = 1e-6  # within this score, are equally good
+# of the rounding noise: one direction of w2 can hold up to 0.005 of its energy (measured, rank 1)
+STRUCTURED = 1e-2
 
 
 @dataclass(frozen=True)
 class Split:
-    """m × n as (a · c) × (b · d), and which `factors` cut it so.   w1: (a, b)   w2: (c, d), d including the window."""
+    """A split m × n = (a · c) × (b · d), and the `factors` that give it.
+
+    w1: (a, b)   w2: (c, d), d including the convolution window
+    """
 
     factors: tuple[int, ...]
     a: int
@@ -53,16 +61,18 @@ class Split:
 
     @property
     def parameters(self) -> int:
-        """Of both factors, the second full."""
+        """Number of parameters of both factors, with w2 full."""
         return self.a * self.b + self.c * self.d
 
 
 @dataclass(frozen=True)
 class KronScan:
-    """The nearest product of each split of a (..., m, n).   captured, score: (..., k)   total: (...,) = ‖X‖²
+    """The nearest product of each of k splits of a (..., m, n).
 
-    captured = ‖X‖² − min ‖X − w1 ⊗ w2‖². score: 1 for a product, about 0 for what has no more of one than chance. In float64
-    (float32 on MPS).
+    captured, score: (..., k)   total: (...,) = ‖X‖²   in float64 (float32 on MPS)
+
+    captured = ‖X‖² − min ‖X − w1 ⊗ w2‖². score is 1 for a product, and about 0 for a matrix that is
+    no closer to one than chance.
     """
 
     splits: tuple[Split, ...]
@@ -71,11 +81,12 @@ class KronScan:
     total: Tensor
 
     def recognised(self, floor: Tensor | None = None) -> Tensor:
-        """Which of `splits` each member of the batch was made with, (...,), int64: the best score from .5 on, -1 where none is.
+        """The index in `splits` that each member was made with, (...,), int64; -1 if none.
 
-        Of equally good ones, which nest, the one with the fewest parameters. With `floor`, the ‖noise‖² expected of rounding,
-        (...,): none that leaves more than four times that and more than 1e-5 of the energy. So a product is told from what
-        merely resembles one, such as a difference whose entries have a mean.
+        The best score from 0.5 on; of equally good splits, which nest, the one with the fewest
+        parameters. `floor`, (...,), is the expected ‖noise‖² of rounding. With it, a split is
+        rejected if its residual exceeds both four times the noise and 1e-5 of the energy. This
+        tells products from look-alikes, such as a difference whose entries have a mean.
         """
         if not self.splits:
             return torch.full(self.total.shape, -1, device=self.total.device)
@@ -93,12 +104,12 @@ class KronScan:
 
 
 def splits(m: int, n: int, window: int = 1, factors: Sequence[int] = FACTORS) -> list[Split]:
-    """The different ways `factors` cut an (m, n) whose columns are n / window inputs, those of one block or one entry left out.
+    """The distinct splits of an (m, n) by `factors`, without those of one block or one entry.
 
-    ShapeMismatch where the window does not divide n.
+    The columns are n / window inputs. Raises `ShapeMismatch` if the window does not divide n.
     """
     if n % window:
-        raise ShapeMismatch(f"{n} columns are no multiple of a window of {window}")
+        raise ShapeMismatch(f"{n} columns are not a multiple of the window {window}")
     found: dict[tuple[int, int, int, int], list[int]] = {}
     for factor in factors:
         (a, c), (b, d) = factorization(m, factor), factorization(n // window, factor)
@@ -111,25 +122,29 @@ def splits(m: int, n: int, window: int = 1, factors: Sequence[int] = FACTORS) ->
 
 
 def scan_kron(x: Tensor, window: int = 1, factors: Sequence[int] = FACTORS) -> KronScan:
-    """How well each split of x (..., m, n) fits, w2 full: for recognising a product, and for choosing a factor.
+    """Score each split of x (..., m, n) with w2 full, to detect a product or choose a factor.
 
-    captured is λ₁ of R Rᵀ, R the rearrangement of x (Van Loan and Pitsianis 1993): up to 256 blocks from a Gram matrix, which
-    also holds those of all splits whose blocks are unions of its own (its partial traces, reference §3.1), beyond by
-    Lanczos, at most 1 % of λ₁ too low and rarely .1 %; where it is most of ‖x‖², by less than 1 % of what remains. Products
-    in x's compute dtype: exact to about 1e-7 ‖x‖².
+    captured is λ₁ of R Rᵀ, with R the rearrangement of x (Van Loan and Pitsianis 1993). Up to 256
+    blocks it comes from a Gram matrix, whose partial traces are the Gram matrices of all splits
+    with unions of its blocks. Beyond that it comes from Lanczos: at most 1 % of λ₁ too low, rarely
+    0.1 %, and, if it is most of ‖x‖², by less than 1 % of the rest. Products are in the compute
+    dtype of x, exact to about 1e-7 ‖x‖².
 
-    score = (ρ − ρ₀) / (1 − ρ₀) with ρ = captured / ‖x‖² and ρ₀ = (√ab + √cd)² / mn, that of white noise (reference §3.4);
-    but no more than twice the same with ρ₀ the share of the largest block, as a block that holds nearly all of x is no
-    product. 0 for a zero x. Members of a batch are scanned one by one. x must be finite; ShapeMismatch where `window` does
-    not divide n.
+    score = (ρ − ρ₀) / (1 − ρ₀) with ρ = captured / ‖x‖² and ρ₀ = (√ab + √cd)² / mn, the share that
+    white noise gives. It is at most twice the same with ρ₀ the share of the largest block, because
+    one block that holds nearly all of x is not a product. 0 for a zero x.
+
+    The members of a batch are scanned one by one. x must be finite. Raises `ShapeMismatch` if
+    `window` does not divide n.
     """
     x = upcast(x)
     *batch, m, n = x.shape
     ways = splits(m, n, window, factors)
     total = norm_squared(x)
     captured, block = total.new_zeros(2, total.numel(), len(ways))
-    for at, member in enumerate(x.reshape(total.numel(), m, n)):
+    for at, (member,) in enumerate(members(x)):
         captured[at], block[at] = _leading(member, ways)
+    # rounding may exceed ‖X‖² by 1e-7: clamp, so that scores stay at most 1
     captured = captured.reshape(*batch, len(ways)).minimum(total.unsqueeze(-1))
     block = block.reshape(captured.shape).minimum(captured)
     return KronScan(tuple(ways), captured, _scores(captured, block, total, ways), total)
@@ -147,13 +162,14 @@ def _scores(captured: Tensor, block: Tensor, total: Tensor, ways: list[Split]) -
 
 
 def _beyond(rho: Tensor, least: Tensor) -> Tensor:
-    """(ρ − ρ₀) / (1 − ρ₀), 0 where ρ₀ is 1."""
+    """(ρ − ρ₀) / (1 − ρ₀); 0 if ρ₀ is 1."""
     return torch.where(least < 1, (rho - least) / torch.where(least < 1, 1 - least, 1.0), 0.0)
 
 
 def _leading(x: Tensor, ways: list[Split]) -> tuple[Tensor, Tensor]:
-    """Of every split of one x (m, n): λ₁, and the energy of the largest block."""
+    """λ₁ and the energy of the largest block, for every split of one x (m, n)."""
     values: dict[Split, tuple[float, float]] = {}
+    # finest first: its Gram matrix gives all coarser splits
     for way in sorted(ways, key=lambda way: -way.a * way.b):
         if way in values:
             continue
@@ -173,7 +189,7 @@ def _leading(x: Tensor, ways: list[Split]) -> tuple[Tensor, Tensor]:
 
 
 def _gram(x: Tensor, a: int, b: int) -> Tensor:
-    """R Rᵀ (ab, ab) of x (a·c, b·d) in float64 (MPS: float32), R rearranged a piece at a time."""
+    """R Rᵀ (ab, ab) of x (a·c, b·d) in float64 (float32 on MPS), rearranged in pieces."""
     c, d = x.shape[0] // a, x.shape[1] // b
     blocks = x.reshape(a, c, b, d)
     total = torch.zeros(a * b, a * b, dtype=accumulate_dtype(x.device), device=x.device)
@@ -185,7 +201,7 @@ def _gram(x: Tensor, a: int, b: int) -> Tensor:
 
 
 def _coarser(gram: Tensor, fine: Split, coarse: Split) -> Tensor:
-    """The Gram matrix of the coarser split from that of the finer: G'[ij, kl] = Σ_pq G[(ip)(jq), (kp)(lq)]."""
+    """Coarsen a Gram matrix: G'[ij, kl] = Σ_pq G[(ip)(jq), (kp)(lq)]."""
     a, b = coarse.a, coarse.b
     shape = (a, fine.a // a, b, fine.b // b)
     return torch.einsum("ipjqkplq->ijkl", gram.reshape(*shape, *shape)).reshape(a * b, a * b)
@@ -194,7 +210,8 @@ def _coarser(gram: Tensor, fine: Split, coarse: Split) -> Tensor:
 def _lanczos(r: Tensor) -> tuple[float, float]:
     """λ₁ of R Rᵀ, and the energy of the largest row of r (p, q).
 
-    One vector at a time, all kept orthogonal: matrix-vector products run at the speed of memory.
+    Single-vector Lanczos with full reorthogonalisation; its matrix-vector products run at memory
+    bandwidth.
     """
     p = r.shape[0]
     largest = float(torch.linalg.vector_norm(r, dim=1).max()) ** 2
@@ -213,6 +230,7 @@ def _lanczos(r: Tensor) -> tuple[float, float]:
         tri[k, k] = alpha**2
         values, vectors = torch.linalg.eigh(tri[: k + 1, : k + 1])
         top = float(values[-1])
+        # residual norm of the top Ritz pair, which bounds the distance to an eigenvalue of R Rᵀ
         if alpha * beta * abs(float(vectors[-1, -1])) <= TOL * top or k + 1 == basis.shape[1]:
             break
         tri[k, k + 1] = tri[k + 1, k] = alpha * beta
@@ -221,7 +239,10 @@ def _lanczos(r: Tensor) -> tuple[float, float]:
 
 
 def second_noise(noise: RoundingNoise, w1: Tensor) -> RoundingNoise:
-    """The noise of M = Σᵢⱼ w1ᵢⱼ Xᵢⱼ (..., c, d), Xᵢⱼ the blocks of an X (..., a·c, b·d) with `noise`, for w1 (..., a, b)."""
+    """The noise of M = Σᵢⱼ w1ᵢⱼ Xᵢⱼ (..., c, d) for blocks Xᵢⱼ of an X with `noise`.
+
+    X: (..., a·c, b·d)   w1: (..., a, b)
+    """
     a, b = w1.shape[-2:]
     weights = w1.to(noise.rows.dtype).square()
     rows = noise.rows.reshape(*noise.rows.shape[:-1], a, -1)
@@ -233,12 +254,13 @@ def second_noise(noise: RoundingNoise, w1: Tensor) -> RoundingNoise:
 
 
 def second_rank(x: Tensor, noise: RoundingNoise, a: int, b: int) -> NoiseRank:
-    """The rank of w2 in x (..., a·c, b·d) ≈ w1 (..., a, b) ⊗ w2 + noise: that of w1ᵀR, w1 the nearest product's, of length 1.
+    """The rank of w2 in x (..., a·c, b·d) ≈ w1 (..., a, b) ⊗ w2 + noise.
 
-    Its noise is that of x summed with the squares of w1 (reference §3.4, 5 % of margin). Averaged over the blocks, it is that
-    much weaker than in x: 14 ulp suffice for the rank, below 4 noise adds to it. What structure the rounding has (see
-    `_enough` there) is not averaged away: directions of 1 % of its energy and less are not counted. Not `low_rank`: store
-    w2 full.
+    This is the rank of w1ᵀR, with w1 that of the nearest product, of unit length. Its noise is that
+    of x summed with the squares of w1 (checked to 5 %). Averaging over the blocks weakens it: a
+    change of 14 ulp suffices for the rank, below 4 ulp noise adds to it. Structure in the rounding
+    (see `noise._enough`) does not average out, so directions of at most 1 % of its energy are not
+    counted. If the result is not `low_rank`, store w2 full.
     """
     best = nearest_kron(x, a, b)
     size = best.w1.square().sum((-2, -1), keepdim=True).sqrt()

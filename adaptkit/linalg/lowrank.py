@@ -1,4 +1,4 @@
-"""Low-rank approximation: truncated SVD of a dense matrix, exact SVD of a factored one, all on (..., m, n)."""
+"""Low-rank approximation of matrices (..., m, n) by truncated SVD."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, g
 from adaptkit.linalg.precision import (
     SCRATCH,
     accumulate_dtype,
+    members,
     norm_squared,
     upcast,
     works_on_stacks,
@@ -31,15 +32,19 @@ __all__ = [
 
 Method = Literal["auto", "exact", "lanczos", "gram"]
 
-SMALL = 128  # up to this smaller side the Gram matrix costs nothing
-EXPLICIT = 1e-2  # a residual below this share of ‖A‖² is recomputed: float32 σ limit the difference to 3e-7‖A‖²
+SMALL = 128  # up to this smaller side, the Gram matrix takes no noticeable time
+# of ‖A‖²: a smaller residual is recomputed, as float32 σ limit the difference to 3e-7‖A‖²
+EXPLICIT = 1e-2
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A ≈ u · diag(s) · vh.   u: (..., m, k)   s: (..., k), descending   vh: (..., k, n)   residual: (...,) ‖A − u s vh‖²
+    """A ≈ u · diag(s) · vh.
 
-    u, s, vh in A's compute dtype; residual in float64 (float32 on MPS). The largest entry of each column of u is positive.
+    u: (..., m, k)   s: (..., k), descending   vh: (..., k, n)   residual: (...,) ‖A − u s vh‖²
+
+    u, s, vh are in the compute dtype of A, the residual in float64 (float32 on MPS). The largest
+    entry of each column of u is positive.
     """
 
     u: Tensor
@@ -48,21 +53,21 @@ class LowRank:
     residual: Tensor
 
     def head(self, rank: int) -> LowRank:
-        """The leading `rank` triplets; the residual counts what is left out."""
+        """The leading `rank` triplets; the residual includes the truncated ones."""
         left = self.s[..., rank:].to(self.residual.dtype).square().sum(-1)
         return LowRank(
             self.u[..., :rank], self.s[..., :rank], self.vh[..., :rank, :], self.residual + left
         )
 
     def balanced(self) -> tuple[Tensor, Tensor]:
-        """(left (..., m, k), right (..., k, n)) with √s on both sides, which suits fp16 best (reference §6)."""
+        """left (..., m, k) and right (..., k, n), √s on both sides, best for fp16."""
         root = self.s.sqrt()
         return self.u * root.unsqueeze(-2), root.unsqueeze(-1) * self.vh
 
 
 @dataclass(frozen=True)
 class SvdSpec:
-    """How to approximate: `rank`, `method`, `tol` on the relative excess error of Lanczos, and the seed of its start."""
+    """Rank, method, tolerance (relative excess error) and seed of an SVD."""
 
     rank: int
     method: Method = "auto"
@@ -73,10 +78,12 @@ class SvdSpec:
 def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
     """The leading `rank` singular triplets of a (..., m, n), rank clipped to min(m, n).
 
-    auto: a float64 Gram matrix where the smaller side N is at most 128 or 4k + 32 > N/2 (exact, and cheaper there), else
-    seeded adaptive block Lanczos with a polish step: at most 0.1 % above the Eckart–Young optimum in 69 of 70 cases of the
-    reference's measurements (Musco and Musco 2015 for the method; Halko, Martinsson and Tropp 2011). exact: LAPACK in
-    float64. Equal input gives equal bits, whatever its position in a batch. Inputs must be finite.
+    auto: a float64 Gram matrix if the smaller side N is at most 128 or 4k + 32 > N/2, where it is
+    exact and cheaper. Otherwise seeded adaptive block Lanczos (Musco and Musco 2015; Halko,
+    Martinsson and Tropp 2011) with a polish step: at most 0.1 % above the Eckart–Young optimum in
+    69 of 70 measured cases. exact: LAPACK in float64.
+
+    Equal input gives equal bits, whatever its position in a batch. Inputs must be finite.
     """
     a = upcast(a)
     if a.ndim > 2:
@@ -91,7 +98,7 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
 
 
 def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
-    """All members of a (..., m, n) at once, for accelerators: the same dispatch, of fixed size, in stacked products."""
+    """Decompose all members of a (..., m, n) at once (accelerators)."""
     flat = a.reshape(-1, *a.shape[-2:])
     rank = min(spec.rank, *a.shape[-2:])
     wide = flat if a.shape[-2] >= a.shape[-1] else flat.mT
@@ -110,10 +117,11 @@ def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
 
 
 def _stacked_half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_half_step`, on a stack, by the float64 Gram matrix of A·v: right for σ above 1e-7 σ₁, zero below."""
+    """`_half_step` on a stack by the float64 Gram matrix of A·v: zero for σ below 1e-7 σ₁."""
     thin = a @ v
     squares, y = eigh(gram_columns(thin))
     s = squares.sqrt()
+    # a float64 Gram matrix resolves σ down to about 1e-8 σ₁
     kept = s > 1e-7 * s.amax(-1, keepdim=True)
     scale = torch.where(kept, 1.0 / torch.where(kept, s, 1.0), 0.0)
     u = thin.to(y.dtype) @ (y * scale.unsqueeze(-2))
@@ -121,9 +129,9 @@ def _stacked_half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _each(a: Tensor, spec: SvdSpec) -> LowRank:
-    """Member by member: on a CPU that is faster than stacking, and results cannot depend on the batch."""
+    """Decompose member by member: faster on a CPU, and independent of the batch."""
     batch = a.shape[:-2]
-    found = [truncated_svd(member, spec) for member in a.reshape(-1, *a.shape[-2:])]
+    found = [truncated_svd(member, spec) for (member,) in members(a)]
     if not found:
         rank = min(spec.rank, *a.shape[-2:])
         empty = a.new_zeros
@@ -142,13 +150,13 @@ def _each(a: Tensor, spec: SvdSpec) -> LowRank:
     return LowRank(stacked("u"), stacked("s"), stacked("vh"), stacked("residual"))
 
 
-Solver = Callable[
-    [Tensor, int, SvdSpec, Tensor], tuple[Tensor, Tensor, Tensor]
-]  # (a, rank, spec, ‖a‖²) → u (M, k), s, v
+# (a, rank, spec, ‖a‖²) → u (M, k), s, v
+Solver = Callable[[Tensor, int, SvdSpec, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def _solver(method: Method, rank: int, smaller: int) -> Solver:
     if method == "auto":
+        # beyond half of N, Lanczos would build almost the whole space
         method = "gram" if smaller <= SMALL or 4 * rank + 32 > smaller / 2 else "lanczos"
     if method not in _SOLVERS:
         raise ValueError(f"unknown SVD method {method!r}")
@@ -156,9 +164,10 @@ def _solver(method: Method, rank: int, smaller: int) -> Solver:
 
 
 def _finish(a: Tensor, u: Tensor, s: Tensor, v: Tensor, total: Tensor) -> LowRank:
-    """Fix signs, and state what is left of A, ‖A‖² = `total`, exactly."""
+    """Fix the signs and compute the residual of A, with ‖A‖² = `total`."""
     u, v = signed(u, v)
     vh = v.mT
+    # ‖A‖² − Σσ² is free, but cancels for small residuals
     residual = total - s.to(total.dtype).square().sum(dim=-1)
     if bool((residual < EXPLICIT * total).any()):
         residual = _explicit(a, u * s.unsqueeze(-2), vh)
@@ -166,7 +175,7 @@ def _finish(a: Tensor, u: Tensor, s: Tensor, v: Tensor, total: Tensor) -> LowRan
 
 
 def signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """u (..., m, k) and v (..., n, k) with the largest entry of each column of u positive."""
+    """Flip the signs of u (..., m, k), v (..., n, k): largest entry of each u column positive."""
     top = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
     sign = torch.where(top < 0, -1.0, 1.0).to(u.dtype)
     return u * sign, v * sign
@@ -182,23 +191,24 @@ def _explicit(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _gram(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvectors of the float64 AᵀA, then one half-step; float32 there would cost 4 % (reference §2.1)."""
+    """Eigenvectors of the float64 AᵀA, then one half-step; in float32 the error grows by 4 %."""
     _, vectors = eigh(gram_columns(a))
     return _half_step(a, vectors[:, :rank].to(a.dtype))
 
 
 def _half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best approximation of A (M, N) within the right subspace v (N, k), orthonormal: SVD of the thin A·v.
+    """Best approximation of A (M, N) in the right subspace v (N, k): the SVD of the thin A·v.
 
-    Done by QR, so that σ far below σ₁ keep their relative accuracy to about machine precision of A's products.
+    By QR, so that σ far below σ₁ keep their relative accuracy to about machine precision.
     """
     return _decomposed(a @ v, v)
 
 
 def _decomposed(thin: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, s, v' of thin (M, k) · vᵀ, v (N, k) being orthonormal."""
+    """u, s, v' of thin (M, k) · vᵀ, for orthonormal v (N, k)."""
     wide = accumulate_dtype(thin.device)
     q, r = torch.linalg.qr(thin.to(wide))
+    # k × k matrices are decomposed on the CPU, as in `eigh`
     left, s, right = torch.linalg.svd(r.cpu(), full_matrices=False)
     left, s, right = (t.to(thin.device) for t in (left, s, right))
     return (q @ left).to(thin.dtype), s.to(thin.dtype), (v.to(wide) @ right.mT).to(thin.dtype)
@@ -210,13 +220,14 @@ def _exact(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor, 
 
 
 def _lanczos(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Block Lanczos, then the polish: one half-step of subspace iteration from the left Ritz vectors q.
+    """Block Lanczos, then a polish: half a step of subspace iteration from the left vectors q.
 
-    The polish halves the excess. Where something is left, Aᵀq follows from what the last steps made; where next to nothing
-    is, it is multiplied anew, which makes exactly low-rank inputs accurate (1.8e-5 → 2.7e-7 in the reference).
+    The polish halves the excess error. Aᵀq follows from the products of the last steps. If almost
+    no residual is left it is recomputed, which makes exactly low-rank inputs accurate (error
+    1.8e-5 → 2.7e-7).
     """
     space = explored(a, rank, spec.tol, spec.seed, total)
-    if space.size < rank:  # the space is invariant: A has no more rank than this
+    if space.size < rank:  # the space is invariant: it holds the whole rank of A
         return _padded(a, space, rank)
     values, vectors = space.ritz()
     vectors = vectors.to(a.dtype)
@@ -232,7 +243,7 @@ def _lanczos(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor
 
 
 def _padded(a: Tensor, space: Krylov, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All of A's rank, and zeros for the rest that was asked for."""
+    """Decompose A of lower rank than requested, padded with zeros."""
     u, s, v = _half_step(a, space.v)
     missing = rank - s.shape[0]
     pad = torch.nn.functional.pad
@@ -243,10 +254,12 @@ _SOLVERS: dict[str, Solver] = {"gram": _gram, "exact": _exact, "lanczos": _lancz
 
 
 def truncation_errors(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """‖A − left[:, :k] · right[:k]‖² for k = 0 … r, (r + 1,), of A (m, n), left (m, r) and right (r, n), in float64.
+    """‖A − left[:, :k] · right[:k]‖² for k = 0 … r, (r + 1,), in float64.
 
-    Whatever left and right are, orthogonal or not: E being what all of them leave, E_k = E + Σ_{i>k} lᵢ rᵢ, of which every
-    term is small where E_k is, so nothing cancels. Products in float32, a block of rows at a time.
+    A: (m, n)   left: (m, r)   right: (r, n), orthogonal or not
+
+    With E the residual of all of them, E_k = E + Σ_{i>k} lᵢ rᵢ. Every term is small if E_k is, so
+    nothing cancels. Products are in float32, a block of rows at a time.
     """
     wide = accumulate_dtype(a.device)
     left, right = left.to(a.dtype), right.to(a.dtype)
@@ -260,16 +273,18 @@ def truncation_errors(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
         rest = rest + norm_squared(found)
         cross += ((found.mT @ left[rows]).mT * right).sum(-1).to(wide)
     gram = gram_columns(left) * gram_columns(right.mT)
+    # element k is the energy of the products of columns k and later, by double suffix sums
     tails = gram.flip(0, 1).cumsum(0).cumsum(1).diagonal()
     steps = torch.nn.functional.pad(2.0 * cross.flip(0).cumsum(0) + tails, (1, 0))
     return (rest + steps.flip(0)).clamp_min(0.0)
 
 
 def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
-    """The `rank` leading squared singular values of a (..., m, n), (..., k), in float64: what a LoRA of each rank keeps.
+    """The `rank` leading squared singular values of a (..., m, n), (..., k), in float64.
 
-    Ritz values, without vectors or the polish step: never above the true ones, up to rounding of ‖A‖² by 1e-7. What they leave
-    exceeds the least error by at most about `tol`, or by 3e-5 of ‖A‖ where that error is small itself.
+    Ritz values, without vectors or the polish step. They never exceed the true ones, up to rounding
+    of ‖A‖² by 1e-7. Their residual exceeds the least error by at most about `tol`, or by 3e-5 of
+    ‖A‖ if that error is small itself.
     """
     a = upcast(a)
     if a.ndim > 2 and works_on_stacks(a.device):
@@ -283,8 +298,8 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
             device=a.device,
         )
     if a.ndim > 2:
-        members = [energies(member, rank, spec) for member in a.reshape(-1, *a.shape[-2:])]
-        return torch.stack(members).reshape(*a.shape[:-2], -1)
+        each = [energies(member, rank, spec) for (member,) in members(a)]
+        return torch.stack(each).reshape(*a.shape[:-2], -1)
     rank = min(rank, *a.shape)
     spec = spec or SvdSpec(rank)
     wide = a if a.shape[0] >= a.shape[1] else a.mT
@@ -295,8 +310,10 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
 
 
 def product_norm_squared(left: Tensor, right: Tensor) -> Tensor:
-    """‖left · right‖²_F for left (..., m, r) and right (..., r, n), (...,), without the product: tr(leftᵀleft · right rightᵀ).
+    """‖left · right‖²_F, (...,), as tr(leftᵀleft · right rightᵀ).
 
-    In the dtype given; float64 keeps a difference of nearly equal products to 1e-8 of their norms.
+    left: (..., m, r)   right: (..., r, n)
+
+    In the given dtype. float64 keeps a difference of nearly equal products to 1e-8 of their norms.
     """
     return ((left.mT @ left) * (right @ right.mT)).sum((-1, -2)).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Several differences made one, entry by entry: trimmed, thinned out at random, or by elected signs."""
+"""Combine several differences entry by entry: magnitude, DARE, TIES."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 __all__ = ["mix", "thinned", "trimmed"]
 
-CHUNK = (
-    1 << 22
-)  # random numbers drawn at a time, always on the CPU so that every device drops the same entries
+# random numbers drawn at a time, on the CPU, so that all devices drop the same entries
+CHUNK = 1 << 22
 
 
 def mix(deltas: Sequence[Tensor], method: str, density: float, seeds: Sequence[str]) -> Tensor:
-    """One difference (m, n) of several weighted ones.
+    """Combine weighted differences (m, n) into one.
 
-    magnitude: the share `density` of largest entries of each is kept, and they are added. dare: each entry is kept with
-    that probability and divided by it (Yu et al., arXiv:2311.03099), then added. ties: trimmed, then where signs differ the one
-    with the larger sum wins and the entries that have it are averaged (Yadav et al., arXiv:2306.01708). dare-ties: thinned out
-    at random in place of trimmed. `seeds`, one for each difference, decide what dare drops.
+    magnitude: keep the share `density` of largest entries of each, and add. dare: keep each entry
+    with that probability, divide it by it, and add (Yu et al., arXiv:2311.03099). ties: trim as
+    magnitude does, elect the sign with the larger sum, and average its entries (Yadav et al.,
+    arXiv:2306.01708). dare-ties: the same with dare's random dropping instead of trimming. `seeds`,
+    one per difference, determine what dare drops.
     """
     if method in ("dare", "dare-ties"):
         kept = [thinned(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)]
@@ -36,7 +36,7 @@ def mix(deltas: Sequence[Tensor], method: str, density: float, seeds: Sequence[s
 
 
 def trimmed(delta: Tensor, density: float) -> Tensor:
-    """The ⌈density · entries⌉ entries of largest magnitude, the first of equal ones; zero elsewhere."""
+    """Keep the ⌈density · entries⌉ largest entries; zero the others."""
     flat = delta.flatten()
     count = min(flat.numel(), int(-(-density * flat.numel() // 1)))
     if count >= flat.numel():
@@ -48,7 +48,10 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 
 
 def thinned(delta: Tensor, density: float, seed: str) -> Tensor:
-    """Each entry with probability `density`, divided by it; zero elsewhere. Equal seeds drop equal entries on any device."""
+    """Keep each entry with probability `density`, divided by it; zero the others.
+
+    Equal seeds drop equal entries on any device.
+    """
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(number)
     flat = delta.flatten()
@@ -61,7 +64,10 @@ def thinned(delta: Tensor, density: float, seed: str) -> Tensor:
 
 
 def _elected(kept: Sequence[Tensor]) -> Tensor:
-    """The mean of the entries that have the sign with the larger sum; zero entries have no vote."""
+    """Average the entries of the sign with the larger sum.
+
+    Zero entries have no vote.
+    """
     total = kept[0].clone()
     for delta in kept[1:]:
         total += delta

@@ -1,4 +1,4 @@
-"""What rounding to a file's dtype leaves in a difference of two (..., m, n), and the rank that stands out above it."""
+"""Rounding noise in a difference of files, and the rank above it."""
 
 from __future__ import annotations
 
@@ -33,29 +33,36 @@ __all__ = [
     "zero_share",
 ]
 
-WEAK = 0.4  # from this share of exact zeros on, a difference is at or below the grid of its files (reference §2.3)
-MAX_RANK = 256  # ranks above are not looked for
-EXPLAINED = 1.25  # a residual of up to this many times the rounding is rounding: of LoRAs .95 to 1.15 (reference §2.3)
-UNCOUNTED = 2.5  # or up to this many, the base's own rounding being left out: if what stands out ends in a step
-STEP = 1.5  # of σ², from the last direction to the next: the spectra of finetunes have none
-NEGLIGIBLE = 1e-5  # of the energy: a flat residual this small is an adapter merged in half precision, whatever the grid,
-CLIFF = 100.0  # and begins where σ² falls by so much: its noise is of each entry's own size, and has directions that stand out
-FIRST = 48  # singular values looked at first: those of a LoRA of rank 32, and what tells them from noise
-SPARE = 16  # looked at beyond the rank that a part suggests
-TOL = 1e-2  # of Lanczos: values above the noise converge first, those within it need not
-HIDDEN = 1e-4  # a residual below this share of the whole is only seen once the leading directions are subtracted,
-LOST = 1e-6  # and below this one only if that is done in float64
+WEAK = 0.4  # share of exact zeros from which a difference is at or below the grid of its files
+MAX_RANK = 256  # higher ranks are not searched
+EXPLAINED = 1.25  # times the rounding noise: residuals of LoRAs measured 0.95 to 1.15
+# or up to this, if the base's own rounding is not modelled and the spectrum ends in a step
+UNCOUNTED = 2.5
+STEP = 1.5  # ratio of σ² at that step: spectra of finetunes have none
+# of the energy: a flat residual this small is an adapter merged in half precision, on any grid,
+NEGLIGIBLE = 1e-5
+# if σ² drops by this factor: its noise scales with each entry, and some directions exceed it
+CLIFF = 100.0
+FIRST = 48  # singular values computed first: enough for a LoRA of rank 32 and its noise
+SPARE = 16  # values computed beyond the rank that a sample suggests
+TOL = 1e-2  # of Lanczos: values above the noise converge first, the others need not
+# of the energy: a smaller residual is visible only after subtracting the leading directions,
+HIDDEN = 1e-4
+LOST = 1e-6  # and below this share only if they are subtracted in float64
 TINY = 1e-300
-SPENT = 1e-14  # what is left after that much of the energy is the rounding of float32
-STRONG = 1e-3  # of the energy: a direction that hides the rest, where the rest is HIDDEN
-FEW = 2  # directions whose rounding has structure; of three and more it is noise
-FLOOR = 1e-12  # of the mean variance: whitening divides by no less
-TRACY_WIDOM = 3.3  # its 99.9 % point: where noise of finite size ends
+SPENT = 1e-14  # of the energy: the rest is float32 rounding
+STRONG = 1e-3  # of the energy: a direction that hides the rest, if that is below HIDDEN
+FEW = 2  # directions whose rounding has structure; with three or more it is noise
+FLOOR = 1e-12  # of the mean variance: the least divisor of whitening
+TRACY_WIDOM = 3.3  # 99.9 % point of the Tracy-Widom law: the edge of noise of finite size
 
 
 @dataclass(frozen=True)
 class RoundingNoise:
-    """Variance rows[i] · columns[j] of entry (i, j).   rows: (..., m)   columns: (..., n), mean 1   float64 (MPS: float32)"""
+    """Variance rows[i] · columns[j] of entry (i, j).
+
+    rows: (..., m)   columns: (..., n), mean 1   float64 (float32 on MPS)
+    """
 
     rows: Tensor
     columns: Tensor
@@ -67,12 +74,12 @@ class RoundingNoise:
 
 
 def rounding_noise(*rounded: Tensor) -> RoundingNoise:
-    """The noise that rounding to their own dtype left in each of `rounded`, (..., m, n), all of one shape: Σ ulp²/12.
+    """Model the noise that rounding left in each of `rounded`, (..., m, n): Σ ulp²/12.
 
-    Pass the tuned tensor; the base as well if it was rounded from something finer than what was tuned (a master in float32).
-    ulp is that of each entry, subnormals included. rows are means of its square, columns those of what rows leave, a block of
-    rows at a time (reference §2.3, whose plain column means let the largest rows speak for all). Floating dtypes, float8
-    included; entries must be finite and below 1e19.
+    Pass the tuned tensor, and also the base if it was rounded from a finer one that was tuned (a
+    float32 master). ulp is that of each entry, subnormals included. `rows` are the means of its
+    square, `columns` those of the rest: plain column means would let the largest rows dominate.
+    Floating dtypes including float8. Entries must be finite and below 1e19.
     """
     first = rounded[0]
     *batch, m, n = first.shape
@@ -91,7 +98,7 @@ def rounding_noise(*rounded: Tensor) -> RoundingNoise:
 
 
 def _variances(rounded: list[Tensor]) -> Tensor:
-    """Σ ulp²/12 in float32, in units of the first dtype's at 1, which keeps them far from underflow."""
+    """Σ ulp²/12 in float32, in units of the first dtype's at 1, which avoids underflow."""
     unit = _weight(rounded[0].dtype)
     squares = [
         _octaves(x).clamp_min_(torch.finfo(x.dtype).smallest_normal).square_() for x in rounded
@@ -103,37 +110,47 @@ def _variances(rounded: list[Tensor]) -> Tensor:
 
 
 def _weight(dtype: torch.dtype) -> float:
-    """The variance of rounding in the octave of 1."""
+    """The variance of rounding numbers near 1."""
     return torch.finfo(dtype).eps ** 2 / 12
 
 
 def _octaves(x: Tensor) -> Tensor:
-    """2^⌊log₂|x|⌋ in float32, 0 for 0: the bits of the exponent alone. Subnormals of shorter formats are normal there."""
+    """2^⌊log₂|x|⌋ in float32, 0 for 0, from the exponent bits.
+
+    Subnormals of shorter formats are normal in float32.
+    """
+    # masks the eight exponent bits: 2^e exactly, while log2 could round
     return (x.to(torch.float32).view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def noise_edge(m: int, n: int, margin: float = 1.02) -> float:
-    """The σ² of m × n noise of variance 1 that its largest singular value stays below: what lies there tells nothing.
+    """The σ² that the largest singular value of m × n noise of variance 1 stays below.
 
-    (√m + √n)² (Marchenko and Pastur 1967) with a margin, or the 99.9 % point for small matrices (Johnstone 2001).
+    (√m + √n)² (Marchenko and Pastur 1967) with a margin, or the 99.9 % point for small matrices
+    (Johnstone 2001). Singular values below it carry no information.
     """
     end = math.sqrt(m) + math.sqrt(n)
+    # scale of the largest eigenvalue's fluctuation (Johnstone 2001, theorem 1.1)
     spread = end * math.cbrt(1 / math.sqrt(m) + 1 / math.sqrt(n))
     return max((margin * end) ** 2, end**2 + TRACY_WIDOM * spread)
 
 
 def zero_share(delta: Tensor) -> Tensor:
-    """The share of entries of delta (..., m, n) that are exactly 0, (...,), float64. Above `WEAK`, judge nothing by it."""
+    """The share of exact zeros in delta (..., m, n), (...,), float64.
+
+    Above `WEAK` the difference is too close to the grid for any judgement.
+    """
     count = torch.count_nonzero(delta, dim=(-2, -1)).to(accumulate_dtype(delta.device))
     return 1.0 - count / max(1, delta.shape[-2] * delta.shape[-1])
 
 
 @dataclass(frozen=True)
 class NoiseRank:
-    """What stands out of the noise in a (..., m, n); every field (...,), float64 (MPS: float32) unless said otherwise.
+    """The rank of a (..., m, n) above its noise; fields (...,), float64 (float32 on MPS).
 
-    rank: int64, -1 where none was found.   sigma: rms of an entry of what remains.   ratio: its energy over that of the
-    rounding.   low_rank: bool, whether the difference is `rank` directions and rounding.
+    rank: int64, -1 if none was found.   sigma: rms entry of the residual.   ratio: energy of the
+    residual over that of rounding.   low_rank: bool, whether `rank` directions and rounding are
+    everything.
     """
 
     rank: Tensor
@@ -143,7 +160,11 @@ class NoiseRank:
 
 
 class _Spikes(NamedTuple):
-    """Of a whitened matrix: how many directions, the variance of what remains, its share of the energy, the step in σ²."""
+    """Result for a whitened matrix.
+
+    The number of directions, the variance of the residual, its share of the energy, and the step of
+    σ² after the last direction.
+    """
 
     rank: int
     variance: float
@@ -152,7 +173,7 @@ class _Spikes(NamedTuple):
 
     @property
     def alone(self) -> bool:
-        """Whether there is nothing else but rounding."""
+        """Whether the residual is only rounding."""
         little = self.variance <= UNCOUNTED or self.share <= NEGLIGIBLE
         return self.rank >= 0 and (self.variance <= EXPLAINED or (little and self.step >= STEP))
 
@@ -160,16 +181,20 @@ class _Spikes(NamedTuple):
 def rank_above_noise(
     delta: Tensor, noise: RoundingNoise, margin: float = 1.02, least: float = 0.0
 ) -> NoiseRank:
-    """How many singular values of delta (..., m, n) lie above its rounding noise (reference §2.3).
+    """Count the singular values of delta (..., m, n) above its rounding noise.
 
-    Rows and columns are scaled to equal noise; then r ← #{σᵢ > edge(r)} from r = 0 until it stays, edge(r) being where the
-    spectrum of noise of the residual's own variance ends: `margin` · (√m + √n) (Marchenko and Pastur 1967), or the 99.9 %
-    point for small matrices (Johnstone 2001). `low_rank` where such an r exists at no more than 256 and mn/(m + n), and the
-    residual is explained by rounding: also a finetune's, whose spectrum is so steep that no more of it is seen. Otherwise
-    ratio and sigma are those of noise of other origin, or, where rank is -1, of what the directions looked at leave.
-    Of those, directions of no more than `least` times the energy of the noise of an entry are noise of some structure: part
-    of neither rank nor residual. A zero delta is low rank, of rank 0. Leading singular values only: by Lanczos, more of
-    them until r lies inside. delta must be finite.
+    Rows and columns are scaled to equal noise. Then r ← #{σᵢ > edge(r)} is iterated from r = 0 to
+    its fixed point. edge(r) is the end of the spectrum of noise with the variance of the residual:
+    `margin` · (√m + √n) (Marchenko and Pastur 1967), or the 99.9 % point for small matrices
+    (Johnstone 2001).
+
+    `low_rank` if such an r exists up to 256 and mn/(m + n), and rounding explains the residual.
+    This includes finetunes whose steep spectrum disappears in the noise. Otherwise ratio and sigma
+    are those of noise of another origin, or, if rank is -1, of what the examined directions leave.
+
+    Directions of at most `least` times the noise energy of an entry are structured noise. They
+    belong to neither rank nor residual. A zero delta has rank 0 and is low rank. Only leading
+    singular values are computed, by Lanczos, until r is among them. delta must be finite.
     """
     *batch, m, n = delta.shape
     white = _whitened(delta, noise)
@@ -191,26 +216,26 @@ def rank_above_noise(
 
 
 class _Bar(NamedTuple):
-    """What σ² must exceed, in variances of the noise: those of what remains (`edge`), and 1, that of rounding (`least`)."""
+    """Thresholds of σ² in variances: of the residual (`edge`), and of rounding (`least`)."""
 
     edge: float
     least: float = 0.0
 
 
 def _limit(m: int, n: int) -> int:
-    """Beyond mn/(m + n) two factors are no smaller than the matrix."""
+    """mn/(m + n), beyond which two factors are no smaller than the matrix."""
     return min(MAX_RANK, m * n // max(1, m + n))
 
 
 def _whitened(delta: Tensor, noise: RoundingNoise) -> Tensor:
-    """delta (..., m, n) with rows and columns scaled so that noise has variance 1, in its compute dtype."""
+    """Scale rows and columns of delta (..., m, n) to noise of variance 1, in its compute dtype."""
     x = upcast(delta)
     rows, columns = (scale.reciprocal().to(x.dtype) for scale in _scales(noise))
     return (x * rows.unsqueeze(-1)).mul_(columns.unsqueeze(-2))
 
 
 def _scales(noise: RoundingNoise) -> tuple[Tensor, Tensor]:
-    """Standard deviations of rows and of columns, none of them 0."""
+    """Standard deviations of rows and columns, with zeros replaced by 1."""
     means = noise.rows.mean(-1, keepdim=True), noise.columns.mean(-1, keepdim=True)
     pairs = zip((noise.rows, noise.columns), means, strict=True)
     rows, columns = (
@@ -220,14 +245,16 @@ def _scales(noise: RoundingNoise) -> tuple[Tensor, Tensor]:
 
 
 def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
-    """Of one whitened (m, n)."""
+    """Count the spikes of one whitened (m, n)."""
     m, n = white.shape
     limit = _limit(m, n)
+    # `total` shrinks as strong directions are subtracted; `whole` stays for the shares
     whole = total = float(norm_squared(white))
     taken, last, k, asked = 0, 0.0, min(FIRST, limit + 1), False
     while total > SPENT * whole:
         squares = _squares(white, k, limit + 1)
         rest = total - sum(squares[: limit - taken])
+        # float32 σ² are accurate to 1e-7 of σ₁² only: subtract what hides the rest, then look again
         if taken < limit and rest < HIDDEN * total:
             strong = sum(square > STRONG * total for square in squares)
             wide = accumulate_dtype(white.device) if rest < LOST * total else white.dtype
@@ -239,7 +266,9 @@ def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
         if found:
             return found if found.rank <= limit else found._replace(rank=-1)
         k = len(squares)
+        # one cheap look at a part decides whether more singular values are worth computing
         crowd, likely = (0.0, 2 * k) if asked or k > limit else _crowd(white, limit)
+        # no low rank: noise well above rounding, or more directions than the limit
         if crowd > UNCOUNTED or k > limit:
             rest = max(0.0, total - sum(squares)) / ((m - k) * (n - k)) if k < min(m, n) else 0.0
             return _Spikes(-1, max(crowd, rest), 1.0, 0.0)
@@ -250,7 +279,7 @@ def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
 def _found(
     squares: list[float], energy: tuple[float, float, float], shape: tuple[int, int, int], bar: _Bar
 ) -> _Spikes | None:
-    """The fixed point; None where it does not lie within `squares`, those of an (m, n) less `taken` directions.
+    """The fixed point among `squares`, those of an (m, n) less `taken` directions; None if beyond.
 
     energy: (‖·‖² of that, of the whole, σ² of the last direction taken)
     """
@@ -259,13 +288,16 @@ def _found(
     for square in squares:
         left.append(max(0.0, left[-1] - square))
     variances = [
-        rest / max(1, (m - taken - r) * (n - taken - r)) for r, rest in enumerate(left[:-1])
+        # r directions take r(m + n − r) of the mn degrees of freedom
+        rest / max(1, (m - taken - r) * (n - taken - r))
+        for r, rest in enumerate(left[:-1])
     ]
     rank = _fixed(squares, variances, bar.edge)
     if rank is None:
         return None
     steps = [before / max(square, TINY) for before, square in pairwise([last, *squares])]
-    other = variances[rank] > EXPLAINED  # noise of other origin than rounding
+    other = variances[rank] > EXPLAINED  # noise of another origin than rounding
+    # the fixed point overcounts if the noise has structure: stop at the first r that explains all
     for r in range(rank):
         cliff = left[r] <= NEGLIGIBLE * whole and steps[r] >= CLIFF
         if (other and cliff) or _enough(left[r], variances[r], whole, (m, n, taken + r)):
@@ -276,7 +308,7 @@ def _found(
 
 
 def _fixed(squares: list[float], variances: list[float], edge: float) -> int | None:
-    """The least r = #{squares > edge · variances[r]}; None where that exceeds what is known of them."""
+    """The least r = #{squares > edge · variances[r]}; None if it exceeds the known ones."""
     rank, above = 0, sum(square > edge * variances[0] for square in squares)
     while rank < above < len(squares):
         rank, above = above, sum(square > edge * variances[above] for square in squares)
@@ -284,17 +316,21 @@ def _fixed(squares: list[float], variances: list[float], edge: float) -> int | N
 
 
 def _enough(rest: float, variance: float, whole: float, shape: tuple[int, int, int]) -> bool:
-    """Whether r = 1 or 2 directions far outweigh rounding, and that explains all the energy they leave.
+    """Whether one or two directions and rounding explain everything.
 
-    On a grid that the base lies on, rounding is a function of the change: where that is a function of one or two vectors, its
-    rounding has structure too, and up to 25 directions of it stand out of the noise (measured: rank 1, 1280 × 1280, 4 ulp).
+    If the base lies on the same grid, rounding is a function of the change. For a change of one or
+    two vectors the rounding is then structured too, and up to 25 of its directions exceed the noise
+    (measured: rank 1, 1280 × 1280, 4 ulp).
     """
     m, n, rank = shape
     return 1 <= rank <= FEW and whole - rest > m * n and variance <= 1 + 3 / math.sqrt(m * n)
 
 
 def _squares(white: Tensor, k: int, most: int) -> list[float]:
-    """The `k` leading squared singular values, descending: by Lanczos, or `most` eigenvalues where those are cheaper."""
+    """The `k` leading squared singular values, descending.
+
+    By Lanczos, or `most` eigenvalues if those are cheaper.
+    """
     m, n = white.shape
     if 4 * k + 32 <= min(m, n):
         return energies(white, k, SvdSpec(k, method="lanczos", tol=TOL)).tolist()
@@ -310,12 +346,14 @@ def _deflated(white: Tensor, rank: int) -> Tensor:
 
 
 def _crowd(white: Tensor, limit: int) -> tuple[float, int]:
-    """A lower bound on the variance of the noise of white (m, n) if its rank is at most `limit`, 0 where that is idle.
+    """Bound the noise variance of white (m, n) from below, for rank at most `limit`; 0 if useless.
 
-    On a random part of twice that size, r directions leave at least the energy beyond its r leading singular values (Eckart
-    and Young 1936), and no more than all that noise has beside r of its dimensions. So finetunes are told at a small cost.
-    And how many singular values it then takes, judging by those that stand out of the part: weak ones do not.
+    On a random part of twice that size, r directions leave at least the energy beyond its r leading
+    singular values (Eckart and Young 1936), and at most that of noise outside r of its dimensions.
+    This detects finetunes cheaply. Also returns the number of singular values to compute next,
+    judged by those that exceed the noise in the part; weak ones are missed.
     """
+    # a fixed seed: equal files must give equal reports
     draw = torch.Generator().manual_seed(0)
     rows, columns = (
         torch.randperm(side, generator=draw)[: 2 * limit].to(white.device) for side in white.shape
@@ -334,10 +372,11 @@ def _crowd(white: Tensor, limit: int) -> tuple[float, int]:
 
 
 def denoised(delta: Tensor, noise: RoundingNoise, rank: int) -> LowRank:
-    """The estimate of rank `rank` of what delta (..., m, n) was before rounding.
+    """Estimate, with rank `rank`, what delta (..., m, n) was before rounding.
 
-    Truncated where rows and columns have equal noise, singular values shrunk by what noise adds to them (Gavish and Donoho
-    2017, Frobenius loss; Leeb 2021 for the scaling). In the compute dtype of delta; residual is ‖delta − estimate‖².
+    Truncated in the metric of equal noise; singular values are shrunk by what noise adds to them
+    (Gavish and Donoho 2017, Frobenius loss; Leeb 2021 for the scaling). In the compute dtype of
+    delta; residual is ‖delta − estimate‖².
     """
     white = _whitened(delta, noise)
     m, n = delta.shape[-2:]
@@ -346,6 +385,7 @@ def denoised(delta: Tensor, noise: RoundingNoise, rank: int) -> LowRank:
     kept = _shrunk(top.s.to(variance.dtype), variance.unsqueeze(-1), (m, n)).to(top.s.dtype)
     rows, columns = (scale.to(white.dtype) for scale in _scales(noise))
     left = top.u * kept.unsqueeze(-2) * rows.unsqueeze(-1)
+    # rescaling rows and columns destroys orthogonality: decompose once more
     found = factored_svd(left, top.vh * columns.unsqueeze(-2))
     residual = norm_squared(upcast(delta) - (found.u * found.s.unsqueeze(-2)) @ found.vh)
     return LowRank(found.u, found.s, found.vh, residual)
@@ -361,7 +401,7 @@ def _shrunk(s: Tensor, variance: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 class Vote(NamedTuple):
-    """The commonest of `of` values, and how many agree with it."""
+    """The most common of `of` values, and how many are equal to it."""
 
     value: int
     agree: int
@@ -369,9 +409,12 @@ class Vote(NamedTuple):
 
 
 def vote(values: Iterable[int]) -> Vote:
-    """The mode across layers: training used one rank. Of equally common ones the smallest, as noise only ever adds."""
+    """The mode across layers, since training used one rank; of ties the smallest.
+
+    Noise can only raise a rank.
+    """
     counts = Counter(values)
     if not counts:
-        raise ValueError("nobody votes")
+        raise ValueError("no values to vote on")
     value = min(counts, key=lambda one: (-counts[one], one))
     return Vote(value, counts[value], counts.total())

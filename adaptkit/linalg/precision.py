@@ -1,9 +1,9 @@
-"""Compute precision: what to compute in, exact scaling, honest casts, sums accurate enough to subtract."""
+"""Compute dtypes, exact scaling, checked casts and accurate sums."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,21 @@ from adaptkit.errors import NonFinite
 from adaptkit.memory import huge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = [
+    "ALIGNED",
     "accumulate_dtype",
     "cast",
     "compute_dtype",
     "difference",
+    "each",
     "empty",
+    "entry_sum",
+    "members",
     "norm_squared",
+    "one_by_one",
+    "product",
     "streamed_difference",
     "supports_float64",
     "upcast",
@@ -29,40 +35,115 @@ __all__ = [
 
 STREAM = 1 << 19  # elements of a block that is widened and subtracted as it is read
 SCRATCH = 1 << 18  # elements of a scratch block that fits the cache
-CHUNK = 1 << 20  # elements widened in one piece: no full-size copy is ever made
-RUN = 1024  # elements summed in float32 before float64 takes over
-FEW = (
-    16 * RUN
-)  # up to here roundings of single runs show (3e-7 measured), and float64 throughout costs nothing
+ALIGNED = 64  # bytes: torch aligns every tensor on a CPU to this
+CHUNK = 1 << 20  # elements widened at once: no full-size copy is ever made
+RUN = 1024  # elements summed in float32 before float64
+# up to this size the float32 rounding of single runs shows (3e-7), and float64 costs nothing
+FEW = 16 * RUN
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is, else float32."""
+    """float64 if any input is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """The tensor in its compute dtype; no copy where it is there already."""
+    """The tensor in its compute dtype, copied only if needed."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
 def supports_float64(device: torch.device | str) -> bool:
-    """Whether the device has float64 at all (Apple's MPS has not)."""
+    """Whether the device has float64 (Apple's MPS does not)."""
     return torch.device(device).type != "mps"
 
 
 def works_on_stacks(device: torch.device | str) -> bool:
-    """Whether a device does better on stacks than on one matrix at a time: accelerators, MPS aside, which is not measured."""
+    """Whether stacks are faster than single matrices: on accelerators, except MPS (unmeasured)."""
     return torch.device(device).type not in ("cpu", "mps")
 
 
+def one_by_one(x: Tensor) -> bool:
+    """Whether x (..., m, n) is a stack whose members are computed one by one, as on a CPU.
+
+    Only then do the bits of a member not depend on the rest of the stack. BLAS uses other kernels
+    for a batch than for one matrix, a reduction may be cut elsewhere, and a branch for the worst
+    member would be taken for all.
+    """
+    return x.ndim > 2 and not works_on_stacks(x.device)
+
+
+def members(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each member of stacks (..., m, n), laid out in memory as a tensor of its own.
+
+    The stacks have equal leading dimensions. On a CPU, BLAS may sum in another order for a matrix
+    at an odd address or of other strides, so such members are copied there.
+    """
+    return zip(*(_members(stack.reshape(-1, *stack.shape[-2:])) for stack in stacks), strict=True)
+
+
+def _members(stack: Tensor) -> Iterable[Tensor]:
+    """The members of (B, m, n), copied on a CPU if one is not aligned."""
+    if works_on_stacks(stack.device):
+        return stack.unbind()
+    step = stack.stride(0) * stack.itemsize if len(stack) > 1 else 0
+    whole = stack.unbind()
+    if whole and step % ALIGNED == 0 and _lies_well(whole[0]):
+        return whole
+    return map(_alone, whole)
+
+
+def _lies_well(x: Tensor) -> bool:
+    """Whether x (m, n) is aligned and dense as a tensor of its own would be."""
+    # the stride of a side of 1 is arbitrary
+    dense = x.is_contiguous() or x.mT.is_contiguous()
+    return dense and 1 not in x.shape and x.data_ptr() % ALIGNED == 0
+
+
+def _alone(x: Tensor) -> Tensor:
+    if 1 in x.shape:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x if _lies_well(x) else x.clone()
+
+
+def each(function: Callable[..., Any], *stacks: Tensor) -> tuple[Tensor, ...]:
+    """Apply `function` to each member of stacks (..., m, n) and stack its results.
+
+    On accelerators it is applied to whole stacks.
+    """
+    if not (one_by_one(stacks[0]) and stacks[0].numel()):
+        found = function(*stacks)
+        return found if isinstance(found, tuple) else (found,)
+    made = [function(*member) for member in members(*stacks)]
+    batch = stacks[0].shape[:-2]
+    parts = zip(*made, strict=True) if isinstance(made[0], tuple) else (made,)
+    return tuple(torch.stack(part).reshape(*batch, *part[0].shape) for part in parts)
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x (..., m, k) · y (..., k, n), each of a stack by itself on a CPU."""
+    if not one_by_one(x):
+        return x @ y
+    result = x.new_empty(*x.shape[:-1], y.shape[-1])
+    places = result.reshape(-1, *result.shape[-2:])
+    if result.shape[-2:].numel() * result.itemsize % ALIGNED:
+        return each(torch.mm, x, y)[0]
+    for place, (one, other) in zip(places, members(x, y), strict=True):
+        torch.mm(one, other, out=place)
+    return result
+
+
+def entry_sum(x: Tensor) -> Tensor:
+    """The sum of all entries of x (..., m, n), (...,), each of a stack by itself on a CPU."""
+    return each(torch.sum, x)[0] if one_by_one(x) else x.sum((-1, -2))
+
+
 def accumulate_dtype(device: torch.device | str) -> torch.dtype:
-    """float64, or float32 where the device has nothing wider."""
+    """float64, or float32 on devices without it."""
     return torch.float64 if supports_float64(device) else torch.float32
 
 
 def _pieces(x: Tensor) -> Iterator[Tensor]:
-    """Stretches, (..., up to CHUNK), of x (..., m, n) read row by row."""
+    """Contiguous pieces, (..., up to CHUNK), of x (..., m, n) in row-major order."""
     flat = x.flatten(-2)
     for start in range(0, flat.shape[-1], CHUNK):
         yield flat[..., start : start + CHUNK]
@@ -71,9 +152,10 @@ def _pieces(x: Tensor) -> Iterator[Tensor]:
 def norm_squared(x: Tensor) -> Tensor:
     """‖x‖_F² over the last two dimensions, (..., m, n) → (...,), in float64 (float32 on MPS).
 
-    Runs of 1024 entries are summed in float32, the runs in float64: measured within 7e-8 of the float64 sum from 17,000
-    entries on and 6e-9 at a million, fifteen times faster. Short stretches and tails are summed in float64 throughout.
-    Entries of a float32 x below 1e-19 may be lost; above 1e19 the result may be infinite.
+    Runs of 1024 entries are summed in float32, the runs in float64. This is within 7e-8 of the
+    float64 sum from 17,000 entries on, within 6e-9 at a million, and 15 times faster (measured).
+    Shorter tensors and tails are summed in float64. Entries of a float32 x below 1e-19 may be lost;
+    above 1e19 the result may be infinite.
     """
     x = x.mT if x.mT.is_contiguous() else x  # read memory in order, without a copy
     wide = accumulate_dtype(x.device)
@@ -88,10 +170,11 @@ def norm_squared(x: Tensor) -> Tensor:
 
 
 def difference(x: Tensor, y: Tensor) -> Tensor:
-    """x − y, (..., m, n), widened before it is subtracted: float32, or float64 where either is.
+    """x − y, (..., m, n), widened before subtracting: to float64 if either is, else float32.
 
-    Subtracting two bf16 tensors in bf16 changes one entry in nine. y is widened a block of rows at a time into one small
-    scratch, which stays in the cache: a quarter of the time of a subtraction of mixed dtypes, and no second full-size copy.
+    Subtracting bf16 tensors in bf16 changes one entry in nine. y is widened in blocks of rows into
+    a scratch that stays in the cache. That takes a quarter of the time of a subtraction of mixed
+    dtypes, and no second full-size copy.
     """
     result = empty(x.shape, compute_dtype(x, y), x.device)
     step = max(1, SCRATCH // max(1, x.shape[-1]))
@@ -109,9 +192,9 @@ def _subtract(result: Tensor, x: Tensor, y: Tensor, scratch: Tensor) -> None:
 def streamed_difference(
     blocks: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """(x − y (m, n), ‖x − y‖² ()) of two matrices of this shape on the CPU that come in blocks of rows (…, n), together.
+    """x − y (m, n) and ‖x − y‖² () of two CPU matrices that come in pairs of row blocks (…, n).
 
-    As `difference` and `norm_squared`, which each read the whole anew; neither matrix is ever held.
+    Equals `difference` and `norm_squared` without a second pass; neither matrix is ever in memory.
     """
     result = scratch = None
     total, start = torch.zeros((), dtype=torch.float64), 0
@@ -129,7 +212,7 @@ def streamed_difference(
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised, on a CPU in huge pages where it is large."""
+    """Allocate uninitialised; in huge pages if large and on a CPU."""
     count = math.prod(shape)
     block = huge(count * dtype.itemsize) if device.type == "cpu" else None
     if block is None:
@@ -138,7 +221,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to nearest; NonFinite where a finite number would become infinite (fp16 ends at 65504) or clamped (float8_e4m3)."""
+    """Round to nearest; `NonFinite` if a finite number would overflow or be clamped.
+
+    fp16 overflows beyond 65504; torch clamps float8_e4m3 to 448.
+    """
     if tensor.dtype == dtype:
         return tensor
     if tensor.numel() and _narrows(tensor.dtype, dtype):
@@ -152,7 +238,7 @@ def _narrows(source: torch.dtype, target: torch.dtype) -> bool:
 
 def _refuse_overflow(wide: Tensor, dtype: torch.dtype) -> None:
     if not _within(wide, torch.finfo(dtype).max):
-        # a NaN or infinity of the input hides an overflow from the extremes: look at each entry
+        # a NaN or infinity of the input hides an overflow from the extremes: check each entry
         lost = wide[torch.isfinite(wide) & (wide.abs() >= _overflow(dtype))]
         if lost.numel():
             raise NonFinite(
@@ -161,15 +247,15 @@ def _refuse_overflow(wide: Tensor, dtype: torch.dtype) -> None:
 
 
 def _within(x: Tensor, bound: float) -> bool:
-    """Whether every entry is in [-bound, bound]; False with a NaN. One pass and no copy."""
+    """Whether every entry is in [-bound, bound]; False with a NaN."""
     low, high = torch.aminmax(x)
     return -bound <= float(low) and float(high) <= bound
 
 
 def _overflow(dtype: torch.dtype) -> float:
-    """The least magnitude that rounds past the largest finite number: half a step beyond it (65520 for fp16).
+    """The least magnitude that rounds beyond the largest finite number (65520 for fp16).
 
-    Asked of the format, not of the result: torch clamps to float8_e4m3fn's 448 without a word.
+    Half a step beyond it. Derived from the format, as torch silently clamps to float8_e4m3fn's 448.
     """
     info = torch.finfo(dtype)
     return info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2)

@@ -1,4 +1,4 @@
-"""One file per verb: Options, plan, run, Report. Imported on first use."""
+"""The verbs of adaptkit, each with Options, plan, run and Report; imported on first use."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
 from adaptkit.detect import chosen, formats
-from adaptkit.engine import Step, check_memory
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
 from adaptkit.kinds import low_rank_kind
@@ -24,6 +23,7 @@ from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
 from adaptkit.ops.ranks.rules.size import Size
 from adaptkit.ops.shared import Progress, Shared, Unused, refuse_unused
+from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Names for parts of a model: the block a module belongs to, and what kind of layer it is."""
+"""The block and the kind of layer of each module, from its name."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "NUMBERED", "STAGES", "block_of", "kind_of"]
 
 
-LIST = r"(?:blocks?|layers?|refiner|stages?)"  # how the names of lists of equal blocks end
-
-
+# how the names of lists of equal blocks end
+LIST = r"(?:blocks?|layers?|refiner|stages?)"
 BLOCK = re.compile(rf"(?:.*?[._])?(?:(?:mid|middle)_block|\w*?{LIST}[._]\d+)(?=[._])")
 
 
-NUMBERED = re.compile(rf"(.*{LIST})[._](\d+)")  # `unet.down_blocks.1`, but not `text_encoder_2`
-
-
+# matches `unet.down_blocks.1`, but not `text_encoder_2`
+NUMBERED = re.compile(rf"(.*{LIST})[._](\d+)")
 STAGES = (
     ("down_blocks", "input_blocks"),
     ("mid_block", "middle_block"),
@@ -30,18 +28,24 @@ STAGES = (
 )
 
 
-# the first that is found in a module's name below its block; biases and norms are told by their shape
+# searched in this order in a module's name below its block; shapes identify biases and norms
 PATTERNS = {
     "mod": r"ada_?(ln|norm)|modulation|(^|[._])mod([._]|$)|norm\w*[._]linear|scale_shift",
-    "emb": r"emb|(^|[._])(img|txt|time|vector|guidance|vision|byt5)_in([._]|$)|patchify|caption_proj",
+    "emb": (
+        r"emb|(^|[._])(img|txt|time|vector|guidance|vision|byt5)_in([._]|$)|patchify|caption_proj"
+    ),
     "conv": r"conv|samplers|skip_connection|(in|out)_layers|[._]op$",
-    "fused": r"^linear[12]$|qkv_mlp",  # attention and ff in one matrix
+    # attention and ff in one matrix
+    "fused": r"^linear[12]$|qkv_mlp",
     "qkv": r"qkv|att\w*[._]in_proj|(^|[._])(to_)?kv(_proj)?$",
     "ff": r"(^|[._])ffn?([._]|$)|mlp|feed_?forward|fc\d|densereludense",
     "q": r"(^|[._])(to_|add_|w)?q(uery)?(_proj|_img)?$",
     "k": r"(^|[._])(to_|add_|w)?k(ey)?(_proj|_img)?$",
     "v": r"(^|[._])(to_|add_|w)?v(alue)?(_proj|_img)?$",
-    "out": r"(to_(add_)?out|(^|[._])wo|att\w*[._](proj|out|o|out_proj|o_proj|output_proj))([._]\d+)?$",
+    "out": (
+        r"(to_(add_)?out|(^|[._])wo|att\w*[._](proj|out|o|out_proj|o_proj|output_proj))"
+        r"([._]\d+)?$"
+    ),
     "proj": r"proj",
 }
 
@@ -65,7 +69,9 @@ KINDS = (
 
 
 def block_of(label: str, component: str) -> str:
-    """The block a module stands in: its name up to the first number of a list of blocks, or its component where there is none.
+    """Return the block of a module, or its component if it is in no block.
+
+    The name of a block ends with the first number of a list of blocks.
 
     >>> block_of("unet.down_blocks.1.attentions.0.proj_in", "unet")
     'unet.down_blocks.1'
@@ -75,7 +81,7 @@ def block_of(label: str, component: str) -> str:
 
 
 def kind_of(inside: str, param: str, facts: Facts) -> str:
-    """What sort of layer a module is, by its name below its block (`.attn1.to_q`): one of `KINDS`."""
+    """Return the kind of layer, one of `KINDS`, from the name below the block (`.attn1.to_q`)."""
     if facts.vector:
         return "bias" if param == BIAS else "norm"
     name = inside.strip("._").lower()

@@ -1,13 +1,14 @@
-"""What every verb shares: naming outputs, selecting modules, the coverage contract, dtypes."""
+"""Helpers of every verb: output names, module selection, the coverage contract, dtypes."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.errors import CannotWrite, NoSuchName, Unclaimed, WouldOverwrite
 from adaptkit.files.quantized import FLOATS
@@ -18,25 +19,48 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "FLOATS",
+    "Closing",
     "Progress",
     "Shared",
     "Unused",
     "check_output",
     "default_output",
+    "parse_size",
     "refuse_unused",
     "selected",
     "split_strength",
     "stored_dtype",
 ]
 
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+class Closing:
+    """Make an object with a `close` method a context manager."""
+
+    def close(self) -> None:
+        """Close the files it holds."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# called with (steps done, steps in total)
+Progress = Callable[[int, int], None]
+
+# a size of each unit: of 1000 and, with an `i`, of 1024
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+SIZES = "500KB, 64MB, 1.5GB or 64MiB"
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Options of every verb that writes; field name = keyword = command-line option = JSON key."""
+    """Options of every verb that writes, named as on the command line and in JSON."""
 
     output: Path | None = None
     family: str | None = None
@@ -52,19 +76,19 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Unused:
-    """A key that is not used, and why."""
+    """An unused key and the reason."""
 
     key: str
     reason: str
 
     def to_dict(self) -> dict[str, str]:
-        """As the JSON reports have it."""
+        """Return the JSON record."""
         return {"key": self.key, "reason": self.reason}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriterReport:
-    """What the reports of all writers carry (the JSON contract)."""
+    """Fields that the reports of all writers share (the JSON contract)."""
 
     output: Path
     bytes: int
@@ -76,7 +100,7 @@ class WriterReport:
     details: tuple[Mapping[str, Any], ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, field names as in the contract."""
+        """Return the JSON document of the contract."""
         return {
             "output": str(self.output),
             "bytes": self.bytes,
@@ -90,7 +114,10 @@ class WriterReport:
 
 
 def matches(label: str, component: str, globs: Iterable[str]) -> bool:
-    """Whether a module is meant: a glob over its name with or without its component, or the component itself."""
+    """Return whether a glob matches a module's name or equals its component.
+
+    A glob may include the component in the name or leave it out.
+    """
     bare = label.removeprefix(f"{component}.")
     return any(
         glob == component or fnmatchcase(label, glob) or fnmatchcase(bare, glob) for glob in globs
@@ -98,14 +125,17 @@ def matches(label: str, component: str, globs: Iterable[str]) -> bool:
 
 
 def selected(label: str, component: str, options: Shared) -> bool:
-    """Whether `--only` and `--skip` leave this module in."""
+    """Return whether `--only` and `--skip` select this module."""
     if options.only and not matches(label, component, options.only):
         return False
     return not matches(label, component, options.skip)
 
 
 def split_strength(argument: str) -> tuple[Path, float]:
-    """`style.safetensors:0.8` → (path, 0.8). Only a number after the last colon counts, so `C:\\x.safetensors` is a path."""
+    """Split `style.safetensors:0.8` into path and strength.
+
+    Only a number after the last colon is a strength, so `C:\\x.safetensors` is a path.
+    """
     path, colon, number = argument.rpartition(":")
     if colon and path and not Path(argument).exists():
         try:
@@ -117,11 +147,18 @@ def split_strength(argument: str) -> tuple[Path, float]:
     return Path(argument), 1.0
 
 
+def parse_size(text: str) -> int | None:
+    """Convert `64MB` (powers of 1000) or `64MiB` (of 1024) to bytes; None for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or (found[3] and not found[2]):
+        return None
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2].upper()])
+
+
 def default_output(beside: Path, suffix: str, *, folder: bool = False) -> Path:
-    """`style.ckpt` → `style-<suffix>.safetensors`, or the folder `style-<suffix>`, in the same folder."""
-    beside = (
-        beside if beside.name else beside.resolve()
-    )  # the folder `.` has a name only when resolved
+    """Return `style-<suffix>.safetensors` (or the folder `style-<suffix>`) next to `style.ckpt`."""
+    # the folder `.` has a name only when resolved
+    beside = beside if beside.name else beside.resolve()
     stem = (
         beside.name
         if beside.is_dir()
@@ -134,36 +171,36 @@ def default_output(beside: Path, suffix: str, *, folder: bool = False) -> Path:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output that exists or cannot be, before any work."""
+    """Refuse an existing or impossible output before any work."""
     if path.exists() and not overwrite:
         raise WouldOverwrite(
-            "the output exists already",
-            hint="pass --overwrite to replace it, or another --output",
+            "the output already exists",
+            hint="pass --overwrite to replace it, or choose another --output",
             file=path,
         )
     if path.is_dir():
         raise WouldOverwrite(
-            "the output is a folder", hint="name a file, for example out.safetensors", file=path
+            "the output is a folder", hint="pass a file name such as out.safetensors", file=path
         )
     if not path.parent.is_dir():
         raise CannotWrite(f"no such folder: {path.parent}", hint="create it first", file=path)
 
 
 def refuse_unused(unused: Sequence[Unused], allowed: bool, file: object) -> None:
-    """The coverage contract: what would be lost fails the run unless it is allowed."""
+    """Enforce the coverage contract: fail if keys would be lost, unless allowed."""
     if not unused or allowed:
         return
     shown = "; ".join(f"{item.key} ({item.reason})" for item in unused[:3])
     more = f"; and {len(unused) - 3} more" if len(unused) > 3 else ""
     raise Unclaimed(
         f"{len(unused)} keys would be lost: {shown}{more}",
-        hint="pass --allow-unused to go on without them; they are then listed in the report",
+        hint="pass --allow-unused to continue without them; the report then lists them",
         file=file,
     )
 
 
 def stored_dtype(option: str, kept: str) -> str:
-    """The safetensors dtype to write: that of the input for `keep`."""
+    """Return the safetensors dtype to write; `keep` keeps the dtype of the input."""
     if option == "keep":
         return kept
     if option not in DTYPES:
@@ -172,7 +209,7 @@ def stored_dtype(option: str, kept: str) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """`F16` → torch.float16."""
+    """Return the torch dtype of a safetensors dtype such as `F16`."""
     import torch
 
     return {

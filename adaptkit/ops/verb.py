@@ -1,6 +1,6 @@
-"""A verb: a command that reads adapters or checkpoints and writes one output.
+"""Verbs: commands that read adapters or checkpoints and write one output.
 
-Each module of `adaptkit.ops` that defines `VERB` is one. `batch` runs verbs by this table.
+Every module of `adaptkit.ops` that defines `VERB` is a verb. `batch` runs verbs by this table.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["STRENGTH", "Verb", "verb", "verbs"]
 
-STRENGTH = "strength"  # the input that is no file: what the ΔW of an adapter is multiplied by
+# the one input that is not a file: the factor of an adapter's ΔW
+STRENGTH = "strength"
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb.
+    """A verb and its functions.
 
-    `inputs` names its positional inputs in the order of `plan`. A verb that takes `strength` gets
-    its adapters as (path, strength) pairs. `together` runs several plans on one base in one pass.
+    `inputs` names the positional arguments of `plan`. A verb with the input `strength` takes its
+    adapters as (path, strength) pairs. `together` runs several plans on one base in one pass.
     """
 
     name: str
@@ -43,19 +44,19 @@ class Verb:
 
     @cached_property
     def kinds(self) -> dict[str, Any]:
-        """Option → type of its value, without None; inputs of the same name left out."""
+        """Map every option that is not an input to the type of its value, without None."""
         hints = get_type_hints(self.options)
         names = [field.name for field in fields(self.options) if field.name not in self.inputs]
         return {name: _given(hints[name]) for name in names}
 
     def default(self, option: str) -> Any:
-        """The value of an option that is not given."""
+        """Return the default value of an option."""
         (found,) = (field for field in fields(self.options) if field.name == option)
         return None if found.default is MISSING else found.default
 
 
 def _given(hint: Any) -> Any:
-    """`int | None` → int."""
+    """Return `int` for `int | None`."""
     if get_origin(hint) is not UnionType:
         return hint
     (kind,) = (one for one in get_args(hint) if one is not NoneType)
@@ -63,12 +64,12 @@ def _given(hint: Any) -> Any:
 
 
 def verbs() -> Mapping[str, Verb]:
-    """Every verb by name."""
+    """Return every verb by name."""
     return discover("adaptkit.ops", "VERB", required=False)
 
 
 def verb(name: str) -> Verb:
-    """One verb; NoSuchName with the nearest names."""
+    """Return one verb; raise NoSuchName with the nearest names."""
     found = verbs()
     if name not in found:
         raise NoSuchName.among("command", name, found)

@@ -16,6 +16,8 @@ RANDOM = np.random.default_rng(0)
 
 class TestFull(AlgorithmLaws):
     kind = Full
+    has_factors = False
+    has_alpha = False
 
     @staticmethod
     def layouts() -> Iterator[Layout]:

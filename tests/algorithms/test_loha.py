@@ -19,6 +19,8 @@ def array(*shape: int) -> Array:
 
 class TestLoha(AlgorithmLaws):
     kind = Loha
+    has_factors = True
+    has_alpha = True
 
     @staticmethod
     def layouts() -> Iterator[Layout]:

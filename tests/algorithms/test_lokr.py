@@ -37,6 +37,8 @@ def _w2(kernel: tuple[int, ...]) -> dict[str, dict[str, Array]]:
 
 class TestLokr(AlgorithmLaws):
     kind = Lokr
+    has_factors = True
+    has_alpha = True
 
     @staticmethod
     def layouts() -> Iterator[Layout]:
@@ -59,6 +61,14 @@ class TestLokr(AlgorithmLaws):
     @staticmethod
     def oracle(layout: Layout) -> Array:
         return oracle.lokr_stored(layout.tensors, layout.alpha, layout.kernel)
+
+    @staticmethod
+    def block(layout: Layout) -> int:
+        """The rows of W2, whose factor is stored transposed beside a Tucker core."""
+        shapes = layout.shapes()
+        if "w2" in shapes:
+            return shapes["w2"][0]
+        return shapes["w2_a"]["t2" in shapes]
 
 
 def test_w2_b_with_kernel_dimensions_is_read() -> None:

@@ -22,6 +22,8 @@ def array(*shape: int) -> Array:
 
 class TestLora(AlgorithmLaws):
     kind = Lora
+    has_factors = True
+    has_alpha = True
 
     @staticmethod
     def layouts() -> Iterator[Layout]:

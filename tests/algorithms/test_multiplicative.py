@@ -247,11 +247,32 @@ def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
-def test_a1_the_merged_weight_is_the_oracles(case: Case) -> None:
+def check_merged(case: Case, merged: torch.Tensor) -> None:
     exact = case.merged(base(case).numpy())
-    merged = opened(case).apply(flat(base(case)), 1.0).reshape(base(case).shape)
-    np.testing.assert_allclose(merged.numpy(), exact, rtol=1e-6, atol=1e-7)
-    assert not np.allclose(exact, base(case).numpy(), atol=1e-3)
+    np.testing.assert_allclose(
+        merged.reshape(exact.shape).numpy(), exact, rtol=1e-12, atol=1e-12, err_msg=case.name
+    )
+
+
+def test_a1_the_merged_weight_is_the_oracles(case: Case) -> None:
+    check_merged(case, opened(case).apply(flat(base(case)), 1.0))
+
+
+def test_a1_notices_planted_faults(case: Case) -> None:
+    """What comes near: nothing done, a strength a little off, float32, one sign, other rows."""
+    right = opened(case).apply(flat(base(case)), 1.0)
+    one_sign = right.clone()
+    one_sign.view(-1)[right.abs().argmin()] *= -1
+    faults = {
+        "nothing": flat(base(case)),
+        "strength": opened(case).apply(flat(base(case)), 1 - 1e-6),
+        "float32": right.float().double(),
+        "sign": one_sign,
+        "rows": right.roll(1, -2),
+    }
+    for wrong in faults.values():
+        with pytest.raises(AssertionError):
+            check_merged(case, wrong)
 
 
 def test_a2_stored_shapes_come_back(case: Case) -> None:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
 from tests.benchmarks import finetuning, inspecting, linalg, measure, renaming, resizing, sd15
+
+PAGE = Path(__file__).parents[2] / "adaptkit" / "guide" / "reference" / "performance.md"
+WIDTH = 78  # of a recorded table: the guide is read on terminals of 80 columns
 
 BENCHMARKS = {
     "inspect": (inspecting.run, "a 2,000-key file against the start of torch"),
@@ -48,6 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--small", action="store_true", help="small inputs, single runs: does everything work?"
     )
+    parser.add_argument(
+        "--record", action="store_true", help=f"write the figures into the guide ({PAGE.name})"
+    )
     options = parser.parse_args()
     if unknown := set(options.names) - BENCHMARKS.keys():
         parser.error(
@@ -56,9 +64,23 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def record(name: str, printed: str) -> None:
+    """Put what a benchmark printed into its place in the guide, with the machine and the date."""
+    lines = [line.rstrip() for line in printed.strip("\n").splitlines()]
+    day = datetime.now(UTC).date().isoformat()
+    block = "\n".join(["```text", f"{measure.machine()}, {day}", "", *lines, "```"])
+    mark = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    text, found = mark.subn(
+        lambda m: f"{m[1]}\n{block}\n\n{m[2]}", PAGE.read_text(encoding="utf-8")
+    )
+    assert found == 1, f"{PAGE.name} has no place for {name}"
+    PAGE.write_text(text, encoding="utf-8", newline="\n")
+
+
 def main() -> int:
     options = arguments()
-    console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
+    width = WIDTH if options.record else None if sys.stdout.isatty() else 140
+    console = Console(width=width, soft_wrap=False, record=options.record)
     if options.list:
         for name, (_, what) in BENCHMARKS.items():
             console.print(f"{name:8} {what}")
@@ -75,7 +97,11 @@ def main() -> int:
         console.print(measure.facts(), highlight=False)
         for name in options.names or BENCHMARKS:
             console.print()
+            if options.record:
+                console.export_text()  # forget what other benchmarks printed
             missed += BENCHMARKS[name][0](scratch, console, options.small)
+            if options.record and not options.small:
+                record(name, console.export_text())
     finally:
         if options.keep:
             console.print(f"kept: {scratch}", highlight=False)

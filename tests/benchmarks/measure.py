@@ -116,6 +116,12 @@ def facts() -> str:
     )
 
 
+def machine() -> str:
+    """The processor and the version of torch, in one line."""
+    version, _, _ = torch_start().output.split()
+    return f"{_processor()}, {os.cpu_count()} cores{_memory()}, torch {version}"
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -392,9 +392,9 @@ class TestBadInput:
 
     def test_a_defect_of_ours_is_one_line_unless_debugging(self, pair: Path) -> None:
         code = (
-            "import sys\nfrom adaptkit.ops import extract\n"
+            "import sys\nfrom dataclasses import replace\nfrom adaptkit.ops import extract\n"
             "def broken(*_):\n    raise ZeroDivisionError('planted')\n"
-            "extract.plan = broken\nfrom adaptkit.cli import main\nsys.argv = ['adaptkit', 'extract', 'a', 'b']\nmain()\n"
+            "extract.VERB = replace(extract.VERB, plan=broken)\nfrom adaptkit.cli import main\nsys.argv = ['adaptkit', 'extract', 'a', 'b']\nmain()\n"
         )
         run = lambda **env: subprocess.run(
             [sys.executable, "-c", code],

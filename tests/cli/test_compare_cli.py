@@ -198,7 +198,7 @@ def test_keys_that_are_not_compared_are_named(tiny: Path, tmp_path: Path) -> Non
     save_file(load_file(tiny / LORA) | {"mystery": torch.ones(2)}, tmp_path / "a.safetensors")
     done = adaptkit("compare", tmp_path / "a.safetensors", tiny / LORA)
     assert done.returncode == 0
-    assert "1 not compared, mystery first: a.safetensors: no such module" in done.stderr
+    assert "1 not compared, the first is mystery: a.safetensors: no such module" in done.stderr
     record = document(tmp_path / "a.safetensors", tiny / LORA, "--tolerance", 0.1, code=1)
     assert (record["unused"][0]["key"], record["within_tolerance"]) == ("mystery", False)
 

@@ -41,7 +41,7 @@ class TestConvert:
         assert done.stdout == "mein stil-diffusers.safetensors\n"
         assert "kohya → diffusers" in done.stderr
         again = adaptkit("convert", source.name, "--to", "diffusers", cwd=tmp_path)
-        refused(again, "exists already", "--overwrite")
+        refused(again, "already exists", "--overwrite")
         made = adaptkit("convert", source.name, "--to", "peft", "--only", "unet", cwd=tmp_path)
         assert made.stdout == "mein stil-peft\n"
         assert (tmp_path / "mein stil-peft" / "adapter_config.json").is_file()
@@ -157,13 +157,14 @@ class TestInspect:
             adaptkit("inspect", tmp_path / "a.safetensors", "--stats", "--json", "--modules").stdout
         )["files"]
         found = {problem["severity"]: problem["what"] for problem in record["problems"]}
-        assert "does nothing" in found["warning"]
+        assert "has no effect" in found["warning"]
         assert f"{other}.lora_down.weight holds NaN" in found["error"]
         assert record["norm"] > 0
         assert sum(module["norm"] is None for module in record["module_list"]) == 1
 
     @pytest.mark.parametrize(
-        ("alpha", "words"), [(0.0, "do nothing"), (-1.0, "backwards"), (64.0, "times the rank")]
+        ("alpha", "words"),
+        [(0.0, "disables them"), (-1.0, "inverts them"), (64.0, "times the rank")],
     )
     def test_traps(self, tiny: Path, tmp_path: Path, alpha: float, words: str) -> None:
         tensors = load_file(tiny / "lora-kohya.safetensors") | {f"{KEY}.alpha": torch.tensor(alpha)}

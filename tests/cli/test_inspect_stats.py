@@ -75,7 +75,7 @@ class TestHeatMap:
             line.plain.rstrip() for line in _heat.heat_map(record, report.modules, width, coloured)
         ]
         assert max(map(cell_len, shown)) <= width
-        assert any("want of width" in line for line in shown) == (width == 80)
+        assert any("terminal too narrow" in line for line in shown) == (width == 80)
 
     def test_every_cell_can_be_read_and_the_strong_ones_stand_out(self) -> None:
         faded = [Style.parse(_heat.colour(share / 100)) for share in range(10)]
@@ -102,7 +102,7 @@ class TestHeatMap:
         tensors[down][:] = torch.nan
         save_file(tensors, tmp_path / "a.safetensors")
         shown = adaptkit("inspect", tmp_path / "a.safetensors", "--stats").stdout
-        assert f"what {len(ups)} lora+dora modules change depends on the weights" in shown
+        assert f"ΔW of {len(ups)} lora+dora modules depends on the weights" in shown
         (row,) = [
             line
             for line in shown.splitlines()
@@ -153,7 +153,7 @@ class TestHeatMap:
         }
         save_file(tensors, tmp_path / "a.safetensors")
         shown = adaptkit("inspect", tmp_path / "a.safetensors", "--stats").stdout
-        assert shown.count("the module does nothing") == 12
+        assert shown.count("the module has no effect") == 12
         assert "and 92 more problems" in shown
 
 
@@ -327,7 +327,7 @@ class TestRefusals:
     ) -> None:
         (tmp_path / "a.svg").write_text("mine")
         done = adaptkit("inspect", tiny / "lora-kohya.safetensors", "--plot", tmp_path / "a.svg")
-        refused(done, "exists already", "--overwrite")
+        refused(done, "already exists", "--overwrite")
         with pytest.raises(WouldOverwrite):  # or comes up while the weights are read
             _plot.draw(report, tmp_path / "a.svg", overwrite=False)
         assert (tmp_path / "a.svg").read_text() == "mine"
@@ -368,7 +368,7 @@ class TestRefusals:
 
     def test_what_is_no_adapter(self, tiny: Path, tmp_path: Path) -> None:
         done = adaptkit("inspect", tiny / "base.safetensors", "--plot", tmp_path / "a.svg", "-q")
-        refused(done, "nothing to plot", "it is a checkpoint")
+        refused(done, "nothing to plot", "the file is a checkpoint")
         assert not list(tmp_path.iterdir())
 
     def test_what_has_no_numbers(self, report: inspect.Report, tmp_path: Path) -> None:

@@ -152,8 +152,9 @@ def test_the_original_checkpoint_is_known(family: str, name: str, corpus: Path) 
 @pytest.mark.parametrize(("family", "name"), DENOISERS)
 def test_kernels_are_those_of_the_model(family: str, name: str, corpus: Path) -> None:
     """The table's kernels, which complete adapters stored flat, are the model's, and it has no others."""
-    keys = compile_keys(family, "diffusers")
-    for module, (_, _, *kernel) in read(corpus, "modules", name).items():
+    keys, modules = compile_keys(family, "diffusers"), read(corpus, "modules", name)
+    assert len(modules) > 50
+    for module, (_, _, *kernel) in modules.items():
         row = keys.row(place(family, f"transformer.{module}.weight").slot.target)
         assert row is not None
         assert row.kernel == tuple(kernel), module
@@ -162,7 +163,9 @@ def test_kernels_are_those_of_the_model(family: str, name: str, corpus: Path) ->
 @pytest.mark.parametrize(("family", "component", "name"), ENCODERS)
 def test_text_encoders(family: str, component: str, name: str, corpus: Path) -> None:
     (stem,) = compile_checkpoint(family).family.component(component).tags["comfy"][-1:]
-    for param in params(corpus, name):
+    listed = list(params(corpus, name))
+    assert len(listed) > 100
+    for param in listed:
         slot = place(family, f"{component}.{param}").slot
         assert slot.component == component
         assert place(family, f"{stem}.{param}").slot == slot

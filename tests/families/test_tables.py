@@ -28,7 +28,9 @@ MAPS = {
 def test_diffusers_and_native_names_mean_the_same_slot(family: str, corpus: Path) -> None:
     keys = compile_checkpoint(family)
     for component, name in MAPS[family].items():
-        for ours, theirs in json.loads((corpus / "ckpt" / f"{name}.json").read_text()).items():
+        mapping = json.loads((corpus / "ckpt" / f"{name}.json").read_text())
+        assert len(mapping) > 100
+        for ours, theirs in mapping.items():
             place = keys.parse(f"{component}.{ours}")
             assert place is not None, ours
             if isinstance(theirs, str):
@@ -50,7 +52,9 @@ def test_every_parameter_of_the_model_is_in_the_table(family: str, corpus: Path)
     keys = compile_checkpoint(family)
     for component, name in MAPS[family].items():
         stem = name.partition("@")[0]
-        for ours, shape in json.loads((corpus / "modules" / f"{stem}.json").read_text()).items():
+        modules = json.loads((corpus / "modules" / f"{stem}.json").read_text())
+        assert len(modules) > 50
+        for ours, shape in modules.items():
             assert shape
             assert keys.parse(f"{component}.{ours}.weight"), ours
 
@@ -75,9 +79,9 @@ def test_the_fixture_header_is_recognised(family: str) -> None:
 def test_fixture_shapes_are_those_of_the_model(family: str, unet: str, corpus: Path) -> None:
     listing = load_listing(FIXTURES / "checkpoints" / f"{family}.tsv")
     native = json.loads((corpus / "ckpt" / f"{unet}.json").read_text())
-    for module, (o, i, *kernel) in json.loads(
-        (corpus / "modules" / f"{unet}.json").read_text()
-    ).items():
+    modules = json.loads((corpus / "modules" / f"{unet}.json").read_text())
+    assert len(modules) > 200
+    for module, (o, i, *kernel) in modules.items():
         _, shape = listing[native[f"{module}.weight"]]
         assert shape == (o, i, *kernel), module
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import AdaptkitError, CorruptFile, UnreadableFile, UnsafePickle
-from adaptkit.files import pickles
-from adaptkit.files.sink import tensor_bytes
-from adaptkit.files.source import open_source
+from adaptkit.files import pickles, unpickler
+from adaptkit.files.open import open_source
+from adaptkit.files.tensors import tensor_bytes
 
 FORMATS = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 DTYPES = [
@@ -240,11 +240,11 @@ FLOAT = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ"
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (V2 + b"(K\x01K\x02tR.", "a tensor with arguments"),
-        (V2 + b"(" + FLOAT + b"J\xff\xff\xff\xff(K\x04t(K\x01ttR.", "a tensor with arguments"),
-        (V2 + b"(" + FLOAT + b"K\x00(J\xff\xff\xff\xfft(K\x01ttR.", "a size with arguments"),
-        (V2 + b"(" + FLOAT + b"K\x00(K\x04t(K\x01K\x01ttR.", "a tensor with arguments"),
-        (V2 + b"(" + FLOAT + b"K\x00)K\x05tR.", "a size with arguments"),
+        (V2 + b"(K\x01K\x02tR.", "a tensor has arguments"),
+        (V2 + b"(" + FLOAT + b"J\xff\xff\xff\xff(K\x04t(K\x01ttR.", "a tensor has arguments"),
+        (V2 + b"(" + FLOAT + b"K\x00(J\xff\xff\xff\xfft(K\x01ttR.", "a size has arguments"),
+        (V2 + b"(" + FLOAT + b"K\x00(K\x04t(K\x01K\x01ttR.", "a tensor has arguments"),
+        (V2 + b"(" + FLOAT + b"K\x00)K\x05tR.", "a size has arguments"),
         (
             b"}\x8c\x01a" + V2 + b"(" + FLOAT + b"K\x01(K\x04t(K\x01ttRs.",
             "ends at byte 20 of a storage of 16",
@@ -268,12 +268,12 @@ FLOAT = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ"
         (FLOAT.replace(b"storage", b"nothing") + b".", "persistent id"),
         (FLOAT.replace(b"K\x04t", b"J\xff\xff\xff\xfft") + b".", "persistent id"),
         (FLOAT.replace(b"ctorch\nFloatStorage\n", b"K\x01") + b".", "persistent id"),
-        (b"ccollections\nOrderedDict\n(K\x01tR.", "OrderedDict with arguments"),
+        (b"ccollections\nOrderedDict\n(K\x01tR.", "OrderedDict has arguments"),
         (b"ccollections\nOrderedDict\n}\x8c\x03run" + V2 + b"sb.", "not a table"),
-        (b"ctorch._utils\n_rebuild_parameter\n)R.", "a parameter with arguments"),
+        (b"ctorch._utils\n_rebuild_parameter\n)R.", "a parameter has arguments"),
         (
             b"ctorch._tensor\n_rebuild_from_type_v2\n(" + V2 + b"K\x01)tR.",
-            "a tensor with arguments",
+            "a tensor has arguments",
         ),
         (b"ctorch\nfloat32\n(K\x01tR.", "not a table"),
         (b"ctorch\nFloatStorage\n)\x81.", "damaged pickle"),
@@ -324,13 +324,13 @@ def test_other_archives(tmp_path):
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hi")
-    with pytest.raises(CorruptFile, match="0 entries data"):
+    with pytest.raises(CorruptFile, match="0 entries named data"):
         open_source(path)
     zip_of(path, b"}.", [("constants.pkl", b")."), ("code/x.py", b"")])
     with pytest.raises(CorruptFile, match="TorchScript"):
         open_source(path)
     zip_of(path, b"}.", [("byteorder", b"big")])
-    with pytest.raises(CorruptFile, match="byte order is b'big'"):
+    with pytest.raises(CorruptFile, match="byte order b'big'"):
         open_source(path)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         archive.addfile(tarfile.TarInfo("storages"))
@@ -345,7 +345,8 @@ def test_catalogue_limit(tmp_path, monkeypatch):
     for new in (True, False):
         path = save(tmp_path / "x.pt", {str(i): torch.ones(1) for i in range(20)}, new)
         with monkeypatch.context() as patch:
-            patch.setattr(pickles, "CATALOGUE_LIMIT", 800)
+            for module in (pickles, unpickler):
+                patch.setattr(module, "CATALOGUE_LIMIT", 800)
             with pytest.raises(CorruptFile, match=r"limit|larger than 800"):
                 open_source(path)
 
@@ -402,7 +403,7 @@ def test_headers_of_every_kind_and_scalars_need_no_torch(tmp_path):
 
     save_file(state, tmp_path / "z.safetensors")
     code = (
-        "import sys; from adaptkit.files.source import open_source; import adaptkit.files.sink\n"
+        "import sys; from adaptkit.files.open import open_source; import adaptkit.files.sink\n"
         "for p in sys.argv[1:]:\n with open_source(p) as s: assert s.scalar('n') == 0.5 and len(s.infos) == 2\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import random
 
 import pytest
 
 from adaptkit.errors import UnreadableFile
-from adaptkit.files.provenance import KEY, history, kept, sha256, updated
+from adaptkit.files.provenance import KEY, history, kept, sha256, sshs_hashes, sshs_places, updated
 
 
 def test_hash(tmp_path):
@@ -47,3 +49,54 @@ def test_records_pile_up_newest_last():
 )
 def test_what_others_left_under_our_key_is_kept(text, before):
     assert json.loads(updated({KEY: text}, {"n": 1})[KEY]) == [*before, {"n": 1}]
+
+
+MIB, WINDOW = 1 << 20, 1 << 16
+
+
+def blob(size, seed=0):
+    return random.Random(seed).randbytes(size)
+
+
+def cut(data, sizes):
+    """Pieces of these sizes in turn, over and over."""
+    at = 0
+    for size in itertools.cycle(sizes):
+        if at >= len(data):
+            return
+        yield memoryview(data)[at : at + size]
+        at += size
+
+
+@pytest.mark.parametrize("header", [8 + 2, 8 + 4712])
+@pytest.mark.parametrize(
+    "sizes", [[3 << 20], [4096], [MIB - 1000, 1, 999, WINDOW - 1, 2], [WINDOW // 2 + 3]]
+)
+def test_sd_scripts_hashes_are_those_of_the_whole_file(header, sizes):
+    """`addnet_hash_safetensors` and `addnet_hash_legacy`: all tensors, and 64 KiB at 1 MiB."""
+    head, data = blob(header), blob(MIB + 3 * WINDOW, seed=1)
+    whole = head + data
+    assert len(whole) > MIB + 2 * WINDOW, "a window twice as long would be seen"
+    expected = {
+        "sshs_model_hash": hashlib.sha256(data).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(whole[0x100000:0x110000]).hexdigest()[:8],
+    }
+    assert sshs_hashes(cut(data, sizes), header) == expected
+
+
+@pytest.mark.parametrize("size", [100, MIB - 500, MIB - 400, MIB + WINDOW // 2, MIB + WINDOW - 400])
+def test_a_file_that_ends_before_the_window_does_is_hashed_as_far_as_it_goes(size):
+    head, data = blob(400), blob(size, seed=1)
+    expected = hashlib.sha256((head + data)[MIB : MIB + WINDOW]).hexdigest()[:8]
+    assert sshs_hashes(cut(data, [70_000]), len(head))["sshs_legacy_hash"] == expected
+
+
+def test_the_hashes_are_as_long_as_the_places_kept_for_them():
+    places = sshs_places({"sshs_model_hash": "x", "sshs_legacy_hash": "y", "ss_lr": "1"})
+    found = sshs_hashes([memoryview(b"abc")], 10)
+    assert {name: len(text) for name, text in places.items()} == {
+        name: len(text) for name, text in found.items()
+    }
+    assert all(set(text) == {"0"} for text in places.values())
+    assert sshs_places({"sshs_legacy_hash": "y"}) == {"sshs_legacy_hash": "00000000"}
+    assert sshs_places({"ss_lr": "1"}) == {}

@@ -15,8 +15,8 @@ import pytest
 
 from adaptkit.errors import CannotWrite, WouldOverwrite
 from adaptkit.files import _exchange as exchanging
-from adaptkit.files import sink as module
-from adaptkit.files.sink import publish_folder
+from adaptkit.files import publish as module
+from adaptkit.files.publish import publish_folder
 
 NAMES = ("a", "b")
 ATOMIC = sys.platform in ("linux", "darwin")
@@ -25,11 +25,11 @@ ATOMIC = sys.platform in ("linux", "darwin")
 SERVER = """
 import os, signal, sys
 from pathlib import Path
-from adaptkit.files import sink
+from adaptkit.files import publish
 path, portable = Path(sys.argv[1]), sys.argv[2] == "portable"
 if portable:
-    sink.exchange = lambda one, other: False
-files = os.path.dirname(sink.__file__)
+    publish.exchange = lambda one, other: False
+files = os.path.dirname(publish.__file__)
 for step in range(1, 1000):
     child = os.fork()
     if not child:
@@ -43,7 +43,7 @@ for step in range(1, 1000):
                 os.kill(os.getpid(), signal.SIGKILL)
             return trace
         sys.settrace(trace)
-        with sink.publish_folder(path, {"a", "b"}, overwrite=True) as made:
+        with publish.publish_folder(path, {"a", "b"}, overwrite=True) as made:
             for name in ("a", "b"):
                 (made / name).write_text(str(step))
         sys.settrace(None)
@@ -219,7 +219,7 @@ def test_no_permission_is_said(tmp_path: Path, way: str) -> None:
             path.parent.chmod(0o500)
 
     try:
-        with pytest.raises(CannotWrite, match="no permission"):
+        with pytest.raises(CannotWrite, match="permission denied"):
             locked_out()
     finally:
         path.parent.chmod(0o700)

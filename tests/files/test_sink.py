@@ -27,11 +27,14 @@ from adaptkit.errors import (
     UnreadableFile,
     WouldOverwrite,
 )
-from adaptkit.files import sink as module
+from adaptkit.files import output_file as module
+from adaptkit.files import sink as sink_module
 from adaptkit.files import source as source_module
 from adaptkit.files.header import TensorSpec
-from adaptkit.files.sink import Spool, TensorSink, tensor_bytes
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
+from adaptkit.files.sink import TensorSink
+from adaptkit.files.spool import Spool
+from adaptkit.files.tensors import spec_of, tensor_bytes
 from tests.files.test_source import DTYPES, raw
 
 
@@ -52,7 +55,7 @@ def way(request, monkeypatch):
 
 
 def specs_of(state):
-    return [module.spec_of(name, tensor) for name, tensor in state.items()]
+    return [spec_of(name, tensor) for name, tensor in state.items()]
 
 
 def example():
@@ -133,7 +136,7 @@ def test_any_layout_of_a_tensor(tmp_path):
 
 def test_checks(tmp_path):
     sink = TensorSink(tmp_path / "a", [TensorSpec("x", "F32", (2,)), TensorSpec("y", "F16", ())])
-    with pytest.raises(ShapeMismatch, match=r"F32 \[2\] was promised, F32 \[3\] came"):
+    with pytest.raises(ShapeMismatch, match=r"expected F32 \[2\], got F32 \[3\]"):
         sink.put("x", torch.ones(3))
     with pytest.raises(ShapeMismatch, match="F16"):
         sink.put("x", torch.ones(2).half())
@@ -294,7 +297,7 @@ def test_neighbours_by_number_in_two_files_are_not_joined(tmp_path, way):
         "b": torch.full((100,), 2, dtype=torch.uint8),
         "c": torch.full((9,), 3, dtype=torch.uint8),
     }
-    start = len(module.build_header(specs_of(state))[0])
+    start = len(sink_module.build_header(specs_of(state))[0])
     state["b"] = torch.full((end - start,), 2, dtype=torch.uint8)
     write(folder / "model-00002-of-00002.safetensors", state)
     with (
@@ -331,7 +334,7 @@ def test_the_kernel_copies_where_whole_blocks_may_be_shared(tmp_path, monkeypatc
     with open_source(path) as source:
         head = min(info.start for info in source.infos.values())
     metadata, real, calls = {"k": "v"}, os.copy_file_range, []
-    while shift and len(module.build_header(specs_of(state), metadata)[0]) < head + shift:
+    while shift and len(sink_module.build_header(specs_of(state), metadata)[0]) < head + shift:
         metadata["k"] += "v"
     monkeypatch.setattr(os, "copy_file_range", lambda *args: calls.append(args) or real(*args))
     with (
@@ -537,7 +540,7 @@ def test_places_where_nothing_can_be_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(errno.EACCES, "no permission"), (errno.EROFS, "read-only"), (errno.ENOSPC, r"disk is full: 65 bytes are needed"),
+    [(errno.EACCES, "permission denied"), (errno.EROFS, "read-only"), (errno.ENOSPC, r"disk is full: 65 bytes are needed"),
      (errno.EIO, "cannot be written")],
 )  # fmt: skip
 @pytest.mark.parametrize("call", ["open", "_some", "replace"])
@@ -619,7 +622,7 @@ def test_spool_faults(tmp_path):
         spool._file.truncate(3)
         with (
             TensorSink(tmp_path / "a", spool.specs()) as sink,
-            pytest.raises(CorruptFile, match="cut short"),
+            pytest.raises(CorruptFile, match="truncated"),
         ):
             spool.write_to(sink)
 
@@ -636,13 +639,13 @@ def test_a_tensor_in_pieces(tmp_path, way):
     with TensorSink(
         tmp_path / "a", [TensorSpec("x", "F16", (7, 4, 3)), TensorSpec("y", "F32", (1,))]
     ) as sink:
-        with pytest.raises(ShapeMismatch, match=r"F16 \[7, 4, 3\] was promised, BF16"):
+        with pytest.raises(ShapeMismatch, match=r"expected F16 \[7, 4, 3\], got BF16"):
             sink.pieces("x", torch.bfloat16, (7, 4, 3))
         pieces = sink.pieces("x", torch.float16, (7, 4, 3))
         with pytest.raises(RuntimeError, match="twice"):
             sink.put("x", tensor)
         pieces.put(tensor[5:], 60)
-        with pytest.raises(RuntimeError, match="do not belong at byte 144"):
+        with pytest.raises(RuntimeError, match="bytes at 144 exceed"):
             pieces.put(tensor[:2], 72)
         with pytest.raises(RuntimeError, match="120 bytes of 'x' were not written"):
             pieces.close()

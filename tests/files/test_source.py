@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from adaptkit.errors import AdaptkitError, CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
 from adaptkit.files import source as module
+from adaptkit.files import tensors
 from adaptkit.files.header import TensorSpec, build_header
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -168,10 +169,10 @@ def test_every_small_float_decodes_as_torch_does(tmp_path, dtype):
         .to(torch.uint8 if step == 1 else torch.uint16)
         .view(dtype)
     )
-    spelling = {v: k for k, v in module.TORCH_NAMES.items()}[str(dtype).removeprefix("torch.")]
+    spelling = {v: k for k, v in tensors.TORCH_NAMES.items()}[str(dtype).removeprefix("torch.")]
     info = module.TensorInfo("x", spelling, (), 0, dtype.itemsize)
     found = [
-        module._decode_scalar(bytes(b.reshape(1).view(torch.uint8).tolist()), info, Path())
+        tensors.decode_scalar(bytes(b.reshape(1).view(torch.uint8).tolist()), info, Path())
         for b in bits
     ]
     assert torch.equal(
@@ -221,7 +222,7 @@ def test_a_file_cut_after_opening(tmp_path, way):
         assert "truncated" in str(caught.value)
     with open_source(write(tmp_path / "b.safetensors", a=ones())) as source:
         os.truncate(tmp_path / "b.safetensors", 20)
-        with pytest.raises(CorruptFile, match="changed since it was opened"):
+        with pytest.raises(CorruptFile, match="changed after opening"):
             source.read("a")
         (tmp_path / "b.safetensors").unlink()
         with pytest.raises(UnreadableFile):
@@ -258,9 +259,9 @@ def test_no_permission(tmp_path, monkeypatch):
 
     source = open_source(path)
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UnreadableFile, match="no permission"):
+    with pytest.raises(UnreadableFile, match="permission denied"):
         open_source(path)
-    with pytest.raises(UnreadableFile, match="no permission"):
+    with pytest.raises(UnreadableFile, match="permission denied"):
         source.read("a")
 
 
@@ -327,12 +328,12 @@ def test_faulty_indices(tmp_path):
     for weight_map, error, reason in (
         (whole | {"w": first}, CorruptFile, "does not hold it"),
         (whole | {"w": "model-3.safetensors"}, UnreadableFile, "1 of 3 shards are missing"),
-        (whole | {"w": "../x.safetensors"}, CorruptFile, "no file beside it"),
-        (whole | {"w": "/etc/passwd"}, CorruptFile, "no file beside it"),
-        (whole | {"w": "..\\x"}, CorruptFile, "no file beside it"),
-        (whole | {"w": "C:\\x"}, CorruptFile, "no file beside it"),
-        (whole | {"w": 3}, CorruptFile, "no file beside it"),
-        (whole | {"w": ""}, CorruptFile, "no file beside it"),
+        (whole | {"w": "../x.safetensors"}, CorruptFile, "outside its own folder"),
+        (whole | {"w": "/etc/passwd"}, CorruptFile, "outside its own folder"),
+        (whole | {"w": "..\\x"}, CorruptFile, "outside its own folder"),
+        (whole | {"w": "C:\\x"}, CorruptFile, "outside its own folder"),
+        (whole | {"w": 3}, CorruptFile, "outside its own folder"),
+        (whole | {"w": ""}, CorruptFile, "outside its own folder"),
         ({}, UnreadableFile, "nor a shard index"),
         ([], UnreadableFile, "nor a shard index"),
     ):
@@ -440,7 +441,7 @@ def test_reading_does_not_keep_the_file_resident(tmp_path):
         file.write(header)
         file.truncate(max(info.stop for info in infos.values()))
     code = (
-        "import resource, sys, torch, numpy; from adaptkit.files.source import open_source\n"
+        "import resource, sys, torch, numpy; from adaptkit.files.open import open_source\n"
         "unit = 1 if sys.platform == 'darwin' else 1024\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit\n"
         "torch.empty(1, dtype=torch.uint8).numpy(); before = peak()\n"

@@ -153,7 +153,7 @@ def test_the_merged_checkpoint_predicts_what_the_loaded_lora_does(
     assert not close(base, theirs, 1e-2)
 
 
-# --- what diffusers does not do, so that what the README says of it stays true ---------------------------------------
+# --- what diffusers does not do, so that what the guide says of it stays true ---------------------------------------
 
 
 def test_diffusers_refuses_vectors_under_kohya_names(sd1: Sd1, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_create_lycoris_from_weights_on_a_whole_unet(sd1: Sd1, tmp_path: Path, a
 def test_lycoris_applies_vectors_only_beside_their_own_weight(
     sd1: Sd1, layers: dict[str, nn.Module], tmp_path: Path
 ) -> None:
-    """What hosts on LyCORIS make of `diff_b`, `w_norm` and `b_norm`: the README's reason for leaving them out unless --vectors."""
+    """What hosts on LyCORIS make of `diff_b`, `w_norm` and `b_norm`: why `extract` leaves them out unless --vectors."""
     output = tmp_path / "out.safetensors"
     sd1.extract(
         sd1.tuned("noise-vectors", noise, vectors=True),

@@ -9,6 +9,7 @@ import torch
 from adaptkit.linalg import factored
 from adaptkit.linalg.factored import factored_core, factored_svd
 from adaptkit.linalg.lowrank import LowRank
+from adaptkit.linalg.products import product_distance, product_inner
 
 
 def reconstructed(found: LowRank) -> np.ndarray:
@@ -88,6 +89,63 @@ def test_core_keeps_the_best_of_each_rank(float64: bool, monkeypatch: pytest.Mon
         )
 
 
+def test_inner_and_distance_of_products() -> None:
+    random = np.random.default_rng(3)
+
+    def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(random.standard_normal((40, rank))), torch.from_numpy(
+            random.standard_normal((rank, 30))
+        )
+
+    one, two = factors(6), factors(9)
+    a, b = (one[0] @ one[1]).numpy(), (two[0] @ two[1]).numpy()
+    assert float(product_inner(one, two)) == pytest.approx((a * b).sum(), rel=1e-12)
+    assert float(product_distance(one, two)) == pytest.approx(((a - b) ** 2).sum(), rel=1e-12)
+
+
+def test_distance_of_nearly_equal_products_is_not_lost_to_cancellation() -> None:
+    random = np.random.default_rng(4)
+    left, right = (torch.from_numpy(random.standard_normal(shape)) for shape in ((40, 6), (6, 30)))
+    turn = torch.linalg.qr(torch.from_numpy(random.standard_normal((6, 6))))[0]
+    norm = float((left @ right).square().sum())
+    assert float(product_distance((left, right), (left @ turn, turn.T @ right))) < 1e-28 * norm
+    moved = left + 1e-9 * torch.from_numpy(random.standard_normal((40, 6)))
+    true = float(((moved - left) @ right).square().sum())
+    assert float(product_distance((left, right), (moved, right))) == pytest.approx(
+        true, rel=1e-5, abs=0
+    )
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_equal_factor_leaves_the_whole_change_to_the_other(side: int) -> None:
+    """Thirteen digits below the product, where Gram matrices and triangles have none left."""
+    random = np.random.default_rng(8)
+    one = [random.standard_normal((40, 6)), random.standard_normal((6, 30))]
+    two = [factor.copy() for factor in one]
+    two[side][2, 3] += np.spacing(np.abs(two[side][2, 3])) * 64  # exact in float64
+    change = two[side] - one[side]
+    exact = ((change @ one[1] if side == 0 else one[0] @ change) ** 2).sum()
+    found = product_distance(
+        tuple(torch.from_numpy(factor) for factor in one),  # type: ignore[arg-type]
+        tuple(torch.from_numpy(factor) for factor in two),  # type: ignore[arg-type]
+    )
+    assert float(found) == pytest.approx(exact, rel=1e-12, abs=0)
+
+
+def test_a_stack_has_gram_matrices_only_where_every_member_has() -> None:
+    left, right = torch.randn(2, 20, 3), torch.randn(2, 3, 15)
+    with_grams = list(factored_core(left, right).members())
+    without = [factored.Core(core.left, core.s, core.right) for core in with_grams]
+    whole = factored.Core.stack(with_grams, [3, 2])
+    assert whole.grams is not None
+    exact = ((left @ right).double() ** 2).sum((1, 2))
+    torch.testing.assert_close(whole.energy, exact, rtol=1e-5, atol=0)
+    for cores in ([with_grams[0], without[1]], without):
+        assert factored.Core.stack(cores, [3, 2]).grams is None
+    assert whole.nbytes == 8 * (2 * (9 + 3 + 9) + 2 * 2 * 9)
+    assert factored.Core.stack(without, [3, 2]).nbytes == 8 * 2 * (9 + 3 + 9)
+
+
 def stored_as(
     factors: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,3 +215,17 @@ def test_a_product_whose_terms_cancel_is_left_to_float64(closeness: float) -> No
     found = float(core.distances((left, right), kept, stored))
     assert np.isnan(found) == (closeness < 1e-2)
     assert np.isnan(found) or found == pytest.approx(measured, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5, 6, 12, 16])
+def test_no_bit_of_a_core_depends_on_what_else_is_in_the_stack(rank: int) -> None:
+    """Also not where a singular member is decomposed another way than the others."""
+    draw = torch.Generator().manual_seed(rank)
+    left = torch.randn(6, 90, rank, generator=draw)
+    right = torch.randn(6, rank, 70, generator=draw)
+    left[2, :, rank // 2 :], left[4] = left[2, :, :1] * 3, 0.0
+    whole = factored_core(left, right)
+    for n, core in enumerate(whole.members()):
+        alone = factored_core(left[n : n + 1].clone(), right[n : n + 1].clone())
+        for name in ("left", "s", "right", "grams"):
+            assert torch.equal(getattr(core, name), getattr(alone, name)[0]), (n, name)

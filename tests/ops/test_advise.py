@@ -106,6 +106,8 @@ def test_chosen_is_never_worse_than_not(noisy: advise.Report) -> None:
         assert noisy.auto[rank].relative_error <= noisy.size[rank].relative_error * (1 + 1e-9)
         assert 0 <= noisy.auto[rank].gap < 0.05
         assert sum(noisy.auto[rank].mix.values()) == noisy.layers
+    # whole layers rarely use up a budget, and then the bound of the relaxation is below them
+    assert any(point.gap > 0 for point in noisy.auto.values())
     assert noisy.made_by is None
     assert noisy.notes == ()
 
@@ -151,12 +153,12 @@ def test_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     done = adaptkit("advise", *pair, "--max-rank", 4, "--plot", tmp_path / "a.svg")
     assert done.returncode == 0, done.stderr
     assert "factor" in done.stdout
-    assert "this difference is a LoKr" in done.stderr
+    assert "sampled layers are a LoKr of factor 8" in done.stderr
     assert (tmp_path / "a.svg").read_bytes().count(b"<svg") == 1
     record = json.loads(adaptkit("advise", *pair, "--max-rank", 4, "--json").stdout)
     assert record["made_by"]["factor"] == 8
     assert [one["rank"] for one in record["lora"]] == [1, 2, 4]
     assert {"lora_rank", "lora_size", "auto"} <= record["lora"][0].keys()
-    refused(adaptkit("advise", *pair, "--plot", tmp_path / "a.svg"), "exists already")
+    refused(adaptkit("advise", *pair, "--plot", tmp_path / "a.svg"), "already exists")
     refused(adaptkit("advise", *pair, "--plot", tmp_path / "a.gif"), ".svg", code=2)
     refused(adaptkit("advise", pair[0], tiny / "nothing.ckpt"), "nothing.ckpt")

@@ -25,8 +25,11 @@ from adaptkit.ops import batch, merge
 from adaptkit.ops.batch.log import Ledger
 from adaptkit.ops.batch.output_names import filled, stem
 from adaptkit.ops.batch.recipe import Job, load
+from adaptkit.ops.batch.run import CHANGED
 from adaptkit.ops.batch.values import Reader
 from adaptkit.ops.batch.workers import Here, Processes, WorkerProcess
+from adaptkit.ops.merge.run import _groups
+from adaptkit.ops.merge.steps import combined
 from adaptkit.ops.verb import verb, verbs
 
 HERE = batch.Options(jobs=0)
@@ -187,7 +190,7 @@ class TestRecipe:
         for name, kind in verb(command).kinds.items():
             value = reader.option(name, special.get(name, values[kind]))
             assert getattr(options(**{name: value}), name) == value
-            with pytest.raises(WrongUsage, match=f"^here: {name} is "):
+            with pytest.raises(WrongUsage, match=f"^here: {name} must be "):
                 reader.option(name, {"a": "table"})
 
     @pytest.mark.parametrize(
@@ -200,14 +203,14 @@ class TestRecipe:
             ("[defaults]\nrnak = 1\n", NoSuchName, "[defaults]: unknown option 'rnak'"),
             ("[defaults.resiz]\nrank = 1\n", NoSuchName, "[defaults]: unknown command 'resiz'"),
             ("[defaults.merge]\nrank = 1\n", NoSuchName, "[defaults.merge]: unknown option 'rank'"),
-            ("[[job]]\nrank = 1\n", WrongUsage, "does not say what to do"),
+            ("[[job]]\nrank = 1\n", WrongUsage, "it has no command"),
             ('[[job]]\ncommand = "merg"\n', NoSuchName, "unknown command 'merg'"),
             ('[[job]]\ncommand = "resize"\nadapter = "a"\n', WrongUsage, "it has no output"),
-            ('[[job]]\ncommand = "resize"\noutput = "a"\n', WrongUsage, "resize needs adapter"),
+            ('[[job]]\ncommand = "resize"\noutput = "a"\n', WrongUsage, "resize requires adapter"),
             (
                 '[[job]]\ncommand = "convert"\nadapter = "b"\noutput = "a"\n',
                 WrongUsage,
-                "what to write",
+                "it has no target format",
             ),
             (
                 '\n\n[[job]]\ncommand = "resize"\nrnk = 1\n',
@@ -222,7 +225,7 @@ class TestRecipe:
             (
                 '[[job]]\ncommand = "resize"\nadapter = 3\noutput = "a"\n',
                 WrongUsage,
-                "adapter is a path, not 3",
+                "adapter must be a path, got 3",
             ),
             (
                 '[[matrix]]\ncommand = "resize"\nadapter = []\noutput = "a"\n',
@@ -241,17 +244,17 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("line", "words"),
         [
-            ("rank = true", "rank is a whole number, not true"),
-            ("rank = 1.5", "rank is a whole number, not 1.5"),
-            ("rank = [1, 2]", "rank is a whole number, not [1, 2]"),
+            ("rank = true", "rank must be an integer, got true"),
+            ("rank = 1.5", "rank must be an integer, got 1.5"),
+            ("rank = [1, 2]", "rank must be an integer, got [1, 2]"),
             (
                 'size = "5 furlongs"',
-                'size is a size such as 500KB, 64MB, 1.5GB or 64MiB, not "5 furlongs"',
+                'size must be a size such as 500KB, 64MB, 1.5GB or 64MiB, got "5 furlongs"',
             ),
-            ("error = nan", "error is a number, not nan"),
-            ('overwrite = "yes"', 'overwrite is true or false, not "yes"'),
-            ('dtype = "fp8"', 'dtype is one of keep, fp32, fp16, bf16, not "fp8"'),
-            ("only = [1]", "only is a list of texts, not [1]"),
+            ("error = nan", "error must be a number, got nan"),
+            ('overwrite = "yes"', 'overwrite must be true or false, got "yes"'),
+            ('dtype = "fp8"', 'dtype must be one of keep, fp32, fp16, bf16, got "fp8"'),
+            ("only = [1]", "only must be a list of strings, got [1]"),
         ],
     )
     def test_wrong_types_are_named_with_their_place(
@@ -431,7 +434,7 @@ class TestRuns:
 
         report = run(recipe(folder, RESIZE), GOING, engine=Meddling())
         assert statuses(report) == "ffff"
-        assert report.failures[0].outcome.error == batch.CHANGED
+        assert report.failures[0].outcome.error == CHANGED
 
     def test_jobs_on_one_base_follow_one_another(self, folder: Path) -> None:
         plan = batch.plan(recipe(folder, ALTERNATING), HERE)
@@ -583,21 +586,21 @@ class TestTogether:
                 source, "read", lambda name, inner=source.read: (read.append(name), inner(name))[1]
             )
         merge.run_together(plans)
-        touched = {job.name for plan in plans for job in plan.working}
+        touched = {one.name for plan in plans for one in plan.computed}
         assert sorted(read) == sorted(touched)
-        assert sum(len(plan.working) for plan in plans) > len(touched)
+        assert sum(len(plan.computed) for plan in plans) > len(touched)
 
     def test_as_many_at_once_as_fit_in_memory(self, folder: Path) -> None:
         plans = self.plans(folder)
-        steps = merge.combined(plans)
+        steps = combined(plans)
         least, most = (
             max(step.bytes for plan in plans for step in plan.steps),
             max(step.bytes for step in steps),
         )
         assert least < most
-        assert [len(group) for group in merge._groups(plans)] == [len(plans)]
+        assert [len(group) for group in _groups(plans)] == [len(plans)]
         for memory, count in ((most, 1), (most - 1, 2)):
-            groups = list(merge._groups(self.plans(folder, overwrite=True, memory=memory)))
+            groups = list(_groups(self.plans(folder, overwrite=True, memory=memory)))
             assert sum(map(len, groups)) == len(plans)
             assert len(groups) == count
 

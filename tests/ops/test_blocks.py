@@ -174,13 +174,13 @@ def test_the_last_rule_that_matches_counts_and_each_is_reported() -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("unet", "no number"),
-        ("unet=x", "'x' is no number"),
-        ("unet=nan", "no number"),
-        ("=0.5", "no NAME=VALUE"),
+        ("unet", "expected a number"),
+        ("unet=x", "expected a number, got 'x'"),
+        ("unet=nan", "expected a number"),
+        ("=0.5", "expected NAME=VALUE"),
         ("", "empty"),
         ("te=1,,unet=0", "empty"),
-        ("1,0,1", "no vector of 3 values is known for Stable Diffusion 1"),
+        ("1,0,1", "Stable Diffusion 1.x has no vector of 3 values"),
         (",".join(["1"] * 12), "no vector of 12"),
     ],
 )
@@ -191,7 +191,7 @@ def test_what_cannot_be_read_is_refused(text: str, what: str) -> None:
 
 
 def test_a_family_without_vectors_says_so() -> None:
-    with pytest.raises(WrongUsage, match="no vector of 17 values"):
+    with pytest.raises(WrongUsage, match="has no vector of 17 values"):
         block_weights.parse([",".join(["1"] * 17)], families()["wan"])
 
 
@@ -260,7 +260,7 @@ def test_a_rule_that_matches_nothing_is_an_error_with_the_blocks_there_are(
     with pytest.raises(NoSuchName, match="'double' matches no module") as caught:
         merged(tmp_path, tiny, "te=0,double=0.5")
     assert caught.value.hint == (
-        "their blocks: text_encoder.text_model.encoder.layers.0-11, "
+        "the adapters have the blocks text_encoder.text_model.encoder.layers.0-11, "
         "unet.down_blocks.0-2, unet.mid_block, unet.up_blocks.1-3"
     )
     assert not (tmp_path / "o.safetensors").exists()
@@ -290,10 +290,10 @@ def test_blocks_that_a_vector_leaves_open_are_asked_for(tmp_path: Path) -> None:
         plan = merge.plan(
             tmp_path / "base.safetensors", [(tmp_path / "a.safetensors", 1.0)], target
         )
-        return {c.label: c.strength for job in plan.jobs for c in job.contributions}
+        return {c.label: c.strength for one in plan.merges for c in one.contributions}
 
     with pytest.raises(
-        WrongUsage, match="nothing of IN00, where these adapters have 1 module"
+        WrongUsage, match="no value for IN00, but these adapters have 1 module there"
     ) as caught:
         run(vector)
     assert "IN00=0" in caught.value.hint

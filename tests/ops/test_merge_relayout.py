@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.detect import families
 from adaptkit.errors import NotRepresentable, Unclaimed, WrongUsage
-from adaptkit.files.source import open_source
+from adaptkit.files.open import open_source
 from adaptkit.keymap import CheckpointMap
 from adaptkit.ops import extract, merge
 from adaptkit.ops.merge.relayout import MADE_ANEW
@@ -232,7 +232,7 @@ def test_parts_in_two_number_formats_make_no_whole(tmp_path: Path) -> None:
     lora = adapter(tmp_path, "sdxl", save(tmp_path / "b.safetensors", state), state)
     with pytest.raises(NotRepresentable, match="F16 and F32") as caught:
         merged(folder, lora, tmp_path / "x.safetensors", layout="single-file")
-    assert caught.value.hint == "choose one with --dtype"
+    assert caught.value.hint == "pass --dtype to choose one"
     del folders["text_encoder_2"][key]
     with pytest.raises((NotRepresentable, Unclaimed)):
         merged(
@@ -257,11 +257,11 @@ def test_what_has_no_place_is_refused_or_listed(tmp_path: Path) -> None:
 
 def test_options_that_contradict_each_other(tmp_path: Path, tiny: Path) -> None:
     base, lora = tiny / "base.safetensors", tiny / "lora-kohya.safetensors"
-    with pytest.raises(NotRepresentable, match="named as a file"):
+    with pytest.raises(NotRepresentable, match="has the name of a file"):
         merged(base, lora, tmp_path / "x.safetensors", layout="folder")
-    with pytest.raises(NotRepresentable, match="shards go into a folder"):
+    with pytest.raises(NotRepresentable, match="shards need a folder"):
         merged(base, lora, tmp_path / "x", layout="single-file", shard_size=1000)
-    with pytest.raises(WrongUsage, match="single-file and folder"):
+    with pytest.raises(WrongUsage, match="single-file or folder"):
         merged(base, lora, tmp_path / "x", layout="zip")
     stranger = save(
         tmp_path / "s.safetensors", {f"a.{n}.weight": torch.ones(4, 4) for n in range(4)}

@@ -140,7 +140,7 @@ def test_a_weight_that_is_off_by_two_steps_is_named_and_the_old_output_stays(
         honest(self, tensor, first)
 
     monkeypatch.setattr(Pieces, "put", put)
-    with pytest.raises(CorruptFile, match=r"not base \+ ΔW") as caught:
+    with pytest.raises(CorruptFile, match=r"differs from base \+ ΔW") as caught:
         run(base, (adapter, 1.0), overwrite=True)
     assert caught.value.tensor == key
     assert Path(str(caught.value.file)) == tmp_path / "out.safetensors"
@@ -194,7 +194,7 @@ def test_one_flipped_bit_of_an_untouched_tensor_is_caught(
         path.write_bytes(data)
 
     monkeypatch.setattr(Output, "finish", finish)
-    with pytest.raises(CorruptFile, match="no adapter touches it") as caught:
+    with pytest.raises(CorruptFile, match="an unchanged tensor differs") as caught:
         run(base, (adapter, 1.0))
     assert caught.value.tensor == VAE
     assert not (tmp_path / "out.safetensors").exists()
@@ -257,12 +257,12 @@ def test_on_the_command_line(tmp_path: Path, tiny: Path, monkeypatch: pytest.Mon
     ).stderr
     assert "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03" in shown
     assert "OUT11 = 0.5: 104 modules" in shown
-    assert "tensors are base + ΔW within one rounding" in shown
+    assert "tensors equal base + ΔW within one rounding" in shown
     monkeypatch.setattr(kernel.Blender, "_parts", lambda *_: iter(()))
     failed = adaptkit(*arguments, "--verify", "-o", tmp_path / "bad.safetensors")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "error: " in failed.stderr
-    assert "not base + ΔW" in failed.stderr
+    assert "differs from base + ΔW" in failed.stderr
     assert not (tmp_path / "bad.safetensors").exists()
 
 

@@ -217,11 +217,11 @@ def test_every_family_reads_the_same_weights_from_a_folder(tmp_path: Path, famil
     )
     first, second = open_pair(*paths, None)
     found = pairing(first, second, skip=("text_conditioner",))  # Anima's: no folder that is read
-    jobs = list(found.pairs())
+    pairs = list(found.pairs())
     assert (found.lost, found.left) == ([], [])
-    assert len(jobs) > 30
-    for job in jobs:
-        assert torch.equal(first.read(job.base), second.read(job.tuned)), job.label
+    assert len(pairs) > 30
+    for pair in pairs:
+        assert torch.equal(first.read(pair.base), second.read(pair.tuned)), pair.label
 
 
 @pytest.mark.parametrize(
@@ -294,9 +294,9 @@ def test_a_vae_under_other_names_is_said_once(tmp_path: Path) -> None:
         save(tmp_path / "b.safetensors", base), save_folder(tmp_path / "t", folders), None
     )
     found = pairing(*pair)
-    assert not [job for job in found.pairs() if job.slot is None]
+    assert not [pair for pair in found.pairs() if pair.slot is None]
     assert not found.lost
-    reason = "vae: the base has it under other names"
+    reason = "vae: the base uses other names"
     assert {item.key: item.reason for item in found.left} == {
         f"vae.decoder.{n}.weight": reason for n in range(2)
     }
@@ -356,11 +356,13 @@ def test_fp8_is_written_in_the_dtype_of_its_plain_partner(tmp_path: Path) -> Non
     narrow, _ = quantised(base, torch.float8_e4m3fn, scaled=True)
     one, two = save(tmp_path / "a.safetensors", base), save(tmp_path / "b.safetensors", narrow)
     for pair, expected in (((one, two), "BF16"), ((two, one), "BF16"), ((two, two), "F16")):
-        jobs = [job for job in pairing(*open_pair(*pair, None)).pairs() if job.algorithm == "lora"]
+        pairs = [
+            pair for pair in pairing(*open_pair(*pair, None)).pairs() if pair.algorithm == "lora"
+        ]
         wide = {
-            job.dtype
-            for job in jobs
-            if job.tuned[0].name.startswith("model.") and len(job.shape) == 2
+            pair.dtype
+            for pair in pairs
+            if pair.tuned[0].name.startswith("model.") and len(pair.shape) == 2
         }
         assert wide == {expected}
 
@@ -421,19 +423,19 @@ def test_averaged_weights_are_what_differs(tmp_path: Path) -> None:
     first, second = open_pair(*paths, None, ema=True)
     assert (first.ema, second.ema) == (0, len([key for key in base if key.startswith("model.")]))
     found = pairing(first, second)
-    jobs = list(found.pairs())
+    pairs = list(found.pairs())
     assert not found.lost
     assert sum(
-        float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in jobs
+        float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in pairs
     ) ** 0.5 == pytest.approx(distance(base, averaged), rel=1e-5)
     assert {item.reason for item in found.left} == {"replaced: its average is read instead"}
     assert found.notes == (
-        f"Of the tuned checkpoint, the averaged (EMA) values of {second.ema} weights are read.",
+        f"The averaged (EMA) values of {second.ema} weights of the tuned checkpoint are read.",
     )
     first, second = open_pair(*paths, None)
-    jobs = list(pairing(first, second).pairs())
+    pairs = list(pairing(first, second).pairs())
     assert sum(
-        float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in jobs
+        float((first.read(j.base) - second.read(j.tuned)).square().sum()) for j in pairs
     ) ** 0.5 == pytest.approx(distance(base, plain), rel=1e-5)
 
 
@@ -503,24 +505,24 @@ def test_a_family_without_a_table_pairs_by_its_own_names(
     first, second = open_pair(*paths, None)
     assert (first.known, second.known, first.family) == (False, False, second.family)
     found = pairing(first, second, to)
-    jobs = {job.label: job for job in found.pairs()}
+    pairs = {pair.label: pair for pair in found.pairs()}
     assert not found.lost
-    assert found.notes[0].startswith("adaptkit has no table for this family")
-    fitted = {job.slot: job for job in jobs.values() if job.algorithm == "lora"}
+    assert found.notes[0].startswith("This model family is unknown")
+    fitted = {pair.slot: pair for pair in pairs.values() if pair.algorithm == "lora"}
     stems = {found.keys.stem(slot) for slot in fitted if slot is not None}
     assert stems >= {query, conv}
     assert len(stems) == 6  # three queries, three convolutions; no embedding, no norm
-    why = {label: job.why for label, job in jobs.items() if job.algorithm is None}
+    why = {label: pair.why for label, pair in pairs.items() if pair.algorithm is None}
     assert why["transformer.embeddings.word_embeddings"] == "hosts load no lora for embeddings"
     assert all(
         "biases and norms" in reason
         for label, reason in why.items()
         if "norm" in label or "bias" in label
     )
-    job = jobs["transformer.encoder.layer.1.attention.self.query"]
-    assert torch.equal(first.read(job.base), states[0][prefixes[0] + key])
-    assert torch.equal(second.read(job.tuned), states[1][prefixes[1] + key])
-    assert jobs["transformer.encoder.layer.2.conv_2"].shape == (8, 8, 3)
+    pair = pairs["transformer.encoder.layer.1.attention.self.query"]
+    assert torch.equal(first.read(pair.base), states[0][prefixes[0] + key])
+    assert torch.equal(second.read(pair.tuned), states[1][prefixes[1] + key])
+    assert pairs["transformer.encoder.layer.2.conv_2"].shape == (8, 8, 3)
 
 
 def test_a_pipeline_without_a_table_keeps_its_parts_apart(tmp_path: Path) -> None:
@@ -533,7 +535,7 @@ def test_a_pipeline_without_a_table_keeps_its_parts_apart(tmp_path: Path) -> Non
         save_folder(tmp_path / "a", folders), save_folder(tmp_path / "b", folders), None
     )
     found = pairing(*pair)
-    stems = {found.keys.stem(job.slot) for job in found.pairs() if job.algorithm and job.slot}
+    stems = {found.keys.stem(pair.slot) for pair in found.pairs() if pair.algorithm and pair.slot}
     assert len(stems) == 12
     assert {stem.partition("_encoder")[0] for stem in stems} == {"lora_unet", "lora_te1"}
 
@@ -542,9 +544,9 @@ def test_modules_that_underscores_do_not_tell_apart_are_left_out(tmp_path: Path)
     state = stranger() | {"a.b_c.weight": torch.zeros(4, 4), "a_b.c.weight": torch.zeros(4, 4)}
     path = save(tmp_path / "a.safetensors", state)
     found = pairing(*open_pair(path, path, None))
-    jobs = list(found.pairs())
-    assert len([job for job in jobs if job.algorithm]) == 6
-    assert {job.label for job in jobs if job.slot is None} == {
+    pairs = list(found.pairs())
+    assert len([pair for pair in pairs if pair.algorithm]) == 6
+    assert {pair.label for pair in pairs if pair.slot is None} == {
         "pooler.scale",
         "a.b_c.weight",
         "a_b.c.weight",
@@ -557,10 +559,10 @@ def test_strangers_with_other_names_are_refused(tmp_path: Path) -> None:
         tmp_path / "b.safetensors",
         {key.replace("encoder", "decoder"): t for key, t in stranger().items()},
     )
-    with pytest.raises(UnknownAdapter, match="not a checkpoint of a family") as caught:
+    with pytest.raises(UnknownAdapter, match="not a checkpoint of a known family") as caught:
         open_pair(one, two, None)
     assert caught.value.hint is not None
-    assert caught.value.hint.endswith("others need the same names in both files")
+    assert caught.value.hint.endswith("other families need the same names in both files")
     with pytest.raises(UnknownAdapter):  # a known family beside it
         open_pair(one, save(tmp_path / "c.safetensors", tiny_base()), None)
     with pytest.raises(UnknownAdapter):

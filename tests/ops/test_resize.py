@@ -243,6 +243,7 @@ def test_stacks_give_what_modules_give_one_by_one(
         reports[stack] = run(source, output=tmp_path / f"{stack}.safetensors", **rule)
     stacked = [(tmp_path / f"{stack}.safetensors").read_bytes() for stack in reports]
     assert stacked[0] == stacked[1] == stacked[2]
+    assert reports[1].details == reports[4].details == reports[100].details
     monkeypatch.setattr(Rewriter, "_stacked", lambda *_: None)
     reports[0] = run(source, output=tmp_path / "0.safetensors", **rule)
     before = many_deltas(source)
@@ -288,7 +289,9 @@ def test_a_stack_with_one_bad_member_names_it(tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_stacks_may_hold_zeros_and_what_needs_no_cut(tmp_path: Path) -> None:
+def test_stacks_may_hold_zeros_and_what_needs_no_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = many(tmp_path / "a.safetensors")
     tensors = load_file(source)
     tensors[f"{PROJECTIONS[0]}.lora_up.weight"].zero_()
@@ -300,6 +303,11 @@ def test_stacks_may_hold_zeros_and_what_needs_no_cut(tmp_path: Path) -> None:
     before, after = many_deltas(source), many_deltas(tmp_path / "out.safetensors")
     assert report.relative_error == pytest.approx(relative(after, before), rel=1e-6)
     assert not after[PROJECTIONS[0]].any()
+    whole = (tmp_path / "out.safetensors").read_bytes()
+    monkeypatch.setattr(rewriting, "STACK", 1)
+    alone = run(source, rank=3)
+    assert (tmp_path / "out.safetensors").read_bytes() == whole, "no member steers another"
+    assert alone.details == report.details
 
 
 def test_hashes_are_of_what_the_second_pass_wrote(tmp_path: Path) -> None:

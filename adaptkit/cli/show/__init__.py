@@ -1,1 +1,1 @@
-"""Draw and print reports: one file per report."""
+"""Print and draw reports, one file per report."""

@@ -1,4 +1,4 @@
-"""What `advise` found, as JSON or for people."""
+"""Output of `advise`, as JSON or as tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["advised"]
 
 
 def advised(talk: Talk, report: Report, base: Path, tuned: Path) -> None:
-    """Both tables on stdout; on stderr what the difference was made by, and what has no partner."""
+    """Print the tables on stdout, and notes and layers without a counterpart on stderr."""
     if talk.as_json:
         document(talk.command, report.to_dict())
         return
@@ -37,7 +37,7 @@ def advised(talk: Talk, report: Report, base: Path, tuned: Path) -> None:
         err.print(f"note: {note}", style="yellow")
     if report.unused:
         err.print(
-            f"{len(report.unused)} layers have no partner, {report.unused[0].key} first",
+            f"{len(report.unused)} layers have no counterpart, the first is {report.unused[0].key}",
             style="yellow",
         )
 
@@ -46,13 +46,14 @@ def _lines(report: Report, base: Path, tuned: Path) -> Iterator[tuple[str, str]]
     yield "difference", f"{tuned.name} − {base.name}"
     yield "family", report.family
     yield "layers", f"{report.layers} differ, {report.unchanged} do not; ‖ΔW‖ = {report.norm:.4g}"
-    yield "rounding", f"{_percent(report.noise_floor)} of ‖ΔW‖: no error below means anything"
+    yield "rounding", f"{_percent(report.noise_floor)} of ‖ΔW‖; smaller errors are meaningless"
     if report.left_out:
         yield (
             "left out",
-            f"{_percent(report.left_out)}: biases, norms and others that no adapter holds; part of every error",
+            f"{_percent(report.left_out)} of ‖ΔW‖ is in biases, norms and other layers that no "
+            "adapter holds; every error includes it",
         )
-    yield "below", "relative errors ‖ΔW − stored‖ / ‖ΔW‖"
+    yield "table", "relative errors ‖ΔW − stored‖ / ‖ΔW‖"
 
 
 def _ranks(report: Report) -> Iterator[tuple[str, ...]]:

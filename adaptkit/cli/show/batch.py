@@ -1,4 +1,4 @@
-"""What a batch plans, does and did, as JSON or for people."""
+"""Output of `batch`: its plan, its progress and its result, as JSON or as text."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ __all__ = ["Batched"]
 
 
 class Batched:
-    """The path of each output on stdout when it is there, the summary on stderr; or one JSON document."""
+    """Print finished outputs on stdout and the summary on stderr, or one JSON document."""
 
     def __init__(self, talk: Talk) -> None:
         self.talk = talk
         self.ended = 0
-        # the progress bar puts itself in the place of stdout, which on a terminal keeps the two apart, but diverts a pipe
+        # the progress bar replaces sys.stdout, which is right on a terminal but diverts a pipe
         self.out = None if sys.stdout.isatty() else sys.stdout
 
     def each(self, result: Result) -> None:
-        """One job ended."""
+        """Print the output of a job that has ended."""
         self.ended += 1
         if result.status == "done" and not self.talk.as_json:
             print(result.job.output, file=self.out, flush=True)
 
     def interrupted(self, total: int) -> None:
-        """How far it came."""
+        """Print the progress of an interrupted batch."""
         if not self.talk.quiet:
             click.echo(
-                f"{self.ended} of {total} jobs have ended; the same command goes on with the others",
+                f"{self.ended} of {total} jobs have ended; run the same command to continue",
                 err=True,
             )
 
     def finished(self, report: Report) -> int:
-        """The summary; 1 where a job failed."""
+        """Print the summary; return 1 if a job failed."""
         if self.talk.as_json:
             document(self.talk.command, report.to_dict())
         elif not self.talk.quiet:
@@ -62,7 +62,7 @@ class Batched:
         )
 
     def planned(self, preview: Preview) -> int:
-        """The plan on stdout; 1 where a job would fail."""
+        """Print the plan on stdout; return 1 if a job would fail."""
         if self.talk.as_json:
             document(
                 self.talk.command, {"dry_run": True, **preview.to_dict(details=self.talk.verbose)}
@@ -81,7 +81,7 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
         for status in ("done", "skipped", "failed")
         if report.count(status)
     ]
-    left = [f"{report.not_run} not begun"] if report.not_run else []
+    left = [f"{report.not_run} not started"] if report.not_run else []
     yield "jobs", " · ".join([*counts, *left])
     yield (
         "written",
@@ -102,7 +102,7 @@ def _foreseen(preview: Preview) -> Iterator[tuple[str, str]]:
     yield (
         "jobs",
         f"{len(preview.plans)} of {preview.jobs}"
-        + (f", {preview.skipped} are done" if preview.skipped else ""),
+        + (f", {preview.skipped} already done" if preview.skipped else ""),
     )
     yield "bytes in", human(preview.total("bytes_in"))
     yield "bytes out", human(preview.bytes_out) + _open(preview.open_sizes)
@@ -110,12 +110,12 @@ def _foreseen(preview: Preview) -> Iterator[tuple[str, str]]:
 
 
 def _open(count: int) -> str:
-    one = ", and 1 output whose numbers decide its size"
-    return f", and {count} outputs whose numbers decide their size" if count > 1 else one * count
+    several = "1 output" if count == 1 else f"{count} outputs"
+    return f", plus {several} of a size that depends on the weights" if count else ""
 
 
 def _failures(failures: Sequence[Result], fine: int, left: int) -> int:
-    """Name every job that failed, and say it in one line."""
+    """Print every failed job, and one error line for all."""
     if not failures:
         return 0
     for result in failures:
@@ -123,12 +123,12 @@ def _failures(failures: Sequence[Result], fine: int, left: int) -> int:
         if result.outcome.hint:
             click.echo(f"  {result.outcome.hint}", err=True)
     several = "1 job" if len(failures) == 1 else f"{len(failures)} jobs"
-    rest = f", {left} were not begun" if left else ""
+    rest = f", {left} were not started" if left else ""
     click.echo(
-        click.style("error:", fg="red", bold=True) + f" {several} failed, {fine} did not{rest}",
+        click.style("error:", fg="red", bold=True) + f" {several} failed, {fine} succeeded{rest}",
         err=True,
     )
     if left:
-        hint = "--keep-going does the others; what is done is not done again"
+        hint = "pass --keep-going to run the others; finished jobs are not repeated"
         click.echo(click.style("hint:", fg="cyan", bold=True) + f" {hint}", err=True)
     return 1

@@ -1,4 +1,4 @@
-"""What `compare` found, as JSON or for people."""
+"""Output of `compare`, as JSON or as text."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ if TYPE_CHECKING:
 
 __all__ = ["compared"]
 
-_WORST = 5  # modules shown without -v
-_FEW = 3  # names of modules that only one side has
+# modules shown without -v
+_WORST = 5
+# names shown of the modules that only one side has
+_FEW = 3
 
 
 def compared(talk: Talk, report: compare.Report) -> None:
-    """The report on stdout; on stderr what was not compared, and an error where the tolerance is exceeded."""
+    """Print the report on stdout; keys not compared and an exceeded tolerance on stderr."""
     if talk.as_json:
         document(talk.command, report.to_dict())
     elif not talk.quiet:
         out = page()
         out.print(facts((name, value) for name, value in _lines(report) if value))
         _modules(out, report, talk.verbose)
-        _beside(report)
+        _print_notes(report)
     if report.exceeded:
         click.echo(click.style("error:", fg="red", bold=True) + f" {report.exceeded}", err=True)
 
@@ -45,7 +47,7 @@ def _lines(report: compare.Report) -> Iterator[tuple[str, str]]:
         )
         yield (
             "strength",
-            f"{_number(report.strength)}: where the adapter by itself comes nearest to D",
+            f"{_number(report.strength)}, at which the adapter alone is nearest to D",
         )
         yield "cosine", _number(report.cosine) + _share(report.cosine)
         yield (
@@ -71,12 +73,13 @@ def _lines(report: compare.Report) -> Iterator[tuple[str, str]]:
         else ("only in B", _names(report.only_b))
     )
     if report.tolerance is not None and not report.exceeded:
-        yield "tolerance", f"{report.tolerance:g}: kept"
+        yield "tolerance", f"{report.tolerance:g}: met"
 
 
 def _file(side: Mapping[str, Any]) -> str:
     strength = "" if side["strength"] == 1.0 else f" × {side['strength']:g}"
-    return f"{PurePath(side['path']).name}{strength}: {', '.join(side['algorithms'])}, {side['format']} keys"
+    algorithms = ", ".join(side["algorithms"])
+    return f"{PurePath(side['path']).name}{strength}: {algorithms}, {side['format']} keys"
 
 
 def _number(value: float | None) -> str:
@@ -84,15 +87,17 @@ def _number(value: float | None) -> str:
 
 
 def _share(cosine: float | None) -> str:
-    """What a cosine means: the share of ‖D‖² that the adapter explains."""
+    """Return the share of ‖D‖² that the adapter explains at this cosine."""
     return (
-        "" if cosine is None else f": {cosine * cosine:.1%} of ‖D‖² in its modules is the adapter"
+        ""
+        if cosine is None
+        else f": the adapter explains {cosine * cosine:.1%} of ‖D‖² in its modules"
     )
 
 
 def _common(report: compare.Report) -> str:
     alone = report.only_a if report.checkpoint else (*report.only_a, *report.only_b)
-    return f"; {_number(report.relative_error_common)} over what both have" if alone else ""
+    return f"; {_number(report.relative_error_common)} over the common modules" if alone else ""
 
 
 def _names(labels: Sequence[str]) -> str:
@@ -103,14 +108,12 @@ def _names(labels: Sequence[str]) -> str:
 
 def _elsewhere(report: compare.Report) -> str:
     share = f"{report.outside:.1%}" if report.outside else "nothing"
-    others = (
-        f", in {len(report.only_b)} changed layers that A does not touch" if report.only_b else ""
-    )
+    others = f", in {len(report.only_b)} changed layers that are not in A" if report.only_b else ""
     return f"{share} of ‖D‖²{others}"
 
 
 def _modules(out: Any, report: compare.Report, every: bool) -> None:
-    """Every module, or the worst."""
+    """Print every module, or the worst."""
     names = [
         "relative_error",
         "cosine",
@@ -135,10 +138,10 @@ def _badness(module: compare.ModuleDistance) -> float:
     return float("inf") if module.relative_error is None else module.relative_error
 
 
-def _beside(report: compare.Report) -> None:
+def _print_notes(report: compare.Report) -> None:
     err = page(stderr=True)
     for reason, count in Counter(item.reason for item in report.unused).items():
         first = next(item.key for item in report.unused if item.reason == reason)
-        err.print(f"  {count} not compared, {first} first: {reason}", style="yellow")
+        err.print(f"  {count} not compared, the first is {first}: {reason}", style="yellow")
     for note in report.notes:
         err.print(f"note: {note}", style="yellow")

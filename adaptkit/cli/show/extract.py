@@ -1,4 +1,4 @@
-"""What `extract` wrote, for people."""
+"""Summary of `extract`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["extracted"]
 
 
 def extracted(talk: Talk, report: extract.Report) -> None:
-    """Summary of an extraction."""
+    """Print the summary of an extraction."""
     same = report.captured_by_lora_of_same_size
     rows = [
         (
@@ -30,7 +30,7 @@ def extracted(talk: Talk, report: extract.Report) -> None:
             "same size",
             ""
             if same is None
-            else f"a LoRA of as many parameters would capture {percent(min(1.0, same))}",
+            else f"a LoRA with as many parameters would capture {percent(min(1.0, same))}",
         ),
     ]
     columns = ("algorithm", "rank", "captured", "relative_error", "module")

@@ -1,4 +1,4 @@
-"""The heat map of `inspect --stats`: one line per block, one cell per kind of layer."""
+"""Heat map of `inspect --stats`: one line per block, one cell per kind of layer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
 
 __all__ = ["grouped", "heat_map", "percent", "short"]
 
-NAME, NARROW, NORM, RANK, CELL = 16, 7, 9, 5, 5  # widths in characters
-TITLES = {"fused": "a+ff", "other": "etc"}  # where a kind's name does not fit its cell
+# widths in characters
+NAME, NARROW, NORM, RANK, CELL = 16, 7, 9, 5, 5
+# titles of kinds with a name that is too long for a cell
+TITLES = {"fused": "a+ff", "other": "etc"}
 SHADES = " ░▒▓█"
-# weak to strong, (red, green, blue): grey to vivid, so that strength stands out on a dark and on a light background alike
+# weak to strong, (red, green, blue): grey to vivid, visible on dark and light backgrounds
 RAMP = ((150, 150, 150), (184, 158, 128), (222, 160, 76), (242, 122, 42), (216, 40, 40))
-FAINT = 0.1  # weaker cells have no background at all
+# weaker cells have no background
+FAINT = 0.1
 
 
 def grouped(blocks: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Blocks by the list they are numbered in: `unet.down_blocks` → its blocks; one without a number by itself."""
+    """Group blocks by their list, as `unet.down_blocks`; a block without a number is alone."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for block in blocks:
         numbered = NUMBERED.fullmatch(block["block"])
@@ -36,7 +39,7 @@ def grouped(blocks: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 
 @dataclass(frozen=True)
 class Map:
-    """What is drawn: `kinds` the columns, `top` the strongest cell; `coloured` where the terminal has colours."""
+    """Layout of the map: `kinds` are the columns, `top` is the strongest cell."""
 
     blocks: Sequence[Mapping[str, Any]]
     kinds: tuple[str, ...]
@@ -47,7 +50,7 @@ class Map:
 
     @classmethod
     def of(cls, blocks: Sequence[Mapping[str, Any]], width: int, coloured: bool) -> Map:
-        """As wide as fits: names on lines of their own first, then fewer columns."""
+        """Fit the map to a width: move names to their own lines, then drop columns."""
         kinds = tuple(kind for kind in KINDS if any(kind in block["kinds"] for block in blocks))
         room = width - NORM - 2 * RANK - 1
         name = NAME if len(kinds) * CELL <= room - NAME else NARROW
@@ -56,7 +59,7 @@ class Map:
         return cls(blocks, kinds[:fits], kinds[fits:], max(values, default=0.0), name, coloured)
 
     def head(self) -> Text:
-        """The names of the columns."""
+        """Return the line of column names."""
         from rich.text import Text
 
         names = f"{'block':<{self.name}}{'‖ΔW‖':>{NORM}}{'r90':>{RANK}}{'r99':>{RANK}} "
@@ -66,7 +69,7 @@ class Map:
         )
 
     def line(self, name: str, block: Mapping[str, Any]) -> Text:
-        """One block."""
+        """Return the line of a block."""
         from rich.text import Text
 
         found = Text(f"{name:<{self.name}}{short(block['norm']):>{NORM}}")
@@ -93,7 +96,7 @@ class Map:
             line.append(f"{shade(share)}{percent(share):>{CELL - 2}} ")
 
     def legend(self) -> Iterator[Text]:
-        """What the numbers mean, in which unit."""
+        """Explain the numbers and their units."""
         from rich.text import Text
 
         steps = 10 if self.coloured else len(SHADES)
@@ -104,16 +107,16 @@ class Map:
                 style=colour(share) if self.coloured else "",
             )
         yield ramp.append(f" 100 % of the strongest, {self.top:.3g}")
-        yield Text("      typical ‖ΔW‖ of a layer of that kind in that block (root mean square)")
-        yield Text("r90   singular values that hold 90 % of a layer's ‖ΔW‖²; r99: 99 % (medians)")
+        yield Text("      root mean square of ‖ΔW‖ over the layers of a kind in a block")
+        yield Text("r90   median rank that holds 90 % of ‖ΔW‖² of a layer; r99: 99 %")
         if self.left_out:
-            yield Text(f"      not shown for want of width: {', '.join(self.left_out)}")
+            yield Text(f"      not shown, terminal too narrow: {', '.join(self.left_out)}")
 
 
 def heat_map(
     record: Mapping[str, Any], modules: Sequence[Mapping[str, Any]], width: int, coloured: bool
 ) -> Iterator[Text]:
-    """The lines of the map: blocks under the list they stand in, everything at the end, then the legend."""
+    """Yield the lines of the map: the blocks by list, the total, the legend."""
     from rich.text import Text
 
     drawn = Map.of(record["blocks"], width, coloured)
@@ -145,7 +148,7 @@ def _everything(record: Mapping[str, Any], modules: Sequence[Mapping[str, Any]])
 
 
 def _without(record: Mapping[str, Any], modules: Iterable[Mapping[str, Any]]) -> Iterator[Text]:
-    """Modules that have no numbers though nothing is wrong with them, and why."""
+    """Explain the modules that are intact but have no numbers."""
     from rich.text import Text
 
     wrong = {problem["module"] for problem in record["problems"] if problem["severity"] == "error"}
@@ -154,27 +157,27 @@ def _without(record: Mapping[str, Any], modules: Iterable[Mapping[str, Any]]) ->
     )
     for algorithm, count in found.items():
         yield Text(
-            f"–     what {count} {algorithm} modules change depends on the weights they are applied to"
+            f"–     ΔW of {count} {algorithm} modules depends on the weights of the checkpoint"
         )
 
 
 def short(value: float | None) -> str:
-    """A number in three digits."""
+    """Format a number with three digits."""
     return "–" if value is None else f"{value:.3g}"
 
 
 def percent(share: float) -> str:
-    """A share in %, without the sign."""
+    """Format a share in %, without the sign."""
     return "<1" if 0 < share < 0.005 else f"{100 * share:.0f}"
 
 
 def shade(share: float) -> str:
-    """A character that is the darker the stronger."""
+    """Return a character that is darker for a larger share."""
     return SHADES[min(len(SHADES) - 1, int(share * len(SHADES)))]
 
 
 def colour(share: float) -> str:
-    """The style of a cell, with its own foreground: readable whatever the terminal's colours are."""
+    """Return the style of a cell, readable with any terminal colours."""
     if share < FAINT:
         return "dim"
     place = min((share - FAINT) / (1 - FAINT), 1.0) * (len(RAMP) - 1)
@@ -182,7 +185,7 @@ def colour(share: float) -> str:
     red, green, blue = (
         round(a + (b - a) * (place - low)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True)
     )
-    # black or white, whichever contrasts more with that luminance (WCAG 2)
+    # black or white, whichever has more contrast with this luminance (WCAG 2)
     light = sum(
         w * (part / 255) ** 2.2
         for w, part in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)

@@ -1,8 +1,7 @@
-"""What `inspect` found, as JSON or for people."""
+"""Output of `inspect`, as JSON or as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from adaptkit.cli.show.page import Words, console, facts, page, table
 from adaptkit.cli.show.text import MANY, cell, counts, document, human, last
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from adaptkit.ops import inspect
 
 __all__ = ["inspected"]
@@ -31,7 +32,7 @@ _MEASURED = {
 def inspected(
     reports: Sequence[inspect.Report], *, keys: bool, modules: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Show what `inspect` found: one file in full, several as a table; errors on stderr."""
+    """Print one file in full or several as a table; errors on stderr."""
     if as_json:
         document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
     elif not quiet:
@@ -111,7 +112,7 @@ def _file(report: inspect.Report) -> None:
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     evidence = record["evidence"]
     alike = (
-        f"  (or {', '.join(evidence['alternatives'])}: the names do not tell)"
+        f"  (the key names also fit {', '.join(evidence['alternatives'])})"
         if evidence["alternatives"]
         else ""
     )
@@ -142,7 +143,7 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _loads_in(record: Mapping[str, Any]) -> str:
-    """One line a host: yes, or why not."""
+    """Return one line per host: yes, or no with the reason."""
     words = {True: "yes", False: "no", None: "?"}
     found = record.get("loads_in") or {}
     lines = (f"{host}: {words[loads]}{_because(record, host)}" for host, loads in found.items())
@@ -163,14 +164,15 @@ def _metadata(metadata: Mapping[str, str]) -> str:
         "ss_network_dim",
     )
     found = [f"{name} = {metadata[name]}" for name in shown if name in metadata]
-    rest = len(metadata) - len(found) - ("format" in metadata)  # format=pt says nothing
+    # format=pt is in every file
+    rest = len(metadata) - len(found) - ("format" in metadata)
     return "\n".join(
         [*found, *([f"{'and ' if found else ''}{rest} more (see --json)"] if rest else [])]
     )
 
 
 def _blocks(report: inspect.Report) -> None:
-    """Strength and rank of every block, as a heat map."""
+    """Print the norms and ranks of all blocks as a heat map."""
     from adaptkit.cli.show.heat_map import heat_map
 
     out = console()

@@ -1,8 +1,7 @@
-"""What `merge` wrote, for people."""
+"""Summary of `merge`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -10,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.cli.show.text import counts, human
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import merge
     from adaptkit.ops.merge.verify import Verified
 
 __all__ = ["merged"]
 
-_LOSSY = 0.1  # a share of ‖ΔW‖ lost to rounding that deserves a note
+# share of ‖ΔW‖ lost to rounding that deserves a note
+_LOSSY = 0.1
 
 
 def merged(talk: Talk, report: merge.Report) -> None:
-    """Summary of a merge."""
+    """Print the summary of a merge."""
     each = "\n".join(
         f"{PurePath(a['path']).name} × {a['strength']:g}: {a['modules']} modules"
         for a in report.adapters
@@ -29,7 +31,8 @@ def merged(talk: Talk, report: merge.Report) -> None:
         ("adapters", each),
         (
             "tensors",
-            f"{report.tensors_changed} of {report.tensors} changed, ‖ΔW‖/‖W‖ = {report.relative_change:.3g} over them",
+            f"{report.tensors_changed} of {report.tensors} changed, "
+            f"‖ΔW‖/‖W‖ = {report.relative_change:.3g} over these",
         ),
         ("blocks", _strongest(report.blocks)),
         ("weights", "\n".join(_weighted(report.block_weights))),
@@ -39,7 +42,7 @@ def merged(talk: Talk, report: merge.Report) -> None:
         ("size", human(report.bytes)),
     ]
     notes = [
-        f"not in the output: {path} (weights once more, without the merge)"
+        f"not in the output: {path} (a copy of the weights before the merge)"
         for path in report.left_out
     ]
     notes += report.notes
@@ -47,7 +50,8 @@ def merged(talk: Talk, report: merge.Report) -> None:
         wider = "bf16 or fp16" if report.quantised else "fp32"
         which = f" ({report.quantised} tensors are fp8)" if report.quantised else ""
         notes.append(
-            f"rounding is {report.relative_error:.0%} of ‖ΔW‖{which}: --dtype {wider} keeps more of it"
+            f"rounding is {report.relative_error:.0%} of ‖ΔW‖{which}; --dtype {wider} is more "
+            "accurate"
         )
     talk.written(
         report, rows, ("algorithm", "rank", "strength", "relative_change", "module"), notes
@@ -55,7 +59,7 @@ def merged(talk: Talk, report: merge.Report) -> None:
 
 
 def _strongest(blocks: Sequence[Mapping[str, Any]]) -> str:
-    """The blocks that changed most: ‖ΔW‖/‖W‖ of each."""
+    """Return ‖ΔW‖/‖W‖ of the blocks that changed most."""
     changed = [block for block in blocks if block["tensors_changed"]]
     first = sorted(changed, key=lambda block: -(block["relative_change"] or 0.0))[:3]
     shown = " · ".join(f"{b['block']} {b['relative_change'] or 0.0:.3g}" for b in first)
@@ -63,7 +67,7 @@ def _strongest(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _weighted(rules: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What each rule of --blocks got; the neighbours of a vector that have one weight on one line."""
+    """Describe each rule of --blocks; join neighbours of a vector that have equal weights."""
     for weight, group in groupby(rules, key=lambda rule: (rule["weight"], rule.get("vector"))):
         held = list(group)
         for part in [held] if weight[1] else [[rule] for rule in held]:
@@ -74,4 +78,7 @@ def _weighted(rules: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _verified(found: Verified | None) -> str:
     if found is None:
         return ""
-    return f"{found.merged} tensors are base + ΔW within one rounding, {found.copied} are the base's bytes"
+    return (
+        f"{found.merged} tensors equal base + ΔW within one rounding, "
+        f"{found.copied} are identical to the base"
+    )

@@ -1,18 +1,20 @@
-"""What reports are printed on: rich where a person looks on, plain lines in a pipe or a file.
+"""Printing of reports: rich on a terminal, plain lines in a pipe or a file.
 
-Importing rich takes as long as half of a conversion of a small file; a script that converts thousands needs none of it.
+Importing rich takes half as long as converting a small file. A script that converts thousands of
+files does not need it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.cli.show.text import document
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -21,17 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["LABEL", "Facts", "Table", "Words", "console", "facts", "listed", "page", "table"]
 
 LABEL = "bold cyan"
-_GAP = "  "  # between columns
-_NARROW = 76  # characters of a table cell; longer ones get lines of their own
-_UNWRAPPED = 10_000  # columns: what goes into a pipe is not broken into lines
-_COLOURED = (
-    "FORCE_COLOR",
-    "TTY_COMPATIBLE",
-)  # the variables that make rich take a pipe for a terminal
+# between columns
+_GAP = "  "
+# characters of a table cell; longer cells get their own lines
+_NARROW = 76
+# width in a pipe, so that no line is wrapped
+_UNWRAPPED = 10_000
+# variables that make rich treat a pipe as a terminal
+_COLOURED = ("FORCE_COLOR", "TTY_COMPATIBLE")
 
 
 class Words(NamedTuple):
-    """A run of text in one style; never markup or emoji, as key names may look like both."""
+    """Text in one style, without markup or emoji, as key names may look like both."""
 
     text: str
     style: str = ""
@@ -43,7 +46,7 @@ class Words(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """A column of labels and one of values, which may be several lines."""
+    """A column of labels and a column of values, which may span lines."""
 
     rows: Sequence[tuple[str, str]]
 
@@ -59,12 +62,12 @@ class Facts(NamedTuple):
         return grid
 
     def lines(self) -> Iterator[str]:
-        """The labels padded to the widest."""
+        """Yield the lines with all labels padded to the widest."""
         return _aligned([(f"  {name}", value) for name, value in self.rows], (False, False))
 
 
 class Table(NamedTuple):
-    """Header and rows without borders, so that they can be cut and pasted; `right` are the columns of numbers."""
+    """A header and rows without borders, ready to copy; `right` names the number columns."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -85,19 +88,19 @@ class Table(NamedTuple):
         return built
 
     def lines(self) -> Iterator[str]:
-        """Every column as wide as its widest cell."""
+        """Yield the lines with every column as wide as its widest cell."""
         return _aligned([self.columns, *self.rows], [name in self.right for name in self.columns])
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Facts:
-    """A two-column grid of label and value."""
+    """Make a grid of labels and values."""
     return Facts(list(rows))
 
 
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()
 ) -> Table:
-    """A plain table; columns without content are left out."""
+    """Make a table without its empty columns."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     used = [n for n in range(len(columns)) if any(row[n] for row in cells)]
     return Table(
@@ -106,13 +109,13 @@ def table(
 
 
 class Plain:
-    """As much of a rich console as the reports use, for streams that no person looks at."""
+    """The part of a rich console that reports use, for pipes and files."""
 
     def __init__(self, stderr: bool) -> None:
         self.stderr = stderr
 
     def print(self, *parts: str | Words | Facts | Table, style: str = "") -> None:
-        """Words beside one another in one line, a table in lines of its own; no trailing spaces."""
+        """Print words on one line and a table on its own lines, without trailing spaces."""
         beside: list[str] = []
         lines: list[str] = []
         for part in parts:
@@ -127,13 +130,13 @@ class Plain:
 
 
 def page(stderr: bool = False) -> Console | Plain:
-    """What to print a report on: stdout or stderr, with colours and wrapped lines on a terminal only."""
+    """Return the printer of a report; only a terminal gets colours and wrapped lines."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return console(stderr) if terminal or any(map(os.environ.get, _COLOURED)) else Plain(stderr)
 
 
 def console(stderr: bool = False) -> Console:
-    """A rich console; colour and wrapping only on a terminal, no markup or emoji read out of key names."""
+    """Make a rich console that takes no markup or emoji from key names."""
     from rich.console import Console
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
@@ -147,9 +150,10 @@ def console(stderr: bool = False) -> Console:
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> Iterator[str]:
-    """Rows of cells, the lines of a cell below one another."""
+    """Align rows of cells; a cell may have several lines."""
     split = [[cell.split("\n") for cell in row] for row in rows]
-    padded = [*([True] * (len(right) - 1)), *right[-1:]]  # nothing stands after the last column
+    # a text column at the end needs no padding
+    padded = [*([True] * (len(right) - 1)), *right[-1:]]
     columns = (
         (line for row in split for line in row[n]) if pad else () for n, pad in enumerate(padded)
     )
@@ -168,7 +172,7 @@ def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> Iterator[s
 
 
 def _width(text: str) -> int:
-    """The columns that a terminal gives a text: CJK letters take two."""
+    """Return the width of a text on a terminal; CJK letters take two columns."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -177,7 +181,7 @@ def _width(text: str) -> int:
 
 
 def listed(kind: str, rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
-    """Show one of the tables of what this version knows."""
+    """Print the table of families, formats or algorithms."""
     if as_json:
         return document(kind, {kind: [dict(row) for row in rows]})
     columns = list(rows[0])

@@ -1,4 +1,4 @@
-"""Pictures in files: .png, .svg and .html, drawn with matplotlib (extra `adaptkit[plot]`), the same bytes every time."""
+"""Reproducible .png, .svg and .html files, drawn with matplotlib (extra `adaptkit[plot]`)."""
 
 from __future__ import annotations
 
@@ -36,26 +36,24 @@ __all__ = [
 ]
 
 SUFFIXES = (".png", ".svg", ".html")
-INK, MUTED, PAPER = (
-    "#1f2329",
-    "#6e7681",
-    "#fefefe",
-)  # like nothing else in the drawing, so that HTML can exchange them
+# unique in a drawing, so that HTML can replace them
+INK, MUTED, PAPER = "#1f2329", "#6e7681", "#fefefe"
 LINE = "#3f7fbf"
-SMALL, TINY = 7.5, 6.3  # points
+# font sizes in points
+SMALL, TINY = 7.5, 6.3
 
 
 def option(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Callback of `--plot`: refuses a suffix that no picture has."""
+    """Refuse an unsupported suffix (callback of `--plot`)."""
     if path is not None and path.suffix.lower() not in SUFFIXES:
         raise click.BadParameter(
-            f"{path.name!r} ends in none of {', '.join(SUFFIXES)}", context, parameter
+            f"{path.name!r} does not end in one of {', '.join(SUFFIXES)}", context, parameter
         )
     return path
 
 
 def check(path: Path, overwrite: bool) -> None:
-    """Refuse what cannot be drawn or written, before any weights are read."""
+    """Refuse an impossible picture before any weights are read."""
     _check_output(path, overwrite)
     try:
         import matplotlib.figure  # noqa: F401
@@ -67,8 +65,9 @@ def check(path: Path, overwrite: bool) -> None:
 
 
 def publish(path: Path, data: bytes, overwrite: bool) -> None:
-    """Write a picture whole or not at all."""
-    _check_output(path, overwrite)  # it may have come up in the meantime
+    """Write a picture completely or not at all."""
+    # the file may have appeared in the meantime
+    _check_output(path, overwrite)
     temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
         temporary.write_bytes(data)
@@ -83,13 +82,16 @@ def publish(path: Path, data: bytes, overwrite: bool) -> None:
 def _check_output(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise WouldOverwrite(
-            "the picture exists already", hint="pass --overwrite to replace it", file=path
+            "the picture already exists", hint="pass --overwrite to replace it", file=path
         )
     check_output(path, overwrite)
 
 
 def rendered(figure: Figure, suffix: str, title: str, tips: Mapping[str, str]) -> bytes:
-    """The bytes of a file with this suffix; within `settings`. `tips`: what a page says of groups, by their ids."""
+    """Return the bytes of a file with this suffix; call within `settings`.
+
+    `tips` maps the ids of groups to their tooltips on a page.
+    """
     out = io.BytesIO()
     if suffix == ".png":
         figure.savefig(out, format="png", dpi=160, metadata={"Software": None})
@@ -102,13 +104,12 @@ def rendered(figure: Figure, suffix: str, title: str, tips: Mapping[str, str]) -
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """The same picture whatever the user's matplotlibrc says; no ids drawn at random."""
+    """Ignore the user's matplotlibrc and use no random ids."""
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # of a file's name in a script that the font lacks
+        # the font may lack the script of a file name
+        warnings.filterwarnings("ignore", message="Glyph")
         mpl.rcdefaults()
         mpl.rcParams.update(
             {
@@ -129,11 +130,12 @@ def settings() -> Iterator[None]:
 
 
 def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
-    """One self-contained page: the drawing in line, its ink and paper after the reader's light or dark setting."""
+    """Return a page with the inline drawing, in light or dark colours as the reader prefers."""
     import html
 
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
+    # HTML knows the namespaces
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
     )
@@ -151,7 +153,9 @@ def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
 <title>{html.escape(title)}</title>
 <style>
 :root {{ color-scheme: light dark; --ink: {INK}; --muted: {MUTED}; --paper: {PAPER}; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e8eb; --muted: #98a0aa; --paper: #16181d; }} }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e6e8eb; --muted: #98a0aa; --paper: #16181d; }}
+}}
 body {{ margin: 1rem auto; max-width: 78rem; padding: 0 1rem; background: var(--paper); }}
 svg {{ width: 100%; height: auto; }}
 text {{ pointer-events: none; }}

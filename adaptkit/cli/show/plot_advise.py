@@ -1,4 +1,4 @@
-"""The picture of `advise --plot`: error against file size, one line for each way to choose."""
+"""Picture of `advise --plot`: error against file size, one line per rank rule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-WIDTH, HEIGHT = 7.6, 4.8  # inches
+# in inches
+WIDTH, HEIGHT = 7.6, 4.8
 PALE, AUTO, LOKR = "#9dbfe0", "#2f9e64", "#d9772b"
-LEAST = 1e-5  # the smallest error that is told from none
+# smallest error that is drawn as such
+LEAST = 1e-5
 
 
 def draw(report: Report, title: str, path: Path, overwrite: bool) -> None:
-    """Write the picture, whole or not at all."""
+    """Write the picture completely or not at all."""
     with settings():
         from matplotlib.figure import Figure
 
@@ -38,7 +40,7 @@ def draw(report: Report, title: str, path: Path, overwrite: bool) -> None:
 def _subtitle(report: Report) -> str:
     made = report.made_by
     if made is None:
-        kind = "no merged adapter recognised"
+        kind = "no merged adapter detected"
     elif made["algorithm"] == "lora":
         kind = f"a merged LoRA of rank {made['rank']}"
     else:

@@ -1,4 +1,4 @@
-"""The picture of `inspect --plot`: block strengths, ranks and spectra, drawn with matplotlib (extra `adaptkit[plot]`)."""
+"""Picture of `inspect --plot`: norms, ranks and spectra of the blocks."""
 
 from __future__ import annotations
 
@@ -24,30 +24,26 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-WEAK, STRONG = (
-    (0.96, 0.68, 0.28),
-    (0.87, 0.17, 0.15),
-)  # red, green, blue; weak cells let the paper through, be it dark
-# inches: a row, a cell, the names, the bars, the ranks, a spectrum; the margins; the least and the most height of a spectrum
+# red, green, blue; weak cells are transparent, for light and dark paper
+WEAK, STRONG = (0.96, 0.68, 0.28), (0.87, 0.17, 0.15)
+# inches: a row, a cell, the names, the bars, the ranks, a spectrum
 ROW, CELL, NAMES, BARS, RANKS, SPECTRUM = 0.19, 0.42, 1.15, 1.45, 1.2, 3.2
+# inches: the margins, the gap, the least and greatest height of a spectrum
 TOP, BOTTOM, SIDE, GAP, LEAST, MOST = 1.05, 0.62, 0.25, 0.22, 1.25, 2.4
-FLOOR, MANY, LONG = (
-    1e-6,
-    8,
-    64,
-)  # the least σ/σ₁ drawn, the most spectra, the longest one on a linear axis
+# least σ/σ₁ drawn, greatest number of spectra, longest spectrum on a linear axis
+FLOOR, MANY, LONG = 1e-6, 8, 64
 
 
 def draw(report: Report, path: Path, overwrite: bool) -> None:
-    """Write the picture of a report on an adapter, whole or not at all; its suffix says in which form."""
+    """Write the picture in the format of its suffix, completely or not at all."""
     if report.record.get("norm") is None:
         kinds = {
-            "checkpoint": "it is a checkpoint",
-            "adapter": "adaptkit does not know this adapter",
+            "checkpoint": "the file is a checkpoint",
+            "adapter": "the adapter is of an unknown kind",
         }
-        depends = "what its modules change depends on the weights they are applied to"
+        depends = "the ΔW of its modules depends on the weights of the checkpoint"
         why = depends if "blocks" in report.record else kinds[report.record["kind"]]
-        raise NothingToDo(f"there is nothing to plot: {why}", file=report.record["path"])
+        raise NothingToDo(f"nothing to plot: {why}", file=report.record["path"])
     with settings():
         page = _Page.of(report)
         page.fill(report)
@@ -55,12 +51,12 @@ def draw(report: Report, path: Path, overwrite: bool) -> None:
     publish(path, data, overwrite)
 
 
-# the drawing -----------------------------------------------------------------------------------------------------
+# the drawing
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One line of the left half: a block, or the name of those below it."""
+    """One line of the left half: a block, or the heading of a list of blocks."""
 
     name: str
     block: Mapping[str, Any] | None
@@ -84,7 +80,8 @@ class _Page:
     title: str
     rows: tuple[_Row, ...]
     kinds: tuple[str, ...]
-    groups: Mapping[str, Sequence[Sequence[float]]]  # list of blocks → the spectra of its modules
+    # list of blocks → spectra of its modules
+    groups: Mapping[str, Sequence[Sequence[float]]]
     figure: Figure
     tips: dict[str, str] = field(default_factory=dict)
 
@@ -110,7 +107,7 @@ class _Page:
         return cls(name, rows, kinds, groups, Figure(figsize=(width, height)))
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes without a frame."""
+        """Add axes without a frame."""
         w, h = self.figure.get_size_inches()
         found = self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
         found.spines[:].set_visible(False)
@@ -118,14 +115,14 @@ class _Page:
         return found
 
     def strip(self, left: float, width: float) -> Axes:
-        """Axes beside the rows, one unit a row, from the top down."""
+        """Add axes next to the rows, one unit per row, from the top down."""
         found = self.axes(left, TOP, width, len(self.rows) * ROW)
         found.set_ylim(len(self.rows) - 0.5, -0.5)
         found.set_yticks([])
         return found
 
     def write(self, left: float, top: float, text: str, **style: Any) -> None:
-        """Text at a place; no $ starts a formula."""
+        """Write text at a place; a $ starts no formula."""
         w, h = self.figure.get_size_inches()
         self.figure.text(left / w, 1 - top / h, text, parse_math=False, va="baseline", **style)
 
@@ -145,7 +142,7 @@ class _Page:
 
 
 def _groups(report: Report) -> dict[str, list[Sequence[float]]]:
-    """The spectra of every list of blocks, at most the strongest `MANY` of them, in the order of the blocks."""
+    """Return the spectra of the strongest `MANY` lists of blocks, in the order of the model."""
     lists = {
         b["block"]: name
         for name, members in grouped(report.record["blocks"]).items()
@@ -169,7 +166,7 @@ def _subtitle(report: Report) -> str:
     record = report.record
     algorithms = ", ".join(f"{count} {name}" for name, count in record["algorithms"].items())
     missing = sum(module["norm"] is None for module in report.modules)
-    without = f" · {missing} modules have no finite ΔW of their own" if missing else ""
+    without = f" · {missing} modules without a finite ΔW" if missing else ""
     parts = (
         record["family"] or "unknown family",
         record["format"],
@@ -187,7 +184,7 @@ def _names(page: _Page) -> None:
 
 
 def _cells(page: _Page, left: float) -> None:
-    """The heat map, and its scale below."""
+    """Draw the heat map and its scale."""
     from matplotlib.patches import Rectangle
 
     drawn = page.strip(left, len(page.kinds) * CELL)
@@ -228,11 +225,7 @@ def _scale(page: _Page, left: float, top: float) -> None:
     page.write(left - 0.06, below + 0.1, "0", ha="right", fontsize=TINY)
     page.write(left + 1.26, below + 0.1, f"100 = {top:.3g}", fontsize=TINY)
     page.write(
-        left,
-        below + 0.27,
-        "typical ‖ΔW‖ of a layer (root mean square),",
-        fontsize=TINY,
-        color=MUTED,
+        left, below + 0.27, "root mean square of ‖ΔW‖ over the layers,", fontsize=TINY, color=MUTED
     )
     page.write(left, below + 0.38, "in % of the strongest cell", fontsize=TINY, color=MUTED)
 
@@ -243,7 +236,7 @@ def _shade(share: float) -> tuple[float, float, float, float]:
 
 
 def _bars(page: _Page, left: float) -> None:
-    """‖ΔW‖ of every block."""
+    """Draw ‖ΔW‖ of every block."""
     drawn = page.strip(left, BARS)
     values = {
         n: row.block["norm"]
@@ -259,7 +252,7 @@ def _bars(page: _Page, left: float) -> None:
 
 
 def _ranks(page: _Page, left: float) -> None:
-    """From the rank that holds 90 % of the energy to the one that holds 99 %, medians of every block."""
+    """Draw the median ranks per block for 90 % and 99 % of the energy."""
     from matplotlib.ticker import MaxNLocator
 
     drawn = page.strip(left, RANKS)
@@ -276,7 +269,7 @@ def _ranks(page: _Page, left: float) -> None:
     page.write(
         left,
         TOP + len(page.rows) * ROW + 0.41,
-        "of ‖ΔW‖², median layer",
+        "of ‖ΔW‖², median of the layers",
         fontsize=TINY,
         color=MUTED,
     )
@@ -290,7 +283,7 @@ def _ranks(page: _Page, left: float) -> None:
 
 
 def _spectra(page: _Page, left: float, report: Report) -> None:
-    """σ/σ₁ of every list of blocks: the median layer, and where 80 % of them lie."""
+    """Draw the median σ/σ₁ and its 80 % band for every list of blocks."""
     bands = {name: _band(spectra) for name, spectra in page.groups.items()}
     longest = max(band.shape[1] for band in bands.values())
     shown = [float(value) for band in bands.values() for value in band[1] if value > FLOOR]
@@ -330,13 +323,13 @@ def _spectrum(drawn: Axes, band: NDArray[Any], least: float) -> None:
 
 
 def _counted(longest: int) -> list[int]:
-    """1, and round numbers up to the longest."""
+    """Return 1 and round numbers up to the longest."""
     step = max(1, 2 ** math.ceil(math.log2(longest / 8)))
     return [1, *range(max(2, step), longest + 1, step)]
 
 
 def _band(spectra: Sequence[Sequence[float]]) -> NDArray[Any]:
-    """The 10th, 50th and 90th percentile of σᵢ/σ₁, (3, r); 0 beyond a layer's rank."""
+    """Return the 10th, 50th and 90th percentile of σᵢ/σ₁, (3, r); 0 beyond a layer's rank."""
     import numpy as np
 
     found = np.zeros((len(spectra), max(map(len, spectra))))
@@ -346,5 +339,5 @@ def _band(spectra: Sequence[Sequence[float]]) -> NDArray[Any]:
 
 
 def _printable(text: str) -> str:
-    """Without what no font shows and no XML holds."""
+    """Replace characters that fonts or XML cannot represent."""
     return "".join(one if one.isprintable() else "\ufffd" for one in text)

@@ -1,9 +1,8 @@
-"""What every writing command says: progress, the plan of a dry run, the summary."""
+"""Output of the writing commands: progress, the plan of a dry run, the summary."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +12,26 @@ from adaptkit.cli.show.page import console, facts, page, table
 from adaptkit.cli.show.text import MANY, cell, document, human, last
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
     from adaptkit.ops.shared import WriterReport
+    from adaptkit.ops.verb import Verb
 
-__all__ = ["Talk"]
+__all__ = ["Talk", "write"]
 
-_FEW = 2  # keys named per reason
+# keys named per reason
+_FEW = 2
 
 
 class Talk:
-    """What a writing command says: progress and summary on stderr, the output's path or one JSON document on stdout."""
+    """Print progress and summary on stderr; the path of the output or JSON on stdout."""
 
     def __init__(self, command: str, as_json: bool, quiet: bool, verbose: bool) -> None:
         self.command, self.as_json, self.quiet, self.verbose = command, as_json, quiet, verbose
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
-        """A bar on stderr, on a terminal only."""
+        """Show a bar on stderr, on a terminal only."""
         if self.quiet or not sys.stderr.isatty():
             yield None
             return
@@ -51,7 +54,7 @@ class Talk:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def plan(self, plan: Mapping[str, Any]) -> None:
-        """The plan of a dry run, on stdout: it is what was asked for."""
+        """Print the plan of a dry run on stdout, as it is the result."""
         if self.as_json:
             return document(self.command, {"dry_run": True, **plan})
         out = page()
@@ -75,7 +78,7 @@ class Talk:
         columns: Sequence[str],
         notes: Sequence[str],
     ) -> None:
-        """The summary of a writing command: `rows` on stderr, the output's path on stdout."""
+        """Print the summary `rows` on stderr and the path of the output on stdout."""
         if self.as_json:
             return document(self.command, report.to_dict())
         click.echo(str(report.output))
@@ -88,6 +91,30 @@ class Talk:
         _unused(err, [item.to_dict() for item in report.unused])
         for note in notes:
             err.print(f"note: {note}", style="yellow")
+
+
+def write(
+    verb: Verb,
+    doing: str,
+    show: Callable[[Talk, Any], None],
+    *inputs: Any,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    dry_run: bool,
+    **chosen: Any,
+) -> None:
+    """Run a writing command: plan, then print the plan (--dry-run) or write and report.
+
+    `doing` labels the progress bar. `show` prints the report. `chosen` are the verb's options.
+    """
+    talk = Talk(verb.name, as_json, quiet, verbose)
+    plan = verb.plan(*inputs, verb.options(**chosen))
+    if dry_run:
+        return talk.plan(plan.to_dict())
+    with talk.progress(doing) as progress:
+        report = verb.run(plan, progress)
+    return show(talk, report)
 
 
 def _summary(name: str, value: object) -> bool:
@@ -107,7 +134,7 @@ def _shown(name: str, value: object) -> str:
 
 
 def _unused(out: Any, unused: Sequence[Mapping[str, str]]) -> None:
-    """Keys not used, by reason: how many, and which come first."""
+    """Print the unused keys by reason: their number and the first of them."""
     groups: dict[str, list[str]] = {}
     for item in unused:
         groups.setdefault(item["reason"], []).append(item["key"])

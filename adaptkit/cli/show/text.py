@@ -1,19 +1,22 @@
-"""Words for numbers: sizes, counts, shares and table cells."""
+"""Text for numbers: sizes, counts, shares and table cells."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit import __version__
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
 __all__ = ["MANY", "cell", "counts", "document", "human", "last", "lossy", "percent", "ranks"]
 
-MANY = 12  # items listed before "and n more"
+# items listed before "and n more"
+MANY = 12
 
 
 def document(command: str, body: Mapping[str, Any]) -> None:
@@ -26,7 +29,7 @@ def document(command: str, body: Mapping[str, Any]) -> None:
 
 
 def human(count: float) -> str:
-    """Bytes as people write them, powers of 1000: 151.2 MB."""
+    """Format bytes in powers of 1000: 151.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -35,35 +38,37 @@ def human(count: float) -> str:
 
 
 def counts(counts: Mapping[str, int], form: str = "{0} {1}") -> str:
+    """Format names with their counts: `lora 12 · lokr 4`."""
     shown = [form.format(name, n) for name, n in list(counts.items())[:MANY]]
     more = len(counts) - MANY
     return " · ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
 
 
 def percent(share: float) -> str:
-    """A share, with as many digits as it needs to be told from 0 and 1."""
+    """Format a share with enough digits to distinguish it from 0 and 1."""
     if share in (0.0, 1.0) or 0.001 <= share <= 0.999:
         return f"{share:.1%}"
     return f"{share:.2e}" if share < 0.001 else f"{share:.4%}"
 
 
 def last(columns: list[str], name: str) -> list[str]:
-    """The long column goes last: where a terminal is narrow, only that one folds."""
+    """Move the long column to the end, so that a narrow terminal folds only this one."""
     return [*(c for c in columns if c != name), name]
 
 
 def cell(value: object) -> object:
+    """Format a value for a table cell."""
     if isinstance(value, list):
         return "×".join(map(str, value)) or "–"
     return f"{value:g}" if isinstance(value, float) else value
 
 
 def ranks(details: Iterable[Mapping[str, Any]]) -> str:
-    """How often each rank occurs among the records of modules."""
+    """Count the modules of each rank."""
     found = Counter(detail["rank"] for detail in details if detail["rank"])
     return counts({str(rank): found[rank] for rank in sorted(found)}, "{0} (×{1})")
 
 
 def lossy(error: float) -> str:
-    """The relative error of a whole file."""
+    """Format the relative error of a whole file."""
     return "exact" if error == 0 else f"relative error {error:.3g}"

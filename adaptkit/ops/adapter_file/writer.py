@@ -26,7 +26,7 @@ KNOWN = frozenset({WEIGHTS, CONFIG, "adapter_model.bin", "README.md"})
 def check_adapter_output(output: Path, *, folder: bool, overwrite: bool) -> None:
     """Refuse an output that exists or cannot be created, before any work."""
     if folder:
-        from adaptkit.files.sink import check_folder
+        from adaptkit.files.publish import check_folder
 
         check_folder(output, KNOWN, overwrite)
     else:
@@ -67,7 +67,7 @@ class AdapterWriter:
         if self.modules is None:
             yield self.output, self.overwrite
             return
-        from adaptkit.files.sink import publish_folder
+        from adaptkit.files.publish import publish_folder
 
         config = json.dumps(peft_config(self.modules), indent=2, sort_keys=True, ensure_ascii=False)
         with publish_folder(self.output, KNOWN, overwrite=self.overwrite) as folder:

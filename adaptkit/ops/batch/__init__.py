@@ -1,4 +1,4 @@
-"""batch: do the jobs of a recipe, each once."""
+"""batch: run the jobs of a recipe, each once."""
 
 from __future__ import annotations
 

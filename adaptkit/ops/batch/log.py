@@ -1,7 +1,8 @@
-"""What a batch has done: a log of JSON lines beside the recipe, and the hashes of its inputs, so that nothing is done twice.
+"""The log of a batch and the hashes of its inputs, next to the recipe.
 
-A job is done where the log has its output with the same key (a SHA-256 of the command, the contents of its inputs and its
-options) and the output still has the size and time that it was left with.
+A job is finished if the log has its output with the same key, and the output still has the
+recorded size and time. The key is a SHA-256 of the command, the contents of the inputs and the
+options.
 """
 
 from __future__ import annotations
@@ -29,24 +30,30 @@ if TYPE_CHECKING:
 __all__ = ["Ledger"]
 
 LOG, HASHES = ".log.jsonl", ".hashes.jsonl"
-FRESH = 2.0  # seconds: a file as young as this may change once more without a new time
-NEUTRAL = frozenset(
-    {"output", "overwrite", "device", "memory"}
-)  # options that do not change what is written
+# seconds: a younger file may change again without a new time
+FRESH = 2.0
+# options that do not change the contents of the output
+NEUTRAL = frozenset({"output", "overwrite", "device", "memory"})
 
 
 class Ledger:
-    """The log and the hashes of one recipe, created by the first line that is written; `keep` False: hashes are not."""
+    """The log and the hashes of one recipe.
+
+    The files are created by the first line. Without `keep`, hashes are not written.
+    """
 
     def __init__(self, recipe: Path, *, keep: bool = True) -> None:
         self.root, self._keep = recipe.parent, keep
         self.log = recipe.with_name(recipe.name + LOG)
         self._side = recipe.with_name(recipe.name + HASHES)
-        self._done: dict[str, dict[str, Any]] = {}  # output → the last record of a success
-        self._open: set[str] = set()  # outputs that a run began and did not live to finish
+        # output → record of the last success
+        self._done: dict[str, dict[str, Any]] = {}
+        # outputs that a run began and did not finish
+        self._open: set[str] = set()
         for record in _lines(self.log):
             self._learn(record)
-        self._hashing = threading.Lock()  # one file at a time, and none twice
+        # hash one file at a time, and none twice
+        self._hashing = threading.Lock()
         self._hashes = {str(r.get("path")): r for r in _lines(self._side)}
 
     def _learn(self, record: Mapping[str, Any]) -> None:
@@ -60,28 +67,28 @@ class Ledger:
         if event == "done" and isinstance(record.get("stamp"), list):
             self._done[output] = dict(record)
 
-    # outputs ----------------------------------------------------------------------------------------------------------
+    # outputs
 
     def made(self) -> frozenset[Path]:
-        """All outputs that earlier runs wrote or began, as absolute paths."""
+        """Return the absolute paths of all outputs that earlier runs wrote or began."""
         return frozenset(_absolute(self.root / name) for name in (*self._done, *self._open))
 
     def ours(self, output: Path) -> bool:
-        """Whether this recipe wrote it, so that it may replace it; also where a run was killed before it could say so."""
+        """Return whether this recipe wrote or began an output and may replace it."""
         name = self.spelled(output)
         return name in self._done or name in self._open
 
     def finished(self, job: Job) -> bool:
-        """Whether the output is there, as the log says it was left, from the same inputs and options."""
+        """Return whether the output is intact and from the same inputs and options."""
         record = self._done.get(self.spelled(job.output))
         if record is None or record["stamp"] != _stamp(job.output):
             return False
         return bool(record.get("key") == self.key(job))
 
-    # keys -------------------------------------------------------------------------------------------------------------
+    # keys
 
     def key(self, job: Job) -> str:
-        """The same for the same command on the same contents with the same options, wherever the files are."""
+        """Return a hash of command, options and contents of the inputs, not of their paths."""
         options = {}
         for name, value in job.options.items():
             if name not in NEUTRAL and value != verb(job.command).default(name):
@@ -91,7 +98,7 @@ class Ledger:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def content(self, path: Path) -> str:
-        """SHA-256 of a file; of the names and hashes of all files where it is a folder or an index of shards."""
+        """Return the SHA-256 of a file, or of a folder's or index's names and hashes."""
         files = list(_files(path))
         if len(files) == 1 and files[0][1] == path:
             return self._sha256(path)
@@ -99,7 +106,7 @@ class Ledger:
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def signature(self, job: Job) -> list[Any]:
-        """Sizes and times of all that a job reads: the same before and after, or it may have read a mixture."""
+        """Return sizes and times of all inputs; a change during the job spoils its result."""
         return [_stamp(path) for path in job.reads()]
 
     def _sha256(self, file: Path) -> str:
@@ -121,14 +128,14 @@ class Ledger:
             _append(self._side, record)
         return str(record["sha256"])
 
-    # the log ----------------------------------------------------------------------------------------------------------
+    # the log
 
     def start(self, job: Job) -> None:
-        """Write that a job begins: until it ends, its output is ours to replace."""
+        """Record the start of a job, which allows replacing its output."""
         self._write(job, {"event": "start"})
 
     def done(self, job: Job, key: str, report: Mapping[str, Any], seconds: float) -> None:
-        """Write what was done, from what."""
+        """Record a finished job with its inputs."""
         inputs = [
             {"role": item.role, "path": self.spelled(item.path), "sha256": self.content(item.path)}
             | ({} if item.strength is None else {"strength": item.strength})
@@ -153,7 +160,7 @@ class Ledger:
         )
 
     def failed(self, job: Job, error: str, hint: str | None) -> None:
-        """Write why a job failed."""
+        """Record a failed job with its error."""
         self._write(job, {"event": "failed", "error": error, "hint": hint})
 
     def _write(self, job: Job, body: Mapping[str, Any]) -> None:
@@ -164,17 +171,18 @@ class Ledger:
         self._learn(record)
 
     def spelled(self, path: Path) -> str:
-        """From the recipe's folder where it is inside, so that the folder can be moved; with `/` on every system."""
+        """Return a path with `/`, relative to the recipe's folder if inside, which may move."""
         whole, root = _absolute(path), _absolute(self.root)
         return (whole.relative_to(root) if whole.is_relative_to(root) else whole).as_posix()
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100 - without following symbolic links
+    # does not follow symbolic links
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines; a line cut off by a crash is passed over."""
+    """Yield the records of a JSON lines file; skip a truncated line."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -191,7 +199,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:
-    """One line by one write at the end of the file: whole, or cut off by a crash, but never mixed with another."""
+    """Append a line in one write, so that lines never mix."""
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     try:
         with path.open("ab+", buffering=0) as file:
@@ -203,13 +211,11 @@ def _append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> Non
             if sync:
                 os.fsync(file.fileno())
     except OSError as error:
-        raise CannotWrite(
-            f"the log cannot be written: {error.strerror or error}", file=path
-        ) from error
+        raise CannotWrite(f"cannot write the log: {error.strerror or error}", file=path) from error
 
 
 def _stamp(path: Path) -> list[list[Any]]:
-    """[name, size, time] of a file or of all files of a folder; empty where there is nothing."""
+    """Return [name, size, time] of every file of a path; empty if missing."""
     try:
         files = list(_files(path))
         stats = [(name, file.stat()) for name, file in files]
@@ -219,7 +225,7 @@ def _stamp(path: Path) -> list[list[Any]]:
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    """(name, file) of what a path stands for: itself, all visible files below a folder, the shards of an index."""
+    """Yield (name, file) for a file, a folder's visible files, or an index and shards."""
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             name = file.relative_to(path)
@@ -232,7 +238,7 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; an index that is none is told by who reads it."""
+    """Return the files that an index names; an invalid index fails later, on reading."""
     try:
         return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

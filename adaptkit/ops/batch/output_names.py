@@ -1,4 +1,4 @@
-"""Names of outputs: `out/{base}-{adapter}-{strength:.2f}.safetensors`."""
+"""Templates of output names: `out/{base}-{adapter}-{strength:.2f}.safetensors`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["filled", "stem"]
 
-FORBIDDEN = re.compile(r'[\x00-\x1f<>:"/\\|?*]')  # in file names, on one system or another
+# characters that some system forbids in file names
+FORBIDDEN = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
 
 
 def filled(template: str, names: Mapping[str, Any], place: str) -> str:
-    """The template with each `{name}` or `{name:format}` replaced; `{{` stands for `{`."""
+    """Replace each `{name}` or `{name:format}` of a template; `{{` stands for `{`."""
     try:
         pieces = list(Formatter().parse(template))
     except ValueError as error:
         raise WrongUsage(
-            f"{place}: output {template!r}: {error}", hint="write {{ for a brace in the name"
+            f"{place}: output {template!r}: {error}", hint="write {{ for a brace in a name"
         ) from None
     return "".join(
         before + _value(names, name, form or "", place) for before, name, form, _ in pieces
@@ -38,9 +39,7 @@ def _value(names: Mapping[str, Any], name: str | None, form: str, place: str) ->
         raise NoSuchName(f"{place}: {error.message} in its output", hint=error.hint)
     value = names[name]
     if value is None or value == ():
-        raise WrongUsage(
-            f"{place}: {{{name}}} in its output has no value here", hint=f"give {name}"
-        )
+        raise WrongUsage(f"{place}: {{{name}}} in its output has no value here", hint=f"set {name}")
     try:
         text = _spelled(value) if not form else format(value, form)
     except (ValueError, TypeError) as error:
@@ -55,7 +54,10 @@ def _spelled(value: Any) -> str:
 
 
 def stem(path: Path) -> str:
-    """`models/style.v2.safetensors` → `style.v2`; the name of a folder; an index of shards without its ending."""
+    """Return the name of a file without its known suffix, or of a folder.
+
+    `models/style.v2.safetensors` gives `style.v2`.
+    """
     known = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
     name = (path if path.name else path.resolve()).name.removesuffix(".index.json")
     return name.rpartition(".")[0] if name.endswith(known) else name

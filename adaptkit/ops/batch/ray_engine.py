@@ -1,6 +1,7 @@
-"""The bundles of a batch on a Ray cluster: the same recipe, the same log and the same failures as with processes of our own.
+"""Engine that runs the bundles of a batch on a Ray cluster.
 
-Files are read and written where they are: every machine of the cluster must see them under the same paths.
+Recipe, log and failures are the same as with local processes. Every machine of the cluster must
+see the files under the same paths.
 """
 
 from __future__ import annotations
@@ -21,34 +22,39 @@ if TYPE_CHECKING:
 
 __all__ = ["Ray"]
 
-HINT = "perhaps memory ran out: use fewer --jobs, or memory = in the recipe"
+HINT = "memory may have run out: use fewer --jobs, or set memory in the recipe"
 
 
 class _Actor:
-    """A process on some machine of the cluster, which imports torch once and does bundle after bundle."""
+    """A process of the cluster, which imports torch once and runs bundle after bundle."""
 
     def __init__(self, folder: str) -> None:
-        os.chdir(folder)  # relative paths mean what they mean to whoever asked
+        # relative paths mean the same as for the caller
+        os.chdir(folder)
 
     def pid(self) -> int:
+        """Return the process id."""
         return os.getpid()
 
     def perform(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Run a bundle; jobs and outcomes travel as dictionaries."""
         return [asdict(outcome) for outcome in perform(tuple(map(Job.from_dict, records)))]
 
 
 @dataclass(frozen=True, eq=False)
 class _RayWorker:
     actor: Any
-    pid: Any  # a reference to it: nobody waits for it unless the worker dies
+    # a reference, resolved only if the worker dies
+    pid: Any
 
 
 @dataclass
 class Ray:
-    """`count` actors, None for one on each CPU of the cluster; one that dies fails its job, and the next gets a new one.
+    """`count` actors on a Ray cluster; None is one per CPU.
 
-    `address` as ray.init takes it; None: RAY_ADDRESS, or the cluster of this machine, or else a new one here for the time
-    of the run. A bundle whose actor dies is tried again job by job.
+    `address` is that of ray.init; None uses RAY_ADDRESS, a running local cluster, or a temporary
+    one. If an actor dies, its job fails, or the jobs of its bundle are repeated one by one, and a
+    new actor starts.
     """
 
     count: int | None = None
@@ -71,7 +77,7 @@ class Ray:
             ray.init(address=address or "auto", **quiet)
         except ConnectionError as error:
             if address:
-                message = f"no Ray cluster answers at {address}"
+                message = f"cannot connect to a Ray cluster at {address}"
                 raise AdaptkitError(message, hint="start one with `ray start --head`") from error
             ray.init(address="local", num_cpus=self.count, include_dashboard=False, **quiet)
 
@@ -125,7 +131,7 @@ class Ray:
         return _RayWorker(actor, actor.pid.remote())
 
     def _environment(self) -> Iterator[tuple[str, str]]:
-        """What differs from the environment here."""
+        """Yield the variables that differ from this process."""
         for name, value in environment(self.workers).items():
             if os.environ.get(name) != value:
                 yield name, value
@@ -140,7 +146,7 @@ def _ray() -> Any:
 
 
 def _outcomes(ray: Any, ready: Any, bundle: Bundle) -> list[Outcome] | None:
-    """What an actor answered; None where it died."""
+    """Return the answer of an actor, or None if it died."""
     try:
         return [Outcome(**record) for record in ray.get(ready)]
     except ray.exceptions.RayActorError as error:
@@ -148,7 +154,7 @@ def _outcomes(ray: Any, ready: Any, bundle: Bundle) -> list[Outcome] | None:
             words = str(error.__cause__ or error).strip().splitlines()[-1]
             failed = Outcome(
                 error=f"no worker can start on the Ray cluster: {words}",
-                hint="files must be on shared storage",
+                hint="put the files on shared storage",
             )
             return [failed] * len(bundle)
         return None
@@ -166,4 +172,5 @@ def _clean(ray: Any, worker: _RayWorker, bundle: Bundle) -> None:
         cleaned(bundle, ray.get(worker.pid, timeout=PATIENCE))
 
 
-PATIENCE = 2.0  # seconds for what an actor said long ago
+# seconds to fetch an answer that is already there
+PATIENCE = 2.0

@@ -1,8 +1,9 @@
-"""A batch's recipe: TOML in, jobs out. Everything that the recipe alone can have wrong is refused here, by its place in it.
+"""Recipes of batches: read TOML, return jobs, and report errors with their place.
 
-A `[[job]]` is one job. In a `[[matrix]]` any value may be a list, and every combination is a job; paths there may be globs.
-Keys are `command`, the inputs (`base`, `tuned`, `adapter`, `strength`; the plurals mean the same) and the fields of that
-command's Options. `[defaults]` and `[defaults.<command>]` fill in what a job leaves out. Paths count from the recipe's folder.
+A `[[job]]` is one job. In a `[[matrix]]` any value may be a list, and every combination is a job;
+paths there may be globs. Keys are `command`, the inputs (`base`, `tuned`, `adapter`, `strength`,
+or their plurals) and the Options of the command. `[defaults]` and `[defaults.<command>]` hold
+default values. Paths are relative to the recipe's folder.
 """
 
 from __future__ import annotations
@@ -29,16 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["Input", "Job", "load"]
 
 PLURALS = {"bases": "base", "adapters": "adapter", "strengths": "strength"}
-RIVALS = (
-    (*RULES, "conv_rank"),
-    ("to", "host"),
-)  # a job that names one of these takes none of the others from the defaults
+# a job with one of these takes none of the others from the defaults
+RIVALS = ((*RULES, "conv_rank"), ("to", "host"))
 TABLE = re.compile(r"^\s*\[\[\s*(job|matrix)\s*\]\]", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Input:
-    """A file or folder that a job reads; `strength` where its command takes one."""
+    """A file or folder that a job reads, with a strength if the command takes one."""
 
     role: str
     path: Path
@@ -47,9 +46,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Job:
-    """One command: its inputs in the command's order, and keyword arguments for its Options, the output among them.
+    """One command with its inputs and options; the output is among the options.
 
-    `number` counts from 1 over the whole recipe; `place` says where in the recipe it stands.
+    `number` counts from 1 over the whole recipe. `place` is the position in the recipe.
     """
 
     number: int
@@ -60,12 +59,12 @@ class Job:
 
     @property
     def output(self) -> Path:
-        """What it writes."""
+        """Return the path of the output."""
         found: Path = self.options["output"]
         return found
 
     def reads(self) -> tuple[Path, ...]:
-        """All files and folders that it reads, those that options name among them."""
+        """Return all files and folders that the job reads, including those in options."""
         named = (
             value
             for name, value in self.options.items()
@@ -74,7 +73,7 @@ class Job:
         return (*(item.path for item in self.inputs), *named)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, for a process of its own."""
+        """Return the job as JSON, for a worker process."""
         options = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in self.options.items()
@@ -90,7 +89,7 @@ class Job:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Job:
-        """The inverse of `to_dict`."""
+        """Invert `to_dict`."""
         kinds = verb(record["command"]).kinds
         options = {name: _restored(kinds[name], value) for name, value in record["options"].items()}
         inputs = tuple(
@@ -106,9 +105,9 @@ def _restored(kind: Any, value: Any) -> Any:
 
 
 def load(path: Path, made: Collection[Path] = ()) -> tuple[Job, ...]:
-    """The jobs of a recipe, in its order; no other file is read.
+    """Return the jobs of a recipe in its order; read no other file.
 
-    Globs pass over hidden files and those in `made` (absolute paths): what earlier runs wrote.
+    Globs skip hidden files and `made`, the absolute paths of what earlier runs wrote.
     """
     try:
         jobs = tuple(_jobs(path, _text(path), frozenset(made)))
@@ -151,7 +150,7 @@ def _jobs(path: Path, text: str, made: frozenset[Path]) -> Iterator[Job]:
 
 
 def _tables(document: Mapping[str, Any], text: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """(place, table, whether it is a matrix) in the order of the file."""
+    """Yield (place, table, whether it is a matrix) in the order of the file."""
     found = {kind: document.get(kind, []) for kind in ("job", "matrix")}
     for kind, tables in found.items():
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
@@ -160,9 +159,8 @@ def _tables(document: Mapping[str, Any], text: str) -> Iterator[tuple[str, dict[
             )
     lines = [(m.group(1), text.count("\n", 0, m.start(1)) + 1) for m in TABLE.finditer(text)]
     if any(sum(k == kind for k, _ in lines) != len(tables) for kind, tables in found.items()):
-        lines = [
-            (kind, 0) for kind, tables in found.items() for _ in tables
-        ]  # spelled in another way: no lines
+        # written as inline tables: no line numbers
+        lines = [(kind, 0) for kind, tables in found.items() for _ in tables]
     seen = dict.fromkeys(found, 0)
     for kind, line in lines:
         seen[kind] += 1
@@ -179,7 +177,7 @@ def _singular(table: Mapping[str, Any], place: str) -> dict[str, Any]:
         singular = PLURALS.get(name, name)
         if singular in found:
             raise WrongUsage(
-                f"{place}: {singular} and {name} are the same", hint="give one of them"
+                f"{place}: {singular} and {name} are the same", hint="use only one of them"
             )
         found[singular] = value
     return found
@@ -187,7 +185,7 @@ def _singular(table: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Defaults:
-    """What the jobs leave out: for all commands (where a command has the option) and for each."""
+    """Default values, for all commands with such an option and for each command."""
 
     every: Mapping[str, Any]
     each: Mapping[str, Mapping[str, Any]]
@@ -211,12 +209,11 @@ class _Defaults:
         return cls(every, each)
 
     def completed(self, given: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
-        """(command, all that is said for it): a job's own words before those for its command before those for all."""
+        """Return the command and its values: the job's, then its command's, then all others'."""
         command = given.pop("command", None)
         if not isinstance(command, str):
             raise WrongUsage(
-                f"{place}: it does not say what to do",
-                hint=f"add command, one of: {', '.join(verbs())}",
+                f"{place}: it has no command", hint=f"add command, one of: {', '.join(verbs())}"
             )
         if command not in verbs():
             raise nearest("command", command, verbs(), place)
@@ -236,7 +233,7 @@ class _Defaults:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Opens the lists of a matrix."""
+    """Expansion of the lists of a matrix."""
 
     root: Path
     made: frozenset[Path]
@@ -244,7 +241,7 @@ class _Axes:
     command: str
 
     def combinations(self, table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Every combination, the last key of the table the fastest."""
+        """Yield every combination; the last key of the table varies fastest."""
         axes = [[(name, value) for value in self._axis(name, table[name])] for name in table]
         yield from (dict(chosen) for chosen in product(*axes))
 
@@ -261,7 +258,7 @@ class _Axes:
         return values
 
     def _globbed(self, item: Any, name: str) -> list[Any]:
-        """What a path with `*`, `?` or `[…]` matches, sorted; each keeps the strength that the pattern carries."""
+        """Return the sorted matches of a glob; each gets the strength of the pattern."""
         if not isinstance(item, str) or not any(mark in item for mark in "*?["):
             return [item]
         whole = inside(self.root, item)
@@ -280,12 +277,14 @@ class _Axes:
         return [Rooted(f"{match}{after}") for match in sorted(found)]
 
     def _meant(self, match: Path) -> bool:
-        return not match.name.startswith(".") and Path(os.path.abspath(match)) not in self.made  # noqa: PTH100 - no symlinks
+        # does not follow symbolic links
+        absolute = Path(os.path.abspath(match))  # noqa: PTH100
+        return not match.name.startswith(".") and absolute not in self.made
 
 
 @dataclass(frozen=True)
 class _Table:
-    """One job as the recipe has it: every value still as TOML gives it."""
+    """One job with its values as in the TOML file."""
 
     reader: Reader
     values: Mapping[str, Any]
@@ -311,13 +310,12 @@ class _Table:
         for name in verb(command).inputs:
             if name != "strength" and name not in self.values:
                 raise WrongUsage(
-                    f"{place}: {command} needs {name}",
+                    f"{place}: {command} requires {name}",
                     hint=f"add {name}, the path of a file or folder",
                 )
         if command == "convert" and not self.values.keys() & {"to", "host", "algo", "dtype"}:
             raise WrongUsage(
-                f"{place}: it does not say what to write",
-                hint="add to, the name of a format, or host",
+                f"{place}: it has no target format", hint="add to, the name of a format, or host"
             )
         if "output" not in self.values:
             names = "-".join(f"{{{name}}}" for name in verb(command).inputs)
@@ -333,7 +331,7 @@ class _Table:
                 yield Input(role, self.reader.path(role, self.values[role]))
 
     def _adapters(self) -> Iterator[Input]:
-        """One or several, each with its strength times that of the job."""
+        """Yield the adapters, each with its strength times that of the job."""
         factor = self.reader.number("strength", self.values.get("strength", 1.0))
         value = self.values["adapter"]
         for item in value if isinstance(value, list) and value else [value]:
@@ -347,7 +345,7 @@ class _Table:
         given: Mapping[str, Any],
         options: Mapping[str, Any],
     ) -> Path:
-        """Sizes stand in a name as the recipe writes them, paths by their stems."""
+        """Fill the output template: sizes as the recipe writes them, paths by their stems."""
         command = self.reader.command
         names: dict[str, Any] = {
             name: verb(command).default(name) for name in verb(command).kinds if name != "output"
@@ -370,21 +368,22 @@ class _Table:
 
 
 def _check_apart(jobs: tuple[Job, ...]) -> None:
-    """No two jobs write one file, and none reads what another writes: they run in any order."""
+    """Check that no two jobs write one file and none reads the output of another."""
     writers: dict[str, Job] = {}
     for job in jobs:
         other = writers.setdefault(_whole(job.output), job)
         if other is not job:
-            hint = "put what differs into its name, such as {adapter}, {strength} or {number}"
+            hint = "add what differs to the name, such as {adapter}, {strength} or {number}"
             raise WrongUsage(f"{other.place} and {job.place} both write {job.output}", hint=hint)
     for job in jobs:
         for path in job.reads():
             maker = writers.get(_whole(path))
             if maker is not None:
-                hint = "jobs run in any order, on files that stay as they are: use another recipe for what builds on this"
+                hint = "jobs run in any order; use a second recipe for jobs that depend on others"
                 raise WrongUsage(f"{job.place} reads what {maker.place} writes: {path}", hint=hint)
 
 
 def _whole(path: Path) -> str:
-    """The same for all spellings of a path; two that differ only in case are one file on Windows and macOS."""
-    return os.path.abspath(path).casefold()  # noqa: PTH100 - not through symbolic links
+    """Normalise a path; paths that differ only in case are one file on Windows and macOS."""
+    # does not follow symbolic links
+    return os.path.abspath(path).casefold()  # noqa: PTH100

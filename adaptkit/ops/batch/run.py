@@ -1,4 +1,4 @@
-"""batch: the jobs of a recipe, each done once: what is done already is left, what fails is named, what was cut off goes on."""
+"""batch: run the jobs of a recipe; skip finished ones, report failures, resume after a stop."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Plan", "Preview", "Report", "Result", "plan", "preview", "run"]
 
-BUNDLE = 16  # outputs that are written at once
+# outputs that are written at once
+BUNDLE = 16
 ENGINES = ("local", "ray")
 CHANGED = "an input changed while it was read"
 
 
 @dataclass(frozen=True)
 class Options:
-    """`jobs`: worker processes, 0 to work in this one; None: one, or on a Ray cluster as many as it has CPUs. `overwrite`:
-    also replace outputs that this recipe did not write. `engine`: `local`, or `ray` with the cluster's `address`."""
+    """Options of batch.
+
+    `jobs` is the number of worker processes, 0 to work in this process; None is one, or one per CPU
+    of a Ray cluster. `overwrite` also replaces outputs that this recipe did not write. `engine` is
+    `local`, or `ray` with the `address` of the cluster.
+    """
 
     jobs: int | None = None
     keep_going: bool = False
@@ -44,8 +49,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a recipe. `groups` holds them in the order they are done: those on one base follow one another, merges into
-    it in one pass."""
+    """All jobs of a recipe.
+
+    `groups` holds them in the order of execution. Jobs on one base are consecutive, and merges
+    into it share a pass.
+    """
 
     recipe: Path
     options: Options
@@ -54,13 +62,13 @@ class Plan:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """In the order they are done."""
+        """Return the jobs in the order of execution."""
         return tuple(job for group in self.groups for job in group)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one job: `status` is done, skipped (done before) or failed."""
+    """Result of one job: `status` is done, skipped (done before) or failed."""
 
     job: Job
     status: str
@@ -68,11 +76,11 @@ class Result:
 
     @property
     def bytes(self) -> int:
-        """Of its output, if it was written now."""
+        """Return the size of the output if this run wrote it, else 0."""
         return int(self.outcome.report.get("bytes", 0))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the JSON record."""
         found = {**_name(self.job), "status": self.status}
         if self.status == "done":
             found |= {**self.outcome.report, "seconds": round(self.outcome.seconds, 3)}
@@ -83,7 +91,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done, in the recipe's order; `not_run`: jobs that were left when the first failure stopped the rest."""
+    """Results in the order of the recipe; `not_run` counts the jobs after the first failure."""
 
     recipe: Path
     log: Path
@@ -93,15 +101,15 @@ class Report:
 
     @property
     def failures(self) -> tuple[Result, ...]:
-        """The jobs that failed."""
+        """Return the failed jobs."""
         return tuple(result for result in self.results if result.status == "failed")
 
     def count(self, status: str) -> int:
-        """How many are done, skipped or failed."""
+        """Return the number of jobs that are done, skipped or failed."""
         return sum(result.status == status for result in self.results)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the JSON document."""
         return {
             "recipe": str(self.recipe),
             "log": str(self.log),
@@ -117,10 +125,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would do: the plan of each job that is not done yet, or why it would fail; sums over them.
+    """Plans of the unfinished jobs, or the errors they would fail with.
 
-    `peak_memory` is that of as many jobs at once as there are workers. `open_sizes`: jobs whose output's size is decided by
-    the numbers, so that `bytes_out` holds only the part that is known.
+    `peak_memory` is that of as many concurrent jobs as there are workers.
     """
 
     recipe: Path
@@ -131,21 +138,21 @@ class Preview:
     peak_memory: int
 
     def total(self, *names: str) -> int:
-        """The sum over the jobs of the first of these figures that each has."""
+        """Sum, over the jobs, the first of these figures that each job has."""
         return sum(next((plan[name] for name in names if name in plan), 0) for plan in self.plans)
 
     @property
     def open_sizes(self) -> int:
-        """Jobs of which only the copied part of the output is known."""
+        """Return the number of jobs whose output size depends on the weights."""
         return sum("bytes_out_copied" in plan and plan["peak_memory"] > 0 for plan in self.plans)
 
     @property
     def bytes_out(self) -> int:
-        """What would be written, as far as it is known (an upper bound for extractions)."""
+        """Return the known bytes to write; an upper bound for extractions."""
         return self.total("bytes_out", "bytes_out_at_most", "bytes_out_copied")
 
     def to_dict(self, *, details: bool = False) -> dict[str, Any]:
-        """JSON-ready; `details`: with the records of all modules of all jobs."""
+        """Return the JSON document; `details` adds the records of all modules."""
         return {
             "recipe": str(self.recipe),
             "jobs": self.jobs,
@@ -173,9 +180,9 @@ def _name(job: Job) -> dict[str, Any]:
 
 
 def plan(recipe: Path, options: Options) -> Plan:
-    """Read the recipe and the log beside it; no input is opened."""
+    """Read the recipe and its log; open no input."""
     if options.jobs is not None and options.jobs < 0:
-        raise WrongUsage(f"--jobs must be at least 0, not {options.jobs}")
+        raise WrongUsage(f"--jobs must be >= 0, got {options.jobs}")
     if options.engine not in ENGINES:
         raise NoSuchName.among("engine", options.engine, ENGINES)
     ledger = Ledger(recipe)
@@ -183,23 +190,23 @@ def plan(recipe: Path, options: Options) -> Plan:
 
 
 def _by_base(jobs: Iterable[Job]) -> tuple[tuple[Job, ...], ...]:
-    """Jobs on the same base beside one another, the rest by themselves; otherwise in the recipe's order."""
+    """Group jobs on the same base; keep the order of the recipe otherwise."""
     groups: dict[object, list[Job]] = {}
     for job in jobs:
-        base = next(
-            (os.path.abspath(item.path) for item in job.inputs if item.role == "base"), None
-        )
-        groups.setdefault(job.number if base is None else base, []).append(job)
+        bases = [item.path for item in job.inputs if item.role == "base"]
+        # does not follow symbolic links
+        group = os.path.abspath(bases[0]) if bases else job.number  # noqa: PTH100
+        groups.setdefault(group, []).append(job)
     return tuple(map(tuple, groups.values()))
 
 
 def _together(job: Job) -> bool:
-    """Whether it may be done in one pass with others on its base."""
+    """Return whether a job may share a pass with others on its base."""
     return verb(job.command).together is not None and not job.options.get("verify", False)
 
 
 def preview(plan: Plan, progress: Progress | None = None) -> Preview:
-    """Plan every job that is not done yet; nothing is written, and torch is not needed."""
+    """Plan every unfinished job; write nothing and do not import torch."""
     plan = replace(plan, ledger=Ledger(plan.recipe, keep=False))
     plans, failures, skipped = [], [], 0
     for n, job in enumerate(plan.jobs, 1):
@@ -218,7 +225,7 @@ def preview(plan: Plan, progress: Progress | None = None) -> Preview:
 
 
 def _foreseen(job: Job) -> dict[str, Any]:
-    """The plan of one job. A folder that a run would create does not exist yet: it is planned in the one above."""
+    """Return the plan of one job; a missing output folder is replaced by an existing parent."""
     folder = job.output.parent
     changed: dict[str, Any] = {}
     if not folder.exists():
@@ -229,7 +236,7 @@ def _foreseen(job: Job) -> dict[str, Any]:
 
 
 def _claimed(plan: Plan, job: Job) -> Job:
-    """The job, allowed to replace its output where this recipe wrote it; WouldOverwrite where another did."""
+    """Allow a job to replace an output of this recipe; raise WouldOverwrite for other files."""
     allowed = (
         plan.options.overwrite
         or job.options.get("overwrite", False)
@@ -238,7 +245,7 @@ def _claimed(plan: Plan, job: Job) -> Job:
     if job.output.exists() and not allowed:
         hint = "pass --overwrite to replace it, or change the output in the recipe"
         raise WouldOverwrite(
-            "exists already, and this recipe did not write it", hint=hint, file=job.output
+            "already exists, and this recipe did not write it", hint=hint, file=job.output
         )
     return replace(job, options={**job.options, "overwrite": allowed})
 
@@ -249,17 +256,16 @@ def run(
     tell: Callable[[Result], None] | None = None,
     engine: Engine | None = None,
 ) -> Report:
-    """Do every job that is not done yet; `tell` gets each result when it is there.
+    """Run every unfinished job; call `tell` with each result.
 
-    The first failure ends it unless `keep_going`; jobs that others are doing then are finished. An interrupt at any moment
-    leaves a log from which the next run goes on.
+    The first failure ends the batch unless `keep_going` is set; running jobs are finished. After
+    an interrupt at any moment, the next run resumes from the log.
     """
     started = time.perf_counter()
     found = _Run(plan, progress, tell)
     workers = engine or _engine(plan.options)
-    with closing(
-        workers.run(found.pending(workers.workers))
-    ) as outcomes:  # at once, when the loop is left: workers must not live on
+    # closing stops the workers as soon as the loop is left
+    with closing(workers.run(found.pending(workers.workers))) as outcomes:
         for job, outcome in outcomes:
             found.ended(job, outcome)
     results = tuple(sorted(found.results, key=lambda result: result.job.number))
@@ -281,7 +287,7 @@ def _engine(options: Options) -> Engine:
 
 
 class _Key:
-    """The key of a job, its inputs hashed `meanwhile`, while the job is done; at once where one is not there."""
+    """The key of a job, hashed `meanwhile` in the background, or at once."""
 
     def __init__(self, ledger: Ledger, job: Job, *, meanwhile: bool) -> None:
         self._found: list[str | AdaptkitError] = []
@@ -299,7 +305,7 @@ class _Key:
             self._found.append(error)
 
     def get(self) -> str:
-        """Wait for it; raises what an input that cannot be read raises."""
+        """Wait for the key; raise the error of an unreadable input."""
         self._thread.join()
         (found,) = self._found
         if isinstance(found, AdaptkitError):
@@ -309,7 +315,7 @@ class _Key:
 
 @dataclass
 class _Run:
-    """The state of a run: who reads what, what became of it."""
+    """The state of a run: keys of running jobs, and results."""
 
     plan: Plan
     progress: Progress | None
@@ -319,7 +325,7 @@ class _Run:
     stopped: bool = False
 
     def pending(self, workers: int) -> Iterator[tuple[Job, ...]]:
-        """What there is to do: merges into one base in as many bundles as there are workers, other jobs one by one."""
+        """Yield bundles of jobs: merges into one base together, other jobs one by one."""
         for group in self.plan.groups:
             size = min(BUNDLE, -(-len(group) // workers))
             held: list[Job] = []
@@ -335,14 +341,15 @@ class _Run:
                 yield self._begun(held)
 
     def _claimed(self, job: Job) -> Job | None:
-        """The job, if it is to be done."""
+        """Return the job if it must run."""
         ledger = self.plan.ledger
         try:
             if ledger.finished(job):
                 self._add(Result(job, "skipped"))
                 return None
             claimed = _claimed(self.plan, job)
-            before = ledger.signature(job)  # first: what changes while it is hashed must show
+            # before hashing, so that a change during it is detected
+            before = ledger.signature(job)
             self.keys[job.number] = _Key(ledger, job, meanwhile=all(before)), before
         except AdaptkitError as error:
             self._failed(job, Outcome(error=str(error), hint=error.hint))
@@ -355,6 +362,7 @@ class _Run:
         return tuple(held)
 
     def ended(self, job: Job, outcome: Outcome) -> None:
+        """Record the outcome of a job, which fails if an input changed meanwhile."""
         key, signature = self.keys.pop(job.number)
         try:
             found = key.get()
@@ -364,8 +372,7 @@ class _Run:
             self._failed(job, outcome)
         elif self.plan.ledger.signature(job) != signature:
             self._failed(
-                job,
-                Outcome(error=CHANGED, hint="run the batch again when the inputs stay as they are"),
+                job, Outcome(error=CHANGED, hint="run the batch again when the inputs are complete")
             )
         else:
             self.plan.ledger.done(job, found, outcome.report, outcome.seconds)

@@ -1,16 +1,15 @@
-"""What a recipe may say for each command, and its values read as the Options of that command want them."""
+"""Values of a recipe: the keys of each command, and their conversion to its Options."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NoSuchName, WrongUsage
-from adaptkit.ops.shared import DTYPES
+from adaptkit.ops.shared import DTYPES, SIZES, parse_size
 from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
@@ -18,42 +17,37 @@ if TYPE_CHECKING:
 
 __all__ = ["Reader", "Rooted", "check_known", "inside", "names_of", "nearest"]
 
-SIZES = (
-    "memory",
-    "size",
-    "shard_size",
-)  # in bytes, which a recipe may write as the command line does
+# options in bytes: a recipe writes them as the command line does
+IN_BYTES = ("memory", "size", "shard_size")
 CHOICES = {"dtype": ("keep", *DTYPES), "svd": ("auto", "exact")}
-UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def names_of(command: str) -> set[str]:
-    """Every key that a job of this command may have."""
+    """Return every key that a job of this command may have."""
     found = verb(command)
     return {*found.inputs, *found.kinds}
 
 
 def nearest(kind: str, name: str, known: Iterable[str], place: str) -> NoSuchName:
-    """The error for a name that nobody knows, at its place in the recipe."""
+    """Return the error for an unknown name at its place in the recipe."""
     error = NoSuchName.among(kind, name, known)
     return NoSuchName(f"{place}: {error.message}", hint=error.hint)
 
 
 def check_known(name: str, known: Collection[str], place: str) -> None:
-    """Refuse an option that is not one, with those nearest to it."""
+    """Refuse an unknown option and suggest the nearest ones."""
     if name not in known:
         raise nearest("option", name, known, place)
 
 
 class Rooted(str):
-    """A path that a glob found: it has its folder already."""
+    """A path from a glob, which needs no folder."""
 
     __slots__ = ()
 
 
 def inside(root: Path, text: str) -> Path:
-    """A path as a recipe gives it: from the recipe's folder, unless it is absolute or begins with `~`."""
+    """Resolve a path of a recipe relative to its folder; expand `~`."""
     return (
         Path(text)
         if isinstance(text, Rooted)
@@ -63,15 +57,15 @@ def inside(root: Path, text: str) -> Path:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the values of one job; WrongUsage names the job and the option where one is of the wrong type."""
+    """Read the values of one job; raise WrongUsage with job and option for wrong types."""
 
     root: Path
     place: str
     command: str
 
     def option(self, name: str, value: Any) -> Any:
-        """As Options has it: sizes in bytes, paths from the recipe's folder, lists as tuples."""
-        if name in SIZES and isinstance(value, str):
+        """Convert a value as Options requires: sizes in bytes, paths resolved, lists as tuples."""
+        if name in IN_BYTES and isinstance(value, str):
             return self._size(name, value)
         if name == "factor" and value == "auto" and verb(self.command).default(name) is None:
             return None
@@ -86,7 +80,7 @@ class Reader:
         return kinds[verb(self.command).kinds[name]](name, value)
 
     def wrong(self, name: str, wanted: str, value: Any) -> WrongUsage:
-        """The error for a value that is not what was wanted."""
+        """Return the error for a wrong value."""
         shown = (
             f'"{value}"'
             if isinstance(value, str)
@@ -96,22 +90,22 @@ class Reader:
         )
         several = isinstance(value, list) and self.place.startswith("[[job]]")
         hint = "in a [[matrix]] a list makes several jobs" if several else None
-        return WrongUsage(f"{self.place}: {name} is {wanted}, not {shown}", hint=hint)
+        return WrongUsage(f"{self.place}: {name} must be {wanted}, got {shown}", hint=hint)
 
     def text(self, name: str, value: Any) -> str:
-        """A text that is not empty."""
+        """Read a string that is not empty."""
         if not isinstance(value, str) or not value:
-            raise self.wrong(name, "a text", value)
+            raise self.wrong(name, "a string", value)
         return value
 
     def path(self, name: str, value: Any) -> Path:
-        """A path, from the recipe's folder."""
+        """Read a path, relative to the recipe's folder."""
         if not isinstance(value, str) or not value:
             raise self.wrong(name, "a path", value)
         return inside(self.root, value)
 
     def number(self, name: str, value: Any) -> float:
-        """A finite number."""
+        """Read a finite number."""
         if (
             not isinstance(value, int | float)
             or isinstance(value, bool)
@@ -127,16 +121,16 @@ class Reader:
         return text
 
     def _texts(self, name: str, value: Any) -> tuple[str, ...]:
-        """A list of texts; one alone stands for a list of one."""
+        """Read a list of strings; a single string is a list of one."""
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
-            raise self.wrong(name, "a list of texts", value)
+            raise self.wrong(name, "a list of strings", value)
         return tuple(items)
 
     def _whole(self, name: str, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.wrong(
-                name, "a size such as 64MB" if name in SIZES else "a whole number", value
+                name, "a size such as 64MB" if name in IN_BYTES else "an integer", value
             )
         return value
 
@@ -146,9 +140,7 @@ class Reader:
         return value
 
     def _size(self, name: str, text: str) -> int:
-        found = SIZE.fullmatch(text.strip())
-        if found is None or (found.group(3) and not found.group(2)):
-            raise self.wrong(name, "a size such as 500KB, 64MB, 1.5GB or 64MiB", text)
-        number, unit, binary = found.groups()
-        factor = 1024 ** list(UNITS).index(unit.upper()) if binary else UNITS[unit.upper()]
-        return int(float(number) * factor)
+        size = parse_size(text)
+        if size is None:
+            raise self.wrong(name, f"a size such as {SIZES}", text)
+        return size

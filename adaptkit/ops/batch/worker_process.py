@@ -1,4 +1,4 @@
-"""A worker process of a batch: reads bundles of jobs as JSON lines from stdin, answers each with a line on what was stdout."""
+"""A worker process: read bundles of jobs as JSON lines from stdin, answer on stdout."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Serve until stdin ends; nothing but answers goes out, whatever a library prints."""
-    if hasattr(signal, "SIGBREAK"):  # what a parent on Windows sends for ^C
+    """Serve until stdin ends; redirect what libraries print to stderr."""
+    # on Windows the parent sends this for ^C
+    if hasattr(signal, "SIGBREAK"):
         signal.signal(signal.SIGBREAK, signal.default_int_handler)
-    gc.set_threshold(200_000, 20, 20)  # as the command line does: headers are many small objects
+    # as in the command line: headers are many small objects
+    gc.set_threshold(200_000, 20, 20)
     with os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n") as replies:
         os.dup2(2, 1)
         for line in sys.stdin.buffer:
@@ -34,6 +36,8 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the parent is gone
+    except BrokenPipeError:
+        # the parent has ended
         code = 1
-    os._exit(code)  # without taking torch apart
+    # skips the teardown of torch
+    os._exit(code)

@@ -1,7 +1,8 @@
-"""Doing the jobs of a batch: in this process, or in processes of their own that import torch once and take job after job.
+"""Engines that run the jobs of a batch, in this process or in worker processes.
 
-An engine turns bundles of jobs into outcomes, in any order. It pulls a bundle only when somebody is free to do it, and gives
-back every job it pulled. The jobs of a bundle are merges into one base, which is read once for all of them.
+An engine turns bundles of jobs into outcomes, in any order. It pulls a bundle only when a worker is
+free, and returns every job it pulled. The jobs of a bundle are merges into one base, which is read
+once for all of them. A worker process imports torch once and runs job after job.
 """
 
 from __future__ import annotations
@@ -51,13 +52,15 @@ __all__ = [
 
 T = TypeVar("T")
 
-POLL = 0.2  # seconds: on Windows only a wait that ends can be interrupted
-PATIENCE = 15.0  # seconds for an interrupted worker to take its half-written files away
+# seconds: on Windows only a wait with a timeout can be interrupted
+POLL = 0.2
+# seconds for an interrupted worker to remove its partial files
+PATIENCE = 15.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: the numbers of its report, or the error."""
+    """Outcome of a job: the numbers of its report, or the error."""
 
     report: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -66,18 +69,20 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Whoever does the jobs, `workers` bundles at a time."""
+    """A runner of jobs, `workers` bundles at a time."""
 
     def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
-        """Each job with its outcome, as they end."""
+        """Yield each job with its outcome, as they end."""
         ...
 
     @property
-    def workers(self) -> int: ...
+    def workers(self) -> int:
+        """Return the number of concurrent bundles."""
+        ...
 
 
 def planned(job: Job, **changed: Any) -> Any:
-    """The plan of the job's verb, from headers only; `changed` replaces options."""
+    """Plan a job from headers only; `changed` replaces options."""
     found = verb(job.command)
     weighed = [item for item in job.inputs if item.role == "adapter" and found.weighs]
     given: list[Any] = [item.path for item in job.inputs if item not in weighed]
@@ -87,10 +92,9 @@ def planned(job: Job, **changed: Any) -> Any:
 
 
 def perform(bundle: Bundle) -> list[Outcome]:
-    """Do the jobs of a bundle; every failure but an interrupt is an outcome.
+    """Run the jobs of a bundle; every failure except an interrupt is an outcome.
 
-    Those that can be planned are done together. Where that fails, each is done by itself, so that it is known whose fault
-    it was.
+    Jobs with a valid plan run together. If that fails, each runs alone, to find the one at fault.
     """
     if len(bundle) == 1:
         return [_alone(bundle[0])]
@@ -134,25 +138,27 @@ def _alone(job: Job) -> Outcome:
 
 
 def _attempt(work: Callable[[], T]) -> T | Outcome:
-    """What it gives, or its error as an outcome."""
+    """Return the result of `work`, or its error as an outcome."""
     try:
         return work()
     except AdaptkitError as error:
         return Outcome(error=str(error), hint=error.hint)
     except MemoryError:
         return Outcome(
-            error="out of memory", hint="lower memory in the recipe, or use fewer --jobs"
+            error="out of memory", hint="use fewer --jobs, or set a lower memory in the recipe"
         )
     except OSError as error:
         return Outcome(error=str(error))
-    except Exception as error:  # a defect of ours must not take the other jobs with it
+    except Exception as error:
+        # a bug in one job must not end the others
         if os.environ.get("ADAPTKIT_DEBUG"):
             raise
-        return Outcome(error=f"unexpected {type(error).__name__}: {error}", hint="this is a bug")
+        message = f"unexpected {type(error).__name__}: {error}"
+        return Outcome(error=message, hint="this is a bug in adaptkit")
 
 
 def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What a log line keeps of a report: names and numbers, not a record per module."""
+    """Return the names and numbers of a report for the log, without its modules."""
     kept = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in report.items()
@@ -162,7 +168,7 @@ def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Here:
-    """One bundle after the other in this process."""
+    """Engine that runs one bundle after the other in this process."""
 
     workers = 1
 
@@ -173,7 +179,7 @@ class Here:
 
 
 class Todo:
-    """Bundles that no worker has yet: those that come, and before them the jobs of one whose worker died, one by one."""
+    """Queue of bundles; jobs of a bundle whose worker died come first, one by one."""
 
     def __init__(self, bundles: Iterable[Bundle]) -> None:
         self._coming, self._more = iter(bundles), True
@@ -183,19 +189,23 @@ class Todo:
         return self._more or bool(self._again)
 
     def take(self) -> Bundle | None:
-        """The next one; None where there is none any more."""
+        """Return the next bundle, or None at the end."""
         bundle = self._again.popleft() if self._again else next(self._coming, None)
         self._more = self._more and bundle is not None
         return bundle
 
     def split(self, bundle: Bundle) -> None:
-        """Its jobs are to be tried by themselves."""
+        """Queue the jobs of a bundle one by one."""
         self._again.extend((job,) for job in bundle)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Worker processes; one that dies fails its job, and the next gets a new one. A bundle is tried again job by job."""
+    """Engine of worker processes.
+
+    If a worker dies, its job fails, or the jobs of its bundle are repeated one by one, and a new
+    worker starts.
+    """
 
     workers: int = 1
 
@@ -223,7 +233,8 @@ class Processes:
                             todo.split(bundle)
                         else:
                             yield bundle[0], worker.died(bundle)
-                    elif worker in idle:  # it died between two jobs: nothing was lost
+                    elif worker in idle:
+                        # it died between two jobs: nothing was lost
                         idle.remove(worker)
         finally:
             _stop([*idle, *busy], interrupt=bool(busy))
@@ -241,11 +252,13 @@ def _next(
 
 
 class WorkerProcess:
-    """A process that reads bundles as JSON lines and answers each with one; `replies` gets an empty line when it ends."""
+    """A process that answers bundles as JSON lines; it sends an empty line when it ends."""
 
     def __init__(self, replies: queue.SimpleQueue[tuple[WorkerProcess, bytes]], count: int) -> None:
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - what it says on stderr, for as long as it lives
-        own: dict[str, Any] = (  # ^C reaches the parent alone, which decides
+        # its stderr, open as long as the process
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
+        # only the parent receives ^C and decides
+        own: dict[str, Any] = (
             {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
             if sys.platform == "win32"
             else {"start_new_session": True}
@@ -266,17 +279,17 @@ class WorkerProcess:
         replies.put((self, b""))
 
     def send(self, bundle: Bundle) -> None:
-        """Hand it jobs; if it is dead, the empty line says so."""
+        """Send jobs; a dead process is reported by its empty line."""
         with contextlib.suppress(OSError):
             pipe = _pipe(self.process.stdin)
             pipe.write((json.dumps([job.to_dict() for job in bundle]) + "\n").encode())
             pipe.flush()
 
     def died(self, bundle: Bundle) -> Outcome:
-        """The outcome of what it had to do when it ended."""
+        """Return the outcome of the job that was running when the process ended."""
         code = self.process.wait()
         self.clean(bundle)
-        hint = "perhaps memory ran out: use fewer --jobs, or memory = in the recipe"
+        hint = "memory may have run out: use fewer --jobs, or set memory in the recipe"
         if code < 0:
             return Outcome(error=f"its worker process was killed ({_signal(-code)})", hint=hint)
         self.said.seek(0)
@@ -287,22 +300,22 @@ class WorkerProcess:
         )
 
     def clean(self, bundle: Bundle) -> None:
-        """Take away what it had begun to write."""
+        """Remove its partial files."""
         cleaned(bundle, self.process.pid)
 
     def interrupt(self) -> None:
-        """As ^C does."""
+        """Interrupt the process as ^C does."""
         with contextlib.suppress(OSError, ValueError):
             self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
 
     def close(self) -> None:
-        """No more jobs; it ends when it has read that."""
+        """Close its stdin, which ends the process."""
         with contextlib.suppress(OSError):
             _pipe(self.process.stdin).close()
 
 
 def cleaned(bundle: Bundle, pid: int) -> None:
-    """Take away what a process had begun to write and, being dead, cannot (files/sink.py names these files)."""
+    """Remove the partial files of a dead process (files/sink.py names them)."""
     for job in bundle:
         for left in job.output.parent.glob(f".*{glob.escape(job.output.name[:40])}*.{pid}-*.part"):
             with contextlib.suppress(OSError):
@@ -315,7 +328,7 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 def _stop(workers: Iterable[WorkerProcess], *, interrupt: bool) -> None:
-    """End them all; those that do not listen are killed."""
+    """End all workers; kill those that do not react."""
     listed = list(workers)
     try:
         for worker in listed:
@@ -335,7 +348,7 @@ def _stop(workers: Iterable[WorkerProcess], *, interrupt: bool) -> None:
 
 
 def environment(count: int) -> dict[str, str]:
-    """The cores are shared out, unless the user did that; the package is found where it was found here."""
+    """Return variables that share the cores, unless set, and locate this package."""
     home = str(Path(adaptkit.__file__).parents[1])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = (
@@ -362,10 +375,10 @@ def _signal(number: int) -> str:
 
 
 def answer(found: Iterable[Outcome]) -> str:
-    """The outcomes of a bundle as one JSON line, all ASCII."""
+    """Return the outcomes of a bundle as one line of ASCII JSON."""
     return json.dumps([asdict(outcome) for outcome in found]) + "\n"
 
 
 def outcomes(line: bytes | str) -> list[Outcome]:
-    """The inverse of `answer`."""
+    """Invert `answer`."""
     return [Outcome(**record) for record in json.loads(line)]

@@ -1,4 +1,4 @@
-"""compare: how far apart two adapters are, or how much of one a checkpoint contains."""
+"""compare: distance of two adapters, or the share of an adapter in a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Two differences side by side: norms, inner product and distance, in float64, and without ΔW where factors are small."""
+"""Norms, inner product and distance of two differences, in float64.
+
+Small factors are used directly, without forming ΔW.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +32,15 @@ __all__ = [
 
 Factors = tuple["Tensor", "Tensor"]
 
-BLOCK = (
-    1 << 19
-)  # entries of ΔW that are formed at a time: 4 MB in float64, and four of them are alive
+# entries of ΔW that are formed at a time: 4 MB in float64, up to four blocks at once
+BLOCK = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
     """‖A‖², ‖B‖², ⟨A, B⟩ and ‖A − B‖².
 
-    Not `known`: both are equal, and how large they are depends on the weight that they change.
+    `known` is False if A and B are equal, but their norm depends on a weight that was not given.
     """
 
     a: float = 0.0
@@ -58,22 +60,22 @@ class Numbers:
 
     @property
     def finite(self) -> bool:
-        """Whether no tensor held NaN or infinity, and nothing overflowed."""
+        """Return whether there was no NaN, infinity or overflow."""
         return all(map(math.isfinite, (self.a, self.b, self.inner, self.error)))
 
     @property
     def norm_a(self) -> float | None:
-        """‖A‖."""
+        """Return ‖A‖."""
         return math.sqrt(self.a) if self.known else None
 
     @property
     def norm_b(self) -> float | None:
-        """‖B‖."""
+        """Return ‖B‖."""
         return math.sqrt(self.b) if self.known else None
 
     @property
     def cosine(self) -> float | None:
-        """⟨A, B⟩ / (‖A‖ ‖B‖); None where either is 0."""
+        """Return ⟨A, B⟩ / (‖A‖ ‖B‖), or None if either norm is 0."""
         if not self.known or self.a == 0.0 or self.b == 0.0:
             return None
         if self.error == 0.0:
@@ -82,12 +84,12 @@ class Numbers:
 
     @property
     def over_a(self) -> float | None:
-        """‖A − B‖ / ‖A‖."""
+        """Return ‖A − B‖ / ‖A‖, as `over_b` does."""
         return self._relative(self.a)
 
     @property
     def over_b(self) -> float | None:
-        """‖A − B‖ / ‖B‖; 0 where they are equal, None where ‖B‖ alone is 0 or a norm is not known."""
+        """Return ‖A − B‖ / ‖B‖, or None if undefined or unknown; 0 if A equals B."""
         return self._relative(self.b)
 
     def _relative(self, size: float) -> float | None:
@@ -97,22 +99,22 @@ class Numbers:
 
     @property
     def fitted(self) -> float | None:
-        """The factor that brings A nearest to B, ⟨A, B⟩ / ‖A‖²; None where A is 0."""
+        """Return ⟨A, B⟩ / ‖A‖², the factor of A nearest to B; None if A is 0."""
         return _quotient(self.inner, self.a) if self.known else None
 
 
 def _quotient(one: float, other: float) -> float | None:
-    """one / other, where that is a number."""
+    """Return one / other, or None if it is not finite."""
     found = one / other if other > 0.0 else math.inf
     return found if math.isfinite(found) else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One difference (rows × columns), as cheaply as it is to be had; all tensors in float64 (float32 on MPS).
+    """A difference (rows × columns) in its cheapest form, float64 (float32 on MPS).
 
-    `block(start, stop)` forms these rows of it. `factors()` gives (left (rows, r), right (r, columns)) where r is small,
-    `kron` is (w1, w2) with w1 ⊗ w2 the difference.
+    `block(start, stop)` forms rows. `factors()` returns left (rows, r) and right (r, columns) if
+    r is small. `kron` is (w1, w2) if the difference is w1 ⊗ w2.
     """
 
     rows: int
@@ -122,7 +124,7 @@ class Difference:
     kron: Factors | None = None
 
     def cut(self, start: int, stop: int) -> Difference:
-        """Rows [start, stop) of it."""
+        """Return rows [start, stop)."""
         if (start, stop) == (0, self.rows):
             return self
         whole, kron = self.factors, self.kron
@@ -137,7 +139,7 @@ class Difference:
         )
 
     def exchanged(self) -> Difference:
-        """The same with the two halves of its rows exchanged."""
+        """Return the difference with the two halves of its rows exchanged."""
         whole, half = self.factors, self.rows // 2
 
         def block(start: int, stop: int) -> Tensor:
@@ -158,11 +160,11 @@ def _rows(factors: Factors, start: int, stop: int) -> Factors:
     return factors[0][start:stop], factors[1]
 
 
-# making forms ----------------------------------------------------------------------------------------------------
+# constructors
 
 
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stored tensors in float64 (float32 on MPS); flags as they are."""
+    """Convert stored tensors to float64 (float32 on MPS), except for flags."""
     return {
         role: _wide(tensor) if tensor.is_floating_point() else tensor
         for role, tensor in tensors.items()
@@ -176,7 +178,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool) -> Difference:
-    """strength · ΔW of additive weights (no batch) of `size` (rows, columns); `thin`: through their factors."""
+    """Return strength · ΔW of additive weights without a batch dimension.
+
+    `size` is (rows, columns). `thin` weights are used through their factors.
+    """
 
     def factors() -> Factors:
         left, right = weights.factors()
@@ -207,7 +212,10 @@ def _block(weights: Weights, start: int, stop: int) -> Tensor:
 
 
 def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of one (a, b) ⊗ two (c, d): row i·c + p is one[i] ⊗ two[p]."""
+    """Form rows of one (a, b) ⊗ two (c, d).
+
+    Row i·c + p is one[i] ⊗ two[p].
+    """
     import torch
 
     row = torch.arange(start, stop, device=one.device)
@@ -216,14 +224,14 @@ def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
 
 
 def applied(weights: Weights, base: Tensor, strength: float) -> Difference:
-    """What weights of any kind change of their base (rows, columns): dense."""
+    """Return the dense ΔW of weights of any algorithm on a base (rows, columns)."""
     wide = _wide(base)
     change = weights.apply(wide.clone(), strength).sub_(wide)
     return Difference(change.shape[0], change.shape[1], lambda start, stop: change[start:stop])
 
 
 def difference(tuned: Tensor, base: Tensor) -> Difference:
-    """tuned − base, both (rows, columns) in any dtype, widened before they are subtracted."""
+    """Return tuned − base, both (rows, columns) in any dtype, widened before subtracting."""
     rows, columns = base.shape
     return Difference(
         rows, columns, lambda start, stop: _wide(tuned[start:stop]) - _wide(base[start:stop])
@@ -231,7 +239,7 @@ def difference(tuned: Tensor, base: Tensor) -> Difference:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two weights are of one kind and hold the same numbers; how a file lays them out (sizes) does not count."""
+    """Return whether two weights have the same algorithm and numbers, in any file layout."""
     if type(one) is not type(other):
         return False
     if is_dataclass(one):
@@ -244,11 +252,11 @@ def alike(one: Any, other: Any) -> bool:
     return type(one) is int or bool(one == other)
 
 
-# measuring -------------------------------------------------------------------------------------------------------
+# measuring
 
 
 def measure(a: Difference | None, b: Difference | None) -> Numbers:
-    """The numbers of two differences of one size; None stands for no difference."""
+    """Measure two differences of one size; None is zero."""
     if a is None or b is None:
         size = 0.0 if (only := a or b) is None else _size(only)
         return Numbers(size if a else 0.0, size if b else 0.0, 0.0, size)
@@ -264,7 +272,7 @@ def measure(a: Difference | None, b: Difference | None) -> Numbers:
 
 
 def _size(form: Difference) -> float:
-    """‖·‖²."""
+    """Return ‖·‖²."""
     from adaptkit.linalg.products import kron_norm, product_norm
 
     if form.kron is not None:
@@ -288,7 +296,7 @@ def _kron_and_product(a: Difference, b: Difference) -> Numbers | None:
 
 
 def _dense(a: Difference, b: Difference) -> Numbers:
-    """Row by row, each block of both formed once."""
+    """Measure block by block; each block of both is formed once."""
     total = Numbers()
     for one, other in _blocks(a, b):
         apart = one - other

@@ -1,4 +1,4 @@
-"""The two files of a comparison, opened: which of them are adapters, and both of one family."""
+"""The two files of a comparison, opened as adapters or checkpoints of one family."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import is_adapter
 from adaptkit.errors import AdaptkitError, ShapeMismatch, UnknownAdapter
+from adaptkit.meaning import refuse_errors
 from adaptkit.ops.difference.pairing import open_pair
 
 if TYPE_CHECKING:
@@ -18,14 +19,15 @@ if TYPE_CHECKING:
 
     from adaptkit.files.source import TensorSource
 
-__all__ = ["Given", "Inputs", "open_inputs"]
+__all__ = ["Argument", "Given", "Inputs", "open_inputs"]
 
-Argument = tuple[Path, float]  # a file, and what its ΔW is multiplied by
+# a file, or a file and the strength of its adapter
+Argument = Path | tuple[Path, float]
 
 
 @dataclass(frozen=True)
 class Given:
-    """An adapter, and what its ΔW is multiplied by."""
+    """An adapter and the factor of its ΔW."""
 
     adapter: Adapter
     strength: float = 1.0
@@ -33,7 +35,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Adapter A beside adapter B, perhaps with the base of both; or beside a checkpoint, `tuned`, and its base."""
+    """Adapters A and B with an optional base, or adapter A and two checkpoints."""
 
     a: Given
     b: Given | None
@@ -56,29 +58,34 @@ class _File:
     strength: float
     source: TensorSource
     config: Mapping[str, object] | None
-    names: tuple[str | None, str | None]  # the family and the format that the user says
+    # --family and --format
+    names: tuple[str | None, str | None]
 
     @property
     def is_adapter(self) -> bool:
         return is_adapter(self.source.infos)
 
     def read(self) -> Adapter:
-        """The adapter in it."""
+        """Read the adapter."""
         return self._read(self.names[0])
 
     def named_by(self, base: Checkpoint) -> Adapter:
-        """The adapter with the modules' names that a checkpoint of a family without a table has."""
+        """Open the adapter with the module names of a checkpoint of an unknown family."""
         self.source.close()
         return Adapter.open_as(self.path, base.family, format=self.names[1])
 
     def followed(self, adapter: Adapter, family: str) -> Adapter:
-        """The adapter as one of this family, where its names may be that family's too."""
+        """Return the adapter as one of this family, if its names are ambiguous."""
         alike = adapter.family.name != family and family in adapter.detection.alternatives
         return self._read(family) if alike else adapter
 
     def _read(self, family: str | None) -> Adapter:
         try:
-            return Adapter.understand(self.source, self.config, family=family, format=self.names[1])
+            found = Adapter.understand(
+                self.source, self.config, family=family, format=self.names[1]
+            )
+            refuse_errors(found.problems, self.path)
+            return found
         except AdaptkitError as error:
             raise error.at(file=self.path) from None
 
@@ -91,20 +98,23 @@ def open_inputs(
     family: str | None = None,
     format: str | None = None,
 ) -> Inputs:
-    """Read the headers. ShapeMismatch where the families differ; a look-alike follows the base, or else A, or else B."""
+    """Read the headers; raise ShapeMismatch if the families differ.
+
+    A file of ambiguous family follows the base, or else A, or else B.
+    """
     with ExitStack() as opened:
         files = []
-        for path, strength in (a, b):
+        for argument in (a, b):
+            path, strength = argument if isinstance(argument, tuple) else (argument, 1.0)
             source, config = open_adapter_source(path)
             opened.callback(source.close)
             files.append(_File(path, strength, source, config, (family, format)))
-        first, second = sorted(
-            files, key=lambda file: not file.is_adapter
-        )  # stable: the adapter before the checkpoint
+        # stable: an adapter goes before a checkpoint
+        first, second = sorted(files, key=lambda file: not file.is_adapter)
         if not first.is_adapter:
             raise UnknownAdapter(
                 f"neither {first.path.name} nor {second.path.name} is an adapter",
-                hint="`adaptkit extract BASE TUNED` makes an adapter of what two checkpoints differ by",
+                hint="`adaptkit extract BASE TUNED` extracts the difference of two checkpoints",
             )
         inputs = (
             _adapters(first, second, base, opened)
@@ -131,19 +141,24 @@ def _adapters(first: _File, second: _File, path: Path | None, opened: ExitStack)
 def _merged(adapter: _File, checkpoint: _File, path: Path | None, opened: ExitStack) -> Inputs:
     if path is None:
         raise AdaptkitError(
-            "a checkpoint: what was merged into it shows only beside the one that it was made from",
-            hint="pass that one as --base",
+            "a checkpoint compares only with the checkpoint that it was made from",
+            hint="pass that checkpoint as --base",
             file=checkpoint.path,
         )
     if checkpoint.strength != 1.0:
         raise AdaptkitError(
-            "a checkpoint takes no strength", hint="the adapter does", file=checkpoint.path
+            "a checkpoint takes no strength",
+            hint="pass the strength with the adapter",
+            file=checkpoint.path,
         )
     checkpoint.source.close()
     try:
         base, tuned = open_pair(path, checkpoint.path, checkpoint.names[0])
     except ShapeMismatch as error:
-        error.hint = "--base is the checkpoint that the other one was made from; see `adaptkit inspect` on both"
+        error.hint = (
+            "--base must be the checkpoint that the other one was made from; see `adaptkit "
+            "inspect` on both"
+        )
         raise
     opened.callback(base.close)
     opened.callback(tuned.close)
@@ -155,7 +170,8 @@ def _merged(adapter: _File, checkpoint: _File, path: Path | None, opened: ExitSt
 def _check_family(one: Adapter, other: Adapter | Checkpoint) -> None:
     if one.family.name != other.family.name:
         raise ShapeMismatch(
-            f"this adapter is for {one.family.title}, {other.source.path.name} is for {other.family.title}",
-            hint="only files of one family compare; see `adaptkit inspect` on both",
+            f"this adapter is for {one.family.title}, but {other.source.path.name} is for "
+            f"{other.family.title}",
+            hint="pass files of one family; see `adaptkit inspect` on both",
             file=one.source.path,
         )

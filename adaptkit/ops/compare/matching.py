@@ -1,4 +1,4 @@
-"""What stands beside what: the modules of two adapters, or of an adapter and two checkpoints. Headers only."""
+"""Matching of modules: of two adapters, or of an adapter and two checkpoints (headers only)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Base", "Cuts", "Match", "Side", "of_adapters", "of_checkpoint"]
 
-THIN = (
-    0.5  # of the entries of ΔW: factors that have more are dearer than its rows, a block at a time
-)
-_TWICE = "adapts rows that another module of this file adapts too"
+# share of the entries of ΔW: larger factors cost more than blocks of rows of ΔW
+THIN = 0.5
+_TWICE = "adapts rows that another module of this file also adapts"
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one entry says of a module, or of some of its rows: all that it has, or those of `cut`.
+    """One entry, or its rows `cut`, on one side of a match.
 
-    `rows` is how many, 0 where its tensors do not tell. Without an entry: nothing there. `base`: where the weight lies that
-    it changes, for kinds that are no difference; `rank`: that of its factors, where they are thin.
+    `entry` is None if this side has nothing there. `rows` is the number of rows, 0 if unknown.
+    `base` locates the weight that a non-additive algorithm changes. `rank` is the rank of thin
+    factors.
     """
 
     given: Given
@@ -49,9 +49,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Match:
-    """One module: what A says of it, and B's sides from its first row to its last; or what a checkpoint does (`change`).
+    """One module on both sides.
 
-    `change` is where it lies in the base and in the tuned checkpoint. `counted`: whether it is one of the model's own layers.
+    `mine` is A's side; `theirs` are B's sides in the order of the rows. `change` locates the
+    module in the base and in the tuned checkpoint. `counted` is False for parts beside the model.
     """
 
     label: str
@@ -59,28 +60,32 @@ class Match:
     theirs: tuple[Side, ...] = ()
     change: tuple[tuple[Piece, ...], tuple[Piece, ...]] | None = None
     counted: bool = True
-    number: int = 0  # its place among the matches of a plan
+    # position among the matches of a plan
+    number: int = 0
 
     @property
     def both(self) -> bool:
-        """Whether there is something on either side."""
+        """Return whether both sides have the module."""
         return self.mine is not None and bool(self.theirs or self.change)
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """All sides, A's first."""
+        """Return all sides, A's first."""
         return self.theirs if self.mine is None else (self.mine, *self.theirs)
 
 
 class Base:
-    """The checkpoint that kinds which are no difference are applied to; None where none is given."""
+    """The optional checkpoint that non-additive algorithms are applied to."""
 
     def __init__(self, checkpoint: Checkpoint | None) -> None:
         self.checkpoint = checkpoint
         self.held = {} if checkpoint is None else checkpoint.targets()
 
     def side(self, given: Given, part: Part) -> Side:
-        """A part with what it needs; NotRepresentable where the base has no such layer, ShapeMismatch where it does not fit."""
+        """Return the side of a part.
+
+        Raise NotRepresentable if the base lacks the layer, ShapeMismatch if the shapes differ.
+        """
         entry, cut = part.entry, part.cut
         if entry is None:
             return Side(given, None, part.rows)
@@ -98,8 +103,8 @@ class Base:
         pieces = self.checkpoint.locate(entry.slot, self.held.get(entry.slot.target, {}))
         if pieces is None:
             raise NotRepresentable(
-                f"the base has no {label}, and what a {entry.kind.title} changes depends on it",
-                hint="pass the checkpoint that the adapter is for as --base, or leave the module out with --skip",
+                f"the base has no {label}, and ΔW of a {entry.kind.title} depends on it",
+                hint="pass the adapter's checkpoint as --base, or leave the module out with --skip",
                 file=self.checkpoint.source.path,
             )
         fits(self.checkpoint, adapter, entry, pieces)
@@ -114,7 +119,7 @@ class Base:
 
 
 def fits(checkpoint: Checkpoint, adapter: Adapter, entry: Entry, pieces: tuple[Piece, ...]) -> None:
-    """ShapeMismatch unless an entry has the size of its layer."""
+    """Raise ShapeMismatch unless an entry has the size of its layer."""
     shape = checkpoint.slot_shape(pieces)
     there = (shape[0] if shape else 1, math.prod(shape[1:]))
     check_size(adapter, adapter.label(entry.slot), "the checkpoint", there, _size(entry))
@@ -123,12 +128,12 @@ def fits(checkpoint: Checkpoint, adapter: Adapter, entry: Entry, pieces: tuple[P
 def check_size(
     adapter: Adapter, label: str, where: str, there: tuple[int, int], here: tuple[int, int]
 ) -> None:
-    """ShapeMismatch where two sizes (0: not told) differ."""
+    """Raise ShapeMismatch if two sizes differ; 0 is unknown and matches."""
     if any(one and other and one != other for one, other in zip(there, here, strict=True)):
         shown = ["{} × {}".format(*(n or "?" for n in size)) for size in (there, here)]
         raise ShapeMismatch(
             f"{label} is {shown[0]} in {where}, {shown[1]} in this adapter",
-            hint="they were made for models of different sizes; see `adaptkit inspect --modules`",
+            hint="the files are for models of different sizes; see `adaptkit inspect --modules`",
             file=adapter.source.path,
         )
 
@@ -138,7 +143,7 @@ def _size(entry: Entry) -> tuple[int, int]:
 
 
 def _rank(adapter: Adapter, entry: Entry) -> int | None:
-    """The rank of the factors: of a Kronecker or a Hadamard product, the product of its sides' ranks."""
+    """Return the rank of the factors, for a product the product of the ranks."""
     shapes = {role: adapter.source.infos[key].shape for role, key in entry.tensors()}
     if {"w1", "w1_a"} & shapes.keys():
         return _side_rank(shapes, "w1") * _side_rank(shapes, "w2")
@@ -151,9 +156,11 @@ def _side_rank(shapes: Mapping[str, tuple[int, ...]], side: str) -> int:
 
 
 class Cuts(KeyMap):
-    """The key map of an adapter that cuts targets as this file does: by its own slots, and what they leave by its format's.
+    """A key map that splits targets as an adapter file does.
 
-    `twice`: slots whose rows another slot has too, and which are left out.
+    Targets that are not in the file are split as its format does.
+
+    `twice` lists the slots that are left out because another slot has the same rows.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -167,11 +174,14 @@ class Cuts(KeyMap):
 
     @property
     def twice_keys(self) -> list[str]:
-        """Their keys."""
+        """Return the keys of the slots in `twice`."""
         return [key for slot in self.twice for key in self.adapter.entries[slot].keys.values()]
 
     def slots(self, target: Target) -> tuple[Slot, ...]:
-        """This file's slots of a target and those of the rows that it leaves out, in order; the format's where it has none."""
+        """Return the slots of a target in the order of the rows.
+
+        They are the file's own slots, with slots for the rows between them.
+        """
         usual, mine = super().slots(target), self.held.get(target)
         return usual if mine is None else tuple(sorted(self._with_gaps(mine, usual), key=_span))
 
@@ -198,27 +208,27 @@ def _gap(target: Target, start: Fraction, stop: Fraction) -> Slot:
     return Slot(target, Rows(int(start * total), int(stop * total), total))
 
 
-# two adapters ----------------------------------------------------------------------------------------------------
+# two adapters
 
 
 def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Match], list[Unused]]:
-    """Every module of A beside what B has of its rows, then what only B has; and the keys that are not used."""
+    """Match every module of A, then the modules of B alone; return also the unused keys."""
     ours, theirs = a.adapter, b.adapter
     cuts = Cuts(ours)
     respelling = Respelling(theirs, cuts)
     shared = {slot: entry for slot, entry in theirs.entries.items() if slot.target in cuts.held}
     try:
-        found = {job.slot: job for job in respelling.jobs(shared)}
+        found = {one.slot: one for one in respelling.jobs(shared)}
     except NotRepresentable as error:
         raise error.at(file=theirs.source.path) from None
-    jobs = []
+    matches = []
     for slot, entry in ours.entries.items():
         if slot not in cuts.twice and selected(ours.label(slot), slot.component, select):
             parts = found[slot].parts if slot in found else ()
             sides = tuple(base.side(b, part) for part in parts)
             _check_sides(ours, entry, b, sides)
-            jobs.append(Match(ours.label(slot), base.side(a, Part(entry)), sides))
-    only = [(job.label, slot, job.parts) for slot, job in found.items() if slot not in ours.entries]
+            matches.append(Match(ours.label(slot), base.side(a, Part(entry)), sides))
+    only = [(one.label, slot, one.parts) for slot, one in found.items() if slot not in ours.entries]
     only += [
         (theirs.label(slot), slot, (Part(e),))
         for slot, e in theirs.entries.items()
@@ -226,8 +236,8 @@ def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Ma
     ]
     for label, slot, parts in only:
         if selected(label, slot.component, select):
-            jobs.append(Match(label, None, tuple(base.side(b, part) for part in parts)))
-    return jobs, [*_unused(ours, cuts.twice_keys), *_unused(theirs, respelling.lost)]
+            matches.append(Match(label, None, tuple(base.side(b, part) for part in parts)))
+    return matches, [*_unused(ours, cuts.twice_keys), *_unused(theirs, respelling.lost)]
 
 
 def _check_sides(ours: Adapter, entry: Entry, b: Given, sides: Sequence[Side]) -> None:
@@ -239,36 +249,33 @@ def _check_sides(ours: Adapter, entry: Entry, b: Given, sides: Sequence[Side]) -
 
 
 def _unused(adapter: Adapter, twice: Iterable[str]) -> Iterator[Unused]:
-    """The keys of a file that are not compared, each with the reason."""
+    """Yield the keys of a file that are not compared, with the reason."""
     name = adapter.source.path.name
     yield from (Unused(key, f"{name}: {reason}") for key, reason in adapter.unclaimed.items())
     yield from (Unused(key, f"{name}: {_TWICE}") for key in twice)
-    yield from (
-        Unused(key, f"{name}: beside the adapter, no weights of a module")
-        for key in adapter.carried
-    )
+    yield from (Unused(key, f"{name}: does not belong to a module") for key in adapter.carried)
 
 
-# an adapter and two checkpoints ----------------------------------------------------------------------------------
+# an adapter and two checkpoints
 
 
 def of_checkpoint(
     a: Given, checkpoints: tuple[Checkpoint, Checkpoint], select: Shared
 ) -> tuple[list[Match], list[Unused]]:
-    """Every module beside the difference of (base, tuned); what else they hold, without a side; then what only A has."""
+    """Match every layer of (base, tuned) with the adapter, then the modules of A alone."""
     base, tuned = checkpoints
     entries, cuts, there = a.adapter.entries, Cuts(a.adapter), Base(base)
     pairing = Pairing(base, tuned, cuts, Wanted(dense_kind().name, True, select))
-    jobs, met = [], set(cuts.twice)
+    matches, met = [], set(cuts.twice)
     for pair in pairing.pairs():
-        job = Match(pair.label, None, (), (pair.base, pair.tuned), pair.counted)
+        match = Match(pair.label, None, (), (pair.base, pair.tuned), pair.counted)
         entry = None if pair.slot is None or pair.slot in cuts.twice else entries.get(pair.slot)
         if entry is not None:
             fits(base, a.adapter, entry, pair.base)
-            job = replace(job, mine=there.side(a, Part(entry)))
+            match = replace(match, mine=there.side(a, Part(entry)))
             met.add(entry.slot)
-        jobs.append(job)
+        matches.append(match)
     for slot, entry in entries.items():
         if slot not in met and selected(base.label(slot), slot.component, select):
-            jobs.append(Match(base.label(slot), there.side(a, Part(entry))))
-    return jobs, [*_unused(a.adapter, cuts.twice_keys), *pairing.lost, *pairing.left]
+            matches.append(Match(base.label(slot), there.side(a, Part(entry))))
+    return matches, [*_unused(a.adapter, cuts.twice_keys), *pairing.lost, *pairing.left]

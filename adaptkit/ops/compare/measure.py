@@ -1,4 +1,4 @@
-"""From a module's stored tensors to its numbers: what the engine does with each step of a comparison."""
+"""Measurement of one match: from the stored tensors to norms and distances."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import same
 from adaptkit.checkpoint import exchanged
-from adaptkit.engine import Step
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.ops.compare.distance import (
     BLOCK,
@@ -22,6 +21,7 @@ from adaptkit.ops.compare.distance import (
     measure,
     widened,
 )
+from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,41 +35,42 @@ if TYPE_CHECKING:
 
 __all__ = ["Measurer", "needs_base"]
 
-WIDE = 8  # bytes of a float64
+# bytes of a float64
+WIDE = 8
 
 
 def needs_base(entry: Entry, label: str) -> NotRepresentable:
-    """What to say where a kind that is no difference is not simply equal to the other."""
+    """Return the error for unequal non-additive modules without a base."""
     return NotRepresentable(
-        f"what a {entry.kind.title} changes depends on the weight it is applied to",
-        hint="pass the checkpoint that the adapters are for as --base; without it, only equal tensors compare",
+        f"ΔW of a {entry.kind.title} depends on the weight of the checkpoint",
+        hint="pass the adapters' checkpoint as --base; without it, only equal tensors compare",
         tensor=label,
     )
 
 
 class Measurer:
-    """Plans, reads and measures jobs; `base` and `tuned` are those of them that are given."""
+    """Plan, read and measure matches."""
 
     def __init__(self, base: Checkpoint | None, tuned: Checkpoint | None) -> None:
         self.base, self.tuned = base, tuned
 
     # planning
 
-    def step(self, job: Match) -> Step[Match]:
-        """A job of its own bucket, and the working memory it needs."""
-        size = 4 * WIDE * BLOCK + sum(self._bytes(side) for side in job.sides)
-        size += sum(checkpoint.nbytes(pieces) for _, checkpoint, pieces in self._pieces(job))
-        first = next((side for side in job.sides if side.entry), None)
-        if job.change is not None and self.tuned is not None:
-            order = self.tuned.source.order(job.change[1][0].name)
+    def step(self, match: Match) -> Step[Match]:
+        """Return the step of a match, with the working memory it needs."""
+        size = 4 * WIDE * BLOCK + sum(self._bytes(side) for side in match.sides)
+        size += sum(checkpoint.nbytes(pieces) for _, checkpoint, pieces in self._pieces(match))
+        first = next((side for side in match.sides if side.entry), None)
+        if match.change is not None and self.tuned is not None:
+            order = self.tuned.source.order(match.change[1][0].name)
         else:
             assert first is not None
             assert first.entry is not None
             order = first.given.adapter.source.order(next(key for _, key in first.entry.tensors()))
-        return Step(job, job.number, size, order)
+        return Step(match, match.number, size, order)
 
     def _bytes(self, side: Side) -> int:
-        """Working memory of a side: its tensors as stored and in float64, and what is made of them."""
+        """Return the working memory of a side: tensors as stored, in float64, and results."""
         if side.entry is None:
             return 0
         facts = side.entry.facts
@@ -78,28 +79,27 @@ class Measurer:
         if side.entry.kind.dense:
             return 2 * stored
         size = stored + 2 * WIDE * elements
-        if (
-            side.base is not None and self.base is not None
-        ):  # the weight, what becomes of it, and one more meanwhile
+        if side.base is not None and self.base is not None:
+            # the weight, the result and one temporary
             return size + 3 * WIDE * math.prod(self.base.slot_shape(side.base))
-        # factors: scaled, put together with those of the other side, and what QR makes of that
+        # factors: scaled, concatenated with those of the other side, and their QR
         return size + 4 * WIDE * (side.rank or 0) * (facts.rows + facts.columns)
 
-    def _pieces(self, job: Match) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
-        """What is read from the checkpoints, each once, and under which name."""
-        pieces = [side.base for side in job.sides] + [job.change and job.change[0]]
+    def _pieces(self, match: Match) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
+        """Yield the pieces to read from the checkpoints, once each, with a name."""
+        pieces = [side.base for side in match.sides] + [match.change and match.change[0]]
         for one in dict.fromkeys(pieces):
             if one is not None and self.base is not None:
                 yield _name(one), self.base, one
-        if job.change is not None and self.tuned is not None:
-            yield "tuned", self.tuned, job.change[1]
+        if match.change is not None and self.tuned is not None:
+            yield "tuned", self.tuned, match.change[1]
 
     # running
 
-    def load(self, job: Match) -> dict[str, Tensor]:
-        """Everything a job needs: the tensors of side n as `n/role`, the base's by their names, and `tuned`."""
-        found = {name: checkpoint.read(pieces) for name, checkpoint, pieces in self._pieces(job)}
-        for n, side in enumerate(job.sides):
+    def load(self, match: Match) -> dict[str, Tensor]:
+        """Read all tensors: of side n as `n/role`, of the base by name, of `tuned`."""
+        found = {name: checkpoint.read(pieces) for name, checkpoint, pieces in self._pieces(match)}
+        for n, side in enumerate(match.sides):
             if side.entry is not None:
                 found |= {
                     f"{n}/{role}": tensor
@@ -107,28 +107,28 @@ class Measurer:
                 }
         return found
 
-    def work(self, jobs: Sequence[Match], tensors: dict[str, Tensor]) -> list[Numbers]:
-        """The numbers of one job."""
-        (job,) = jobs
+    def work(self, matches: Sequence[Match], tensors: dict[str, Tensor]) -> list[Numbers]:
+        """Measure one match."""
+        (match,) = matches
         stored = {name: tensor[0] for name, tensor in tensors.items()}
         try:
-            numbers = _job(job, stored)
+            numbers = _numbers(match, stored)
         except NotRepresentable as error:
-            raise error.at(tensor=job.label) from None
+            raise error.at(tensor=match.label) from None
         if not numbers.finite:
-            raise self._non_finite(job, stored)
+            raise self._non_finite(match, stored)
         return [numbers]
 
-    def _non_finite(self, job: Match, stored: Mapping[str, Tensor]) -> NonFinite:
+    def _non_finite(self, match: Match, stored: Mapping[str, Tensor]) -> NonFinite:
         what = "holds NaN or infinity"
-        for n, side in enumerate(job.sides):
+        for n, side in enumerate(match.sides):
             for role, key in side.entry.tensors() if side.entry else ():
                 if not _finite(stored[f"{n}/{role}"]):
                     return NonFinite(what, file=side.given.adapter.source.path, tensor=key)
-        for name, checkpoint, pieces in self._pieces(job):
+        for name, checkpoint, pieces in self._pieces(match):
             if not _finite(stored[name]):
                 return NonFinite(what, file=checkpoint.source.path, tensor=pieces[0].name)
-        return NonFinite("what it changes is too large a number", tensor=job.label)
+        return NonFinite("ΔW overflows", tensor=match.label)
 
 
 def _name(pieces: tuple[Piece, ...]) -> str:
@@ -141,11 +141,11 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all())
 
 
-def _job(job: Match, stored: Mapping[str, Tensor]) -> Numbers:
-    sides = [_operand(job, n, stored) for n in range(len(job.sides))]
-    mine = None if job.mine is None else sides.pop(0)
-    if job.change is not None:
-        base, tuned = stored[_name(job.change[0])], stored["tuned"]
+def _numbers(match: Match, stored: Mapping[str, Tensor]) -> Numbers:
+    sides = [_operand(match, n, stored) for n in range(len(match.sides))]
+    mine = None if match.mine is None else sides.pop(0)
+    if match.change is not None:
+        base, tuned = stored[_name(match.change[0])], stored["tuned"]
         ours = None if mine is None else mine.form
         return measure(ours, None if same(base, tuned) else difference(tuned, base))
     if mine is None:
@@ -153,37 +153,42 @@ def _job(job: Match, stored: Mapping[str, Tensor]) -> Numbers:
     if len(sides) < 2:
         return _pair(mine, sides[0] if sides else None, None)
     total, start = Numbers(), 0
-    for side, other in zip(job.theirs, sides, strict=True):
+    for side, other in zip(match.theirs, sides, strict=True):
         total += _pair(mine, other, (start, start + side.rows))
         start += side.rows
     return total
 
 
-def _operand(job: Match, n: int, stored: Mapping[str, Tensor]) -> _Operand | None:
-    side = job.sides[n]
+def _operand(match: Match, n: int, stored: Mapping[str, Tensor]) -> _Operand | None:
+    side = match.sides[n]
     if side.entry is None:
         return None
     found = {role: stored[f"{n}/{role}"] for role, _ in side.entry.tensors()}
     return _Operand(
-        side, side.entry, job.label, found, None if side.base is None else stored[_name(side.base)]
+        side,
+        side.entry,
+        match.label,
+        found,
+        None if side.base is None else stored[_name(side.base)],
     )
 
 
 def _pair(mine: _Operand, other: _Operand | None, rows: tuple[int, int] | None) -> Numbers:
-    """The numbers of these rows of A (None: all), and of what B has of them."""
+    """Measure A and B on these rows of A (None: all rows)."""
     if other is None:
         return measure(mine.rows(rows), None)
     if mine.equal(other, rows):
         size = measure(mine.rows(rows), None).a if mine.known else 0.0
         return Numbers(size, size, size, known=mine.known)
     if not (mine.finite and other.finite):
-        return Numbers(error=math.nan)  # before anything is said of the base that may be missing
+        # NaN takes precedence over a missing base
+        return Numbers(error=math.nan)
     return measure(mine.rows(rows), other.form)
 
 
 @dataclass
 class _Operand:
-    """A side that has been read."""
+    """A side whose tensors have been read."""
 
     side: Side
     entry: Entry
@@ -197,18 +202,21 @@ class _Operand:
 
     @property
     def known(self) -> bool:
-        """Whether it can be told what it changes."""
+        """Return whether ΔW can be computed."""
         return self.entry.kind.additive or self.base is not None
 
     @cached_property
     def weights(self) -> Weights:
-        """Decoded in float64, rows as they are stored; a full difference as it is, since it is as large as the weight."""
+        """Return the decoded weights in float64, rows as stored.
+
+        A full difference keeps its dtype, since it is as large as the weight.
+        """
         tensors = dict(self.stored) if self.entry.kind.dense else widened(self.stored)
         return self.entry.kind.decode(tensors, self.entry.facts)
 
     @cached_property
     def form(self) -> Difference:
-        """What it changes."""
+        """Return ΔW."""
         if not self.known:
             raise needs_base(self.entry, self.label)
         swapped, strength = self.entry.swapped, self.side.given.strength
@@ -221,16 +229,17 @@ class _Operand:
         return whole if self.side.cut is None else whole.cut(*self.side.cut)
 
     def rows(self, rows: tuple[int, int] | None) -> Difference:
-        """What it changes of these rows of its own (None: all)."""
+        """Return these rows of ΔW (None: all)."""
         return self.form if rows is None else self.form.cut(*rows)
 
     def equal(self, other: _Operand, rows: tuple[int, int] | None) -> bool:
-        """Whether these rows of it and all of the other side hold the same numbers."""
+        """Return whether these rows and the other side hold the same numbers."""
         if self.side.given.strength != other.side.given.strength:
             return False
         try:
             return alike(self._part(rows), other._part(other.side.cut))
-        except NotRepresentable:  # not to be cut there
+        except NotRepresentable:
+            # cannot be cut there
             return False
 
     def _part(self, rows: tuple[int, int] | None) -> Weights:

@@ -1,4 +1,4 @@
-"""compare: how far apart two adapters are, whatever their formats and algorithms; or how much of one a checkpoint contains."""
+"""compare: distance of two adapters, or the share of an adapter in a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
-from adaptkit.engine import Step, check_memory
 from adaptkit.errors import AdaptkitError, NothingToDo
 from adaptkit.ops.compare.distance import Numbers
-from adaptkit.ops.compare.inputs import Given, Inputs, open_inputs
+from adaptkit.ops.compare.inputs import Argument, Given, Inputs, open_inputs
 from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
 from adaptkit.ops.compare.measure import Measurer, needs_base
-from adaptkit.ops.shared import Progress, Shared, Unused
+from adaptkit.ops.shared import Closing, Progress, Shared, Unused
+from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ __all__ = ["ModuleDistance", "Options", "Plan", "Report", "plan", "run"]
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare; `base` is the checkpoint that the adapters are for, or that the other checkpoint was made from."""
+    """Options of compare; `base` is the adapters' checkpoint or the origin of the other one."""
 
     base: Path | None = None
     tolerance: float | None = None
@@ -38,12 +38,12 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything known before a weight is read."""
+class Plan(Closing):
+    """The state of a comparison before any weight is read."""
 
     inputs: Inputs
     options: Options
-    jobs: tuple[Match, ...]
+    matches: tuple[Match, ...]
     steps: tuple[Step[Match], ...]
     unused: tuple[Unused, ...]
 
@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ModuleDistance:
-    """One module that both sides have. `strength`: the one at which the adapter stands in the checkpoint."""
+    """Distance of one common module; `strength` is the adapter's in the checkpoint."""
 
     module: str
     relative_error: float | None
@@ -66,11 +66,13 @@ class ModuleDistance:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """‖A − B‖ / ‖B‖ of two adapters; of an adapter and a checkpoint ‖D − ΔW‖ / ‖ΔW‖, with D = tuned − base for norm_b.
+    """Distances in total, over the common modules and per module.
 
-    Over everything (against a checkpoint: all modules of the adapter), over what both have (`relative_error_common`), and by module. None
-    stands for what has no value, or depends on weights that are not there. `strength` is ⟨D, ΔW⟩ / ‖ΔW‖², ΔW at strength 1;
-    `outside` the share of ‖D‖² in layers that the adapter does not touch, of which `only_b` names those that changed.
+    Two adapters A and B have the relative error ‖A − B‖ / ‖B‖. An adapter and a checkpoint have
+    ‖D − ΔW‖ / ‖ΔW‖ with D = tuned − base, in total over the modules of the adapter; norm_b is
+    ‖D‖. `strength` is ⟨D, ΔW⟩ / ‖ΔW‖² with ΔW at strength 1. `outside` is the share of ‖D‖² in
+    layers that are not in the adapter; `only_b` names the changed ones among them. A number is
+    None if it is undefined or depends on weights that were not given.
     """
 
     a: Mapping[str, Any]
@@ -96,19 +98,28 @@ class Report:
 
     @property
     def exceeded(self) -> str | None:
-        """Why the tolerance is not kept; None where it is, or where there is none."""
+        """Return why the tolerance is not met; None if it is met or not set."""
         if self.tolerance is None:
             return None
         if self.relative_error is None:
-            return f"there is no relative error to hold against the tolerance of {self.tolerance:g}"
+            return f"no relative error to compare with the tolerance of {self.tolerance:g}"
         if self.relative_error > self.tolerance:
-            return f"the relative error {self.relative_error:.6g} exceeds the tolerance of {self.tolerance:g}"
+            return (
+                f"the relative error {self.relative_error:.6g} exceeds the tolerance of "
+                f"{self.tolerance:g}"
+            )
         if self.unclaimed:
-            return f"{self.unclaimed} keys are not understood, so the tolerance of {self.tolerance:g} may not be kept"
+            return (
+                f"{self.unclaimed} keys are unknown, so the tolerance of {self.tolerance:g} may be "
+                "exceeded"
+            )
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: every number finite or null; `strength` and `outside` against a checkpoint only."""
+        """Return the JSON document: finite numbers or null.
+
+        Only a comparison with a checkpoint has `strength` and `outside`.
+        """
         against = {"strength": self.strength, "outside": self.outside} if self.checkpoint else {}
         return {
             "a": dict(self.a),
@@ -143,13 +154,13 @@ class Report:
         return {name: getattr(one, name) for name in names}
 
 
-# planning --------------------------------------------------------------------------------------------------------
+# planning
 
 
-def plan(a: tuple[Path, float], b: tuple[Path, float], options: Options) -> Plan:
-    """Find what stands beside what; reads headers only, and fails here if anything can."""
+def plan(a: Argument, b: Argument, options: Options) -> Plan:
+    """Match the modules of both sides; read headers only, and report all errors here."""
     if options.tolerance is not None and not 0.0 <= options.tolerance < math.inf:
-        raise AdaptkitError(f"a tolerance of {options.tolerance:g} is no number from 0 on")
+        raise AdaptkitError(f"tolerance must be >= 0, got {options.tolerance:g}")
     inputs = open_inputs(a, b, options.base, family=options.family, format=options.format)
     try:
         return _planned(inputs, options)
@@ -161,50 +172,50 @@ def plan(a: tuple[Path, float], b: tuple[Path, float], options: Options) -> Plan
 def _planned(inputs: Inputs, options: Options) -> Plan:
     select = Shared(only=options.only, skip=options.skip)
     if inputs.b is not None:
-        jobs, unused = of_adapters(inputs.a, inputs.b, Base(inputs.base), select)
+        matches, unused = of_adapters(inputs.a, inputs.b, Base(inputs.base), select)
     else:
         assert inputs.base is not None
         assert inputs.tuned is not None
-        jobs, unused = of_checkpoint(inputs.a, (inputs.base, inputs.tuned), select)
-    jobs = [replace(job, number=n) for n, job in enumerate(jobs)]
-    if not any(job.both for job in jobs):
+        matches, unused = of_checkpoint(inputs.a, (inputs.base, inputs.tuned), select)
+    matches = [replace(match, number=n) for n, match in enumerate(matches)]
+    if not any(match.both for match in matches):
         others = (
             "these adapters have no module in common"
             if inputs.b
             else "no module of this adapter is in the checkpoint"
         )
         raise NothingToDo(
-            others, hint="see --only, --skip and `adaptkit inspect --modules` on both"
+            others, hint="check --only and --skip, and `adaptkit inspect --modules` on both files"
         )
-    for job in jobs:
-        _check_base(job)
+    for match in matches:
+        _check_base(match)
     worker = Measurer(inputs.base, inputs.tuned)
-    steps = tuple(worker.step(job) for job in jobs)
+    steps = tuple(worker.step(match) for match in matches)
     check_memory(steps, options.memory)
-    return Plan(inputs, options, tuple(jobs), steps, tuple(unused))
+    return Plan(inputs, options, tuple(matches), steps, tuple(unused))
 
 
-def _check_base(job: Match) -> None:
-    """NotRepresentable where the base is missing that a module cannot do without: all but modules that may be equal."""
-    for side in job.sides:
+def _check_base(match: Match) -> None:
+    """Raise NotRepresentable if a non-additive module needs a base and may not be equal."""
+    for side in match.sides:
         if side.entry is not None and not side.entry.kind.additive and side.base is None:
-            kinds = {other.entry and other.entry.kind for other in job.sides}
-            strengths = {other.given.strength for other in job.sides}
-            if not job.both or len(kinds) > 1 or len(strengths) > 1:
-                raise needs_base(side.entry, job.label)
+            kinds = {other.entry and other.entry.kind for other in match.sides}
+            strengths = {other.given.strength for other in match.sides}
+            if not match.both or len(kinds) > 1 or len(strengths) > 1:
+                raise needs_base(side.entry, match.label)
 
 
-# running ---------------------------------------------------------------------------------------------------------
+# running
 
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
-    """Measure every module; the only part that reads weights."""
+    """Read the weights and measure every module."""
     started = time.perf_counter()
     found: dict[int, Numbers] = {}
     worker, total = Measurer(plan.inputs.base, plan.inputs.tuned), len(plan.steps)
 
-    def store(job: Match, numbers: Numbers) -> None:
-        found[job.number] = numbers
+    def store(match: Match, numbers: Numbers) -> None:
+        found[match.number] = numbers
 
     try:
         engine.run(
@@ -216,19 +227,23 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     finally:
         plan.close()
     return _report(
-        plan, [(job, found[job.number]) for job in plan.jobs], time.perf_counter() - started
+        plan,
+        [(match, found[match.number]) for match in plan.matches],
+        time.perf_counter() - started,
     )
 
 
 def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) -> Report:
     inputs = plan.inputs
     against = inputs.tuned is not None
-    both = [(job, numbers) for job, numbers in found if job.both]
+    both = [(match, numbers) for match, numbers in found if match.both]
     common = _sum(numbers for _, numbers in both)
-    total = _sum(numbers for job, numbers in found if job.mine or not against)
-    outside = sum(numbers.b for job, numbers in found if job.mine is None and job.counted)
+    total = _sum(numbers for match, numbers in found if match.mine or not against)
+    outside = sum(numbers.b for match, numbers in found if match.mine is None and match.counted)
     only_b = [
-        job.label for job, numbers in found if job.mine is None and (numbers.b > 0.0 or not against)
+        match.label
+        for match, numbers in found
+        if match.mine is None and (numbers.b > 0.0 or not against)
     ]
     return Report(
         a=_described(inputs.a),
@@ -241,8 +256,8 @@ def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) 
         cosine=total.cosine,
         norm_a=total.norm_a,
         norm_b=total.norm_b,
-        modules=tuple(_module(job.label, numbers, inputs) for job, numbers in both),
-        only_a=tuple(job.label for job, _ in found if job.mine and not job.both),
+        modules=tuple(_module(match.label, numbers, inputs) for match, numbers in both),
+        only_a=tuple(match.label for match, _ in found if match.mine and not match.both),
         only_b=tuple(only_b),
         base=None if inputs.base is None else str(inputs.base.source.path),
         checkpoint=against,
@@ -278,7 +293,7 @@ def _module(label: str, numbers: Numbers, inputs: Inputs) -> ModuleDistance:
 
 
 def _strength(numbers: Numbers, inputs: Inputs) -> float | None:
-    """The strength at which the adapter by itself stands in the checkpoint."""
+    """Return the strength at which the checkpoint contains the adapter."""
     if inputs.tuned is None or numbers.fitted is None:
         return None
     return inputs.a.strength * numbers.fitted
@@ -288,6 +303,6 @@ def _notes(total: Numbers, both: Sequence[tuple[Match, Numbers]], against: bool)
     unknown = sum(not numbers.known for _, numbers in both)
     if unknown:
         modules = "1 module is" if unknown == 1 else f"{unknown} modules are"
-        yield f"{modules} equal; how much they change depends on the weights they are applied to, which --base gives."
+        yield f"{modules} equal; pass --base to measure the norm of their ΔW."
     if total.known and total.error > 0.0 and (total.a if against else total.b) == 0.0:
-        yield f"{'A' if against else 'B'} changes nothing, so there is no error relative to it."
+        yield f"ΔW of {'A' if against else 'B'} is zero, so there is no relative error."

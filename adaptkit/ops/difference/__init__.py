@@ -1,1 +1,1 @@
-"""Compare two checkpoints layer by layer: what extract, advise and compare share."""
+"""Pair and probe two checkpoints, for extract, advise and compare."""

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: which slots stand in both, what holds each, and what has no partner."""
+"""Pairing of two checkpoints: the slots that both hold, and those without a counterpart."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.detect import ENOUGH, is_adapter
 from adaptkit.errors import AdaptkitError, NoSuchName, ShapeMismatch, UnknownAdapter
 from adaptkit.families.contract import Kind
+from adaptkit.files.open import open_source
 from adaptkit.files.quantized import FP8
-from adaptkit.files.source import open_source
 from adaptkit.kinds import dense_kind, vector_kind
 from adaptkit.names import BIAS, Slot, Target
 from adaptkit.ops.shared import FLOATS, Shared, Unused, selected, stored_dtype
@@ -28,7 +28,10 @@ __all__ = ["Pair", "Pairing", "Wanted", "open_pair"]
 
 @dataclass(frozen=True)
 class Pair:
-    """One slot to fit, or (`algorithm` None) only to compare: then `why` says why an adapter cannot hold it."""
+    """One slot of both checkpoints.
+
+    `algorithm` is None if no adapter can hold the slot; `why` then gives the reason.
+    """
 
     slot: Slot | None
     label: str
@@ -39,12 +42,16 @@ class Pair:
     algorithm: str | None = None
     role: str = "diff"
     why: str = ""
-    number: int = 0  # its place among the pairs of a plan
-    counted: bool = True  # whether its difference counts in the total: the model's own layers do, a VAE does not
+    # position among the pairs of a plan
+    number: int = 0
+    # whether the format stores the two halves of its rows exchanged
+    swapped: bool = False
+    # whether the difference counts in the total: a VAE, for one, does not
+    counted: bool = True
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) of the slot as a matrix."""
+        """Return (rows, columns) of the slot as a matrix."""
         columns = 1
         for n in self.shape[1:]:
             columns *= n
@@ -53,8 +60,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the difference is fitted by: matrices by `algorithm`; biases and norms as full differences, or (not `vectors`)
-    left out. `options` select modules and the dtype."""
+    """What to fit to the difference: matrices by `algorithm`, vectors in full or not at all.
+
+    Vectors are biases and norms. `options` select modules and the dtype.
+    """
 
     algorithm: str
     vectors: bool
@@ -64,10 +73,11 @@ class Wanted:
 def open_pair(
     base: Path, tuned: Path, family: str | None, *, ema: bool = False
 ) -> tuple[Checkpoint, Checkpoint]:
-    """Both checkpoints, of one family; a look-alike follows the base. ShapeMismatch where they are of two.
+    """Open two checkpoints of one family; raise ShapeMismatch if the families differ.
 
-    Where no family fits the base: both under their own names, if these are the same (`known` is then False). `ema`: the
-    averaged weights, where a checkpoint has any; NoSuchName where neither has.
+    A checkpoint of ambiguous family follows the base. If no family fits the base, both are opened
+    under their own names, provided that these agree (`known` is then False). `ema` reads averaged
+    weights; NoSuchName is raised if neither checkpoint has any.
     """
     try:
         first = Checkpoint.open(base, family=family, ema=ema)
@@ -80,9 +90,7 @@ def open_pair(
     if ema and not any(checkpoint.ema for checkpoint in pair):
         _close(pair)
         raise NoSuchName(
-            "neither checkpoint holds averaged (EMA) weights",
-            hint="read the plain ones",
-            file=tuned,
+            "neither checkpoint holds averaged (EMA) weights", hint="omit --ema", file=tuned
         )
     return pair
 
@@ -93,7 +101,7 @@ def _close(opened: Iterable[Checkpoint | TensorSource]) -> None:
 
 
 def _partner(first: Checkpoint, tuned: Path, family: str | None, ema: bool) -> Checkpoint:
-    """The tuned checkpoint, as one of the base's family."""
+    """Open the tuned checkpoint, as one of the base's family if ambiguous."""
     try:
         second = Checkpoint.open(tuned, family=family, ema=ema)
         if second.family is not first.family and first.family.name in second.detection.alternatives:
@@ -105,8 +113,8 @@ def _partner(first: Checkpoint, tuned: Path, family: str | None, ema: bool) -> C
     if first.family is not second.family:
         _close((first, second))
         raise ShapeMismatch(
-            f"the base is {first.family.title}, the tuned checkpoint {second.family.title}",
-            hint="extract needs two checkpoints of one family; see `adaptkit inspect`",
+            f"the base is {first.family.title}, the tuned checkpoint is {second.family.title}",
+            hint="pass two checkpoints of one family; see `adaptkit inspect` on both",
         )
     return second
 
@@ -114,7 +122,7 @@ def _partner(first: Checkpoint, tuned: Path, family: str | None, ema: bool) -> C
 def _under_own_names(
     base: Path, tuned: Path, ema: bool, unknown: UnknownAdapter
 ) -> tuple[Checkpoint, Checkpoint]:
-    """Two checkpoints of a family without a table, where they name their modules alike; else `unknown` of the base."""
+    """Open two checkpoints of an unknown family; raise `unknown` if their names differ."""
     sources: list[TensorSource] = []
     try:
         for path in (base, tuned):
@@ -126,7 +134,7 @@ def _under_own_names(
         ours, theirs = first.targets().keys(), second.targets().keys()
         adapters = any(is_adapter(source.infos) for source in sources)
         if adapters or not ours or len(ours & theirs) < ENOUGH * min(len(ours), len(theirs)):
-            unknown.hint = f"{unknown.hint}; others need the same names in both files"
+            unknown.hint = f"{unknown.hint}; other families need the same names in both files"
             raise unknown
     except AdaptkitError:
         _close(sources)
@@ -134,14 +142,15 @@ def _under_own_names(
     return first, second
 
 
-_PASSED_OVER = {
-    "ema": "not compared",
-    "replaced": "its average is read instead",
-}  # parts of no interest here
+# parts that are skipped
+_SKIPPED = {"ema": "not compared", "replaced": "its average is read instead"}
 
 
 class Pairing:
-    """Finds each target in both checkpoints; what has no partner goes to `lost`, what an adapter cannot hold to `left`."""
+    """Find each target in both checkpoints.
+
+    `lost` collects the layers without a counterpart, `left` the parts that are not compared.
+    """
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint, keys: KeyMap, wanted: Wanted) -> None:
         self.base, self.tuned, self.keys, self.wanted = base, tuned, keys, wanted
@@ -150,7 +159,7 @@ class Pairing:
         self.left: list[Unused] = []
 
     def pairs(self) -> tuple[Pair, ...]:
-        """Every slot to fit or to compare, numbered in the tuned checkpoint's order.
+        """Return all slots to fit or to compare, numbered in the tuned checkpoint's order.
 
         Fills `lost` and `left`.
         """
@@ -174,21 +183,27 @@ class Pairing:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of these checkpoints before the numbers."""
+        """Return notes on the checkpoints that the user should know."""
         return tuple(self._notes())
 
     def _notes(self) -> Iterator[str]:
         if not self.base.known:
             yield (
-                "adaptkit has no table for this family: the adapter's modules have the checkpoints' own names, which a host "
-                "may know by others."
+                "This model family is unknown: the modules of the adapter are named as in the "
+                "checkpoints, and a host may use other names."
             )
         for which, checkpoint in (("base", self.base), ("tuned checkpoint", self.tuned)):
             narrow = sum(checkpoint.source.infos[name].dtype in FP8 for name in checkpoint.places)
             if narrow:
-                yield f"The {which} stores {narrow} weights as fp8: the difference holds what their rounding changed."
+                yield (
+                    f"The {which} stores {narrow} weights as fp8: the difference includes their "
+                    "rounding."
+                )
             if checkpoint.ema:
-                yield f"Of the {which}, the averaged (EMA) values of {checkpoint.ema} weights are read."
+                yield (
+                    f"The averaged (EMA) values of {checkpoint.ema} weights of the {which} are "
+                    "read."
+                )
 
     def _target(
         self, target: Target, ours: Mapping[Slot, str], theirs: Mapping[Slot, str]
@@ -200,10 +215,10 @@ class Pairing:
                 continue
             base, tuned = self.base.locate(slot, ours), self.tuned.locate(slot, theirs)
             if refusal is not None:
-                reason = f"stored as {refusal}, not as floats: use the fp8, fp16, bf16 or fp32 file"
+                reason = f"stored as {refusal}, not as floats; use an fp8, fp16, bf16 or fp32 file"
                 self.lost.append(Unused(next(iter(theirs.values())), reason))
             elif base is None or tuned is None:
-                self.lost.append(Unused(label, "stored in parts that do not make this layer"))
+                self.lost.append(Unused(label, "stored in parts that do not form this layer"))
             else:
                 yield from self._pair(slot, label, base, tuned)
 
@@ -222,7 +237,10 @@ class Pairing:
         yield self._choose(Pair(slot, label, base, tuned, second, self._dtype(base, tuned)))
 
     def _dtype(self, base: tuple[Piece, ...], tuned: tuple[Piece, ...]) -> str:
-        """The dtype to write: the tuned checkpoint's, or that of the base where the tuned one's is fp8; float16 for two fp8."""
+        """Return the dtype to write: that of the first float among tuned and base, else F16.
+
+        fp8 does not count as a float here.
+        """
         found = [
             c.source.infos[pieces[0].name].dtype
             for c, pieces in ((self.tuned, tuned), (self.base, base))
@@ -230,44 +248,43 @@ class Pairing:
         kept = next((dtype for dtype in found if dtype in FLOATS), "F16")
         return stored_dtype(self.options.dtype, "F32" if kept == "F64" else kept)
 
-    def _choose(self, job: Pair) -> Pair:
-        """Which algorithm holds this slot."""
-        slot = job.slot
+    def _choose(self, pair: Pair) -> Pair:
+        """Choose the algorithm for a slot."""
+        slot = pair.slot
         assert slot is not None
         if not self.keys.slots(slot.target):
-            return replace(job, why=f"the {self.keys.format.name} format has no place for it")
+            return replace(pair, why=f"the {self.keys.format.name} format has no key for it")
+        pair = replace(pair, swapped=self.keys.swapped(slot))
         row = self.keys.row(slot.target)
         kind = row.kind if row else Kind.MATRIX
         vector = slot.param == BIAS or kind is Kind.NORM
         if vector and not self.wanted.vectors:
-            return replace(job, why="biases and norms are left out; --vectors carries them")
+            return replace(pair, why="biases and norms are left out; pass --vectors to keep them")
         if vector:
             holder = vector_kind()
             role = holder.vector_role(bias=slot.param == BIAS, norm=kind is Kind.NORM)
             assert role is not None
-            return replace(job, algorithm=holder.name, role=role)
+            return replace(pair, algorithm=holder.name, role=role)
         if kind is Kind.EMBEDDING and self.wanted.algorithm != dense_kind().name:
-            return replace(job, why=f"hosts load no {self.wanted.algorithm} for embeddings")
-        return replace(job, algorithm=self.wanted.algorithm)
+            return replace(pair, why=f"hosts load no {self.wanted.algorithm} for embeddings")
+        return replace(pair, algorithm=self.wanted.algorithm)
 
     def _others(self) -> Iterator[Pair]:
-        """The parts no adapter holds: compared, so that a difference there is not passed over in silence."""
+        """Pair the parts that no adapter holds, so that their differences are reported."""
         ours, theirs = self.base.others, self.tuned.others
         for name, part in theirs.items():
             if part == "scale":
                 continue
-            if part in _PASSED_OVER or not selected(name, part, self.options):
-                self.left.append(Unused(name, f"{part}: {_PASSED_OVER.get(part, 'not compared')}"))
+            if part in _SKIPPED or not selected(name, part, self.options):
+                self.left.append(Unused(name, f"{part}: {_SKIPPED.get(part, 'not compared')}"))
             elif name in ours:
                 yield from self._other(name, part)
             else:
                 renamed = part != "unknown" and part in ours.values()
-                reason = (
-                    "the base has it under other names" if renamed else "not in the base checkpoint"
-                )
+                reason = "the base uses other names" if renamed else "not in the base checkpoint"
                 self.left.append(Unused(name, f"{part}: {reason}"))
         for name, part in ours.items():
-            named = name in theirs or part in {*_PASSED_OVER, "scale"}
+            named = name in theirs or part in {*_SKIPPED, "scale"}
             if (
                 not named
                 and (part == "unknown" or part not in theirs.values())
@@ -280,12 +297,13 @@ class Pairing:
         refused = self.base.refusal([name]) or self.tuned.refusal([name])
         if partner.shape == info.shape and refused is None:
             piece = (Piece(name),)
-            why = f"{part}: no adapter holds it"
+            why = f"{part}: adapters cannot hold it"
             yield Pair(None, name, piece, piece, info.shape, info.dtype, why=why, counted=False)
         elif (partner.shape, partner.dtype) != (info.shape, info.dtype):
-            self.left.append(Unused(name, f"{part}: other shape or dtype in the base checkpoint"))
+            reason = f"{part}: different shape or dtype in the base checkpoint"
+            self.left.append(Unused(name, reason))
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1×1 convolution and a linear layer are the same matrix."""
+    """Return the shape of a linear layer for a 1×1 convolution; both are the same matrix."""
     return shape[:2] if all(n == 1 for n in shape[2:]) else shape

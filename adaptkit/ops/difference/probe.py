@@ -1,4 +1,4 @@
-"""What made a difference: some of its layers are looked at first, for rounding noise and for a LoRA or LoKr that was merged."""
+"""Probe of a difference: sample layers for rounding noise and for a merged LoRA or LoKr."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
-from adaptkit.engine import Step
 from adaptkit.files.quantized import FP8
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Look", "Probe", "as_rounded", "look", "made_by", "probe", "sample"]
 
-SAMPLE = 12  # layers; changed ones are found among twice as many
-HANDY = 1 << 21  # entries: larger layers are looked at only where there are too few others
-MOST = 0.5  # of the layers: as many have to agree before a difference is called an adapter's
+# layers in the sample; twice as many are tried, as some may be unchanged
+SAMPLE = 12
+# entries; larger layers are sampled only if there are too few smaller ones
+HANDY = 1 << 21
+# share of the layers that must agree on a merged adapter
+MOST = 0.5
 
 
 @dataclass(frozen=True)
 class Look:
-    """Of one layer: ‖Δ‖², what of it rounding left, its rank if it is that and rounding, its split if it is a product.
+    """Findings on one layer: ‖Δ‖², its rounding noise, its rank, its Kronecker split.
 
-    `noise` is `floor` too, but 0 where the difference lies within the grid of its file, and nothing can be told from noise.
+    `rank` is None unless Δ is of low rank up to rounding, `split` unless Δ is a Kronecker product.
+    `noise` equals `floor`, but is 0 if Δ cannot be distinguished from the rounding grid.
     """
 
     norm: float
@@ -43,51 +47,54 @@ class Look:
 
 @dataclass(frozen=True)
 class Probe:
-    """`floor`: rounding relative to ‖ΔW‖; `made`: the merged adapter that the difference is, None where it is none."""
+    """Findings on a difference: `floor` is its rounding relative to ‖ΔW‖.
+
+    `made` describes the merged adapter that the difference consists of, or is None.
+    """
 
     floor: float = 0.0
     made: Mapping[str, Any] | None = None
 
     @property
     def factor(self) -> int | None:
-        """Of the LoKr it is."""
+        """Return the factor of the merged LoKr, or None."""
         return None if self.made is None else self.made.get("factor")
 
     @property
     def rank(self) -> int | None:
-        """Of the LoRA it is."""
+        """Return the rank of the merged LoRA, or None."""
         return None if self.made is None else self.made.get("rank")
 
     def notes(self) -> list[str]:
-        """What a user should know of it."""
+        """Return notes for the user. They claim no more than the sample shows."""
         if self.made is None:
             return []
+        sampled = f"{self.made['layers']} of {self.made['of']} sampled layers"
         if self.rank is not None:
-            return [
-                f"this difference is a rank-{self.rank} LoRA: --rank {self.rank} keeps all of it but rounding."
-            ]
+            return [f"{sampled} are a rank-{self.rank} LoRA and rounding: see --rank {self.rank}."]
         return [
-            f"this difference is a LoKr: --algo lokr --factor {self.factor} keeps all of it but rounding."
+            f"{sampled} are a LoKr of factor {self.factor} and rounding: "
+            f"see --algo lokr --factor {self.factor}."
         ]
 
 
-def as_rounded(tuned: Checkpoint, job: Pair, tensor: Tensor) -> Tensor:
-    """A weight in the dtype it was rounded to: plain fp8 is read as float32. Of scaled fp8 only that is known."""
-    dtypes = tuned.dtypes(job.tuned)
-    scaled = any(piece.name in tuned.quantization.scales for piece in job.tuned)
+def as_rounded(tuned: Checkpoint, pair: Pair, tensor: Tensor) -> Tensor:
+    """Return a weight in the dtype it was rounded to; scaled fp8 stays float32."""
+    dtypes = tuned.dtypes(pair.tuned)
+    scaled = any(piece.name in tuned.quantization.scales for piece in pair.tuned)
     return tensor.to(torch_dtype(min(dtypes))) if dtypes <= set(FP8) and not scaled else tensor
 
 
 def look(
-    job: Pair, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
+    pair: Pair, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
 ) -> Look:
-    """At one difference (m, n) of norm² > 0, `rounded` being the tuned weight in its own dtype."""
+    """Examine a difference (m, n) with norm² > 0; `rounded` is the tuned weight as stored."""
     from adaptkit.linalg.kronscan import FACTORS, scan_kron
     from adaptkit.linalg.noise import WEAK, rank_above_noise, rounding_noise, zero_share
 
     noise = rounding_noise(rounded)
     scan = scan or scan_kron(
-        delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0]
+        delta, math.prod(pair.shape[2:]), [factor for factor in FACTORS if factor > 0]
     )
     which = int(scan.recognised(noise.floor))
     told = float(zero_share(delta)) < WEAK
@@ -103,10 +110,10 @@ def look(
 
 
 def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
-    """Which adapter was merged, where most layers agree: its kind and rank or factor, and how many say so."""
+    """Return the merged adapter that most layers agree on: algorithm, rank or factor, votes."""
     from adaptkit.linalg.noise import vote
 
-    # a factor is a vote of its own where layers of one size cannot tell it from another
+    # a layer that fits several factors votes for each of them
     factors = [factor for one in looks if one.split for factor in one.split.factors]
     if factors:
         best = vote(factors)
@@ -125,36 +132,36 @@ def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
     return None
 
 
-def sample(jobs: Sequence[Pair]) -> list[Pair]:
-    """Twice as many layers as are needed, evenly spread, handy ones first: some may not have changed."""
+def sample(pairs: Sequence[Pair]) -> list[Pair]:
+    """Choose twice the needed layers, evenly spread and preferably small."""
     matrices = [
-        job
-        for job in jobs
-        if job.algorithm is not None and job.role == "diff" and min(job.matrix) > 1
+        pair
+        for pair in pairs
+        if pair.algorithm is not None and pair.role == "diff" and min(pair.matrix) > 1
     ]
-    handy = [job for job in matrices if math.prod(job.matrix) <= HANDY]
+    handy = [pair for pair in matrices if math.prod(pair.matrix) <= HANDY]
     chosen = handy if len(handy) >= SAMPLE else matrices
     count = min(2 * SAMPLE, len(chosen))
     return [chosen[n * len(chosen) // count] for n in range(count)]
 
 
 def probe(
-    base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Pair], resources: engine.Resources
+    base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], resources: engine.Resources
 ) -> Probe:
-    """Look at a sample of the layers."""
+    """Examine a sample of the layers."""
     looks: list[Look] = []
-    steps = [_step(job, base, tuned) for job in sample(jobs)]
+    steps = [_step(pair, base, tuned) for pair in sample(pairs)]
 
-    def load(job: Pair) -> dict[str, Tensor]:
-        return {"base": base.read(job.base), "tuned": tuned.read(job.tuned)}
+    def load(pair: Pair) -> dict[str, Tensor]:
+        return {"base": base.read(pair.base), "tuned": tuned.read(pair.tuned)}
 
     def kernel(payloads: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Look | None]:
         return [
-            _one(tuned, job, tensors["base"][n], tensors["tuned"][n], enough=len(looks) >= SAMPLE)
-            for n, job in enumerate(payloads)
+            _one(tuned, pair, tensors["base"][n], tensors["tuned"][n], enough=len(looks) >= SAMPLE)
+            for n, pair in enumerate(payloads)
         ]
 
-    def store(job: Pair, found: Look | None) -> None:  # noqa: ARG001
+    def store(pair: Pair, found: Look | None) -> None:  # noqa: ARG001
         if found is not None and len(looks) < SAMPLE:
             looks.append(found)
 
@@ -165,7 +172,7 @@ def probe(
 
 
 def _one(
-    tuned: Checkpoint, job: Pair, ours: Tensor, theirs: Tensor, *, enough: bool
+    tuned: Checkpoint, pair: Pair, ours: Tensor, theirs: Tensor, *, enough: bool
 ) -> Look | None:
     from adaptkit.linalg.precision import difference, norm_squared
 
@@ -173,11 +180,11 @@ def _one(
         return None
     delta = difference(theirs, ours)
     norm = float(norm_squared(delta))
-    # what is not finite is named when it is fitted
-    return look(job, delta, norm, as_rounded(tuned, job, theirs)) if 0 < norm < math.inf else None
+    # fitting reports a difference that is not finite
+    return look(pair, delta, norm, as_rounded(tuned, pair, theirs)) if 0 < norm < math.inf else None
 
 
-def _step(job: Pair, base: Checkpoint, tuned: Checkpoint) -> Step[Pair]:
-    rows, columns = job.matrix
-    size = base.nbytes(job.base) + tuned.nbytes(job.tuned) + 5 * 4 * rows * columns
-    return Step(job, job.number, size, tuned.source.order(job.tuned[0].name))
+def _step(pair: Pair, base: Checkpoint, tuned: Checkpoint) -> Step[Pair]:
+    rows, columns = pair.matrix
+    size = base.nbytes(pair.base) + tuned.nbytes(pair.tuned) + 5 * 4 * rows * columns
+    return Step(pair, pair.number, size, tuned.source.order(pair.tuned[0].name))

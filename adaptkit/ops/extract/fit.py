@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import ALPHA, FitSpec
+from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.meaning import as_read
 from adaptkit.ops.difference.probe import as_rounded
@@ -89,7 +90,7 @@ class Fitter:
     def _ladder(self, job: Pair) -> bool:
         return any(recipe.ladder for recipe in self.recipes.get(job.number, ()))
 
-    def _difference(self, tensors: dict[str, Tensor]) -> tuple[Tensor, list[float]]:
+    def _difference(self, tensors: dict[str, Tensor], swapped: bool) -> tuple[Tensor, list[float]]:
         """ΔW (B, m, n) in float32, and ‖ΔW‖² of each; bf16 would change one entry in nine."""
         from adaptkit.linalg.precision import difference, norm_squared
 
@@ -99,11 +100,12 @@ class Fitter:
             else difference(tensors["tuned"], tensors.pop("base"))
         )
         norms: list[float] = (tensors.pop("norm") if self.on_cpu else norm_squared(delta)).tolist()
-        return delta, norms
+        # fitted and measured in the order of rows that the reader of the file expects
+        return exchanged(delta, -2) if swapped else delta, norms
 
     def fit(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
         """Subtract a stack of equal layers and fit every form of the differences."""
-        delta, norms = self._difference(tensors)
+        delta, norms = self._difference(tensors, jobs[0].swapped)
         for job, norm in zip(jobs, norms, strict=True):
             if not math.isfinite(norm):
                 raise self._non_finite(job)

@@ -20,7 +20,8 @@ from adaptkit.ops.shared import torch_dtype
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from adaptkit.files.sink import Spool, TensorSink
+    from adaptkit.files.sink import TensorSink
+    from adaptkit.files.spool import Spool
     from adaptkit.names import Slot
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.extract.plan import Plan
@@ -82,8 +83,15 @@ class Output:
             for role, shape in pick.form.shapes(pick.rank).items():
                 name = spell(item.slot, kind, role)
                 yield name, item.pair.dtype, shape, pick, spool_key(item.pair, item.form, role)
-            if pick.form.alpha is not None and self.plan.keys.format.alpha is Alpha.TENSOR:
+            if self._stores_alpha(pick):
                 yield spell(item.slot, kind, ALPHA), "F32", (), pick, ""
+
+    def _stores_alpha(self, pick: Pick) -> bool:
+        """Whether the format has a tensor of alpha for this pick."""
+        place = self.plan.keys.format.alpha
+        if pick.form.alpha is None or place in (Alpha.NONE, Alpha.CONFIG):
+            return False
+        return place is Alpha.TENSOR or pick.scale != 1.0
 
     def _fill(self, sink: TensorSink, spool: Spool) -> None:
         import torch

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.algorithms.contract import FitSpec, Weights
 from adaptkit.detect import chosen, formats
-from adaptkit.engine import Step, check_memory, peak_memory
 from adaptkit.errors import NoSuchName, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
 from adaptkit.kinds import extractable, taking
@@ -21,6 +20,7 @@ from adaptkit.ops.shared import (
     refuse_unused,
     stored_dtype,
 )
+from adaptkit.steps import Step, check_memory, peak_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -173,6 +173,11 @@ def _check_kind_options(options: Options, rule: str | None) -> None:
         _takes(options, "alpha") and not has_ladder(options) and alpha > 0
     ):
         raise WrongUsage(f"--alpha goes with {_algos('alpha')} and --rank, and is above 0")
+    if alpha is not None and formats()[options.to].alpha is Alpha.NONE:
+        raise WrongUsage(
+            f"--alpha: the {options.to} format stores no alpha",
+            hint="omit --alpha, or choose a format that stores it; see `adaptkit formats`",
+        )
     if quantile is not None and not (_takes(options, "clamp_quantile") and 0 < quantile <= 1):
         names = _algos("clamp_quantile")
         raise WrongUsage(f"--clamp-quantile goes with {names}, and is above 0 and at most 1")
@@ -267,7 +272,9 @@ def step_of(
     rows, columns = job.matrix
     dense, rank = 4 * rows * columns, _rank(job, options) or DEFAULT_FACTOR
     # ΔW and its copies in float32, and the Krylov space
-    working = dense * _copies(job) + 4 * (rows + columns + min(rows, columns)) * 8 * rank
+    working = (
+        dense * (_copies(job) + job.swapped) + 4 * (rows + columns + min(rows, columns)) * 8 * rank
+    )
     sides = (base, job.base, not streamed), (tuned, job.tuned, not streamed or has_ladder(options))
     stored = sum(
         c.nbytes(p) if whole or not c.streams(p) else min(c.nbytes(p), BLOCKS)
@@ -278,6 +285,7 @@ def step_of(
         job.dtype,
         job.algorithm,
         job.role,
+        job.swapped,
         base.source.infos[job.base[0].name].dtype,
     )
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))

@@ -315,18 +315,11 @@ def _about(options: Options, result: Result) -> Iterator[str]:
 def _about_origin(options: Options, probe: Probe) -> Iterator[str]:
     """A note if a merged adapter made the difference, and another kind or rank is extracted."""
     kind = extractable().get(options.algo)
-    if probe.rank is not None and (
-        (kind is not None and "factor" in kind.fit_options) or (options.rank or 0) != probe.rank
-    ):
-        yield (
-            f"this difference is a rank-{probe.rank} LoRA, and rounding: "
-            f"--rank {probe.rank} keeps all of it."
-        )
-    elif probe.factor is not None and kind is not None and kind.low_rank:
-        yield (
-            f"this difference is a LoKr of factor {probe.factor}, and rounding: "
-            "--algo lokr keeps all of it."
-        )
+    factored = kind is not None and "factor" in kind.fit_options
+    low_rank = probe.rank is not None and (factored or (options.rank or 0) != probe.rank)
+    product = probe.factor is not None and kind is not None and kind.low_rank
+    if low_rank or product:
+        yield from probe.notes()
 
 
 def _about_highest(result: Result) -> Iterator[str]:

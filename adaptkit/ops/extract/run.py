@@ -17,10 +17,10 @@ from adaptkit.ops.ranks.forms import Fitted, Form, Pick
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adaptkit.engine import Step
-    from adaptkit.files.sink import Spool
+    from adaptkit.files.spool import Spool
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.shared import Progress
+    from adaptkit.steps import Step
 
 __all__ = ["run"]
 
@@ -32,7 +32,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
 
     This is the only part that reads weights.
     """
-    from adaptkit.files.sink import Spool
+    from adaptkit.files.spool import Spool
 
     started = time.perf_counter()
     resources = engine.Resources.choose(plan.options.device, plan.options.memory)

@@ -1,4 +1,4 @@
-"""inspect: what a file is."""
+"""inspect: identify a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""inspect: what a file is, from its header alone. Never imports torch."""
+"""inspect: identify a file from its header, without torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.adapter import PEFT_CONFIG, Adapter, Problem, open_adapter_source
+from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
+from adaptkit.meaning import PEFT_CONFIG, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Report", "expand", "run"]
 
-_STRANGER = "an adapter whose model family, key format or algorithm adaptkit does not know yet"
-STRONG = 4.0  # alpha / rank beyond this is rarely meant
+_STRANGER = "an adapter of an unknown model family, key format or algorithm"
+# a larger alpha / rank is rarely intended
+STRONG = 4.0
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to look at besides the summary."""
+    """Options of inspect."""
 
     family: str | None = None
     format: str | None = None
@@ -40,9 +42,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """One file: the record of the JSON contract, and what `--keys` and `--modules` show.
+    """The JSON record of one file, with its lists for `--keys` and `--modules`.
 
-    `spectra` are the singular values of every module's ΔW, descending, none where it has none; empty without `stats`.
+    `spectra` holds the descending singular values of every module's ΔW, empty for a module
+    without a ΔW of its own. Without the option `stats` there are no spectra.
     """
 
     record: Mapping[str, Any]
@@ -52,12 +55,12 @@ class Report:
     spectra: tuple[Sequence[float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, field names as in the contract."""
+        """Return the JSON record of the contract."""
         return dict(self.record)
 
 
 def expand(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as they are; a folder that is one model or adapter as one, any other folder as the weight files below it."""
+    """Expand folders to the weight files below them, unless a folder is one model or adapter."""
     for path in paths:
         if path.is_dir() and not _is_one(path):
             found = sorted(
@@ -77,9 +80,9 @@ def _is_one(folder: Path) -> bool:
 
 
 def run(path: Path, options: Options | None = None, progress: Progress | None = None) -> Report:
-    """Report on one file; a file that cannot be understood gives a report with an error, not an exception.
+    """Inspect one file; an unreadable or unknown file gives a report with an error.
 
-    `progress` is called with the number of modules read and of all, where `options.stats` asks to read them.
+    `progress` is called with the numbers of modules read and in total if `options.stats` is set.
     """
     options = options or Options()
     try:
@@ -172,7 +175,7 @@ def _adapter(
 
 
 def _loads_in(adapter: Adapter) -> dict[str, Any]:
-    """What each host makes of the file (None: not measured), and why not."""
+    """Return whether each host loads the file (None: not measured), and why not."""
     from adaptkit.hosts import judge
 
     verdicts = judge(adapter)
@@ -183,16 +186,16 @@ def _loads_in(adapter: Adapter) -> dict[str, Any]:
 
 
 def _traps(adapter: Adapter) -> Iterator[Problem]:
-    """What loads, but perhaps not as meant."""
+    """Yield problems of files that load, but may not work as intended."""
     ranked = [entry for entry in adapter.entries.values() if entry.facts.rank is not None]
     silent = [entry for entry in ranked if entry.alpha is None]
     if silent and adapter.format.alpha is Alpha.TENSOR:
         yield Problem(
-            "warning", None, f"{len(silent)} modules have no alpha: every host takes alpha = rank"
+            "warning", None, f"{len(silent)} modules have no alpha; hosts assume alpha = rank"
         )
     for what, found in (
-        ("alpha is 0, so they do nothing", [e for e in ranked if e.facts.scale == 0]),
-        ("alpha is negative, so they work backwards", [e for e in ranked if e.facts.scale < 0]),
+        ("alpha is 0, which disables them", [e for e in ranked if e.facts.scale == 0]),
+        ("alpha is negative, which inverts them", [e for e in ranked if e.facts.scale < 0]),
         (
             f"alpha is more than {STRONG:g} times the rank",
             [e for e in ranked if e.facts.scale > STRONG],
@@ -203,8 +206,7 @@ def _traps(adapter: Adapter) -> Iterator[Problem]:
 
 
 def _with_stats(adapter: Adapter, report: Report, progress: Progress | None) -> Report:
-    """The report with the numbers of every module, their sums by block, and what is wrong with them. Reads every tensor."""
-
+    """Read every tensor; add statistics of modules and blocks, and their problems."""
     from adaptkit.ops.inspect import stats
 
     found = stats.measure(adapter, progress)
@@ -257,7 +259,7 @@ def _modules(adapter: Adapter) -> Iterator[Mapping[str, Any]]:
 
 
 def _stranger(source: TensorSource) -> Report:
-    """An adapter whose family or format nobody knows."""
+    """Report an adapter of an unknown family or format."""
     record = _plain(source, "adapter", Detection(None, None, 0, len(source.infos)))
     record["unclaimed"] = list(source.infos)
     record["problems"] = [{"severity": "error", "module": None, "what": _STRANGER}]
@@ -292,8 +294,8 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
     except UnknownAdapter:
         if sum(name.endswith(".weight") for name in source.infos) == 0:
             raise UnknownAdapter(
-                "neither an adapter nor a checkpoint: no key names a weight",
-                hint=f"it begins with {next(iter(source.infos), 'nothing')!r}",
+                "neither an adapter nor a checkpoint: no key ends in .weight",
+                hint=f"the first key is {next(iter(source.infos), 'missing')!r}",
             ) from None
         record = _plain(source, "checkpoint", Detection(None, None, 0, len(source.infos)))
         return Report(record, _keys(source, {}))

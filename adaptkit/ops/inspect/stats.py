@@ -1,4 +1,4 @@
-"""What the weights of an adapter say: size and spectrum of every ΔW, one module in memory at a time, rolled up by block."""
+"""Norm and spectrum of every ΔW of an adapter, one module in memory at a time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median, median_high
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.adapter import Problem
 from adaptkit.errors import NotRepresentable
+from adaptkit.meaning import Problem
 from adaptkit.ops.blocks import KINDS, NUMBERED, STAGES, block_of, kind_of
 
 if TYPE_CHECKING:
@@ -23,13 +23,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "measure", "problems", "rolled_up", "total_norm"]
 
-HALF = 65504.0  # the largest float16
-EDGE = 1e-12  # of the whole energy: sums of equal parts may miss a share by their rounding
+# the largest float16
+HALF = 65504.0
+# share of the energy: sums of equal parts may miss a share by their rounding
+EDGE = 1e-12
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One module: `norm` ‖ΔW‖_F, None where it cannot be had; `sigma` the singular values of ΔW, descending, empty likewise."""
+    """Statistics of one module: `norm` is ‖ΔW‖_F, `sigma` its descending singular values.
+
+    Without a ΔW that is finite and independent of the base, `norm` is None and `sigma` is empty.
+    """
 
     module: str
     component: str
@@ -37,10 +42,13 @@ class Measured:
     kind: str
     norm: float | None
     sigma: Sequence[float] = ()
-    non_finite: tuple[str, ...] = ()  # keys of tensors that hold NaN or infinity
-    zero: int = 0  # tensors that hold nothing but zeros
+    # keys of tensors with NaN or infinity
+    non_finite: tuple[str, ...] = ()
+    # number of tensors that are zero throughout
+    zero: int = 0
     problem: Problem | None = None
-    energies: Sequence[float] = field(init=False, repr=False)  # Σ σ² up to each
+    # partial sums of σ²
+    energies: Sequence[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         total, sums = 0.0, array("d")
@@ -51,25 +59,25 @@ class Measured:
 
     @property
     def spectral_norm(self) -> float | None:
-        """σ₁."""
+        """Return σ₁."""
         return self.sigma[0] if self.sigma else None
 
     @property
     def stable_rank(self) -> float | None:
-        """‖ΔW‖²_F / σ₁², between 1 and the rank; 0 for ΔW = 0."""
+        """Return ‖ΔW‖²_F / σ₁², between 1 and the rank; 0 for ΔW = 0."""
         if not self.sigma:
             return None
         return self.energies[-1] / self.sigma[0] ** 2 if self.sigma[0] > 0 else 0.0
 
     def rank(self, share: float) -> int | None:
-        """The least number of singular values that hold this share of ‖ΔW‖²; 0 for ΔW = 0."""
+        """Return the least rank that holds this share of ‖ΔW‖²; 0 for ΔW = 0."""
         if not self.sigma:
             return None
         wanted = (share - EDGE) * self.energies[-1]
         return 1 + sum(held < wanted for held in self.energies) if self.sigma[0] > 0 else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """What `inspect --stats` adds to a module."""
+        """Return the fields that `inspect --stats` adds to a module."""
         return {
             "block": self.block,
             "kind": self.kind,
@@ -84,7 +92,7 @@ class Measured:
 
 
 def measure(adapter: Adapter, progress: Progress | None = None) -> tuple[Measured, ...]:
-    """Every module, in file order."""
+    """Measure every module, in file order."""
     found = []
     for done, entry in enumerate(adapter.entries.values(), 1):
         found.append(_measured(adapter, entry))
@@ -109,7 +117,7 @@ def _measured(adapter: Adapter, entry: Entry) -> Measured:
 
 
 def _extremes(tensor: Tensor) -> tuple[float, float]:
-    """(least, greatest); NaN where there is one."""
+    """Return the least and the greatest entry; NaN if there is one."""
     import torch
 
     wide = (
@@ -122,7 +130,11 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
 
 
 def _sizes(weights: Weights, vector: bool) -> tuple[float | None, Sequence[float]]:
-    """(‖ΔW‖, σ): no σ of a vector; neither where ΔW depends on the weight; the norm alone, infinite, where ΔW is not finite."""
+    """Return ‖ΔW‖ and its singular values.
+
+    A vector has no singular values. The norm is None if ΔW depends on the base, and infinite if
+    ΔW is not finite.
+    """
     import torch
 
     try:
@@ -131,7 +143,8 @@ def _sizes(weights: Weights, vector: bool) -> tuple[float | None, Sequence[float
         sigma = array("d", weights.spectrum().double().tolist())
     except NotRepresentable:
         return None, ()
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # what decompositions say of a ΔW that is not finite
+    # decompositions raise this for a ΔW that is not finite
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return math.inf, ()
     norm = math.hypot(*sigma)
     return (norm, sigma) if math.isfinite(norm) else (math.inf, ())
@@ -147,27 +160,28 @@ def _problem(label: str, norm: float | None, bad: tuple[str, ...]) -> Problem | 
     if norm is None or 0.0 < norm <= HALF:
         return None
     if norm == 0.0:
-        return Problem("warning", label, "ΔW is zero: the module does nothing")
+        return Problem("warning", label, "ΔW is zero: the module has no effect")
     if not math.isfinite(norm):
         return Problem(
-            "error", label, "ΔW overflows: its tensors are finite, but their product is not"
+            "error", label, "ΔW overflows: the tensors are finite, but their product is not"
         )
-    return Problem("warning", label, f"‖ΔW‖ is {norm:.3g}: merged into fp16 it may overflow")
+    return Problem("warning", label, f"‖ΔW‖ is {norm:.3g} and may overflow when merged into fp16")
 
 
 def problems(measured: Iterable[Measured]) -> Iterator[Problem]:
-    """NaN and infinity, zeros, and what overflows fp16."""
+    """Yield the problems: NaN and infinity, zeros, overflow of fp16."""
     return (one.problem for one in measured if one.problem is not None)
 
 
-# blocks ----------------------------------------------------------------------------------------------------------
+# blocks
 
 
 def rolled_up(measured: Sequence[Measured], components: Sequence[str]) -> list[dict[str, Any]]:
-    """One record per block, in the order the model runs them: parts as in `components`, blocks by number, the rest last.
+    """Return one record per block, in the order of `components`, stages and block numbers.
 
-    `norm` is the root of the sum of squares, `spectral_norm` the largest, `stable_rank`, `rank_90` and `rank_99` the
-    median, `kinds` the typical ‖ΔW‖ of a layer of each kind (the root mean square); null where no module has the number.
+    `norm` is the root of the sum of squares, `spectral_norm` the maximum. `stable_rank`,
+    `rank_90` and `rank_99` are medians. `kinds` maps each kind of layer to the root mean square
+    of ‖ΔW‖. A number that no module has is null.
     """
     groups: dict[str, list[Measured]] = {}
     for one in measured:
@@ -188,7 +202,7 @@ def rolled_up(measured: Sequence[Measured], components: Sequence[str]) -> list[d
 
 
 def _list_of(block: str) -> str:
-    """`unet.down_blocks.1` → `unet.down_blocks`."""
+    """Return `unet.down_blocks` for `unet.down_blocks.1`."""
     found = NUMBERED.fullmatch(block)
     return found[1] if found else block
 
@@ -215,7 +229,7 @@ def _numbers(values: Iterable[float | None]) -> list[float]:
 
 
 def total_norm(measured: Iterable[Measured]) -> float | None:
-    """√Σ‖ΔW‖²; None where no module has a norm."""
+    """Return √Σ‖ΔW‖², or None if no module has a norm."""
     norms = _numbers(one.norm for one in measured)
     return math.hypot(*norms) if norms else None
 

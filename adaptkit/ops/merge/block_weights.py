@@ -1,10 +1,15 @@
-"""Block weights: which share of its strength each module of an adapter gets, by names, globs and the known vectors.
+"""Block weights: factors of the strength of modules, by name, glob or vector.
 
-A rule is `NAME=VALUE`. NAME is a component (`te`, `unet`), the beginning of a module's name in any naming the family's
-table knows, whole segments at a time (`unet.down_blocks.1`, `double.0-5`: `double` stands for `double_blocks`, `0-5` for
-any of these numbers), a glob over the whole name (`*.attn2.*`), or a block of the LoRA Block Weight extension of the web
-UI (`IN04`, `MID`, `OUT03-OUT05`). A run of bare numbers is one of that extension's vectors. Of the rules that match a
-module the last one counts; a module that no rule matches keeps its full strength.
+A rule is `NAME=VALUE`. NAME is one of:
+
+- a component (`te`, `unet`);
+- the first segments of a module's name in any naming of the family (`unet.down_blocks.1`,
+  `double.0-5`: `double` stands for `double_blocks`, `0-5` for any of these numbers);
+- a glob over the whole name (`*.attn2.*`);
+- a block of the web UI's LoRA Block Weight extension (`IN04`, `MID`, `OUT03-OUT05`).
+
+A sequence of bare numbers is a vector of that extension. The last matching rule applies; a module
+that matches no rule keeps its full strength.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ def _numbered(stem: str, numbers: Iterable[int], width: int = 2) -> tuple[str, .
 
 UNET = ("BASE", *_numbered("IN", range(12)), "M00", *_numbered("OUT", range(12)))
 FLUX = ("CLIP", "T5", "IN", *_numbered("D", range(19), 3), *_numbered("S", range(38), 3), "OUT")
-# as hako-mikan's sd-webui-lora-block-weight orders them; 57 are FLUX' blocks alone (PR 1575 of sd-scripts)
+# the order of hako-mikan's sd-webui-lora-block-weight; 57 values are FLUX's blocks alone
+# (PR 1575 of sd-scripts)
 VECTORS: Mapping[tuple[str, int], tuple[str, ...]] = {
     ("unet", 17): (
         "BASE",
@@ -61,7 +67,7 @@ NO_RULE = "(no rule)"
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`name` as it was written, or the block a vector's number is for; `vector`: it stands for a place in a vector."""
+    """A rule as written, or (`vector`) one number of a vector."""
 
     name: str
     weight: float
@@ -69,12 +75,12 @@ class Rule:
 
 
 def parse(texts: Sequence[str], family: ModelFamily) -> tuple[Rule, ...]:
-    """The rules of all `--blocks`; WrongUsage where they cannot be read or do not suit the family."""
+    """Parse all `--blocks`; raise WrongUsage for invalid rules or vectors of other families."""
     return tuple(rule for text in texts for rule in _parsed(text, family))
 
 
 def _parsed(text: str, family: ModelFamily) -> Iterator[Rule]:
-    """One option: numbers alone that follow one another make one vector."""
+    """Parse one option; consecutive bare numbers form a vector."""
     vector: list[float] = []
     for part in [*(item.strip() for item in text.split(",")), "="]:
         name, equals, number = part.rpartition("=")
@@ -88,11 +94,15 @@ def _parsed(text: str, family: ModelFamily) -> Iterator[Rule]:
             yield Rule(name.strip(), _number(number, text))
         elif part != "=":
             raise WrongUsage(
-                f"--blocks {text!r}: {part or 'an empty rule'!r} is no NAME=VALUE", hint=_EXAMPLES
+                f"--blocks {text!r}: expected NAME=VALUE, got {part or 'an empty rule'!r}",
+                hint=_EXAMPLES,
             )
 
 
-_EXAMPLES = "for example --blocks 'unet.down_blocks.*=0.5,te=0', or a vector such as 1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1"
+_EXAMPLES = (
+    "for example --blocks 'unet.down_blocks.*=0.5,te=0', or a vector such as "
+    "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1"
+)
 
 
 def _number(text: str, whole: str) -> float:
@@ -101,7 +111,7 @@ def _number(text: str, whole: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise WrongUsage(f"--blocks {whole!r}: {text!r} is no number", hint=_EXAMPLES)
+        raise WrongUsage(f"--blocks {whole!r}: expected a number, got {text!r}", hint=_EXAMPLES)
     return value
 
 
@@ -116,13 +126,13 @@ def _spread(values: Sequence[float], family: ModelFamily) -> Iterator[Rule]:
             else "name blocks instead"
         )
         raise WrongUsage(
-            f"--blocks: no vector of {len(values)} values is known for {family.title}", hint=fits
+            f"--blocks: {family.title} has no vector of {len(values)} values", hint=fits
         )
     return (Rule(name, value, vector=True) for name, value in zip(names, values, strict=True))
 
 
 class Blocks:
-    """The rules at work on the modules of a merge: `weight` answers for one and keeps count for the report."""
+    """Apply the rules to the modules of a merge and count the matches for the report."""
 
     def __init__(self, texts: Sequence[str], family: ModelFamily) -> None:
         self.family = family
@@ -134,7 +144,7 @@ class Blocks:
         self._unnamed: dict[str, int] = {}
 
     def weight(self, slot: Slot) -> float:
-        """What the strength is multiplied by here."""
+        """Return the factor of the strength of a module."""
         if not self.rules:
             return 1.0
         if slot not in self._known:
@@ -155,18 +165,23 @@ class Blocks:
         return matching[-1] if matching else None
 
     def check(self) -> None:
-        """After the last module: NoSuchName for a rule that matched none, WrongUsage for a block a vector leaves open."""
+        """Check the rules after the last module.
+
+        Raise NoSuchName for a rule without a match, WrongUsage for a block without a value.
+        """
         for rule, matched in zip(self.rules, self._matched, strict=True):
             if not matched and not rule.vector:
                 raise self._no_match(rule)
         if any(rule.vector for rule in self.rules) and not any(self._matched):
-            raise WrongUsage("--blocks: the vector names no block that these adapters change")
+            raise WrongUsage("--blocks: the vector has no block of these adapters")
         if self._unnamed:
             names = sorted(self._unnamed, key=(UNET + FLUX).index)
             count = sum(self._unnamed.values())
+            modules = "1 module" if count == 1 else f"{count} modules"
             raise WrongUsage(
-                f"--blocks: the vector says nothing of {', '.join(names)}, where these adapters have {count} modules",
-                hint=f"give the longer vector, or add {names[0]}=0 (what the web UI's extension does) or =1",
+                f"--blocks: the vector has no value for {', '.join(names)}, but these adapters "
+                f"have {modules} there",
+                hint=f"pass the longer vector, or add {names[0]}=0 (as the web UI does) or =1",
             )
 
     def _no_match(self, rule: Rule) -> NoSuchName:
@@ -174,11 +189,12 @@ class Blocks:
         error.message = f"--blocks: {rule.name!r} matches no module of these adapters"
         shown = _runs(self._seen)
         if not (error.hint or "").startswith("did"):
-            error.hint = f"their blocks: {', '.join(shown[:8])}{f' and {len(shown) - 8} more' if shown[8:] else ''}"
+            more = f" and {len(shown) - 8} more" if shown[8:] else ""
+            error.hint = f"the adapters have the blocks {', '.join(shown[:8])}{more}"
         return error
 
     def records(self) -> list[dict[str, Any]]:
-        """What each rule got: its name, its weight, the modules it decided for; those without a rule last."""
+        """Return name, weight and number of modules of each rule, then of no rule."""
         found: list[dict[str, Any]] = [
             {
                 "rule": rule.name,
@@ -196,7 +212,7 @@ class Blocks:
 
 
 def _runs(blocks: Iterable[str]) -> list[str]:
-    """Blocks by the list they are numbered in, as a rule names them: `unet.down_blocks.0-2`."""
+    """Join the numbered blocks of a list to a range: `unet.down_blocks.0-2`."""
     numbers: dict[str, list[int]] = {}
     for block in blocks:
         found = NUMBERED.fullmatch(block)
@@ -211,7 +227,7 @@ def _runs(blocks: Iterable[str]) -> list[str]:
 
 
 def block_name(family: ModelFamily, slot: Slot) -> str | None:
-    """The block of the LoRA Block Weight extension this module stands in (`IN04`, `D003`); None outside of all."""
+    """Return the block of a module in the LoRA Block Weight extension (`IN04`, `D003`)."""
     scheme = SCHEMES.get(family.name)
     if scheme is None:
         return None
@@ -234,7 +250,10 @@ def _flux_block(native: str) -> str:
 
 
 def _names(family: ModelFamily, slot: Slot) -> Iterator[str]:
-    """What a rule may call a module, the report's name first: every naming, under every name of its component, or none."""
+    """Yield every name of a module, the report's first.
+
+    These are all namings, with every name of the component and without it.
+    """
     stems = dict.fromkeys(
         (
             label(family, slot),
@@ -253,7 +272,10 @@ def _names(family: ModelFamily, slot: Slot) -> Iterator[str]:
 
 
 def _whole(family: ModelFamily, slot: Slot) -> Iterator[str]:
-    """Of a fused layer, what the names of its parts have in common: `transformer.transformer_blocks.3.attn`."""
+    """Yield the common prefix of the names of a fused layer's parts.
+
+    An example is `transformer.transformer_blocks.3.attn`.
+    """
     known = slot.rows is None and family.name in families()
     parts = compile_keys(family.name, "diffusers").slots(slot.target) if known else ()
     if len(parts) > 1:

@@ -1,4 +1,7 @@
-"""The kernel of a merge: all adapters of a weight added in float32 and rounded once, for one output or several at once."""
+"""The kernel of a merge: add all adapters of a weight in float32 and round once.
+
+One pass serves one output or several.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ __all__ = ["Blender", "Merged"]
 
 @dataclass(frozen=True)
 class Merged:
-    """‖W‖², ‖ΔW‖² and the ‖·‖² lost to rounding; the tensor as stored (with its scale), unless it is written already."""
+    """Squared norms of W, ΔW and the rounding error of one output tensor.
+
+    `tensor` (with `scale`) is the stored result, or None if it is written already.
+    """
 
     tensor: Tensor | None
     scale: Tensor | None
@@ -37,15 +43,9 @@ class Merged:
     rounding: float
 
 
-# planning: no torch from here to Blender ------------------------------------------------------------------------------
-
-
-# computing ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Part:
-    """Weights that go onto rows [start, stop) of a tensor, and where they come from: the same from one file twice."""
+    """Weights that are added to rows [start, stop) of a tensor; equal `origin`, equal weights."""
 
     weights: Weights
     start: int
@@ -53,18 +53,18 @@ class _Part:
     origin: Hashable
 
     def add(self, whole: Tensor, strength: float) -> None:
-        """Onto the whole tensor (..., m, n)."""
+        """Add to the whole tensor (..., m, n)."""
         view = whole[..., self.start : self.stop, :]
         applied = self.weights.apply(view, strength)
         if applied is not view:
             view.copy_(applied)
 
     def within(self, first: int, last: int) -> tuple[int, int]:
-        """The rows of the tensor, of [first, last), that it goes onto; an empty range where it goes onto none."""
+        """Return the rows within [first, last) that are added to, possibly an empty range."""
         return max(first, self.start), min(last, self.stop)
 
     def delta(self, first: int, last: int) -> Tensor:
-        """ΔW (..., last - first, n) of these rows of the tensor."""
+        """Return ΔW (..., last - first, n) of these rows of the tensor."""
         if (first, last) == (self.start, self.stop):
             return self.weights.delta()
         return self.weights.part(first - self.start, last - self.start).delta()
@@ -72,8 +72,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Target:
-    """One output of tensors in blocks of rows: a block as it is stored, where each tensor goes, what is added, and the sums
-    ‖ΔW‖² and ‖rounding‖² so far."""
+    """One output of stacked tensors, in blocks of rows.
+
+    `out` is a block as stored, `pieces` the destination of each tensor, `parts` what is added.
+    `delta` and `rounding` are the sums ‖ΔW‖² and ‖rounding‖² so far.
+    """
 
     out: Tensor
     pieces: tuple[Pieces | Scattered, ...]
@@ -82,7 +85,7 @@ class _Target:
     rounding: Tensor
 
     def write(self, rows: Tensor, start: int) -> Tensor:
-        """Round rows (b, k, n) from row `start` on, and write them; as they were rounded."""
+        """Round and write rows (b, k, n) from row `start`; return them as rounded."""
         rounded = self.out[:, : rows.shape[-2]].copy_(rows)
         for pieces, tensor in zip(self.pieces, rounded, strict=True):
             pieces.put(tensor, start * rows.shape[-1])
@@ -90,14 +93,14 @@ class _Target:
 
 
 class _Deltas:
-    """ΔW of a block of rows, worked out once for all outputs that add the same."""
+    """A cache of ΔW of a block of rows, for outputs that add the same weights."""
 
     def __init__(self, targets: Sequence[_Target]) -> None:
         self.uses = Counter(part.origin for target in targets for part, _ in target.parts)
         self.kept: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def of(self, part: _Part, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """(ΔW, ‖ΔW‖²) of these rows; for blocks one after the other."""
+        """Return (ΔW, ‖ΔW‖²) of these rows of the current block."""
         from adaptkit.linalg.precision import norm_squared
 
         if part.origin in self.kept:
@@ -109,25 +112,25 @@ class _Deltas:
         return found
 
     def clear(self) -> None:
-        """The block is done."""
+        """Drop the cached deltas of the block."""
         self.kept.clear()
 
 
 class Blender:
-    """Reads and merges the tensors of several plans on one base into their outputs; a plan by itself is one of one."""
+    """Read and merge tensors of one base; a single plan is a batch of one."""
 
     def __init__(self, plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
         self.plans, self.outputs = plans, outputs
         self.base = plans[0].base
 
-    def load(self, task: JointMerge) -> dict[str, Tensor]:
-        """The weight, its scale, and the factors of every output."""
-        loaded = {"base": self.base.source.read(task.name)}
-        if (key := self.base.quantization.scales.get(task.name)) is not None:
+    def load(self, joint: JointMerge) -> dict[str, Tensor]:
+        """Read the weight, its scale, and the factors of every output."""
+        loaded = {"base": self.base.source.read(joint.name)}
+        if (key := self.base.quantization.scales.get(joint.name)) is not None:
             loaded["scale"] = self.base.source.read(key)
         read: set[int] = set()
-        for job, sources, plan in zip(task.jobs, task.sources, self.plans, strict=True):
-            for c, source in zip(job.contributions if job else (), sources, strict=True):
+        for merge, sources, plan in zip(joint.merges, joint.sources, self.plans, strict=True):
+            for c, source in zip(merge.contributions if merge else (), sources, strict=True):
                 if c.strength and source not in read:
                     stored = plan.adapters[c.adapter].read(c.entry)
                     loaded |= {f"{source}/{role}": tensor for role, tensor in stored.items()}
@@ -135,39 +138,42 @@ class Blender:
         return loaded
 
     def blend(
-        self, tasks: Sequence[JointMerge], tensors: dict[str, Tensor]
+        self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]
     ) -> list[list[Merged | None]]:
-        """All adapters of a tensor are applied in float32 (float64 for such a base), then rounded once.
+        """Apply all adapters in float32 (float64 for a float64 base), then round once.
 
-        Tasks are of equal shapes and contributions; the tensors of all are stacked. For each task what each output gets.
+        The joints have equal shapes and contributions, and their tensors are stacked. Return, for
+        each joint, the result of each output.
         """
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
-        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in tasks]
+        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
         whole: list[int] = []
         rows: list[int] = []
-        for number, job in enumerate(tasks[0].jobs):
-            if job is not None:
+        for number, merge in enumerate(joints[0].merges):
+            if merge is not None:
                 plan = self.plans[number]
-                (whole if row_step(job, plan.base, plan.adapters) is None else rows).append(number)
+                (whole if row_step(merge, plan.base, plan.adapters) is None else rows).append(
+                    number
+                )
         for number in whole:
-            for n, merged in enumerate(self._whole(number, tasks, tensors, stored, scale)):
+            for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
                 found[n][number] = merged
         if rows:
-            for number, merged_tasks in zip(
-                rows, self._by_rows(rows, tasks, tensors, stored), strict=True
+            for number, of_each in zip(
+                rows, self._by_rows(rows, joints, tensors, stored), strict=True
             ):
-                for n, merged in enumerate(merged_tasks):
+                for n, merged in enumerate(of_each):
                     found[n][number] = merged
         return found
 
     def _parts(
-        self, number: int, task: JointMerge, tensors: Mapping[str, Tensor], rows: int
+        self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
     ) -> Iterator[tuple[_Part, float]]:
-        """What this output adds, with factors in their compute dtype, and with which strength."""
+        """Yield what an output adds, with factors in the compute dtype, and the strength."""
         from adaptkit.linalg.precision import upcast
 
         for c, source in zip(
-            _given(task.jobs[number]).contributions, task.sources[number], strict=True
+            _present(joint.merges[number]).contributions, joint.sources[number], strict=True
         ):
             if c.strength:
                 weights = c.entry.decode(
@@ -178,16 +184,16 @@ class Blender:
                 start, stop = c.rows or (0, rows)
                 yield _Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
 
-    # in blocks of rows
+    # tensors in blocks of rows
 
     def _by_rows(
         self,
         numbers: Sequence[int],
-        tasks: Sequence[JointMerge],
+        joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
     ) -> list[list[Merged]]:
-        """What became of the tensors in each output; every block is written as soon as it is rounded."""
+        """Merge block by block and write every rounded block; return the results per output."""
         import torch
 
         from adaptkit.linalg.precision import compute_dtype, empty, norm_squared
@@ -196,12 +202,12 @@ class Blender:
         batch, m, n = flat.shape
         step = math.lcm(
             *(
-                row_step(_given(tasks[0].jobs[i]), self.base, self.plans[i].adapters) or 1
+                row_step(_present(joints[0].merges[i]), self.base, self.plans[i].adapters) or 1
                 for i in numbers
             )
         )
         k = min(m, max(step, BLOCK // n // step * step))
-        targets = self._targets(numbers, tasks, tensors, flat, k)
+        targets = self._targets(numbers, joints, tensors, flat, k)
         old, new, spare = (
             empty((batch, k, n), compute_dtype(stored), flat.device) for _ in range(3)
         )
@@ -220,8 +226,8 @@ class Blender:
             deltas.clear()
         return [
             [
-                self._checked(number, task, pieces, weight[i], target.delta[i], target.rounding[i])
-                for i, (task, pieces) in enumerate(zip(tasks, target.pieces, strict=True))
+                self._checked(number, joint, pieces, weight[i], target.delta[i], target.rounding[i])
+                for i, (joint, pieces) in enumerate(zip(joints, target.pieces, strict=True))
             ]
             for number, target in zip(numbers, targets, strict=True)
         ]
@@ -229,7 +235,7 @@ class Blender:
     def _targets(
         self,
         numbers: Sequence[int],
-        tasks: Sequence[JointMerge],
+        joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         flat: Tensor,
         rows: int,
@@ -241,10 +247,12 @@ class Blender:
         targets = []
         known: dict[Hashable, _Part] = {}
         for number in numbers:
-            dtype = torch_dtype(_given(tasks[0].jobs[number]).dtype)
-            shape = self.base.source.infos[tasks[0].name].shape
-            pieces = tuple(self.outputs[number].pieces(task.name, dtype, shape) for task in tasks)
-            parts = self._parts(number, tasks[0], tensors, flat.shape[1])
+            dtype = torch_dtype(_present(joints[0].merges[number]).dtype)
+            shape = self.base.source.infos[joints[0].name].shape
+            pieces = tuple(
+                self.outputs[number].pieces(joint.name, dtype, shape) for joint in joints
+            )
+            parts = self._parts(number, joints[0], tensors, flat.shape[1])
             same = tuple(
                 (known.setdefault(part.origin, part), strength) for part, strength in parts
             )
@@ -254,113 +262,115 @@ class Blender:
         return targets
 
     def _checked(
-        self, number: int, task: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
+        self, number: int, joint: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
     ) -> Merged:
         weight, delta, rounding = (float(value) for value in sums)
-        job = _given(task.jobs[number])
+        merge = _present(joint.merges[number])
         if not (math.isfinite(weight) and math.isfinite(delta)):
-            raise self._non_finite(number, job)
+            raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
-            raise self._too_large(number, job)
+            raise self._too_large(number, merge)
         pieces.close()
         return Merged(None, None, weight, delta, rounding)
 
-    # as a whole
+    # tensors as a whole
 
     def _whole(
         self,
         number: int,
-        tasks: Sequence[JointMerge],
+        joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
         scale: Tensor | None,
     ) -> list[Merged]:
         wide = widened(stored, scale)
-        # what ΔW is measured from: the numbers that were meant, not their codes
+        # ΔW is measured from the decoded numbers of a quantised weight
         before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
-        self._add(number, tasks[0], matrix, tensors)
-        scales = [None] * len(tasks) if scale is None else list(scale)
+        self._add(number, joints[0], matrix, tensors)
+        scales = [None] * len(joints) if scale is None else list(scale)
         return [
-            self._finished(number, _given(task.jobs[number]), wide[n], before[n], scales[n])
-            for n, task in enumerate(tasks)
+            self._finished(number, _present(joint.merges[number]), wide[n], before[n], scales[n])
+            for n, joint in enumerate(joints)
         ]
 
     def _add(
-        self, number: int, task: JointMerge, matrix: Tensor, tensors: Mapping[str, Tensor]
+        self, number: int, joint: JointMerge, matrix: Tensor, tensors: Mapping[str, Tensor]
     ) -> None:
-        place = self.base.places.get(task.name)
+        place = self.base.places.get(joint.name)
         if place is None:
             return
         view = matrix.transpose(-1, -2) if place.transposed else matrix
         view = exchanged(matrix, -2) if place.swapped else view
-        for part, strength in self._parts(number, task, tensors, view.shape[-2]):
+        for part, strength in self._parts(number, joint, tensors, view.shape[-2]):
             part.add(view, strength)
         if place.swapped:
             matrix.copy_(exchanged(view, -2))
 
     def _finished(
-        self, number: int, job: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
+        self, number: int, merge: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
     ) -> Merged:
-        rounded, scale, back = self._rounded(number, job, merged, scale)
+        rounded, scale, back = self._rounded(number, merge, merged, scale)
         weight, delta, rounding = 0.0, 0.0, 0.0
         for old, new, out in _chunks(stored, merged, back):
             weight += _square(old)
             delta += _square(new - old)
             rounding += _square(out.to(new.dtype) - new)
         if not math.isfinite(delta):
-            raise self._non_finite(number, job)
+            raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
-            raise self._too_large(number, job)
+            raise self._too_large(number, merge)
         return Merged(
             rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding
         )
 
     def _rounded(
-        self, number: int, job: TensorMerge, merged: Tensor, scale: Tensor | None
+        self, number: int, merge: TensorMerge, merged: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(as stored, its new scale if it has one, the numbers that these mean)."""
+        """Return the stored tensor, its new scale, and the decoded numbers."""
         from adaptkit.linalg.precision import cast
 
-        if job.scale is not None and scale is not None:
-            rounded, fresh = quantised(merged, scale, job.dtype)
+        if merge.scale is not None and scale is not None:
+            rounded, fresh = quantised(merged, scale, merge.dtype)
             return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
-        target = torch_dtype(job.dtype)
-        try:  # fp8 clamps where the others overflow, which shows in the sums
+        target = torch_dtype(merge.dtype)
+        # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
+        try:
             rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
         except NonFinite:
-            raise self._too_large(number, job) from None
+            raise self._too_large(number, merge) from None
         return rounded, None, rounded
 
     # errors
 
-    def _too_large(self, number: int, job: TensorMerge) -> NonFinite:
+    def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            f"the merged weight does not fit {str(torch_dtype(job.dtype)).removeprefix('torch.')}",
+            "the merged weight does not fit "
+            f"{str(torch_dtype(merge.dtype)).removeprefix('torch.')}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
-            tensor=job.name,
+            tensor=merge.name,
         )
 
-    def _non_finite(self, number: int, job: TensorMerge) -> NonFinite:
-        """Who holds it, by reading once more."""
+    def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
+        """Read the inputs again to find the tensor with NaN or infinity."""
         import torch
 
         plan = self.plans[number]
-        if not bool(torch.isfinite(self.base.source.read(job.name)).all()):
-            return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=job.name)
-        for c in job.contributions:
+        if not bool(torch.isfinite(self.base.source.read(merge.name)).all()):
+            return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
+        for c in merge.contributions:
             adapter = plan.adapters[c.adapter]
             for _, key in c.entry.tensors():
                 if not bool(torch.isfinite(adapter.source.read(key)).all()):
                     return NonFinite("holds NaN or infinity", file=adapter.source.path, tensor=key)
-        return NonFinite("the merged weight overflows", file=plan.output, tensor=job.name)
+        return NonFinite("the merged weight overflows", file=plan.output, tensor=merge.name)
 
 
 def _blended(
     target: _Target, deltas: _Deltas, start: int, before: Tensor, after: Tensor, spare: Tensor
 ) -> Tensor:
-    """Put W + Σ strength·ΔW of a block of rows into `after`; ‖after − before‖² of it."""
+    """Put W + Σ strength·ΔW of a block of rows into `after`; return ‖after − before‖²."""
     import torch
 
     from adaptkit.linalg.precision import norm_squared
@@ -382,9 +392,9 @@ def _blended(
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 
-def _given(job: TensorMerge | None) -> TensorMerge:
-    assert job is not None
-    return job
+def _present(merge: TensorMerge | None) -> TensorMerge:
+    assert merge is not None
+    return merge
 
 
 def _square(x: Tensor) -> float:

@@ -1,23 +1,14 @@
-"""The files of a merged checkpoint: one, or a folder with the base's own files, shards and index in it."""
+"""Files of a merged checkpoint: one file, or a folder like the base."""
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.files.header import TensorSpec, nbytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-
-import json
-from dataclasses import field
-from typing import TYPE_CHECKING
-
-from adaptkit.files.header import read_header
+from adaptkit.files.header import nbytes, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,14 +22,16 @@ __all__ = ["Layout", "Move", "Volume", "as_single", "in_shards", "index_text", "
 SINGLE = (".safetensors", ".sft")
 WEIGHTS = (*SINGLE, ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf")
 _SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}")
-_PICKLED = {"pytorch_model": "model"}  # what transformers calls the same weights as safetensors
+# transformers' name of the same weights as safetensors
+_PICKLED = {"pytorch_model": "model"}
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One weights file of the output: `path` in it ("" for the output itself), and its tensors.
+    """One weights file of the output, at `path` in it ("" for the output itself).
 
-    `names` maps names in the whole checkpoint to those in this file; `copied` is the file of the base that it equals.
+    `names` maps names in the checkpoint to names in this file. `copied` is the identical file of
+    the base, if any.
     """
 
     path: str
@@ -50,9 +43,10 @@ class Volume:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that the output holds: weights, shard indices (path → JSON), other files copied as they are (path → source).
+    """Contents of the output: weights, shard indices (path → JSON), copied files (path → source).
 
-    `left_out` are files that would be read instead of the merged weights, or beside them.
+    `left_out` are files that would be read instead of the merged weights or in addition. `moves`
+    holds the rows of each tensor of the base if the names differ.
     """
 
     folder: bool
@@ -60,36 +54,38 @@ class Layout:
     indices: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, Path] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-    moves: Mapping[str, Sequence[Move]] = field(
-        default_factory=dict
-    )  # where names differ: rows of each tensor of the base
+    moves: Mapping[str, Sequence[Move]] = field(default_factory=dict)
 
     @property
     def top(self) -> frozenset[str]:
-        """What stands at the top of the output folder."""
+        """Return the names at the top of the output folder."""
         paths = (*(volume.path for volume in self.volumes), *self.indices, *self.others)
         return frozenset(path.split("/", 1)[0] for path in paths)
 
     def files(self) -> list[str]:
-        """The weights files, by path."""
+        """Return the paths of the weights files."""
         return [volume.path for volume in self.volumes if volume.path]
 
 
 def as_single(
     source: TensorSource, output: Path | None, shard_size: int | None, layout: str | None = None
 ) -> bool:
-    """Whether the output is one file: as `--layout` says, or where it is named as one, or where the base is one.
+    """Return whether the output is one file: by `--layout`, its name, or the base.
 
-    NotRepresentable where these, or the shards that are asked for, contradict each other.
+    Raise NotRepresentable if these contradict each other or `--shard-size`.
     """
     named = output is not None and output.suffix.lower() in SINGLE
     if shard_size is not None and (named or layout == "single-file"):
         raise NotRepresentable(
-            "shards go into a folder", hint="name one, without .safetensors", file=output
+            "shards need a folder as output",
+            hint="pass an output name without .safetensors",
+            file=output,
         )
     if named and layout == "folder":
         raise NotRepresentable(
-            "--layout folder: the output is named as a file", hint="name a folder", file=output
+            "--layout folder: the output has the name of a file",
+            hint="pass an output name without .safetensors",
+            file=output,
         )
     if layout is not None:
         return layout == "single-file"
@@ -103,12 +99,12 @@ def plan_layout(
     single: bool,
     shard_size: int | None,
 ) -> Layout:
-    """Where each tensor of `specs` (named as in the whole checkpoint) goes; `touched` are those that will differ."""
+    """Place each tensor of `specs`, named as in the checkpoint; `touched` are changed ones."""
     if single:
         if _is_pipeline(source):
             raise NotRepresentable(
-                "the parts of a diffusers folder have names of their own, which one file does not hold",
-                hint="name a folder as output, without .safetensors, or pass --layout single-file",
+                "a diffusers folder does not fit into one file with the same names",
+                hint="pass an output name without .safetensors, or --layout single-file",
                 file=source.path,
             )
         return Layout(
@@ -120,7 +116,7 @@ def plan_layout(
 
 
 def in_shards(sizes: Mapping[str, int], room: int) -> list[list[str]]:
-    """Names cut into shards of at most so many bytes, one tensor at least, in order."""
+    """Split names into shards of at most `room` bytes, with at least one tensor each."""
     shards: list[list[str]] = [[]]
     left = room
     for name, size in sizes.items():
@@ -133,7 +129,7 @@ def in_shards(sizes: Mapping[str, int], room: int) -> list[list[str]]:
 
 
 def index_text(places: Mapping[str, str], size: int) -> str:
-    """The index of shards as Hugging Face's libraries write one: tensor → file beside it."""
+    """Return the index of shards in the format of Hugging Face's libraries."""
     table = {"metadata": {"total_size": size}, "weight_map": dict(places)}
     return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
 
@@ -143,12 +139,12 @@ def _root(source: TensorSource) -> Path:
 
 
 def _is_pipeline(source: TensorSource) -> bool:
-    """Whether the weights lie in folders, whose names the tensors carry as a prefix."""
+    """Return whether the weights are in subfolders, whose names prefix the tensors."""
     return source.path.is_dir() and any(file.parent != source.path for file in source.files)
 
 
 class _Folder:
-    """Groups the files of the base by the index they belong to, and gives each group its files in the output."""
+    """Group the files of the base by their index and plan the files of each group."""
 
     def __init__(
         self,
@@ -197,7 +193,7 @@ class _Folder:
         return None
 
     def _cut(self, stem: str, first: Path, names: Sequence[str]) -> None:
-        """Shards of at most the size asked for, one tensor at least, in the base's order."""
+        """Plan shards of at most the requested size, in the order of the base."""
         assert self.shard_size is not None
         shards = in_shards({name: _size(self.specs[name]) for name in names}, self.shard_size)
         for n, held in enumerate(shards, 1):
@@ -223,7 +219,7 @@ class _Folder:
         return (folder.relative_to(self.root) / name).as_posix()
 
     def _index_of(self, files: Sequence[Path]) -> Path | None:
-        """The index that names these shards."""
+        """Return the index of these shards."""
         if self.source.path.suffix == ".json":
             return self.source.path
         found = files[0].parent.glob(f"{_stem(files[0])}*.index*.json")
@@ -241,7 +237,7 @@ class _Folder:
         return (volume.names[name] for name in names if name in volume.names)
 
     def _others(self) -> tuple[dict[str, Path], tuple[str, ...]]:
-        """Files beside the weights: copied, unless they are weights again, where the merged ones lie."""
+        """Return the other files to copy, and the duplicate weights to leave out."""
         if not self.source.path.is_dir():
             config = self.root / "config.json"
             return ({"config.json": config} if config.is_file() else {}), ()
@@ -273,7 +269,7 @@ class _Folder:
 
 
 def _stem(file: Path) -> str:
-    """`model-00001-of-00002.safetensors` → `model`."""
+    """Return `model` for `model-00001-of-00002.safetensors`."""
     found = _SHARD.match(file.name)
     return found["stem"] if found else file.name.removesuffix(file.suffix)
 
@@ -282,14 +278,12 @@ def _size(spec: TensorSpec) -> int:
     return nbytes(spec.dtype, spec.shape)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`count` rows of a tensor of the base, from `start` on, are rows of `stored` in file `path` from `at` on.
+    """Destination of `count` rows from row `start` of a tensor of the base.
 
-    `transposed`: all of it, with rows and columns exchanged.
+    They become rows of `stored` in file `path` from row `at`. A `transposed` move takes the whole
+    tensor and exchanges rows and columns.
     """
 
     path: str

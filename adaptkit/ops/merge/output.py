@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from adaptkit.errors import CannotWrite, CorruptFile
 from adaptkit.files.header import nbytes
-from adaptkit.ops.merge.layout import Layout, Volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,15 +20,15 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.sink import Pieces, TensorSink
     from adaptkit.files.source import TensorSource
-    from adaptkit.ops.merge.layout import Move
+    from adaptkit.ops.merge.layout import Layout, Move, Volume
 
 __all__ = ["Output", "gathered", "opened"]
 
 
 class Output:
-    """All files of the output while they are written, and then as they lie before they get their names.
+    """All files of the output, from the first write until they get their names.
 
-    `place` gives the sink and the name in it of each tensor that is not copied with its whole file.
+    `at` returns the current path of a file.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Output:
         }
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, named as in the whole checkpoint."""
+        """Write one tensor, named as in the checkpoint."""
         if self.layout.moves:
             scattered = self._scattered(name, tensor.dtype, tensor.shape)
             scattered.put(tensor, 0)
@@ -60,14 +59,14 @@ class Output:
         return sink.put(stored, tensor)
 
     def pieces(self, name: str, dtype: dtype, shape: Sequence[int]) -> Pieces | Scattered:
-        """To write one tensor piece by piece."""
+        """Return a writer for one tensor in pieces."""
         if self.layout.moves:
             return self._scattered(name, dtype, shape)
         sink, stored = self._place[name]
         return sink.pieces(stored, dtype, shape)
 
     def copy(self, source: TensorSource, names: Iterable[str]) -> None:
-        """Copy the bytes of these tensors; those of files that are copied whole are there already."""
+        """Copy these tensors byte for byte, except for those in files that are copied whole."""
         if self.layout.moves:
             return self._copy_moved(source, names)
         groups: dict[TensorSink, list[tuple[str, TensorSource, str]]] = {}
@@ -84,7 +83,7 @@ class Output:
         return Scattered(moves, dtype, tuple(shape))
 
     def _copy_moved(self, source: TensorSource, names: Iterable[str]) -> None:
-        """Rows go as bytes from file to file; what is turned, or has no bytes of its own there, through memory."""
+        """Copy rows as bytes from file to file; transposed or encoded tensors through memory."""
         found: dict[str, list[tuple[Pieces, Path, int, int, int]]] = {
             path: [] for path in self._sinks
         }
@@ -107,13 +106,13 @@ class Output:
             self._sinks[path].copy_parts(items)
 
     def restate(self, metadata: Callable[[Volume], Mapping[str, str]]) -> None:
-        """Replace the metadata of every file written by other values of the same length."""
+        """Replace the metadata of every written file by values of the same length."""
         for volume in self.layout.volumes:
             if volume.copied is None:
                 self._sinks[volume.path].restate(metadata(volume))
 
     def finish(self) -> None:
-        """Everything is written: check, sync, close."""
+        """Check, sync and close all files."""
         for parts in self._parts.values():
             parts.close()
         for sink in self._sinks.values():
@@ -121,7 +120,7 @@ class Output:
 
 
 class Scattered:
-    """One tensor of the base whose rows go to several places: stretches of it, then `close`."""
+    """Writer of one tensor of the base whose rows go to several places."""
 
     def __init__(
         self, moves: Sequence[tuple[Move, Pieces]], dtype: dtype, shape: tuple[int, ...]
@@ -135,8 +134,8 @@ class Scattered:
         )
 
     def put(self, tensor: Tensor, first: int) -> None:
-        """Write `tensor` as the elements from number `first` on, counted row by row."""
-        from adaptkit.files.sink import tensor_bytes
+        """Write `tensor` as the elements from index `first` on, in row-major order."""
+        from adaptkit.files.tensors import tensor_bytes
 
         if self._turned is not None:
             self._turned.view(-1)[first : first + tensor.numel()] = tensor.reshape(-1)
@@ -149,7 +148,7 @@ class Scattered:
                 parts.put_bytes(data[one - at : two - at], one - start + move.at * self._row)
 
     def close(self) -> None:
-        """All of it has come."""
+        """Finish after all data is written."""
         if self._turned is not None:
             for _, parts in self._moves:
                 parts.put(self._turned.T.contiguous(), 0)
@@ -158,7 +157,7 @@ class Scattered:
 def gathered(
     moves: Sequence[Move], info: TensorInfo, stored: Mapping[tuple[str, str], TensorSource]
 ) -> Tensor:
-    """A tensor of the base (as `info` has it) put together again from where its rows went."""
+    """Reassemble a tensor of the base from the places of its rows."""
     import torch
 
     if any(move.transposed for move in moves):
@@ -184,15 +183,16 @@ def opened(
     overwrite: bool,
     hidden: bool,
 ) -> Iterator[Output]:
-    """The output in the making; it appears as `path` when the block ends well.
+    """Open the output, which appears as `path` if the block succeeds.
 
-    `hidden`: after `finish` a single file still waits under another name for the block to end, so that it can be checked.
+    If `hidden`, a single file keeps a temporary name until the block ends, to be verified.
     """
-    from adaptkit.files.sink import TensorSink, publish_folder
+    from adaptkit.files.publish import publish_folder
+    from adaptkit.files.sink import TensorSink
 
     if layout.folder:
         with publish_folder(path, layout.top, overwrite=overwrite) as made, ExitStack() as stack:
-            _beside(layout, made)
+            _write_others(layout, made)
             sinks = {
                 volume.path: stack.enter_context(
                     TensorSink(made / volume.path, volume.specs, metadata(volume))
@@ -225,8 +225,8 @@ def _rename(made: Path, path: Path) -> None:
         raise CannotWrite(f"cannot be written: {error.strerror or error}", file=path) from error
 
 
-def _beside(layout: Layout, made: Path) -> None:
-    """Write what is no merged tensor: indices, other files, weights files that stay as they are."""
+def _write_others(layout: Layout, made: Path) -> None:
+    """Write indices and copy other files and unchanged weights files."""
     copies = {**layout.others, **{v.path: v.copied for v in layout.volumes if v.copied is not None}}
     folders = {(made / path).parent for path in (*copies, *layout.indices, *layout.files())}
     for folder in folders:
@@ -235,6 +235,6 @@ def _beside(layout: Layout, made: Path) -> None:
         try:
             shutil.copyfile(source, made / path)
         except FileNotFoundError as error:
-            raise CorruptFile("it has gone since the merge was planned", file=source) from error
+            raise CorruptFile("the file was removed after planning", file=source) from error
     for path, text in layout.indices.items():
         (made / path).write_text(text, encoding="utf-8", newline="\n")

@@ -1,13 +1,13 @@
-"""What a merge will do, known before a weight is read: the options, the tensors it makes, the plan."""
+"""The plan of a merge: its options and the tensors it computes, from headers only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.engine import peak_memory
 from adaptkit.files.header import nbytes
-from adaptkit.ops.shared import Shared
+from adaptkit.ops.shared import Closing, Shared
+from adaptkit.steps import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
     from adaptkit.adapter import Adapter, Entry
     from adaptkit.checkpoint import Checkpoint
-    from adaptkit.engine import Step
     from adaptkit.files.header import TensorSpec
     from adaptkit.ops.merge.layout import Layout
     from adaptkit.ops.shared import Unused
+    from adaptkit.steps import Step
 
 __all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
 
 
 @dataclass(frozen=True)
 class Options(Shared):
-    """Options of a merge beside those every verb shares.
+    """Options of merge.
 
-    `blocks`: weights of modules, by rules (see adaptkit.ops.merge.block_weights). `verify`: read the output back and compare it with
-    base + ΔW. `shard_size`: write shards of at most so many bytes. `layout`: `single-file` (the
-    original names) or `folder` (diffusers'), where the base has the other.
+    `blocks` are rules for the strength of modules (see adaptkit.ops.merge.block_weights). `verify`
+    reads the output back and compares it with base + ΔW. `shard_size` is the maximum size of a
+    shard in bytes. `layout` is `single-file` (original names) or `folder` (diffusers' names).
     """
 
     blocks: tuple[str, ...] = ()
@@ -40,9 +40,9 @@ class Options(Shared):
 
 @dataclass(frozen=True)
 class Contribution:
-    """One entry of one adapter, on all rows of a tensor (`rows` None) or some; `cut`: only these rows of the entry.
+    """One entry of an adapter, added to `rows` of a tensor (None: all).
 
-    `strength` is the adapter's times the block weight.
+    `cut` selects rows of the entry. `strength` is the adapter's times the block weight.
     """
 
     adapter: int
@@ -55,7 +55,10 @@ class Contribution:
 
 @dataclass(frozen=True)
 class TensorMerge:
-    """One tensor of the base, the dtype it gets, and all that is added to it; `scale`: its scale, which is made anew."""
+    """One tensor of the base, its new dtype and the contributions to it.
+
+    `scale` names its scale tensor, which is computed again.
+    """
 
     name: str
     dtype: str
@@ -64,20 +67,20 @@ class TensorMerge:
 
     @property
     def changes(self) -> bool:
-        """Whether anything is added at all."""
+        """Return whether any contribution has a strength other than 0."""
         return any(c.strength for c in self.contributions)
 
     def writes(self) -> tuple[str, ...]:
-        """The tensors of the output that it makes."""
+        """Return the names of the tensors that it writes."""
         return (self.name,) if self.scale is None else (self.name, self.scale)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything known before a weight is read. `strengths` go with `adapters`.
+class Plan(Closing):
+    """The state of a merge before any weight is read; `strengths` are those of `adapters`.
 
-    `jobs` are the tensors that adapters have modules for, `working` those that are not copied: where something is added,
-    or the dtype becomes another; `steps` are about these.
+    `merges` are the tensors that adapters have modules for. `steps` are the tensors to compute:
+    those with something to add or with a new dtype. All others are copied.
     """
 
     base: Checkpoint
@@ -85,7 +88,7 @@ class Plan:
     strengths: tuple[float, ...]
     options: Options
     output: Path
-    jobs: tuple[TensorMerge, ...]
+    merges: tuple[TensorMerge, ...]
     specs: tuple[TensorSpec, ...]
     unused: tuple[Unused, ...]
     steps: tuple[Step[TensorMerge], ...]
@@ -93,18 +96,18 @@ class Plan:
     rules: tuple[Mapping[str, Any], ...] = ()
 
     @property
-    def working(self) -> tuple[TensorMerge, ...]:
-        """The tensors that are not copied."""
+    def computed(self) -> tuple[TensorMerge, ...]:
+        """Return the tensors that are computed, not copied."""
         return tuple(step.payload for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--dry-run` prints."""
+        """Return what `--dry-run` prints."""
         return {
             "output": str(self.output),
             "family": self.base.family.name,
-            "modules": sum(len(job.contributions) for job in self.jobs),
-            "tensors_changed": sum(job.changes for job in self.jobs),
-            "tensors_copied": len(self.specs) - sum(len(job.writes()) for job in self.working),
+            "modules": sum(len(merge.contributions) for merge in self.merges),
+            "tensors_changed": sum(merge.changes for merge in self.merges),
+            "tensors_copied": len(self.specs) - sum(len(merge.writes()) for merge in self.computed),
             "bytes_in": self.base.source.size
             + sum(adapter.source.size for adapter in self.adapters),
             "bytes_out": sum(nbytes(spec.dtype, spec.shape) for spec in self.specs),
@@ -119,20 +122,20 @@ class Plan:
             "details": [
                 {
                     "module": c.label,
-                    "tensor": job.name,
+                    "tensor": merge.name,
                     "algorithm": c.entry.kind.name,
                     "rank": c.entry.facts.rank,
                     "strength": c.strength,
                 }
-                for job in self.jobs
-                for c in job.contributions
+                for merge in self.merges
+                for c in merge.contributions
             ],
         }
 
     def described(self) -> list[dict[str, Any]]:
-        """The adapters: path, format, strength, how many of their modules apply."""
+        """Return path, format, strength and number of applied modules of each adapter."""
         counts = [
-            sum(c.adapter == n for job in self.jobs for c in job.contributions)
+            sum(c.adapter == n for merge in self.merges for c in merge.contributions)
             for n in range(len(self.adapters))
         ]
         return [

@@ -1,4 +1,4 @@
-"""merge: find the place of every adapter module in the base; headers only."""
+"""Planner of a merge: locate every adapter module in the base (headers only)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter, Entry
 from adaptkit.checkpoint import Checkpoint, Piece
-from adaptkit.engine import check_memory
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
 from adaptkit.ops.merge.block_weights import Blocks
@@ -23,6 +22,7 @@ from adaptkit.ops.shared import (
     selected,
     stored_dtype,
 )
+from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ __all__ = ["plan"]
 
 
 def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
-    """Find the place of every adapter module in the base; reads headers only, and fails here if anything can."""
+    """Locate every adapter module in the base; read headers only, and report all errors here."""
     with ExitStack() as failing:
         checkpoint = failing.enter_context(
             Checkpoint.open(base, family=options.family, strangers=True)
@@ -64,18 +64,18 @@ def _planned(
     if single:
         check_output(output, options.overwrite)
     places = _Places(base, adapters, strengths, options)
-    jobs = places.jobs()
+    merges = places.merges()
     for adapter, lost in zip(adapters, places.unused, strict=True):
         refuse_unused(lost, options.allow_unused, adapter.source.path)
-    if not jobs:
+    if not merges:
         raise NothingToDo(
             "no module of these adapters applies to this checkpoint",
-            hint="see --only and --skip",
+            hint="check --only and --skip",
             file=path,
         )
     places.blocks.check()
-    working = _working(base, jobs, options)
-    specs = tuple(_specs(base, {job.name: job for job in working}, options))
+    computed = _computed(base, merges, options)
+    specs = tuple(_specs(base, {merge.name: merge for merge in computed}, options))
     if renamed:
         made = _relayout(base, specs, options)
         specs, layout = (
@@ -84,27 +84,27 @@ def _planned(
         )
         places.unused.append(made.lost)
     else:
-        touched = {name for job in working for name in job.writes()}
+        touched = {name for merge in computed for name in merge.writes()}
         layout = plan_layout(base.source, specs, touched, single, options.shard_size)
     if layout.folder:
         _check_folder(output, layout, options)
-    steps = tuple(step_of(job, base, adapters) for job in working)
+    steps = tuple(step_of(merge, base, adapters) for merge in computed)
     check_memory(steps, options.memory)
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
     return Plan(
-        base, adapters, strengths, options, output, jobs, specs, unused, steps, layout, rules
+        base, adapters, strengths, options, output, merges, specs, unused, steps, layout, rules
     )
 
 
 def _relayout(base: Checkpoint, specs: Sequence[TensorSpec], options: Options) -> Relayout:
-    """Where everything goes in the other layout; what has no place there fails the run unless it is allowed."""
+    """Plan the other layout; tensors that it cannot hold fail the run unless allowed."""
     assert options.layout is not None
     scaled = [spec.name for spec in specs if spec.name in base.quantization.extras]
     if scaled:
         raise NotRepresentable(
-            f"--layout {options.layout}: scaled weights have no other layout",
-            hint="pass --dtype bf16 as well",
+            f"--layout {options.layout}: the layout cannot hold scaled weights",
+            hint="also pass --dtype bf16",
             file=base.source.path,
             tensor=scaled[0],
         )
@@ -114,29 +114,32 @@ def _relayout(base: Checkpoint, specs: Sequence[TensorSpec], options: Options) -
 
 
 def _check_folder(output: Path, layout: Layout, options: Options) -> None:
-    from adaptkit.files.sink import check_folder
+    from adaptkit.files.publish import check_folder
 
     check_folder(output, layout.top, options.overwrite)
 
 
-def _working(
-    base: Checkpoint, jobs: Sequence[TensorMerge], options: Options
+def _computed(
+    base: Checkpoint, merges: Sequence[TensorMerge], options: Options
 ) -> tuple[TensorMerge, ...]:
-    """The jobs that make another tensor than the base has, in its order: those of other tensors only change the dtype."""
-    placed = {job.name: job for job in jobs}
+    """Return the merges that change a tensor, in the order of the base.
+
+    A tensor without contributions may still change its dtype.
+    """
+    placed = {merge.name: merge for merge in merges}
     if options.dtype != "keep" and base.quantization.refused:
         name, scheme = next(iter(base.quantization.refused.items()))
         raise NotRepresentable(
             f"stored as {scheme}, which cannot be converted",
-            hint="leave --dtype away",
+            hint="omit --dtype",
             file=base.source.path,
             tensor=name,
         )
     found = []
     for info in base.source.infos.values():
-        job = placed.get(info.name)
-        if job is not None and job.changes:
-            found.append(job)
+        merge = placed.get(info.name)
+        if merge is not None and merge.changes:
+            found.append(merge)
         elif options.dtype != "keep" and info.name not in base.quantization.extras:
             dtype = _new_dtype(base, info.name, options)
             if dtype != info.dtype or info.name in base.quantization.scales:
@@ -145,7 +148,7 @@ def _working(
 
 
 def _new_dtype(base: Checkpoint, name: str, options: Options) -> str:
-    """The dtype a tensor gets: numbers are converted when asked for, indices and what cannot be read stay."""
+    """Return the new dtype of a tensor; integers and unreadable formats keep theirs."""
     info = base.source.infos[name]
     return (
         info.dtype if base.quantization.refusal(info) else stored_dtype(options.dtype, info.dtype)
@@ -153,16 +156,19 @@ def _new_dtype(base: Checkpoint, name: str, options: Options) -> str:
 
 
 def _specs(
-    base: Checkpoint, working: Mapping[str, TensorMerge], options: Options
+    base: Checkpoint, computed: Mapping[str, TensorMerge], options: Options
 ) -> Iterator[TensorSpec]:
-    """All tensors of the output in the base's order; those that describe scaled weights go when nothing is scaled any more."""
+    """Yield the tensors of the output in the order of the base.
+
+    A new dtype removes the tensors that describe scaled weights.
+    """
     stored = base.quantization
     dropped = stored.extras if options.dtype != "keep" else frozenset[str]()
     for info in base.source.infos.values():
         if info.name not in dropped:
             yield TensorSpec(
                 info.name,
-                working[info.name].dtype if info.name in working else info.dtype,
+                computed[info.name].dtype if info.name in computed else info.dtype,
                 info.shape,
             )
 
@@ -178,7 +184,8 @@ def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
     if adapter.family.name != family:
         adapter.close()
         raise ShapeMismatch(
-            f"this adapter is for {adapter.family.title}, the checkpoint is {base.family.title}",
+            f"this adapter is for {adapter.family.title}, but the checkpoint is "
+            f"{base.family.title}",
             hint="see `adaptkit inspect` on both",
             file=path,
         )
@@ -186,7 +193,7 @@ def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
 
 
 class _Places:
-    """Finds where each entry applies; what finds no place goes to `unused`, per adapter."""
+    """Locate each entry in the base; collect unmatched keys per adapter in `unused`."""
 
     def __init__(
         self,
@@ -204,19 +211,19 @@ class _Places:
         ]
         self.found: dict[str, list[Contribution]] = {}
 
-    def jobs(self) -> tuple[TensorMerge, ...]:
+    def merges(self) -> tuple[TensorMerge, ...]:
         for number, adapter in enumerate(self.adapters):
             for slot, entry in adapter.entries.items():
                 if selected(adapter.label(slot), slot.component, self.options):
                     self._entry(number, adapter, slot, entry)
         order = self.base.source.infos
-        return tuple(self._job(name, self.found[name]) for name in order if name in self.found)
+        return tuple(self._merge(name, self.found[name]) for name in order if name in self.found)
 
-    def _job(self, name: str, contributions: Sequence[Contribution]) -> TensorMerge:
+    def _merge(self, name: str, contributions: Sequence[Contribution]) -> TensorMerge:
         info, stored = self.base.source.infos[name], self.base.quantization
         if (reason := stored.refusal(info)) is not None:
             raise NotRepresentable(
-                f"stored as {reason}: an adapter cannot be added to that",
+                f"stored as {reason}, which adapters cannot be added to",
                 hint="use an fp32, fp16, bf16 or fp8 (e4m3, e5m2) checkpoint of this model",
                 file=self.base.source.path,
                 tensor=name,
@@ -246,14 +253,13 @@ class _Places:
         rows, columns = shape[0] if shape else 1, 1
         for n in shape[1:]:
             columns *= n
-        known = (
-            entry.facts.rows or rows,
-            entry.facts.columns or columns,
-        )  # some kinds do not tell both
+        # some algorithms do not define both
+        known = entry.facts.rows or rows, entry.facts.columns or columns
         if known != (rows, columns):
             raise ShapeMismatch(
-                f"{label} is {rows} × {columns} in the checkpoint, {known[0]} × {known[1]} in the adapter",
-                hint="the adapter was made for another model of this family, or another family",
+                f"{label} is {rows} × {columns} in the checkpoint, {known[0]} × {known[1]} in the "
+                "adapter",
+                hint="the adapter is for another model of this family, or for another family",
                 file=adapter.source.path,
             )
 
@@ -261,7 +267,7 @@ class _Places:
 def _cuts(
     base: Checkpoint, pieces: tuple[Piece, ...]
 ) -> Iterator[tuple[Piece, tuple[int, int] | None]]:
-    """Each piece with the rows of the entry that fall on it (None: all of them)."""
+    """Yield each piece with its rows of the entry (None: all)."""
     if len(pieces) == 1:
         yield pieces[0], None
         return

@@ -1,4 +1,4 @@
-"""What the metadata of a merged checkpoint says: which adapters, at which strengths, with which hashes."""
+"""Metadata of a merged checkpoint: the adapters, their strengths and hashes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STATED = {"modelspec.hash_sha256": "modelspec.hash_sha256", "sshs_model_hash": "
 
 
 class Provenance:
-    """What the metadata says was merged: names, strengths and hashes, nothing about when or where.
+    """Names, strengths and hashes of what was merged, without time or place.
 
-    `modelspec.merged_from` is what sd-scripts writes, `sd_merge_recipe` and `sd_merge_models` what the web UI does and
-    hosts of models show; `adaptkit` is our own record.
+    `modelspec.merged_from` follows sd-scripts. `sd_merge_recipe` and `sd_merge_models` follow the
+    web UI, and model hosts show them. `adaptkit` is our own record.
     """
 
     def __init__(self, plan: Plan, known: dict[Path, str]) -> None:
@@ -39,7 +39,7 @@ class Provenance:
         ]
 
     def metadata(self, volume: Volume) -> dict[str, str]:
-        """The metadata of one file of the output."""
+        """Return the metadata of one file of the output."""
         from adaptkit.files.provenance import updated
 
         plan = self.plan
@@ -62,13 +62,13 @@ class Provenance:
         found = updated(volume.metadata, record)
         return (
             {**found, **_for_hosts(found, base, merged)}
-            if any(job.changes for job in plan.jobs)
+            if any(merge.changes for merge in plan.merges)
             else found
         )
 
 
 def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The hashes that the base says of itself: its gigabytes are not read for one."""
+    """Return the hashes in the base's metadata; the base is not read to compute one."""
     return {name: metadata[key] for key, name in STATED.items() if key in metadata}
 
 

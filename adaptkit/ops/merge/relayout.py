@@ -1,7 +1,8 @@
-"""merge --layout: a checkpoint's tensors in the other layout, from the families' tables.
+"""merge --layout: convert a checkpoint's tensors to the other layout by the families' tables.
 
-Between an original single file and a diffusers folder a tensor is renamed, cut by rows, put together from several, has its
-halves exchanged or is transposed. All but the last are moves of whole rows, that is of bytes: nothing is computed.
+Between an original single file and a diffusers folder, a tensor is renamed, split by rows, fused
+from several tensors, has its halves exchanged, or is transposed. All but the last move whole rows
+as bytes; nothing is computed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ __all__ = ["LAYOUTS", "MADE_ANEW", "Relayout", "wanted"]
 
 SINGLE, FOLDER = LAYOUTS = ("single-file", "folder")
 NATIVE, DIFFUSERS = "native", "diffusers"
-# training state and constants, which whoever loads the model makes himself, and which no diffusers folder holds
-MADE_ANEW = "not kept in this layout: made anew by whoever loads the model"
+# training state and constants: hosts compute them on loading, and no diffusers folder holds them
+MADE_ANEW = "not stored in this layout; hosts compute it on loading"
 _CONSTANTS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|denoiser\.sigmas|logvar"
     r"|model_ema\..+|.*\bposition_ids|.*\blogit_scale)$"
@@ -37,7 +38,7 @@ _CONSTANTS = re.compile(
 
 
 class _Span(NamedTuple):
-    """Rows [first, last) of a target lie in a tensor from its row `row` on."""
+    """Rows [first, last) of a target, stored in a tensor from row `row`."""
 
     first: int
     last: int
@@ -46,16 +47,16 @@ class _Span(NamedTuple):
 
 
 def wanted(base: Checkpoint, layout: str | None) -> bool:
-    """Whether a layout asks for other names than the base has; WrongUsage where it is none."""
+    """Return whether a layout needs other names than the base has."""
     if layout not in (None, *LAYOUTS):
-        raise WrongUsage(f"--layout {layout}: there are {' and '.join(LAYOUTS)}")
+        raise WrongUsage(f"--layout {layout}: expected {' or '.join(LAYOUTS)}")
     if layout == FOLDER:
         return not base.source.path.is_dir()
     return layout == SINGLE and base.source.files != (base.source.path,) and not _is_native(base)
 
 
 def _is_native(base: Checkpoint) -> bool:
-    """Whether all weights have the names that an original file gives them, so that they need only be joined."""
+    """Return whether all weights have the names of an original file and need no renaming."""
     keys = CheckpointMap(base.family, beside=True)
     return all(
         name in _native(keys, place)
@@ -77,18 +78,21 @@ def _native(keys: CheckpointMap, place: Place) -> Iterator[str]:
 
 
 def _naming(part: Component, layout: str) -> str:
-    """The naming that a layout keeps a component in."""
+    """Return the naming of a component in a layout."""
     return NATIVE if layout == SINGLE and NATIVE in part.checkpoints else DIFFUSERS
 
 
 class Relayout:
-    """Where the rows of every tensor go; `specs` are the output's tensors by file, `lost` what has no place in it."""
+    """The moves of all tensors to another layout.
+
+    `specs` are the tensors of the output by file, `lost` the tensors without a name there.
+    """
 
     def __init__(self, base: Checkpoint, given: Iterable[TensorSpec], layout: str) -> None:
         if not base.known:
             raise NotRepresentable(
-                "--layout: this model's family is unknown, and so are its names in other layouts",
-                hint="leave --layout away",
+                "--layout: the model family is unknown, and with it the key names in other layouts",
+                hint="omit --layout",
                 file=base.source.path,
             )
         self.base, self.wanted = base, layout
@@ -103,16 +107,16 @@ class Relayout:
 
     @property
     def refused(self) -> list[Unused]:
-        """What is lost for good."""
+        """Return the tensors that hosts do not compute on loading."""
         return [item for item in self.lost if item.reason != MADE_ANEW]
 
     def layout(self, shard_size: int | None) -> Layout:
-        """The files of the output: one, or one or more shards for each component."""
+        """Return the files of the output: one, or one or more shards per component."""
         volumes: list[Volume] = []
         indices: dict[str, str] = {}
         where: dict[tuple[str, str], str] = {}
         for path, specs in self.specs.items():
-            # what the base says of itself stands in the first file, which is the denoiser's
+            # the first file is the denoiser's, which gets the metadata of the base
             metadata = {"format": "pt", **({} if volumes else self.base.source.metadata)}
             sizes = {name: nbytes(spec.dtype, spec.shape) for name, spec in specs.items()}
             shards = in_shards(sizes, sum(sizes.values()) if shard_size is None else shard_size)
@@ -140,12 +144,10 @@ class Relayout:
             if place is None:
                 self._lose(
                     name,
-                    MADE_ANEW
-                    if _CONSTANTS.match(name)
-                    else "no table says what this layout calls it",
+                    MADE_ANEW if _CONSTANTS.match(name) else "its name in this layout is unknown",
                 )
             elif place.slot in found.get(place.slot.target, {}):
-                self._lose(name, "held twice; the first one is kept")
+                self._lose(name, "a duplicate; the first one is kept")
             else:
                 self._places[name] = place
                 found.setdefault(place.slot.target, {})[place.slot] = name
@@ -162,9 +164,9 @@ class Relayout:
             for name in held.values():
                 self._lose(
                     name,
-                    f"the layout has no place for the {part.title}"
+                    f"the layout does not hold the {part.title}"
                     if place is None
-                    else "it has no name there",
+                    else "it has no name in this layout",
                 )
             return
         path, prefix = place
@@ -174,7 +176,7 @@ class Relayout:
             self._tensor(path, prefix, one, rows, spans)
 
     def _file(self, part: Component) -> tuple[str, str] | None:
-        """The file of a component and the prefix of its names there; None where the layout does not hold it."""
+        """Return file and key prefix of a component; None if the layout does not hold it."""
         prefixes = part.checkpoints.get(_naming(part, self.wanted), ())
         own = f"{part.name}."
         if self.wanted == FOLDER:
@@ -182,27 +184,25 @@ class Relayout:
             stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
             return None if prefix is None else (f"{part.name}/{stem}.safetensors", prefix)
         if self._alone and "" in prefixes and part.name == "transformer":
-            return (
-                "",
-                "",
-            )  # as the families' own releases have it, and kohya's and musubi's tools want it
+            # the format of the original releases; kohya's and musubi's tools expect it
+            return "", ""
         prefix = next((p for p in prefixes if p not in ("", own)), None)
         return None if prefix is None else ("", prefix)
 
     @property
     def _alone(self) -> bool:
-        """Whether the checkpoint is a denoiser and nothing else."""
+        """Return whether the checkpoint is only a denoiser."""
         return len({place.slot.component for place in self._places.values()}) == 1
 
     # rows
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the target has, a number as a vector of one."""
+        """Return the shape of the target; a scalar counts as a vector of one."""
         shape = self.given[name].shape or (1,)
         return shape[::-1] if self._places[name].transposed else shape
 
     def _rows(self, held: Mapping[Slot, str]) -> int:
-        """The rows of a target, of which these tensors hold all."""
+        """Return the number of rows of a target."""
         whole = next((name for slot, name in held.items() if slot.rows is None), None)
         return (
             self._shape(whole)[0]
@@ -213,17 +213,17 @@ class Relayout:
     def _spans(self, slot: Slot, name: str, rows: int) -> Iterator[_Span]:
         bounds = (0, rows) if slot.rows is None else slot.rows.bounds(rows)
         if bounds is None or bounds[1] - bounds[0] != self._shape(name)[0]:
-            raise self._refusal("its parts do not make the whole", name)
+            raise self._refusal("its parts do not form the whole layer", name)
         return _lies(name, bounds, self._places[name].swapped)
 
     def _tensor(
         self, path: str, prefix: str, one: Spelled, rows: int, spans: Sequence[_Span]
     ) -> None:
-        """One tensor of the output, put together from the spans of its target."""
+        """Plan one tensor of the output from the spans of its target."""
         key = prefix + one.key
         bounds = (0, rows) if one.place.slot.rows is None else one.place.slot.rows.bounds(rows)
         if bounds is None:
-            raise self._refusal(f"{rows} rows cannot be cut as {key} needs", spans[0].name)
+            raise self._refusal(f"{rows} rows cannot be split as {key} requires", spans[0].name)
         moves = [
             (
                 b.name,
@@ -235,37 +235,34 @@ class Relayout:
         ]
         if sum(move.count for _, move in moves) != bounds[1] - bounds[0]:
             raise self._refusal(
-                f"it is only a part of {key}, and the others are missing", spans[0].name
+                f"it is only a part of {key}, and the other parts are missing", spans[0].name
             )
         if one.place.transposed or any(self._places[name].transposed for name, _ in moves):
             moves = [self._whole(moves, one)]
         dtypes = {self.given[name].dtype for name, _ in moves}
         if len(dtypes) > 1:
             raise self._refusal(
-                f"{key} would hold {' and '.join(sorted(dtypes))}",
+                f"{key} would mix {' and '.join(sorted(dtypes))}",
                 spans[0].name,
-                "choose one with --dtype",
+                "pass --dtype to choose one",
             )
         shape = self._stored_shape(moves[0][0], one, bounds[1] - bounds[0])
         if key in self.specs.setdefault(path, {}):
-            raise self._refusal(f"{key} would be there twice", moves[0][0])
+            raise self._refusal(f"{key} would be written twice", moves[0][0])
         self.specs[path][key] = TensorSpec(key, dtypes.pop(), shape)
         for name, move in moves:
             self.moves.setdefault(name, []).append(move)
 
     def _whole(self, moves: Sequence[tuple[str, Move]], one: Spelled) -> tuple[str, Move]:
-        """Where one of both is stored the other way round, the tensor goes in one piece."""
+        """Return the single move of a tensor that is transposed on either side."""
         name, move = moves[0]
         if len(moves) > 1 or move.count != self._shape(name)[0]:
-            raise self._refusal(
-                f"{move.stored} is stored the other way round, of which only a whole tensor can be",
-                name,
-            )
+            raise self._refusal(f"{move.stored} is transposed, which needs a whole tensor", name)
         turned = one.place.transposed != self._places[name].transposed
         return name, Move(move.path, move.stored, 0, self.given[name].shape[0], 0, turned)
 
     def _stored_shape(self, name: str, one: Spelled, rows: int) -> tuple[int, ...]:
-        """As the base has it beside the rows, but for kernels that the namings store otherwise."""
+        """Return the shape as in the base, except for rows and kernels stored differently."""
         if not self.given[name].shape:
             return ()
         tail = self._shape(name)[1:]
@@ -282,14 +279,14 @@ class Relayout:
             tail = (*tail[:1], *one.kernel)
         return (rows, *tail)[::-1] if one.place.transposed else (rows, *tail)
 
-    def _refusal(self, what: str, name: str, hint: str = "leave --layout away") -> NotRepresentable:
+    def _refusal(self, what: str, name: str, hint: str = "omit --layout") -> NotRepresentable:
         return NotRepresentable(
             f"--layout {self.wanted}: {what}", hint=hint, file=self.base.source.path, tensor=name
         )
 
 
 def _lies(name: str, bounds: tuple[int, int], swapped: bool) -> Iterator[_Span]:
-    """The spans of a tensor that holds these rows of its target, perhaps with their halves exchanged."""
+    """Yield the spans of a tensor with these rows, possibly with their halves exchanged."""
     first, last = bounds
     half = (last - first) // 2 if swapped else 0
     if half:

@@ -1,4 +1,4 @@
-"""merge: what was merged."""
+"""Report of a merge."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.ops.blocks import block_of
 from adaptkit.ops.merge.kernel import Merged
-from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
-from adaptkit.ops.shared import (
-    WriterReport,
-)
+from adaptkit.ops.shared import WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
     from adaptkit.ops.merge.verify import Verified
 
 __all__ = ["Report"]
@@ -23,10 +21,11 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True, kw_only=True)
 class Report(WriterReport):
-    """What was merged: `tensors_changed` differ from the base, and ‖ΔW‖/‖W‖ over the touched ones.
+    """Report of a merge; `relative_change` is ‖ΔW‖/‖W‖ over the tensors with modules.
 
-    `blocks`: the same for each block; `block_weights`: what each rule of `--blocks` got; `left_out`: files of the base's
-    folder that are not in the output, because they hold the weights that were merged into once more.
+    `blocks` has the same numbers per block, `block_weights` the modules of each rule of
+    `--blocks`. `left_out` lists files of the base's folder that are not in the output, because
+    they duplicate the weights before the merge.
     """
 
     family: str
@@ -43,7 +42,7 @@ class Report(WriterReport):
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the JSON document."""
         extra = {
             "family": self.family,
             "adapters": [dict(item) for item in self.adapters],
@@ -61,18 +60,20 @@ class Report(WriterReport):
         return {**super().to_dict(), **extra}
 
 
-ONLY_WEIGHTS = "the folder holds weights only: its config.json files are those of any diffusers folder of this model"
-
-
+ONLY_WEIGHTS = (
+    "the folder holds weights only; take the config.json files from any diffusers folder of this "
+    "model"
+)
 UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 
 
 def report_of(
     plan: Plan, found: Mapping[str, Merged], verified: Verified | None, seconds: float
 ) -> Report:
-    results = {job.name: found.get(job.name, UNCHANGED) for job in plan.jobs}
+    """Make the report from the results of the computed tensors."""
+    results = {merge.name: found.get(merge.name, UNCHANGED) for merge in plan.merges}
     delta = sum(result.delta for result in results.values())
-    # what a change of dtype does to the layers without an adapter is no loss of theirs
+    # the error counts only the layers with an adapter, not those that only change the dtype
     rounding = sum(result.rounding for result in results.values())
     weight = sum(result.weight for result in results.values())
     written = (
@@ -83,13 +84,15 @@ def report_of(
     return Report(
         output=plan.output,
         bytes=sum(path.stat().st_size for path in written),
-        modules=sum(len(job.contributions) for job in plan.jobs),
+        modules=sum(len(merge.contributions) for merge in plan.merges),
         parameters=sum(math.prod(spec.shape) for spec in plan.specs),
         relative_error=_ratio(rounding, delta) or 0.0,
         unused=plan.unused,
         seconds=seconds,
         details=tuple(
-            _detail(job, c, results[job.name]) for job in plan.jobs for c in job.contributions
+            _detail(merge, c, results[merge.name])
+            for merge in plan.merges
+            for c in merge.contributions
         ),
         family=plan.base.family.name,
         adapters=tuple(plan.described()),
@@ -102,19 +105,19 @@ def report_of(
         files=tuple(plan.layout.files()),
         left_out=plan.layout.left_out,
         notes=(ONLY_WEIGHTS,) if plan.layout.folder and plan.layout.moves else (),
-        quantised=sum(job.changes and job.dtype.startswith("F8") for job in plan.jobs),
+        quantised=sum(merge.changes and merge.dtype.startswith("F8") for merge in plan.merges),
     )
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    """√(part / whole) of sums of squares; None where there is nothing to compare with."""
+    """Return √(part / whole) of sums of squares, or None if the whole is 0."""
     return (part / whole) ** 0.5 if whole else None
 
 
-def _detail(job: TensorMerge, c: Contribution, result: Merged) -> dict[str, Any]:
+def _detail(merge: TensorMerge, c: Contribution, result: Merged) -> dict[str, Any]:
     return {
         "module": c.label,
-        "tensor": job.name,
+        "tensor": merge.name,
         "algorithm": c.entry.kind.name,
         "rank": c.entry.facts.rank,
         "strength": c.strength,
@@ -124,16 +127,16 @@ def _detail(job: TensorMerge, c: Contribution, result: Merged) -> dict[str, Any]
 
 
 def _by_block(plan: Plan, results: Mapping[str, Merged]) -> Iterator[dict[str, Any]]:
-    """Tensors changed and ‖ΔW‖/‖W‖ of each block, in the base's order."""
+    """Yield the changed tensors and ‖ΔW‖/‖W‖ of each block, in the order of the base."""
     blocks: dict[str, list[TensorMerge]] = {}
-    for job in plan.jobs:
-        c = job.contributions[0]
-        blocks.setdefault(block_of(c.label, c.entry.slot.component), []).append(job)
-    for block, jobs in blocks.items():
-        found = [results[job.name] for job in jobs]
+    for merge in plan.merges:
+        c = merge.contributions[0]
+        blocks.setdefault(block_of(c.label, c.entry.slot.component), []).append(merge)
+    for block, merges in blocks.items():
+        found = [results[merge.name] for merge in merges]
         yield {
             "block": block,
-            "tensors": len(jobs),
+            "tensors": len(merges),
             "tensors_changed": sum(result.delta > 0 for result in found),
             "relative_change": _ratio(sum(r.delta for r in found), sum(r.weight for r in found)),
         }

@@ -1,4 +1,4 @@
-"""Scaled fp8 weights, there and back: every scale is made anew for the weight that it belongs to."""
+"""Decoding and encoding of scaled fp8 weights with new scales."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["quantised", "widened"]
 
 
 def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """A batch of weights (b, *shape) as the numbers they mean, float32 (float64 stays): times their scales (b, *scale)."""
+    """Decode a batch of weights (b, *shape) with scales (b, *scale) to float32 or float64."""
     import torch
 
     wide = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32, copy=True)
@@ -23,11 +23,11 @@ def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def quantised(wide: Tensor, scale: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """(weight, scale) of one weight (*shape), the scale in the shape and dtype of the one it had.
+    """Encode one weight (*shape); return it with a new scale of the given shape and dtype.
 
-    Each scale puts the largest magnitude of what it scales at the end of the format, as ComfyUI's and musubi-tuner's do;
-    it is rounded to its dtype before it is used, so that reading gives exactly what was meant. A scale of numbers that are
-    no fp8 stays.
+    Each scale maps the largest magnitude in its group to the end of the format, as ComfyUI and
+    musubi-tuner do. It is rounded to its dtype before use, so that decoding is exact. A scale of
+    other formats than fp8 is kept.
     """
     import torch
 
@@ -39,15 +39,18 @@ def quantised(wide: Tensor, scale: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     if target.itemsize > 1:
         fresh = scale.reshape(fresh.shape)
     divided = groups / fresh.to(groups.dtype)
-    # a scale that was rounded down leaves the largest a little beyond the end
+    # a scale that was rounded down leaves the largest magnitude beyond the end
     return divided.clamp_(-ends, ends).to(target).reshape(wide.shape), fresh.reshape(scale.shape)
 
 
 def _grouped(wide: Tensor, scale: Tensor) -> Tensor:
-    """A view of (b, *shape) as (b, groups, entries): what one scale belongs to stands in one group."""
+    """View (b, *shape) as (b, groups, entries), one group per scale."""
     return wide.view(len(wide), scale[0].numel(), -1)
 
 
 def _column(scale: Tensor) -> Tensor:
-    """(b, *scale) as (b, groups, 1). One number, one per row (m) or (m, 1), one per stretch of a row (m, k, 1): in order."""
+    """View (b, *scale) as (b, groups, 1).
+
+    A scale is one number, one per row, (m) or (m, 1), or one per part of a row, (m, k, 1).
+    """
     return scale.reshape(len(scale), -1, 1)

@@ -1,4 +1,4 @@
-"""merge: bake adapters into a checkpoint, streaming; what no adapter touches is copied as bytes."""
+"""merge: stream a checkpoint and add adapters; copy unchanged tensors byte for byte."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from adaptkit.ops.merge.plan import Options, Plan
 from adaptkit.ops.merge.provenance import Provenance
 from adaptkit.ops.merge.report import Report, report_of
 from adaptkit.ops.merge.steps import JointMerge, combined
-from adaptkit.ops.shared import (
-    Progress,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,25 +24,27 @@ if TYPE_CHECKING:
 
     from adaptkit.ops.merge.output import Output
     from adaptkit.ops.merge.verify import Verified
+    from adaptkit.ops.shared import Progress
 
 __all__ = ["Options", "Plan", "run"]
 
 
 def run(plan: Plan, progress: Progress | None = None) -> Report:
-    """Merge and write; the only part that reads weights."""
+    """Read the weights, merge and write."""
     return run_together([plan], progress)[0]
 
 
 def run_together(plans: Sequence[Plan], progress: Progress | None = None) -> list[Report]:
-    """Several merges into one base, which is read once for as many outputs as fit in memory; each is as `run` makes it.
+    """Run several merges into one base, with the same results as `run`.
 
-    The seconds of a report are its share. An error of one ends all, and none of those under way appears.
+    The base is read once for as many outputs as fit into memory. Each report has its share of the
+    seconds. An error ends all merges, and no unfinished output appears.
     """
     return [report for group in _groups(plans) for report in _run(group, progress)]
 
 
 def _groups(plans: Sequence[Plan]) -> Iterator[list[Plan]]:
-    """As many at once as the largest tensor of the base leaves room for."""
+    """Group the plans so that the steps of a group fit into memory."""
     held: list[Plan] = []
     for plan in plans:
         more = [*held, plan]
@@ -67,18 +66,19 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         outputs = [stack.enter_context(_output(plan, hashes)) for plan in plans]
         blender = Blender(plans, outputs)
         copying = _Background(lambda: _copy_untouched(plans, outputs))
-        last.callback(copying.join)  # after the outputs are given up, which ends it
+        # after the outputs are aborted, which ends the copying
+        last.callback(copying.join)
 
-        def store(task: JointMerge, results: Sequence[Merged | None]) -> None:
-            for job, result, output, records in zip(
-                task.jobs, results, outputs, found, strict=True
+        def store(joint: JointMerge, results: Sequence[Merged | None]) -> None:
+            for merge, result, output, records in zip(
+                joint.merges, results, outputs, found, strict=True
             ):
-                if job is not None and result is not None:
+                if merge is not None and result is not None:
                     if result.tensor is not None:
-                        output.put(job.name, result.tensor)
-                    if job.scale is not None and result.scale is not None:
-                        output.put(job.scale, result.scale)
-                    records[job.name] = replace(result, tensor=None, scale=None)
+                        output.put(merge.name, result.tensor)
+                    if merge.scale is not None and result.scale is not None:
+                        output.put(merge.scale, result.scale)
+                    records[merge.name] = replace(result, tensor=None, scale=None)
 
         resources = engine.Resources.choose(options.device, options.memory)
         told = None if progress is None else lambda done: progress(done, len(steps))
@@ -88,10 +88,10 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         copying.wait()
         for plan in plans:
             if not plan.options.verify:
-                plan.close()  # on Windows a file that is open cannot be replaced
-        with ThreadPoolExecutor(
-            len(plans)
-        ) as disk:  # each waits for the disk, which takes them all at once
+                # on Windows an open file cannot be replaced
+                plan.close()
+        # each output waits for the disk, which syncs them all at once
+        with ThreadPoolExecutor(len(plans)) as disk:
             verified = list(disk.map(_finished, plans, outputs))
     seconds = (time.perf_counter() - started) / len(plans)
     return [report_of(*each, seconds) for each in zip(plans, found, verified, strict=True)]
@@ -129,7 +129,7 @@ def _held(results: Sequence[Merged | None]) -> int:
 
 
 class _Background:
-    """Work on a thread of its own: copying is the system's, and torch is imported meanwhile."""
+    """Work on a background thread: the system copies files while torch is imported."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work, self._failure = work, []  # type: tuple[Callable[[], None], list[BaseException]]
@@ -143,11 +143,11 @@ class _Background:
             self._failure.append(error)
 
     def join(self) -> None:
-        """Wait for its end, whichever it takes."""
+        """Wait for the end of the work, failed or not."""
         self._thread.join()
 
     def wait(self) -> None:
-        """Wait for it; its error is raised here."""
+        """Wait for the end of the work and raise its error."""
         self.join()
         if self._failure:
             raise self._failure[0]
@@ -155,5 +155,5 @@ class _Background:
 
 def _copy_untouched(plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
     for plan, output in zip(plans, outputs, strict=True):
-        made = {name for job in plan.working for name in job.writes()}
+        made = {name for merge in plan.computed for name in merge.writes()}
         output.copy(plan.base.source, [spec.name for spec in plan.specs if spec.name not in made])

@@ -1,4 +1,4 @@
-"""merge: the steps of one or several merges into one base, and the memory each needs."""
+"""Steps of one or several merges into one base, with the memory of each."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.engine import Step
 from adaptkit.files.header import DTYPES, nbytes
+from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,37 +21,36 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "JointMerge", "combined", "row_step", "step_of"]
 
 
-BLOCK = 1 << 19  # entries added to at a time: three blocks of float32, which stay in the cache
-
-
-LARGEST = (
-    1 << 22
-)  # entries that a block may have where a kind can only be cut between its own blocks
+# entries merged at a time: three such blocks of float32 stay in the cache
+BLOCK = 1 << 19
+# greatest number of entries of a block for algorithms that can only be cut at certain rows
+LARGEST = 1 << 22
 
 
 @dataclass(frozen=True)
 class JointMerge:
-    """One tensor of the base and what becomes of it in each output; None where an output copies it.
+    """One tensor of the base with its merge for each output.
 
-    `sources`: for each output, which stored entry each contribution is; outputs that add the same one share its number.
+    A merge is None if that output copies the tensor. `sources` numbers the stored entry of each
+    contribution per output; outputs that add the same entry share its number.
     """
 
     name: str
-    jobs: tuple[TensorMerge | None, ...]
+    merges: tuple[TensorMerge | None, ...]
     sources: tuple[tuple[int, ...], ...]
 
 
-def step_of(job: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[TensorMerge]:
-    """The step of one job; its bytes are those of one output."""
-    shared, own = _sizes(job, base, adapters)
-    factors = sum(_factors(job, adapters).values())
+def step_of(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[TensorMerge]:
+    """Return the step of one merge for a single output."""
+    shared, own = _sizes(merge, base, adapters)
+    factors = sum(_factors(merge, adapters).values())
     return Step(
-        job, _shape(job, base, adapters), shared + own + factors, base.source.order(job.name)
+        merge, _shape(merge, base, adapters), shared + own + factors, base.source.order(merge.name)
     )
 
 
 def combined(plans: Sequence[Plan]) -> tuple[Step[JointMerge], ...]:
-    """One step for each tensor that any of these outputs on one base does not copy."""
+    """Return one step per tensor that at least one output computes."""
     base = plans[0].base
     found: dict[str, list[tuple[int, Step[TensorMerge]]]] = {}
     for number, plan in enumerate(plans):
@@ -65,7 +64,7 @@ def combined(plans: Sequence[Plan]) -> tuple[Step[JointMerge], ...]:
 def _combined(
     name: str, steps: Sequence[tuple[int, Step[TensorMerge]]], plans: Sequence[Plan]
 ) -> Step[JointMerge]:
-    jobs: list[TensorMerge | None] = [None] * len(plans)
+    merges: list[TensorMerge | None] = [None] * len(plans)
     own, shared = 0, 0
     factors: dict[tuple[Path, Slot], int] = {}
     for number, step in steps:
@@ -73,11 +72,11 @@ def _combined(
         sizes = _sizes(step.payload, plan.base, plan.adapters)
         shared, own = max(shared, sizes[0]), own + sizes[1]
         factors |= _factors(step.payload, plan.adapters)
-        jobs[number] = step.payload
-    sources = _sources(jobs, plans)
+        merges[number] = step.payload
+    sources = _sources(merges, plans)
     shape = sources, tuple((number, step.shape) for number, step in steps)
     return Step(
-        JointMerge(name, tuple(jobs), sources),
+        JointMerge(name, tuple(merges), sources),
         shape,
         shared + own + sum(factors.values()),
         steps[0][1].order,
@@ -85,40 +84,41 @@ def _combined(
 
 
 def _sources(
-    jobs: Sequence[TensorMerge | None], plans: Sequence[Plan]
+    merges: Sequence[TensorMerge | None], plans: Sequence[Plan]
 ) -> tuple[tuple[int, ...], ...]:
     known: dict[tuple[Path, Slot], int] = {}
     return tuple(
         tuple(
             known.setdefault((plan.adapters[c.adapter].source.path, c.entry.slot), len(known))
-            for c in (job.contributions if job else ())
+            for c in (merge.contributions if merge else ())
         )
-        for job, plan in zip(jobs, plans, strict=True)
+        for merge, plan in zip(merges, plans, strict=True)
     )
 
 
-def _sizes(job: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int, int]:
-    """Bytes that all outputs of a tensor share, and those that each needs for itself.
+def _sizes(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int, int]:
+    """Return the bytes that all outputs of a tensor share, and the bytes of each output.
 
-    In blocks of rows that is W as stored and four blocks, and one block. Else the result, and W in float32 and, for a kind
-    without factors, its dense ΔW; scaled weights are kept as they were read, and widened once more to see what rounding did.
+    A tensor in blocks of rows needs W as stored and four shared blocks, and one block per output.
+    A whole tensor needs W as stored and in float32, the result, and the dense ΔW of an algorithm
+    without factors. Scaled weights are also kept as read and decoded to measure the rounding.
     """
-    info = base.source.infos[job.name]
-    own = nbytes(job.dtype, info.shape)
-    apart = row_step(job, base, adapters)
+    info = base.source.infos[merge.name]
+    own = nbytes(merge.dtype, info.shape)
+    apart = row_step(merge, base, adapters)
     if apart is not None:
         block = 4 * min(info.numel, max(BLOCK, apart * _columns(info.shape)))
         return info.nbytes + 4 * block, min(own, block)
-    kinds = (c.entry.kind for c in job.contributions if c.strength)
+    kinds = (c.entry.kind for c in merge.contributions if c.strength)
     dense = max((0 if kind.applies_in_place else 4 * info.numel for kind in kinds), default=0)
     scaled = 8 * info.numel if base.quantization.widens(info) else 0
     return info.nbytes + 4 * info.numel + dense + scaled, own
 
 
-def _factors(job: TensorMerge, adapters: Sequence[Adapter]) -> dict[tuple[Path, Slot], int]:
-    """Bytes of each entry that is added, as stored and widened."""
+def _factors(merge: TensorMerge, adapters: Sequence[Adapter]) -> dict[tuple[Path, Slot], int]:
+    """Return the bytes of each added entry, as stored and widened."""
     found = {}
-    for c in job.contributions:
+    for c in merge.contributions:
         if c.strength:
             source = adapters[c.adapter].source
             found[source.path, c.entry.slot] = 5 * sum(
@@ -127,25 +127,25 @@ def _factors(job: TensorMerge, adapters: Sequence[Adapter]) -> dict[tuple[Path, 
     return found
 
 
-def _shape(job: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[object, ...]:
-    """What the members of a batch have in common."""
-    info = base.source.infos[job.name]
+def _shape(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[object, ...]:
+    """Return what the members of a batch have in common."""
+    info = base.source.infos[merge.name]
     contents = tuple(
         (c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter, c.strength)
-        for c in job.contributions
+        for c in merge.contributions
         if c.strength
     )
-    place = base.places.get(job.name)
+    place = base.places.get(merge.name)
     return (
         info.shape,
         info.dtype,
-        job.dtype,
+        merge.dtype,
         place is not None and (place.transposed, place.swapped),
-        (key := base.quantization.scales.get(job.name)) and base.source.infos[key].shape,
+        (key := base.quantization.scales.get(merge.name)) and base.source.infos[key].shape,
         contents,
         tuple(
             (c.adapter, role, (i := adapters[c.adapter].source.infos[key]).shape, i.dtype)
-            for c in job.contributions
+            for c in merge.contributions
             if c.strength
             for role, key in c.entry.tensors()
         ),
@@ -156,16 +156,22 @@ def _columns(shape: Sequence[int]) -> int:
     return math.prod(shape[1:]) if len(shape) > 1 else 1
 
 
-def row_step(job: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> int | None:
-    """How many rows belong together where a merge may go through blocks of rows; None where it needs the whole weight."""
-    info, place = base.source.infos[job.name], base.places.get(job.name)
-    bits = DTYPES[info.dtype], DTYPES[job.dtype]
-    if job.scale is not None or base.quantization.widens(info) or min(bits) <= 8 or not info.shape:
-        return None  # fp8 is widened and rounded by rules of its own
+def row_step(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> int | None:
+    """Return the row multiple for cutting a merge; None if it needs the whole weight."""
+    info, place = base.source.infos[merge.name], base.places.get(merge.name)
+    bits = DTYPES[info.dtype], DTYPES[merge.dtype]
+    if (
+        merge.scale is not None
+        or base.quantization.widens(info)
+        or min(bits) <= 8
+        or not info.shape
+    ):
+        # fp8 has its own decoding and rounding
+        return None
     if place is not None and (place.transposed or place.swapped):
         return None
     step = 1
-    for c in job.contributions:
+    for c in merge.contributions:
         if c.strength:
             shapes = {
                 role: adapters[c.adapter].source.infos[key].shape for role, key in c.entry.tensors()

@@ -1,4 +1,7 @@
-"""--verify: read a merged checkpoint back and compare it with base + ΔW, worked out anew in float64; the rest byte by byte."""
+"""Verification of a merged checkpoint: compare its tensors with base + ΔW in float64.
+
+Unchanged tensors are compared byte by byte.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit import engine
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import AdaptkitError, CorruptFile, NotRepresentable
-from adaptkit.files.sink import tensor_bytes
+from adaptkit.files.tensors import tensor_bytes
 from adaptkit.ops.merge.output import gathered
 from adaptkit.ops.merge.requantise import widened
 
@@ -19,25 +22,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Weights
-    from adaptkit.engine import Step
     from adaptkit.files.source import TensorSource
     from adaptkit.keymap import Place
     from adaptkit.ops.merge.layout import Volume
     from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
+    from adaptkit.steps import Step
 
 __all__ = ["Verified", "verify"]
 
-BLOCK = 1 << 16  # entries compared at a time: half a megabyte in float64, which stays in the cache
+# entries compared at a time: half a megabyte in float64, which stays in the cache
+BLOCK = 1 << 16
 CHUNK = 8 << 20
-SLACK = (
-    2.0**-18
-)  # of the largest |ΔW| (and a 16th of it of |W|): what float32 sums may be off besides the one rounding
+# share of the largest |ΔW| (and a 16th of it of |W|): error of float32 sums besides the rounding
+SLACK = 2.0**-18
 RULE = "within one rounding of base + ΔW (float64)"
+UNTOUCHED = "an unchanged tensor differs from the base"
 
 
 @dataclass(frozen=True)
 class Verified:
-    """`merged` tensors agree with base + ΔW, `copied` ones with the base; `largest` is the worst error in allowed ones."""
+    """Numbers of verified tensors; `largest` is the greatest error in units of the allowed one."""
 
     merged: int
     copied: int
@@ -45,7 +49,7 @@ class Verified:
     largest: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the JSON document."""
         return {
             "merged": self.merged,
             "copied": self.copied,
@@ -56,8 +60,8 @@ class Verified:
 
 
 def verify(plan: Plan, at: Callable[[str], Path]) -> Verified:
-    """Read every file of the output; CorruptFile naming the first tensor that is not what it must be."""
-    from adaptkit.files.source import open_source
+    """Read every file of the output; raise CorruptFile for the first wrong tensor."""
+    from adaptkit.files.open import open_source
 
     opened: list[tuple[Volume, TensorSource]] = []
     try:
@@ -88,7 +92,7 @@ class _Verifier:
 
     def run(self) -> Verified:
         self._check_names()
-        made = {name for job in self.plan.working for name in job.writes()}
+        made = {name for merge in self.plan.computed for name in merge.writes()}
         copied = [spec.name for spec in self.plan.specs if spec.name not in made]
         for name in copied:
             self._same_bytes(name)
@@ -102,7 +106,7 @@ class _Verifier:
         return Verified(len(made), len(copied), size, self.largest)
 
     def _memory(self, steps: Sequence[Step[TensorMerge]]) -> int | None:
-        """The bound that was asked for, or what one layer takes in float64: what was merged can be verified."""
+        """Return the requested bound, raised to the need of the largest step in float64."""
         asked = self.plan.options.memory
         return None if asked is None else max([asked, *(step.bytes for step in steps)])
 
@@ -114,12 +118,12 @@ class _Verifier:
                 wrong = next(
                     name for name in (*promised, *found) if promised.get(name) != found.get(name)
                 )
-                raise self._wrong(wrong, "its header is not what was written")
+                raise self._wrong(wrong, "the header differs from what was written")
 
     def _wrong(self, name: str, what: str) -> CorruptFile:
         return CorruptFile(
-            f"--verify: {what}; the output is removed",
-            hint="nothing was written; try again, and report it if it stays: memory or disk may be at fault",
+            f"--verify: {what}; the output was removed",
+            hint="run the merge again, and check memory and disk if the error persists",
             file=self.plan.output,
             tensor=name,
         )
@@ -130,7 +134,7 @@ class _Verifier:
         base = self.plan.base.source
         if self.plan.layout.moves:
             if base.raw(name) != tensor_bytes(self._written(name)):
-                raise self._wrong(name, "no adapter touches it, and yet it differs from the base")
+                raise self._wrong(name, UNTOUCHED)
             return
         out, stored = self.place[name]
         one, two = base.span(name), out.span(stored)
@@ -141,60 +145,63 @@ class _Verifier:
                 a == b for a, b in zip(_pieces(*one), _pieces(*two), strict=True)
             )
         if not same:
-            raise self._wrong(name, "no adapter touches it, and yet it differs from the base")
+            raise self._wrong(name, UNTOUCHED)
 
     def _written(self, name: str) -> Tensor:
-        """A tensor of the output, as the base has it."""
+        """Read a tensor of the output in the layout of the base."""
         moves = self.plan.layout.moves
         if moves:
             return gathered(moves[name], self.plan.base.source.infos[name], self.stored)
         source, stored = self.place[name]
         return source.read(stored)
 
-    # merged ones
+    # merged tensors
 
     def _step(self, step: Step[TensorMerge]) -> Step[TensorMerge]:
-        """As in the merge, factors twice as wide, and blocks of a few matrices; a kind that cannot be cut by rows whole."""
-        job, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
-        kinds = [c.entry.kind for c in job.contributions if c.strength]
+        """Return the step with the memory of float64: twice the factors, blocks, whole ΔW."""
+        merge, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
+        kinds = [c.entry.kind for c in merge.contributions if c.strength]
         whole = 8 * numel * (0 if all(kind.applies_in_place for kind in kinds) else 1)
         whole += (
             40
             * numel
-            * (0 if all(kind.additive for kind in kinds) and not self._turned(job) else 1)
+            * (0 if all(kind.additive for kind in kinds) and not self._turned(merge) else 1)
         )
         return replace(step, bytes=2 * step.bytes + 64 * min(numel, BLOCK) + whole)
 
-    def _turned(self, job: TensorMerge) -> bool:
-        place = self.plan.base.places.get(job.name)
+    def _turned(self, merge: TensorMerge) -> bool:
+        place = self.plan.base.places.get(merge.name)
         return place is not None and (place.transposed or place.swapped)
 
-    def _load(self, job: TensorMerge) -> dict[str, Tensor]:
+    def _load(self, merge: TensorMerge) -> dict[str, Tensor]:
         base = self.plan.base
-        loaded = {"base": base.source.read(job.name)}
-        if (key := base.quantization.scales.get(job.name)) is not None:
+        loaded = {"base": base.source.read(merge.name)}
+        if (key := base.quantization.scales.get(merge.name)) is not None:
             loaded["scale"] = base.source.read(key)
-        loaded["out"] = self._written(job.name)
-        if job.scale is not None:
-            loaded["out scale"] = self._written(job.scale)
-        for n, c in enumerate(job.contributions):
+        loaded["out"] = self._written(merge.name)
+        if merge.scale is not None:
+            loaded["out scale"] = self._written(merge.scale)
+        for n, c in enumerate(merge.contributions):
             if not c.strength:
                 continue
             for role, tensor in self.plan.adapters[c.adapter].read(c.entry).items():
                 loaded[f"{n}/{role}"] = tensor
         return loaded
 
-    def _compare(self, jobs: Sequence[TensorMerge], tensors: dict[str, Tensor]) -> list[float]:
-        (job,) = jobs  # on a CPU a bucket is one step
+    def _compare(self, merges: Sequence[TensorMerge], tensors: dict[str, Tensor]) -> list[float]:
+        # on a CPU a bucket is one step
+        (merge,) = merges
         if not tensors["out"].numel():
             return [0.0]
         base = _Stored.of(tensors["base"][0], tensors.get("scale"))
         found = _Stored.of(tensors["out"][0], tensors.get("out scale"))
-        place = self.plan.base.places.get(job.name)
+        place = self.plan.base.places.get(merge.name)
         if place is not None and (place.transposed or place.swapped):
             base, found = base.turned(place), found.turned(place)
         decoded = [
-            (c, self._decoded(n, c, tensors)) for n, c in enumerate(job.contributions) if c.strength
+            (c, self._decoded(n, c, tensors))
+            for n, c in enumerate(merge.contributions)
+            if c.strength
         ]
         additive = all(c.entry.kind.additive for c, _ in decoded)
         parts = [_Added.of(c, weights, base.rows) for c, weights in decoded]
@@ -208,7 +215,8 @@ class _Verifier:
             rows = slice(start, min(start + step, base.rows))
             before, after = base.matrix(rows), found.matrix(rows)
             expected = before.clone()
-            largest = 0.0  # of what is added, part by part: adapters that cancel leave their float32 errors behind
+            # over the parts, since adapters that cancel each other leave float32 errors
+            largest = 0.0
             for part in parts:
                 part.add(expected, rows)
                 largest = max(largest, float((expected - before).abs_().max()))
@@ -218,7 +226,8 @@ class _Verifier:
             error = _excess(expected, after, found.unit(rows), tensors["out"].dtype, slack)
             if not error <= 1.0:
                 raise self._wrong(
-                    job.name, f"it is not base + ΔW: off by {error:.3g} times what rounding allows"
+                    merge.name,
+                    f"differs from base + ΔW by {error:.3g} times the allowed rounding error",
                 )
             worst = max(worst, error)
         return [worst]
@@ -234,19 +243,19 @@ class _Verifier:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A weight as it is stored, with its scale if it has one, that gives its rows as float64."""
+    """A stored weight with an optional scale, read in rows of float64."""
 
     tensor: Tensor
     scale: Tensor | None
 
     @classmethod
     def of(cls, tensor: Tensor, scale: Tensor | None) -> _Stored:
-        """`scale` comes with the leading dimension of a batch of one."""
+        """Make a weight from a tensor and a scale with a batch dimension of one."""
         tensor = tensor if tensor.ndim else tensor.reshape(1)
         return cls(tensor, None if scale is None else scale[0].double())
 
     def turned(self, place: Place) -> _Stored:
-        """The same in the order of the target: everything in float64, its scale multiplied in."""
+        """Return the decoded weight in the row order of the target."""
         whole = self.matrix(slice(0, self.rows))
         unit = self.unit(slice(0, self.rows))
         if place.transposed:
@@ -271,7 +280,7 @@ class _Stored:
         ].reshape(len(part), -1)
 
     def unit(self, rows: slice) -> Tensor:
-        """What one unit of the stored numbers means, broadcast over `matrix`."""
+        """Return the value of one stored unit, broadcast over `matrix`."""
         import torch
 
         scale = self._scale(rows)
@@ -291,7 +300,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Turned(_Stored):
-    """A weight in another order than it is stored in; `scale` is what a unit of each entry means."""
+    """A decoded weight in another order than stored; `scale` holds the unit of each entry."""
 
     def matrix(self, rows: slice) -> Tensor:
         return self.tensor[rows]
@@ -303,7 +312,7 @@ class _Turned(_Stored):
 
 @dataclass(frozen=True)
 class _Added:
-    """What one adapter adds, a block of rows at a time where it `cuts`, that is can be cut by rows."""
+    """What one adapter adds, in blocks of rows if it `cuts`."""
 
     contribution: Contribution
     weights: Weights
@@ -314,7 +323,7 @@ class _Added:
 
     @classmethod
     def of(cls, c: Contribution, weights: Weights, rows: int) -> _Added:
-        """An algorithm that only adds, but whose parts are no rows of their own, is worked out whole."""
+        """Decide how to add; form the whole ΔW of additive weights that cannot be cut."""
         start, stop = c.rows or (0, rows)
         try:
             weights.part(0, 1)
@@ -326,7 +335,7 @@ class _Added:
         return cls(c, weights, start, stop, cuts=True)
 
     def add(self, block: Tensor, rows: slice) -> None:
-        """Add to these rows of the weight what falls on them."""
+        """Add to these rows of the weight."""
         first, last = max(rows.start, self.start), min(rows.stop, self.stop)
         if first >= last:
             return
@@ -346,7 +355,10 @@ class _Added:
 
 
 def _excess(expected: Tensor, found: Tensor, unit: Tensor, dtype: Any, slack: float) -> float:
-    """The largest error, in what is allowed: half a step of the format at that place, and the slack of float32 sums."""
+    """Return the largest error in units of the allowed one.
+
+    Half a step of the format and the slack of float32 sums are allowed.
+    """
     import torch
 
     if not expected.numel():
@@ -357,7 +369,8 @@ def _excess(expected: Tensor, found: Tensor, unit: Tensor, dtype: Any, slack: fl
     allowed = expected.abs().mul_(info.eps / 2)
     allowed = torch.maximum(allowed, unit * least).mul_(1 + 2.0**-20)
     allowed.add_(slack).clamp_min_(torch.finfo(torch.float64).tiny)
-    return float((found - expected).abs_().div_(allowed).max())  # NaN stays one, and is refused
+    # NaN stays NaN, which fails the comparison
+    return float((found - expected).abs_().div_(allowed).max())
 
 
 def _pieces(path: Path, start: int, stop: int) -> Iterator[bytes]:

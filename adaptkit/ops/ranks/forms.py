@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING
 
-from adaptkit.algorithms.contract import Ladder
+from adaptkit.algorithms.contract import Ladder, Stated
 from adaptkit.errors import NotRepresentable
 from adaptkit.ops.adapter_file.size import module_size
 from adaptkit.ops.ranks.knapsack import RankCurve, least_bytes, least_error
@@ -47,6 +47,12 @@ class Pick:
         if self.form.ladder:
             return float(self.rank)
         return 0.0 if self.form.alpha is None else self.form.alpha
+
+    @property
+    def scale(self) -> float:
+        """What a reader multiplies the stored product by."""
+        shapes = self.form.shapes(self.rank)
+        return self.form.kind.facts(shapes, Stated(self.alpha)).scale
 
     @property
     def stored_rank(self) -> int | None:

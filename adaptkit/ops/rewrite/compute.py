@@ -191,6 +191,8 @@ class Rewriter:
 
     def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, not rounded, in the order of rows of the new format."""
+        if self.plan.mixing is not None:
+            _finite(task, tensors)  # electing signs would drop NaN without a word
         parts = [self._term(task, number, term, tensors) for number, term in enumerate(task.terms)]
         whole = (
             parts[0]
@@ -201,7 +203,7 @@ class Rewriter:
 
     def _together(self, task: Task, parts: Sequence[Weights]) -> Weights:
         vector = any(entry.facts.vector for entry in task.entries)
-        if self.plan.mixing is not None and not vector:
+        if self.plan.mixing is not None:
             return self._mixed(task, parts)
         if vector:
             return type(parts[0]).sum(parts)
@@ -229,7 +231,10 @@ class Rewriter:
         deltas = [part.delta() for part in parts]
         seeds = [f"{how.seed}/{term.number}/{task.label}" for term in task.terms]
         mixed = mix(deltas, how.method, how.density, seeds)
-        return dense_kind().holding(mixed, task.kernel or ())
+        kind = dense_kind()
+        if isinstance(parts[0], kind):  # keeps the role of a bias or norm
+            return replace(parts[0], diff=mixed)  # type: ignore[type-var]
+        return kind.holding(mixed, task.kernel or ())
 
     def _term(self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]) -> Weights:
         weights = self._joined(task, number, term, tensors)

@@ -21,7 +21,8 @@ from adaptkit.ops.rewrite.plan import Copied, Recast, Written
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from adaptkit.files.sink import Spool, TensorSink
+    from adaptkit.files.sink import TensorSink
+    from adaptkit.files.spool import Spool
     from adaptkit.ops.rewrite.state import State
 
 __all__ = ["Output"]

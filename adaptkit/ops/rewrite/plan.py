@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter, Entry
 from adaptkit.detect import formats
-from adaptkit.engine import Step, peak_memory
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
+from adaptkit.steps import Step, peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter, Entry
-from adaptkit.algorithms.contract import ALPHA, THIN
+from adaptkit.algorithms.contract import ALPHA
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import chosen, formats
-from adaptkit.engine import Step, check_memory
 from adaptkit.errors import (
     AdaptkitError,
     AmbiguousAdapter,
@@ -19,6 +18,7 @@ from adaptkit.errors import (
     ShapeMismatch,
 )
 from adaptkit.files.header import TensorSpec
+from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms, compile_keys
 from adaptkit.kinds import dense_kind, low_rank_kind, wrapped_like
@@ -34,11 +34,13 @@ from adaptkit.ops.rewrite.plan import (
     Written,
     product_rank,
 )
+from adaptkit.ops.rewrite.stacking import check_sizes, likeness_of, step_of
 from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
 from adaptkit.respelling import Assembly, Respelling
+from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from adaptkit.algorithms.contract import Weights
@@ -85,7 +87,7 @@ def recast(
             file=path,
         )
     _check_family(first, into.format, tasks, options)
-    steps = tuple(_step(task) for task in tasks if task.ready is None or task.ranked)
+    steps = tuple(step_of(task) for task in tasks if task.ready is None or task.ranked)
     check_memory(steps, options.memory)
     return Recast(
         command,
@@ -150,39 +152,6 @@ def _spec(adapter: Adapter, name: str) -> TensorSpec:
     return TensorSpec(name, info.dtype, info.shape)
 
 
-def _step(task: Task) -> Step[Task]:
-    """The step of a slot: tensors as read, computed in float32 and float64, and rounded."""
-    adapter = task.terms[0].job.adapter
-    elements = dense = 0
-    for term in task.terms:
-        infos = term.job.adapter.source.infos
-        fused = len(term.job.parts) if len(term.job.parts) > 1 else 1
-        elements += fused * sum(
-            infos[key].numel for entry in term.job.entries for _, key in entry.tensors()
-        )
-        dense = max(dense, sum(e.facts.rows * e.facts.columns for e in term.job.entries))
-    whole = "changed" in task.changes or task.kind.dense or task.base is not None
-    order = adapter.source.order(next(task.entries[0].tensors())[1])
-    shape = task.number if task.likeness is None else task.likeness
-    return Step(task, shape, 16 * elements + (16 * dense if whole else 0), order)
-
-
-def _likeness(task: Task, swapped: bool) -> Hashable:
-    """What two tasks must share to be computed as one stack; None for a task by itself.
-
-    Only modules of one piece whose rank is cut are stacked.
-    """
-    whole = task.terms[0].job.whole
-    if not task.ranked or task.base is not None or "summed" in task.changes or whole is None:
-        return None
-    thin = product_rank(task.terms[0]) <= THIN * min(whole.facts.rows, whole.facts.columns)
-    if not (task.kind.stacks and whole.kind.stacks and thin):
-        return None
-    infos = task.terms[0].job.adapter.source.infos
-    tensors = tuple((role, infos[key].shape, infos[key].dtype) for role, key in whole.tensors())
-    return task.kind, whole.kind, whole.facts, whole.swapped, swapped, task.changes, tensors
-
-
 class _Planner:
     """Make a task of every slot; keys that would be lost go to `unused`."""
 
@@ -245,18 +214,22 @@ class _Planner:
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
+        check_sizes(task)
         try:
             kind = self._kind(task)
             ranked = self.policy is not None and self._ranked(task, kind)
             changes = frozenset(self._what(task, kind))
             based = self._place(task, kind)
+            self._check_layout(task, kind, ranked)
         except AdaptkitError as error:
             raise error.at(file=terms[0].job.adapter.source.path, tensor=task.label) from None
         ready = self._ready(terms[0], kind) if changes <= {"renamed"} else None
         if ranked:
             changes |= {"resized"}
         task = replace(task, kind=kind, ready=ready, changes=changes, ranked=ranked, base=based)
-        return replace(task, likeness=_likeness(task, self.keys.swapped(slot))) if ranked else task
+        return (
+            replace(task, likeness=likeness_of(task, self.keys.swapped(slot))) if ranked else task
+        )
 
     # --- which algorithm ---------------------------------------------------------------------
 
@@ -340,6 +313,17 @@ class _Planner:
             )
         return pieces
 
+    def _check_layout(self, task: Task, kind: type[Weights], ranked: bool) -> None:
+        """NotRepresentable if the format has no layout for a tensor that the output keeps."""
+        if ranked:
+            return  # decomposed into plain factors
+        for entry in task.entries:
+            if entry.kind is kind:
+                infos = task.terms[0].job.adapter.source.infos
+                for role, key in entry.tensors():
+                    shape = infos[key].shape if key in infos else ()
+                    kind.laid_out(role, shape, entry.facts, peft=self.keys.format.peft)
+
     # --- what is done to it ------------------------------------------------------------------
 
     def _what(self, task: Task, kind: type[Weights]) -> Iterator[str]:
@@ -369,7 +353,7 @@ class _Planner:
             yield "cast"
 
     def _casts(self, dtype: str) -> bool:
-        return dtype in FLOATS and stored_dtype(self.options.dtype, dtype) != dtype
+        return dtype in (*FLOATS, *FP8) and stored_dtype(self.options.dtype, dtype) != dtype
 
     def _folds(self, entry: Entry) -> bool:
         """Whether the scale is folded into the weights.
@@ -378,7 +362,7 @@ class _Planner:
         """
         if entry.facts.scale == 1.0 or entry.kind.bounded:
             return False
-        return self.into.fold or (entry.facts.rank is None and ALPHA in entry.kind.roles)
+        return self.into.fold or entry.facts.rank is None
 
     def _ready(self, term: Term, kind: type[Weights]) -> tuple[Copied | Written, ...]:
         job, entry = term.job, term.job.whole

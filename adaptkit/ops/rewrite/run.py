@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Decomposition
-    from adaptkit.files.sink import Spool, TensorSink
+    from adaptkit.files.sink import TensorSink
+    from adaptkit.files.spool import Spool
     from adaptkit.ops.rewrite.plan import Recast, Task
     from adaptkit.ops.shared import Progress
 
@@ -54,7 +55,7 @@ def run(plan: Recast, progress: Progress | None = None) -> Report:
 
 
 def _spool(plan: Recast) -> Any:
-    from adaptkit.files.sink import Spool
+    from adaptkit.files.spool import Spool
 
     return Spool(SPOOL, plan.output.parent)
 
@@ -192,6 +193,6 @@ class _Measure:
 
 
 def _spec(key: str, tensor: Tensor) -> TensorSpec:
-    from adaptkit.files.sink import spec_of
+    from adaptkit.files.tensors import spec_of
 
     return spec_of(key, tensor)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NotRepresentable
+from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.peft_config import PeftModule
 from adaptkit.ops.adapter_file.size import module_size
@@ -147,6 +148,8 @@ def named(
 def dtype_of(plan: Recast, task: Task) -> str:
     """The widest dtype among the parts, or the one asked for."""
     kept = {dtype for dtype in task.dtypes if not dtype.startswith(("I", "U", "BOOL"))}
+    # fp8 is a storage format: what is computed from it is written as float16
+    kept = {"F16" if dtype in FP8 else dtype for dtype in kept}
     if not kept <= set(FLOATS):
         names = ", ".join(sorted(kept - set(FLOATS)))
         raise NotRepresentable(f"stored as {names}; only plain floats can be computed with")

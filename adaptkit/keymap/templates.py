@@ -1,0 +1,100 @@
+"""Match key templates with free indices in one dictionary look-up."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from adaptkit.names import tokenise
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+__all__ = ["FIELD", "Templates", "fill"]
+
+
+P = TypeVar("P")
+
+
+FIELD = re.compile(r"\{(\w+)(?::(\d+))?\}")
+
+
+class Templates(Generic[P]):
+    """Templates with free indices (`layers.{i:12}.fc{n}`), matched by their skeleton.
+
+    The skeleton is the string with every run of digits replaced by `#`.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[str, dict[tuple[int, ...], dict[tuple[int, ...], _Entry[P]]]] = {}
+
+    def add(self, template: str, payload: P, joiner: str = ".") -> None:
+        """Register a template with words joined by `joiner`; TypeError for a second meaning."""
+        skeleton, positions, values, free = _compiled(template)
+        if joiner != ".":
+            skeleton = skeleton.replace(".", joiner)
+        table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
+        # if two namings share a name, its first reading wins
+        entry = table.setdefault(values, _Entry(payload, free))
+        if entry.payload is not payload and entry.payload != payload:
+            raise TypeError(f"{template!r} means both {entry.payload} and {payload}")
+
+    def match(self, text: str) -> tuple[P, dict[str, int]] | None:
+        """Find the payload of the template that gives `text`, and its free indices."""
+        skeleton, numbers = tokenise(text)
+        # templates of one skeleton may fix different integers: `a.{i}.0` and `a.0.{i}`
+        for positions, table in self._tables.get(skeleton, {}).items():
+            entry = table.get(tuple(numbers[p] for p in positions))
+            if entry is not None and (indices := entry.indices(numbers)) is not None:
+                return entry.payload, indices
+        return None
+
+
+_Free = tuple[tuple[int, str, int | None], ...]  # (position, index name, bound)
+
+
+class _Entry(NamedTuple, Generic[P]):
+    payload: P
+    free: _Free
+
+    def indices(self, numbers: tuple[int, ...]) -> dict[str, int] | None:
+        found: dict[str, int] = {}
+        for position, name, bound in self.free:
+            value = numbers[position]
+            if (bound is not None and value >= bound) or found.setdefault(name, value) != value:
+                return None
+        return found
+
+
+@cache
+def _compiled(template: str) -> tuple[str, tuple[int, ...], tuple[int, ...], _Free]:
+    """Compile to (skeleton, positions and values of fixed integers, free indices).
+
+    Cached, because families share most of their templates.
+    """
+    if "{" not in template:
+        skeleton, values = tokenise(template)
+        return skeleton, tuple(range(len(values))), values, ()
+    skeleton, last = "", 0
+    positions: list[int] = []
+    fixed: list[int] = []
+    free: list[tuple[int, str, int | None]] = []
+    for index in (*FIELD.finditer(template), None):
+        shape, numbers = tokenise(template[last : index and index.start()])
+        first = len(fixed) + len(free)
+        positions.extend(range(first, first + len(numbers)))
+        fixed.extend(numbers)
+        skeleton += shape
+        if index is not None:
+            free.append((len(fixed) + len(free), index[1], int(index[2]) if index[2] else None))
+            skeleton, last = skeleton + "#", index.end()
+    return skeleton, tuple(positions), tuple(fixed), tuple(free)
+
+
+def fill(template: str, indices: Mapping[str, int]) -> str:
+    """Replace the free indices of a template by numbers."""
+    if not indices:
+        return template
+    return FIELD.sub(lambda found: str(indices[found[1]]), template)

@@ -1,0 +1,84 @@
+"""Which modules are computed as one stack, and the working memory of each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptkit.algorithms.contract import THIN
+from adaptkit.errors import (
+    ShapeMismatch,
+)
+from adaptkit.ops.rewrite.plan import (
+    Task,
+    product_rank,
+)
+from adaptkit.steps import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from adaptkit.respelling import Assembly
+
+
+__all__ = ["check_sizes", "likeness_of", "step_of"]
+
+
+def step_of(task: Task) -> Step[Task]:
+    """The step of a slot: tensors as read, computed in float32 and float64, and rounded."""
+    adapter = task.terms[0].job.adapter
+    elements = dense = 0
+    for term in task.terms:
+        infos = term.job.adapter.source.infos
+        fused = len(term.job.parts) if len(term.job.parts) > 1 else 1
+        elements += fused * sum(
+            infos[key].numel for entry in term.job.entries for _, key in entry.tensors()
+        )
+        dense = max(dense, sum(e.facts.rows * e.facts.columns for e in term.job.entries))
+    whole = "changed" in task.changes or task.kind.dense or task.base is not None
+    order = adapter.source.order(next(task.entries[0].tensors())[1])
+    shape = task.number if task.likeness is None else task.likeness
+    return Step(task, shape, 16 * elements + (16 * dense if whole else 0), order)
+
+
+def likeness_of(task: Task, swapped: bool) -> Hashable:
+    """What two tasks must share to be computed as one stack; None for a task by itself.
+
+    Only modules of one piece whose rank is cut are stacked.
+    """
+    whole = task.terms[0].job.whole
+    if not task.ranked or task.base is not None or "summed" in task.changes or whole is None:
+        return None
+    thin = product_rank(task.terms[0]) <= THIN * min(whole.facts.rows, whole.facts.columns)
+    if not (task.kind.stacks and whole.kind.stacks and thin):
+        return None
+    infos = task.terms[0].job.adapter.source.infos
+    tensors = tuple((role, infos[key].shape, infos[key].dtype) for role, key in whole.tensors())
+    return task.kind, whole.kind, whole.facts, whole.swapped, swapped, task.changes, tensors
+
+
+def check_sizes(task: Task) -> None:
+    """ShapeMismatch if two inputs adapt a layer of different sizes; 0 is a size not known."""
+    first, *others = ((term, _size(term.job)) for term in task.terms)
+    for term, size in others:
+        if any(a and b and a != b for a, b in zip(first[1], size, strict=True)):
+            here, there = ("{} × {}".format(*(n or "?" for n in s)) for s in (size, first[1]))
+            name = first[0].job.adapter.source.path.name
+            raise ShapeMismatch(
+                f"{task.label} is {here} in this adapter, {there} in {name}",
+                hint="their models differ in size; see `adaptkit inspect --modules`",
+                file=term.job.adapter.source.path,
+            )
+
+
+def _size(job: Assembly) -> tuple[int, int]:
+    """(rows, columns) that an adapter gives to a slot; 0 if its tensors do not tell."""
+    heights = [
+        part.rows
+        if part.entry is None
+        else part.cut[1] - part.cut[0]
+        if part.cut
+        else part.entry.facts.rows
+        for part in job.parts
+    ]
+    columns = {entry.facts.columns for entry in job.entries}
+    return (sum(heights) if all(heights) else 0), (columns.pop() if len(columns) == 1 else 0)

@@ -1,0 +1,179 @@
+"""Files at the edges: what a verb says of them is what a reader of its output finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adaptkit.errors import NonFinite, NotRepresentable, ShapeMismatch
+from adaptkit.ops import combine, convert, merge, resize
+from tests import made
+from tests.synth import FIXTURES
+
+Tensors = dict[str, torch.Tensor]
+LINEAR = made.LINEAR
+
+
+def lora(
+    path: Path, rows: int = 24, columns: int = 32, rank: int = 4, **extra: torch.Tensor
+) -> Path:
+    draw = torch.Generator().manual_seed(rows)
+    tensors = {
+        f"{LINEAR}.lora_up.weight": torch.randn(rows, rank, generator=draw),
+        f"{LINEAR}.lora_down.weight": torch.randn(rank, columns, generator=draw),
+        f"{LINEAR}.alpha": torch.tensor(rank / 2),
+    }
+    save_file(tensors | {f"{LINEAR}.{key}": value for key, value in extra.items()}, path)
+    return path
+
+
+def combined(folder: Path, *paths: Path, **options: object) -> combine.Report:
+    chosen = combine.Options(output=folder / "out.safetensors", overwrite=True, **options)  # type: ignore[arg-type]
+    return combine.run(combine.plan([(path, 1.0) for path in paths], chosen))
+
+
+@pytest.mark.parametrize(
+    "kinds", [("lora", "lora"), ("lokr", "lokr"), ("lora", "lokr"), ("full", "full")]
+)
+def test_adapters_of_models_of_two_sizes_are_refused_by_name(
+    tmp_path: Path, kinds: tuple[str, str]
+) -> None:
+    first = made.adapter(tmp_path / "a.safetensors", kinds[0], names=[LINEAR])
+    draw = np.random.default_rng(3)
+    tensors = made.module(kinds[1], LINEAR, (48, 64), draw)
+    second = tmp_path / "b.safetensors"
+    save_file({key: torch.tensor(value).float() for key, value in tensors.items()}, second)
+    with pytest.raises(ShapeMismatch, match="is 48 × 64 in this adapter, 24 × 32 in a.safetensors"):
+        combined(tmp_path, first, second)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["sum", "ties", "dare", "dare-ties", "magnitude"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_nan_in_an_input_is_refused_by_every_method(
+    tmp_path: Path, method: str, value: float, order: tuple[int, int]
+) -> None:
+    paths = [lora(tmp_path / "good.safetensors"), lora(tmp_path / "bad.safetensors")]
+    tensors = load_file(paths[1])
+    tensors[f"{LINEAR}.lora_up.weight"][0, 0] = value
+    save_file(tensors, paths[1])
+    options = {} if method == "sum" else {"method": method, "density": 0.5}
+    with pytest.raises(NonFinite, match=r"bad.safetensors.*lora_up"):
+        combined(tmp_path, *(paths[n] for n in order), **options)
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude"])
+def test_biases_are_mixed_by_the_method_too(tmp_path: Path, method: str) -> None:
+    """Two equal inputs: ties averages what agrees, magnitude adds it."""
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(5))
+    paths = [lora(tmp_path / f"{n}.safetensors", diff_b=bias) for n in "ab"]
+    combined(tmp_path, *paths, method=method, density=1.0)
+    found = load_file(tmp_path / "out.safetensors")
+    factor = 1.0 if method == "ties" else 2.0
+    assert torch.allclose(found[f"{LINEAR}.diff_b"], factor * bias)
+    one = made.deltas(paths[0] if False else lora(tmp_path / "c.safetensors"))[LINEAR]
+    whole = found[f"{LINEAR}.diff"].double().numpy().reshape(24, -1)
+    assert np.abs(whole - factor * one).max() <= 1e-5
+
+
+@pytest.mark.parametrize("wide", ["lora_up.weight", "lora_down.weight"])
+def test_factors_of_two_dtypes_in_one_module_are_merged(tmp_path: Path, wide: str) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    base = load_file(FIXTURES / "tiny" / "base.safetensors")
+    rows, columns = base[key].shape
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.lora_up.weight": torch.randn(rows, 4, generator=draw),
+        f"{name}.lora_down.weight": torch.randn(4, columns, generator=draw),
+        f"{name}.alpha": torch.tensor(4.0),
+    }
+    tensors[f"{name}.{wide}"] = tensors[f"{name}.{wide}"].double()
+    save_file(tensors, tmp_path / "a.safetensors")
+    options = merge.Options(output=tmp_path / "m.safetensors", dtype="fp32")
+    source = FIXTURES / "tiny" / "base.safetensors"
+    merge.run(merge.plan(source, [(tmp_path / "a.safetensors", 1.0)], options))
+    up, down = (tensors[f"{name}.lora_{role}.weight"].double() for role in ("up", "down"))
+    found = load_file(tmp_path / "m.safetensors")[key].double()
+    assert torch.allclose(found, base[key].double() + up @ down, atol=1e-5)
+
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def narrow(path: Path, dtype: torch.dtype) -> Tensors:
+    """Store the factors in fp8; their values as they are then."""
+    tensors = load_file(lora(path))
+    stored = {k: t if k.endswith("alpha") else t.to(dtype) for k, t in tensors.items()}
+    save_file(stored, path)
+    return {key: tensor.float() for key, tensor in stored.items()}
+
+
+def delta(tensors: Tensors) -> torch.Tensor:
+    up, down = (tensors[f"{LINEAR}.lora_{role}.weight"].double() for role in ("up", "down"))
+    return tensors[f"{LINEAR}.alpha"].double() / down.shape[0] * up @ down
+
+
+@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize(
+    ("option", "written"),
+    [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)],
+)
+def test_dtype_holds_for_adapters_stored_as_fp8(
+    tmp_path: Path, dtype: torch.dtype, option: str, written: torch.dtype
+) -> None:
+    values = narrow(tmp_path / "a.safetensors", dtype)
+    options = convert.Options(to="lycoris", dtype=option, output=tmp_path / "o.safetensors")
+    report = convert.run(convert.plan(tmp_path / "a.safetensors", options))
+    found = load_file(tmp_path / "o.safetensors")
+    factors = {key: tensor for key, tensor in found.items() if not key.endswith("alpha")}
+    assert {tensor.dtype for tensor in factors.values()} == {written}
+    assert report.relative_error == 0.0  # every value of fp8 is one of the wider formats
+    wide = sorted((tensor.float() for tensor in factors.values()), key=lambda t: t.shape)
+    named = {k: t for k, t in values.items() if not k.endswith("alpha")}
+    assert all(map(torch.equal, wide, sorted(named.values(), key=lambda t: t.shape)))
+
+
+@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize("verb", ["resize", "combine", "full"])
+def test_adapters_stored_as_fp8_are_ordinary_input(
+    tmp_path: Path, dtype: torch.dtype, verb: str
+) -> None:
+    path, out = tmp_path / "a.safetensors", tmp_path / "o.safetensors"
+    wanted = delta(narrow(path, dtype))
+    if verb == "resize":
+        resize.run(resize.plan(path, resize.Options(rank=4, dtype="fp32", output=out)))
+        found = delta(load_file(out))
+    elif verb == "combine":
+        combine.run(
+            combine.plan([(path, 1.0), (path, 1.0)], combine.Options(dtype="fp32", output=out))
+        )
+        found = delta(load_file(out)) / 2
+    else:
+        options = convert.Options(to="kohya", algo="full", output=out)
+        report = convert.run(convert.plan(path, options))
+        found = load_file(out)[f"{LINEAR}.diff"].double()
+        assert load_file(out)[f"{LINEAR}.diff"].dtype == torch.float16
+        measured = float((found - wanted).norm() / wanted.norm())
+        assert report.relative_error == pytest.approx(measured, rel=1e-3)
+    assert float((found - wanted).norm()) <= 1e-3 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_no_file_for_peft_holds_a_lora_mid(tmp_path: Path, to: str) -> None:
+    path = made.adapter(tmp_path / "a.safetensors", "tucker", names=[made.CONV])
+    with pytest.raises(NotRepresentable, match="read no lora_mid") as caught:
+        convert.plan(path, convert.Options(to=to, output=tmp_path / "o"))
+    assert "resize --energy 1" in (caught.value.hint or "")
+    # the hint works
+    plain = tmp_path / "plain.safetensors"
+    resize.run(resize.plan(path, resize.Options(energy=1.0, dtype="fp32", output=plain)))
+    one, two = made.deltas(path)[made.CONV], made.deltas(plain)[made.CONV]
+    assert np.abs(one - two).max() <= 1e-5 * np.abs(one).max()
+    output = tmp_path / ("o" if to == "peft" else "o.safetensors")
+    convert.run(convert.plan(plain, convert.Options(to=to, output=output)))
