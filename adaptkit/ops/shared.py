@@ -88,13 +88,16 @@ class Unused:
 
 @dataclass(frozen=True, kw_only=True)
 class WriterReport:
-    """Fields that the reports of all writers share (the JSON contract)."""
+    """Fields that the reports of all writers share (the JSON contract).
+
+    `relative_error` is None if only a base weight, which was not given, can measure it.
+    """
 
     output: Path
     bytes: int
     modules: int
     parameters: int
-    relative_error: float
+    relative_error: float | None
     unused: tuple[Unused, ...] = ()
     seconds: float = 0.0
     details: tuple[Mapping[str, Any], ...] = field(default=())

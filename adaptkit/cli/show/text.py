@@ -69,6 +69,8 @@ def ranks(details: Iterable[Mapping[str, Any]]) -> str:
     return counts({str(rank): found[rank] for rank in sorted(found)}, "{0} (×{1})")
 
 
-def lossy(error: float) -> str:
+def lossy(error: float | None) -> str:
     """Format the relative error of a whole file."""
+    if error is None:
+        return "error unknown without --base"
     return "exact" if error == 0 else f"relative error {error:.3g}"

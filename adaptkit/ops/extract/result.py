@@ -39,6 +39,7 @@ LITTLE = 0.5  # of ‖ΔW‖²: a note says so if a LoKr keeps less
 class Report(WriterReport):
     """The adapter that was written, the share of the difference that it captures, and notes."""
 
+    relative_error: float
     family: str
     format: str
     algorithm: str

@@ -28,6 +28,7 @@ class Report(WriterReport):
     they duplicate the weights before the merge.
     """
 
+    relative_error: float
     family: str
     adapters: tuple[Mapping[str, Any], ...]
     tensors: int

@@ -10,7 +10,7 @@ from adaptkit.ops.rewrite.plan import CHANGES, Recast, Task, detail
 from adaptkit.ops.shared import WriterReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from adaptkit.ops.rewrite.state import State
 
@@ -43,17 +43,13 @@ class Report(WriterReport):
 def report_of(plan: Recast, state: State, size: int, seconds: float) -> Report:
     """The report of a finished run."""
     lost = [_loss(state, task) for task in plan.tasks]
-    error = sum(found[1] for found in lost if found is not None)
-    norm = sum(found[0] for found in lost if found is not None)
-    if error:
-        norm += _untouched(plan, state)
     written = [stored for task in plan.tasks if (stored := state.outcome(task)) is not None]
     return Report(
         output=plan.output,
         bytes=size,
         modules=len(written),
         parameters=sum(stored.parameters for stored in written),
-        relative_error=(error / norm) ** 0.5 if error and norm else 0.0,
+        relative_error=_total(plan, state, lost),
         unused=plan.unused,
         seconds=seconds,
         details=tuple(
@@ -83,8 +79,31 @@ def _changes(plan: Recast, state: State) -> dict[str, int]:
     return {name: found[name] for name in (*CHANGES, "unchanged", "left out") if found[name]}
 
 
+def _total(plan: Recast, state: State, lost: Sequence[tuple[float, float] | None]) -> float | None:
+    """The relative error over all modules; None if it depends on a base that is not given."""
+    if any(_unknown(state, task) for task in plan.tasks):
+        return None
+    error = sum(found[1] for found in lost if found is not None)
+    norm = sum(found[0] for found in lost if found is not None)
+    if not error:
+        return 0.0
+    norm += sum(_untouched(state, task) for task in plan.tasks)
+    return float((error / norm) ** 0.5) if norm else 0.0
+
+
+def _unknown(state: State, task: Task) -> bool:
+    """Whether a change was made that only the base weight can measure, which is not given."""
+    if state.dropped(task):
+        return not task.entries[0].kind.additive and task.base is None
+    stored = state.stored.get(task.number)
+    return stored is not None and stored.error is None
+
+
 def _loss(state: State, task: Task) -> tuple[float, float] | None:
     """‖ΔW‖² and what was lost of it; None if nothing was computed, or without the base weight."""
+    if state.dropped(task) and not task.entries[0].kind.additive:
+        norm = _norm(state, task)
+        return None if task.base is None else (norm, norm)
     stored, found = state.stored.get(task.number), state.decomposed.get(task.number)
     if stored is not None and stored.norm is not None and stored.error is not None:
         return stored.norm, stored.error
@@ -93,13 +112,21 @@ def _loss(state: State, task: Task) -> tuple[float, float] | None:
     return found.norm, found.norm if state.dropped(task) else 0.0
 
 
-def _untouched(plan: Recast, state: State) -> float:
-    """‖ΔW‖² of what was copied: errors are relative to the whole adapter."""
-    total = 0.0
-    for task in plan.tasks:
-        if state.copied(task) and task.number not in state.decomposed and task.kind.additive:
-            total += task.terms[0].job.adapter.weights(task.entries[0]).norm_squared()
-    return total
+def _untouched(state: State, task: Task) -> float:
+    """‖ΔW‖² of a module that is copied: errors are relative to the whole adapter."""
+    taken = task.number in state.decomposed and task.kind.additive
+    return 0.0 if taken or not state.copied(task) else _norm(state, task)
+
+
+def _norm(state: State, task: Task) -> float:
+    """‖ΔW‖² of one module as its input has it; 0 if it depends on a base that is not given."""
+    weights = task.terms[0].job.adapter.weights(task.entries[0])
+    if weights.additive:
+        return weights.norm_squared()
+    if task.base is None or state.plan.base is None:
+        return 0.0
+    base = state.plan.base.read(task.base).double()
+    return float((weights.apply(base.clone(), 1.0) - base).square().sum())
 
 
 def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[str, Any]:
@@ -112,7 +139,7 @@ def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[
         else 0.0
     )
     if stored is None:
-        return {**detail(task, 1.0, 0), "change": "left out"}
+        return {**detail(task, None if _unknown(state, task) else 1.0, 0), "change": "left out"}
     found = {**detail(task, error, stored.rank), "algorithm": stored.kind.name}
     if task.ranked:
         found["rank_before"] = task.entries[0].facts.rank
