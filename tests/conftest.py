@@ -43,9 +43,9 @@ NUMERIC = (  # what .ci/run runs a second time with other kernels of BLAS
     "algorithms",
     "linalg",
     "ops/test_combine.py",
-    "ops/test_compare.py",
-    "ops/test_extract.py",
-    "ops/test_merge.py",
+    "ops/compare/test_run.py",
+    "ops/extract/test_run.py",
+    "ops/merge/test_run.py",
     "ops/test_resize.py",
     "test_kernels.py",
 )

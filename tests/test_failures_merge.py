@@ -15,8 +15,8 @@ from adaptkit.errors import AdaptkitError, ShapeMismatch, Unclaimed
 from adaptkit.ops import merge
 from tests import made, oracle
 from tests.cli.test_cli import adaptkit
-from tests.ops import test_merge_fp8 as fp8
-from tests.ops.test_merge_verify import PLACES, base_file
+from tests.ops.merge import test_fp8 as fp8
+from tests.ops.merge.test_verify import PLACES, base_file
 
 State = dict[str, torch.Tensor]
 QKV = "double_blocks.0.img_attn.qkv.weight"
@@ -140,7 +140,7 @@ def test_f8_dora_is_merged_as_dora(tmp_path: Path, scale: float, axis: int) -> N
 
 @pytest.mark.parametrize("scales", ["one", "rows", "blocks"])
 def test_f9_scaled_fp8_gets_the_full_strength(tmp_path: Path, scales: str) -> None:
-    """Added to the raw codes the strength is 0.009; the whole oracle is in tests/ops/test_merge_fp8.py."""
+    """Added to the raw codes the strength is 0.009; the whole oracle is in tests/ops/merge/test_fp8.py."""
     base, adapter = fp8.base_file(tmp_path, scales=scales), made.adapter(tmp_path / "a.safetensors")
     _, found = run(base, adapter, family="sd1")
     for place, name in fp8.KEYS.items():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.errors import NonFinite, NotRepresentable, ShapeMismatch
 from adaptkit.ops import combine, convert, merge, resize
 from tests import made
+from tests.cli.test_cli import adaptkit
 from tests.synth import FIXTURES
 
 Tensors = dict[str, torch.Tensor]
@@ -177,3 +178,42 @@ def test_no_file_for_peft_holds_a_lora_mid(tmp_path: Path, to: str) -> None:
     assert np.abs(one - two).max() <= 1e-5 * np.abs(one).max()
     output = tmp_path / ("o" if to == "peft" else "o.safetensors")
     convert.run(convert.plan(plain, convert.Options(to=to, output=output)))
+
+
+def dependent(path: Path) -> Path:
+    """A DoRA and a LoRA of ones: casting changes the first, and not the second."""
+    draw = torch.Generator().manual_seed(7)
+    tensors = {
+        f"{LINEAR}.lora_up.weight": torch.randn(32, 4, generator=draw),
+        f"{LINEAR}.lora_down.weight": torch.randn(4, 32, generator=draw),
+        f"{LINEAR}.dora_scale": torch.rand(32, 1, generator=draw) + 0.5,
+        f"{LINEAR}.alpha": torch.tensor(4.0),
+    }
+    other = LINEAR.replace("to_q", "to_out_0")
+    tensors |= {
+        f"{other}.lora_up.weight": torch.ones(32, 4),
+        f"{other}.lora_down.weight": torch.ones(4, 32),
+        f"{other}.alpha": torch.tensor(4.0),
+    }
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_rounding_of_a_dora_is_unknown_without_its_base(tmp_path: Path, dtype: str) -> None:
+    """Its change depends on the weight that it scales, so ‖ΔW‖ is not in the file."""
+    out = tmp_path / "o.safetensors"
+    options = convert.Options(to="lycoris", dtype=dtype, output=out)
+    report = convert.run(convert.plan(dependent(tmp_path / "a.safetensors"), options))
+    assert report.to_dict()["relative_error"] is None
+    known = {item["algorithm"]: item["relative_error"] for item in report.details}
+    assert known == {"lora+dora": None, "lora": 0.0}
+    shown = adaptkit(
+        *("convert", tmp_path / "a.safetensors", "--to", "lycoris", "--dtype", dtype),
+        *("-o", out, "--overwrite"),
+    )
+    assert "error unknown without --base" in shown.stderr + shown.stdout
+    assert "exact" not in shown.stderr + shown.stdout
+    options = convert.Options(to="lycoris", dtype="fp32", output=tmp_path / "wide.safetensors")
+    report = convert.run(convert.plan(tmp_path / "a.safetensors", options))
+    assert report.relative_error == 0.0  # nothing was rounded

@@ -22,7 +22,7 @@ from adaptkit.ops.difference.probe import Look, Probe, as_rounded, look, made_by
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
 from adaptkit.ops.ranks.rules.size import Size
-from adaptkit.ops.shared import Progress, Shared, Unused, refuse_unused
+from adaptkit.ops.shared import Closing, Progress, Shared, Unused, refuse_unused
 from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Closing):
     """Everything known before a weight is read."""
 
     base: Checkpoint

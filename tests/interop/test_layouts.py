@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from adaptkit.ops import merge
+from tests.ops.merge.test_relayout import adapter, read, same, whole
 from tests.ops.models import save
-from tests.ops.test_merge_relayout import adapter, read, same, whole
 
 pytest.importorskip("diffusers")
 

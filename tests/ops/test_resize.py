@@ -410,6 +410,7 @@ def test_dora_keeps_its_magnitudes_and_a_base_measures_the_merged_weight(
     )
     assert "--base" in " ".join(plain.notes)
     assert plain.details[0]["relative_error"] is None
+    assert plain.relative_error is None
     based = run(source, rank=2, family="sd1", base=tiny / "base.safetensors")
     one, two = (oracle.dora(weight, delta, magnitude, 0) for delta in (up @ down, kept))
     expected = np.linalg.norm(one - two) / np.linalg.norm(one - weight)

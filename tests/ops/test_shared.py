@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,12 @@ def test_plans_are_context_managers(tiny: Path) -> None:
     with compare.plan(adapter, (adapter, 0.5), compare.Options()) as matched:
         assert matched.inputs.b is not None
         assert (matched.inputs.a.strength, matched.inputs.b.strength) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "verb", ["advise", "combine", "compare", "convert", "extract", "merge", "resize"]
+)
+def test_the_plan_of_every_verb_closes(verb: str) -> None:
+    plan = importlib.import_module(f"adaptkit.ops.{verb}").Plan
+    assert issubclass(plan, Closing)
+    assert plan.close is not Closing.close

@@ -315,7 +315,7 @@ class WorkerProcess:
 
 
 def cleaned(bundle: Bundle, pid: int) -> None:
-    """Remove the partial files of a dead process (files/sink.py names them)."""
+    """Remove the partial files of a dead process (files/output_file.py names them)."""
     for job in bundle:
         for left in job.output.parent.glob(f".*{glob.escape(job.output.name[:40])}*.{pid}-*.part"):
             with contextlib.suppress(OSError):

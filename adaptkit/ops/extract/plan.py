@@ -15,6 +15,7 @@ from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
 from adaptkit.ops.extract.fit import FitRecipe
 from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
+    Closing,
     Unused,
     default_output,
     refuse_unused,
@@ -61,7 +62,7 @@ class Options(Ranked):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Closing):
     """Everything known before a weight is read."""
 
     base: Checkpoint

@@ -13,6 +13,7 @@ from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
+from adaptkit.ops.shared import Closing
 from adaptkit.steps import Step, peak_memory
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Into:
 
 
 @dataclass(frozen=True)
-class Recast:
+class Recast(Closing):
     """Everything known before a weight is read."""
 
     command: str

@@ -17,8 +17,8 @@ from adaptkit.files.open import open_source
 from adaptkit.keymap import CheckpointMap
 from adaptkit.ops import extract, merge
 from adaptkit.ops.merge.relayout import MADE_ANEW
+from tests.ops.difference.test_pairing import as_folder, save_folder, save_pickle, save_shards
 from tests.ops.models import State, changed, lora_delta, matrices, save, small
-from tests.ops.test_pairs import as_folder, save_folder, save_pickle, save_shards
 from tests.synth import FIXTURES, load_listing, shrink
 
 TOUCHED = {

@@ -19,6 +19,7 @@ from adaptkit.names import Slot
 from adaptkit.ops import merge
 from adaptkit.ops.merge import kernel
 from tests.ops.models import tiny_base
+from tests.synth import FIXTURES
 
 State = dict[str, torch.Tensor]
 FOLDERS = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -30,9 +31,7 @@ def parts() -> dict[str, State]:
 
     found: dict[str, State] = {name: {} for name in FOLDERS}
     base = tiny_base()
-    with Checkpoint.open(
-        Path(__file__).parents[2] / "fixtures" / "tiny" / "base.safetensors"
-    ) as opened:
+    with Checkpoint.open(FIXTURES / "tiny" / "base.safetensors") as opened:
         keys = {place.slot: name for name, place in opened.places.items()}
     part = {component.name: component for component in families()["sd1"].components}
     for slot, name in keys.items():

@@ -14,7 +14,7 @@ from adaptkit import engine
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.ops import merge
 from tests import made
-from tests.ops.test_merge_verify import PLACES, VAE
+from tests.ops.merge.test_verify import PLACES, VAE
 
 State = dict[str, torch.Tensor]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
