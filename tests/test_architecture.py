@@ -24,7 +24,6 @@ FLOORS = (
     ("families", "formats", "algorithms"),
     (
         "keymap",
-        "kinds",
         "suggest",
         "detect",
         "unknown",
@@ -48,7 +47,7 @@ CHAINS = {
     "linalg": (
         "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
     ),
-    "keymap": ("templates", "roles", "rows", "adapter_keys", "checkpoint_keys"),
+    "keymap": ("templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("verb", "shared", "blocks", "adapter_file", "ranks", "difference", "rewrite", "*"),
     "cli": ("show", "options", "*"),
 }  # fmt: skip

@@ -13,7 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from adaptkit.algorithms.contract import FitSpec
-from adaptkit.kinds import dense_kind, extractable, low_rank_kind, network_module, vector_kind
+from adaptkit.keymap.kinds import (
+    dense_kind,
+    extractable,
+    low_rank_kind,
+    network_module,
+    vector_kind,
+)
 
 TOYS = Path(__file__).parent / "toys"
 LAYERS = [f"model.diffusion_model.toys.{n}.{layer}.weight" for n in "01" for layer in ("attn.q", "mlp.fc")]  # fmt: skip

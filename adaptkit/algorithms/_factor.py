@@ -143,7 +143,8 @@ def same_factor(one: Factor, other: Factor) -> bool:
     """Whether two factors are equal bit for bit."""
     if type(one) is not type(other):
         return False
-    return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))  # type: ignore[arg-type]
+    names = [field.name for field in fields(one)]  # type: ignore[arg-type]
+    return all(same(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def factor_svd(factor: Factor) -> LowRank:

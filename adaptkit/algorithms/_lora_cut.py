@@ -165,7 +165,8 @@ def cut_stack(
     thin = weights.thin_factors()
     if thin is None or len(cores) < len(found):
         raise NotRepresentable("a stack whose cores are not held")
-    factors, kernel = (thin[0].float(), thin[1].float()), found[0].spec.kernel  # type: ignore[attr-defined]
+    factors = thin[0].float(), thin[1].float()
+    kernel = found[0].spec.kernel  # type: ignore[attr-defined]
 
     def cut(chosen: list[int]) -> _KeptLoras:
         own = factors if len(chosen) == len(ranks) else (factors[0][chosen], factors[1][chosen])
@@ -197,7 +198,8 @@ def by_singular_values(weights: Weights, spec: FitSpec, make: Make) -> Decomposi
         sides = (delta.shape[-2], delta.shape[-1])
         rank = min(sides) if spec.rank is None else min(spec.rank, *sides)
         norm = weights.norm_squared()
-        values = energies(delta, rank, SvdSpec(rank, method=spec.svd)).sqrt()  # type: ignore[arg-type]
+        how = SvdSpec(rank, method=spec.svd)  # type: ignore[arg-type]
+        values = energies(delta, rank, how).sqrt()
     found = values.double().square()
     total = float(found.sum()) if norm is None else norm
     real = found[: max(1, int((found > NOTHING * found[:1]).sum()))][: spec.rank]

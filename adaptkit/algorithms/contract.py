@@ -428,7 +428,8 @@ class KeptStack:
 
 def _pick(value: object, index: int) -> object:
     if isinstance(value, Factor | Weights):
-        return type(value)(*(_pick(getattr(value, f.name), index) for f in fields(value)))  # type: ignore[arg-type]
+        names = [field.name for field in fields(value)]  # type: ignore[arg-type]
+        return type(value)(*(_pick(getattr(value, name), index) for name in names))
     if isinstance(value, tuple):
         return tuple(_pick(one, index) for one in value)
     return value[index] if hasattr(value, "ndim") else value  # type: ignore[index]

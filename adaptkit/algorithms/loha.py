@@ -111,15 +111,16 @@ class Loha(Weights):
         if all(_alike(part.w1, parts[0].w1) and _alike(part.w2, parts[0].w2) for part in parts):
             groups = [0] * len(parts)
         elif all(isinstance(factor, Product) for part in parts for factor in (part.w1, part.w2)):
-            groups = grouped([torch.cat([part.w1.right, part.w2.right], -1) for part in parts])  # type: ignore[attr-defined]
+            rights = [(_right(part.w1), _right(part.w2)) for part in parts]
+            groups = grouped([torch.cat(pair, -1) for pair in rights])
         else:
             raise NotRepresentable(
                 "LoHa with different Tucker cores cannot be fused", hint="use --algo full"
             )
         sides = []
         for factors in ([part.w1 for part in parts], [part.w2 for part in parts]):
-            left = stacked([factor.left for factor in factors], groups)  # type: ignore[attr-defined]
-            right = torch.cat(unique([factor.right for factor in factors], groups), -2)  # type: ignore[attr-defined]
+            left = stacked([_left(factor) for factor in factors], groups)
+            right = torch.cat(unique([_right(factor) for factor in factors], groups), -2)
             sides.append(replace(factors[0], left=left, right=right))  # type: ignore[type-var]
         return replace(parts[0], w1=sides[0], w2=sides[1])
 
@@ -170,6 +171,16 @@ def _side(tensors: Mapping[str, Tensor], side: str, batch: int) -> Factor:
     return Tucker(core.reshape(*core.shape[: batch + 2], -1), a.transpose(-1, -2), b)
 
 
+def _left(factor: Factor) -> Tensor:
+    assert isinstance(factor, Product | Tucker)
+    return factor.left
+
+
+def _right(factor: Factor) -> Tensor:
+    assert isinstance(factor, Product | Tucker)
+    return factor.right
+
+
 def _alike(one: Factor, other: Factor) -> bool:
     """Whether two factors differ in nothing but their rows."""
     if type(one) is not type(other):
@@ -179,8 +190,9 @@ def _alike(one: Factor, other: Factor) -> bool:
 
 
 def _empty(factor: Factor, rows: int) -> Factor:
-    left = factor.left  # type: ignore[attr-defined]
-    return replace(factor, left=left.new_zeros(*left.shape[:-2], rows, left.shape[-1]))  # type: ignore[type-var]
+    left = _left(factor)
+    zeros = left.new_zeros(*left.shape[:-2], rows, left.shape[-1])
+    return replace(factor, left=zeros)  # type: ignore[type-var]
 
 
 def _rows(factor: Factor, cut: slice) -> Factor:

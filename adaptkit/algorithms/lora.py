@@ -269,7 +269,8 @@ class Lora(Weights):
 
         smaller = min(delta.shape[-2:])
         rank = smaller if spec.rank is None else min(spec.rank, smaller)
-        svd = truncated_svd(delta, SvdSpec(rank, method=spec.svd, seed=spec.seed))  # type: ignore[arg-type]
+        how = SvdSpec(rank, method=spec.svd, seed=spec.seed)  # type: ignore[arg-type]
+        svd = truncated_svd(delta, how)
         up, down = svd.balanced()
         return cls(up, down, 1.0, spec.kernel)
 

@@ -120,7 +120,7 @@ def _hosts() -> Iterable[str]:
 
 
 def _extractable() -> Iterable[str]:
-    from adaptkit.kinds import extractable
+    from adaptkit.keymap.kinds import extractable
 
     return (*extractable(), "auto")
 

@@ -17,7 +17,7 @@ from adaptkit.families.contract import Kind
 from adaptkit.formats.contract import Alpha
 from adaptkit.hosts.contract import Piece
 from adaptkit.keymap import algorithms, compile_keys
-from adaptkit.kinds import low_rank_kind
+from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.names import WEIGHT, Slot, Target
 
 if TYPE_CHECKING:

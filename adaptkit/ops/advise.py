@@ -15,7 +15,7 @@ from adaptkit import engine
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
-from adaptkit.kinds import low_rank_kind
+from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.ops.adapter_file.size import module_size
 from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
 from adaptkit.ops.difference.probe import Look, Probe, as_rounded, look, made_by

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
 from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
-from adaptkit.kinds import dense_kind
+from adaptkit.keymap.kinds import dense_kind
 from adaptkit.ops.ranks.options import asked, policy, spelled
 from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
 from adaptkit.ops.rewrite.planner import recast

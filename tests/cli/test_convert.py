@@ -118,7 +118,7 @@ class TestConvert:
         refused(
             adaptkit("convert", tmp_path / "c.safetensors", "--to", "comfy"),
             "c.safetensors",
-            "no family",
+            "no known family",
         )
         (tmp_path / "d.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
         refused(adaptkit("convert", tmp_path / "d.safetensors", "--to", "comfy"), "d.safetensors")

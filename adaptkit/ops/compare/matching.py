@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import KeyMap
-from adaptkit.kinds import dense_kind
+from adaptkit.keymap.kinds import dense_kind
 from adaptkit.names import Rows, Slot
 from adaptkit.ops.difference.pairing import Pairing, Wanted
 from adaptkit.ops.shared import Shared, Unused, selected

@@ -11,7 +11,7 @@ from adaptkit.errors import AdaptkitError, NoSuchName, ShapeMismatch, UnknownAda
 from adaptkit.families.contract import Kind
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import FP8
-from adaptkit.kinds import dense_kind, vector_kind
+from adaptkit.keymap.kinds import dense_kind, vector_kind
 from adaptkit.names import BIAS, Slot, Target
 from adaptkit.ops.shared import FLOATS, Shared, Unused, selected, stored_dtype
 from adaptkit.unknown import family_of_weights

@@ -9,7 +9,7 @@ from adaptkit import __version__
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
-from adaptkit.kinds import network_module
+from adaptkit.keymap.kinds import network_module
 from adaptkit.ops.adapter_file.peft_config import PeftModule
 from adaptkit.ops.adapter_file.size import exact_size
 from adaptkit.ops.adapter_file.writer import AdapterWriter

@@ -9,7 +9,7 @@ from adaptkit.algorithms.contract import FitSpec, Weights
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import NoSuchName, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
-from adaptkit.kinds import extractable, taking
+from adaptkit.keymap.kinds import extractable, taking
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
 from adaptkit.ops.extract.fit import FitRecipe

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.algorithms.contract import FitSpec
 from adaptkit.errors import NothingToDo, NotRepresentable
 from adaptkit.formats.contract import Alpha
-from adaptkit.kinds import extractable
+from adaptkit.keymap.kinds import extractable
 from adaptkit.ops.extract.output import Output, Stored
 from adaptkit.ops.extract.plan import (
     AUTO,

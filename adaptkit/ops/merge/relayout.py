@@ -32,8 +32,8 @@ NATIVE, DIFFUSERS = "native", "diffusers"
 # training state and constants: hosts compute them on loading, and no diffusers folder holds them
 MADE_ANEW = "not stored in this layout; hosts compute it on loading"
 _CONSTANTS = re.compile(
-    r"(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|denoiser\.sigmas|logvar"
-    r"|model_ema\..+|.*\bposition_ids|.*\blogit_scale)$"
+    r"(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|denoiser\.sigmas"
+    r"|logvar|model_ema\..+|.*\bposition_ids|.*\blogit_scale)$"
 )
 
 

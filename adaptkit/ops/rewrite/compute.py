@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.formats.contract import Alpha
-from adaptkit.kinds import dense_kind, low_rank_kind
+from adaptkit.keymap.kinds import dense_kind, low_rank_kind
 from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.plan import Task, product_rank

@@ -12,7 +12,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
-from adaptkit.kinds import network_module
+from adaptkit.keymap.kinds import network_module
 from adaptkit.ops.adapter_file.peft_config import PeftModule, diffusers_metadata
 from adaptkit.ops.adapter_file.size import exact_size
 from adaptkit.ops.adapter_file.writer import AdapterWriter

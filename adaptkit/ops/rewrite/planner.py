@@ -21,7 +21,7 @@ from adaptkit.files.header import TensorSpec
 from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms, compile_keys
-from adaptkit.kinds import dense_kind, low_rank_kind, wrapped_like
+from adaptkit.keymap.kinds import dense_kind, low_rank_kind, wrapped_like
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.rewrite.plan import (
     Copied,

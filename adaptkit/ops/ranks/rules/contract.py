@@ -107,7 +107,7 @@ class Local(Policy):
 
     local: ClassVar[bool] = True
 
-    def choose(self, modules: Sequence[RankCurve], measure: Measure | None = None) -> list[int]:  # noqa: ARG002
+    def choose(self, modules: Sequence[RankCurve], measure: Measure | None = None) -> list[int]:
         """The rank of every module, see `Policy.choose`."""
         cap = math.inf if self.max_rank is None else self.max_rank
         return [int(min(max(self._rank(m), 1), len(m.energies), cap)) for m in modules]

@@ -36,7 +36,7 @@ class Error(Policy):
         """The relative error asked for."""
         return self.error
 
-    def choose(self, modules: Sequence[RankCurve], measure: Measure | None = None) -> list[int]:  # noqa: ARG002
+    def choose(self, modules: Sequence[RankCurve], measure: Measure | None = None) -> list[int]:
         """The rank of every module, see `Policy.choose`."""
         modules = capped(modules, self.max_rank)
         options = ranked(modules)

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import NETWORK
-from adaptkit.keymap import algorithms
+from adaptkit.keymap.roles import algorithms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
