@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
@@ -29,12 +29,23 @@ if TYPE_CHECKING:
     from adaptkit.formats.contract import KeyFormat
     from adaptkit.names import Slot
 
-__all__ = ["Adapter", "Entry", "open_adapter_source"]
+__all__ = ["Adapter", "Entry", "Header", "entries_of", "open_adapter_source"]
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
 CARRIED = ("bundle_emb.", "_aux.")
+
+
+class Header(Protocol):
+    """The tensors of a file by name, of which single numbers can be read."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Dtype, shape and place of each tensor."""
+
+    def scalar(self, name: str) -> float:
+        """The number in a tensor of one element."""
 
 
 class Entry(NamedTuple):
@@ -215,7 +226,15 @@ class Adapter:
         self.close()
 
 
-def _weights_of(source: TensorSource) -> dict[str, TensorInfo]:
+def entries_of(
+    header: Header, keys: KeyMap, metadata: Mapping[str, str], config: Mapping[str, object] | None
+) -> dict[Slot, Entry]:
+    """The entries that a reader finds in a file of this key map; `config` is PEFT's, if any."""
+    reader = _Reader(header, keys, Meaning.of(metadata, config))
+    return reader.entries(_weights_of(header))
+
+
+def _weights_of(source: Header) -> dict[str, TensorInfo]:
     return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
 
 
@@ -284,7 +303,7 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
 class _Reader:
     """Groups keys by slot into entries; lists keys that do not fit."""
 
-    def __init__(self, source: TensorSource, keys: KeyMap, meaning: Meaning) -> None:
+    def __init__(self, source: Header, keys: KeyMap, meaning: Meaning) -> None:
         self.source = source
         self.keys = keys
         self.meaning = meaning

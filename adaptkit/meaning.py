@@ -1,7 +1,8 @@
 """What stored numbers mean to a reader: alpha and its source, the configuration, the weights.
 
-Files are read through this module, and every computed tensor passes `as_read` before it is
-written. So the weights that a report measures are those that a reader finds. What cannot be
+Files are read through this module. Every computed tensor passes `as_read` before it is written,
+and every finished file is read once more before it appears (ops/adapter_file/writer.py). So the
+weights that a report measures are those that a reader finds. What cannot be
 honoured is a `Problem`; one of severity `error` stops every verb but `inspect`.
 """
 

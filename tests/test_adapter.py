@@ -218,7 +218,7 @@ def test_a_folder_with_a_broken_configuration_is_refused_by_name(tmp_path: Path)
 def test_a_checkpoint_is_no_adapter(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"model.diffusion_model.out.2.weight": torch.ones(4, 4)}, path)
-    with pytest.raises(UnknownAdapter, match="no family and key format") as caught:
+    with pytest.raises(UnknownAdapter, match="no known family and key format") as caught:
         Adapter.open(path)
     assert caught.value.file == str(path)
     assert "model.diffusion_model.out.2.weight" in (caught.value.hint or "")

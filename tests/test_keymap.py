@@ -391,7 +391,7 @@ def test_a_module_is_named_in_any_naming_or_refused() -> None:
     for slot, naming in ((query, None), (at("blocks.1.qkv"), "diffusers"), (query, "other")):
         with pytest.raises(NotRepresentable, match="has no name for unet.layers.1.to_q|qkv"):
             keys.module(slot, naming)
-    with pytest.raises(NotRepresentable, match="no module of Toy"):
+    with pytest.raises(NotRepresentable, match="is not a module of Toy"):
         keys.module(at("nowhere"))
 
 

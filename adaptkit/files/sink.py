@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adaptkit.errors import NoSuchName, ShapeMismatch
 from adaptkit.files.header import TensorSpec, build_header
 from adaptkit.files.output_file import OutputFile, Run, coalesce
-from adaptkit.files.tensors import dtype_name, spec_of, tensor_bytes
+from adaptkit.files.tensors import decode_scalar, dtype_name, spec_of, tensor_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -139,6 +139,10 @@ class TensorSink(OutputFile):
         """Read back a tensor that was written."""
         info = self._info(name)
         return self._read(info.nbytes, info.start, name)
+
+    def scalar(self, name: str) -> float:
+        """Read back a tensor of one element."""
+        return decode_scalar(bytes(self.read(name)), self._info(name), self.path)
 
     def restate(self, metadata: Mapping[str, str]) -> None:
         """Replace the metadata by values of the same length.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from math import isclose
+from typing import TYPE_CHECKING, NamedTuple
 
+from adaptkit.adapter import entries_of
+from adaptkit.errors import NotRepresentable
 from adaptkit.ops.adapter_file.peft_config import PeftModule, peft_config
 from adaptkit.ops.shared import check_output
 
@@ -13,13 +16,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from adaptkit.adapter import Entry
+    from adaptkit.algorithms.contract import Weights
     from adaptkit.files.header import TensorSpec
     from adaptkit.files.sink import TensorSink
+    from adaptkit.keymap import KeyMap
+    from adaptkit.names import Slot
 
-__all__ = ["AdapterWriter", "check_adapter_output"]
+__all__ = ["AdapterWriter", "Meant", "check_adapter_output"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # the files that a PEFT folder may hold
+_FLOAT32 = 1e-6  # alpha is stored as float32
 KNOWN = frozenset({WEIGHTS, CONFIG, "adapter_model.bin", "README.md"})
 
 
@@ -33,8 +41,29 @@ def check_adapter_output(output: Path, *, folder: bool, overwrite: bool) -> None
         check_output(output, overwrite)
 
 
+class Meant(NamedTuple):
+    """What a module was written as: `scale` multiplies the stored product."""
+
+    kind: type[Weights]
+    rank: int | None
+    scale: float
+
+    def is_read(self, entry: Entry | None) -> bool:
+        """Whether a reader finds this."""
+        return (
+            entry is not None
+            and entry.kind is self.kind
+            and entry.facts.rank == self.rank
+            and isclose(entry.facts.scale, self.scale, rel_tol=_FLOAT32)
+        )
+
+
 class AdapterWriter:
-    """One adapter file. With `modules` it is PEFT's folder: weights and a configuration."""
+    """One adapter file. With `modules` it is PEFT's folder: weights and a configuration.
+
+    Before a file appears, its header is read as any file is. A file whose reader would find other
+    modules, ranks or scales than those `meant` is not written.
+    """
 
     def __init__(
         self,
@@ -42,11 +71,14 @@ class AdapterWriter:
         specs: Sequence[TensorSpec],
         metadata: Mapping[str, str],
         modules: Sequence[PeftModule] | None,
+        keys: KeyMap,
+        meant: Mapping[Slot, Meant],
         *,
         overwrite: bool,
     ) -> None:
         self.output, self.specs, self.metadata = output, specs, metadata
-        self.modules, self.overwrite = modules, overwrite
+        self.config = None if modules is None else peft_config(modules)
+        self.keys, self.meant, self.overwrite = keys, meant, overwrite
 
     def write(self, fill: Callable[[TensorSink], None], *, sync: bool = True) -> int:
         """Publish the output and return the bytes of its weights file.
@@ -58,18 +90,32 @@ class AdapterWriter:
         with self._file() as (path, overwrite):
             with TensorSink(path, self.specs, self.metadata, overwrite=overwrite) as sink:
                 fill(sink)
+                self._read_back(sink)
                 sink.commit(sync=sync)
             return sink.size
+
+    def _read_back(self, sink: TensorSink) -> None:
+        """NotRepresentable if a reader of the header finds other modules than those meant."""
+        found = entries_of(sink, self.keys, self.metadata, self.config)
+        for slot in (*self.meant, *found):
+            meant = self.meant.get(slot)
+            if meant is None or not meant.is_read(found.get(slot)):
+                raise NotRepresentable(
+                    f"the file would be read differently: {meant} as {found.get(slot)}",
+                    hint="this is a bug in adaptkit; please report it",
+                    file=self.output,
+                    tensor=self.keys.stem(slot),
+                )
 
     @contextmanager
     def _file(self) -> Iterator[tuple[Path, bool]]:
         """The weights file, and whether it may exist already."""
-        if self.modules is None:
+        if self.config is None:
             yield self.output, self.overwrite
             return
         from adaptkit.files.publish import publish_folder
 
-        config = json.dumps(peft_config(self.modules), indent=2, sort_keys=True, ensure_ascii=False)
+        config = json.dumps(self.config, indent=2, sort_keys=True, ensure_ascii=False)
         with publish_folder(self.output, KNOWN, overwrite=self.overwrite) as folder:
             yield folder / WEIGHTS, False
             (folder / CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")

@@ -12,7 +12,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import network_module
 from adaptkit.ops.adapter_file.peft_config import PeftModule
 from adaptkit.ops.adapter_file.size import exact_size
-from adaptkit.ops.adapter_file.writer import AdapterWriter
+from adaptkit.ops.adapter_file.writer import AdapterWriter, Meant
 from adaptkit.ops.extract.plan import AUTO, takes_factor
 from adaptkit.ops.ranks.options import RULES
 from adaptkit.ops.shared import torch_dtype
@@ -71,9 +71,17 @@ class Output:
             self.specs(),
             self.metadata(),
             self._modules(),
+            plan.keys,
+            self._meant(),
             overwrite=plan.options.overwrite,
         )
         return writer.write(lambda sink: self._fill(sink, spool))
+
+    def _meant(self) -> dict[Slot, Meant]:
+        return {
+            item.slot: Meant(item.pick.form.kind, item.pick.stored_rank, item.pick.scale)
+            for item in self.stored
+        }
 
     def _named(self) -> Iterator[tuple[str, str, tuple[int, ...], Pick, str]]:
         """(name, dtype, shape, pick, key in the spool) of every tensor; alpha has no such key."""

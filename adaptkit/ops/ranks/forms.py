@@ -51,8 +51,8 @@ class Pick:
     @property
     def scale(self) -> float:
         """What a reader multiplies the stored product by."""
-        shapes = self.form.shapes(self.rank)
-        return self.form.kind.facts(shapes, Stated(self.alpha)).scale
+        alpha = None if self.form.alpha is None else Stated(self.alpha)
+        return self.form.kind.facts(self.form.shapes(self.rank), alpha).scale
 
     @property
     def stored_rank(self) -> int | None:

@@ -305,7 +305,17 @@ class Rewriter:
         norm, error = _lost(exact, rounded, tensors.get("base"), known)
         found = self._laid_out(task, kind, facts, encoded)
         vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
-        return Stored(kind, facts.rank, alpha or 0.0, shapes, norm, error, vanished, tensors=found)
+        return Stored(
+            kind,
+            facts.rank,
+            alpha or 0.0,
+            shapes,
+            norm,
+            error,
+            vanished,
+            scale=facts.scale,
+            tensors=found,
+        )
 
     def _store_stack(
         self,

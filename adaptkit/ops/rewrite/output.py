@@ -15,7 +15,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import network_module
 from adaptkit.ops.adapter_file.peft_config import PeftModule, diffusers_metadata
 from adaptkit.ops.adapter_file.size import exact_size
-from adaptkit.ops.adapter_file.writer import AdapterWriter
+from adaptkit.ops.adapter_file.writer import AdapterWriter, Meant
 from adaptkit.ops.rewrite.plan import Copied, Recast, Written
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from adaptkit.files.sink import TensorSink
     from adaptkit.files.spool import Spool
+    from adaptkit.names import Slot
     from adaptkit.ops.rewrite.state import State
 
 __all__ = ["Output"]
@@ -54,11 +55,21 @@ class Output:
         plan, metadata = self.plan, self.metadata()
         modules = self.state.modules() if plan.keys.format.alpha is Alpha.CONFIG else None
         writer = AdapterWriter(
-            plan.output, self.specs(), metadata, modules, overwrite=plan.options.overwrite
+            plan.output,
+            self.specs(),
+            metadata,
+            modules,
+            plan.keys,
+            self._meant(),
+            overwrite=plan.options.overwrite,
         )
         # a lost output can be made again: wait for the disk only if it replaces a file
         sync = plan.output.exists()
         return writer.write(lambda sink: self._fill(sink, metadata, fill), sync=sync)
+
+    def _meant(self) -> dict[Slot, Meant]:
+        found = ((task.slot, self.state.outcome(task)) for task in self.plan.tasks)
+        return {slot: Meant(one.kind, one.rank, one.scale) for slot, one in found if one}
 
     def _fill(
         self, sink: TensorSink, metadata: Mapping[str, str], fill: Callable[[TensorSink], None]

@@ -189,7 +189,10 @@ class _Measure:
             specs.append(
                 TensorSpec(self.plan.keys.spell(task.slot, task.kind.name, ALPHA), "F32", ())
             )
-        return Stored(task.kind, rank, float(rank), shapes, specs=tuple(specs))
+        # the full rank of a LoKr may be stored as full factors, which have no rank to a reader
+        read = task.kind.facts(shapes).rank
+        alpha = 1.0 if read is None else float(read)
+        return Stored(task.kind, read, alpha, shapes, specs=tuple(specs))
 
 
 def _spec(key: str, tensor: Tensor) -> TensorSpec:

@@ -42,6 +42,7 @@ class Stored:
     error: float | None = None
     vanished: int = 0  # numbers that rounding made zero
     zero: bool = False
+    scale: float = 1.0  # what a reader multiplies the stored product by
     tensors: dict[str, Tensor] = field(default_factory=dict)
     specs: tuple[TensorSpec, ...] = ()
 
@@ -82,7 +83,9 @@ class State:
             shapes = {role: infos[key].shape for role, key in entry.tensors()}
             rank = entry.facts.rank
             alpha = 1.0 if rank is None else entry.facts.scale * rank
-            self._unchanged[task.number] = Stored(task.kind, rank, alpha, shapes)
+            self._unchanged[task.number] = Stored(
+                task.kind, rank, alpha, shapes, scale=entry.facts.scale
+            )
         return self._unchanged[task.number]
 
     def modules(self) -> list[PeftModule]:

@@ -313,7 +313,7 @@ def test_an_adapter_for_another_family_or_size_is_refused(tmp_path: Path, tiny: 
             tmp_path / "wide.safetensors",
             family="sd1",
         )
-    with pytest.raises(UnknownAdapter, match="no family"):
+    with pytest.raises(UnknownAdapter, match="no known family"):
         run(tmp_path / "o.safetensors", tiny / "base.safetensors", tiny / "base.safetensors")
 
 
