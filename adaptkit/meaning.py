@@ -2,8 +2,8 @@
 
 Files are read through this module. Every computed tensor passes `as_read` before it is written,
 and every finished file is read once more before it appears (ops/adapter_file/writer.py). So the
-weights that a report measures are those that a reader finds. What cannot be
-honoured is a `Problem`; one of severity `error` stops every verb but `inspect`.
+weights that a report measures are those that a reader finds. What cannot be honoured is a
+`Problem`; one of severity `error` stops every verb but `inspect`.
 """
 
 from __future__ import annotations
