@@ -59,8 +59,8 @@ class _Lazy(click.Group):
 def cli() -> None:
     """Inspect, convert, resize, combine, extract, merge and compare diffusion-model adapters.
 
-    adaptkit accounts for every key, reports the exact error of every lossy step, and writes each
-    file completely or not at all. It reads LoRA, LoKr and other algorithms.
+    adaptkit accounts for every key, measures the error of every lossy step, and writes each file
+    completely or not at all. It reads LoRA, LoKr and other algorithms.
 
     \b
     adaptkit inspect style.safetensors
