@@ -73,7 +73,9 @@ def test_distance_of_nearly_equal_products_is_not_lost_to_cancellation() -> None
     assert float(product_distance((left, right), (left @ turn, turn.T @ right))) < 1e-28 * norm
     moved = left + 1e-9 * torch.from_numpy(random.standard_normal((40, 6)))
     true = float(((moved - left) @ right).square().sum())
-    assert float(product_distance((left, right), (moved, right))) == pytest.approx(true, rel=1e-5)
+    assert float(product_distance((left, right), (moved, right))) == pytest.approx(
+        true, rel=1e-5, abs=0
+    )
 
 
 def test_products_of_one_and_of_two() -> None:
