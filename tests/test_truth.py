@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import NonFinite, NotRepresentable, ShapeMismatch
 from adaptkit.ops import combine, convert, merge, resize
-from tests import made
+from tests import made, oracle
 from tests.cli.test_cli import adaptkit
 from tests.synth import FIXTURES
 
@@ -180,19 +181,20 @@ def test_no_file_for_peft_holds_a_lora_mid(tmp_path: Path, to: str) -> None:
     convert.run(convert.plan(plain, convert.Options(to=to, output=output)))
 
 
-def dependent(path: Path) -> Path:
+def dependent(path: Path, shape: Sequence[int] = (32, 32)) -> Path:
     """A DoRA and a LoRA of ones: casting changes the first, and not the second."""
     draw = torch.Generator().manual_seed(7)
+    rows, columns = shape
     tensors = {
-        f"{LINEAR}.lora_up.weight": torch.randn(32, 4, generator=draw),
-        f"{LINEAR}.lora_down.weight": torch.randn(4, 32, generator=draw),
-        f"{LINEAR}.dora_scale": torch.rand(32, 1, generator=draw) + 0.5,
+        f"{LINEAR}.lora_up.weight": torch.randn(rows, 4, generator=draw),
+        f"{LINEAR}.lora_down.weight": torch.randn(4, columns, generator=draw),
+        f"{LINEAR}.dora_scale": torch.rand(rows, 1, generator=draw) + 0.5,
         f"{LINEAR}.alpha": torch.tensor(4.0),
     }
     other = LINEAR.replace("to_q", "to_out_0")
     tensors |= {
-        f"{other}.lora_up.weight": torch.ones(32, 4),
-        f"{other}.lora_down.weight": torch.ones(4, 32),
+        f"{other}.lora_up.weight": torch.ones(rows, 4),
+        f"{other}.lora_down.weight": torch.ones(4, columns),
         f"{other}.alpha": torch.tensor(4.0),
     }
     save_file(tensors, path)
@@ -217,3 +219,42 @@ def test_the_rounding_of_a_dora_is_unknown_without_its_base(tmp_path: Path, dtyp
     options = convert.Options(to="lycoris", dtype="fp32", output=tmp_path / "wide.safetensors")
     report = convert.run(convert.plan(tmp_path / "a.safetensors", options))
     assert report.relative_error == 0.0  # nothing was rounded
+
+
+def test_an_error_that_cannot_hold_is_refused_and_the_hint_works(
+    tmp_path: Path, tiny: Path
+) -> None:
+    """The factors of a DoRA within 30 % gave a weight that was off by 98 %."""
+    base, out = tiny / "base.safetensors", tmp_path / "o.safetensors"
+    source = dependent(tmp_path / "a.safetensors", load_file(base)[TO_Q].shape)
+    with pytest.raises(NotRepresentable, match=r"--error cannot hold for a lora\+dora") as caught:
+        resize.plan(source, resize.Options(error=0.3, output=out))
+    assert not out.exists()
+    assert "--algo lora and --base" in str(caught.value.hint)
+    options = resize.Options(error=0.02, algo="lora", base=base, output=out)
+    report = resize.run(resize.plan(source, options))
+    assert report.relative_error is not None
+    assert report.relative_error <= 0.02
+    changed = {key: value.double().numpy() for key, value in load_file(base).items()}[TO_Q]
+    stored = {key.rpartition(f"{LINEAR}.")[2]: t for key, t in load_file(source).items()}
+    up, down, magnitude = (
+        stored[role].double().numpy()
+        for role in ("lora_up.weight", "lora_down.weight", "dora_scale")
+    )
+    exact = oracle.dora(changed, up @ down, magnitude, 0) - changed
+    shape = tuple(exact.shape)
+    kept = made.deltas(out, {LINEAR: shape, LINEAR.replace("to_q", "to_out_0"): shape})[LINEAR]
+    error = np.linalg.norm(kept - exact) / np.linalg.norm(exact)
+    (own,) = (item for item in report.details if item["module"].endswith("to_q"))
+    assert own["relative_error"] == pytest.approx(error, rel=1e-4)
+    for rule in ({"rank": 2}, {"energy": 0.9}, {"size": 50_000}):
+        resize.run(resize.plan(source, resize.Options(output=out, overwrite=True, **rule)))  # type: ignore[arg-type]
+
+
+TO_Q = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+
+
+def test_a_base_of_another_size_is_refused_by_name(tmp_path: Path, tiny: Path) -> None:
+    options = resize.Options(rank=2, base=tiny / "base.safetensors", output=tmp_path / "o")
+    with pytest.raises(ShapeMismatch, match=r"is 32 × 32 in this adapter, 8 × 8 in base"):
+        resize.plan(dependent(tmp_path / "a.safetensors"), options)

@@ -34,7 +34,8 @@ from adaptkit.ops.rewrite.plan import (
     Written,
     product_rank,
 )
-from adaptkit.ops.rewrite.stacking import check_sizes, likeness_of, step_of
+from adaptkit.ops.rewrite.sizes import check_base, check_sizes
+from adaptkit.ops.rewrite.stacking import likeness_of, step_of
 from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
 from adaptkit.respelling import Assembly, Respelling
 from adaptkit.steps import check_memory
@@ -280,10 +281,20 @@ class _Planner:
         return dense_kind()
 
     def _ranked(self, task: Task, kind: type[Weights]) -> bool:
-        """Whether the policy has a rank to choose here."""
+        """Whether the policy has a rank to choose here.
+
+        NotRepresentable if its promise would depend on the base weight.
+        """
         if any(entry.facts.vector for entry in task.entries):
             return False
-        return kind.resized is not None and not kind.dense
+        if kind.resized is None or kind.dense:
+            return False
+        if not kind.additive and self.policy is not None and self.policy.most_error is not None:
+            raise NotRepresentable(
+                f"--error cannot hold for a {kind.name}, whose change depends on the base weight",
+                hint="use --rank, --energy or --size; or make it a LoRA: --algo lora and --base",
+            )
+        return True
 
     def _place(self, task: Task, kind: type[Weights]) -> tuple[Piece, ...] | None:
         """The place of the slot in the base, for terms whose ΔW depends on it.
@@ -311,6 +322,7 @@ class _Planner:
             raise NotRepresentable(
                 f"the base checkpoint has no {task.label}", hint="is it the right --base?"
             )
+        check_base(task, self.base, pieces)
         return pieces
 
     def _check_layout(self, task: Task, kind: type[Weights], ranked: bool) -> None:

@@ -5,22 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import THIN
-from adaptkit.errors import (
-    ShapeMismatch,
-)
-from adaptkit.ops.rewrite.plan import (
-    Task,
-    product_rank,
-)
+from adaptkit.ops.rewrite.plan import Task, product_rank
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from adaptkit.respelling import Assembly
-
-
-__all__ = ["check_sizes", "likeness_of", "step_of"]
+__all__ = ["likeness_of", "step_of"]
 
 
 def step_of(task: Task) -> Step[Task]:
@@ -54,31 +45,3 @@ def likeness_of(task: Task, swapped: bool) -> Hashable:
     infos = task.terms[0].job.adapter.source.infos
     tensors = tuple((role, infos[key].shape, infos[key].dtype) for role, key in whole.tensors())
     return task.kind, whole.kind, whole.facts, whole.swapped, swapped, task.changes, tensors
-
-
-def check_sizes(task: Task) -> None:
-    """ShapeMismatch if two inputs adapt a layer of different sizes; 0 is a size not known."""
-    first, *others = ((term, _size(term.job)) for term in task.terms)
-    for term, size in others:
-        if any(a and b and a != b for a, b in zip(first[1], size, strict=True)):
-            here, there = ("{} × {}".format(*(n or "?" for n in s)) for s in (size, first[1]))
-            name = first[0].job.adapter.source.path.name
-            raise ShapeMismatch(
-                f"{task.label} is {here} in this adapter, {there} in {name}",
-                hint="their models differ in size; see `adaptkit inspect --modules`",
-                file=term.job.adapter.source.path,
-            )
-
-
-def _size(job: Assembly) -> tuple[int, int]:
-    """(rows, columns) that an adapter gives to a slot; 0 if its tensors do not tell."""
-    heights = [
-        part.rows
-        if part.entry is None
-        else part.cut[1] - part.cut[0]
-        if part.cut
-        else part.entry.facts.rows
-        for part in job.parts
-    ]
-    columns = {entry.facts.columns for entry in job.entries}
-    return (sum(heights) if all(heights) else 0), (columns.pop() if len(columns) == 1 else 0)
