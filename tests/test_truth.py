@@ -258,3 +258,38 @@ def test_a_base_of_another_size_is_refused_by_name(tmp_path: Path, tiny: Path) -
     options = resize.Options(rank=2, base=tiny / "base.safetensors", output=tmp_path / "o")
     with pytest.raises(ShapeMismatch, match=r"is 32 × 32 in this adapter, 8 × 8 in base"):
         resize.plan(dependent(tmp_path / "a.safetensors"), options)
+
+
+def test_a_merge_of_two_doras_says_that_their_order_counts(tmp_path: Path, tiny: Path) -> None:
+    base = tiny / "base.safetensors"
+    before = load_file(base)[TO_Q].double().numpy()
+    dora = dependent(tmp_path / "a.safetensors", before.shape)
+    plain = lora(tmp_path / "b.safetensors", *before.shape)
+    stored = load_file(dora)
+    up, down = (stored[f"{LINEAR}.lora_{role}.weight"].double().numpy() for role in ("up", "down"))
+    magnitude = stored[f"{LINEAR}.dora_scale"].double().numpy()
+    added = delta(load_file(plain)).numpy()
+
+    def changed(weight: np.ndarray) -> np.ndarray:
+        return oracle.dora(weight, up @ down, magnitude, 0)
+
+    for order, expected in (
+        ((dora, plain), changed(before) + added),
+        ((plain, dora), changed(before + added)),
+        ((dora, dora), changed(changed(before))),
+    ):
+        report, found = merged(base, *order)
+        assert np.abs(found - expected).max() <= 1e-5
+        assert [note for note in report.notes if "order of the adapters" in note] == [
+            f"the order of the adapters counts in 1 of {report.tensors_changed} tensors: each is "
+            "applied to the result of those before it"
+        ]
+    for order in ((plain, plain), (dora,)):
+        assert not merged(base, *order)[0].notes
+
+
+def merged(base: Path, *paths: Path) -> tuple[merge.Report, np.ndarray]:
+    output = paths[0].with_name("merged.safetensors")
+    options = merge.Options(output=output, dtype="fp32", overwrite=True)
+    report = merge.run(merge.plan(base, [(path, 1.0) for path in paths], options))
+    return report, load_file(output)[TO_Q].double().numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.ops.blocks import block_of
@@ -105,9 +106,33 @@ def report_of(
         verified=verified,
         files=tuple(plan.layout.files()),
         left_out=plan.layout.left_out,
-        notes=(ONLY_WEIGHTS,) if plan.layout.folder and plan.layout.moves else (),
+        notes=tuple(_notes(plan)),
         quantised=sum(merge.changes and merge.dtype.startswith("F8") for merge in plan.merges),
     )
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    if plan.layout.folder and plan.layout.moves:
+        yield ONLY_WEIGHTS
+    ordered = sum(map(_depends_on_order, plan.merges))
+    if ordered:
+        yield (
+            f"the order of the adapters counts in {ordered} of {len(plan.merges)} tensors: each is "
+            "applied to the result of those before it"
+        )
+
+
+def _depends_on_order(merge: TensorMerge) -> bool:
+    """Whether a change that depends on the weight meets another on the same rows."""
+    active = [c for c in merge.contributions if c.strength]
+    return any(
+        not (a.entry.kind.additive and b.entry.kind.additive) and _overlap(a.rows, b.rows)
+        for a, b in combinations(active, 2)
+    )
+
+
+def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
 
 
 def _ratio(part: float, whole: float) -> float | None:
