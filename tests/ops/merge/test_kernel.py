@@ -28,6 +28,8 @@ FUSED = {QKV: 48, LINEAR1: 112}
 MLP = "transformer.single_transformer_blocks.3.proj_mlp"
 TURNED = "conditioner.embedders.1.model.text_projection"
 STEM = "lora_te2_text_projection"
+# merged in blocks of rows, and whole
+EITHER = [torch.float16, torch.float8_e4m3fn]
 SPLIT = [f"transformer.transformer_blocks.0.attn.to_{name}" for name in "qkv"]
 
 
@@ -168,14 +170,15 @@ def test_figures_of_scaled_fp8_are_those_of_the_decoded_numbers(
     check_figures(report, before, exact, {key: fp8.meant(found, key) for key in fp8.KEYS})
 
 
+@pytest.mark.parametrize("dtype", EITHER, ids=str)
 @pytest.mark.parametrize("rows", [3, 7, 8, 16, 48])
 @pytest.mark.parametrize("names", ["k", "qv", "qkv"])
 def test_parts_of_a_fused_layer_in_blocks_across_their_edges(
-    tmp_path: Path, names: str, rows: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, names: str, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 16 * rows)
     draw = torch.Generator().manual_seed(1)
-    state = {key: torch.randn(size, 16, generator=draw).half() for key, size in FUSED.items()}
+    state = {key: torch.randn(size, 16, generator=draw).to(dtype) for key, size in FUSED.items()}
     base = save(tmp_path / "base.safetensors", state)
     lora = factors(MLP, 64, 16, seed=3)
     last = np.concatenate([np.zeros((48, 16)), 0.6 * product(lora)])
@@ -191,18 +194,19 @@ def test_parts_of_a_fused_layer_in_blocks_across_their_edges(
     after = {key: numbers(tensor) for key, tensor in load_file(report.output).items()}
     exact = {QKV: before[QKV] + change, LINEAR1: before[LINEAR1] + last}
     for key in FUSED:
-        check_numbers(after[key], exact[key], torch.float16)
+        check_numbers(after[key], exact[key], dtype)
     check_figures(report, before, exact, after)
 
 
+@pytest.mark.parametrize("dtype", EITHER, ids=str)
 @pytest.mark.parametrize("rows", [5, 16])
 def test_a_fused_module_on_split_layers_gives_each_its_rows(
-    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 16 * rows)
     draw = torch.Generator().manual_seed(1)
     keys = [f"transformer_blocks.0.attn.to_{name}.weight" for name in "qkv"]
-    state = {key: torch.randn(16, 16, generator=draw).half() for key in keys}
+    state = {key: torch.randn(16, 16, generator=draw).to(dtype) for key in keys}
     base = save(tmp_path / "base.safetensors", state)
     lora = factors("lora_unet_double_blocks_0_img_attn_qkv", 48, 16)
     save_file(lora, tmp_path / "a.safetensors")
@@ -212,7 +216,30 @@ def test_a_fused_module_on_split_layers_gives_each_its_rows(
     after = {key: numbers(tensor) for key, tensor in load_file(report.output).items()}
     exact = {key: before[key] + part for key, part in zip(keys, parts, strict=True)}
     for key in keys:
-        check_numbers(after[key], exact[key], torch.float16)
+        check_numbers(after[key], exact[key], dtype)
+    check_figures(report, before, exact, after)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("dtype", EITHER, ids=str)
+def test_biases_and_norms(tmp_path: Path, dtype: torch.dtype) -> None:
+    stem = "blocks.0.self_attn"
+    draw = torch.Generator().manual_seed(1)
+    keys = {f"{stem}.q.bias": f"{stem}.q.diff_b", f"{stem}.norm_q.weight": f"{stem}.norm_q.diff"}
+    state = {key: torch.randn(130, generator=draw).to(dtype) for key in keys}
+    extra = {f"{stem}.q.weight": torch.randn(130, 8, generator=draw).half()}
+    base = save(tmp_path / "base.safetensors", state | extra)
+    diffs = {f"diffusion_model.{key}": torch.randn(130, generator=draw) for key in keys.values()}
+    save_file(diffs, tmp_path / "a.safetensors")
+    report = run(base, (tmp_path / "a.safetensors", 0.7), family="wan")
+    before = {key: numbers(tensor) for key, tensor in state.items()}
+    after = {key: numbers(tensor) for key, tensor in load_file(report.output).items()}
+    exact = {
+        key: before[key] + 0.7 * numbers(diffs[f"diffusion_model.{name}"])
+        for key, name in keys.items()
+    }
+    for key in keys:
+        check_numbers(after[key], exact[key], dtype)
     check_figures(report, before, exact, after)
 
 
