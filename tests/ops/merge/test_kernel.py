@@ -156,14 +156,16 @@ def test_figures_of_equal_layers_are_their_own(
 
 @pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("stacked", [False, True])
-def test_figures_of_scaled_fp8_are_those_of_the_decoded_numbers(
-    tmp_path: Path, stacked: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("target", ["keep", "bf16"])
+@pytest.mark.parametrize("dtype", EITHER, ids=str)
+def test_figures_of_scaled_weights_are_those_of_the_decoded_numbers(
+    tmp_path: Path, dtype: torch.dtype, target: str, stacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if stacked:
         monkeypatch.setattr(engine.Resources, "on_cpu", property(lambda _: False))
-    base = fp8.base_file(tmp_path, scales="rows")
+    base = fp8.base_file(tmp_path, dtype, scales="rows")
     adapter = made.adapter(tmp_path / "a.safetensors", names=list(fp8.KEYS.values()))
-    report = run(base, (adapter, 0.4))
+    report = run(base, (adapter, 0.4), dtype=target)
     held, found, deltas = load_file(base), load_file(report.output), made.deltas(adapter)
     before = {key: fp8.meant(held, key) for key in fp8.KEYS}
     exact = {key: before[key] + 0.4 * deltas[name] for key, name in fp8.KEYS.items()}
