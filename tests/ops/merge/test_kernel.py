@@ -154,6 +154,36 @@ def test_figures_of_equal_layers_are_their_own(
     check_figures(report, before, exact, after)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_equal_layers_that_are_multiplied_along_different_sides(
+    tmp_path: Path, stacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IA³: the flags of a stack are values and may differ."""
+    if stacked:
+        monkeypatch.setattr(engine.Resources, "on_cpu", property(lambda _: False))
+    draw = torch.Generator().manual_seed(4)
+    state: State = {}
+    adapter: State = {}
+    exact = {}
+    for name, on_input in zip("qkv", (1, 0, 1), strict=True):
+        key, stem = (
+            held.replace("to_q", f"to_{name}") for held in (PLACES[made.LINEAR], made.LINEAR)
+        )
+        state[key] = torch.randn(24, 24, generator=draw).half()
+        weight = torch.randn(24, generator=draw)
+        adapter |= {f"{stem}.weight": weight, f"{stem}.on_input": torch.tensor(on_input)}
+        factor = 1 + 0.6 * numbers(weight)
+        exact[key] = numbers(state[key]) * (factor[None] if on_input else factor[:, None])
+    base = save(tmp_path / "base.safetensors", state)
+    save_file(adapter, tmp_path / "a.safetensors")
+    report = run(base, (tmp_path / "a.safetensors", 0.6))
+    before = {key: numbers(tensor) for key, tensor in state.items()}
+    after = {key: numbers(tensor) for key, tensor in load_file(report.output).items()}
+    for key in state:
+        check_numbers(after[key], exact[key], torch.float16)
+    check_figures(report, before, exact, after)
+
+
 @pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("target", ["keep", "bf16"])
@@ -345,6 +375,21 @@ def test_a_tensor_without_dimensions_takes_the_new_dtype(tmp_path: Path) -> None
     report = run(base, (adapter, 1.0), dtype="bf16")
     found = load_file(report.output)
     assert torch.equal(found["first_stage_model.scale"], torch.tensor(0.1).bfloat16())
+
+
+class Fresh:
+    """Weights whose `apply` returns a new tensor, which the contract allows."""
+
+    def apply(self, base: torch.Tensor, strength: float) -> torch.Tensor:
+        return base * 2 + strength
+
+
+def test_a_new_tensor_of_an_algorithm_reaches_the_weight() -> None:
+    whole = torch.arange(24.0).reshape(1, 6, 4)
+    exact = whole.clone()
+    exact[:, 2:5] = exact[:, 2:5] * 2 + 0.5
+    kernel._Part(Fresh(), 2, 5, None).add(whole, 0.5)  # type: ignore[arg-type]
+    assert torch.equal(whole, exact)
 
 
 # errors
