@@ -198,7 +198,8 @@ class Blender:
 
         from adaptkit.linalg.precision import compute_dtype, empty, norm_squared
 
-        flat = stored.reshape(*stored.shape[:2], -1)
+        # a tensor may be empty
+        flat = stored.reshape(*stored.shape[:2], math.prod(stored.shape[2:]))
         batch, m, n = flat.shape
         step = math.lcm(
             *(
@@ -206,7 +207,7 @@ class Blender:
                 for i in numbers
             )
         )
-        k = min(m, max(step, BLOCK // n // step * step))
+        k = max(1, min(m, max(step, BLOCK // max(n, 1) // step * step)))
         targets = self._targets(numbers, joints, tensors, flat, k)
         old, new, spare = (
             empty((batch, k, n), compute_dtype(stored), flat.device) for _ in range(3)

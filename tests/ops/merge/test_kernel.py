@@ -466,3 +466,13 @@ class TestErrors:
         ]
         wanted = "the merged weight does not fit float16"
         assert caught(*plans) == (wanted, "o1.safetensors", self.key)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)])
+def test_an_empty_tensor_takes_the_new_dtype(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    base = base_file(tmp_path, torch.float32)
+    save_file(load_file(base) | {"model_ema.decay": torch.zeros(shape)}, base)
+    adapter = made.adapter(tmp_path / "a.safetensors")
+    report = run(base, (adapter, 1.0), dtype="bf16", family="sd1")
+    found = load_file(report.output)["model_ema.decay"]
+    assert (tuple(found.shape), found.dtype) == (shape, torch.bfloat16)
