@@ -293,3 +293,20 @@ def merged(base: Path, *paths: Path) -> tuple[merge.Report, np.ndarray]:
     options = merge.Options(output=output, dtype="fp32", overwrite=True)
     report = merge.run(merge.plan(base, [(path, 1.0) for path in paths], options))
     return report, load_file(output)[TO_Q].double().numpy()
+
+
+def test_the_family_that_is_stated_counts_for_the_adapter_too(tmp_path: Path) -> None:
+    """By its names alone, this adapter may be of many families."""
+    key = "double_blocks.0.img_attn.qkv.weight"
+    weight = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
+    save_file({key: weight}, tmp_path / "base.safetensors")
+    stem = "transformer.transformer_blocks.0.attn.to_k"
+    up, down = torch.randn(16, 2), torch.randn(2, 16)
+    save_file(
+        {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}, tmp_path / "a.safetensors"
+    )
+    options = merge.Options(family="flux", output=tmp_path / "m.safetensors")
+    adapters = [(tmp_path / "a.safetensors", 1.0)]
+    merge.run(merge.plan(tmp_path / "base.safetensors", adapters, options))
+    weight[16:32] += up @ down
+    assert torch.allclose(load_file(tmp_path / "m.safetensors")[key], weight, atol=1e-5)

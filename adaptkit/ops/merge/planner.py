@@ -178,7 +178,8 @@ def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
         return Adapter.open_as(path, base.family, format=options.format)
     adapter = Adapter.open(path, format=options.format)
     family = base.family.name
-    if adapter.family.name != family and family in adapter.detection.alternatives:
+    stated = options.family is not None  # what the user says counts for both files
+    if adapter.family.name != family and (stated or family in adapter.detection.alternatives):
         adapter.close()
         adapter = Adapter.open(path, family=family, format=options.format)
     if adapter.family.name != family:
