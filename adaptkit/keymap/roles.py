@@ -78,7 +78,9 @@ def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
 
 def _unnamed(suffix: str) -> str:
     """Remove the adapter's name from a PEFT suffix: `lora_A.default.weight` → `lora_A.weight`."""
+    if not suffix.startswith(_PEFT):  # first: most suffixes are parts of a module's name
+        return ""
     first, *rest = suffix.split(".")
-    if not first.startswith(_PEFT) or not rest or rest[0] in (WEIGHT, BIAS) or len(rest) > 2:
+    if not rest or rest[0] in (WEIGHT, BIAS) or len(rest) > 2:
         return ""
     return ".".join((first, *rest[1:]))
