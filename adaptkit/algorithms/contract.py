@@ -62,6 +62,7 @@ class Weights(Truncation):
     dense: ClassVar[bool] = False  # stores ΔW itself: holds any difference, has no rank
     low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
     applies_in_place: ClassVar[bool] = False  # `apply` never forms ΔW
+    cores: ClassVar[frozenset[str]] = frozenset()  # roles that `unrolled` multiplies out
 
     # wrapping another algorithm, see `over`
     wraps: ClassVar[tuple[str, ...]] = ()
@@ -262,6 +263,10 @@ class Weights(Truncation):
         return self
 
     # --- the same ΔW, and ΔW of several ------------------------------------------------------
+
+    def unrolled(self) -> Self:
+        """The same ΔW with its `cores` multiplied out: PEFT's layout does not hold them."""
+        return self
 
     def times(self, factor: float) -> Self:
         """The weights of factor · ΔW."""

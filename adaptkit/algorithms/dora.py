@@ -145,6 +145,9 @@ class Dora(Weights):
     def folded(self) -> Self:
         return replace(self, inner=self.inner.folded())
 
+    def unrolled(self) -> Self:
+        return replace(self, inner=self.inner.unrolled())
+
     def _by_rows(self) -> None:
         if self.axis == INPUT:
             raise NotRepresentable(
@@ -220,6 +223,7 @@ def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
         # PEFT has DoRA for those kinds alone whose configuration has a field for it
         "peft_type": inner.peft_type if "use_dora" in inner.peft_fields(()) else "",
         "peft_alpha": inner.peft_alpha,
+        "cores": inner.cores,
         "roles": MappingProxyType({**inner.roles, **cls.own}),
         "forms": tuple(form | {role} for form in inner.forms for role in STORED),
     }

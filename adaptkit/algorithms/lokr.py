@@ -162,7 +162,7 @@ class Lokr(Weights):
         if start % c or stop % c:
             raise NotRepresentable(
                 f"rows {start} to {stop} cut through a Kronecker block of {c} rows",
-                hint="convert it to lora or full first",
+                hint="--algo lora or --algo full can hold it",
             )
         cut = slice(start // c, stop // c)
         if isinstance(self.w1, Product):
@@ -187,7 +187,7 @@ class Lokr(Weights):
         if not all(same_factor(part.w2, first.w2) for part in parts):
             raise NotRepresentable(
                 "LoKr with different second factors cannot be fused",
-                hint="convert with --algo lora or --algo full",
+                hint="--algo lora or --algo full can hold it",
             )
         if len({part.scale for part in parts}) > 1:
             parts = [part.folded() for part in parts]

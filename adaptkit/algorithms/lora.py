@@ -53,6 +53,7 @@ class Lora(Weights):
     network_module: ClassVar[str] = "networks.lora"
     peft_type: ClassVar[str] = "LORA"
     peft_alpha: ClassVar[str] = "lora_alpha"
+    cores: ClassVar[frozenset[str]] = frozenset({"mid"})
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role(
             "lora_up.weight",
@@ -120,16 +121,8 @@ class Lora(Weights):
         stored[ALPHA] = torch.tensor(self.scale * rank, dtype=torch.float32)
         return stored
 
-    @classmethod
-    def laid_out(
-        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
-    ) -> tuple[int, ...]:
-        if role == "mid" and peft:
-            raise NotRepresentable(
-                "PEFT and diffusers read no lora_mid",
-                hint="`adaptkit resize --energy 1` writes it as a plain LoRA first",
-            )
-        return shape
+    def unrolled(self) -> Self:
+        return self if self.mid is None else replace(self, down=self._right(), mid=None)
 
     def _right(self) -> Tensor:
         from adaptkit.linalg.precision import upcast

@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import NETWORK
+from adaptkit.errors import NotRepresentable
 from adaptkit.keymap.roles import algorithms
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = [
     "extractable",
     "low_rank_kind",
     "network_module",
+    "rows_of",
     "taking",
     "vector_kind",
     "wrapped_like",
@@ -44,6 +46,20 @@ def low_rank_kind() -> type[Weights]:
 def dense_kind() -> type[Weights]:
     """The kind that stores any difference exactly."""
     return _only(lambda kind: kind.dense)
+
+
+def rows_of(weights: Weights, start: int, stop: int) -> Weights:
+    """The weights of output rows [start, stop): of their own kind if that can be cut there.
+
+    Otherwise ΔW is formed, and these rows of it are a difference. NotRepresentable if ΔW depends on
+    the weight.
+    """
+    try:
+        return weights.part(start, stop)
+    except NotRepresentable:
+        if not weights.additive:
+            raise
+        return dense_kind().holding(weights.delta()[..., start:stop, :].clone(), ())
 
 
 def vector_kind() -> type[Weights]:

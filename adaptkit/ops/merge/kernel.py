@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
+from adaptkit.keymap.kinds import rows_of
 from adaptkit.ops.merge.requantise import quantised, widened
 from adaptkit.ops.merge.steps import BLOCK, JointMerge, row_step
 from adaptkit.ops.shared import torch_dtype
@@ -180,7 +181,7 @@ class Blender:
                     {role: upcast(tensors[f"{source}/{role}"]) for role, _ in c.entry.tensors()}
                 )
                 if c.cut is not None:
-                    weights = weights.part(*c.cut)
+                    weights = rows_of(weights, *c.cut)
                 start, stop = c.rows or (0, rows)
                 yield _Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
 

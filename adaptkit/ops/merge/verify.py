@@ -12,6 +12,7 @@ from adaptkit import engine
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import AdaptkitError, CorruptFile, NotRepresentable
 from adaptkit.files.tensors import tensor_bytes
+from adaptkit.keymap.kinds import rows_of
 from adaptkit.ops.merge.output import gathered
 from adaptkit.ops.merge.requantise import widened
 
@@ -235,7 +236,7 @@ class _Verifier:
     def _decoded(self, n: int, c: Contribution, tensors: Mapping[str, Tensor]) -> Weights:
         roles = {role: tensors[f"{n}/{role}"][0].double() for role, _ in c.entry.tensors()}
         weights = c.entry.decode(roles)
-        return weights if c.cut is None else weights.part(*c.cut)
+        return weights if c.cut is None else rows_of(weights, *c.cut)
 
     def _keep(self, _: TensorMerge, worst: float) -> None:
         self.largest = max(self.largest, worst)

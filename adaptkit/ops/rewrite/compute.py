@@ -12,6 +12,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind
 from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
+from adaptkit.ops.rewrite.joining import joined
 from adaptkit.ops.rewrite.plan import Task, product_rank
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 from adaptkit.ops.shared import torch_dtype
@@ -252,33 +253,22 @@ class Rewriter:
         self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]
     ) -> Weights:
         """The parts of one adapter, cut and fused."""
-        found: list[Weights | None] = []
         entries = iter(enumerate(term.job.entries))
-        if not task.ranked and task.changes & {"summed", "changed"}:
+        becomes = task.ranked or bool(task.changes & {"summed", "changed"})
+        if becomes and not task.ranked:
             # computed wide, so that only the rounding of what is stored is lost
             tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
+        whole: list[Weights | None] = []
         for part in term.job.parts:
             if part.entry is None:
-                found.append(None)
+                whole.append(None)
                 continue
             n, entry = next(entries)
-            weights = entry.decode(
-                {role: tensors[f"{number}.{n}/{role}"] for role, _ in entry.tensors()}
+            whole.append(
+                entry.decode({role: tensors[f"{number}.{n}/{role}"] for role, _ in entry.tensors()})
             )
-            found.append(weights if part.cut is None else weights.part(*part.cut))
-        known = [weights for weights in found if weights is not None]
-        if len(found) == 1:
-            return known[0]
-        if len({type(weights) for weights in known}) > 1:
-            kernel = term.job.entries[0].facts.kernel
-            found = [None if w is None else task.kind.exactly(w, kernel) for w in found]
-            known = [weights for weights in found if weights is not None]
-        like = known[0]
-        filled = [
-            like.zeros(like, part.rows) if w is None else w
-            for w, part in zip(found, term.job.parts, strict=True)
-        ]
-        return type(like).fuse(filled)
+        kernel = term.job.entries[0].facts.kernel
+        return joined(term.job.parts, whole, task.kind if becomes else None, kernel)
 
     # --- what is stored ----------------------------------------------------------------------
 
@@ -292,6 +282,7 @@ class Rewriter:
     ) -> Stored:
         """Round to what is written, and measure the error against the exact weights."""
         kind, place = type(kept), self.plan.keys.format.alpha
+        kept = kept.unrolled() if self.plan.keys.format.peft else kept
         folded = (
             kept.folded()
             if "folded" in task.changes or (place is Alpha.NONE and not kept.bounded)

@@ -333,6 +333,8 @@ class _Planner:
             if entry.kind is kind:
                 infos = task.terms[0].job.adapter.source.infos
                 for role, key in entry.tensors():
+                    if role in kind.cores:
+                        continue  # multiplied out where the layout does not hold it
                     shape = infos[key].shape if key in infos else ()
                     kind.laid_out(role, shape, entry.facts, peft=self.keys.format.peft)
 
@@ -352,7 +354,7 @@ class _Planner:
             yield "split"
         if any(e.swapped for e in entries) != self.keys.swapped(job.slot):
             yield "swapped"
-        if any(e.kind is not kind for e in entries):
+        if any(e.kind is not kind or self._unrolls(e) for e in entries):
             yield "changed"
         if term.weight != 1.0:
             yield "scaled"
@@ -363,6 +365,9 @@ class _Planner:
             self._casts(infos[key].dtype) for e in entries for _, key in e.tensors()
         ):
             yield "cast"
+
+    def _unrolls(self, entry: Entry) -> bool:
+        return self.keys.format.peft and not entry.kind.cores.isdisjoint(entry.keys)
 
     def _casts(self, dtype: str) -> bool:
         return dtype in (*FLOATS, *FP8) and stored_dtype(self.options.dtype, dtype) != dtype

@@ -1,0 +1,73 @@
+"""The parts of one adapter in a slot as one weight: rows are cut out and stacked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptkit.errors import NotRepresentable
+from adaptkit.keymap.kinds import dense_kind, low_rank_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.respelling import Part
+
+__all__ = ["joined"]
+
+
+def joined(
+    parts: Sequence[Part],
+    whole: Sequence[Weights | None],
+    into: type[Weights] | None,
+    kernel: tuple[int, ...] | None,
+) -> Weights:
+    """Cut the rows of each part out of its weights and stack them in order.
+
+    `whole` are the weights of the parts, None for rows of zeros. `into` is the kind that the result
+    is stored as later, None if it keeps its own: some kinds have no rows of their own to cut or
+    stack, but what becomes a LoRA or a difference anyway can be cut and stacked as one. Raises
+    NotRepresentable for parts without a common form.
+    """
+    if len(parts) == 1 and parts[0].cut is None:
+        assert whole[0] is not None
+        return whole[0]
+    refused: NotRepresentable | None = None
+    for form in _forms(whole, into):
+        try:
+            one = whole if form is None else [w and form.exactly(w, kernel) for w in whole]
+            found = _stacked(parts, one)
+            if form is None or form.dense or found.thin_factors() is not None:
+                return found
+        except NotRepresentable as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _forms(
+    whole: Sequence[Weights | None], into: type[Weights] | None
+) -> Iterator[type[Weights] | None]:
+    """The kinds to try in turn; None keeps that of the parts."""
+    kinds = {type(weights) for weights in whole if weights is not None}
+    if len(kinds) == 1:
+        yield None
+    if into is not None:
+        if into.low_rank:
+            yield low_rank_kind()
+        yield dense_kind()
+
+
+def _stacked(parts: Sequence[Part], whole: Sequence[Weights | None]) -> Weights:
+    cut = [
+        weights if weights is None or part.cut is None else weights.part(*part.cut)
+        for part, weights in zip(parts, whole, strict=True)
+    ]
+    like = next(weights for weights in cut if weights is not None)
+    if len(cut) == 1:
+        return like
+    filled = [
+        like.zeros(like, part.rows) if weights is None else weights
+        for weights, part in zip(cut, parts, strict=True)
+    ]
+    return type(like).fuse(filled)
