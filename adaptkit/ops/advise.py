@@ -180,7 +180,7 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     first, second = open_pair(base, tuned, options.family, ema=options.ema)
     keys = first.keys(formats()[options.to])
     pairing = Pairing(first, second, keys, Wanted(low_rank_kind().name, False, options.shared))
-    jobs = tuple(job for job in pairing.pairs() if job.counted)
+    jobs = pairing.pairs()
     if not any(job.algorithm for job in jobs):
         raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
     refuse_unused(pairing.lost, options.allow_unused, tuned)

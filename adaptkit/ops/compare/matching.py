@@ -52,14 +52,13 @@ class Match:
     """One module on both sides.
 
     `mine` is A's side; `theirs` are B's sides in the order of the rows. `change` locates the
-    module in the base and in the tuned checkpoint. `counted` is False for parts beside the model.
+    module in the base and in the tuned checkpoint.
     """
 
     label: str
     mine: Side | None
     theirs: tuple[Side, ...] = ()
     change: tuple[tuple[Piece, ...], tuple[Piece, ...]] | None = None
-    counted: bool = True
     # position among the matches of a plan
     number: int = 0
 
@@ -268,7 +267,7 @@ def of_checkpoint(
     pairing = Pairing(base, tuned, cuts, Wanted(dense_kind().name, True, select))
     matches, met = [], set(cuts.twice)
     for pair in pairing.pairs():
-        match = Match(pair.label, None, (), (pair.base, pair.tuned), pair.counted)
+        match = Match(pair.label, None, (), (pair.base, pair.tuned))
         entry = None if pair.slot is None or pair.slot in cuts.twice else entries.get(pair.slot)
         if entry is not None:
             fits(base, a.adapter, entry, pair.base)

@@ -239,7 +239,7 @@ def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) 
     both = [(match, numbers) for match, numbers in found if match.both]
     common = _sum(numbers for _, numbers in both)
     total = _sum(numbers for match, numbers in found if match.mine or not against)
-    outside = sum(numbers.b for match, numbers in found if match.mine is None and match.counted)
+    outside = sum(numbers.b for match, numbers in found if match.mine is None)
     only_b = [
         match.label
         for match, numbers in found

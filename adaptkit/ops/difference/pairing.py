@@ -46,8 +46,6 @@ class Pair:
     number: int = 0
     # whether the format stores the two halves of its rows exchanged
     swapped: bool = False
-    # whether the difference counts in the total: a VAE, for one, does not
-    counted: bool = True
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -279,18 +277,26 @@ class Pairing:
                 self.left.append(Unused(name, f"{part}: {_SKIPPED.get(part, 'not compared')}"))
             elif name in ours:
                 yield from self._other(name, part)
+            elif self._weighs(self.tuned, name, part):
+                self.lost.append(Unused(name, "not in the base checkpoint"))
             else:
                 renamed = part != "unknown" and part in ours.values()
                 reason = "the base uses other names" if renamed else "not in the base checkpoint"
                 self.left.append(Unused(name, f"{part}: {reason}"))
         for name, part in ours.items():
             named = name in theirs or part in {*_SKIPPED, "scale"}
-            if (
-                not named
-                and (part == "unknown" or part not in theirs.values())
-                and selected(name, part, self.options)
-            ):
+            if named or not selected(name, part, self.options):
+                continue
+            if self._weighs(self.base, name, part):
+                self.lost.append(Unused(name, "not in the tuned checkpoint"))
+            elif part == "unknown" or part not in theirs.values():
                 self.left.append(Unused(name, f"{part}: not in the tuned checkpoint"))
+
+    @staticmethod
+    def _weighs(checkpoint: Checkpoint, name: str, part: str) -> bool:
+        """Whether a tensor that no table names is a layer's weight, as far as its header tells."""
+        info = checkpoint.source.infos[name]
+        return part == "unknown" and len(info.shape) > 1 and info.dtype in (*FLOATS, *FP8)
 
     def _other(self, name: str, part: str) -> Iterator[Pair]:
         partner, info = self.base.source.infos[name], self.tuned.source.infos[name]
@@ -298,7 +304,7 @@ class Pairing:
         if partner.shape == info.shape and refused is None:
             piece = (Piece(name),)
             why = f"{part}: adapters cannot hold it"
-            yield Pair(None, name, piece, piece, info.shape, info.dtype, why=why, counted=False)
+            yield Pair(None, name, piece, piece, info.shape, info.dtype, why=why)
         elif (partner.shape, partner.dtype) != (info.shape, info.dtype):
             reason = f"{part}: different shape or dtype in the base checkpoint"
             self.left.append(Unused(name, reason))

@@ -94,8 +94,8 @@ class Result:
 
     @property
     def norm(self) -> float:
-        """‖Δ‖² over the model's own layers."""
-        return sum(found.norm for job, found in self.measured if job.counted)
+        """‖Δ‖² over everything that both files hold, whether an adapter can hold it or not."""
+        return sum(found.norm for _, found in self.measured)
 
     def picked(self) -> list[tuple[Pair, Pick | None]]:
         """The layers that may be stored, each with its pick."""
@@ -120,7 +120,7 @@ class Result:
         others = [
             (self.picks.get(job.number), found)
             for job, found in self.measured
-            if job.counted and job.number not in mine
+            if job.number not in mine
         ]
         rest = sum(found.norm if pick is None else pick.error for pick, found in others)
         measure = self._measure([job for job, _ in free])
@@ -165,10 +165,10 @@ class Result:
 
     @property
     def residual(self) -> float:
-        """‖Δ − stored‖² over the model's own layers."""
-        stored = [(job, found, pick) for job, found, pick in self.stored() if job.counted]
-        held = all(job.algorithm for job, found in self.measured if job.counted and found.norm > 0)
-        if held and len(self.stored()) == len(self.fitted):  # no subtraction, so no cancellation
+        """‖Δ − stored‖² over everything that both files hold."""
+        stored = self.stored()
+        held = all(job.algorithm for job, found in self.measured if found.norm > 0)
+        if held and len(stored) == len(self.fitted):  # no subtraction, so no cancellation
             return max(0.0, sum(pick.error for _, _, pick in stored))
         return max(0.0, self.norm - sum(found.norm - pick.error for _, found, pick in stored))
 
@@ -267,9 +267,10 @@ def _notes(
             yield caution
     if left:
         count = "1 changed tensor is" if len(left) == 1 else f"{len(left)} changed tensors are"
+        share = sum(found.norm for job, found in result.measured if job.algorithm is None)
         yield (
-            f"{count} not in the adapter, and counted in the error; "
-            "`unused` lists them with the reasons."
+            f"{count} not in the adapter, and counted in the error: {share / result.norm:.3g} of "
+            "‖ΔW‖². `unused` lists them with the reasons; --skip leaves them out of the figures."
         )
 
 
