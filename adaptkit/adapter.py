@@ -363,9 +363,8 @@ class _Reader:
         if not key.endswith(PEFT_BIAS):
             return facts
         down = self.source.infos.get(f"{key.removesuffix(PEFT_BIAS)}lora_A.weight")
-        if down is None:
-            return facts
-        scale = self.meaning.bias_scale(slot.component, module, down.shape[0])
+        # without factors PEFT makes some of the usual rank, which add nothing
+        scale = self.meaning.bias_scale(slot.component, module, down.shape[0] if down else None)
         return replace(facts, scale=scale)
 
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:

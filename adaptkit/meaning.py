@@ -94,8 +94,8 @@ class Meaning:
         found = self._configured(component, module)
         return found, "none" if found is None else "metadata"
 
-    def bias_scale(self, component: str, module: str, rank: int) -> float:
-        """What multiplies a `lora_B.bias`: what multiplies its factors, of this rank.
+    def bias_scale(self, component: str, module: str, rank: int | None) -> float:
+        """What multiplies a `lora_B.bias`: what multiplies its factors, of this rank if stored.
 
         Source: peft/tuners/lora/layer.py, `merge`.
         """
@@ -103,6 +103,8 @@ class Meaning:
         if found is None:
             return 1.0
         rank = found.rank or rank
+        if rank is None:
+            return 1.0
         return found.value / (rank**0.5 if found.rank_scaled else rank)
 
     def problems(self) -> Iterator[Problem]:

@@ -61,12 +61,13 @@ class Assembly(NamedTuple):
 class Respelling:
     """Finds a format's slots for an adapter's entries.
 
-    `lost` lists the keys without a slot.
+    `lost` lists the keys without a slot, `dropped` their entries.
     """
 
     def __init__(self, adapter: Adapter, keys: KeyMap) -> None:
         self.adapter, self.keys = adapter, keys
         self.lost: dict[str, str] = {}
+        self.dropped: list[Entry] = []
 
     def jobs(self, entries: Mapping[Slot, Entry]) -> Iterator[Assembly]:
         """Every slot to write, in the order of the file; fills `lost`."""
@@ -88,6 +89,7 @@ class Respelling:
                 name = self.adapter.label(slot)
                 reason = f"the {self.keys.format.name} format has no place for {name}"
                 self.lost |= dict.fromkeys(entry.keys.values(), reason)
+                self.dropped.append(entry)
 
     def _parts(self, slot: Slot, held: Mapping[Slot, Entry]) -> tuple[Part, ...]:
         """The parts of a slot.

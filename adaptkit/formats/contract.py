@@ -27,6 +27,8 @@ PEFT_SPELLING: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "lora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
         "lora+dora": MappingProxyType({"up": "lora_B.weight", "down": "lora_A.weight"}),
+        # read for every layer with a LoRA; the vectors of norms have no place there
+        "full": MappingProxyType({"diff_b": "lora_B.bias"}),
     }
 )
 # ComfyUI reads both spellings of the factors, but the magnitude only as `dora_scale`

@@ -6,10 +6,11 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import NotRepresentable
+from adaptkit.families.contract import Kind
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
 from adaptkit.keymap.rows import Reading, find_row, label
 from adaptkit.keymap.templates import FIELD, Templates, fill
-from adaptkit.names import WEIGHT, Slot, Target
+from adaptkit.names import BIAS, WEIGHT, Slot, Target
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
@@ -139,7 +140,14 @@ class KeyMap:
                 or algorithms()[algorithm].roles[role].spelling
             )
             self._suffix[algorithm, role] = suffix
+        if slot.param == BIAS and self.normed(slot.target):
+            suffix = algorithms()[algorithm].roles[role].spelling  # no spelling of a LoRA's bias
         return f"{self.stem(slot)}.{suffix}"
+
+    def normed(self, target: Target) -> bool:
+        """Whether a target is a norm, whose weight is a vector."""
+        row = self.row(target)
+        return row is not None and row.kind is Kind.NORM
 
     def stem(self, slot: Slot) -> str:
         """The key of a slot without its suffix."""

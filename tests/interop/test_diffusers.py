@@ -168,19 +168,30 @@ def test_diffusers_refuses_vectors_under_kohya_names(sd1: Sd1, tmp_path: Path) -
     assert len(in_layers(*load(sd1, output))) == report.modules > 20
 
 
-def test_diffusers_drops_vectors_under_its_own_names(sd1: Sd1, tmp_path: Path) -> None:
-    """No error: the low-rank part is loaded, biases and norms stay those of the base."""
+def test_diffusers_drops_norms_under_its_own_names_and_reads_biases(
+    sd1: Sd1, tmp_path: Path
+) -> None:
+    """No error: the low-rank part and the biases are loaded, norms stay those of the base."""
     output = tmp_path / "out.safetensors"
     tuned = sd1.tuned("noise-vectors", noise, vectors=True)
     report = sd1.extract(tuned, output, rank=4, to="diffusers", vectors=True)
-    vectors = [key for key in load_file(output) if key.endswith((".diff_b", ".w_norm", ".b_norm"))]
+    stored = load_file(output)
+    norms = [key for key in stored if key.endswith((".diff_b", ".w_norm", ".b_norm"))]
+    biases = [key for key in stored if key.endswith(".lora_B.bias")]
     unet, clip = load(sd1, output)
-    assert len(in_layers(unet, clip)) == len(sd1.matrices()) == report.modules - len(vectors)
-    assert len(vectors) > 500
-    unet.fuse_lora()
-    unet.unload_lora()
+    layers = len(in_layers(unet, clip))
+    assert layers == len(sd1.matrices()) == report.modules - len(norms) - len(biases)
+    assert len(norms) > 200
+    assert len(biases) > 200
+    assert any("fuse_lora" in note for note in report.notes)
+    wide = {f"unet.{n}": t for n, t in unet.state_dict().items()}
+    for key in (key for key in biases if key.startswith("unet.")):
+        assert torch.equal(wide[key.replace("lora_B", "lora_B.default_0")], stored[key].float())
     before = sd1.unet().state_dict()
-    assert all(torch.equal(t, before[name]) for name, t in unet.state_dict().items() if t.ndim == 1)
+    kept = {
+        n.replace(".base_layer", ""): t for n, t in unet.state_dict().items() if "lora" not in n
+    }
+    assert all(torch.equal(t, before[name]) for name, t in kept.items() if t.ndim == 1)
 
 
 def test_diffusers_misscales_attention_where_alphas_differ(

@@ -95,9 +95,12 @@ def test_c1_c2_there_and_back(family: str, first: str, second: str, tmp_path: Pa
         formats()[second].private or len(components(family, first) - components(family, second)) > 0
     )
     report = run(source, there, to=second, format=first, allow_unused=narrow, **options)
-    assert report.relative_error == 0.0
     mine, theirs = deltas(source, family, first), deltas(there, family, second)
     assert theirs
+    # what the other format has no place for counts as lost
+    energy = [float((mine[t] ** 2).sum()) for t in mine]
+    kept = sum(e for t, e in zip(mine, energy, strict=True) if t in theirs)
+    assert report.relative_error == pytest.approx((1 - kept / sum(energy)) ** 0.5, abs=2e-4)
     if not narrow:
         assert theirs.keys() == mine.keys()
     for target, delta in theirs.items():

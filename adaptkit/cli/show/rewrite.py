@@ -26,7 +26,7 @@ def converted(talk: Talk, report: Report) -> None:
             f"{human(report.bytes)}",
         ),
         ("modules", f"{report.modules}: {counts(report.changes, '{1} {0}')}"),
-        ("weights", lossy(report.relative_error)),
+        ("weights", lossy(report.relative_error, report.unread)),
     ]
     talk.written(
         report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes
@@ -39,7 +39,7 @@ def resized(talk: Talk, report: Report) -> None:
         ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
         ("modules", f"{report.modules}: {counts(report.changes, '{1} {0}')}"),
         ("ranks", ranks(report.details)),
-        ("weights", lossy(report.relative_error)),
+        ("weights", lossy(report.relative_error, report.unread)),
     ]
     talk.written(
         report, rows, ("algorithm", "rank_before", "rank", "relative_error", "module"), report.notes
@@ -54,7 +54,7 @@ def combined(talk: Talk, report: Report, inputs: Sequence[tuple[str, float]]) ->
         ("adapter", f"{report.family}, {report.format} keys, {human(report.bytes)}"),
         ("modules", f"{report.modules}: {counts(kinds)}"),
         ("ranks", ranks(report.details)),
-        ("weights", lossy(report.relative_error)),
+        ("weights", lossy(report.relative_error, report.unread)),
     ]
     talk.written(
         report, rows, ("algorithm", "rank", "change", "relative_error", "module"), report.notes

@@ -69,8 +69,10 @@ def ranks(details: Iterable[Mapping[str, Any]]) -> str:
     return counts({str(rank): found[rank] for rank in sorted(found)}, "{0} (×{1})")
 
 
-def lossy(error: float | None) -> str:
-    """Format the relative error of a whole file."""
+def lossy(error: float | None, unread: int = 0) -> str:
+    """Format the relative error of a whole file, of which so many keys were not read."""
+    if error is None and unread:
+        return f"error unknown: {unread:,} keys were not read"
     if error is None:
         return "error unknown without --base"
     return "exact" if error == 0 else f"relative error {error:.3g}"

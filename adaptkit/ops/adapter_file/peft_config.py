@@ -8,15 +8,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NotRepresentable
+from adaptkit.keymap.kinds import vector_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from adaptkit.algorithms.contract import Weights
 
-__all__ = ["PeftModule", "diffusers_metadata", "peft_config"]
+__all__ = ["BIASED", "PeftModule", "diffusers_metadata", "peft_config"]
 
 TEXT_MODEL = "text_model."
+# PEFT merges a LoRA that has biases only into layers that have one
+BIASED = (
+    "the biases are stored as lora_B.bias: PEFT and diffusers add them, but fuse_lora and "
+    "merge_and_unload stop at a layer without a bias; `adaptkit merge` does not."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +41,17 @@ def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
 
     NotRepresentable if one file cannot hold them all.
     """
+    biases = [module for module in modules if _is_bias(module)]
+    modules = [module for module in modules if not _is_bias(module)]
     kinds = {module.kind for module in modules}
-    if not all(kind.peft_type for kind in kinds) or len(kinds) > 1:
+    if biases and not all(kind.low_rank and not kind.wrapper for kind in kinds):
         names = " and ".join(sorted(kind.name for kind in kinds))
+        raise NotRepresentable(
+            f"PEFT holds a bias only beside a LoRA, not beside {names}",
+            hint="convert with --algo lora, or write --to kohya or --to comfy",
+        )
+    if not all(kind.peft_type for kind in kinds) or len(kinds) != 1:
+        names = " and ".join(sorted(kind.name for kind in kinds)) or "biases alone"
         raise NotRepresentable(
             f"PEFT cannot hold {names} in one adapter",
             hint="convert with --algo lora, or use --only and --skip",
@@ -53,9 +67,17 @@ def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
         kind.peft_alpha: alpha,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "target_modules": _targets([module.name for module in modules]),
+        "target_modules": _targets(
+            list(dict.fromkeys(module.name for module in (*modules, *biases)))
+        ),
     }
+    if biases:
+        config["lora_bias"] = True
     return config | kind.peft_fields([module.shapes for module in modules])
+
+
+def _is_bias(module: PeftModule) -> bool:
+    return module.shapes.keys() == {vector_kind().vector_role(bias=True, norm=False)}
 
 
 def _patterns(values: Iterable[tuple[str, float]]) -> tuple[float, dict[str, float]]:
@@ -102,8 +124,10 @@ def _targets(names: Sequence[str]) -> list[str] | str:
 def diffusers_metadata(parts: Mapping[str, Sequence[PeftModule]]) -> str:
     """The `lora_adapter_metadata` of diffusers: LoraConfig fields behind component names."""
     fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora")
+    also = ("lora_bias",)
     found: dict[str, Any] = {}
     for component, modules in parts.items():
         config = peft_config([_anywhere(module) for module in modules])
         found |= {f"{component}.{name}": config[name] for name in fields}
+        found |= {f"{component}.{name}": config[name] for name in also if name in config}
     return json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False)

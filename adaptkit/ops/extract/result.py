@@ -9,6 +9,7 @@ from adaptkit.algorithms.contract import FitSpec
 from adaptkit.errors import NothingToDo, NotRepresentable
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import extractable
+from adaptkit.ops.adapter_file.peft_config import BIASED
 from adaptkit.ops.extract.output import Output, Stored
 from adaptkit.ops.extract.plan import (
     AUTO,
@@ -265,6 +266,8 @@ def _notes(
         factor = options.factor or result.probe.factor or DEFAULT_FACTOR
         if caution := kind.caution(FitSpec(factor=factor)):
             yield caution
+    if result.plan.keys.format.peft and any(job.role == "diff_b" for job, _, _ in result.stored()):
+        yield BIASED
     if left:
         count = "1 changed tensor is" if len(left) == 1 else f"{len(left)} changed tensors are"
         share = sum(found.norm for job, found in result.measured if job.algorithm is None)

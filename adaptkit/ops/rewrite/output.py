@@ -13,6 +13,7 @@ from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import network_module
+from adaptkit.names import BIAS
 from adaptkit.ops.adapter_file.peft_config import PeftModule, diffusers_metadata
 from adaptkit.ops.adapter_file.size import exact_size
 from adaptkit.ops.adapter_file.writer import AdapterWriter, Meant
@@ -145,10 +146,11 @@ class Output:
             stored = self.state.outcome(task)
             if stored is None:
                 continue
-            if stored.kind.peft_type != LORA_CONFIG:
+            if stored.kind.peft_type != LORA_CONFIG and task.slot.param != BIAS:
                 return {}
             parts.setdefault(task.slot.component, []).append(self.state.module(task, stored))
-        if all(len({m.rank for m in modules}) == 1 for modules in parts.values()):
+        ranks = ({m.rank for m in modules if not m.kind.dense} for modules in parts.values())
+        if all(len(found) == 1 for found in ranks):
             return {}
         return {"lora_adapter_metadata": diffusers_metadata(parts)}
 

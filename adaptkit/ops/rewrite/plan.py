@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHANGES",
     "Copied",
+    "Dropped",
     "Into",
     "Recast",
     "RecastOptions",
@@ -82,6 +83,14 @@ class Written(NamedTuple):
 
     key: str
     value: float
+
+
+class Dropped(NamedTuple):
+    """A module without a place in the new format: all of it counts as lost."""
+
+    adapter: Adapter
+    entry: Entry
+    weight: float = 1.0
 
 
 class Term(NamedTuple):
@@ -179,6 +188,7 @@ class Recast(Closing):
     policy: Policy | None = None
     mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
 
     @property
     def adapter(self) -> Adapter:

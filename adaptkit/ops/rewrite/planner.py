@@ -22,9 +22,11 @@ from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms, compile_keys
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind, wrapped_like
+from adaptkit.names import BIAS
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.rewrite.plan import (
     Copied,
+    Dropped,
     Into,
     Mixing,
     Recast,
@@ -88,6 +90,7 @@ def recast(
             file=path,
         )
     _check_family(first, into.format, tasks, options)
+    _check_biases(keys, tasks)
     steps = tuple(step_of(task) for task in tasks if task.ready is None or task.ranked)
     check_memory(steps, options.memory)
     return Recast(
@@ -105,6 +108,7 @@ def recast(
         policy,
         mixing,
         (*notes, *planner.notes),
+        tuple(planner.dropped),
     )
 
 
@@ -148,6 +152,23 @@ def _check_family(
             )
 
 
+def _check_biases(keys: KeyMap, tasks: Sequence[Task]) -> None:
+    """NotRepresentable for a bias beside magnitudes in a format whose readers have no such layer.
+
+    PEFT's LoraConfig refuses `lora_bias` with `use_dora`, and diffusers makes one of both.
+    """
+    if not keys.format.peft:
+        return
+    bias = next((task for task in tasks if task.slot.param == BIAS), None)
+    if bias is not None and any(task.kind.wrapper for task in tasks):
+        raise NotRepresentable(
+            f"the {keys.format.name} format holds no bias in a file with DoRA",
+            hint="write --to kohya or --to comfy, or leave biases out with --skip",
+            file=bias.terms[0].job.adapter.source.path,
+            tensor=bias.label,
+        )
+
+
 def _spec(adapter: Adapter, name: str) -> TensorSpec:
     info = adapter.source.infos[name]
     return TensorSpec(name, info.dtype, info.shape)
@@ -167,10 +188,12 @@ class _Planner:
         mixing: Mixing | None,
         base: Checkpoint | None,
     ) -> None:
-        self.adapters, self.weights, self.keys, self.into = adapters, weights, keys, into
+        self.adapters, self.weights, self.keys = adapters, weights, keys
+        self.into = replace(into, fold=into.fold or _scales_biases(adapters, keys))
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
         self.held = {} if base is None else base.targets()
         self.notes: list[str] = []
+        self.dropped: list[Dropped] = []
         self.unused = [
             Unused(key, _why(one, key, why))
             for one in adapters
@@ -200,6 +223,7 @@ class _Planner:
             for job in respelling.jobs(self._entries(adapter)):
                 terms.setdefault(job.slot, []).append(Term(job, weight, number))
             self.unused += [Unused(key, why) for key, why in respelling.lost.items()]
+            self.dropped += [Dropped(adapter, entry, weight) for entry in respelling.dropped]
         numbered = enumerate(terms.items())
         return tuple(self._task(n, slot, tuple(found)) for n, (slot, found) in numbered)
 
@@ -427,6 +451,13 @@ class _Planner:
         if self.into.fold or place in (Alpha.NONE, Alpha.CONFIG):
             return True
         return place is Alpha.OPTIONAL and entry.facts.scale == 1.0
+
+
+def _scales_biases(adapters: Sequence[Adapter], keys: KeyMap) -> bool:
+    """Whether the reader of the new format would multiply biases by the scale of their LoRA."""
+    return keys.format.alpha is Alpha.CONFIG and any(
+        slot.param == BIAS for adapter in adapters for slot in adapter.entries
+    )
 
 
 def _turned(kind: type[Weights], into: type[Weights]) -> bool:

@@ -6,12 +6,19 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.keymap import split_suffix
+from adaptkit.names import BIAS
+from adaptkit.ops.adapter_file.peft_config import BIASED
 from adaptkit.ops.rewrite.plan import CHANGES, Recast, Task, detail
 from adaptkit.ops.shared import WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from torch import Tensor
+
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.ops.rewrite.plan import Dropped
     from adaptkit.ops.rewrite.state import State
 
 
@@ -27,6 +34,7 @@ class Report(WriterReport):
     format: str
     changes: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    unread: int = 0  # keys of weights that no table names: what they change is unknown
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -60,6 +68,7 @@ def report_of(plan: Recast, state: State, size: int, seconds: float) -> Report:
         format=plan.keys.format.name,
         changes=_changes(plan, state),
         notes=(*plan.notes, *_notes(plan, state)),
+        unread=_unread(plan),
     )
 
 
@@ -81,14 +90,43 @@ def _changes(plan: Recast, state: State) -> dict[str, int]:
 
 def _total(plan: Recast, state: State, lost: Sequence[tuple[float, float] | None]) -> float | None:
     """The relative error over all modules; None if it depends on a base that is not given."""
-    if any(_unknown(state, task) for task in plan.tasks):
+    if any(_unknown(state, task) for task in plan.tasks) or _unread(plan):
         return None
-    error = sum(found[1] for found in lost if found is not None)
-    norm = sum(found[0] for found in lost if found is not None)
+    left = [_without_place(plan, one) for one in plan.dropped]
+    dropped = sum(norm for norm in left if norm is not None)
+    if None in left:
+        return None
+    error = sum(found[1] for found in lost if found is not None) + dropped
+    norm = sum(found[0] for found in lost if found is not None) + dropped
     if not error:
         return 0.0
     norm += sum(_untouched(state, task) for task in plan.tasks)
     return float((error / norm) ** 0.5) if norm else 0.0
+
+
+def _without_place(plan: Recast, one: Dropped) -> float | None:
+    """‖ΔW‖² of a module that the new format has no place for; None without the base weight."""
+    weights = one.adapter.weights(one.entry)
+    if weights.additive:
+        return one.weight**2 * weights.norm_squared()
+    if plan.base is None:
+        return None
+    slot = one.entry.slot
+    pieces = plan.base.locate(slot, plan.base.targets().get(slot.target, {}))
+    return None if pieces is None else _moved(weights, plan.base.read(pieces), one.weight)
+
+
+def _moved(weights: Weights, weight: Tensor, strength: float = 1.0) -> float:
+    """‖W' − W‖² of weights applied to a base weight."""
+    base = weight.double()
+    return float((weights.apply(base.clone(), strength) - base).square().sum())
+
+
+def _unread(plan: Recast) -> int:
+    """The number of keys of weights that were left out since no table names them."""
+    return sum(
+        split_suffix(key) is not None for adapter in plan.adapters for key in adapter.unclaimed
+    )
 
 
 def _unknown(state: State, task: Task) -> bool:
@@ -125,8 +163,7 @@ def _norm(state: State, task: Task) -> float:
         return weights.norm_squared()
     if task.base is None or state.plan.base is None:
         return 0.0
-    base = state.plan.base.read(task.base).double()
-    return float((weights.apply(base.clone(), 1.0) - base).square().sum())
+    return _moved(weights, state.plan.base.read(task.base))
 
 
 def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[str, Any]:
@@ -158,6 +195,8 @@ def _notes(plan: Recast, state: State) -> Iterator[str]:
     if zero:
         where = "every module" if zero == len(plan.tasks) else f"{zero} modules"
         yield f"ΔW is zero in {where}: the inputs cancel out."
+    if plan.keys.format.peft and any(task.slot.param == BIAS for task in plan.tasks):
+        yield BIASED
     vanished = sum(stored.vanished for stored in state.stored.values())
     if vanished:
         yield (

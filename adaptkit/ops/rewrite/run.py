@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
 from adaptkit.algorithms.contract import ALPHA
+from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.peft_config import peft_config
@@ -37,7 +38,10 @@ CORES = 200_000_000  # bytes of decompositions held until ranks are cut; others 
 def check_peft(plan: Recast) -> None:
     """Refuse what PEFT cannot hold before anything is computed."""
     if plan.keys.format.alpha is Alpha.CONFIG:
-        peft_config(State(plan).modules())
+        try:
+            peft_config(State(plan).modules())
+        except NotRepresentable as error:
+            raise error.at(file=plan.adapter.source.path) from None
 
 
 def run(plan: Recast, progress: Progress | None = None) -> Report:
