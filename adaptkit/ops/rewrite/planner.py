@@ -6,13 +6,11 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptkit.adapter import Adapter, Entry
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.checkpoint import Checkpoint
-from adaptkit.detect import chosen, formats
+from adaptkit.detect import chosen
 from adaptkit.errors import (
     AdaptkitError,
-    AmbiguousAdapter,
     NothingToDo,
     NotRepresentable,
     ShapeMismatch,
@@ -20,10 +18,17 @@ from adaptkit.errors import (
 from adaptkit.files.header import TensorSpec
 from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import KeyMap, algorithms, compile_keys
+from adaptkit.keymap import KeyMap, algorithms
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind, wrapped_like
-from adaptkit.names import BIAS
 from adaptkit.ops.adapter_file.writer import check_adapter_output
+from adaptkit.ops.rewrite.checks import (
+    check_base,
+    check_biases,
+    check_family,
+    check_sizes,
+    keys_of,
+    scales_biases,
+)
 from adaptkit.ops.rewrite.plan import (
     Copied,
     Dropped,
@@ -36,7 +41,6 @@ from adaptkit.ops.rewrite.plan import (
     Written,
     product_rank,
 )
-from adaptkit.ops.rewrite.sizes import check_base, check_sizes
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
 from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
 from adaptkit.respelling import Assembly, Respelling
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from adaptkit.adapter import Adapter, Entry
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Piece
     from adaptkit.names import Slot
@@ -78,7 +83,7 @@ def recast(
         chosen("algorithm", algorithms(), options.algo)
     check_adapter_output(output, folder=into.config, overwrite=options.overwrite)
     first, path = adapters[0], adapters[0].source.path
-    keys = _keys(first, into.format)
+    keys = keys_of(first, into.format)
     base = None if options.base is None else _base(options.base, first)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
@@ -89,8 +94,8 @@ def recast(
             hint="see --only and --skip",
             file=path,
         )
-    _check_family(first, into.format, tasks, options)
-    _check_biases(keys, tasks)
+    check_family(first, into.format, tasks, options)
+    check_biases(keys, tasks)
     steps = tuple(step_of(task) for task in tasks if task.ready is None or task.ranked)
     check_memory(steps, options.memory)
     return Recast(
@@ -123,52 +128,6 @@ def _base(path: Path, adapter: Adapter) -> Checkpoint:
     return found
 
 
-def _keys(adapter: Adapter, format: str) -> KeyMap:
-    return (
-        compile_keys(adapter.family.name, format)
-        if adapter.known
-        else KeyMap(adapter.family, formats()[format])
-    )
-
-
-def _check_family(
-    adapter: Adapter, format: str, tasks: Sequence[Task], options: RecastOptions
-) -> None:
-    """Refuse an adapter that may be of two families, if those give other names."""
-    if options.family is not None or format == adapter.format.name:
-        return
-    keys = _keys(adapter, format)
-    ours = [keys.stem(task.slot) for task in tasks]
-    for name in adapter.detection.alternatives:
-        other = Adapter.understand(adapter.source, None, family=name, format=adapter.format.name)
-        respelled = Respelling(other, compile_keys(name, format))
-        theirs = [respelled.keys.stem(job.slot) for job in respelled.jobs(other.entries)]
-        if theirs != ours:
-            raise AmbiguousAdapter(
-                f"this may be {adapter.family.title} or {other.family.title}, "
-                "and the names to write differ",
-                hint=f"say which: --family {adapter.family.name} or --family {name}",
-                file=adapter.source.path,
-            )
-
-
-def _check_biases(keys: KeyMap, tasks: Sequence[Task]) -> None:
-    """NotRepresentable for a bias beside magnitudes in a format whose readers have no such layer.
-
-    PEFT's LoraConfig refuses `lora_bias` with `use_dora`, and diffusers makes one of both.
-    """
-    if not keys.format.peft:
-        return
-    bias = next((task for task in tasks if task.slot.param == BIAS), None)
-    if bias is not None and any(task.kind.wrapper for task in tasks):
-        raise NotRepresentable(
-            f"the {keys.format.name} format holds no bias in a file with DoRA",
-            hint="write --to kohya or --to comfy, or leave biases out with --skip",
-            file=bias.terms[0].job.adapter.source.path,
-            tensor=bias.label,
-        )
-
-
 def _spec(adapter: Adapter, name: str) -> TensorSpec:
     info = adapter.source.infos[name]
     return TensorSpec(name, info.dtype, info.shape)
@@ -189,7 +148,7 @@ class _Planner:
         base: Checkpoint | None,
     ) -> None:
         self.adapters, self.weights, self.keys = adapters, weights, keys
-        self.into = replace(into, fold=into.fold or _scales_biases(adapters, keys))
+        self.into = replace(into, fold=into.fold or scales_biases(adapters, keys))
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
         self.held = {} if base is None else base.targets()
         self.notes: list[str] = []
@@ -451,13 +410,6 @@ class _Planner:
         if self.into.fold or place in (Alpha.NONE, Alpha.CONFIG):
             return True
         return place is Alpha.OPTIONAL and entry.facts.scale == 1.0
-
-
-def _scales_biases(adapters: Sequence[Adapter], keys: KeyMap) -> bool:
-    """Whether the reader of the new format would multiply biases by the scale of their LoRA."""
-    return keys.format.alpha is Alpha.CONFIG and any(
-        slot.param == BIAS for adapter in adapters for slot in adapter.entries
-    )
 
 
 def _turned(kind: type[Weights], into: type[Weights]) -> bool:

@@ -145,8 +145,8 @@ def _loss(state: State, task: Task) -> tuple[float, float] | None:
     stored, found = state.stored.get(task.number), state.decomposed.get(task.number)
     if stored is not None and stored.norm is not None and stored.error is not None:
         return stored.norm, stored.error
-    if found is None or (stored is not None and not task.kind.additive):
-        return None
+    if found is None or not task.kind.additive:
+        return None  # the norm of a direction is not that of what it changes
     return found.norm, found.norm if state.dropped(task) else 0.0
 
 

@@ -1,0 +1,124 @@
+"""Refuse inputs that cannot be put together: sizes, families, and biases beside DoRA."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from adaptkit.adapter import Adapter
+from adaptkit.detect import formats
+from adaptkit.errors import AmbiguousAdapter, NotRepresentable, ShapeMismatch
+from adaptkit.formats.contract import Alpha
+from adaptkit.keymap import KeyMap, compile_keys
+from adaptkit.names import BIAS
+from adaptkit.respelling import Respelling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.ops.rewrite.plan import RecastOptions, Task
+    from adaptkit.respelling import Assembly
+
+__all__ = [
+    "check_base",
+    "check_biases",
+    "check_family",
+    "check_sizes",
+    "keys_of",
+    "scales_biases",
+]
+
+
+def check_sizes(task: Task) -> None:
+    """ShapeMismatch if two inputs adapt a layer of different sizes; 0 is a size not known."""
+    first, *others = task.terms
+    for term in others:
+        _same_size(task, term.job, _size(first.job), first.job.adapter.source.path.name)
+
+
+def check_base(task: Task, base: Checkpoint, pieces: tuple[Piece, ...]) -> None:
+    """ShapeMismatch if a layer has another size in the base than in an input."""
+    shape = base.slot_shape(pieces)
+    size = (shape[0] if shape else 1, math.prod(shape[1:]))
+    for term in task.terms:
+        _same_size(task, term.job, size, base.source.path.name)
+
+
+def _same_size(task: Task, job: Assembly, size: tuple[int, int], name: str) -> None:
+    own = _size(job)
+    if any(a and b and a != b for a, b in zip(size, own, strict=True)):
+        here, there = ("{} × {}".format(*(n or "?" for n in s)) for s in (own, size))
+        raise ShapeMismatch(
+            f"{task.label} is {here} in this adapter, {there} in {name}",
+            hint="their models differ in size; see `adaptkit inspect --modules`",
+            file=job.adapter.source.path,
+        )
+
+
+def _size(job: Assembly) -> tuple[int, int]:
+    """(rows, columns) that an adapter gives to a slot; 0 if its tensors do not tell."""
+    heights = [
+        part.rows
+        if part.entry is None
+        else part.cut[1] - part.cut[0]
+        if part.cut
+        else part.entry.facts.rows
+        for part in job.parts
+    ]
+    columns = {entry.facts.columns for entry in job.entries}
+    return (sum(heights) if all(heights) else 0), (columns.pop() if len(columns) == 1 else 0)
+
+
+def keys_of(adapter: Adapter, format: str) -> KeyMap:
+    """The names of the family of an adapter in a format."""
+    return (
+        compile_keys(adapter.family.name, format)
+        if adapter.known
+        else KeyMap(adapter.family, formats()[format])
+    )
+
+
+def check_family(
+    adapter: Adapter, format: str, tasks: Sequence[Task], options: RecastOptions
+) -> None:
+    """Refuse an adapter that may be of two families, if those give other names."""
+    if options.family is not None or format == adapter.format.name:
+        return
+    keys = keys_of(adapter, format)
+    ours = [keys.stem(task.slot) for task in tasks]
+    for name in adapter.detection.alternatives:
+        other = Adapter.understand(adapter.source, None, family=name, format=adapter.format.name)
+        respelled = Respelling(other, compile_keys(name, format))
+        theirs = [respelled.keys.stem(job.slot) for job in respelled.jobs(other.entries)]
+        if theirs != ours:
+            raise AmbiguousAdapter(
+                f"this may be {adapter.family.title} or {other.family.title}, "
+                "and the names to write differ",
+                hint=f"say which: --family {adapter.family.name} or --family {name}",
+                file=adapter.source.path,
+            )
+
+
+def check_biases(keys: KeyMap, tasks: Sequence[Task]) -> None:
+    """NotRepresentable for a bias beside magnitudes in a format whose readers have no such layer.
+
+    PEFT's LoraConfig refuses `lora_bias` with `use_dora`, and diffusers makes one of both.
+    """
+    if not keys.format.peft:
+        return
+    bias = next((task for task in tasks if task.slot.param == BIAS), None)
+    if bias is not None and any(task.kind.wrapper for task in tasks):
+        raise NotRepresentable(
+            f"the {keys.format.name} format holds no bias in a file with DoRA",
+            hint="write --to kohya or --to comfy, or leave biases out with --skip",
+            file=bias.terms[0].job.adapter.source.path,
+            tensor=bias.label,
+        )
+
+
+def scales_biases(adapters: Sequence[Adapter], keys: KeyMap) -> bool:
+    """Whether the reader of the new format would multiply biases by the scale of their LoRA."""
+    return keys.format.alpha is Alpha.CONFIG and any(
+        slot.param == BIAS for adapter in adapters for slot in adapter.entries
+    )
