@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
-from adaptkit.errors import AdaptkitError, ShapeMismatch, UnknownAdapter
+from adaptkit.errors import AdaptkitError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
 from adaptkit.keymap import CheckpointMap, KeyMap, Place, compile_checkpoint, compile_keys, label
@@ -207,6 +207,33 @@ class Checkpoint:
         first = self.shape(pieces[0].name)
         rows = sum(p.rows[1] - p.rows[0] if p.rows else self.shape(p.name)[0] for p in pieces)
         return (rows, *first[1:])
+
+    def check_size(
+        self, pieces: tuple[Piece, ...], size: tuple[int, int], label: str, adapter: Path
+    ) -> None:
+        """Raise unless a module of an adapter fits these pieces.
+
+        `size` is (rows, columns) as the module has it, 0 where its tensors do not tell. Raises
+        NotRepresentable if the weights are packed, whose shapes say nothing, else ShapeMismatch.
+        """
+        for piece in pieces:
+            if (reason := self.refusal([piece.name])) is not None:
+                raise NotRepresentable(
+                    f"stored as {reason}, which adapters cannot be added to",
+                    hint="use an fp32, fp16, bf16 or fp8 (e4m3, e5m2) checkpoint of this model",
+                    file=self.source.path,
+                    tensor=piece.name,
+                )
+        shape = self.slot_shape(pieces)
+        there = (shape[0] if shape else 1), math.prod(shape[1:])
+        if any(one and other and one != other for one, other in zip(there, size, strict=True)):
+            shown = ["{} × {}".format(*(n or "?" for n in one)) for one in (there, size)]
+            raise ShapeMismatch(
+                f"{label} is {shown[0]} in {self.source.path.name}, {shown[1]} in this adapter",
+                hint="the adapter is for a model of another size, or of another family; "
+                "see `adaptkit inspect --modules`",
+                file=adapter,
+            )
 
     def dtypes(self, pieces: tuple[Piece, ...]) -> frozenset[str]:
         """The stored dtypes of a slot."""

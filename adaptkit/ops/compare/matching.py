@@ -119,9 +119,7 @@ class Base:
 
 def fits(checkpoint: Checkpoint, adapter: Adapter, entry: Entry, pieces: tuple[Piece, ...]) -> None:
     """Raise ShapeMismatch unless an entry has the size of its layer."""
-    shape = checkpoint.slot_shape(pieces)
-    there = (shape[0] if shape else 1, math.prod(shape[1:]))
-    check_size(adapter, adapter.label(entry.slot), "the checkpoint", there, _size(entry))
+    checkpoint.check_size(pieces, _size(entry), adapter.label(entry.slot), adapter.source.path)
 
 
 def check_size(

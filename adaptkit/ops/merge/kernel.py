@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
-from adaptkit.keymap.kinds import rows_of
+from adaptkit.ops.merge.cutting import WHOLE, part_of, whole_slot
 from adaptkit.ops.merge.requantise import quantised, widened
 from adaptkit.ops.merge.steps import BLOCK, JointMerge, row_step
 from adaptkit.ops.shared import torch_dtype
@@ -134,6 +134,7 @@ class Blender:
             for c, source in zip(merge.contributions if merge else (), sources, strict=True):
                 if c.strength and source not in read:
                     stored = plan.adapters[c.adapter].read(c.entry)
+                    stored |= whole_slot(self.base, c)
                     loaded |= {f"{source}/{role}": tensor for role, tensor in stored.items()}
                     read.add(source)
         return loaded
@@ -180,8 +181,9 @@ class Blender:
                 weights = c.entry.decode(
                     {role: upcast(tensors[f"{source}/{role}"]) for role, _ in c.entry.tensors()}
                 )
-                if c.cut is not None:
-                    weights = rows_of(weights, *c.cut)
+                whole = tensors.get(f"{source}/{WHOLE}")
+                whole = None if whole is None else upcast(whole)
+                weights = part_of(weights, c, whole, self.plans[number].adapters)
                 start, stop = c.rows or (0, rows)
                 yield _Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
 

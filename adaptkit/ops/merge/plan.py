@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adaptkit.adapter import Adapter, Entry
-    from adaptkit.checkpoint import Checkpoint
+    from adaptkit.checkpoint import Checkpoint, Piece
     from adaptkit.files.header import TensorSpec
     from adaptkit.ops.merge.layout import Layout
     from adaptkit.ops.shared import Unused
@@ -42,7 +42,8 @@ class Options(Shared):
 class Contribution:
     """One entry of an adapter, added to `rows` of a tensor (None: all).
 
-    `cut` selects rows of the entry. `strength` is the adapter's times the block weight.
+    `cut` selects rows of the entry. `strength` is the adapter's times the block weight. `slot` are
+    all tensors of the layer if what these rows become depends on the others too.
     """
 
     adapter: int
@@ -51,6 +52,7 @@ class Contribution:
     cut: tuple[int, int] | None
     label: str
     strength: float
+    slot: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,11 @@ class _Places:
         ]
         self.found: dict[str, list[Contribution]] = {}
 
+    def _whole(self, entry: Entry, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+        """The pieces of a slot if one of them depends on all and none is changed before."""
+        apart = entry.kind.additive or len(pieces) == 1
+        return () if apart or any(piece.name in self.found for piece in pieces) else pieces
+
     def merges(self) -> tuple[TensorMerge, ...]:
         for number, adapter in enumerate(self.adapters):
             for slot, entry in adapter.entries.items():
@@ -240,28 +245,13 @@ class _Places:
             reason = f"the checkpoint has no {label}"
             self.unused[number].extend(Unused(key, reason) for key in entry.keys.values())
             return
-        self._check_shape(adapter, label, entry, pieces)
+        size = entry.facts.rows, entry.facts.columns
+        self.base.check_size(pieces, size, label, adapter.source.path)
         strength = self.strengths[number] * self.blocks.weight(slot)
+        whole = self._whole(entry, pieces)
         for piece, cut in _cuts(self.base, pieces):
             self.found.setdefault(piece.name, []).append(
-                Contribution(number, entry, piece.rows, cut, label, strength)
-            )
-
-    def _check_shape(
-        self, adapter: Adapter, label: str, entry: Entry, pieces: tuple[Piece, ...]
-    ) -> None:
-        shape = self.base.slot_shape(pieces)
-        rows, columns = shape[0] if shape else 1, 1
-        for n in shape[1:]:
-            columns *= n
-        # some algorithms do not define both
-        known = entry.facts.rows or rows, entry.facts.columns or columns
-        if known != (rows, columns):
-            raise ShapeMismatch(
-                f"{label} is {rows} × {columns} in the checkpoint, {known[0]} × {known[1]} in the "
-                "adapter",
-                hint="the adapter is for another model of this family, or for another family",
-                file=adapter.source.path,
+                Contribution(number, entry, piece.rows, cut, label, strength, whole)
             )
 
 

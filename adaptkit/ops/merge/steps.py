@@ -110,6 +110,8 @@ def _sizes(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) ->
         block = 4 * min(info.numel, max(BLOCK, apart * _columns(info.shape)))
         return info.nbytes + 4 * block, min(own, block)
     kinds = (c.entry.kind for c in merge.contributions if c.strength)
+    # a layer that is applied to as a whole: read, wide, and changed
+    own += sum(9 * base.nbytes(c.slot) for c in merge.contributions if c.slot)
     dense = max((0 if kind.applies_in_place else 4 * info.numel for kind in kinds), default=0)
     scaled = 8 * info.numel if base.quantization.widens(info) else 0
     return info.nbytes + 4 * info.numel + dense + scaled, own

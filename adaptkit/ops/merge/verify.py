@@ -12,7 +12,7 @@ from adaptkit import engine
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import AdaptkitError, CorruptFile, NotRepresentable
 from adaptkit.files.tensors import tensor_bytes
-from adaptkit.keymap.kinds import rows_of
+from adaptkit.ops.merge.cutting import WHOLE, part_of, whole_slot
 from adaptkit.ops.merge.output import gathered
 from adaptkit.ops.merge.requantise import widened
 
@@ -185,7 +185,8 @@ class _Verifier:
         for n, c in enumerate(merge.contributions):
             if not c.strength:
                 continue
-            for role, tensor in self.plan.adapters[c.adapter].read(c.entry).items():
+            stored = self.plan.adapters[c.adapter].read(c.entry) | whole_slot(base, c)
+            for role, tensor in stored.items():
                 loaded[f"{n}/{role}"] = tensor
         return loaded
 
@@ -236,7 +237,8 @@ class _Verifier:
     def _decoded(self, n: int, c: Contribution, tensors: Mapping[str, Tensor]) -> Weights:
         roles = {role: tensors[f"{n}/{role}"][0].double() for role, _ in c.entry.tensors()}
         weights = c.entry.decode(roles)
-        return weights if c.cut is None else rows_of(weights, *c.cut)
+        whole = tensors.get(f"{n}/{WHOLE}")
+        return part_of(weights, c, None if whole is None else whole[0].double(), self.plan.adapters)
 
     def _keep(self, _: TensorMerge, worst: float) -> None:
         self.largest = max(self.largest, worst)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
@@ -39,10 +38,8 @@ def check_sizes(task: Task) -> None:
 
 def check_base(task: Task, base: Checkpoint, pieces: tuple[Piece, ...]) -> None:
     """ShapeMismatch if a layer has another size in the base than in an input."""
-    shape = base.slot_shape(pieces)
-    size = (shape[0] if shape else 1, math.prod(shape[1:]))
     for term in task.terms:
-        _same_size(task, term.job, size, base.source.path.name)
+        base.check_size(pieces, _size(term.job), task.label, term.job.adapter.source.path)
 
 
 def _same_size(task: Task, job: Assembly, size: tuple[int, int], name: str) -> None:

@@ -304,9 +304,7 @@ def test_an_adapter_for_another_family_or_size_is_refused(tmp_path: Path, tiny: 
         f"{stem}.lora_down.weight": torch.ones(2, 1280),
     }
     save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(
-        ShapeMismatch, match="32 × 32 in the checkpoint, 1280 × 1280 in the adapter"
-    ):
+    with pytest.raises(ShapeMismatch, match="32 × 32 in .*, 1280 × 1280 in this adapter"):
         run(
             tmp_path / "o.safetensors",
             tiny / "base.safetensors",
