@@ -18,7 +18,7 @@ from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
 from adaptkit.unknown import fallback
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from adaptkit.formats.contract import KeyFormat
     from adaptkit.names import Slot
 
-__all__ = ["Adapter", "Entry", "Header", "entries_of", "open_adapter_source"]
+__all__ = ["Adapter", "Entry", "Header", "entries_of", "open_adapter_source", "weights_of"]
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_BIAS = "lora_B.bias"
@@ -232,6 +232,11 @@ def entries_of(
     """The entries that a reader finds in a file of this key map; `config` is PEFT's, if any."""
     reader = _Reader(header, keys, Meaning.of(metadata, config))
     return reader.entries(_weights_of(header))
+
+
+def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
+    """The weights of an entry, its tensors read by `tensor`, rows in target order."""
+    return entry.decode(_alike({role: tensor(key) for role, key in entry.tensors()}))
 
 
 def _weights_of(source: Header) -> dict[str, TensorInfo]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     metavar="NAME=WEIGHT,…",
     help="Multiply the strength in some blocks; NAME is a name, a glob or a range (repeatable).",
 )
-@click.option("--verify", is_flag=True, help="Read the output back and compare it with base + ΔW.")
 @click.option(
     "--shard-size", type=SIZE, metavar="SIZE", help="Write a folder of shards of at most SIZE."
 )

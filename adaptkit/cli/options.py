@@ -305,6 +305,11 @@ def writer(function: F) -> F:
             computing,
             selecting,
             click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+            click.option(
+                "--verify",
+                is_flag=True,
+                help="Read the values of the output back and compare them with what was meant.",
+            ),
             click.option("--overwrite", is_flag=True, help="Replace an existing output."),
             click.option(
                 "--allow-unused",

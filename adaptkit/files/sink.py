@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adaptkit.errors import NoSuchName, ShapeMismatch
 from adaptkit.files.header import TensorSpec, build_header
 from adaptkit.files.output_file import OutputFile, Run, coalesce
-from adaptkit.files.tensors import decode_scalar, dtype_name, spec_of, tensor_bytes
+from adaptkit.files.tensors import decode_scalar, dtype_name, spec_of, tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -139,6 +139,16 @@ class TensorSink(OutputFile):
         """Read back a tensor that was written."""
         info = self._info(name)
         return self._read(info.nbytes, info.start, name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read back a tensor that was written, on the CPU."""
+        import torch
+
+        info = self._info(name)
+        data = bytearray(self.read(name))
+        if not data:
+            return torch.empty(info.shape, dtype=torch_dtype(info, self.path))
+        return torch.frombuffer(data, dtype=torch_dtype(info, self.path)).reshape(info.shape)
 
     def scalar(self, name: str) -> float:
         """Read back a tensor of one element."""

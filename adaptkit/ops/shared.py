@@ -60,7 +60,10 @@ DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 @dataclass(frozen=True)
 class Shared:
-    """Options of every verb that writes, named as on the command line and in JSON."""
+    """Options of every verb that writes, named as on the command line and in JSON.
+
+    `verify` reads the values of the output back and compares them with what was meant.
+    """
 
     output: Path | None = None
     family: str | None = None
@@ -72,6 +75,7 @@ class Shared:
     skip: tuple[str, ...] = ()
     overwrite: bool = False
     allow_unused: bool = False
+    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,8 @@ class Unused:
 class WriterReport:
     """Fields that the reports of all writers share (the JSON contract).
 
-    `relative_error` is None if only a base weight, which was not given, can measure it.
+    `relative_error` is None if only a base weight, which was not given, can measure it. `measured`
+    is the one measured on the finished file; None unless that was asked for.
     """
 
     output: Path
@@ -101,6 +106,7 @@ class WriterReport:
     unused: tuple[Unused, ...] = ()
     seconds: float = 0.0
     details: tuple[Mapping[str, Any], ...] = field(default=())
+    measured: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON document of the contract."""
@@ -113,6 +119,7 @@ class WriterReport:
             "unused": [item.to_dict() for item in self.unused],
             "seconds": round(self.seconds, 3),
             "details": [dict(item) for item in self.details],
+            **({} if self.measured is None else {"verified": {"relative_error": self.measured}}),
         }
 
 

@@ -87,6 +87,9 @@ class Talk:
         err = page(stderr=True)
         if self.verbose:
             err.print(table(columns, ([cell(d[c]) for c in columns] for d in report.details)))
+        if report.measured is not None:
+            read = f"read back from the file: relative error {report.measured:.3g}"
+            rows = [*rows, ("verified", read)]
         err.print(facts([row for row in (*rows, ("seconds", f"{report.seconds:.1f}")) if row[1]]))
         _unused(err, [item.to_dict() for item in report.unused])
         for note in notes:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from math import isclose
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.adapter import entries_of
+from adaptkit.adapter import entries_of, weights_of
 from adaptkit.errors import NotRepresentable
 from adaptkit.ops.adapter_file.peft_config import PeftModule, peft_config
 from adaptkit.ops.shared import check_output
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from adaptkit.files.sink import TensorSink
     from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot
+
+    Verify = Callable[[Callable[[Slot], Weights]], None]
 
 __all__ = ["AdapterWriter", "Meant", "check_adapter_output"]
 
@@ -62,7 +64,8 @@ class AdapterWriter:
     """One adapter file. With `modules` it is PEFT's folder: weights and a configuration.
 
     Before a file appears, its header is read as any file is. A file whose reader would find other
-    modules, ranks or scales than those `meant` is not written.
+    modules, ranks or scales than those `meant` is not written. `verify` is then called with a
+    function that reads the weights of a slot from the file; what it raises stops the file too.
     """
 
     def __init__(
@@ -75,15 +78,24 @@ class AdapterWriter:
         meant: Mapping[Slot, Meant],
         *,
         overwrite: bool,
+        verify: Verify | None = None,
     ) -> None:
+        self.verify = verify
         self.output, self.specs, self.metadata = output, specs, metadata
         self.config = None if modules is None else peft_config(modules)
         self.keys, self.meant, self.overwrite = keys, meant, overwrite
 
-    def write(self, fill: Callable[[TensorSink], None], *, sync: bool = True) -> int:
+    def write(
+        self,
+        fill: Callable[[TensorSink], None],
+        *,
+        sync: bool = True,
+        before: Callable[[], None] | None = None,
+    ) -> int:
         """Publish the output and return the bytes of its weights file.
 
-        `fill` puts every tensor into the sink. `sync` waits until the disk has the data.
+        `fill` puts every tensor into the sink. `sync` waits until the disk has the data. `before`
+        is called before a file is replaced: on Windows an open one cannot be.
         """
         from adaptkit.files.sink import TensorSink
 
@@ -91,6 +103,8 @@ class AdapterWriter:
             with TensorSink(path, self.specs, self.metadata, overwrite=overwrite) as sink:
                 fill(sink)
                 self._read_back(sink)
+                if before is not None:
+                    before()
                 sink.commit(sync=sync)
             return sink.size
 
@@ -106,6 +120,8 @@ class AdapterWriter:
                     file=self.output,
                     tensor=self.keys.stem(slot),
                 )
+        if self.verify is not None:
+            self.verify(lambda slot: weights_of(found[slot], sink.tensor))
 
     @contextmanager
     def _file(self) -> Iterator[tuple[Path, bool]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.files.sink import TensorSink
     from adaptkit.files.spool import Spool
     from adaptkit.names import Slot
+    from adaptkit.ops.adapter_file.writer import Verify
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.extract.plan import Plan
     from adaptkit.ops.ranks.forms import Pick
@@ -63,8 +64,8 @@ class Output:
         """Every tensor, in the order of the checkpoint's layers."""
         return [TensorSpec(name, dtype, shape) for name, dtype, shape, _, _ in self._named()]
 
-    def write(self, spool: Spool) -> int:
-        """Publish the output; return its bytes."""
+    def write(self, spool: Spool, verify: Verify | None = None) -> int:
+        """Publish the output; return its bytes. `verify` sees the file before that."""
         plan = self.plan
         writer = AdapterWriter(
             plan.output,
@@ -74,8 +75,9 @@ class Output:
             plan.keys,
             self._meant(),
             overwrite=plan.options.overwrite,
+            verify=verify,
         )
-        return writer.write(lambda sink: self._fill(sink, spool))
+        return writer.write(lambda sink: self._fill(sink, spool), before=plan.close)
 
     def _meant(self) -> dict[Slot, Meant]:
         return {
@@ -115,7 +117,6 @@ class Output:
                 sink.put(name, pick.form.cut(role, whole, pick.rank))
             else:
                 sink.put_bytes(name, data)
-        self.plan.close()  # on Windows an open file cannot be replaced
 
     def _modules(self) -> list[PeftModule] | None:
         """The modules of a PEFT configuration, for the format that has one."""

@@ -12,6 +12,7 @@ from adaptkit.ops.extract.fit import FitRecipe, Fitter
 from adaptkit.ops.extract.output import spool_key
 from adaptkit.ops.extract.plan import Plan, recipes_of, step_of
 from adaptkit.ops.extract.result import Report, Result
+from adaptkit.ops.extract.verify import Verifier
 from adaptkit.ops.ranks.forms import Fitted, Form, Pick
 
 if TYPE_CHECKING:
@@ -44,8 +45,12 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         result.choose()
         fitting.finish(result, progress)
         draft = result.report()
-        size = result.output().write(spool)
-    return replace(draft, bytes=size, seconds=time.perf_counter() - started)
+        stored = frozenset(job.number for job, _, _ in result.stored())
+        verifier = Verifier(plan, stored, result.relative_error) if plan.options.verify else None
+        size = result.output().write(spool, verifier)
+    measured = None if verifier is None else verifier.measured
+    seconds = time.perf_counter() - started
+    return replace(draft, bytes=size, seconds=seconds, measured=measured)
 
 
 class _Fitting:

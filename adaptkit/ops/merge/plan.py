@@ -27,13 +27,12 @@ __all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
 class Options(Shared):
     """Options of merge.
 
-    `blocks` are rules for the strength of modules (see adaptkit.ops.merge.block_weights). `verify`
-    reads the output back and compares it with base + ΔW. `shard_size` is the maximum size of a
-    shard in bytes. `layout` is `single-file` (original names) or `folder` (diffusers' names).
+    `blocks` are rules for the strength of modules (see adaptkit.ops.merge.block_weights).
+    `shard_size` is the maximum size of a shard in bytes. `layout` is
+    `single-file` (original names) or `folder` (diffusers' names).
     """
 
     blocks: tuple[str, ...] = ()
-    verify: bool = False
     shard_size: int | None = None
     layout: str | None = None
 

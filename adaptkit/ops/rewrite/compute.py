@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms.contract import Decomposition, Facts, Weights
     from adaptkit.ops.rewrite.plan import Recast, Term
 
-__all__ = ["Rewriter"]
+__all__ = ["Rewriter", "lost"]
 
 CANCELLED = 1e-14  # of Σ ‖·‖² of the terms: the rounding of float64 in a sum that is zero
 
@@ -192,15 +192,17 @@ class Rewriter:
 
     def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, not rounded, in the order of rows of the new format."""
+        whole = self.meant(task, tensors)
+        return whole.swapped() if self.plan.keys.swapped(task.slot) else whole
+
+    def meant(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
+        """All terms together, not rounded, in the order of rows of the model."""
         if self.plan.mixing is not None:
             _finite(task, tensors)  # electing signs would drop NaN without a word
         parts = [self._term(task, number, term, tensors) for number, term in enumerate(task.terms)]
-        whole = (
-            parts[0]
-            if len(parts) == 1 and self.plan.mixing is None
-            else self._together(task, parts)
-        )
-        return whole.swapped() if self.plan.keys.swapped(task.slot) else whole
+        if len(parts) == 1 and self.plan.mixing is None:
+            return parts[0]
+        return self._together(task, parts)
 
     def _together(self, task: Task, parts: Sequence[Weights]) -> Weights:
         vector = any(entry.facts.vector for entry in task.entries)
@@ -293,7 +295,7 @@ class Rewriter:
         encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
         rounded, facts, shapes, alpha = as_read(kind, encoded)
         known = None if decomposed is None else decomposed.norm
-        norm, error = _lost(exact, rounded, tensors.get("base"), known)
+        norm, error = lost(exact, rounded, tensors.get("base"), known)
         found = self._laid_out(task, kind, facts, encoded)
         vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
         return Stored(
@@ -415,7 +417,7 @@ def _vanished(before: Tensor, after: Tensor) -> int:
     return 0 if left == after.numel() else int(before.count_nonzero()) - left
 
 
-def _lost(
+def lost(
     exact: Weights, stored: Weights, base: Tensor | None, norm: float | None
 ) -> tuple[float | None, float | None]:
     """‖ΔW‖² and the ‖·‖² that was lost, in float64. `norm` is ‖ΔW‖² if it is known.

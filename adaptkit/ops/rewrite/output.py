@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adaptkit.files.sink import TensorSink
     from adaptkit.files.spool import Spool
     from adaptkit.names import Slot
+    from adaptkit.ops.adapter_file.writer import Verify
     from adaptkit.ops.rewrite.state import State
 
 __all__ = ["Output"]
@@ -48,10 +49,11 @@ class Output:
         """The exact bytes of the file; nothing is computed for it."""
         return exact_size(self.specs(), self.metadata())
 
-    def write(self, fill: Callable[[TensorSink], None]) -> int:
+    def write(self, fill: Callable[[TensorSink], None], verify: Verify | None = None) -> int:
         """Publish the output; return its bytes.
 
-        `fill` puts the tensors that are neither copied nor in the spool.
+        `fill` puts the tensors that are neither copied nor in the spool. `verify` sees the file
+        before it is published.
         """
         plan, metadata = self.plan, self.metadata()
         modules = self.state.modules() if plan.keys.format.alpha is Alpha.CONFIG else None
@@ -63,6 +65,7 @@ class Output:
             plan.keys,
             self._meant(),
             overwrite=plan.options.overwrite,
+            verify=verify,
         )
         # a lost output can be made again: wait for the disk only if it replaces a file
         sync = plan.output.exists()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.rewrite.state import State
 
 
-__all__ = ["Report"]
+__all__ = ["Report", "dropped_norm", "losses", "report_of", "total_error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +48,21 @@ class Report(WriterReport):
         return {**super().to_dict(), **extra}
 
 
-def report_of(plan: Recast, state: State, size: int, seconds: float) -> Report:
+def report_of(
+    plan: Recast, state: State, size: int, seconds: float, measured: float | None = None
+) -> Report:
     """The report of a finished run."""
-    lost = [_loss(state, task) for task in plan.tasks]
+    lost = losses(plan, state)
     written = [stored for task in plan.tasks if (stored := state.outcome(task)) is not None]
     return Report(
         output=plan.output,
         bytes=size,
         modules=len(written),
         parameters=sum(stored.parameters for stored in written),
-        relative_error=_total(plan, state, lost),
+        relative_error=total_error(plan, state, lost),
         unused=plan.unused,
         seconds=seconds,
+        measured=measured,
         details=tuple(
             _detail(state, task, found) for task, found in zip(plan.tasks, lost, strict=True)
         ),
@@ -88,13 +91,14 @@ def _changes(plan: Recast, state: State) -> dict[str, int]:
     return {name: found[name] for name in (*CHANGES, "unchanged", "left out") if found[name]}
 
 
-def _total(plan: Recast, state: State, lost: Sequence[tuple[float, float] | None]) -> float | None:
+def total_error(
+    plan: Recast, state: State, lost: Sequence[tuple[float, float] | None]
+) -> float | None:
     """The relative error over all modules; None if it depends on a base that is not given."""
     if any(_unknown(state, task) for task in plan.tasks) or _unread(plan):
         return None
-    left = [_without_place(plan, one) for one in plan.dropped]
-    dropped = sum(norm for norm in left if norm is not None)
-    if None in left:
+    dropped = dropped_norm(plan)
+    if dropped is None:
         return None
     error = sum(found[1] for found in lost if found is not None) + dropped
     norm = sum(found[0] for found in lost if found is not None) + dropped
@@ -102,6 +106,12 @@ def _total(plan: Recast, state: State, lost: Sequence[tuple[float, float] | None
         return 0.0
     norm += sum(_untouched(state, task) for task in plan.tasks)
     return float((error / norm) ** 0.5) if norm else 0.0
+
+
+def dropped_norm(plan: Recast) -> float | None:
+    """‖ΔW‖² of the modules that the new format has no place for; None without the base weight."""
+    left = [_without_place(plan, one) for one in plan.dropped]
+    return None if None in left else sum(norm for norm in left if norm is not None)
 
 
 def _without_place(plan: Recast, one: Dropped) -> float | None:
@@ -135,6 +145,11 @@ def _unknown(state: State, task: Task) -> bool:
         return not task.entries[0].kind.additive and task.base is None
     stored = state.stored.get(task.number)
     return stored is not None and stored.error is None
+
+
+def losses(plan: Recast, state: State) -> list[tuple[float, float] | None]:
+    """‖ΔW‖² and what was lost of it, of every task; None where nothing was computed."""
+    return [_loss(state, task) for task in plan.tasks]
 
 
 def _loss(state: State, task: Task) -> tuple[float, float] | None:

@@ -16,6 +16,7 @@ from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.output import Output
 from adaptkit.ops.rewrite.report import Report, report_of
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
+from adaptkit.ops.rewrite.verify import Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,8 +55,10 @@ def run(plan: Recast, progress: Progress | None = None) -> Report:
     with _spool(plan) as spool:
         computing = _Computing(plan, state, spool, progress)
         computing.first()
-        size = Output(plan, state, spool).write(computing.second)
-    return report_of(plan, state, size, time.perf_counter() - started)
+        verifier = Verifier(plan, state) if plan.options.verify else None
+        size = Output(plan, state, spool).write(computing.second, verifier)
+    measured = None if verifier is None else verifier.measured
+    return report_of(plan, state, size, time.perf_counter() - started, measured)
 
 
 def _spool(plan: Recast) -> Any:
