@@ -9,12 +9,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from adaptkit.algorithms.contract import ALPHA
+from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, compile_keys, label, split_suffix
-from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
+from adaptkit.meaning import PEFT_CONFIG, SAY, Meaning, Problem, refuse_errors
 from adaptkit.unknown import fallback
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     keys: Mapping[str, str]
     facts: Facts
     alpha: float | None = None
-    alpha_source: str = "none"  # tensor | metadata | none
+    alpha_source: str = "none"  # tensor | metadata | given | none
     naming: str = "diffusers"
     swapped: bool = False  # stored with the halves of its rows swapped
 
@@ -96,15 +96,22 @@ class Adapter:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, family: str | None = None, format: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        family: str | None = None,
+        format: str | None = None,
+        alpha: str | None = None,
     ) -> Adapter:
         """Read the header of an adapter file or PEFT folder.
+
+        `alpha` is that of every module, whatever the file says: a number, or `as-rank`.
 
         Raises `UnknownAdapter` if no (family, format) fits.
         """
         source, config = open_adapter_source(Path(path))
         try:
-            found = cls.understand(source, config, family=family, format=format)
+            found = cls.understand(source, config, family=family, format=format, alpha=alpha)
             refuse_errors(found.problems, Path(path))
             return found
         except AdaptkitError as error:
@@ -113,7 +120,12 @@ class Adapter:
 
     @classmethod
     def open_as(
-        cls, path: str | Path, family: ModelFamily, *, format: str | None = None
+        cls,
+        path: str | Path,
+        family: ModelFamily,
+        *,
+        format: str | None = None,
+        alpha: str | None = None,
     ) -> Adapter:
         """Read the header of an adapter for a `family` without a table.
 
@@ -124,7 +136,7 @@ class Adapter:
         source, config = open_adapter_source(Path(path))
         try:
             infos = _weights_of(source)
-            found = cls._read(source, config, infos, *_by_names(infos, family, format))
+            found = cls._read(source, config, infos, *_by_names(infos, family, format), alpha)
             refuse_errors(found.problems, Path(path))
             return found
         except AdaptkitError as error:
@@ -139,6 +151,7 @@ class Adapter:
         *,
         family: str | None = None,
         format: str | None = None,
+        alpha: str | None = None,
     ) -> Adapter:
         """Parse the adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
         infos = _weights_of(source)
@@ -147,7 +160,7 @@ class Adapter:
             keys = compile_keys(found.family, found.format)
         else:
             keys, found = _unknown(infos, found, family, format)
-        return cls._read(source, config, infos, keys, found)
+        return cls._read(source, config, infos, keys, found, alpha)
 
     @classmethod
     def _read(
@@ -157,14 +170,11 @@ class Adapter:
         infos: Mapping[str, TensorInfo],
         keys: KeyMap,
         found: Detection,
+        alpha: str | None,
     ) -> Adapter:
-        meaning = Meaning.of(source.metadata, config)
-        reader = _Reader(source, keys, meaning)
-        entries = reader.entries(infos)
+        meaning = Meaning.of(source.metadata, config, alpha)
+        reader, entries = _entries(source, keys, meaning, infos)
         reader.problems += meaning.problems()
-        ranked = [entry for entry in entries.values() if entry.facts.rank is not None]
-        if ranked and all(entry.alpha is None for entry in ranked):
-            reader.problems += meaning.ignored_alpha()
         return cls(
             source,
             keys.family,
@@ -187,7 +197,7 @@ class Adapter:
     def alpha_source(self) -> str:
         """The source of alpha over all entries that need one.
 
-        `tensor`, `metadata`, `none` or `mixed`.
+        `tensor`, `metadata`, `given`, `none` or `mixed`.
         """
         sources = {
             entry.alpha_source for entry in self.entries.values() if entry.facts.rank is not None
@@ -230,8 +240,26 @@ def entries_of(
     header: Header, keys: KeyMap, metadata: Mapping[str, str], config: Mapping[str, object] | None
 ) -> dict[Slot, Entry]:
     """The entries that a reader finds in a file of this key map; `config` is PEFT's, if any."""
-    reader = _Reader(header, keys, Meaning.of(metadata, config))
-    return reader.entries(_weights_of(header))
+    _, found = _entries(header, keys, Meaning.of(metadata, config), _weights_of(header))
+    return found
+
+
+def _entries(
+    header: Header, keys: KeyMap, meaning: Meaning, names: Iterable[str]
+) -> tuple[_Reader, dict[Slot, Entry]]:
+    """The entries of a file. An alpha for the whole file counts only where there is no other."""
+    reader = _Reader(header, keys, meaning)
+    found = reader.entries(names)
+    ranked = [entry for entry in found.values() if entry.facts.rank is not None]
+    if not ranked or any(entry.alpha is not None for entry in ranked):
+        return reader, found
+    ranks = {entry.facts.rank for entry in ranked if entry.facts.rank is not None}
+    alpha, problem = meaning.flat_alpha(ranks)
+    if alpha is not None:
+        reader = _Reader(header, keys, replace(meaning, configs={"": {"lora_alpha": alpha}}))
+        found = reader.entries(names)
+    reader.problems += () if problem is None else (problem,)
+    return reader, found
 
 
 def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
@@ -314,6 +342,7 @@ class _Reader:
         self.meaning = meaning
         self.unclaimed: dict[str, str] = {}
         self.problems: list[Problem] = []
+        self.contradicts = False
 
     def entries(self, names: Iterable[str]) -> dict[Slot, Entry]:
         groups: dict[Slot, dict[str, Parsed]] = {}
@@ -333,7 +362,10 @@ class _Reader:
         for kind, places in _whole(tuple(parsed.roles for parsed in group.values())):
             keys = {role: names[n] for role, n in places.items()}
             stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
-            alpha, origin = self.meaning.alpha(slot.component, first.module, stored)
+            if kind.bounded:  # a bound, not a scale
+                alpha, origin = (None, "none") if stored is None else (Stated(stored), "tensor")
+            else:
+                alpha, origin = self.meaning.alpha(slot.component, first.module, stored)
             try:
                 shapes = {
                     role: self.source.infos[key].shape
@@ -346,6 +378,8 @@ class _Reader:
                 failures.append(error.message)
             else:
                 value = alpha.value if alpha else None
+                if stored is not None and not kind.bounded:
+                    self._compare(slot, facts, stored, first.module)
                 return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
         found = ", ".join(sorted({parsed.roles[0][1] for parsed in group.values()}))
         self._refuse(slot, group, failures[0] if failures else f"incomplete or mixed: {found}")
@@ -371,6 +405,16 @@ class _Reader:
         # without factors PEFT makes some of the usual rank, which add nothing
         scale = self.meaning.bias_scale(slot.component, module, down.shape[0] if down else None)
         return replace(facts, scale=scale)
+
+    def _compare(self, slot: Slot, facts: Facts, stored: float, module: str) -> None:
+        """Note a file of which readers of the tensor and of the configuration get two scales."""
+        if self.contradicts or facts.rank is None:
+            return
+        if self.meaning.contradicts(slot.component, module, stored, facts.rank):
+            self.contradicts = True
+            what = f"{label(self.keys.family, slot)}: alpha is {stored:g} in its tensor"
+            what += ", and another in the configuration: readers differ in what they take"
+            self.problems.append(Problem("error", None, what, SAY))
 
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
         self.problems.append(Problem("error", label(self.keys.family, slot), what))

@@ -11,21 +11,32 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from math import inf, isclose
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.algorithms.contract import ALPHA, Stated
-from adaptkit.errors import NotRepresentable
+from adaptkit.errors import NotRepresentable, WrongUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Facts, Weights
 
-__all__ = ["PEFT_CONFIG", "AsRead", "Meaning", "Problem", "as_read", "refuse_errors"]
+__all__ = [
+    "DIFFUSERS_CONFIG",
+    "FLAT_ALPHA",
+    "PEFT_CONFIG",
+    "SAY",
+    "AsRead",
+    "Meaning",
+    "Problem",
+    "as_read",
+    "refuse_errors",
+]
 
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
@@ -36,8 +47,13 @@ REBASED = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga", re.IGNOREC
 OFT_COMPUTED: Mapping[str, object] = MappingProxyType(
     {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": False}
 )
-# metadata keys that state alpha for a whole file, without saying for which modules
+# metadata keys that state alpha and the rank for a whole file, without saying for which modules;
+# not kohya's `ss_network_alpha`, which outlives every change of a file
 FLAT_ALPHA = ("lora_alpha", "alpha", "network_alpha")
+FLAT_RANK = ("rank", "lora_rank", "r", "network_dim", "ss_network_dim")
+AS_RANK = "as-rank"
+SAY = "say which counts: --alpha-in VALUE, or --alpha-in as-rank"
+_FLOAT32 = 1e-6  # alpha is stored as float32
 
 
 class Problem(NamedTuple):
@@ -46,15 +62,14 @@ class Problem(NamedTuple):
     severity: str
     module: str | None
     what: str
+    hint: str = "`adaptkit inspect` lists the problems of a file"
 
 
 def refuse_errors(problems: Iterable[Problem], path: Path) -> None:
     """NotRepresentable for the first problem of the whole file that is an error."""
     for problem in problems:
         if problem.severity == "error" and problem.module is None:
-            raise NotRepresentable(
-                problem.what, hint="`adaptkit inspect` lists the problems of a file", file=path
-            )
+            raise NotRepresentable(problem.what, hint=problem.hint, file=path)
 
 
 @dataclass(frozen=True)
@@ -62,17 +77,25 @@ class Meaning:
     """What metadata and configuration say about the tensors of a file.
 
     `configs` are the fields of PEFT's configuration: those of the whole file (component ""), or
-    one set per component in the metadata of diffusers.
+    one set per component in the metadata of diffusers. `given` is an alpha that the user states,
+    which counts before all others, or `as-rank`.
     """
 
     configs: Mapping[str, Mapping[str, object]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    given: str | None = None
 
     @classmethod
-    def of(cls, metadata: Mapping[str, str], config: Mapping[str, object] | None) -> Meaning:
+    def of(
+        cls,
+        metadata: Mapping[str, str],
+        config: Mapping[str, object] | None,
+        given: str | None = None,
+    ) -> Meaning:
         """From PEFT's adapter_config.json if there is one, else from the metadata."""
+        _check_alpha(given)
         if config is not None:
-            return cls({"": config}, metadata)
+            return cls({"": config}, metadata, given)
         try:
             stored = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
         except (ValueError, RecursionError):
@@ -81,14 +104,16 @@ class Meaning:
         for name, value in stored.items() if isinstance(stored, dict) else ():
             component, _, key = name.rpartition(".")
             parts.setdefault(component, {})[key] = value
-        return cls(parts, metadata)
+        return cls(parts, metadata, given)
 
     def alpha(self, component: str, module: str, stored: float | None) -> tuple[Stated | None, str]:
-        """The alpha of a module and its source: tensor, metadata or none.
+        """The alpha of a module and its source: given, tensor, metadata or none.
 
         `stored` is the alpha tensor of the module, which counts before any configuration.
         `module` is its name in the file.
         """
+        if self.given is not None:
+            return None if self.given == AS_RANK else Stated(float(self.given)), "given"
         if stored is not None:
             return Stated(stored), "tensor"
         found = self._configured(component, module)
@@ -99,7 +124,7 @@ class Meaning:
 
         Source: peft/tuners/lora/layer.py, `merge`.
         """
-        found = self._configured(component, module)
+        found = self.alpha(component, module, None)[0]
         if found is None:
             return 1.0
         rank = found.rank or rank
@@ -113,12 +138,35 @@ class Meaning:
             where = f"{component}: " if component else ""
             yield from (Problem("error", None, where + what) for what in _unsupported(config))
 
-    def ignored_alpha(self) -> Iterator[Problem]:
-        """A warning for an alpha in the metadata that no host applies."""
-        found = [f"{key} = {self.metadata[key]}" for key in FLAT_ALPHA if key in self.metadata]
-        if found:
-            what = f"the metadata states {', '.join(found)}, which hosts ignore; alpha = rank"
-            yield Problem("warning", None, what)
+    def contradicts(self, component: str, module: str, stored: float, rank: int) -> bool:
+        """Whether a tensor and the configuration give a module two scales."""
+        found = None if self.given is not None else self._configured(component, module)
+        if found is None:
+            return False
+        scale = found.value / (rank**0.5 if found.rank_scaled else found.rank or rank)
+        return not isclose(scale, stored / rank, rel_tol=_FLOAT32)
+
+    def flat_alpha(self, ranks: Collection[int]) -> tuple[float | None, Problem | None]:
+        """The alpha that the metadata states for a file without any other, and what is wrong.
+
+        `ranks` are those of its modules. It counts if the metadata states their rank too;
+        otherwise nothing tells whether it was multiplied into the weights long ago.
+        """
+        stated = {key: self.metadata[key] for key in FLAT_ALPHA if key in self.metadata}
+        if not stated or self.given is not None:
+            return None, None
+        shown = ", ".join(f"{key} = {value}" for key, value in stated.items())
+        alphas = {_number(value) for value in stated.values()}
+        if len(alphas) > 1:
+            what = f"the metadata contradicts itself: {shown}"
+            return None, Problem("error", None, what, SAY)
+        (alpha,) = alphas
+        known = {_number(self.metadata[key]) for key in FLAT_RANK if key in self.metadata}
+        if alpha is not None and known == set(ranks):
+            what = f"alpha is {alpha:g} as the metadata says, which most hosts ignore"
+            return alpha, Problem("warning", None, what)
+        what = f"the metadata states {shown} without the rank of these modules; alpha = rank counts"
+        return None, Problem("warning", None, f"{what}; --alpha-in states another")
 
     def _configured(self, component: str, module: str) -> Stated | None:
         config = self.configs.get(component) or self.configs.get("") or {}
@@ -129,6 +177,22 @@ class Meaning:
         rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
         known = rank if isinstance(rank, int) else None
         return Stated(float(alpha), known, bool(config.get("use_rslora")))
+
+
+def _check_alpha(given: str | None) -> None:
+    """WrongUsage unless `--alpha-in` is a positive number or `as-rank`."""
+    if given is None or given == AS_RANK:
+        return
+    number = _number(given)
+    if number is None or not 0 < number < inf:
+        raise WrongUsage(f"--alpha-in takes a number above 0 or {AS_RANK}, not {given}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _unsupported(config: Mapping[str, object]) -> Iterator[str]:

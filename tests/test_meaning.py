@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.adapter import Adapter
 from adaptkit.algorithms.contract import Stated
 from adaptkit.algorithms.lora import Lora
-from adaptkit.errors import NotRepresentable, ShapeMismatch
+from adaptkit.errors import NotRepresentable, ShapeMismatch, WrongUsage
 from adaptkit.meaning import Meaning, as_read
 from adaptkit.ops import combine, compare, convert, inspect, merge, resize
 
@@ -201,6 +201,98 @@ def test_a_broken_configuration_beside_the_weights_is_named(tmp_path: Path) -> N
     (adapter / "adapter_config.json").write_text("[1, 2", encoding="utf-8")
     record = inspect.run(adapter / "adapter_model.safetensors").record
     assert "adapter_config.json is not valid JSON" in record["error"]
+
+
+def flat(path: Path, metadata: dict[str, str], alpha: float | None = None) -> Path:
+    """A LoRA whose alpha, if any, stands in the metadata alone, unless `alpha` is given."""
+    draw = torch.Generator().manual_seed(8)
+    name = f"transformer.{STEM}"
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(RANK, SIZE, generator=draw),
+        f"{name}.lora_B.weight": torch.randn(SIZE, RANK, generator=draw),
+    }
+    if alpha is not None:
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path, metadata)
+    return path
+
+
+def scale_of(path: Path, **options: str) -> float:
+    with Adapter.open(path, family="flux", **options) as found:
+        (entry,) = found.entries.values()
+        return entry.facts.scale
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "alpha", "network_alpha"])
+def test_an_alpha_beside_its_rank_in_the_metadata_counts(tmp_path: Path, key: str) -> None:
+    path = flat(tmp_path / "a.safetensors", {key: "1", "rank": str(RANK)})
+    assert scale_of(path) == 1 / RANK
+    record = inspect.run(path, inspect.Options(family="flux")).record
+    assert record["alpha_source"] == "metadata"
+    assert any("most hosts ignore" in p["what"] for p in record["problems"])
+    # it is written once, and not read twice
+    out = tmp_path / "out.safetensors"
+    options = convert.Options(to="kohya", family="flux", output=out)
+    convert.run(convert.plan(path, options))
+    assert load_file(out)["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 1.0
+    folded = tmp_path / "folded.safetensors"
+    options = convert.Options(to="diffusers", family="flux", dtype="fp32", output=folded)
+    convert.run(convert.plan(path, options))
+    assert scale_of(folded) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scale"),
+    [
+        ({"alpha": "1"}, 1.0),  # nothing tells whether it was folded
+        ({"alpha": "1", "rank": "77"}, 1.0),
+        ({"ss_network_alpha": "1", "ss_network_dim": str(RANK)}, 1.0),  # outlives every change
+        ({"alpha": "many", "rank": str(RANK)}, 1.0),
+    ],
+)
+def test_an_alpha_that_cannot_be_trusted_does_not_count(
+    tmp_path: Path, metadata: dict[str, str], scale: float
+) -> None:
+    path = flat(tmp_path / "a.safetensors", metadata)
+    assert scale_of(path) == scale
+    assert scale_of(path, alpha="2") == 2 / RANK
+
+
+def test_alphas_that_contradict_each_other_are_refused_with_a_hint_that_works(
+    tmp_path: Path,
+) -> None:
+    two = flat(tmp_path / "a.safetensors", {"alpha": "1", "lora_alpha": "2", "rank": str(RANK)})
+    stored = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK})
+    both = flat(tmp_path / "b.safetensors", {"lora_adapter_metadata": stored}, alpha=1.0)
+    for path in (two, both):
+        with pytest.raises(NotRepresentable) as caught:
+            scale_of(path)
+        assert "--alpha-in" in (caught.value.hint or "")
+        assert scale_of(path, alpha="as-rank") == 1.0
+        assert scale_of(path, alpha="3") == 3 / RANK
+    # what agrees is no contradiction
+    same = flat(tmp_path / "c.safetensors", {"lora_adapter_metadata": stored}, alpha=2.0 * RANK)
+    assert scale_of(same) == 2.0
+
+
+@pytest.mark.parametrize("given", ["2", "as-rank"])
+def test_an_alpha_that_is_given_counts_in_every_verb(tmp_path: Path, given: str) -> None:
+    path = flat(tmp_path / "a.safetensors", {}, alpha=1.0)
+    scale = 1.0 if given == "as-rank" else 2 / RANK
+    stem = "transformer." + STEM
+    stored = load_file(path)
+    delta = scale * stored[f"{stem}.lora_B.weight"] @ stored[f"{stem}.lora_A.weight"]
+    shared = {"family": "flux", "alpha_in": given, "dtype": "fp32"}
+    outputs = [tmp_path / f"{n}.safetensors" for n in range(3)]
+    convert.run(convert.plan(path, convert.Options(to="bare", output=outputs[0], **shared)))
+    resize.run(resize.plan(path, resize.Options(rank=99, output=outputs[1], **shared)))
+    combine.run(combine.plan([(path, 1.0)], combine.Options(output=outputs[2], **shared)))
+    for out in outputs:
+        with Adapter.open(out, family="flux") as found:
+            (entry,) = found.entries.values()
+            torch.testing.assert_close(found.weights(entry).delta(), delta)
+    with pytest.raises(WrongUsage, match="--alpha-in takes a number"):
+        scale_of(path, alpha="-1")
 
 
 @pytest.mark.parametrize("key", ["lora_alpha", "alpha", "network_alpha"])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, STRENGTH, computing, inputs, selecting, talk
+from adaptkit.cli.options import ALPHA_IN, PATH, STRENGTH, computing, inputs, selecting, talk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     help="Exit with 1 if the relative error is larger.",
 )
 @inputs
+@ALPHA_IN
 @computing
 @selecting
 @talk

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.options import PATH, inputs, picture, talk
+from adaptkit.cli.options import ALPHA_IN, PATH, inputs, picture, talk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +39,7 @@ def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
 @picture("the statistics")
 @click.option("--hash", is_flag=True, help="Add the SHA-256 of each file.")
 @inputs
+@ALPHA_IN
 @talk
 def inspect(
     files: tuple[Path, ...],
@@ -50,6 +51,7 @@ def inspect(
     hash: bool,
     family: str | None,
     format: str | None,
+    alpha_in: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -74,7 +76,7 @@ def inspect(
     stats = stats or plot is not None
     if plot is not None:
         _can_plot(plot, paths, overwrite)
-    options = op.Options(family=family, format=format, hash=hash, stats=stats)
+    options = op.Options(family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats)
     with (
         Talk("inspect", as_json, quiet, verbose).progress("reading weights")
         if stats

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, SIZE, STRENGTH, writer
+from adaptkit.cli.options import ALPHA_IN, PATH, SIZE, STRENGTH, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     type=click.Choice(["single-file", "folder"]),
     help="Write one file with the original key names, or a folder with diffusers' key names.",
 )
+@ALPHA_IN
 @writer
 def merge(base: Path, adapters: tuple[tuple[Path, float], ...], **chosen: Any) -> None:
     """Merge adapters into checkpoint BASE.

@@ -165,6 +165,13 @@ def inputs(function: F) -> F:
     )
 
 
+ALPHA_IN = click.option(
+    "--alpha-in",
+    metavar="VALUE|as-rank",
+    help="Alpha of every input module, whatever the file says; as-rank means a scale of 1.",
+)
+
+
 def computing(function: F) -> F:
     """Add --device and --memory."""
     return _apply(
@@ -238,10 +245,11 @@ def _rule(rule: Rule) -> Callable[[F], F]:
 
 
 def recasts(function: F) -> F:
-    """Add --algo, --factor and --base."""
+    """Add --algo, --factor, --base and --alpha-in."""
     return _apply(
         function,
         [
+            ALPHA_IN,
             click.option("--algo", metavar="NAME", help="Change the algorithm: lora, lokr, full."),
             click.option(
                 "--factor",

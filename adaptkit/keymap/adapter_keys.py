@@ -133,7 +133,9 @@ class KeyMap:
         if suffix is None:
             if not self.holds(algorithm):
                 raise NotRepresentable(
-                    f"the {self.format.name} format has no names for {algorithm}"
+                    f"the {self.format.name} format has no names for {algorithm}",
+                    hint="--algo full holds any difference, with --base where it depends on the "
+                    "weight",
                 )
             suffix = (
                 self.format.spelling.get(algorithm, {}).get(role)

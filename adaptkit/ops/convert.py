@@ -39,7 +39,9 @@ def plan(path: Path, options: Options) -> Recast:
     Reads headers only. Anything that can fail fails here.
     """
     rule = asked(options)
-    adapter = Adapter.open(path, family=options.family, format=options.format)
+    adapter = Adapter.open(
+        path, family=options.family, format=options.format, alpha=options.alpha_in
+    )
     try:
         into, notes = _target(adapter, options)
         output = options.output or default_output(path, into.format, folder=into.config)

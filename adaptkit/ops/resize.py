@@ -42,7 +42,9 @@ def plan(path: Path, options: Options) -> Recast:
             hint=f"use `adaptkit convert --algo {options.algo}`",
         )
     chosen = policy(options)
-    adapter = Adapter.open(path, family=options.family, format=options.format)
+    adapter = Adapter.open(
+        path, family=options.family, format=options.format, alpha=options.alpha_in
+    )
     try:
         into = Into.plain(adapter.format.name)
         output = options.output or default_output(path, spelled(options), folder=into.config)

@@ -127,6 +127,7 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "none": "no alpha stored",
             "tensor": "alpha from tensors",
             "metadata": "alpha from metadata",
+            "given": "alpha as given",
         }
         stated = origin.get(record["alpha_source"], "alpha from tensors and metadata")
         yield (

@@ -82,7 +82,10 @@ class AdapterWriter:
     ) -> None:
         self.verify = verify
         self.output, self.specs, self.metadata = output, specs, metadata
-        self.config = None if modules is None else peft_config(modules)
+        try:
+            self.config = None if modules is None else peft_config(modules)
+        except NotRepresentable as error:
+            raise error.at(file=output) from None
         self.keys, self.meant, self.overwrite = keys, meant, overwrite
 
     def write(

@@ -60,6 +60,7 @@ class _File:
     config: Mapping[str, object] | None
     # --family and --format
     names: tuple[str | None, str | None]
+    alpha: str | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -72,7 +73,7 @@ class _File:
     def named_by(self, base: Checkpoint) -> Adapter:
         """Open the adapter with the module names of a checkpoint of an unknown family."""
         self.source.close()
-        return Adapter.open_as(self.path, base.family, format=self.names[1])
+        return Adapter.open_as(self.path, base.family, format=self.names[1], alpha=self.alpha)
 
     def followed(self, adapter: Adapter, family: str) -> Adapter:
         """Return the adapter as one of this family, if its names are ambiguous."""
@@ -82,7 +83,7 @@ class _File:
     def _read(self, family: str | None) -> Adapter:
         try:
             found = Adapter.understand(
-                self.source, self.config, family=family, format=self.names[1]
+                self.source, self.config, family=family, format=self.names[1], alpha=self.alpha
             )
             refuse_errors(found.problems, self.path)
             return found
@@ -97,6 +98,7 @@ def open_inputs(
     *,
     family: str | None = None,
     format: str | None = None,
+    alpha: str | None = None,
 ) -> Inputs:
     """Read the headers; raise ShapeMismatch if the families differ.
 
@@ -108,7 +110,7 @@ def open_inputs(
             path, strength = argument if isinstance(argument, tuple) else (argument, 1.0)
             source, config = open_adapter_source(path)
             opened.callback(source.close)
-            files.append(_File(path, strength, source, config, (family, format)))
+            files.append(_File(path, strength, source, config, (family, format), alpha))
         # stable: an adapter goes before a checkpoint
         first, second = sorted(files, key=lambda file: not file.is_adapter)
         if not first.is_adapter:

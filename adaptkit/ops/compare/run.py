@@ -35,6 +35,7 @@ class Options:
     memory: int | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    alpha_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,14 @@ def plan(a: Argument, b: Argument, options: Options) -> Plan:
     """Match the modules of both sides; read headers only, and report all errors here."""
     if options.tolerance is not None and not 0.0 <= options.tolerance < math.inf:
         raise AdaptkitError(f"tolerance must be >= 0, got {options.tolerance:g}")
-    inputs = open_inputs(a, b, options.base, family=options.family, format=options.format)
+    inputs = open_inputs(
+        a,
+        b,
+        options.base,
+        family=options.family,
+        format=options.format,
+        alpha=options.alpha_in,
+    )
     try:
         return _planned(inputs, options)
     except AdaptkitError:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.algorithms.contract import FitSpec, Weights
 from adaptkit.detect import chosen, formats
-from adaptkit.errors import NoSuchName, NothingToDo, WrongUsage
+from adaptkit.errors import AdaptkitError, NoSuchName, NothingToDo, NotRepresentable, WrongUsage
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import extractable, taking
 from adaptkit.ops.adapter_file.writer import check_adapter_output
@@ -24,6 +24,7 @@ from adaptkit.ops.shared import (
 from adaptkit.steps import Step, check_memory, peak_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from adaptkit.checkpoint import Checkpoint
@@ -127,7 +128,7 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     pairing = Pairing(first, second, keys, Wanted(options.algo, vectors, options))
     jobs = pairing.pairs()
     if not any(job.algorithm for job in jobs):
-        raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
+        raise _nothing(jobs, options)
     refuse_unused(pairing.lost, options.allow_unused, tuned)
     steps = tuple(step_of(job, first, second, options, streamed=True) for job in jobs)
     check_memory(steps, options.memory)
@@ -142,6 +143,18 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
         keys,
         rule,
         pairing.notes,
+    )
+
+
+def _nothing(jobs: Sequence[Pair], options: Options) -> AdaptkitError:
+    """Why there is nothing to fit: nothing is selected, or no layer has a place in the format."""
+    if not jobs:
+        hint = "see --only and --skip"
+        return NothingToDo("no layer of these checkpoints is selected", hint=hint)
+    return NotRepresentable(
+        f"the {options.to} format holds none of the {len(jobs)} layers: {jobs[0].why}",
+        hint="choose another --to; `adaptkit formats` lists them",
+        file=options.output,
     )
 
 

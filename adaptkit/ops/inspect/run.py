@@ -36,6 +36,7 @@ class Options:
 
     family: str | None = None
     format: str | None = None
+    alpha_in: str | None = None
     hash: bool = False
     stats: bool = False
 
@@ -141,7 +142,13 @@ def _adapter(
     progress: Progress | None,
 ) -> Report:
     try:
-        adapter = Adapter.understand(source, config, family=options.family, format=options.format)
+        adapter = Adapter.understand(
+            source,
+            config,
+            family=options.family,
+            format=options.format,
+            alpha=options.alpha_in,
+        )
     except UnknownAdapter:
         if options.family or options.format:
             raise

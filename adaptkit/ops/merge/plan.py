@@ -29,12 +29,14 @@ class Options(Shared):
 
     `blocks` are rules for the strength of modules (see adaptkit.ops.merge.block_weights).
     `shard_size` is the maximum size of a shard in bytes. `layout` is
-    `single-file` (original names) or `folder` (diffusers' names).
+    `single-file` (original names) or `folder` (diffusers' names). `alpha_in` is the alpha of every
+    module of the adapters, whatever their files say: a number, or `as-rank`.
     """
 
     blocks: tuple[str, ...] = ()
     shard_size: int | None = None
     layout: str | None = None
+    alpha_in: str | None = None
 
 
 @dataclass(frozen=True)

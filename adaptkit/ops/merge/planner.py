@@ -175,13 +175,13 @@ def _specs(
 
 def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
     if not base.known:
-        return Adapter.open_as(path, base.family, format=options.format)
-    adapter = Adapter.open(path, format=options.format)
+        return Adapter.open_as(path, base.family, format=options.format, alpha=options.alpha_in)
+    adapter = Adapter.open(path, format=options.format, alpha=options.alpha_in)
     family = base.family.name
     stated = options.family is not None  # what the user says counts for both files
     if adapter.family.name != family and (stated or family in adapter.detection.alternatives):
         adapter.close()
-        adapter = Adapter.open(path, family=family, format=options.format)
+        adapter = Adapter.open(path, family=family, format=options.format, alpha=options.alpha_in)
     if adapter.family.name != family:
         adapter.close()
         raise ShapeMismatch(

@@ -266,9 +266,19 @@ def _check_error(
         least = math.sqrt(left / total)
         raise NotRepresentable(
             f"no ranks reach a relative error of {asked:g}: the least is {least:.6g}{out}",
-            hint="raise --max-rank, carry biases and norms with --vectors, "
-            "or use --algo auto or full",
+            hint=f"--error {_above(least)} can be reached; "
+            + (
+                "--vectors stores biases and norms, --skip leaves layers out of the figures"
+                if rest
+                else "a higher --max-rank comes closer"
+            ),
         )
+
+
+def _above(error: float) -> str:
+    """An error in three digits that is no smaller than this one."""
+    step = 10.0 ** (math.floor(math.log10(error)) - 2)
+    return f"{math.ceil(error / step * (1 + 1e-6)) * step:.3g}"
 
 
 @dataclass

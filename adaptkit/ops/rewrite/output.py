@@ -13,6 +13,7 @@ from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import network_module
+from adaptkit.meaning import DIFFUSERS_CONFIG, FLAT_ALPHA
 from adaptkit.names import BIAS
 from adaptkit.ops.adapter_file.peft_config import PeftModule, diffusers_metadata
 from adaptkit.ops.adapter_file.size import exact_size
@@ -109,9 +110,8 @@ class Output:
         from adaptkit.files.provenance import sshs_places, updated
 
         plan = self.plan
-        kept = {
-            name: value for name, value in _common(plan).items() if name != "lora_adapter_metadata"
-        }
+        stale = {DIFFUSERS_CONFIG, *FLAT_ALPHA}
+        kept = {name: value for name, value in _common(plan).items() if name not in stale}
         changed = self._ranks() | self._network() | self._for_diffusers()
         return updated(kept | changed, _record(plan)) | sshs_places(plan.adapter.metadata)
 

@@ -61,12 +61,14 @@ class RecastOptions(Ranked):
     """The options of every verb that rewrites adapters.
 
     `algo` is the algorithm to change to, `factor` the small factor of a LoKr. `base` is the
-    checkpoint that kinds like DoRA need for a difference.
+    checkpoint that kinds like DoRA need for a difference. `alpha_in` is the alpha of every input
+    module, whatever the file says: a number, or `as-rank`.
     """
 
     algo: str | None = None
     factor: int = 8
     base: Path | None = None
+    alpha_in: str | None = None
 
 
 class Copied(NamedTuple):
@@ -268,9 +270,11 @@ def open_all(paths: Sequence[Path], options: RecastOptions) -> tuple[Adapter, ..
     found: list[Adapter] = []
     try:
         for path in paths:
-            adapter = Adapter.open(path, family=options.family, format=options.format)
+            adapter = Adapter.open(
+                path, family=options.family, format=options.format, alpha=options.alpha_in
+            )
             if found and adapter.family is not found[0].family:
-                adapter = _alike(found[0], adapter)
+                adapter = _alike(found[0], adapter, options.alpha_in)
             found.append(adapter)
     except AdaptkitError:
         for adapter in found:
@@ -279,12 +283,12 @@ def open_all(paths: Sequence[Path], options: RecastOptions) -> tuple[Adapter, ..
     return tuple(found)
 
 
-def _alike(first: Adapter, other: Adapter) -> Adapter:
+def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:
     """`other`, read as of the family of the first if its names allow that."""
     path = other.source.path
     if first.family.name in other.detection.alternatives:
         other.close()
-        return Adapter.open(path, family=first.family.name)
+        return Adapter.open(path, family=first.family.name, alpha=alpha)
     if not first.known and not other.known:
         return other
     other.close()

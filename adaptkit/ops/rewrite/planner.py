@@ -205,9 +205,9 @@ class _Planner:
             changes = frozenset(self._what(task, kind))
             based = self._place(task, kind)
             self._check_layout(task, kind, ranked)
+            ready = self._ready(terms[0], kind) if changes <= {"renamed"} else None
         except AdaptkitError as error:
             raise error.at(file=terms[0].job.adapter.source.path, tensor=task.label) from None
-        ready = self._ready(terms[0], kind) if changes <= {"renamed"} else None
         if ranked:
             changes |= {"resized"}
         task = replace(task, kind=kind, ready=ready, changes=changes, ranked=ranked, base=based)
@@ -396,7 +396,7 @@ class _Planner:
         placeholder = (
             rank is None and not entry.kind.bounded and not abs(entry.alpha or math.inf) <= SANE
         )
-        if stored is not None and not placeholder:
+        if stored is not None and not placeholder and entry.alpha_source != "given":
             return Copied(
                 name, stored, _spec(term.job.adapter, stored)._replace(name=name), term.number
             )
