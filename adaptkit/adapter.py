@@ -359,7 +359,8 @@ class _Reader:
         first = next(iter(group.values()))
         failures: list[str] = []
         names = tuple(group)
-        for kind, places in _whole(tuple(parsed.roles for parsed in group.values())):
+        for plain, places in _whole(tuple(parsed.roles for parsed in group.values())):
+            kind = algorithms().get(self.meaning.rebased(slot.component, plain), plain)
             keys = {role: names[n] for role, n in places.items()}
             stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
             if kind.bounded:  # a bound, not a scale

@@ -43,6 +43,8 @@ DIFFUSERS_CONFIG = "lora_adapter_metadata"
 # PEFT subtracts what these put into the factors from the base (peft/tuners/lora/layer.py), so the
 # adapter alone is not the difference; `loftq` quantises the base instead
 REBASED = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga", re.IGNORECASE)
+# those that the base weight alone determines; the others take data or a random start
+TAKEN = ("pissa", "olora")
 # the settings of PEFT's OFT that adaptkit computes; tensors do not show others
 OFT_COMPUTED: Mapping[str, object] = MappingProxyType(
     {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": False}
@@ -138,6 +140,16 @@ class Meaning:
             where = f"{component}: " if component else ""
             yield from (Problem("error", None, where + what) for what in _unsupported(config))
 
+    def rebased(self, component: str, kind: type[Weights]) -> str:
+        """The algorithm of LoRA factors that were trained from a part of the base; "" if none."""
+        config = self.configs.get(component) or self.configs.get("") or {}
+        init = config.get("init_lora_weights")
+        return (
+            init.lower()
+            if kind.low_rank and isinstance(init, str) and init.lower() in TAKEN
+            else ""
+        )
+
     def contradicts(self, component: str, module: str, stored: float, rank: int) -> bool:
         """Whether a tensor and the configuration give a module two scales."""
         found = None if self.given is not None else self._configured(component, module)
@@ -197,7 +209,7 @@ def _number(text: str) -> float | None:
 
 def _unsupported(config: Mapping[str, object]) -> Iterator[str]:
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and REBASED.fullmatch(init):
+    if isinstance(init, str) and init.lower() not in TAKEN and REBASED.fullmatch(init):
         yield (
             f"init_lora_weights = {init}: the training changed the base weights too, so the "
             "factors alone are not the difference; save it with PEFT's "

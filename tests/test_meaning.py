@@ -123,7 +123,62 @@ def test_the_bias_of_a_lora_is_what_peft_merges(tmp_path: Path, config: dict[str
         assert torch.allclose(after[name], tensor, atol=1e-5), name
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+class Attention(torch.nn.Module):
+    """A model of one linear layer, named as FLUX's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block, attn = torch.nn.Module(), torch.nn.Module()
+        attn.to_q, block.attn = torch.nn.Linear(SIZE, SIZE + 8), attn
+        self.transformer_blocks = torch.nn.ModuleList([block])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.transformer_blocks[0].attn.to_q(x)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("config", [{"lora_alpha": 3}, {"lora_alpha": 8, "use_rslora": True}])
+def test_factors_taken_from_the_base_are_what_peft_loads(
+    tmp_path: Path, init: str, config: dict[str, Any]
+) -> None:
+    """Merged, and as a plain difference: PEFT subtracts the first factors from the base again."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = Attention()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    source = tmp_path / "base.safetensors"
+    save_file(state, source)
+    settings = peft.LoraConfig(r=RANK, target_modules=["to_q"], init_lora_weights=init, **config)
+    tuned = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    tuned.save_pretrained(tmp_path / "a")
+    fresh = Attention()
+    fresh.load_state_dict(state)
+    theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "a").merge_and_unload().state_dict()
+    key = f"{STEM}.weight"
+    change = theirs[key] - state[key]
+    after = merged(source, tmp_path / "a")
+    assert torch.allclose(after[key] - state[key], change, atol=1e-5)
+    for algo in ("lora", "full"):
+        out = tmp_path / f"as-{algo}.safetensors"
+        shared = {"to": "diffusers", "family": "flux", "dtype": "fp32", "verify": True}
+        options = convert.Options(algo=algo, base=source, output=out, **shared)
+        report = convert.run(convert.plan(tmp_path / "a", options))
+        assert report.measured is not None
+        assert report.measured < 1e-5
+        with Adapter.open(out, family="flux") as found:
+            (entry,) = found.entries.values()
+            assert torch.allclose(found.weights(entry).delta(), change, atol=1e-5)
+    # as they are, the factors would be read as a LoRA
+    with pytest.raises(NotRepresentable, match="init_lora_weights") as caught:
+        convert.plan(tmp_path / "a", convert.Options(to="kohya", family="flux"))
+    assert "--algo lora with --base" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "loftq", "lora_ga"])
 def test_adapters_whose_training_changed_the_base_are_refused_by_every_verb(
     tmp_path: Path, init: str
 ) -> None:
@@ -158,9 +213,9 @@ def test_diffusers_metadata_states_the_init_too(tmp_path: Path) -> None:
         f"transformer.{STEM}.lora_A.weight": torch.randn(RANK, SIZE),
         f"transformer.{STEM}.lora_B.weight": torch.randn(SIZE, RANK),
     }
-    stated = {"transformer.init_lora_weights": "pissa", "transformer.r": RANK}
+    stated = {"transformer.init_lora_weights": "corda", "transformer.r": RANK}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(stated)})
-    with pytest.raises(NotRepresentable, match="transformer: init_lora_weights = pissa"):
+    with pytest.raises(NotRepresentable, match="transformer: init_lora_weights = corda"):
         Adapter.open(path, family="flux")
 
 

@@ -13,8 +13,19 @@ if TYPE_CHECKING:
 
 
 def _stored(kind: type[Weights], role: str) -> bool:
-    """Return whether any readable form stores this role; some roles are only refused."""
-    return role == "alpha" or any(role in form for form in kind.forms)
+    """Return whether any readable form stores this role; some roles are only refused.
+
+    A kind without forms of its own stores those of the kind whose roles it has.
+    """
+    forms = kind.forms or _forms_of(kind)
+    return role == "alpha" or any(role in form for form in forms)
+
+
+def _forms_of(kind: type[Weights]) -> tuple[frozenset[str], ...]:
+    """The forms of the kind with these roles."""
+    from adaptkit.keymap import algorithms as known
+
+    return next(one.forms for one in known().values() if one.forms and one.roles is kind.roles)
 
 
 @click.command()

@@ -1,0 +1,77 @@
+"""A LoRA whose training subtracted a part of the base weight first (PEFT's PiSSA and OLoRA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms.contract import Weights
+from adaptkit.algorithms.lora import Lora
+from adaptkit.errors import NotRepresentable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from adaptkit.algorithms._stored import Facts, Role, Shapes, Stated
+
+__all__ = ["Rebased"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rebased(Weights):
+    """W' = W + scale · up · down − taken(W): what the first factors held is not in the base.
+
+    The tensors are those of a LoRA; only PEFT's `init_lora_weights` tells, so it has no forms. It
+    is read, applied and converted to a plain difference, and never written.
+    """
+
+    additive: ClassVar[bool] = False
+    roles: ClassVar[Mapping[str, Role]] = Lora.roles
+    forms: ClassVar[tuple[frozenset[str], ...]] = ()
+
+    inner: Lora
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        return Lora.facts(shapes, alpha)
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        return cls(Lora.decode(tensors, facts))
+
+    def encode(self) -> dict[str, Tensor]:
+        raise self._unwritten()
+
+    @classmethod
+    def laid_out(
+        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
+    ) -> tuple[int, ...]:
+        raise cls._unwritten()
+
+    @classmethod
+    def _unwritten(cls) -> NotRepresentable:
+        return NotRepresentable(
+            f"a {cls.title} means something else where init_lora_weights is not read",
+            hint="--algo lora with --base CHECKPOINT writes the plain difference",
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.inner.rows
+
+    def delta(self) -> Tensor:
+        raise NotRepresentable(
+            f"what a {self.title} changes depends on the weight it was trained from",
+            hint="give that checkpoint with --base",
+        )
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        left, right = self.inner.factors()
+        change = left.to(base.dtype) @ right.to(base.dtype)
+        return base.add_(change.sub_(self.taken(base, int(left.shape[-1]))), alpha=strength)
+
+    def taken(self, base: Tensor, rank: int) -> Tensor:
+        """What the first factors of this rank held of the weight (..., rows, columns)."""
+        raise NotImplementedError

@@ -1,0 +1,33 @@
+"""PiSSA: a LoRA trained from the leading singular values of the base weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptkit.algorithms._rebased import Rebased
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pissa(Rebased):
+    """W' = W + scale · up · down − W_r, with W_r the best approximation of W of rank r.
+
+    Meng et al., arXiv:2404.02948; PEFT `tuners/lora/layer.py: pissa_init`, whose factors times the
+    scale are W_r at the start.
+    """
+
+    name: ClassVar[str] = "pissa"
+    title: ClassVar[str] = "PiSSA (a LoRA with init_lora_weights = pissa)"
+
+    def taken(self, base: Tensor, rank: int) -> Tensor:
+        import torch
+
+        u, s, v = torch.linalg.svd(base, full_matrices=False)
+        product: Tensor = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+        return product
+
+
+ALGORITHM = Pissa
