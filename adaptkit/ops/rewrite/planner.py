@@ -224,7 +224,13 @@ class _Planner:
             return next(iter(kinds))
         if self.options.algo is not None:
             return self._asked(algorithms()[self.options.algo], kinds)
-        if len(task.terms) > 1 or self.mixing is not None:
+        # half of a DoRA is no DoRA: with the base it is a difference
+        scaled = any(term.weight != 1.0 for term in task.terms)
+        if (
+            len(task.terms) > 1
+            or self.mixing is not None
+            or (scaled and not all(kind.additive for kind in kinds))
+        ):
             return self._sum(task, kinds)
         if len(kinds) > 1:
             names = " and ".join(sorted(kind.name for kind in kinds))
