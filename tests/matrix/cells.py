@@ -1,0 +1,321 @@
+"""Every cell that makes sense. Wide products are thinned by the hash of the cell's name, so that all axes stay mixed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import product
+
+from tests.matrix import algebra, spelling
+from tests.matrix.build import Adapter, groups, layers
+from tests.matrix.layers import LAYERS, UNETS
+from tests.matrix.spelling import FORMATS
+from tests.matrix.verbs import Cell
+
+SEED = "adaptkit"
+SHARE = 10  # the default run takes one cell in this many
+
+WRITERS = ("kohya", "lycoris", "diffusers", "peft", "comfy", "onetrainer", "bare")
+SPECIAL = ("diffusers-old", "xlabs", "omi")
+TARGETS = (*WRITERS, *SPECIAL)
+ADDITIVE = (
+    "lora", "lora-rank1", "lora-tucker", "loha", "loha-tucker", "lokr", "lokr-aligned",
+    "lokr-factored", "lokr-aligned-factored", "lokr-w1", "lokr-both", "lokr-tucker", "full",
+)  # fmt: skip
+DEPENDENT = (
+    "lora+dora", "lora+dora-input", "loha+dora", "lokr-aligned+dora", "glora", "oft", "oft-rescaled",
+    "boft", "ia3", "ia3-input",
+)  # fmt: skip
+PEFT = ("lora", "lora-rank1", "lora+dora", "loha", "loha-tucker", "lokr-peft", "peft-oft")
+FORMS = (*ADDITIVE, *DEPENDENT, "lokr-peft", "peft-oft")
+ALPHA = {"peft": "config", "diffusers": "metadata", "diffusers-old": "none", "xlabs": "none"}
+REPRESENTATIVES = ("sd1", "flux", "lumina2", "sd3")
+
+
+def number(name: str) -> int:
+    return zlib.crc32(f"{SEED}/{name}".encode())
+
+
+def thin(cells: Iterable[Cell], share: int) -> Iterator[Cell]:
+    """One in `share`."""
+    return (cell for cell in cells if number("thin/" + cell.id) % share == 0)
+
+
+def fits(spec: Adapter) -> bool:
+    """A format has a place for the layers, and the form is one that files of this format have."""
+    if spec.group not in groups(spec.family):
+        return False
+    if (spec.format == "peft" and spec.form not in PEFT) or (
+        spec.format != "peft" and spec.form in ("lokr-peft", "peft-oft")
+    ):
+        return False
+    if spec.format in ("diffusers", *SPECIAL) and spec.form not in (
+        "lora",
+        "lora-rank1",
+        "lora+dora",
+    ):
+        return False
+    if spec.format in SPECIAL and "dora" in spec.form:
+        return False
+    if spec.format == "omi" and spec.family != "flux":
+        return False
+    return any(
+        spelling.places(spec.family, spec.format, layer)
+        for layer in layers(spec.family, spec.group)
+    )
+
+
+def adapters(
+    families: Iterable[str], formats: Iterable[str], forms: Iterable[str], **axes: Iterable[str]
+) -> Iterator[Adapter]:
+    """The product of the axes; `group`, `dtype`, `alpha`, `bias` where they are not named take their usual value."""
+    names = list(axes)
+    for family, format, form in product(families, formats, forms):
+        for values in product(*axes.values()):
+            rest = dict(zip(names, values, strict=True))
+            spec = Adapter(family, format, form, **{"alpha": ALPHA.get(format, "tensor"), **rest})
+            if fits(spec):
+                yield spec
+
+
+def _based(form: str) -> tuple[bool, ...]:
+    return (False, True) if algebra.dependent(form) else (False,)
+
+
+PARTS = ("plain", "fused", "swapped", "conv", "te", "all")
+
+
+def formats() -> Iterator[Cell]:
+    """Every family, from every format to every other."""
+    for spec in adapters(LAYERS, TARGETS, ("lora",), group=PARTS):
+        for to in TARGETS:
+            if to != spec.format:
+                yield Cell("convert", spec, to=to)
+
+
+def forms() -> Iterator[Cell]:
+    """Every algorithm and stored form, between the formats."""
+    found = (
+        Cell("convert", spec, to=to)
+        for spec in adapters(
+            REPRESENTATIVES,
+            ("kohya", "lycoris", "comfy", "bare", "diffusers", "peft"),
+            FORMS,
+            group=PARTS[:4],
+        )
+        for to in WRITERS
+        if to != spec.format
+    )
+    return thin(found, 4)
+
+
+def alphas() -> Iterator[Cell]:
+    """Where alpha comes from, with and without biases."""
+    sources = {
+        "kohya": ("tensor", "none"),
+        "comfy": ("tensor", "none"),
+        "bare": ("tensor", "none"),
+        "diffusers": ("none", "metadata", "pattern", "rslora"),
+        "peft": ("config", "pattern", "rslora"),
+    }
+    for format, values in sources.items():
+        biases = ("none", "lora") if format in ("diffusers", "peft") else ("none", "diff")
+        for spec in adapters(
+            ("flux", "sd1", "wan"),
+            (format,),
+            ("lora", "lora+dora"),
+            alpha=values,
+            bias=biases,
+            group=("all", "denoiser", "swapped"),
+        ):
+            if spec.group == "denoiser" and spec.family != "sd1":
+                continue
+            for to in WRITERS:
+                if to != format:
+                    yield Cell("convert", spec, to=to)
+            yield Cell("resize", spec, options=("--rank", "2"))
+            yield Cell("merge", spec, layout="single" if spec.family != "wan" else "folder")
+
+
+def dtypes() -> Iterator[Cell]:
+    """Stored number formats, kept and changed."""
+    found = (
+        Cell("convert", spec, to=to, options=("--dtype", new) if new != "keep" else (), based=based)
+        for spec in adapters(
+            ("sd1", "flux"),
+            ("kohya", "comfy"),
+            FORMS,
+            dtype=("fp16", "bf16", "fp64", "mixed", "mixed64", "fp8"),
+            group=("plain", "conv", "fused"),
+        )
+        for to in ("kohya", "comfy", "diffusers")
+        for new in ("keep", "fp32", "fp16", "bf16")
+        for based in _based(spec.form)
+        if new != "keep" or to != spec.format
+    )
+    return thin(found, 15)
+
+
+def algorithms() -> Iterator[Cell]:
+    """--algo, alone and with a rank."""
+    changes = (
+        ("--algo", "lora"), ("--algo", "full"), ("--algo", "lokr", "--factor", "4"),
+        ("--algo", "lora", "--rank", "2"), ("--algo", "lora", "--dtype", "fp16"),
+    )  # fmt: skip
+    found = (
+        Cell("convert", spec, to=to, options=change, based=based)
+        for spec in adapters(
+            REPRESENTATIVES, ("kohya", "lycoris", "diffusers"), FORMS, group=PARTS[:4]
+        )
+        for to in ("kohya", "diffusers", "comfy", "peft")
+        for change in changes
+        for based in _based(spec.form)
+    )
+    return thin(found, 12)
+
+
+def resizes() -> Iterator[Cell]:
+    rules = (
+        ("--rank", "2"), ("--energy", "0.8"), ("--error", "0.3"), ("--size", "20KB"), ("--rank", "1", "--conv-rank", "2"),
+        ("--sv-ratio", "3"), ("--sv-fro", "0.9"), ("--sv-cumulative", "0.7"), ("--rank", "3", "--dtype", "bf16"),
+    )  # fmt: skip
+    found = (
+        Cell("resize", spec, options=rule, based=based)
+        for spec in adapters(
+            ("sd1", "flux", "wan"),
+            ("kohya", "diffusers", "peft", "comfy", "lycoris"),
+            FORMS,
+            dtype=("fp32", "fp16", "fp8"),
+            group=("all", "denoiser", "conv"),
+        )
+        for rule in rules
+        for based in _based(spec.form)
+    )
+    return thin(found, 18)
+
+
+PAIRS = (
+    ("kohya", "kohya", ""), ("kohya", "diffusers", ""), ("diffusers", "comfy", ""), ("comfy", "kohya", "diffusers"),
+    ("kohya", "lycoris", "bare"), ("peft", "kohya", "comfy"), ("lycoris", "peft", "kohya"), ("bare", "onetrainer", "peft"),
+)  # fmt: skip
+
+
+def pairs(verb: str) -> Iterator[Cell]:
+    """Two adapters of different formats and algorithms."""
+    seconds = ("lora", "lora-tucker", "loha", "lokr-aligned", "full", "lora+dora", "oft")
+    rules: tuple[tuple[str, ...], ...] = ((),)
+    if verb == "combine":
+        rules = ((), ("--rank", "3"), ("--algo", "full"), ("--algo", "lora"), ("--dtype", "fp16"))
+    for one, two, to in PAIRS:
+        for a in adapters(
+            ("sd1", "flux", "z-image"),
+            (one,),
+            FORMS,
+            group=PARTS[:4],
+            dtype=("fp32", "fp8", "mixed64"),
+        ):
+            for b in adapters((a.family,), (two,), seconds, group=(a.group,), seed=(1,)):  # type: ignore[arg-type]
+                for based in _based(a.form + b.form):
+                    for rule in rules:
+                        yield Cell(
+                            verb,
+                            a,
+                            b,
+                            to=to if verb == "combine" else "",
+                            options=rule,
+                            based=based,
+                        )
+
+
+def merges() -> Iterator[Cell]:
+    found = (
+        Cell("merge", spec, layout=layout, dtype=dtype)
+        for spec in adapters(
+            LAYERS,
+            ("kohya", "diffusers", "peft", "comfy", "bare"),
+            FORMS,
+            group=("all", "denoiser"),
+            dtype=("fp32", "mixed64", "fp8", "bf16"),
+        )
+        for layout in ("single", "folder")
+        for dtype in ("fp32", "fp16", "bf16")
+        if not (
+            spec.group == "all"
+            and "te" in groups(spec.family)
+            and spec.family not in UNETS
+            and layout == "single"
+        )
+    )
+    return thin(found, 30)
+
+
+def extracts() -> Iterator[Cell]:
+    rules = (
+        ("--rank", "2"), ("--rank", "8"), ("--rank", "4", "--alpha", "2"), ("--algo", "lokr", "--factor", "4"), ("--algo", "full"),
+        ("--algo", "auto", "--size", "40KB"), ("--energy", "0.9"), ("--error", "0.3"), ("--rank", "4", "--dtype", "fp16"),
+        ("--algo", "full", "--dtype", "bf16"), ("--size", "20KB"), ("--rank", "4", "--vectors"), ("--algo", "full", "--vectors"),
+    )  # fmt: skip
+    found = (
+        Cell("extract", spec, to=to, options=rule, layout=layout, dtype=dtype)
+        for spec in adapters(
+            LAYERS,
+            ("kohya", "bare"),
+            ("lora", "lokr-aligned", "full"),
+            group=("denoiser", "all"),
+            bias=("none", "diff"),
+        )
+        for to in TARGETS
+        for rule in rules
+        for layout in ("single", "folder")
+        for dtype in ("fp32", "fp16", "bf16")
+        if not (spec.group == "all" and "te" in groups(spec.family))
+        and spec.format == ("kohya" if _has_kohya(spec.family) else "bare")
+    )
+    return thin((cell for cell in found if _worth(cell)), 40)
+
+
+def _worth(cell: Cell) -> bool:
+    """Of the cells whose format has no place for any layer, a few are enough."""
+    held = layers(cell.a.family, cell.a.group)
+    placed = any(spelling.places(cell.a.family, cell.to, layer) for layer in held)
+    return placed or number("few/" + cell.id) % 50 == 0
+
+
+def _has_kohya(family: str) -> bool:
+    return family not in ("auraflow", "ltx")
+
+
+def shares() -> Iterator[Cell]:
+    found = (
+        Cell("share", spec, layout=layout, dtype=dtype)
+        for spec in adapters(
+            ("sd1", "flux", "sd3"),
+            ("kohya", "diffusers", "comfy", "peft"),
+            FORMS,
+            group=("all", "denoiser"),
+        )
+        for layout in ("single", "folder")
+        for dtype in ("fp32", "bf16")
+        if not (spec.group == "all" and "te" in groups(spec.family))
+    )
+    return thin(found, 4)
+
+
+@cache
+def every() -> tuple[Cell, ...]:
+    """All cells, each once, in the order of the verbs."""
+    sources = (
+        thin(formats(), 2), forms(), thin(alphas(), 2), dtypes(), algorithms(), resizes(), thin(pairs("combine"), 100),
+        thin(pairs("compare"), 24), merges(), extracts(), shares(),
+    )  # fmt: skip
+    found = {cell.id: cell for source in sources for cell in source}
+    return tuple(found.values())
+
+
+def tenth() -> tuple[Cell, ...]:
+    """The default run's share: the same on every worker and machine."""
+    return tuple(cell for cell in every() if number(cell.id) % SHARE == 0)
+
+
+__all__ = ["FORMATS", "every", "tenth"]
