@@ -131,7 +131,7 @@ def make(form: str, shape: tuple[int, ...], rng: np.random.Generator, rank: int 
     elif name == "peft-oft":
         columns = ins * int(np.prod(kernel))
         roles = {"oft_R.weight": rng.normal(0, 0.05, (columns // 8, 28))}
-    elif name == "kohya-oft":
+    elif name == "kohya-oft":  # four blocks
         roles = {"oft_blocks": rng.normal(0, 0.1, (4, out // 4, out // 4))}
     else:
         raise ValueError(form)

@@ -40,11 +40,11 @@ class Adapter:
     alpha: str = "tensor"
     bias: str = "none"
     seed: int = 0
+    naming: str = ""  # names that a format allows beside its usual ones
 
     def __str__(self) -> str:
-        return "-".join(
-            (self.form, self.group, self.dtype, f"alpha_{self.alpha}", f"bias_{self.bias}")
-        )
+        parts = [self.form, self.group, self.dtype, f"alpha_{self.alpha}", f"bias_{self.bias}"]
+        return "-".join([*parts, *([self.naming] if self.naming else [])])
 
 
 @dataclass
@@ -136,12 +136,12 @@ def _dora(magnitude: np.ndarray) -> np.ndarray:
     return magnitude.reshape(1, -1, *wide) if wide else magnitude.reshape(-1)
 
 
-def adapter(spec: Adapter, path: Path, naming: str = "") -> Made | None:
+def adapter(spec: Adapter, path: Path) -> Made | None:
     """Write what `spec` says; None where the format has no place for it."""
     found = [
         (stem, layer, part)
         for layer in layers(spec.family, spec.group)
-        for stem, part in spelling.places(spec.family, spec.format, layer, naming)
+        for stem, part in spelling.places(spec.family, spec.format, layer, spec.naming)
     ]
     if not found:
         return None
@@ -155,6 +155,12 @@ def adapter(spec: Adapter, path: Path, naming: str = "") -> Made | None:
     for n, (stem, layer, part) in enumerate(found):
         rows = part.stop - part.start if part else layer.rows
         roles = algebra.make(spec.form, (rows, *layer.shape[1:]), rng, ranks[n])
+        if spec.form == "kohya-oft" and spec.family == "flux":  # one tensor for every part
+            sizes = [p.stop - p.start for p in layer.parts]
+            roles = {
+                f"oft_blocks.{k}": rng.normal(0, 0.1, (4, size // 4, size // 4))
+                for k, size in enumerate(sizes)
+            }
         ranks[n] = algebra.stored_rank(roles) or ranks[n]
         meant: algebra.Roles = {}
         for role, value in roles.items():
@@ -170,13 +176,13 @@ def adapter(spec: Adapter, path: Path, naming: str = "") -> Made | None:
         module.root = spec.alpha == "rslora"
         module.always = kind == "LOKR" and spec.format == "peft"
         if "oft" in spec.form or spec.form == "full" or spec.form.startswith("ia3"):
-            module.alpha = 4.0 if spec.form == "kohya-oft" else None
+            module.alpha = 0.01 if spec.form == "kohya-oft" else None
         if module.always:
             module.rank = ranks[n]
         if spec.alpha == "tensor" and module.alpha is not None:
-            made.file.put(
-                f"{stem}.alpha", np.array(module.alpha), "F32" if spec.dtype == "fp8" else stored[0]
-            )
+            kind = "F32" if spec.dtype == "fp8" else stored[0]
+            made.file.put(f"{stem}.alpha", np.array(module.alpha), kind)
+            module.alpha = float(made.file.tensors[f"{stem}.alpha"])
         elif spec.form in ("oft", "oft-rescaled", "boft"):
             made.file.put(f"{stem}.alpha", np.array(0.0), "F32")
         if spec.bias == "lora":
@@ -242,7 +248,7 @@ def checkpoint(
                 value = values[name]
                 if part:
                     value = value[part.start : part.stop]
-                    value = spelling._exchange(value) if part.swapped else value
+                    value = spelling.exchange(value) if part.swapped else value
                 files.setdefault(file, File()).put(spelled, value, dtype)
                 origin[f"{file}:{spelled}"] = (name, file, part)
     for file, held in files.items():

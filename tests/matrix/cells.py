@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -58,6 +59,8 @@ def fits(spec: Adapter) -> bool:
         return False
     if spec.format in SPECIAL and "dora" in spec.form:
         return False
+    if (spec.format == "kohya-oft") != (spec.form == "kohya-oft"):
+        return False
     if spec.format == "omi" and spec.family != "flux":
         return False
     return any(
@@ -92,6 +95,29 @@ def formats() -> Iterator[Cell]:
         for to in TARGETS:
             if to != spec.format:
                 yield Cell("convert", spec, to=to)
+
+
+def names() -> Iterator[Cell]:
+    """Names that a format allows beside its usual ones: bare diffusers names, kohya's SDXL by either naming, …"""
+    others = (
+        ("bare", "diffusers", LAYERS), ("kohya", "diffusers", ("sdxl",)), ("kohya", "native", ("sd1", "z-image")),
+    )  # fmt: skip
+    for format, naming, families in others:
+        for spec in adapters(
+            families, (format,), ("lora", "lokr-aligned", "full"), group=PARTS[:4], naming=(naming,)
+        ):
+            yield from (Cell("convert", spec, to=to) for to in WRITERS)
+            yield Cell("merge", spec, layout="folder", dtype="bf16")
+            yield Cell("resize", spec, options=("--rank", "2"))
+
+
+def stacks() -> Iterator[Cell]:
+    """Two adapters into one checkpoint: the sum, rounded once."""
+    for one, two, _ in PAIRS:
+        for a in adapters(REPRESENTATIVES, (one,), ADDITIVE, group=("denoiser", "plain", "fused")):
+            for b in adapters((a.family,), (two,), ("lora", "lokr-aligned"), group=(a.group,)):
+                for layout, dtype in (("single", "bf16"), ("folder", "fp32")):
+                    yield Cell("merge", a, replace(b, seed=1), layout=layout, dtype=dtype)
 
 
 def forms() -> Iterator[Cell]:
@@ -272,7 +298,7 @@ def extracts() -> Iterator[Cell]:
         if not (spec.group == "all" and "te" in groups(spec.family))
         and spec.format == ("kohya" if _has_kohya(spec.family) else "bare")
     )
-    return thin((cell for cell in found if _worth(cell)), 40)
+    return (cell for cell in thin(found, 40) if _worth(cell))
 
 
 def _worth(cell: Cell) -> bool:
@@ -302,12 +328,30 @@ def shares() -> Iterator[Cell]:
     return thin(found, 4)
 
 
+def turned() -> Iterator[Cell]:
+    """OFT of sd-scripts: a format with an algorithm of its own."""
+    for spec in adapters(
+        ("sdxl", "flux"), ("kohya-oft",), ("kohya-oft",), group=PARTS, dtype=("fp32", "bf16")
+    ):
+        for to in ("kohya", "diffusers", "comfy"):
+            yield Cell("convert", spec, to=to)
+            for algorithm in ("lora", "full"):
+                yield Cell("convert", spec, to=to, options=("--algo", algorithm), based=True)
+        if not ("te" in groups(spec.family) and spec.family == "flux" and spec.group == "te"):
+            yield Cell("merge", spec, dtype="fp16")
+            yield Cell("merge", spec, layout="folder", dtype="bf16")
+            yield Cell("share", spec)
+        other = Adapter(spec.family, "kohya", "lora", spec.group, seed=1)
+        yield Cell("compare", spec, other, based=True)
+        yield Cell("combine", other, spec, based=True)
+
+
 @cache
 def every() -> tuple[Cell, ...]:
     """All cells, each once, in the order of the verbs."""
     sources = (
-        thin(formats(), 2), forms(), thin(alphas(), 2), dtypes(), algorithms(), resizes(), thin(pairs("combine"), 100),
-        thin(pairs("compare"), 24), merges(), extracts(), shares(),
+        thin(formats(), 2), thin(names(), 2), thin(stacks(), 8), forms(), thin(alphas(), 2), dtypes(), algorithms(), resizes(), thin(pairs("combine"), 100),
+        thin(pairs("compare"), 24), merges(), extracts(), shares(), turned(),
     )  # fmt: skip
     found = {cell.id: cell for source in sources for cell in source}
     return tuple(found.values())

@@ -241,7 +241,8 @@ def content(file: File, family: str, format: str) -> Content:
     return found
 
 
-def _exchange(value: Array) -> Array:
+def exchange(value: Array) -> Array:
+    """Rows with their halves exchanged: scale, shift for shift, scale."""
     half = len(value) // 2
     return np.concatenate([value[half:], value[:half]])
 
@@ -259,12 +260,12 @@ def effect(modules: Iterable[tuple[Layer, Part | None, Module]], base: dict[str,
         swapped = part is not None and part.swapped
         piece = weight[start:stop]
         if module.roles:
-            seen = _exchange(piece) if swapped else piece
+            seen = exchange(piece) if swapped else piece
             change = algebra.merged(module, seen) - seen
-            change = _exchange(change) if swapped else change
+            change = exchange(change) if swapped else change
             found.setdefault(name, np.zeros(weight.shape))[start:stop] += change
         if module.bias is not None:
             bias = module.bias.reshape(-1)
-            bias = _exchange(bias) if swapped else bias
+            bias = exchange(bias) if swapped else bias
             found.setdefault(name + "|bias", np.zeros(layer.rows))[start:stop] += bias
     return found

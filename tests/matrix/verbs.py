@@ -10,8 +10,9 @@ import numpy as np
 from tests.matrix import algebra, build, host, judge, spelling
 from tests.matrix.build import Adapter, Made
 from tests.matrix.judge import Verdict
+from tests.matrix.layers import Part
 from tests.matrix.spelling import Effect
-from tests.matrix.st import UNIT, read, rounded
+from tests.matrix.st import UNIT, File, read, rounded
 
 LOSSY = ("--algo", "--dtype", *host.OTHER_RULES)
 
@@ -100,7 +101,12 @@ def _written(
     based = "--base" in command
     unknown = algebra.dependent(cell.a.form + (cell.b.form if cell.b else "")) and not based
     exact = not any(option in command for option in LOSSY) and "--allow-unused" not in command
-    wrong += judge.agrees(report["relative_error"], found, meant, unknown)
+    errors = judge.agrees(report["relative_error"], found, meant, unknown)
+    if errors and "--allow-unused" in command:
+        kept = {name: value for name, value in meant.items() if name in found}
+        if not judge.agrees(report["relative_error"], found, kept, unknown):
+            errors = [f"what is lost is not counted: {errors[0]}"]
+    wrong += errors
     wrong += judge.stored(output, dtype)
     unit = judge.precision(output)
     if "--allow-unused" not in command:
@@ -209,6 +215,23 @@ def _model(bench: Bench, name: str, values: dict[str, np.ndarray]) -> tuple[Path
     return path, origin
 
 
+def _seen(value: np.ndarray, part: Part | None) -> np.ndarray:
+    """The rows of a weight as one module of the diffusers layout has them."""
+    if part is None:
+        return value
+    rows = value[part.start : part.stop]
+    return spelling.exchange(rows) if part.swapped else rows
+
+
+def _room(exact: np.ndarray, kind: str, touched: bool) -> np.ndarray | float:
+    """One rounding to the type, after sums in float32 of terms as large as W and ΔW; none for what is copied."""
+    if not touched:
+        return 0.0
+    room = UNIT[kind] * np.abs(exact) * 1.001
+    room = room + 32 * UNIT["F32"] * (np.abs(exact).max() + 1e-3)
+    return room + (2.0**-25 if kind == "F16" else 0.0)
+
+
 def merge(bench: Bench) -> Verdict:
     """Every tensor is W + s·ΔW, rounded once to its own type; the others are as they were."""
     cell = bench.cell
@@ -217,42 +240,50 @@ def merge(bench: Bench) -> Verdict:
     made = bench.made(cell.a, "style")
     strength = 0.75
     meant = judge.scaled(bench.effect(made, cell.a), strength)
+    given = [f"{made.path}:{strength}"]
+    if cell.b is not None:
+        second = bench.made(cell.b, "second")
+        meant = judge.plus(meant, judge.scaled(bench.effect(second, cell.b), -0.5))
+        given.append(f"{second.path}:-0.5")
     output = bench.output("peft" if cell.layout == "folder" else "kohya")
-    arguments = ["merge", str(base), f"{made.path}:{strength}", "--family", cell.a.family]
+    arguments = ["merge", str(base), *given, "--family", cell.a.family]
     arguments += ["-o", str(output), "--json", *cell.options]
 
     def result(ran: host.Run, command: list[str]) -> list[str]:
         wrong: list[str] = []
-        kind = TYPES[cell.dtype]
-        reached = set()
+        lost = {False: [0.0, 0.0], True: [0.0, 0.0]}  # squares: of what is lost, of what is added
+        files: dict[str, File] = {}
         for spelled, (name, file, part) in origin.items():
             key = spelled.partition(":")[2]
-            got = read(output / file if file else output)
-            value, change = bench.weights[name], meant.get(name)
-            reached |= {name} if change is not None else set()
-            exact = value if change is None else value + change
-            if part:
-                exact = exact[part.start : part.stop]
-                exact = spelling._exchange(exact) if part.swapped else exact
-            if key not in got.tensors or got.dtypes[key] != kind:
-                wrong.append(f"{key}: {got.dtypes.get(key, 'not there')}")
+            if file not in files:
+                files[file] = read(output / file if file else output)
+            before = _seen(bench.weights[name], part)
+            change = meant.get(name)
+            exact = before if change is None else before + _seen(change, part)
+            got = files[file].tensors.get(key)
+            if got is None or files[file].dtypes[key] != TYPES[cell.dtype]:
+                wrong.append(f"{key}: {files[file].dtypes.get(key, 'not there')}")
                 continue
-            # one rounding to the type, after sums in float32 of terms as large as W and ΔW
-            room = UNIT[kind] * np.abs(exact) * 1.001 + 32 * UNIT["F32"] * (
-                np.abs(exact).max() + 1e-3
-            )
-            if change is None:
-                room = np.zeros(())
-            if kind == "F16":
-                room = room + (2.0**-25 if change is not None else 0.0)
-            if (np.abs(got.tensors[key] - exact) > room).any():
-                worst = np.abs(got.tensors[key] - exact).max() / max(np.abs(exact).max(), 1e-30)
+            if (np.abs(got - exact) > _room(exact, TYPES[cell.dtype], change is not None)).any():
+                worst = np.abs(got - exact).max() / max(np.abs(exact).max(), 1e-30)
                 wrong.append(f"{key}: off by {worst:.3g} of the largest weight")
-        if (missing := sorted(set(meant) - reached)) and "--allow-unused" not in command:
+            if change is not None:
+                sums = lost[name.endswith("|bias")]
+                sums[0] += float(((got - exact) ** 2).sum())
+                sums[1] += float(((exact - before) ** 2).sum())
+        placed = {name for name, _, _ in origin.values()}
+        if (missing := sorted(set(meant) - placed)) and "--allow-unused" not in command:
             wrong.append(f"{missing} have no place in the checkpoint, and that is not said")
+        (weights, added), (biases, more) = lost[False], lost[True]
+        shares = (weights / added, (weights + biases) / (added + more)) if added else (0.0,)
+        if not any(judge.near(ran.report["relative_error"], share**0.5) for share in shares):
+            reported = ran.report["relative_error"]
+            wrong.append(
+                f"{reported:.4g} lost to rounding reported, {shares[0] ** 0.5:.4g} measured"
+            )
         return wrong
 
-    names = [base.name, made.path.name, *made.file.tensors]
+    names = [base.name, made.path.name, "second", *made.file.tensors]
     return judge.drive(arguments, output, result, base, names)
 
 
