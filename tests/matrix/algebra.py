@@ -131,6 +131,13 @@ def make(form: str, shape: tuple[int, ...], rng: np.random.Generator, rank: int 
     elif name == "peft-oft":
         columns = ins * int(np.prod(kernel))
         roles = {"oft_R.weight": rng.normal(0, 0.05, (columns // 8, 28))}
+    elif name == "peft-boft":
+        roles = {
+            "boft_R": rng.normal(0, 0.1, (2, ins * int(np.prod(kernel)) // 4, 4, 4)),
+            "boft_s": rng.uniform(0.8, 1.2, (out, 1)),
+        }
+    elif name == "peft-ia3":
+        roles = {"ia3_l": rng.uniform(0.8, 1.2, (out, 1))}
     elif name == "kohya-oft":  # four blocks
         roles = {"oft_blocks": rng.normal(0, 0.1, (4, out // 4, out // 4))}
     else:
@@ -215,6 +222,10 @@ def merged(module: Module, weight: Array) -> Array:
         blocks = roles["oft_blocks"]
         turn = oracle.boft if blocks.ndim == 4 else oracle.oft
         return turn(weight, blocks, 0.0, roles.get("rescale"))
+    if "boft_R" in roles:
+        return oracle.peft_boft(weight, roles["boft_R"], roles["boft_s"])
+    if "ia3_l" in roles:
+        return weight * roles["ia3_l"]
     if "weight" in roles:
         on_input = bool(roles["on_input"])
         return oracle.ia3(weight, roles["weight"].reshape(-1), 1 if on_input else 0)

@@ -24,7 +24,8 @@ DTYPES = {
     "mixed64": ("F64", "F32"),
     "fp8": ("F8_E4M3",),
 }
-PEFT_TYPES = {"lora": "LORA", "loha": "LOHA", "lokr": "LOKR", "peft-oft": "OFT"}
+PEFT_TYPES = {"lora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
+OTHER_TYPES = {"peft-oft": "OFT", "peft-boft": "BOFT", "peft-ia3": "IA3"}
 SPELLED = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 
 
@@ -106,21 +107,22 @@ def _config(
     spec: Adapter, names: list[str], ranks: list[int], alphas: list[float | None], kind: str
 ) -> dict:
     key = "lora_alpha" if kind == "LORA" else "alpha"
-    config: dict = {
-        "peft_type": kind,
-        "target_modules": names,
-        "r": ranks[0],
-        "inference_mode": True,
-    }
-    config[key] = alphas[0] if alphas[0] is not None else ranks[0]
-    if kind == "LORA":
-        config |= {"use_dora": "dora" in spec.form, "use_rslora": spec.alpha == "rslora"}
-        config |= {"lora_bias": spec.bias != "none", "bias": "none", "fan_in_fan_out": False}
+    config: dict = {"peft_type": kind, "target_modules": names, "inference_mode": True}
+    if kind == "IA3":
+        return config | {"feedforward_modules": []}
+    if kind == "BOFT":
+        sizes = {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 2}
+        return config | sizes | {"bias": "none"}
     if kind == "OFT":
         return config | {
             "r": 0, "oft_block_size": 8, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
             "coft": False, "block_share": False, "bias": "none",
         }  # fmt: skip
+    config["r"] = ranks[0]
+    config[key] = alphas[0] if alphas[0] is not None else ranks[0]
+    if kind == "LORA":
+        config |= {"use_dora": "dora" in spec.form, "use_rslora": spec.alpha == "rslora"}
+        config |= {"lora_bias": spec.bias != "none", "bias": "none", "fan_in_fan_out": False}
     if kind in ("LOHA", "LOKR"):
         config["use_effective_conv2d"] = "tucker" in spec.form
     if kind == "LOKR":
@@ -148,7 +150,7 @@ def adapter(spec: Adapter, path: Path) -> Made | None:
     rng = np.random.default_rng(zlib.crc32(f"{spec}{spec.family}{spec.seed}".encode()))
     ranks, alphas = _alphas(spec, len(found))
     kind = PEFT_TYPES.get(spec.form.partition("+")[0].partition("-")[0], "")
-    kind = "OFT" if spec.form == "peft-oft" else kind
+    kind = OTHER_TYPES.get(spec.form, kind)
     made = Made(path, File())
     stored = DTYPES[spec.dtype]
     peft_like = spec.format in ("peft", "diffusers")
@@ -233,29 +235,41 @@ def _checkpoint_names(
     return [("", f"{prefix}{layer.name}{sign}weight", f"{prefix}{layer.name}{sign}bias", None)]
 
 
+Origin = dict[str, tuple[str, str, Part | None]]  # "file:key" -> our name, the file, the rows
+
+
+def origin(family: str, layout: str) -> Origin:
+    """Where every tensor of a model of this layout comes from."""
+    return {
+        f"{file}:{spelled}": (layer.component + layer.name + more, file, part)
+        for layer in LAYERS[family]
+        for file, key, bias, part in _checkpoint_names(family, layer, layout)
+        for spelled, more in ((key, ""), (bias, "|bias"))
+    }
+
+
+def seen(value: np.ndarray, part: Part | None) -> np.ndarray:
+    """The rows of a weight as one module of the diffusers layout has them."""
+    if part is None:
+        return value
+    rows = value[part.start : part.stop]
+    return spelling.exchange(rows) if part.swapped else rows
+
+
 def checkpoint(
     family: str, values: dict[str, np.ndarray], path: Path, layout: str, dtype: str
-) -> dict[str, tuple[str, str, Part | None]]:
-    """Write a model; returns where each (file, key) comes from: our name of the weight, and the rows."""
+) -> Origin:
+    """Write a model."""
     files: dict[str, File] = {}
-    origin: dict[str, tuple[str, str, Part | None]] = {}
-    for layer in LAYERS[family]:
-        for file, key, bias, part in _checkpoint_names(family, layer, layout):
-            for spelled, name in (
-                (key, layer.component + layer.name),
-                (bias, layer.component + layer.name + "|bias"),
-            ):
-                value = values[name]
-                if part:
-                    value = value[part.start : part.stop]
-                    value = spelling.exchange(value) if part.swapped else value
-                files.setdefault(file, File()).put(spelled, value, dtype)
-                origin[f"{file}:{spelled}"] = (name, file, part)
+    places = origin(family, layout)
+    for spelled, (name, file, part) in places.items():
+        key = spelled.partition(":")[2]
+        files.setdefault(file, File()).put(key, seen(values[name], part), dtype)
     for file, held in files.items():
         target = path / file if file else path
         target.parent.mkdir(parents=True, exist_ok=True)
         write(target, held)
-    return origin
+    return places
 
 
 __all__ = [
@@ -267,5 +281,7 @@ __all__ = [
     "checkpoint",
     "groups",
     "layers",
+    "origin",
+    "seen",
     "weights",
 ]

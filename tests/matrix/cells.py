@@ -28,8 +28,18 @@ DEPENDENT = (
     "lora+dora", "lora+dora-input", "loha+dora", "lokr-aligned+dora", "glora", "oft", "oft-rescaled",
     "boft", "ia3", "ia3-input",
 )  # fmt: skip
-PEFT = ("lora", "lora-rank1", "lora+dora", "loha", "loha-tucker", "lokr-peft", "peft-oft")
-FORMS = (*ADDITIVE, *DEPENDENT, "lokr-peft", "peft-oft")
+PEFT = (
+    "lora",
+    "lora-rank1",
+    "lora+dora",
+    "loha",
+    "loha-tucker",
+    "lokr-peft",
+    "peft-oft",
+    "peft-boft",
+    "peft-ia3",
+)
+FORMS = (*ADDITIVE, *DEPENDENT, *PEFT[5:])
 ALPHA = {"peft": "config", "diffusers": "metadata", "diffusers-old": "none", "xlabs": "none"}
 REPRESENTATIVES = ("sd1", "flux", "lumina2", "sd3")
 
@@ -48,7 +58,7 @@ def fits(spec: Adapter) -> bool:
     if spec.group not in groups(spec.family):
         return False
     if (spec.format == "peft" and spec.form not in PEFT) or (
-        spec.format != "peft" and spec.form in ("lokr-peft", "peft-oft")
+        spec.format != "peft" and spec.form in PEFT[5:]
     ):
         return False
     if spec.format in ("diffusers", *SPECIAL) and spec.form not in (
@@ -58,6 +68,10 @@ def fits(spec: Adapter) -> bool:
     ):
         return False
     if spec.format in SPECIAL and "dora" in spec.form:
+        return False
+    if spec.form == "peft-ia3" and any(
+        len(one.shape) > 2 for one in layers(spec.family, spec.group)
+    ):
         return False
     if (spec.format == "kohya-oft") != (spec.form == "kohya-oft"):
         return False
@@ -109,6 +123,33 @@ def names() -> Iterator[Cell]:
             yield from (Cell("convert", spec, to=to) for to in WRITERS)
             yield Cell("merge", spec, layout="folder", dtype="bf16")
             yield Cell("resize", spec, options=("--rank", "2"))
+
+
+def hosts() -> Iterator[Cell]:
+    """--for: the format that a host loads, with what it cannot read folded away."""
+    found = (
+        Cell("convert", spec, options=("--for", name, *more))
+        for spec in adapters(
+            LAYERS, ("kohya", "lycoris", "diffusers", "comfy", "peft", "bare"), FORMS, group=("all", "denoiser", "plain")
+        )
+        for name in ("comfyui", "diffusers", "invokeai", "kohya")
+        for more in ((), ("--algo", "lora"))
+    )  # fmt: skip
+    return thin(found, 25)
+
+
+def relaid() -> Iterator[Cell]:
+    """merge --layout: every weight renamed, split or fused, those that change and those that do not."""
+    found = (
+        Cell("merge", spec, layout=layout, dtype=dtype, options=("--layout", to))
+        for spec in adapters(
+            LAYERS, ("kohya", "diffusers", "comfy"), FORMS, group=("denoiser", "all", "fused", "swapped")
+        )
+        for layout, to in (("single", "folder"), ("folder", "single-file"))
+        for dtype in ("fp32", "bf16")
+        if spec.family in UNETS or not (spec.group == "all" and "te" in groups(spec.family))
+    )  # fmt: skip
+    return thin(found, 10)
 
 
 def stacks() -> Iterator[Cell]:
@@ -350,7 +391,7 @@ def turned() -> Iterator[Cell]:
 def every() -> tuple[Cell, ...]:
     """All cells, each once, in the order of the verbs."""
     sources = (
-        thin(formats(), 2), thin(names(), 2), thin(stacks(), 8), forms(), thin(alphas(), 2), dtypes(), algorithms(), resizes(), thin(pairs("combine"), 100),
+        thin(formats(), 2), thin(names(), 2), thin(stacks(), 8), forms(), hosts(), relaid(), thin(alphas(), 2), dtypes(), algorithms(), resizes(), thin(pairs("combine"), 100),
         thin(pairs("compare"), 24), merges(), extracts(), shares(), turned(),
     )  # fmt: skip
     found = {cell.id: cell for source in sources for cell in source}

@@ -61,8 +61,8 @@ def relative(found: Effect, meant: Effect, biases: bool = True) -> float:
     return lost / whole if whole else (0.0 if lost == 0 else float("inf"))
 
 
-def near(one: float, other: float) -> bool:
-    return abs(one - other) <= max(TOLERANCE[0] * max(one, other), TOLERANCE[1])
+def near(one: float, other: float, least: float = TOLERANCE[1]) -> bool:
+    return abs(one - other) <= max(TOLERANCE[0] * max(one, other), least)
 
 
 def agrees(reported: float | None, found: Effect, meant: Effect, unknown: bool) -> list[str]:

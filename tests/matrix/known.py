@@ -40,7 +40,7 @@ KNOWN: dict[str, Fault] = {
         USELESS + "PEFT cannot hold full and lora",
         "convert/wan/bare>peft/lora-all-fp32-alpha_none-bias_diff",
     ),
-    r"^(convert|combine)/.*lokr.*-fused-": Fault(
+    r"^(convert|combine)/.*lokr": Fault(
         "q, k, v of LoKr are fused before --algo acts: the hints --algo lora and full do not help",
         USELESS + ".*LoKr with different second factors",
         "convert/sd3/lycoris>comfy/lokr-fused-fp32-alpha_tensor-bias_none",
@@ -64,6 +64,11 @@ KNOWN: dict[str, Fault] = {
         "hint: resize --energy 1; the same option of convert leads to the same refusal",
         USELESS + ".*read no lora_mid",
         "convert/sd1/lycoris>peft/lora-tucker-conv-fp32-alpha_tensor-bias_none",
+    ),
+    r"^convert/.*(lora-tucker|dora-input).*/fordiffusers": Fault(
+        "--for diffusers: the hint --algo lora leads to the same refusal (Tucker; DoRA of inputs)",
+        USELESS + ".*diffusers loads no form",
+        "convert/sd1/kohya/lora+dora-input-all-fp32-alpha_tensor-bias_none/fordiffusers",
     ),
     r"/kohya-oft>": Fault(
         "the refusal of a format that has no names for an algorithm names no file",

@@ -41,6 +41,7 @@ ROLES = {
     "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "a1.weight", "a2.weight",
     "b1.weight", "b2.weight", "oft_blocks", "oft_blocks.0", "oft_blocks.1", "oft_blocks.2",
     "oft_blocks.3", "rescale", "weight", "on_input", "oft_R.weight", "set_weight",
+    "boft_R", "boft_s", "ia3_l",
 }  # fmt: skip
 
 

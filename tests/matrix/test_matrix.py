@@ -30,6 +30,7 @@ def test_cell(cell: Cell, tmp_path: Path, record_property: pytest.RecordProperty
         pytest.xfail(fault.reason)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "fault",
     [

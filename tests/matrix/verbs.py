@@ -10,7 +10,6 @@ import numpy as np
 from tests.matrix import algebra, build, host, judge, spelling
 from tests.matrix.build import Adapter, Made
 from tests.matrix.judge import Verdict
-from tests.matrix.layers import Part
 from tests.matrix.spelling import Effect
 from tests.matrix.st import UNIT, File, read, rounded
 
@@ -94,10 +93,10 @@ def _written(
 ) -> list[str]:
     """What holds for every verb that writes an adapter."""
     cell = bench.cell
-    target = _option("--to", command, format)
     dtype = _option("--dtype", command, "keep")
-    found, wrong, count = judge.adapter(output, cell.a.family, target, bench.weights)
     report = ran.report
+    target = report["to"] if "--for" in command else _option("--to", command, format)
+    found, wrong, count = judge.adapter(output, cell.a.family, target, bench.weights)
     based = "--base" in command
     unknown = algebra.dependent(cell.a.form + (cell.b.form if cell.b else "")) and not based
     exact = not any(option in command for option in LOSSY) and "--allow-unused" not in command
@@ -215,12 +214,13 @@ def _model(bench: Bench, name: str, values: dict[str, np.ndarray]) -> tuple[Path
     return path, origin
 
 
-def _seen(value: np.ndarray, part: Part | None) -> np.ndarray:
-    """The rows of a weight as one module of the diffusers layout has them."""
-    if part is None:
-        return value
-    rows = value[part.start : part.stop]
-    return spelling.exchange(rows) if part.swapped else rows
+def _spelled(key: str, file: File) -> str:
+    """A denoiser's keys may stand behind another prefix in a new single file, or behind none."""
+    if key in file.tensors:
+        return key
+    bare = key.removeprefix("model.diffusion_model.").removeprefix("net.")
+    prefixes = ("", "model.diffusion_model.", "diffusion_model.", "net.")
+    return next((p + bare for p in prefixes if p + bare in file.tensors), key)
 
 
 def _room(exact: np.ndarray, kind: str, touched: bool) -> np.ndarray | float:
@@ -236,7 +236,7 @@ def merge(bench: Bench) -> Verdict:
     """Every tensor is W + s·ΔW, rounded once to its own type; the others are as they were."""
     cell = bench.cell
     bench.weights = build.weights(cell.a.family, TYPES[cell.dtype])
-    base, origin = _model(bench, "model", bench.weights)
+    base, _ = _model(bench, "model", bench.weights)
     made = bench.made(cell.a, "style")
     strength = 0.75
     meant = judge.scaled(bench.effect(made, cell.a), strength)
@@ -245,7 +245,15 @@ def merge(bench: Bench) -> Verdict:
         second = bench.made(cell.b, "second")
         meant = judge.plus(meant, judge.scaled(bench.effect(second, cell.b), -0.5))
         given.append(f"{second.path}:-0.5")
-    output = bench.output("peft" if cell.layout == "folder" else "kohya")
+    target = "folder" if "folder" in cell.options else cell.layout
+    target = "single" if "single-file" in cell.options else target
+    held = {name for name, _, _ in build.origin(cell.a.family, cell.layout).values()}
+    origin = {
+        spelled: place
+        for spelled, place in build.origin(cell.a.family, target).items()
+        if place[0] in held
+    }
+    output = bench.output("peft" if target == "folder" else "kohya")
     arguments = ["merge", str(base), *given, "--family", cell.a.family]
     arguments += ["-o", str(output), "--json", *cell.options]
 
@@ -257,9 +265,10 @@ def merge(bench: Bench) -> Verdict:
             key = spelled.partition(":")[2]
             if file not in files:
                 files[file] = read(output / file if file else output)
-            before = _seen(bench.weights[name], part)
+            before = build.seen(bench.weights[name], part)
             change = meant.get(name)
-            exact = before if change is None else before + _seen(change, part)
+            exact = before if change is None else before + build.seen(change, part)
+            key = _spelled(key, files[file])
             got = files[file].tensors.get(key)
             if got is None or files[file].dtypes[key] != TYPES[cell.dtype]:
                 wrong.append(f"{key}: {files[file].dtypes.get(key, 'not there')}")
@@ -276,8 +285,9 @@ def merge(bench: Bench) -> Verdict:
             wrong.append(f"{missing} have no place in the checkpoint, and that is not said")
         (weights, added), (biases, more) = lost[False], lost[True]
         shares = (weights / added, (weights + biases) / (added + more)) if added else (0.0,)
-        if not any(judge.near(ran.report["relative_error"], share**0.5) for share in shares):
-            reported = ran.report["relative_error"]
+        reported = ran.report["relative_error"]
+        # sums in float32 lose that much of a small ΔW, which is not the loss of the number format
+        if not any(judge.near(reported, share**0.5, 3e-6) for share in shares):
             wrong.append(
                 f"{reported:.4g} lost to rounding reported, {shares[0] ** 0.5:.4g} measured"
             )
