@@ -100,7 +100,8 @@ def _alphas(spec: Adapter, count: int) -> tuple[list[int], list[float | None]]:
         return ranks, [None] * count
     if spec.alpha in ("tensor", "pattern"):
         return ranks, [(2.0, 6.0, 4.0)[n % 3] for n in range(count)]
-    return ranks, [6.0] * count
+    value = {"odd": 33.33, "huge": 9999999999.0}.get(spec.alpha, 6.0)
+    return ranks, [value] * count
 
 
 def _config(
@@ -181,10 +182,12 @@ def adapter(spec: Adapter, path: Path) -> Made | None:
             module.alpha = 0.01 if spec.form == "kohya-oft" else None
         if module.always:
             module.rank = ranks[n]
-        if spec.alpha == "tensor" and module.alpha is not None:
+        if spec.alpha in ("tensor", "odd", "huge") and module.alpha is not None:
             kind = "F32" if spec.dtype == "fp8" else stored[0]
-            made.file.put(f"{stem}.alpha", np.array(module.alpha), kind)
-            module.alpha = float(made.file.tensors[f"{stem}.alpha"])
+            made.file.put(
+                f"{stem}.alpha", np.full((1,) * (spec.alpha == "odd"), module.alpha), kind
+            )
+            module.alpha = float(made.file.tensors[f"{stem}.alpha"].reshape(-1)[0])
         elif spec.form in ("oft", "oft-rescaled", "boft"):
             made.file.put(f"{stem}.alpha", np.array(0.0), "F32")
         if spec.bias == "lora":

@@ -205,6 +205,30 @@ def alphas() -> Iterator[Cell]:
             yield Cell("merge", spec, layout="single" if spec.family != "wan" else "folder")
 
 
+def odd_alphas() -> Iterator[Cell]:
+    """An alpha of shape [1] that no 16 bits hold; the placeholder of LoKr of whole factors, infinite in fp16."""
+    kinds = (
+        ("odd", ("lora", "loha", "lokr-aligned-factored", "lora+dora")),
+        ("huge", ("lokr-aligned",)),
+    )
+    for alpha, held in kinds:
+        for spec in adapters(
+            ("flux", "sd1"),
+            ("kohya", "comfy", "lycoris"),
+            held,
+            alpha=(alpha,),
+            dtype=("fp32", "fp16", "bf16"),
+            group=("plain", "fused", "conv"),
+        ):
+            for to in WRITERS:
+                if to != spec.format:
+                    yield Cell("convert", spec, to=to)
+            yield Cell("convert", spec, to="diffusers", options=("--algo", "lora"))
+            yield Cell("resize", spec, options=("--rank", "2"))
+            yield Cell("merge", spec)
+            yield Cell("compare", spec, replace(spec, alpha="none"))
+
+
 def dtypes() -> Iterator[Cell]:
     """Stored number formats, kept and changed."""
     found = (
@@ -391,7 +415,7 @@ def turned() -> Iterator[Cell]:
 def every() -> tuple[Cell, ...]:
     """All cells, each once, in the order of the verbs."""
     sources = (
-        thin(formats(), 2), thin(names(), 2), thin(stacks(), 8), forms(), hosts(), relaid(), thin(alphas(), 2), dtypes(), algorithms(), resizes(), thin(pairs("combine"), 100),
+        thin(formats(), 2), thin(names(), 2), thin(stacks(), 8), forms(), hosts(), relaid(), thin(alphas(), 2), thin(odd_alphas(), 5), dtypes(), algorithms(), resizes(), thin(pairs("combine"), 100),
         thin(pairs("compare"), 24), merges(), extracts(), shares(), turned(),
     )  # fmt: skip
     found = {cell.id: cell for source in sources for cell in source}
