@@ -1,4 +1,6 @@
-"""Stored forms of every algorithm: random tensors of a form, and the weight they make of W. float64."""
+"""Stored forms of every algorithm: random tensors of a form, and the weight they make of W.
+float64.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ DEPENDENT = ("dora", "glora", "oft", "boft", "ia3")
 
 @dataclass
 class Module:
-    """One module as stored: tensors by role, and the number that its alpha says (None: alpha = rank)."""
+    """One module as stored: tensors by role, and the number that its alpha says (None: alpha =
+    rank).
+    """
 
     roles: Roles
     alpha: float | None = None
@@ -66,7 +70,9 @@ def _loha(rng: np.random.Generator, shape: tuple[int, ...], rank: int, tucker: b
 
 
 def _lokr(rng: np.random.Generator, shape: tuple[int, ...], rank: int, form: str) -> Roles:
-    """Factors: w1 a × b, w2 c × d; `aligned` keeps c = 16, so that cuts of fused rows fall between blocks."""
+    """Factors: w1 a × b, w2 c × d; `aligned` keeps c = 16, so that cuts of fused rows fall between
+    blocks.
+    """
     out, ins, *kernel = shape
     c = 16 if "aligned" in form or out % 24 else 24
     if "peft" in form:  # decompose_factor 4, rank 2: what PEFT makes of it

@@ -69,7 +69,9 @@ GROUPS = {
 
 
 def groups(family: str) -> list[str]:
-    """The groups that hold a layer of a family; `denoiser` says no more than `all` without text encoders."""
+    """The groups that hold a layer of a family; `denoiser` says no more than `all` without text
+    encoders.
+    """
     held = [name for name, fits in GROUPS.items() if any(map(fits, LAYERS[family]))]
     return held if "te" in held else [name for name in held if name != "denoiser"]
 

@@ -1,106 +1,31 @@
-"""Every cell that makes sense. Wide products are thinned by the hash of the cell's name, so that all axes stay mixed."""
+"""Every cell that makes sense. Wide products are thinned by the hash of the cell's name, so that
+all axes stay mixed.
+"""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
 
-from tests.matrix import algebra, spelling
+from tests.matrix import spelling
+from tests.matrix.axes import (
+    ADDITIVE,
+    FORMS,
+    PARTS,
+    REPRESENTATIVES,
+    SHARE,
+    TARGETS,
+    WRITERS,
+    adapters,
+    depends,
+    number,
+    thin,
+)
 from tests.matrix.build import Adapter, groups, layers
 from tests.matrix.layers import LAYERS, UNETS
-from tests.matrix.spelling import FORMATS
 from tests.matrix.verbs import Cell
-
-SEED = "adaptkit"
-SHARE = 10  # the default run takes one cell in this many
-
-WRITERS = ("kohya", "lycoris", "diffusers", "peft", "comfy", "onetrainer", "bare")
-SPECIAL = ("diffusers-old", "xlabs", "omi")
-TARGETS = (*WRITERS, *SPECIAL)
-ADDITIVE = (
-    "lora", "lora-rank1", "lora-tucker", "loha", "loha-tucker", "lokr", "lokr-aligned",
-    "lokr-factored", "lokr-aligned-factored", "lokr-w1", "lokr-both", "lokr-tucker", "full",
-)  # fmt: skip
-DEPENDENT = (
-    "lora+dora", "lora+dora-input", "loha+dora", "lokr-aligned+dora", "glora", "oft", "oft-rescaled",
-    "boft", "ia3", "ia3-input",
-)  # fmt: skip
-PEFT = (
-    "lora",
-    "lora-rank1",
-    "lora+dora",
-    "loha",
-    "loha-tucker",
-    "lokr-peft",
-    "peft-oft",
-    "peft-boft",
-    "peft-ia3",
-)
-FORMS = (*ADDITIVE, *DEPENDENT, *PEFT[5:])
-ALPHA = {"peft": "config", "diffusers": "metadata", "diffusers-old": "none", "xlabs": "none"}
-REPRESENTATIVES = ("sd1", "flux", "lumina2", "sd3")
-
-
-def number(name: str) -> int:
-    return zlib.crc32(f"{SEED}/{name}".encode())
-
-
-def thin(cells: Iterable[Cell], share: int) -> Iterator[Cell]:
-    """One in `share`."""
-    return (cell for cell in cells if number("thin/" + cell.id) % share == 0)
-
-
-def fits(spec: Adapter) -> bool:
-    """A format has a place for the layers, and the form is one that files of this format have."""
-    if spec.group not in groups(spec.family):
-        return False
-    if (spec.format == "peft" and spec.form not in PEFT) or (
-        spec.format != "peft" and spec.form in PEFT[5:]
-    ):
-        return False
-    if spec.format in ("diffusers", *SPECIAL) and spec.form not in (
-        "lora",
-        "lora-rank1",
-        "lora+dora",
-    ):
-        return False
-    if spec.format in SPECIAL and "dora" in spec.form:
-        return False
-    if spec.form == "peft-ia3" and any(
-        len(one.shape) > 2 for one in layers(spec.family, spec.group)
-    ):
-        return False
-    if (spec.format == "kohya-oft") != (spec.form == "kohya-oft"):
-        return False
-    if spec.format == "omi" and spec.family != "flux":
-        return False
-    return any(
-        spelling.places(spec.family, spec.format, layer)
-        for layer in layers(spec.family, spec.group)
-    )
-
-
-def adapters(
-    families: Iterable[str], formats: Iterable[str], forms: Iterable[str], **axes: Iterable[str]
-) -> Iterator[Adapter]:
-    """The product of the axes; `group`, `dtype`, `alpha`, `bias` where they are not named take their usual value."""
-    names = list(axes)
-    for family, format, form in product(families, formats, forms):
-        for values in product(*axes.values()):
-            rest = dict(zip(names, values, strict=True))
-            spec = Adapter(family, format, form, **{"alpha": ALPHA.get(format, "tensor"), **rest})
-            if fits(spec):
-                yield spec
-
-
-def _based(form: str) -> tuple[bool, ...]:
-    return (False, True) if algebra.dependent(form) else (False,)
-
-
-PARTS = ("plain", "fused", "swapped", "conv", "te", "all")
 
 
 def formats() -> Iterator[Cell]:
@@ -112,9 +37,12 @@ def formats() -> Iterator[Cell]:
 
 
 def names() -> Iterator[Cell]:
-    """Names that a format allows beside its usual ones: bare diffusers names, kohya's SDXL by either naming, …"""
+    """Names that a format allows beside its usual ones: bare diffusers names, kohya's SDXL by
+    either naming, …
+    """
     others = (
-        ("bare", "diffusers", LAYERS), ("kohya", "diffusers", ("sdxl",)), ("kohya", "native", ("sd1", "z-image")),
+        ("bare", "diffusers", LAYERS), ("kohya", "diffusers", ("sdxl",)),
+        ("kohya", "native", ("sd1", "z-image")),
     )  # fmt: skip
     for format, naming, families in others:
         for spec in adapters(
@@ -130,7 +58,8 @@ def hosts() -> Iterator[Cell]:
     found = (
         Cell("convert", spec, options=("--for", name, *more))
         for spec in adapters(
-            LAYERS, ("kohya", "lycoris", "diffusers", "comfy", "peft", "bare"), FORMS, group=("all", "denoiser", "plain")
+            LAYERS, ("kohya", "lycoris", "diffusers", "comfy", "peft", "bare"), FORMS,
+            group=("all", "denoiser", "plain")
         )
         for name in ("comfyui", "diffusers", "invokeai", "kohya")
         for more in ((), ("--algo", "lora"))
@@ -139,11 +68,14 @@ def hosts() -> Iterator[Cell]:
 
 
 def relaid() -> Iterator[Cell]:
-    """merge --layout: every weight renamed, split or fused, those that change and those that do not."""
+    """merge --layout: every weight renamed, split or fused, those that change and those that do
+    not.
+    """
     found = (
         Cell("merge", spec, layout=layout, dtype=dtype, options=("--layout", to))
         for spec in adapters(
-            LAYERS, ("kohya", "diffusers", "comfy"), FORMS, group=("denoiser", "all", "fused", "swapped")
+            LAYERS, ("kohya", "diffusers", "comfy"), FORMS,
+            group=("denoiser", "all", "fused", "swapped")
         )
         for layout, to in (("single", "folder"), ("folder", "single-file"))
         for dtype in ("fp32", "bf16")
@@ -206,7 +138,9 @@ def alphas() -> Iterator[Cell]:
 
 
 def odd_alphas() -> Iterator[Cell]:
-    """An alpha of shape [1] that no 16 bits hold; the placeholder of LoKr of whole factors, infinite in fp16."""
+    """An alpha of shape [1] that no 16 bits hold; the placeholder of LoKr of whole factors,
+    infinite in fp16.
+    """
     kinds = (
         ("odd", ("lora", "loha", "lokr-aligned-factored", "lora+dora")),
         ("huge", ("lokr-aligned",)),
@@ -242,7 +176,7 @@ def dtypes() -> Iterator[Cell]:
         )
         for to in ("kohya", "comfy", "diffusers")
         for new in ("keep", "fp32", "fp16", "bf16")
-        for based in _based(spec.form)
+        for based in depends(spec.form)
         if new != "keep" or to != spec.format
     )
     return thin(found, 15)
@@ -261,15 +195,17 @@ def algorithms() -> Iterator[Cell]:
         )
         for to in ("kohya", "diffusers", "comfy", "peft")
         for change in changes
-        for based in _based(spec.form)
+        for based in depends(spec.form)
     )
     return thin(found, 12)
 
 
 def resizes() -> Iterator[Cell]:
     rules = (
-        ("--rank", "2"), ("--energy", "0.8"), ("--error", "0.3"), ("--size", "20KB"), ("--rank", "1", "--conv-rank", "2"),
-        ("--sv-ratio", "3"), ("--sv-fro", "0.9"), ("--sv-cumulative", "0.7"), ("--rank", "3", "--dtype", "bf16"),
+        ("--rank", "2"), ("--energy", "0.8"), ("--error", "0.3"), ("--size", "20KB"),
+        ("--rank", "1", "--conv-rank", "2"),
+        ("--sv-ratio", "3"), ("--sv-fro", "0.9"), ("--sv-cumulative", "0.7"),
+        ("--rank", "3", "--dtype", "bf16"),
     )  # fmt: skip
     found = (
         Cell("resize", spec, options=rule, based=based)
@@ -281,14 +217,16 @@ def resizes() -> Iterator[Cell]:
             group=("all", "denoiser", "conv"),
         )
         for rule in rules
-        for based in _based(spec.form)
+        for based in depends(spec.form)
     )
     return thin(found, 18)
 
 
 PAIRS = (
-    ("kohya", "kohya", ""), ("kohya", "diffusers", ""), ("diffusers", "comfy", ""), ("comfy", "kohya", "diffusers"),
-    ("kohya", "lycoris", "bare"), ("peft", "kohya", "comfy"), ("lycoris", "peft", "kohya"), ("bare", "onetrainer", "peft"),
+    ("kohya", "kohya", ""), ("kohya", "diffusers", ""), ("diffusers", "comfy", ""),
+    ("comfy", "kohya", "diffusers"),
+    ("kohya", "lycoris", "bare"), ("peft", "kohya", "comfy"), ("lycoris", "peft", "kohya"),
+    ("bare", "onetrainer", "peft"),
 )  # fmt: skip
 
 
@@ -306,17 +244,11 @@ def pairs(verb: str) -> Iterator[Cell]:
             group=PARTS[:4],
             dtype=("fp32", "fp8", "mixed64"),
         ):
-            for b in adapters((a.family,), (two,), seconds, group=(a.group,), seed=(1,)):  # type: ignore[arg-type]
-                for based in _based(a.form + b.form):
-                    for rule in rules:
-                        yield Cell(
-                            verb,
-                            a,
-                            b,
-                            to=to if verb == "combine" else "",
-                            options=rule,
-                            based=based,
-                        )
+            for second in adapters((a.family,), (two,), seconds, group=(a.group,)):
+                b = replace(second, seed=1)
+                target = to if verb == "combine" else ""
+                for based, rule in product(depends(a.form + b.form), rules):
+                    yield Cell(verb, a, b, to=target, options=rule, based=based)
 
 
 def merges() -> Iterator[Cell]:
@@ -343,9 +275,12 @@ def merges() -> Iterator[Cell]:
 
 def extracts() -> Iterator[Cell]:
     rules = (
-        ("--rank", "2"), ("--rank", "8"), ("--rank", "4", "--alpha", "2"), ("--algo", "lokr", "--factor", "4"), ("--algo", "full"),
-        ("--algo", "auto", "--size", "40KB"), ("--energy", "0.9"), ("--error", "0.3"), ("--rank", "4", "--dtype", "fp16"),
-        ("--algo", "full", "--dtype", "bf16"), ("--size", "20KB"), ("--rank", "4", "--vectors"), ("--algo", "full", "--vectors"),
+        ("--rank", "2"), ("--rank", "8"), ("--rank", "4", "--alpha", "2"),
+        ("--algo", "lokr", "--factor", "4"), ("--algo", "full"),
+        ("--algo", "auto", "--size", "40KB"), ("--energy", "0.9"), ("--error", "0.3"),
+        ("--rank", "4", "--dtype", "fp16"),
+        ("--algo", "full", "--dtype", "bf16"), ("--size", "20KB"), ("--rank", "4", "--vectors"),
+        ("--algo", "full", "--vectors"),
     )  # fmt: skip
     found = (
         Cell("extract", spec, to=to, options=rule, layout=layout, dtype=dtype)
@@ -415,7 +350,9 @@ def turned() -> Iterator[Cell]:
 def every() -> tuple[Cell, ...]:
     """All cells, each once, in the order of the verbs."""
     sources = (
-        thin(formats(), 2), thin(names(), 2), thin(stacks(), 8), forms(), hosts(), relaid(), thin(alphas(), 2), thin(odd_alphas(), 5), dtypes(), algorithms(), resizes(), thin(pairs("combine"), 100),
+        thin(formats(), 2), thin(names(), 2), thin(stacks(), 8), forms(), hosts(), relaid(),
+        thin(alphas(), 2), thin(odd_alphas(), 5), dtypes(), algorithms(), resizes(),
+        thin(pairs("combine"), 100),
         thin(pairs("compare"), 24), merges(), extracts(), shares(), turned(),
     )  # fmt: skip
     found = {cell.id: cell for source in sources for cell in source}
@@ -427,4 +364,4 @@ def tenth() -> tuple[Cell, ...]:
     return tuple(cell for cell in every() if number(cell.id) % SHARE == 0)
 
 
-__all__ = ["FORMATS", "every", "tenth"]
+__all__ = ["SEED", "SHARE", "every", "tenth"]

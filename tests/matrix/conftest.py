@@ -1,4 +1,6 @@
-"""The default run takes a seeded tenth of the matrix, `pytest -m matrix` all of it; both end with what they found."""
+"""The default run takes a seeded tenth of the matrix, `pytest -m matrix` all of it; both end with
+what they found.
+"""
 
 from __future__ import annotations
 

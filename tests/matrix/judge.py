@@ -1,4 +1,6 @@
-"""Two outcomes are accepted: a result whose measured error is the reported one, or a refusal whose hints work."""
+"""Two outcomes are accepted: a result whose measured error is the reported one, or a refusal whose
+hints work.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def near(one: float, other: float, least: float = TOLERANCE[1]) -> bool:
 
 
 def agrees(reported: float | None, found: Effect, meant: Effect, unknown: bool) -> list[str]:
-    """Reported = measured; biases may stand in the figure or not. `unknown`: no figure is a right answer too."""
+    """Reported = measured; biases may stand in the figure or not. `unknown`: no figure is a right
+    answer too.
+    """
     measured = relative(found, meant), relative(found, meant, biases=False)
     if reported is None:
         return [] if unknown else [f"nothing reported, {measured[0]:.3g} measured"]

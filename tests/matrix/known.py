@@ -1,4 +1,6 @@
-"""Cells where adaptkit is wrong today. An entry goes as soon as its example passes: the strict xfail turns red."""
+"""Cells where adaptkit is wrong today. An entry goes as soon as its example passes: the strict
+xfail turns red.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ USELESS = "^the hint (does not help|names what was given): "
 # pattern over the ids of cells -> what is wrong there
 KNOWN: dict[str, Fault] = {
     r"^(convert|combine)/": Fault(
-        "with --allow-unused, relative_error leaves out what is lost (design/cli.md: over everything)",
+        "with --allow-unused, relative_error leaves out what is lost (`over everything`)",
         LOST,
         "convert/sd1/kohya>lycoris/lora-all-fp32-alpha_tensor-bias_none",
     ),

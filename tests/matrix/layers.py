@@ -1,7 +1,8 @@
-"""A few layers of every family: what each naming calls them, and which rows of the original weight each name holds.
+"""A few layers of every family: what each naming calls them, and which rows of the original weight
+each name holds.
 
-Written from the reference of the formats (model classes and converters), not from the package's tables. Widths are
-tiny; every command is told the family.
+Written from the reference of the formats (model classes and converters), not from the package's
+tables. Widths are tiny; every command is told the family.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ THIRDS = (Fraction(1, 3),) * 3
 
 @dataclass(frozen=True)
 class Part:
-    """One module of the diffusers naming: rows [start, stop) of the original weight, halves exchanged or not."""
+    """One module of the diffusers naming: rows [start, stop) of the original weight, halves
+    exchanged or not.
+    """
 
     name: str
     start: int
@@ -25,7 +28,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight of the original checkpoint, by its name there; `parts` are its diffusers modules, in row order."""
+    """A weight of the original checkpoint, by its name there; `parts` are its diffusers modules, in
+    row order.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -1,4 +1,6 @@
-"""How every key format names a module, and what its readers make of a file: a grammar of its own, both ways."""
+"""How every key format names a module, and what its readers make of a file: a grammar of its own,
+both ways.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,12 @@ ALIASES = {
     "lora_magnitude_vector.weight": "dora_scale",
 }
 ROLES = {
-    "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale", "alpha", "diff", "diff_b",
-    "lora_B.bias", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1",
-    "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "a1.weight", "a2.weight",
+    "lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale", "alpha", "diff",
+    "diff_b",
+    "lora_B.bias", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1",
+    "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "a1.weight",
+    "a2.weight",
     "b1.weight", "b2.weight", "oft_blocks", "oft_blocks.0", "oft_blocks.1", "oft_blocks.2",
     "oft_blocks.3", "rescale", "weight", "on_input", "oft_R.weight", "set_weight",
     "boft_R", "boft_s", "ia3_l",
@@ -50,7 +55,9 @@ def component(family: str, layer: Layer) -> str:
 
 
 def _prefixes(family: str, format: str, layer: Layer) -> tuple[str, ...]:
-    """What may stand before the module's name; none where the format has no place for the component."""
+    """What may stand before the module's name; none where the format has no place for the
+    component.
+    """
     te = layer.component
     number = {"text_encoder": "1", "text_encoder_2": "2"}.get(te, "")
     if format == "kohya":
@@ -89,7 +96,9 @@ def _named(layer: Layer, naming: str) -> Iterator[tuple[str, Part | None]]:
 
 
 def _namings(family: str, format: str, layer: Layer) -> tuple[str, ...]:
-    """The namings that readers of a format know, the usual one first. Text encoders: always Hugging Face's."""
+    """The namings that readers of a format know, the usual one first. Text encoders: always Hugging
+    Face's.
+    """
     if layer.component:
         return ("diffusers",)
     if format in ("kohya", "kohya-oft"):
@@ -104,7 +113,9 @@ def _namings(family: str, format: str, layer: Layer) -> tuple[str, ...]:
 
 
 def _old(name: str) -> str | None:
-    """`…attn1.to_q` -> `…attn1.processor.to_q_lora`: attention only; `q_proj` of a text encoder -> `to_q_lora`."""
+    """`…attn1.to_q` -> `…attn1.processor.to_q_lora`: attention only; `q_proj` of a text encoder ->
+    `to_q_lora`.
+    """
     if found := re.fullmatch(r"(.*\.self_attn)\.(q|k|v|out)_proj", name):
         return f"{found[1]}.to_{found[2]}_lora"
     found = re.fullmatch(r"(.*\.attn\d)\.(to_q|to_k|to_v|to_out)(?:\.0)?", name)

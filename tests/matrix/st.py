@@ -1,4 +1,6 @@
-"""safetensors in NumPy alone: a header of JSON, then bytes. bf16 and fp8 are decoded and rounded by their definitions."""
+"""safetensors in NumPy alone: a header of JSON, then bytes. bf16 and fp8 are decoded and rounded by
+their definitions.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ UNIT = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8, "F8_
 
 
 def _e4m3() -> Array:
-    """The value of every byte: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F and 0xFF are NaN."""
+    """The value of every byte: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F and 0xFF are
+    NaN.
+    """
     values = np.empty(256)
     for byte in range(256):
         sign = -1.0 if byte & 0x80 else 1.0

@@ -1,7 +1,8 @@
-"""Verb × algorithm × stored form × format × dtype × alpha × bias × layout × family: two outcomes are accepted.
+"""Verb × algorithm × stored form × format × dtype × alpha × bias × layout × family: two outcomes
+are accepted.
 
-Either the result is what a reader of the file finds, measured = reported and within the promise; or a refusal: exit 1,
-nothing written, a message that names what it is about, and hints that work when they are followed.
+Either the result is what a reader of the file finds, measured = reported and within the promise; or
+a refusal: exit 1, nothing written, a message that names what it is about, and hints that work.
 """
 
 from __future__ import annotations

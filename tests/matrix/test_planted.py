@@ -1,4 +1,6 @@
-"""The matrix sees faults: one is planted in reading, writing and measuring each, and in the oracle's two outcomes."""
+"""The matrix sees faults: one is planted in reading, writing and measuring each, and in the
+oracle's two outcomes.
+"""
 
 from __future__ import annotations
 

@@ -224,7 +224,9 @@ def _spelled(key: str, file: File) -> str:
 
 
 def _room(exact: np.ndarray, kind: str, touched: bool) -> np.ndarray | float:
-    """One rounding to the type, after sums in float32 of terms as large as W and ΔW; none for what is copied."""
+    """One rounding to the type, after sums in float32 of terms as large as W and ΔW; none for what
+    is copied.
+    """
     if not touched:
         return 0.0
     room = UNIT[kind] * np.abs(exact) * 1.001
@@ -298,7 +300,9 @@ def merge(bench: Bench) -> Verdict:
 
 
 def extract(bench: Bench) -> Verdict:
-    """The adapter of two checkpoints; the difference is made by an adapter's form, and rounded by the type."""
+    """The adapter of two checkpoints; the difference is made by an adapter's form, and rounded by
+    the type.
+    """
     cell = bench.cell
     kind = TYPES[cell.dtype]
     bench.weights = build.weights(cell.a.family, kind)
@@ -324,7 +328,9 @@ def extract(bench: Bench) -> Verdict:
 
 
 def share(bench: Bench) -> Verdict:
-    """compare ADAPTER CHECKPOINT --base: the strength and the share of the adapter in the difference."""
+    """compare ADAPTER CHECKPOINT --base: the strength and the share of the adapter in the
+    difference.
+    """
     cell = bench.cell
     kind = TYPES[cell.dtype]
     bench.weights = build.weights(cell.a.family, kind)
