@@ -364,4 +364,4 @@ def tenth() -> tuple[Cell, ...]:
     return tuple(cell for cell in every() if number(cell.id) % SHARE == 0)
 
 
-__all__ = ["SEED", "SHARE", "every", "tenth"]
+__all__ = ["every", "tenth"]

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from tests.matrix import cells
+from tests.matrix import axes, cells
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +46,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 refusals[said["refused"]] += 1
     if not found["cells"]:
         return
-    share = "all" if whole(terminalreporter.config) else f"one in {cells.SHARE}"
+    share = "all" if whole(terminalreporter.config) else f"one in {axes.SHARE}"
     parts = ("cells", "refusals", "hints followed", "known faults", "mismatches")
     line = ", ".join(f"{found[part]} {part}" for part in parts)
-    terminalreporter.write_line(f"matrix ({share}, seed {cells.SEED!r}): {line}")
+    terminalreporter.write_line(f"matrix ({share}, seed {axes.SEED!r}): {line}")
     if whole(terminalreporter.config):
         for message, count in refusals.most_common(12):
             if message:
