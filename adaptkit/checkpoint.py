@@ -107,9 +107,10 @@ class Checkpoint:
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
         found = detect_checkpoint(infos, source.metadata, family=family)
         if found.family is None:
+            near = f"{found.nearest}; --family takes it as one. " if found.nearest else ""
             raise UnknownAdapter(
                 "not a checkpoint of a known family",
-                hint=f"known families: {', '.join(families())}",
+                hint=f"{near}known families: {', '.join(families())}",
             )
         return cls._placed(source, stored, compile_checkpoint(found.family), found, ema)
 
