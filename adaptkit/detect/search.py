@@ -317,7 +317,8 @@ def _told(score: _Score, metadata: Mapping[str, str], file: File) -> tuple[float
     fit = file.fit(score.family, score.format)
     return (
         _named_in(metadata, score.family),
-        0.5 if fit.marks is None else fit.marks,
+        # a module without a mark fits as well as one whose mark holds
+        1.0 if fit.marks is None else fit.marks,
         1.0 if fit.sizes is None else fit.sizes,
         file.runs(score.family, score.format),
     )
@@ -325,12 +326,13 @@ def _told(score: _Score, metadata: Mapping[str, str], file: File) -> tuple[float
 
 def _nearest(scores: Iterable[_Score], file: File) -> Nearest | None:
     """The family of which the most fits, names and sizes together."""
-    fits = ((score.family, file.fit(score.family, score.format)) for score in scores)
-    near = [(family, fit) for family, fit in fits if fit.names >= ENOUGH / 2]
-    if not near:
+    fits = {score: file.fit(score.family, score.format) for score in scores}
+    near = {s: f.names * (1 + (f.sizes or 0)) for s, f in fits.items() if f.names >= ENOUGH / 2}
+    leaders = [score for score, share in near.items() if share == max(near.values())]
+    if not leaders:
         return None
-    family, fit = max(near, key=lambda one: one[1].names * (1 + (one[1].sizes or 0)))
-    return Nearest(family, fit.names, fit.sizes)
+    best = min(leaders, key=lambda score: _yields(score, leaders))
+    return Nearest(best.family, fits[best].names, fits[best].sizes)
 
 
 def _yields(score: _Score, tied: Sequence[_Score]) -> bool:

@@ -126,26 +126,27 @@ def fit(
     `names` maps the names of modules, as spelled in the file, to their numbers of keys. `reading`
     gives what the family's tables read in a name. `module` is asked for one name of each reading.
     """
-    known: dict[Reading, list[str]] = {}
+    # by identity, which is faster than equality: a row of a table has one reading
+    read: dict[int, tuple[Reading, list[str]]] = {}
     strange: dict[str, list[str]] = {}
     for name in names:
-        found = reading(name)
-        if found is None:
+        if (found := reading(name)) is None:
             strange.setdefault(tokenise(name)[0], []).append(name)
         else:
-            known.setdefault(found, []).append(name)
-    claimed = sum(names[name] for found in known.values() for name in found)
+            read.setdefault(id(found), (found, []))[1].append(name)
+    known = list(read.values())
+    claimed = sum(names[name] for _, same in known for name in same)
     # a single stray key is a mistake or an addition; a module of every block is another model
-    foreign = sum(names[name] for found in strange.values() if len(found) > 1 for name in found)
+    foreign = sum(names[name] for same in strange.values() if len(same) > 1 for name in same)
     foreign += sum(names[name] for name in _alone(family, known))
-    shown = [(made, len(found)) for found in known.values() if (made := module(found[0]))]
+    shown = [(made, len(same)) for _, same in known if (made := module(same[0]))]
     return Fit(claimed / max(1, claimed + foreign), _sizes(family, shown), _marks(family, shown))
 
 
-def _alone(family: ModelFamily, known: Mapping[Reading, Sequence[str]]) -> Iterator[str]:
+def _alone(family: ModelFamily, known: Sequence[tuple[Reading, Sequence[str]]]) -> Iterator[str]:
     """Names of modules in many blocks that have a twin in the table, and none in the file."""
-    targets = {found.target for found in known}
-    for found, names in known.items():
+    targets = {found.target for found, _ in known}
+    for found, names in known:
         for one, twin in family.twins if len(names) >= MANY else ():
             other = found.target.replace(one, twin)
             if other != found.target and other not in targets and _has(family, found, other):
@@ -167,11 +168,11 @@ def _sizes(family: ModelFamily, modules: Iterable[tuple[Module, int]]) -> float 
 
 def _holds(family: ModelFamily, module: Module) -> bool | None:
     sizes, size = family.component(module.slot.component).sizes, _whole(module)
-    if not sizes or module.row.kind is not Kind.MATRIX or size is None or size.columns <= NARROW:
+    if not sizes or module.row.kind is not Kind.MATRIX or size is None or _narrow(size):
         return None
     if size.rows is None:
         return any(columns == size.columns for _, columns in sizes)
-    return None if size.rows <= NARROW else (size.rows, size.columns) in sizes
+    return (size.rows, size.columns) in sizes
 
 
 def _whole(module: Module) -> Size | None:
@@ -190,8 +191,8 @@ def _marks(family: ModelFamily, modules: Iterable[tuple[Module, int]]) -> float 
     seen: dict[Mark, int] = {}
     for module, _ in modules:
         size, target = _whole(module), module.slot.target
-        for mark in family.marks if size else ():
-            if mark.component == target.component and target.module.endswith(mark.suffix):
+        for mark in family.marks:
+            if size and mark.component == target.component and target.module.endswith(mark.suffix):
                 seen.setdefault(mark, _score_mark(mark, size))
     shown = [mark for mark in seen.values() if mark]
     return shown.count(1) / len(shown) if shown else None
@@ -199,14 +200,15 @@ def _marks(family: ModelFamily, modules: Iterable[tuple[Module, int]]) -> float 
 
 def _score_mark(mark: Mark, size: Size) -> int:
     """+1 if a shape fits the mark, -1 if not, 0 if unknown."""
-    if mark.columns is not None:
-        return _among(size.columns, mark.columns)
-    if mark.rows is not None:
-        return 0 if size.rows is None else _among(size.rows, mark.rows)
-    return 0 if size.kernel is None else (1 if size.kernel == mark.kernel else -1)
-
-
-def _among(value: int, known: int | tuple[int, ...]) -> int:
+    if mark.kernel is not None:
+        return 0 if size.kernel is None else (1 if size.kernel == mark.kernel else -1)
+    known, value = (mark.rows, size.rows) if mark.columns is None else (mark.columns, size.columns)
+    if value is None or known is None:
+        return 0
     if value == known if isinstance(known, int) else value in known:
         return 1
-    return 0 if value <= NARROW else -1
+    return 0 if _narrow(size) else -1
+
+
+def _narrow(size: Size) -> bool:
+    return size.columns <= NARROW or (size.rows is not None and size.rows <= NARROW)
