@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adaptkit.adapter import Adapter
-from adaptkit.detect import Nearest, detect_adapter, detect_checkpoint, families
+from adaptkit.detect import Nearest, detect_adapter, detect_checkpoint, families, sizes
 from adaptkit.detect.evidence import CheckpointFile
 from adaptkit.errors import NoSuchName
 from adaptkit.files.header import TensorInfo
@@ -161,11 +161,15 @@ def test_one_module_is_decided_by_its_size(rows: int, columns: int, family: str 
         assert "krea2" not in found.alternatives
 
 
-def test_a_toys_sizes_say_nothing_and_every_family_of_the_names_is_said() -> None:
+def test_a_toys_sizes_say_nothing_and_every_family_of_the_names_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stem = "transformer.transformer_blocks.0.attn.to_k"
     found = detect_adapter(lora_infos({stem: (48, 48)}), {})
     assert found.family == "flux"
     assert {"krea2", "sd3", "qwen-image", "hunyuan-image"} < set(found.alternatives)
+    monkeypatch.setattr(sizes, "NARROW", 16)
+    assert detect_adapter(lora_infos({stem: (48, 48)}), {}).family is None
 
 
 def test_a_width_that_a_family_has_not_is_unknown_unless_the_family_is_given() -> None:
@@ -195,6 +199,32 @@ def test_modules_of_every_block_that_a_table_lacks_are_another_models() -> None:
     assert found.family is None
     assert found.nearest is not None
     assert 0.79 < found.nearest.names < 0.81
+
+
+def test_a_text_encoder_that_the_table_lacks_does_not_count_against_the_transformer() -> None:
+    blocks = {
+        f"lora_unet_layers_{n}_attention_{letter}": (3840, 3840)
+        for n in range(30)
+        for letter in ("to_q", "to_k", "to_v", "to_out_0")
+    }
+    encoder = {f"lora_te9_layers_{n}_self_attn_q_proj": (4096, 2560) for n in range(36)}
+    found = detect_adapter(lora_infos(blocks | encoder), {})
+    assert (found.family, found.claimed, found.total) == ("z-image", 240, 312)
+
+
+def test_marks_count_without_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1280 is a width of SD 1's layers, but not of the text that its cross-attention reads."""
+    stems = {
+        f"lora_unet_down_blocks_0_attentions_{n}_transformer_blocks_0_attn2_to_{letter}": (
+            320,
+            1280,
+        )
+        for n in range(2)
+        for letter in "kv"
+    }
+    assert detect_adapter(lora_infos(stems), {}).family is None
+    monkeypatch.setattr(sizes, "MARKS", 0.0)
+    assert detect_adapter(lora_infos(stems), {}).family == "sd1"
 
 
 def test_blocks_without_the_second_attention_are_not_ltx() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from adaptkit.detect.sizes import Fit, Module, Size, Sizes, fit
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.quantized import FLOATS, FP8
-from adaptkit.keymap import compile_checkpoint, compile_keys, find_row
+from adaptkit.keymap import compile_checkpoint, compile_keys, find_row, prefixes
 from adaptkit.names import WEIGHT
 
 if TYPE_CHECKING:
@@ -56,8 +56,20 @@ class AdapterFile:
                 row = None if slot is None else keys.row(slot.target)
                 return Module(slot, row, self._sizes[stem]) if slot and row else None
 
-            self._fits[family, format] = fit(keys.family, self._stems, keys.reading, module)
+            names = self._of(keys)
+            self._fits[family, format] = fit(keys.family, names, keys.reading, module)
         return self._fits[family, format]
+
+    def _of(self, keys: KeyMap) -> Mapping[str, int]:
+        """The stems without those of other parts of the model, such as a text encoder."""
+        beside = [stem for stem in self._stems if not keys.claims(stem)]
+        if not beside:
+            return self._stems
+        held = {found.component for stem in self._stems if (found := keys.reading(stem))}
+        parts = [part for part in keys.family.components if part.name in held]
+        starts = tuple(start for part in parts for start in prefixes(part, keys.format))
+        others = {stem for stem in beside if not stem.startswith(starts)}
+        return {stem: n for stem, n in self._stems.items() if stem not in others}
 
     def runs(self, family: str, format: str | None) -> int:
         """See `File`."""

@@ -327,7 +327,11 @@ def _told(score: _Score, metadata: Mapping[str, str], file: File) -> tuple[float
 def _nearest(scores: Iterable[_Score], file: File) -> Nearest | None:
     """The family of which the most fits, names and sizes together."""
     fits = {score: file.fit(score.family, score.format) for score in scores}
-    near = {s: f.names * (1 + (f.sizes or 0)) for s, f in fits.items() if f.names >= ENOUGH / 2}
+    near = {
+        score: (fit.names * (1 + (fit.sizes or 0)), score.claimed)
+        for score, fit in fits.items()
+        if fit.names >= ENOUGH / 2
+    }
     leaders = [score for score, share in near.items() if share == max(near.values())]
     if not leaders:
         return None
