@@ -227,6 +227,26 @@ def test_marks_count_without_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     assert detect_adapter(lora_infos(stems), {}).family == "sd1"
 
 
+def test_one_stray_module_in_a_small_file_changes_no_family() -> None:
+    stems = dict.fromkeys(
+        (f"diffusion_model.double_blocks.0.img_attn.{name}" for name in ("proj", "prj")),
+        (3072, 3072),
+    )
+    third = {"diffusion_model.double_blocks.1.img_attn.proj": (3072, 3072)}
+    assert detect_adapter(lora_infos(stems | third), {}).family == "flux"
+
+
+def test_a_family_that_fits_wins_over_two_that_only_claim_more() -> None:
+    blocks = {
+        f"transformer.transformer_blocks.{n}.attn.{letter}": (2048, 2048)
+        for n in range(19)
+        for letter in LETTERS
+    }
+    single = {"transformer.single_transformer_blocks.0.attn.to_q": (2048, 2048)}
+    found = detect_adapter(lora_infos(blocks | single), {})
+    assert (found.family, found.claimed, found.total) == ("hunyuan-video-15", 152, 154)
+
+
 def test_blocks_without_the_second_attention_are_not_ltx() -> None:
     one = {
         f"transformer.transformer_blocks.{n}.attn1.{letter}": (4096, 4096)
