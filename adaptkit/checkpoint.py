@@ -107,7 +107,9 @@ class Checkpoint:
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
         found = detect_checkpoint(infos, source.metadata, family=family)
         if found.family is None:
-            near = f"{found.nearest}; --family takes it as one. " if found.nearest else ""
+            near = ""
+            if found.nearest:
+                near = f"{found.nearest}; --family {found.nearest.family} names it anyway; "
             raise UnknownAdapter(
                 "not a checkpoint of a known family",
                 hint=f"{near}known families: {', '.join(families())}",

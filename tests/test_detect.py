@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from adaptkit.adapter import Adapter
+from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Nearest, detect_adapter, detect_checkpoint, families, sizes
 from adaptkit.detect.evidence import CheckpointFile
-from adaptkit.errors import NoSuchName
+from adaptkit.errors import NoSuchName, UnknownAdapter
 from adaptkit.files.header import TensorInfo
 from adaptkit.keymap import prefixes
 from tests.cli.test_cli import adaptkit
@@ -184,6 +185,20 @@ def test_a_width_that_a_family_has_not_is_unknown_unless_the_family_is_given() -
     few = {"diffusion_model.img_in": (3072, 384)}
     same = {stem: (rows // 2816 * 3072, 3072) for stem, (rows, _) in stems.items()}
     assert detect_adapter(lora_infos(same | few), {}).family == "flux"
+
+
+def test_a_refused_checkpoint_says_the_nearest_family(tmp_path: Path) -> None:
+    listing: Listing = {
+        f"double_blocks.{n}.img_attn.proj.weight": ("F16", (2816, 2816)) for n in range(19)
+    }
+    path = write_header_only(tmp_path / "a.safetensors", listing)
+    with pytest.raises(UnknownAdapter) as caught:
+        Checkpoint.open(path)
+    assert "the nearest is flux, which fits 100 % of the names and 0 %" in caught.value.hint
+    with Checkpoint.open(path, family="flux") as checkpoint:
+        assert (checkpoint.family.name, len(checkpoint.places)) == ("flux", 19)
+    shown = adaptkit("inspect", str(path)).stdout
+    assert "unknown  (the nearest is flux, which fits 100 % of the names and 0 % of" in shown
 
 
 def test_modules_of_every_block_that_a_table_lacks_are_another_models() -> None:
