@@ -307,7 +307,7 @@ def _unknown(
             hint=f"the first key is {first!r}; see `adaptkit families` and `adaptkit formats`",
         )
     stranger, key_format, claimed = made
-    return KeyMap(stranger, key_format), Detection(None, key_format.name, claimed, found.total)
+    return KeyMap(stranger, key_format), replace(found, format=key_format.name, claimed=claimed)
 
 
 def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] | None]:

@@ -107,9 +107,12 @@ class Checkpoint:
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
         found = detect_checkpoint(infos, source.metadata, family=family)
         if found.family is None:
+            near = ""
+            if found.nearest:
+                near = f"{found.nearest}; --family {found.nearest.family} names it anyway; "
             raise UnknownAdapter(
                 "not a checkpoint of a known family",
-                hint=f"known families: {', '.join(families())}",
+                hint=f"{near}known families: {', '.join(families())}",
             )
         return cls._placed(source, stored, compile_checkpoint(found.family), found, ema)
 

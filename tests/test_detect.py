@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from adaptkit.adapter import Adapter
-from adaptkit.detect import detect_adapter, detect_checkpoint, families
-from adaptkit.errors import NoSuchName
+from adaptkit.checkpoint import Checkpoint
+from adaptkit.detect import Nearest, detect_adapter, detect_checkpoint, families, sizes
+from adaptkit.detect.evidence import CheckpointFile
+from adaptkit.errors import NoSuchName, UnknownAdapter
 from adaptkit.files.header import TensorInfo
 from adaptkit.keymap import prefixes
+from tests.cli.test_cli import adaptkit
 from tests.synth import CORPUS, FIXTURES, Listing, corpus_listing, load_listing, write_header_only
 
 KEY_LISTS = sorted((FIXTURES / "keys").glob("*.tsv"))
@@ -54,6 +57,13 @@ def infos(listing: Listing) -> dict[str, TensorInfo]:
 
 # a list of another project's test, whose made-up magnitude fits none of its weights
 MADE_UP = "invokeai__anima_lora_lokr_format"
+# lists of that project with made-up sizes (the corpus' `shape_check`), which are no model's
+NO_MODELS = {
+    MADE_UP,
+    "invokeai__anima_lora_kohya_with_te_format",
+    "invokeai__flux_lokr_bfl_format",
+    "invokeai__qwen_image_lora_kohya_format",
+}
 
 
 def test_there_are_key_lists_to_look_at(corpus: Path) -> None:
@@ -84,7 +94,8 @@ def test_n4_real_key_lists(name: str, corpus: Path, tmp_path: Path) -> None:
     listing = corpus_listing(corpus / "adapters" / f"{name}.json")
     described = json.loads((corpus / "adapters" / f"{name}.json").read_text())
     family = family_of(described["family"])
-    with Adapter.open(write_header_only(tmp_path / "a.safetensors", listing)) as adapter:
+    path = write_header_only(tmp_path / "a.safetensors", listing)
+    with Adapter.open(path, family=family if name in NO_MODELS else None) as adapter:
         assert bool(adapter.unclaimed) == bool(adapter.problems) == (name == MADE_UP)
         assert adapter.format.name == format_of(listing)
         found = (adapter.family.name, *adapter.detection.alternatives)
@@ -101,6 +112,190 @@ def test_n4_real_key_lists(name: str, corpus: Path, tmp_path: Path) -> None:
             stem = key.removesuffix(f".{parsed.spelled}")
             part = adapter.family.component(parsed.slot.component)
             assert stem in [prefix + module for prefix in prefixes(part, adapter.format)], key
+
+
+@pytest.mark.parametrize("name", CORPUS_LISTS)
+def test_inspect_names_real_key_lists(name: str, corpus: Path, tmp_path: Path) -> None:
+    """The command itself, on a file of these keys and shapes."""
+    path = corpus / "adapters" / f"{name}.json"
+    family = family_of(json.loads(path.read_text())["family"])
+    file = write_header_only(tmp_path / "a.safetensors", corpus_listing(path))
+    done = adaptkit("inspect", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)["files"]
+    evidence = record["evidence"]
+    assert record["kind"] == "adapter"
+    if name in NO_MODELS:
+        assert (record["family"], evidence["nearest"]["family"]) == (None, family)
+        assert set(record["loads_in"].values()) == {None}
+    else:
+        assert record["family"] == ALIKE.get(name, family)
+        assert family in (record["family"], *evidence["alternatives"])
+
+
+LETTERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def lora_infos(shapes: dict[str, tuple[int, int]], rank: int = 4) -> dict[str, TensorInfo]:
+    """The header of a LoRA on modules of these sizes, by stem."""
+    return infos(
+        {
+            f"{stem}.{name}.weight": ("F16", shape)
+            for stem, (rows, columns) in shapes.items()
+            for name, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank)))
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "family"),
+    [(3072, 3072, "flux"), (1536, 1536, "sd3"), (2432, 2432, "sd35-large"), (1536, 6144, "krea2"),
+     (3584, 3584, "hunyuan-image"), (2048, 2048, "hunyuan-video-15"), (1000, 1000, None)],
+)  # fmt: skip
+def test_one_module_is_decided_by_its_size(rows: int, columns: int, family: str | None) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_k"
+    found = detect_adapter(lora_infos({stem: (rows, columns)}), {})
+    assert found.family == family
+    assert (found.nearest is None) == (family is not None)
+    if rows == 3072:
+        assert {"chroma", "qwen-image", "framepack"} < set(found.alternatives)
+        assert "krea2" not in found.alternatives
+
+
+def test_a_toys_sizes_say_nothing_and_every_family_of_the_names_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_k"
+    found = detect_adapter(lora_infos({stem: (48, 48)}), {})
+    assert found.family == "flux"
+    assert {"krea2", "sd3", "qwen-image", "hunyuan-image"} < set(found.alternatives)
+    monkeypatch.setattr(sizes, "NARROW", 16)
+    assert detect_adapter(lora_infos({stem: (48, 48)}), {}).family is None
+
+
+def test_a_width_that_a_family_has_not_is_unknown_unless_the_family_is_given() -> None:
+    stems = {
+        f"diffusion_model.double_blocks.{n}.img_attn.proj": (2816, 2816) for n in range(19)
+    } | {f"diffusion_model.single_blocks.{n}.linear1": (7 * 2816, 2816) for n in range(38)}
+    found = detect_adapter(lora_infos(stems), {})
+    assert (found.family, found.nearest) == (None, Nearest("flux", 1.0, 0.0))
+    assert str(found.nearest).endswith("fits 100 % of the names and 0 % of the sizes")
+    assert detect_adapter(lora_infos(stems), {}, family="flux").family == "flux"
+    # a few layers of other sizes do not make another model
+    few = {"diffusion_model.img_in": (3072, 384)}
+    same = {stem: (rows // 2816 * 3072, 3072) for stem, (rows, _) in stems.items()}
+    assert detect_adapter(lora_infos(same | few), {}).family == "flux"
+
+
+def test_a_refused_checkpoint_says_the_nearest_family(tmp_path: Path) -> None:
+    listing: Listing = {
+        f"double_blocks.{n}.img_attn.proj.weight": ("F16", (2816, 2816)) for n in range(19)
+    }
+    path = write_header_only(tmp_path / "a.safetensors", listing)
+    with pytest.raises(UnknownAdapter) as caught:
+        Checkpoint.open(path)
+    assert "the nearest is flux, which fits 100 % of the names and 0 %" in caught.value.hint
+    with Checkpoint.open(path, family="flux") as checkpoint:
+        assert (checkpoint.family.name, len(checkpoint.places)) == ("flux", 19)
+    shown = adaptkit("inspect", str(path)).stdout
+    assert "unknown  (the nearest is flux, which fits 100 % of the names and 0 % of" in shown
+
+
+def test_modules_of_every_block_that_a_table_lacks_are_another_models() -> None:
+    blocks = {
+        f"transformer.transformer_blocks.{n}.attn.{letter}": (3072, 3072)
+        for n in range(19)
+        for letter in LETTERS
+    }
+    stray = {"transformer.no_such_module": (3072, 3072)}
+    gates = {f"transformer.transformer_blocks.{n}.attn.to_gate": (3072, 3072) for n in range(19)}
+    assert detect_adapter(lora_infos(blocks | stray), {}).family == "flux"
+    found = detect_adapter(lora_infos(blocks | gates), {})
+    assert found.family is None
+    assert found.nearest is not None
+    assert 0.79 < found.nearest.names < 0.81
+
+
+def test_a_text_encoder_that_the_table_lacks_does_not_count_against_the_transformer() -> None:
+    blocks = {
+        f"lora_unet_layers_{n}_attention_{letter}": (3840, 3840)
+        for n in range(30)
+        for letter in ("to_q", "to_k", "to_v", "to_out_0")
+    }
+    encoder = {f"lora_te9_layers_{n}_self_attn_q_proj": (4096, 2560) for n in range(36)}
+    found = detect_adapter(lora_infos(blocks | encoder), {})
+    assert (found.family, found.claimed, found.total) == ("z-image", 240, 312)
+
+
+def test_marks_count_without_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1280 is a width of SD 1's layers, but not of the text that its cross-attention reads."""
+    stems = {
+        f"lora_unet_down_blocks_0_attentions_{n}_transformer_blocks_0_attn2_to_{letter}": (
+            320,
+            1280,
+        )
+        for n in range(2)
+        for letter in "kv"
+    }
+    assert detect_adapter(lora_infos(stems), {}).family is None
+    monkeypatch.setattr(sizes, "MARKS", 0.0)
+    assert detect_adapter(lora_infos(stems), {}).family == "sd1"
+
+
+def test_one_stray_module_in_a_small_file_changes_no_family() -> None:
+    stems = dict.fromkeys(
+        (f"diffusion_model.double_blocks.0.img_attn.{name}" for name in ("proj", "prj")),
+        (3072, 3072),
+    )
+    third = {"diffusion_model.double_blocks.1.img_attn.proj": (3072, 3072)}
+    assert detect_adapter(lora_infos(stems | third), {}).family == "flux"
+
+
+def test_a_family_that_fits_wins_over_two_that_only_claim_more() -> None:
+    blocks = {
+        f"transformer.transformer_blocks.{n}.attn.{letter}": (2048, 2048)
+        for n in range(19)
+        for letter in LETTERS
+    }
+    single = {"transformer.single_transformer_blocks.0.attn.to_q": (2048, 2048)}
+    found = detect_adapter(lora_infos(blocks | single), {})
+    assert (found.family, found.claimed, found.total) == ("hunyuan-video-15", 152, 154)
+
+
+def test_blocks_without_the_second_attention_are_not_ltx() -> None:
+    one = {
+        f"transformer.transformer_blocks.{n}.attn1.{letter}": (4096, 4096)
+        for n in range(28)
+        for letter in LETTERS
+    }
+    two = {stem.replace("attn1", "attn2"): size for stem, size in one.items()}
+    assert detect_adapter(lora_infos(one), {}).family is None
+    found = detect_adapter(lora_infos(one | two), {})
+    assert (found.family, found.alternatives) == ("ltx", ("ltx2",))
+    few = {stem: size for stem, size in one.items() if "blocks.0." in stem}
+    assert detect_adapter(lora_infos(few), {}).family == "ltx", "a few modules show no habit"
+
+
+def test_musubis_framepack_names_are_framepack() -> None:
+    """musubi-tuner spells FramePack's modules as diffusers does, HunyuanVideo's as Tencent does."""
+    stems = {
+        f"lora_unet_single_transformer_blocks_{n}_attn_to_{letter}": (3072, 3072)
+        for n in range(40)
+        for letter in "qkv"
+    }
+    found = detect_adapter(lora_infos(stems), {})
+    assert (found.family, found.alternatives) == ("framepack", ("hunyuan-video",))
+    assert detect_adapter(lora_infos({next(iter(stems)): (3072, 3072)}), {}).family == "framepack"
+
+
+def test_the_sizes_of_every_table_are_those_of_its_checkpoint() -> None:
+    """Every matrix of every listed model, and no family without sizes."""
+    for path in sorted((FIXTURES / "checkpoints").glob("*.tsv")):
+        listing = infos(load_listing(path))
+        own = [name for name in listing if not name.startswith("first_stage_model.")]
+        fit = CheckpointFile(listing, own).fit(path.stem, None)
+        assert (fit.names, fit.sizes, fit.marks or 1.0) == (1.0, 1.0, 1.0), path.stem
+    assert all(part.sizes for family in families().values() for part in family.components)
 
 
 SAME = {

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.families.contract import Component, Kind, Name, Row, named, row, split
+from adaptkit.families.contract import Component, Kind, Name, Row, named, row, sizes, split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["clip_g", "clip_l", "clip_rows", "openclip_rows"]
+__all__ = ["clip_g", "clip_l", "clip_rows", "clip_sizes", "openclip_rows"]
 
 ROOT = "text_model."
 
@@ -38,6 +38,7 @@ def clip_l(
         title="CLIP-L",
         rows=(*clip_rows(12), *([row("text_projection")] if projection else ())),
         checkpoints={"diffusers": checkpoints, "flat": checkpoints},
+        sizes=clip_sizes(768),
         tags=_tags(name, kohya, comfy) | ({"root": ("",)} if alone else {}),
     )
 
@@ -53,9 +54,15 @@ def clip_g(*, kohya: tuple[str, ...] = ("te2",), native: tuple[str, ...] = ()) -
         name=name,
         title="OpenCLIP-G",
         rows=openclip_rows(32, projection=True),
+        sizes=clip_sizes(1280),
         checkpoints=checkpoints | ({"native": native} if native else {}),
         tags=_tags(name, kohya, comfy),
     )
+
+
+def clip_sizes(width: int) -> frozenset[tuple[int, int]]:
+    """The sizes of a CLIP of this width."""
+    return sizes("dxd 3dxd 4dxd dx4d", width)
 
 
 def _tags(name: str, kohya: tuple[str, ...], comfy: str) -> dict[str, tuple[str, ...]]:

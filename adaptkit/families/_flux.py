@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SHARES",
+    "SIZES",
     "double_attention",
     "double_mlps",
     "embedder",
@@ -22,6 +23,9 @@ __all__ = [
     "single_block",
     "single_norms",
 ]
+
+# sizes of FLUX.1's layers, d wide, which other families share
+SIZES = "dxd 2dxd 3dxd 4dxd 6dxd 7dxd dx4d dx5d dx768 dx4096"
 
 SIDES = (
     ("img", "to_{}", "to_out.0", "norm_{}"),

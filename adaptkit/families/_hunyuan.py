@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "SIZES",
     "byt5",
     "double_blocks",
     "embedder",
@@ -39,6 +40,8 @@ SIDES = (
 )
 LAYERS = ((0, "in", 1), (2, "out", 2))
 SHARES = (1, 1, 1, 4)
+# sizes of HunyuanVideo's layers, d wide
+SIZES = "dxd 2dxd 3dxd 4dxd 6dxd 7dxd dx4d dx5d dx768 dx4096"
 
 
 def _same(

@@ -6,7 +6,7 @@ Checkpoints and adapters use these names, with the prefix `model.` for models wi
 
 from __future__ import annotations
 
-from adaptkit.families.contract import Component, Kind, Row, row
+from adaptkit.families.contract import Component, Kind, Row, row, sizes
 
 __all__ = ["gemma2_2b", "llm", "llm_rows", "qwen3"]
 
@@ -31,6 +31,16 @@ def llm_rows(
     )
 
 
+# sizes by title
+SIZES = {
+    "Llama 3 8B": sizes("dxd 1024xd 14336xd dx14336", 4096),
+    "Qwen2.5-VL 7B": sizes("dxd 512xd 18944xd dx18944", 3584),
+    "Qwen 3 0.6B": sizes("dxd 2dxd dx2d 3dxd dx3d", 1024),
+    "Qwen 3 4B": sizes("4096xd dx4096 1024xd 9728xd dx9728", 2560),
+    "Gemma 2 2B": sizes("2048xd dx2048 1024xd 4dxd dx4d", 2304),
+}
+
+
 def llm(
     title: str, rows: tuple[Row, ...], *, comfy: str, kohya: tuple[str, ...] = ("te",)
 ) -> Component:
@@ -45,6 +55,7 @@ def llm(
         name=theirs,
         title=title,
         rows=rows,
+        sizes=SIZES[title],
         checkpoints={"diffusers": (f"{ours}.model.", f"{ours}.", f"{theirs}.model.", f"{theirs}.")},
         tags={
             "kohya": kohya,

@@ -17,6 +17,7 @@ from adaptkit.families.contract import (
     Row,
     named,
     pair,
+    sizes,
     split,
     swapped,
     transformer,
@@ -30,10 +31,14 @@ __all__ = ["components", "marks"]
 NORMS = ("q", "k")
 
 
-def components(title: str, layers: int, *, dual: int = 0) -> tuple[Component, ...]:
+def components(title: str, layers: int, width: int, *, dual: int = 0) -> tuple[Component, ...]:
     """All components of a model; its first `dual` layers have a second attention."""
     return (
-        transformer(title, (*_ends(), *_layers(layers), *_dual(dual))),
+        transformer(
+            title,
+            (*_ends(), *_layers(layers), *_dual(dual)),
+            sizes=sizes("dxd 2dxd 3dxd 4dxd 6dxd 9dxd dx4d dx2048 dx4096", width),
+        ),
         clip_l(projection=True, alone=False),
         clip_g(),
         t5("text_encoder_3", kohya=("te3",)),

@@ -5,7 +5,7 @@ Source: transformers' `T5EncoderModel` and `UMT5EncoderModel`.
 
 from __future__ import annotations
 
-from adaptkit.families.contract import Component, Kind, Row, row
+from adaptkit.families.contract import Component, Kind, Row, row, sizes
 
 __all__ = ["t5", "t5_rows"]
 
@@ -42,6 +42,7 @@ def t5(
         name=name,
         title="T5-XXL",
         rows=t5_rows(24),
+        sizes=sizes("4096x4096 10240x4096 4096x10240"),
         checkpoints={"diffusers": (f"{name}.", f"{comfy}.", "")},
         tags={
             "kohya": kohya,

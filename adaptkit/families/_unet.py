@@ -33,6 +33,13 @@ PROJECTIONS = (
 )
 
 
+# sizes of the layers of every U-Net 320, 640 and 1280 wide; text comes in rows of another size
+SIZES = (
+    "320x320 320x640 320x960 320x1280 640x320 640x640 640x960 640x1280 640x1920 640x2560 "
+    "1280x320 1280x640 1280x1280 1280x1920 1280x2560 1280x5120 5120x640 10240x1280"
+)
+
+
 def unet_rows(
     depths: tuple[int, ...], *, middle: int, class_embedding: bool = False, pointwise: bool = False
 ) -> tuple[Row, ...]:

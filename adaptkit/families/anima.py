@@ -20,6 +20,7 @@ from adaptkit.families.contract import (
     named,
     pair,
     row,
+    sizes,
     transformer,
 )
 
@@ -101,13 +102,16 @@ CONDITIONER = Component(
         "comfy": ("diffusion_model.llm_adapter", "model.diffusion_model.llm_adapter"),
         "diffusers": ("text_conditioner",),
     },
+    sizes=sizes("dxd 4dxd dx4d", 1024),
 )
+
+SIZES = sizes("dxd 3dxd 4dxd dx4d dx1024", 2048)
 
 FAMILY = ModelFamily(
     name="anima",
     title="Anima",
     components=(
-        transformer("Anima transformer", ROWS, native_prefixes=PREFIXES),
+        transformer("Anima transformer", ROWS, sizes=SIZES, native_prefixes=PREFIXES),
         CONDITIONER,
         qwen3("0.6B", 28, comfy="qwen3_06b"),
     ),
@@ -118,6 +122,7 @@ FAMILY = ModelFamily(
     ),
     architectures=("anima",),
     modelspec="anima-preview",
+    twins=((".self_attn.", ".cross_attn."),),  # as in LTX-Video
     # self-attention alone in diffusers' names fits both; Anima's trainers use native names
     yields_to=("ltx",),
 )

@@ -14,6 +14,7 @@ from adaptkit.families.contract import (
     Row,
     named,
     pair,
+    sizes,
     swapped,
     transformer,
 )
@@ -74,10 +75,12 @@ ROWS = (
     pair("modF.1", swapped("norm_out.linear")),
 )
 
+SIZES = sizes("dxd 2dxd 6dxd dx2048 8192xd dx8192", 3072)
+
 FAMILY = ModelFamily(
     name="auraflow",
     title="AuraFlow",
-    components=(transformer("AuraFlow transformer", ROWS),),
+    components=(transformer("AuraFlow transformer", ROWS, sizes=SIZES),),
     marks=(
         Mark("transformer", "attn.w1q", columns=3072),
         Mark("transformer", "attn.w2q", columns=3072),

@@ -7,10 +7,11 @@ lodestone-rock's `flow` and diffusers' `ChromaTransformer2DModel`, mapped as in 
 
 from __future__ import annotations
 
+from adaptkit.families._flux import SIZES as SIZES_OF_FLUX
 from adaptkit.families._flux import double_attention, double_mlps, marks, single_block
 from adaptkit.families._t5 import t5
 from adaptkit.families._vae import autoencoder
-from adaptkit.families.contract import Kind, ModelFamily, pair, scaled, transformer
+from adaptkit.families.contract import Kind, ModelFamily, pair, scaled, sizes, transformer
 
 DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
 THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."
@@ -30,11 +31,13 @@ ROWS = (
     pair("final_layer.linear", "proj_out"),
 )
 
+SIZES = sizes(f"{SIZES_OF_FLUX} 5120xd dx5120 5120x5120", 3072)
+
 FAMILY = ModelFamily(
     name="chroma",
     title="Chroma",
     components=(
-        transformer("Chroma transformer", ROWS),
+        transformer("Chroma transformer", ROWS, sizes=SIZES),
         # sd-scripts keeps FLUX.1's number, OneTrainer counts from one
         t5("text_encoder", kohya=("te3", "te")),
     ),

@@ -8,6 +8,7 @@ namings of a row.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
@@ -30,6 +31,7 @@ __all__ = [
     "pair",
     "row",
     "scaled",
+    "sizes",
     "split",
     "swapped",
     "transformer",
@@ -137,6 +139,27 @@ def _names(value: str | Name | tuple[Name, ...]) -> tuple[Name, ...]:
     return (value,) if isinstance(value, Name) else value
 
 
+_TERM = re.compile(r"(\d*)(d?)")
+
+
+def sizes(text: str, *widths: int) -> frozenset[tuple[int, int]]:
+    """Read the sizes of a component's matrices, `rows x columns` each, `d` being each width.
+
+    >>> sorted(sizes("dxd 4dxd 768x64", 2, 3))
+    [(2, 2), (3, 3), (8, 2), (12, 3), (768, 64)]
+    """
+    return frozenset(
+        (_length(rows, width), _length(columns, width))
+        for width in widths or (0,)
+        for rows, _, columns in (size.partition("x") for size in text.split())
+    )
+
+
+def _length(term: str, width: int) -> int:
+    number, unit = _TERM.fullmatch(term).groups()  # type: ignore[union-attr]
+    return int(number or 1) * (width if unit else 1)
+
+
 def _frozen() -> Mapping[str, tuple[str, ...]]:
     return MappingProxyType({})
 
@@ -148,7 +171,8 @@ class Component:
     `name` is diffusers' folder name. `checkpoints` maps a naming to its prefixes in checkpoints.
     `tags` fill the prefix templates of key formats (first value written, all read); a format that
     needs a missing tag cannot hold this component. `namings` maps a format's style to the naming it
-    writes (default: `diffusers`).
+    writes (default: `diffusers`). `sizes` are the (rows, columns) of the matrices of all variants;
+    empty if they tell nothing.
     """
 
     name: str
@@ -157,6 +181,7 @@ class Component:
     checkpoints: Mapping[str, tuple[str, ...]]
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=_frozen)
     namings: Mapping[str, str] = field(default_factory=dict)
+    sizes: frozenset[tuple[int, int]] = frozenset()
 
     def naming(self, style: str) -> str:
         """The naming that formats of a style write for this component."""
@@ -170,6 +195,7 @@ def transformer(
     title: str,
     rows: tuple[Row, ...],
     *,
+    sizes: frozenset[tuple[int, int]] = frozenset(),
     kohya: str = "native",
     comfy: str = "native",
     native_prefixes: tuple[str, ...] = NATIVE_PREFIXES,
@@ -195,6 +221,7 @@ def transformer(
             "onetrainer": ("transformer",),
         },
         namings={"kohya": kohya, "comfy": comfy},
+        sizes=sizes,
     )
 
 
@@ -221,7 +248,8 @@ class ModelFamily:
     parts with tables. `architectures` are the values of `modelspec.architecture` and
     `ss_base_model_version` that mean this family (lower case, prefixes); `modelspec` and
     `base_version` are the values to write. `yields_to` names the likelier family for a file that
-    fits both.
+    fits both. `twins` are parts of module names that come together in every block: trainers choose
+    modules by the ends of names, so that a file with the first one alone is of another model.
     """
 
     name: str
@@ -232,6 +260,7 @@ class ModelFamily:
     modelspec: str = ""
     base_version: str = ""  # if trainers write something other than `modelspec`
     yields_to: tuple[str, ...] = ()
+    twins: tuple[tuple[str, str], ...] = ()
     beside: tuple[Component, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from adaptkit.families._clip import clip_l
 from adaptkit.families._flux import (
     SHARES,
+    SIZES,
     double_attention,
     double_mlps,
     embedder,
@@ -13,7 +14,16 @@ from adaptkit.families._flux import (
 )
 from adaptkit.families._t5 import t5
 from adaptkit.families._vae import autoencoder
-from adaptkit.families.contract import ModelFamily, Row, named, pair, split, swapped, transformer
+from adaptkit.families.contract import (
+    ModelFamily,
+    Row,
+    named,
+    pair,
+    sizes,
+    split,
+    swapped,
+    transformer,
+)
 
 DOUBLE, SINGLE = "double_blocks.{i:19}.", "single_blocks.{i:38}."
 THEIRS, ALONE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."
@@ -62,7 +72,7 @@ FAMILY = ModelFamily(
     name="flux",
     title="FLUX.1",
     components=(
-        transformer("FLUX.1 transformer", ROWS),
+        transformer("FLUX.1 transformer", ROWS, sizes=sizes(SIZES, 3072)),
         clip_l(),
         # sd-scripts numbers T5 as in SD3; OneTrainer by its place, which is all that InvokeAI reads
         t5("text_encoder_2", kohya=("te3", "te2"), onetrainer=("te2", "te3")),

@@ -8,7 +8,7 @@ black-forest-labs `flux2/model.py` and diffusers' `Flux2Transformer2DModel`, map
 from __future__ import annotations
 
 from adaptkit.families._flux import double_attention, double_mlps, embedder, marks, single_norms
-from adaptkit.families.contract import ModelFamily, pair, swapped, transformer
+from adaptkit.families.contract import ModelFamily, pair, sizes, swapped, transformer
 
 DOUBLE, SINGLE = "double_blocks.{i:8}.", "single_blocks.{i:48}."
 THEIRS, ALONE = "transformer_blocks.{i:8}.", "single_transformer_blocks.{i:48}."
@@ -35,10 +35,15 @@ ROWS = (
     pair("final_layer.adaLN_modulation.1", swapped("norm_out.linear")),
 )
 
+# klein 4B, klein 9B, dev; Mistral Small 3 and Qwen 3 come in three layers
+SIZES = sizes("dxd 2dxd 3dxd 6dxd 9dxd dx3d dx4d", 3072, 4096, 6144) | sizes(
+    "3072x7680 4096x12288 6144x15360"
+)
+
 FAMILY = ModelFamily(
     name="flux2",
     title="FLUX.2",
-    components=(transformer("FLUX.2 transformer", ROWS),),
+    components=(transformer("FLUX.2 transformer", ROWS, sizes=SIZES),),
     # klein 4B is as wide as FLUX.1, but its gated MLPs have 6 rows per width instead of 4
     marks=marks(3072, 4096, 6144, mlp=6, single=9),
     architectures=("flux-2", "flux.2", "flux2", "flux_2"),

@@ -8,9 +8,10 @@ lllyasviel's `diffusers_helper/models/hunyuan_video_packed.py`, diffusers'
 from __future__ import annotations
 
 from adaptkit.families._clip import clip_l
+from adaptkit.families._hunyuan import SIZES as SIZES_OF_VIDEO
 from adaptkit.families._hunyuan import marks, video_rows
 from adaptkit.families._llm import llm, llm_rows
-from adaptkit.families.contract import ModelFamily, row, transformer
+from adaptkit.families.contract import ModelFamily, row, sizes, transformer
 
 ROWS = (
     *(same._replace(names={"diffusers": same.names["diffusers"]}) for same in video_rows()),
@@ -21,11 +22,15 @@ ROWS = (
     row("clean_x_embedder.proj_4x", kernel=(4, 8, 8)),
 )
 
+SIZES = sizes(f"{SIZES_OF_VIDEO} 3dx1152 dx3d", 3072)
+
 FAMILY = ModelFamily(
     name="framepack",
     title="FramePack",
     components=(
-        transformer("FramePack transformer", ROWS, kohya="diffusers", comfy="diffusers"),
+        transformer(
+            "FramePack transformer", ROWS, sizes=SIZES, kohya="diffusers", comfy="diffusers"
+        ),
         llm("Llama 3 8B", llm_rows(32), comfy="llama", kohya=()),
         clip_l(name="text_encoder_2", kohya=()),
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from adaptkit.families._hunyuan import byt5, double_blocks, embedder, ends, marks, single_blocks
 from adaptkit.families._llm import llm, llm_rows
-from adaptkit.families.contract import ModelFamily, transformer
+from adaptkit.families.contract import ModelFamily, sizes, transformer
 
 ROWS = (
     *ends((1, 1)),
@@ -21,11 +21,14 @@ ROWS = (
     *single_blocks(40),
 )
 
+# 2048 wide: the embedder of ByT5
+SIZES = sizes("dxd 2dxd 3dxd 4dxd 6dxd 7dxd dx4d dx5d", 3584) | sizes("2048x1472 dxd 3584xd", 2048)
+
 FAMILY = ModelFamily(
     name="hunyuan-image",
     title="HunyuanImage 2.1",
     components=(
-        transformer("HunyuanImage transformer", ROWS, comfy="comfy"),
+        transformer("HunyuanImage transformer", ROWS, sizes=SIZES, comfy="comfy"),
         llm("Qwen2.5-VL 7B", llm_rows(28), comfy="qwen25_7b", kohya=()),
     ),
     marks=marks(3584),

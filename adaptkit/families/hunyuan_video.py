@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from adaptkit.families._clip import clip_l
-from adaptkit.families._hunyuan import marks, video_rows
+from adaptkit.families._hunyuan import SIZES, marks, video_rows
 from adaptkit.families._llm import llm, llm_rows
-from adaptkit.families.contract import ModelFamily, transformer
+from adaptkit.families.contract import ModelFamily, sizes, transformer
 
 FAMILY = ModelFamily(
     name="hunyuan-video",
     title="HunyuanVideo",
     components=(
-        transformer("HunyuanVideo transformer", video_rows(), comfy="comfy"),
+        transformer(
+            "HunyuanVideo transformer", video_rows(), sizes=sizes(SIZES, 3072), comfy="comfy"
+        ),
         llm("Llama 3 8B", llm_rows(32), comfy="llama", kohya=()),
         clip_l(name="text_encoder_2", kohya=()),
     ),

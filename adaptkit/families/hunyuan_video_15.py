@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from adaptkit.families._hunyuan import byt5, double_blocks, embedder, ends, marks
 from adaptkit.families._llm import llm, llm_rows
-from adaptkit.families.contract import Kind, ModelFamily, pair, transformer
+from adaptkit.families.contract import Kind, ModelFamily, pair, sizes, transformer
 
 VISION = (("0", "norm_in"), ("1", "linear_1"), ("3", "linear_2"), ("4", "norm_out"))
 
@@ -34,11 +34,13 @@ ROWS = (
     *double_blocks(54, fused=False),
 )
 
+SIZES = sizes("dxd 2dxd 3dxd 4dxd 6dxd dx4d dx1152 dx1472 dx3584 1152x1152", 2048)
+
 FAMILY = ModelFamily(
     name="hunyuan-video-15",
     title="HunyuanVideo 1.5",
     components=(
-        transformer("HunyuanVideo 1.5 transformer", ROWS, comfy="comfy"),
+        transformer("HunyuanVideo 1.5 transformer", ROWS, sizes=SIZES, comfy="comfy"),
         llm("Qwen2.5-VL 7B", llm_rows(28), comfy="qwen25_7b", kohya=()),
     ),
     marks=marks(2048, qkv="img_attn.qkv"),

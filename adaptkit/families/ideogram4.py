@@ -7,7 +7,7 @@ adapters.
 
 from __future__ import annotations
 
-from adaptkit.families.contract import Kind, Mark, ModelFamily, pair, row, split, transformer
+from adaptkit.families.contract import Kind, Mark, ModelFamily, pair, row, sizes, split, transformer
 
 LAYER = "layers.{i:34}."
 ENDS = ("input_proj", "llm_cond_proj", "t_embedding.mlp_in", "t_embedding.mlp_out", "adaln_proj")
@@ -32,10 +32,12 @@ ROWS = (
     row("final_layer.adaln_modulation"),
 )
 
+SIZES = sizes("dxd 3dxd 12288xd dx12288 dx53248 dx512 512xd 18432x512", 4608)
+
 FAMILY = ModelFamily(
     name="ideogram4",
     title="Ideogram 4",
-    components=(transformer("Ideogram 4 transformer", ROWS),),
+    components=(transformer("Ideogram 4 transformer", ROWS, sizes=SIZES),),
     marks=(
         Mark("transformer", "attention.qkv", columns=4608),
         Mark("transformer", "feed_forward.w1", columns=4608),

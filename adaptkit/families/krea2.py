@@ -16,6 +16,7 @@ from adaptkit.families.contract import (
     named,
     pair,
     scaled,
+    sizes,
     transformer,
 )
 
@@ -74,14 +75,20 @@ ROWS = (
     _modulation("last.modulation.lin", "final_layer.scale_shift_table"),
 )
 
+SIZES = sizes(
+    "6144x6144 1536x6144 16384x6144 6144x16384 36864x6144 6144x2560 "
+    "2560x2560 6912x2560 2560x6912"  # the text fusion
+)
+
 FAMILY = ModelFamily(
     name="krea2",
     title="Krea 2",
-    components=(transformer("Krea 2 transformer", ROWS),),
+    components=(transformer("Krea 2 transformer", ROWS, sizes=SIZES),),
     marks=(
         Mark("transformer", "attn.wq", columns=(6144, 2560)),  # 2560: the text fusion
         Mark("transformer", "attn.wo", rows=(6144, 2560)),
     ),
     architectures=("krea-2", "krea2", "krea_2"),
     modelspec="Krea-2",
+    yields_to=("flux", "sd3", "qwen-image"),  # if a toy's sizes tell nothing
 )

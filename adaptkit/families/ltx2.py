@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adaptkit.families._ltx import adaln, attention, ends, feed_forward, table
-from adaptkit.families.contract import Mark, ModelFamily, transformer
+from adaptkit.families.contract import Mark, ModelFamily, sizes, transformer
 
 BLOCK = "transformer_blocks.{i:48}."
 ATTENTIONS = (
@@ -43,10 +43,13 @@ ROWS = (
     ),
 )
 
+# the second width is that of the sound
+SIZES = sizes("dxd 4dxd dx4d 6dxd dx3840", 4096, 2048) | sizes("2048x4096 4096x2048")
+
 FAMILY = ModelFamily(
     name="ltx2",
     title="LTX-2",
-    components=(transformer("LTX-2 transformer", ROWS),),
+    components=(transformer("LTX-2 transformer", ROWS, sizes=SIZES),),
     marks=(
         Mark("transformer", ".attn1.to_q", columns=4096),
         Mark("transformer", ".attn2.to_k", columns=4096),
@@ -54,5 +57,6 @@ FAMILY = ModelFamily(
     ),
     architectures=("ltx-2", "ltx2", "ltx_2", "ltxv2"),
     modelspec="ltx-2",
+    twins=((".attn1.", ".attn2."),),  # as in LTX-Video
     yields_to=("ltx",),
 )

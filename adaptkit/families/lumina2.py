@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptkit.families._llm import gemma2_2b
-from adaptkit.families.contract import Kind, Mark, ModelFamily, Row, pair, row, split, transformer
+from adaptkit.families.contract import (
+    Kind,
+    Mark,
+    ModelFamily,
+    Row,
+    pair,
+    row,
+    sizes,
+    split,
+    transformer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,10 +62,13 @@ ROWS = (
     pair("final_layer.adaLN_modulation.1", "norm_out.linear_1"),
 )
 
+# 3840 rows: 24 heads of queries, 8 of keys and of values
+SIZES = sizes("dxd 3840xd 4dxd dx4d 1024x1024 dx1024 4dx1024", 2304)
+
 FAMILY = ModelFamily(
     name="lumina2",
     title="Lumina Image 2.0",
-    components=(transformer("Lumina 2 transformer", ROWS), gemma2_2b()),
+    components=(transformer("Lumina 2 transformer", ROWS, sizes=SIZES), gemma2_2b()),
     marks=(
         Mark("transformer", "attention.qkv", columns=2304),
         Mark("transformer", "feed_forward.w1", columns=2304),

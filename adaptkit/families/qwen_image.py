@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.families.contract import Kind, Mark, ModelFamily, row, transformer
+from adaptkit.families.contract import Kind, Mark, ModelFamily, row, sizes, transformer
 
 BLOCK = "transformer_blocks.{i:60}."
 
@@ -25,10 +25,12 @@ ROWS = (
     row("proj_out"),
 )
 
+SIZES = sizes("dxd 2dxd 4dxd 6dxd dx4d dx3584", 3072)
+
 FAMILY = ModelFamily(
     name="qwen-image",
     title="Qwen-Image",
-    components=(transformer("Qwen-Image transformer", ROWS),),
+    components=(transformer("Qwen-Image transformer", ROWS, sizes=SIZES),),
     marks=(
         Mark("transformer", "attn.to_q", columns=3072),
         Mark("transformer", "attn.add_q_proj", columns=3072),

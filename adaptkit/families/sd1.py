@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from adaptkit.families._clip import clip_rows
-from adaptkit.families._unet import unet_rows
+from adaptkit.families._clip import clip_rows, clip_sizes
+from adaptkit.families._unet import SIZES, unet_rows
 from adaptkit.families._vae import autoencoder
-from adaptkit.families.contract import Component, Mark, ModelFamily
+from adaptkit.families.contract import Component, Mark, ModelFamily, sizes
 
 FAMILY = ModelFamily(
     name="sd1",
@@ -19,6 +19,7 @@ FAMILY = ModelFamily(
                 "native": ("model.diffusion_model.", "diffusion_model.", ""),
                 "diffusers": ("unet.", ""),
             },
+            sizes=sizes(f"{SIZES} 2560x320 320x768 640x768 1280x768"),
             tags={
                 "kohya": ("unet",),
                 "comfy": ("diffusion_model",),
@@ -31,6 +32,7 @@ FAMILY = ModelFamily(
             name="text_encoder",
             title="CLIP-L",
             rows=clip_rows(12),
+            sizes=clip_sizes(768),
             checkpoints={
                 "diffusers": ("cond_stage_model.transformer.", "text_encoder.", ""),
                 "flat": ("cond_stage_model.transformer.", "text_encoder."),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from adaptkit.families._clip import openclip_rows
-from adaptkit.families._unet import unet_rows
+from adaptkit.families._clip import clip_sizes, openclip_rows
+from adaptkit.families._unet import SIZES, unet_rows
 from adaptkit.families._vae import autoencoder
-from adaptkit.families.contract import Component, Mark, ModelFamily
+from adaptkit.families.contract import Component, Mark, ModelFamily, sizes
 
 FAMILY = ModelFamily(
     name="sd2",
@@ -19,6 +19,7 @@ FAMILY = ModelFamily(
                 "native": ("model.diffusion_model.", "diffusion_model.", ""),
                 "diffusers": ("unet.", ""),
             },
+            sizes=sizes(f"{SIZES} 2560x320 320x1024 640x1024 1280x1024"),
             tags={
                 "kohya": ("unet",),
                 "comfy": ("diffusion_model",),
@@ -32,6 +33,7 @@ FAMILY = ModelFamily(
             title="OpenCLIP-H",
             # the checkpoint has 24 layers, of which diffusers keeps 23: hosts skip the last one
             rows=openclip_rows(24, projection=True),
+            sizes=clip_sizes(1024),
             checkpoints={
                 "native": ("cond_stage_model.model.", ""),
                 "diffusers": ("text_encoder.", ""),

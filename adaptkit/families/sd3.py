@@ -9,7 +9,7 @@ from adaptkit.families.contract import ModelFamily
 FAMILY = ModelFamily(
     name="sd3",
     title="Stable Diffusion 3 / 3.5 medium",
-    components=components("MMDiT", 24, dual=13),
+    components=components("MMDiT", 24, 1536, dual=13),
     beside=(autoencoder("first_stage_model."),),
     marks=marks(1536),
     architectures=(

@@ -12,7 +12,7 @@ from adaptkit.families.contract import ModelFamily
 FAMILY = ModelFamily(
     name="sd35-large",
     title="Stable Diffusion 3.5 large",
-    components=components("MMDiT", 38),
+    components=components("MMDiT", 38, 2432),
     beside=(autoencoder("first_stage_model."),),
     marks=marks(2432),
     architectures=("stable-diffusion-3-5-l", "sd3_5-l", "sd3.5-l", "sd3.5_l"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from adaptkit.families._clip import clip_rows, openclip_rows
-from adaptkit.families._unet import unet_rows
+from adaptkit.families._clip import clip_rows, clip_sizes, openclip_rows
+from adaptkit.families._unet import SIZES, unet_rows
 from adaptkit.families._vae import autoencoder
-from adaptkit.families.contract import Component, Mark, ModelFamily
+from adaptkit.families.contract import Component, Mark, ModelFamily, sizes
 
 FAMILY = ModelFamily(
     name="sdxl",
@@ -19,6 +19,7 @@ FAMILY = ModelFamily(
                 "native": ("model.diffusion_model.", "diffusion_model.", ""),
                 "diffusers": ("unet.", ""),
             },
+            sizes=sizes(f"{SIZES} 640x2048 1280x2048 1280x2816"),
             tags={
                 "kohya": ("unet",),
                 "comfy": ("diffusion_model",),
@@ -31,6 +32,7 @@ FAMILY = ModelFamily(
             name="text_encoder",
             title="CLIP-L",
             rows=clip_rows(12),
+            sizes=clip_sizes(768),
             checkpoints={
                 "diffusers": ("conditioner.embedders.0.transformer.", "text_encoder."),
                 "flat": ("conditioner.embedders.0.transformer.", "text_encoder."),
@@ -45,6 +47,7 @@ FAMILY = ModelFamily(
             name="text_encoder_2",
             title="OpenCLIP-G",
             rows=openclip_rows(32, projection=True),
+            sizes=clip_sizes(1280),
             checkpoints={
                 "native": ("conditioner.embedders.1.model.",),
                 "diffusers": ("text_encoder_2.",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from adaptkit.families._clip import clip_g
 from adaptkit.families._unet import unet_rows
 from adaptkit.families._vae import autoencoder
-from adaptkit.families.contract import Component, Mark, ModelFamily
+from adaptkit.families.contract import Component, Mark, ModelFamily, sizes
 
 FAMILY = ModelFamily(
     name="sdxl-refiner",
@@ -19,6 +19,11 @@ FAMILY = ModelFamily(
                 "native": ("model.diffusion_model.", "diffusion_model.", ""),
                 "diffusers": ("unet.", ""),
             },
+            sizes=sizes(
+                "384x384 384x768 384x1152 384x1536 768x384 768x768 768x1152 768x1280 768x1536 "
+                "768x2304 768x3072 1536x384 1536x768 1536x1280 1536x1536 1536x2304 "
+                "1536x2560 1536x3072 1536x6144 6144x768 12288x1536"
+            ),
             tags={
                 "kohya": ("unet",),
                 "comfy": ("diffusion_model",),

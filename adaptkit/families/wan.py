@@ -18,6 +18,7 @@ from adaptkit.families.contract import (
     Row,
     named,
     pair,
+    sizes,
     transformer,
 )
 
@@ -73,6 +74,11 @@ ROWS = (
     _bare("head.modulation", "scale_shift_table"),
 )
 
+# 1.3B, 5B, 14B; the image embedder is 1280 wide
+SIZES = sizes("dxd 6dxd dx4096 dx1280", 1536, 3072, 5120) | sizes(
+    "8960x1536 1536x8960 14336x3072 3072x14336 13824x5120 5120x13824 1280x1280"
+)
+
 # no kohya or ComfyUI tags: outside diffusers each expert is a file of its own
 LOW_NOISE = Component(
     name="transformer_2",
@@ -80,12 +86,13 @@ LOW_NOISE = Component(
     rows=ROWS,
     checkpoints={"diffusers": ("transformer_2.",)},
     tags={"diffusers": ("transformer_2",)},
+    sizes=SIZES,
 )
 
 FAMILY = ModelFamily(
     name="wan",
     title="Wan",
-    components=(transformer("Wan transformer", ROWS), LOW_NOISE),
+    components=(transformer("Wan transformer", ROWS, sizes=SIZES), LOW_NOISE),
     marks=(
         Mark("transformer", "self_attn.q", columns=(1536, 3072, 5120)),
         Mark("transformer", "cross_attn.k", columns=(1536, 3072, 5120)),

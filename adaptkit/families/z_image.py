@@ -17,6 +17,7 @@ from adaptkit.families.contract import (
     named,
     pair,
     row,
+    sizes,
     split,
     transformer,
 )
@@ -67,11 +68,13 @@ ROWS = (
     pair("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
 )
 
+SIZES = sizes("dxd 3dxd 4dxd 10240xd dx10240 dx2560", 3840)
+
 FAMILY = ModelFamily(
     name="z-image",
     title="Z-Image",
     components=(
-        transformer("Z-Image transformer", ROWS, kohya="diffusers"),
+        transformer("Z-Image transformer", ROWS, sizes=SIZES, kohya="diffusers"),
         qwen3("4B", 36, comfy="qwen3_4b", kohya=()),
     ),
     marks=(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from adaptkit.keymap.adapter_keys import KeyMap, Parsed, compile_keys, prefixes
 from adaptkit.keymap.checkpoint_keys import CheckpointMap, Place, Spelled, compile_checkpoint
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
-from adaptkit.keymap.rows import label
+from adaptkit.keymap.rows import Reading, find_row, label
 from adaptkit.keymap.templates import Templates
 
 __all__ = [
@@ -19,12 +19,14 @@ __all__ = [
     "KeyMap",
     "Parsed",
     "Place",
+    "Reading",
     "RoleName",
     "Spelled",
     "Templates",
     "algorithms",
     "compile_checkpoint",
     "compile_keys",
+    "find_row",
     "label",
     "param_of",
     "prefixes",

@@ -89,6 +89,11 @@ class KeyMap:
         match = self._match(stem)
         return None if match is None else self._slot(stem, match, param)
 
+    def reading(self, stem: str) -> Reading | None:
+        """The reading of a stem, the same for a module in every block."""
+        match = self._match(stem)
+        return None if match is None else match[0]
+
     def claims(self, stem: str) -> bool:
         """Whether a stem names a slot."""
         return self._match(stem) is not None

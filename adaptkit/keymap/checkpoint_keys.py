@@ -97,8 +97,14 @@ class CheckpointMap:
 
     def claims(self, key: str) -> bool:
         """Whether `parse` knows a checkpoint key."""
-        starts = ((prefix, keys) for prefix, keys in self._keys if key.startswith(prefix))
-        return any(keys.match(key[len(prefix) :]) is not None for prefix, keys in starts)
+        return self.reading(key) is not None
+
+    def reading(self, key: str) -> Reading | None:
+        """The reading of a checkpoint key, the same for a module in every block."""
+        for prefix, keys in self._keys:
+            if key.startswith(prefix) and (match := keys.match(key[len(prefix) :])) is not None:
+                return match[0].reading
+        return None
 
     def spelled(self, target: Target, naming: str) -> tuple[Spelled, ...]:
         """The tensors of a target in a naming, in row order."""

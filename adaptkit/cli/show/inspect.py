@@ -9,6 +9,7 @@ import click
 
 from adaptkit.cli.show.page import Words, console, facts, page, table
 from adaptkit.cli.show.text import MANY, cell, counts, document, human, last
+from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -111,12 +112,12 @@ def _file(report: inspect.Report) -> None:
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     evidence = record["evidence"]
-    alike = (
-        f"  (the key names also fit {', '.join(evidence['alternatives'])})"
-        if evidence["alternatives"]
-        else ""
-    )
-    yield "family", (record["family"] or "unknown") + alike
+    beside = ""
+    if evidence["alternatives"]:
+        beside = f"  (the key names also fit {', '.join(evidence['alternatives'])})"
+    elif evidence["nearest"]:
+        beside = f"  ({Nearest(**evidence['nearest'])})"
+    yield "family", (record["family"] or "unknown") + beside
     yield "format", record["format"] or ""
     yield "layout", record.get("layout", "")
     yield "algorithms", counts(record["algorithms"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
-from adaptkit.detect import Detection, is_adapter
+from adaptkit.detect import Detection, detect_checkpoint, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
@@ -116,6 +116,7 @@ def _evidence(found: Detection) -> dict[str, Any]:
         "total": found.total,
         "runner_up": other and {"family": other[0], "format": other[1], "claimed": other[2]},
         "alternatives": list(found.alternatives),
+        "nearest": found.nearest and found.nearest._asdict(),
     }
 
 
@@ -304,7 +305,8 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
                 "neither an adapter nor a checkpoint: no key ends in .weight",
                 hint=f"the first key is {next(iter(source.infos), 'missing')!r}",
             ) from None
-        record = _plain(source, "checkpoint", Detection(None, None, 0, len(source.infos)))
+        found = replace(detect_checkpoint(source.infos, source.metadata), claimed=0)
+        record = _plain(source, "checkpoint", found)
         return Report(record, _keys(source, {}))
     record = _plain(source, "checkpoint", checkpoint.detection)
     parts = [place.slot.component for place in checkpoint.places.values()]

@@ -1,34 +1,33 @@
 """Detect family and format from a header, with evidence.
 
-Every pair is scored, in no order.
+Every pair is scored, in no order. A family is named only if its names and its sizes fit the file.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.algorithms.contract import ALPHA
-from adaptkit.errors import AdaptkitError, NoSuchName
-from adaptkit.keymap import algorithms, compile_checkpoint, compile_keys, prefixes, split_suffix
-from adaptkit.names import WEIGHT
+from adaptkit.detect.evidence import SAMPLE, AdapterFile, CheckpointFile
+from adaptkit.errors import NoSuchName
+from adaptkit.keymap import compile_checkpoint, compile_keys, prefixes, split_suffix
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-    from adaptkit.families.contract import Component, Mark, ModelFamily
+    from adaptkit.detect.evidence import File
+    from adaptkit.families.contract import Component, ModelFamily
     from adaptkit.files.header import TensorInfo
     from adaptkit.formats.contract import KeyFormat
-    from adaptkit.keymap import KeyMap
-    from adaptkit.names import Slot
 
 __all__ = [
     "Detection",
+    "Nearest",
     "chosen",
     "detect_adapter",
     "detect_checkpoint",
@@ -47,16 +46,36 @@ _HEAD = re.compile(r"[^{\d]*")
 # suffixes that checkpoints have too
 _PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})
 
-# (share of a family's marks that hold, number of complete runs of blocks)
-_Evidence = tuple[float, int]
-
-SAMPLE = 48  # names that every family is tried on first
 ENOUGH = 0.5  # share of the keys; another family that shares a few names claims fewer
+
+
+class Nearest(NamedTuple):
+    """The family that fits best among those that do not fit.
+
+    `names` and `sizes` are the shares that fit; None if no size in the file tells anything.
+    """
+
+    family: str
+    names: float
+    sizes: float | None
+
+    def __str__(self) -> str:
+        """Say it in words.
+
+        >>> str(Nearest("flux", 0.887, 1.0))
+        'the nearest is flux, which fits 88 % of the names and 100 % of the sizes'
+        """
+        known = "" if self.sizes is None else f" and {int(100 * self.sizes)} % of the sizes"
+        names = f"{int(100 * self.names)} % of the names"
+        return f"the nearest is {self.family}, which fits {names}{known}"
 
 
 @dataclass(frozen=True)
 class Detection:
-    """The winner and the evidence: `claimed` of `total` keys, runner-up and equal look-alikes."""
+    """The winner and the evidence: `claimed` of `total` keys, runner-up and equal look-alikes.
+
+    `nearest` is set if no family fits.
+    """
 
     family: str | None
     format: str | None
@@ -64,6 +83,7 @@ class Detection:
     total: int
     runner_up: tuple[str, str | None, int] | None = None
     alternatives: tuple[str, ...] = ()
+    nearest: Nearest | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -121,19 +141,21 @@ def detect_adapter(
     family: str | None = None,
     format: str | None = None,
 ) -> Detection:
-    """Score every (family, format) by claimed keys.
+    """Score every (family, format) by claimed keys, among those whose names and sizes fit.
 
     Ties are broken by metadata, then by shapes.
 
-    `family` and `format` restrict the search. A winner must claim at least half of the keys.
+    `family` and `format` restrict the search. A winner must claim at least half of the keys. A
+    given `family` need not fit.
     """
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     names = chosen("family", families(), family)
     pairs = [
         pair for kind in chosen("format", formats(), format) for pair in _likely(stems, kind, names)
     ]
+    file = AdapterFile(infos, stems)
     scores: dict[_Pair, _Score] = {}
-    first = second = 0  # the most keys that a pair claims, and the next most
+    first = second = 0  # the most keys that a fitting pair claims, and the next most
     for pair in sorted(pairs, key=lambda pair: -pair.most):
         # `most` bounds what a pair can claim, and pairs come in descending order of it
         if pair.most < second:
@@ -141,10 +163,12 @@ def detect_adapter(
         if len(names) > 1 and pair.estimate() < ENOUGH / 2 * first:
             continue
         scores[pair] = score = pair.score()
+        if score.claimed > first and not (family or file.fit(score.family, score.format).good):
+            continue
         first, second = max(first, score.claimed), max(second, min(first, score.claimed))
     # in the order of the tables, which breaks ties
     ordered = [scores[pair] for pair in pairs if pair in scores]
-    return _decide(ordered, len(infos), metadata, _adapter_shapes(infos), bool(family))
+    return _decide(ordered, len(infos), metadata, file, bool(family))
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,9 +271,7 @@ def detect_checkpoint(
         counts[name] = sum(map(keys.claims, infos))
     # in the order of the tables, which breaks ties
     scores = [_Score(counts[name], name, None) for name in names if name in counts]
-    return _decide(
-        scores, len(own), metadata, lambda score: _checkpoint_marks(infos, score), bool(family)
-    )
+    return _decide(scores, len(own), metadata, CheckpointFile(infos, own), bool(family))
 
 
 @cache
@@ -263,34 +285,58 @@ def _checkpoint_heads(family: str) -> tuple[str, ...]:
 
 
 def _decide(
-    scores: list[_Score],
-    total: int,
-    metadata: Mapping[str, str],
-    evidence: Callable[[_Score], _Evidence],
-    forced: bool,
+    scores: list[_Score], total: int, metadata: Mapping[str, str], file: File, forced: bool
 ) -> Detection:
     ranked = sorted(scores, key=lambda score: -score.claimed)
-    best = ranked[0] if ranked else _Score(0, "", None)
-    if best.claimed == 0 or (best.claimed <= ENOUGH * total and not forced):
-        return Detection(None, None, best.claimed, total)
-    tied = [score for score in ranked if score.claimed == best.claimed]
-    marks = {
-        score: (_named_in(metadata, score.family), evidence(score) if len(tied) > 1 else (0.0, 0))
-        for score in tied
-    }
+    least = 0 if forced else ENOUGH * total
+    enough = [score for score in ranked if score.claimed > least]
+    fitting = (score for score in enough if forced or file.fit(score.family, score.format).good)
+    best = next(fitting, None)
+    if best is None:
+        claimed = ranked[0].claimed if ranked else 0
+        return Detection(None, None, claimed, total, nearest=_nearest(ranked, file))
+    tied = [best, *(score for score in fitting if score.claimed == best.claimed)]
+    marks = {score: _told(score, metadata, file) if len(tied) > 1 else () for score in tied}
     tied.sort(key=lambda score: marks[score], reverse=True)  # stable: table order breaks ties
     leaders = [score for score in tied if marks[score] == marks[tied[0]]]
-    # if names and shapes cannot decide, `yields_to` names the likelier family
-    tied = sorted(leaders, key=lambda score: _yields(score, leaders)) + tied[len(leaders) :]
-    winner = tied[0]
-    alike = tuple(
-        score.family
-        for score in tied[1:]
-        if marks[score] == marks[winner] and score.family != winner.family
-    )
+    if len(leaders) > 1:
+        # if shapes cannot decide, the family whose own trainers spell names so is likelier, and
+        # then the one that `yields_to` names
+        leaders = sorted(
+            leaders, key=lambda s: (-file.spelled(s.family, s.format), _yields(s, leaders))
+        )
+    winner = leaders[0]
+    alike = tuple(s.family for s in leaders[1:] if s.family != winner.family)
     other = next((s for s in ranked if s != winner and s.claimed), None)
     runner_up = (other.family, other.format, other.claimed) if other else None
     return Detection(winner.family, winner.format, winner.claimed, total, runner_up, alike)
+
+
+def _told(score: _Score, metadata: Mapping[str, str], file: File) -> tuple[float, ...]:
+    """What tells apart families that claim the same keys: metadata, sizes, complete runs."""
+    fit = file.fit(score.family, score.format)
+    return (
+        _named_in(metadata, score.family),
+        # a module without a mark fits as well as one whose mark holds
+        1.0 if fit.marks is None else fit.marks,
+        1.0 if fit.sizes is None else fit.sizes,
+        file.runs(score.family, score.format),
+    )
+
+
+def _nearest(scores: Iterable[_Score], file: File) -> Nearest | None:
+    """The family of which the most fits, names and sizes together."""
+    fits = {score: file.fit(score.family, score.format) for score in scores}
+    near = {
+        score: (fit.names * (1 + (fit.sizes or 0)), score.claimed)
+        for score, fit in fits.items()
+        if fit.names >= ENOUGH / 2
+    }
+    leaders = [score for score, share in near.items() if share == max(near.values())]
+    if not leaders:
+        return None
+    best = min(leaders, key=lambda score: _yields(score, leaders))
+    return Nearest(best.family, fits[best].names, fits[best].sizes)
 
 
 def _yields(score: _Score, tied: Sequence[_Score]) -> bool:
@@ -303,111 +349,3 @@ def _named_in(metadata: Mapping[str, str], family: str) -> bool:
     values = (metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", ""))
     marks = families()[family].architectures
     return any(value.lower().removesuffix("/lora").startswith(marks) for value in values if value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Size:
-    """The size of a module's weight; None for unknown dimensions."""
-
-    rows: int | None
-    columns: int
-    kernel: tuple[int, ...] | None
-
-
-def _score_mark(mark: Mark, size: _Size) -> int:
-    """+1 if a shape fits the mark, -1 if not, 0 if unknown."""
-    if mark.columns is not None:
-        return 1 if _among(size.columns, mark.columns) else -1
-    if mark.rows is not None:
-        return 0 if size.rows is None else (1 if _among(size.rows, mark.rows) else -1)
-    return 0 if size.kernel is None else (1 if size.kernel == mark.kernel else -1)
-
-
-def _among(value: int, known: int | tuple[int, ...]) -> bool:
-    return value == known if isinstance(known, int) else value in known
-
-
-def _sum_marks(family: ModelFamily, sizes: Iterable[tuple[Slot, _Size]]) -> float:
-    """The share of marks that hold; 0.5 if none is present.
-
-    Each mark is judged by its first module.
-    """
-    seen: dict[Mark, int] = {}
-    for slot, size in sizes:
-        for mark in family.marks:
-            if mark.component == slot.component and slot.target.module.endswith(mark.suffix):
-                seen.setdefault(mark, _score_mark(mark, _whole(slot, size)))
-    shown = [mark for mark in seen.values() if mark]
-    return shown.count(1) / len(shown) if shown else 0.5
-
-
-def _runs(keys: KeyMap, slots: Iterable[Slot]) -> int:
-    """Count the complete runs of blocks (FLUX.1: 19 double, 38 single).
-
-    A run counts if its last block is in the file.
-    """
-    return len({run for slot in slots for run in keys.ends(slot.target)})
-
-
-def _whole(slot: Slot, part: _Size) -> _Size:
-    """The size of the target of which a slot is a part."""
-    if slot.rows is None or part.rows is None:
-        return part
-    return replace(part, rows=part.rows * slot.rows.total // (slot.rows.stop - slot.rows.start))
-
-
-def _adapter_shapes(infos: Mapping[str, TensorInfo]) -> Callable[[_Score], _Evidence]:
-    """A function from a score to its marks.
-
-    The facts of stems are computed only for a tie.
-    """
-    sizes: dict[str, _Size] = {}
-
-    def evidence(score: _Score) -> _Evidence:
-        if not sizes:
-            sizes.update(_stem_sizes(infos))
-        keys = compile_keys(score.family, score.format or "")
-        found = [
-            (slot, size) for stem, size in sizes.items() if (slot := keys.slot(stem)) is not None
-        ]
-        return _sum_marks(families()[score.family], found), _runs(keys, [slot for slot, _ in found])
-
-    return evidence
-
-
-def _stem_sizes(infos: Mapping[str, TensorInfo]) -> dict[str, _Size]:
-    groups: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
-    for name, info in infos.items():
-        if (found := split_suffix(name)) is not None:
-            for algorithm, role in found[2]:
-                groups.setdefault(found[0], {}).setdefault(algorithm, {})[role] = info.shape
-    sizes: dict[str, _Size] = {}
-    for stem, by_algorithm in groups.items():
-        for algorithm, shapes in by_algorithm.items():
-            kind = algorithms()[algorithm]
-            given = {role: shape for role, shape in shapes.items() if role != ALPHA}
-            # an incomplete set of tensors has no reliable shape
-            if frozenset(given) not in kind.forms:
-                continue
-            try:
-                said = kind.facts(given)
-            except AdaptkitError:
-                continue
-            if said.columns and not said.vector:
-                sizes[stem] = _Size(said.rows or None, said.columns, said.kernel)
-    return sizes
-
-
-def _checkpoint_marks(infos: Mapping[str, TensorInfo], score: _Score) -> _Evidence:
-    keys = compile_checkpoint(score.family)
-    shapes = (
-        (place.slot, info.shape)
-        for name, info in infos.items()
-        if (place := keys.parse(name)) is not None
-    )
-    matrices = (
-        (slot, _Size(shape[0], shape[1], shape[2:]))
-        for slot, shape in shapes
-        if slot.param == WEIGHT and len(shape) > 1
-    )
-    return _sum_marks(families()[score.family], matrices), 0

@@ -1,0 +1,27 @@
+"""Detect family and format from a header, with evidence."""
+
+from __future__ import annotations
+
+from adaptkit.detect.search import (
+    ENOUGH,
+    Detection,
+    Nearest,
+    chosen,
+    detect_adapter,
+    detect_checkpoint,
+    families,
+    formats,
+    is_adapter,
+)
+
+__all__ = [
+    "ENOUGH",
+    "Detection",
+    "Nearest",
+    "chosen",
+    "detect_adapter",
+    "detect_checkpoint",
+    "families",
+    "formats",
+    "is_adapter",
+]
