@@ -139,8 +139,7 @@ class KeyMap:
             if not self.holds(algorithm):
                 raise NotRepresentable(
                     f"the {self.format.name} format has no names for {algorithm}",
-                    hint="--algo full holds any difference, with --base where it depends on the "
-                    "weight",
+                    hint="--algo full --base CHECKPOINT writes what it changes",
                 )
             suffix = (
                 self.format.spelling.get(algorithm, {}).get(role)

@@ -81,7 +81,7 @@ def _alpha_is_doubled(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nothing_is_measured(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rewritten, "_total", lambda *_: 0.0)
+    patch.setattr(rewritten, "total_error", lambda *_: 0.0)
     patch.setattr(extracted.Result, "relative_error", property(lambda _: 0.0))
     patch.setattr(merged, "_ratio", lambda *_: 0.0)
 

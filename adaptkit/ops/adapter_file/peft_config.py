@@ -48,13 +48,13 @@ def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
         names = " and ".join(sorted(kind.name for kind in kinds))
         raise NotRepresentable(
             f"PEFT holds a bias only beside a LoRA, not beside {names}",
-            hint="convert with --algo lora, or write --to kohya or --to comfy",
+            hint="--algo lora may hold the weights; --skip '*.bias' leaves the biases out",
         )
     if not all(kind.peft_type for kind in kinds) or len(kinds) != 1:
         names = " and ".join(sorted(kind.name for kind in kinds)) or "biases alone"
         raise NotRepresentable(
             f"PEFT cannot hold {names} in one adapter",
-            hint="convert with --algo lora, or use --only and --skip",
+            hint="--algo lora may hold them all",
         )
     (kind,) = kinds
     rank, ranks = _patterns((m.name, m.rank) for m in modules)

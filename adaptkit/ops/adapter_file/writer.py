@@ -82,10 +82,7 @@ class AdapterWriter:
     ) -> None:
         self.verify = verify
         self.output, self.specs, self.metadata = output, specs, metadata
-        try:
-            self.config = None if modules is None else peft_config(modules)
-        except NotRepresentable as error:
-            raise error.at(file=output) from None
+        self.config = None if modules is None else peft_config(modules)
         self.keys, self.meant, self.overwrite = keys, meant, overwrite
 
     def write(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit import __version__
 from adaptkit.algorithms.contract import ALPHA
+from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import network_module
@@ -67,16 +68,19 @@ class Output:
     def write(self, spool: Spool, verify: Verify | None = None) -> int:
         """Publish the output; return its bytes. `verify` sees the file before that."""
         plan = self.plan
-        writer = AdapterWriter(
-            plan.output,
-            self.specs(),
-            self.metadata(),
-            self._modules(),
-            plan.keys,
-            self._meant(),
-            overwrite=plan.options.overwrite,
-            verify=verify,
-        )
+        try:
+            writer = AdapterWriter(
+                plan.output,
+                self.specs(),
+                self.metadata(),
+                self._modules(),
+                plan.keys,
+                self._meant(),
+                overwrite=plan.options.overwrite,
+                verify=verify,
+            )
+        except NotRepresentable as error:
+            raise error.at(file=plan.tuned.source.path) from None
         return writer.write(lambda sink: self._fill(sink, spool), before=plan.close)
 
     def _meant(self) -> dict[Slot, Meant]:

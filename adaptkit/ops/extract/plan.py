@@ -154,7 +154,7 @@ def _nothing(jobs: Sequence[Pair], options: Options) -> AdaptkitError:
     return NotRepresentable(
         f"the {options.to} format holds none of the {len(jobs)} layers: {jobs[0].why}",
         hint="choose another --to; `adaptkit formats` lists them",
-        file=options.output,
+        tensor=jobs[0].label,
     )
 
 

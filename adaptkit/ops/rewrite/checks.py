@@ -108,7 +108,7 @@ def check_biases(keys: KeyMap, tasks: Sequence[Task]) -> None:
     if bias is not None and any(task.kind.wrapper for task in tasks):
         raise NotRepresentable(
             f"the {keys.format.name} format holds no bias in a file with DoRA",
-            hint="write --to kohya or --to comfy, or leave biases out with --skip",
+            hint="--skip '*.bias' leaves the biases out",
             file=bias.terms[0].job.adapter.source.path,
             tensor=bias.label,
         )
