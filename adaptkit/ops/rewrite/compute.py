@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec
+from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind
@@ -295,7 +296,7 @@ class Rewriter:
         encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
         rounded, facts, shapes, alpha = as_read(kind, encoded)
         known = None if decomposed is None else decomposed.norm
-        norm, error = lost(exact, rounded, tensors.get("base"), known)
+        norm, error = lost(exact, rounded, self._base(task, tensors), known)
         found = self._laid_out(task, kind, facts, encoded)
         vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
         return Stored(
@@ -343,6 +344,12 @@ class Rewriter:
                 Stored(kind, rank, float(rank), shapes, one.norm, errors[n], gone, tensors=tensors)
             )
         return results
+
+    def _base(self, task: Task, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The base weight in the order of rows of the new format."""
+        base = tensors.get("base")
+        swapped = base is not None and self.plan.keys.swapped(task.slot)
+        return exchanged(base, -2) if swapped and base is not None else base
 
     def _laid_out(
         self, task: Task, kind: type[Weights], facts: Facts, encoded: Mapping[str, Tensor]
