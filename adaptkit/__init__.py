@@ -16,8 +16,9 @@ __version__ = "0.7.0"
 
 if TYPE_CHECKING:
     from adaptkit import ops
-    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.adapter import Adapter
     from adaptkit.checkpoint import Checkpoint
+    from adaptkit.entries import Entry
     from adaptkit.errors import AdaptkitError
     from adaptkit.names import Rows, Slot, Target
 
@@ -35,7 +36,7 @@ __all__ = [
 
 _HOMES = {
     "Adapter": "adaptkit.adapter",
-    "Entry": "adaptkit.adapter",
+    "Entry": "adaptkit.entries",
     "Checkpoint": "adaptkit.checkpoint",
     "AdaptkitError": "adaptkit.errors",
     "Rows": "adaptkit.names",

@@ -144,11 +144,8 @@ class Meaning:
         """The algorithm of LoRA factors that were trained from a part of the base; "" if none."""
         config = self.configs.get(component) or self.configs.get("") or {}
         init = config.get("init_lora_weights")
-        return (
-            init.lower()
-            if kind.low_rank and isinstance(init, str) and init.lower() in TAKEN
-            else ""
-        )
+        taken = kind.low_rank and isinstance(init, str) and init.lower() in TAKEN
+        return f"{kind.name}+{str(init).lower()}" if taken else ""
 
     def contradicts(self, component: str, module: str, stored: float, rank: int) -> bool:
         """Whether a tensor and the configuration give a module two scales."""

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from fractions import Fraction
 
-    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.adapter import Adapter
+    from adaptkit.entries import Entry
     from adaptkit.keymap import KeyMap
     from adaptkit.names import Rows, Slot, Target
 

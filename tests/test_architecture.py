@@ -28,6 +28,7 @@ FLOORS = (
         "detect",
         "unknown",
         "meaning",
+        "entries",
         "adapter",
         "respelling",
         "checkpoint",

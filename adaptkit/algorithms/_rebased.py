@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms.contract import Weights
-from adaptkit.algorithms.lora import Lora
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -24,22 +25,30 @@ class Rebased(Weights):
     """W' = W + scale · up · down − taken(W): what the first factors held is not in the base.
 
     The tensors are those of a LoRA; only PEFT's `init_lora_weights` tells, so it has no forms. It
-    is read, applied and converted to a plain difference, and never written.
+    is read, applied and converted to a plain difference, and never written. As a kind it is named
+    after both, `lora+pissa`.
     """
 
     additive: ClassVar[bool] = False
-    roles: ClassVar[Mapping[str, Role]] = Lora.roles
+    wraps: ClassVar[tuple[str, ...]] = ("lora",)
+    roles: ClassVar[Mapping[str, Role]] = MappingProxyType({})
     forms: ClassVar[tuple[frozenset[str], ...]] = ()
+    kind: ClassVar[type[Weights]]
 
-    inner: Lora
+    inner: Weights
+    scale: float
+
+    @classmethod
+    def over(cls, inner: type[Weights]) -> type[Self]:
+        return _over(cls, inner)  # type: ignore[return-value, arg-type]
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
-        return Lora.facts(shapes, alpha)
+        return cls.kind.facts(shapes, alpha)
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
-        return cls(Lora.decode(tensors, facts))
+        return cls(cls.kind.decode(tensors, facts), facts.scale)
 
     def encode(self) -> dict[str, Tensor]:
         raise self._unwritten()
@@ -75,3 +84,16 @@ class Rebased(Weights):
     def taken(self, base: Tensor, rank: int) -> Tensor:
         """What the first factors of this rank held of the weight (..., rows, columns)."""
         raise NotImplementedError
+
+
+@cache
+def _over(cls: type[Rebased], inner: type[Weights]) -> type[Rebased]:
+    fields: dict[str, Any] = {
+        "__doc__": cls.__doc__,
+        "name": f"{inner.name}+{cls.name}",
+        "title": f"{inner.title}, {cls.title}",
+        "kind": inner,
+        "wraps": (),
+        "roles": inner.roles,
+    }
+    return type(f"{inner.__name__}{cls.__name__}", (cls,), fields)

@@ -378,7 +378,7 @@ class Lokr(Weights):
             raise NotRepresentable(
                 "these LoKr modules differ in how they are factored, "
                 "and a PEFT configuration states that once for all",
-                hint="convert with --algo lora",
+                hint="--algo lora can hold them",
             )
         fields = {"decompose_both": both == {True}, "decompose_factor": next(iter(sizes), -1)}
         return {**tucker_field(modules), **fields}

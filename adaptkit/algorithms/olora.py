@@ -20,13 +20,13 @@ class Olora(Rebased):
     """
 
     name: ClassVar[str] = "olora"
-    title: ClassVar[str] = "OLoRA (a LoRA with init_lora_weights = olora)"
+    title: ClassVar[str] = "OLoRA (init_lora_weights = olora)"
 
     def taken(self, base: Tensor, rank: int) -> Tensor:
         import torch
 
         q, r = torch.linalg.qr(base)
-        product: Tensor = self.inner.scale * (q[..., :rank] @ r[..., :rank, :])
+        product: Tensor = self.scale * (q[..., :rank] @ r[..., :rank, :])
         return product
 
 

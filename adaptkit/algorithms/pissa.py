@@ -20,7 +20,7 @@ class Pissa(Rebased):
     """
 
     name: ClassVar[str] = "pissa"
-    title: ClassVar[str] = "PiSSA (a LoRA with init_lora_weights = pissa)"
+    title: ClassVar[str] = "PiSSA (init_lora_weights = pissa)"
 
     def taken(self, base: Tensor, rank: int) -> Tensor:
         import torch

@@ -23,8 +23,9 @@ from adaptkit.names import WEIGHT, Slot, Target
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.adapter import Adapter
     from adaptkit.algorithms.contract import Weights
+    from adaptkit.entries import Entry
     from adaptkit.keymap import KeyMap
 
 __all__ = ["common_alphas", "examples", "pieces_as", "pieces_of"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from adaptkit.adapter import _whole
 from adaptkit.algorithms.contract import ALPHA, Facts, Stated, Weights
+from adaptkit.entries import _whole
 from adaptkit.errors import AdaptkitError
 from adaptkit.keymap import param_of, split_suffix
 

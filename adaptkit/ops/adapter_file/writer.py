@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from math import isclose
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.adapter import entries_of, weights_of
+from adaptkit.entries import entries_of, weights_of
 from adaptkit.errors import NotRepresentable
 from adaptkit.ops.adapter_file.peft_config import PeftModule, peft_config
 from adaptkit.ops.shared import check_output
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from adaptkit.adapter import Entry
     from adaptkit.algorithms.contract import Weights
+    from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
     from adaptkit.files.sink import TensorSink
     from adaptkit.keymap import KeyMap

@@ -18,8 +18,9 @@ from adaptkit.respelling import Part, Respelling
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.adapter import Adapter
     from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.entries import Entry
     from adaptkit.names import Target
     from adaptkit.ops.compare.inputs import Given
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.adapter import Entry
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.entries import Entry
     from adaptkit.ops.compare.matching import Match, Side
 
 __all__ = ["Measurer", "needs_base"]

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.adapter import Adapter
     from adaptkit.algorithms.contract import Weights
+    from adaptkit.entries import Entry
     from adaptkit.ops.shared import Progress
 
 __all__ = ["Measured", "measure", "problems", "rolled_up", "total_norm"]

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.adapter import Adapter
     from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
     from adaptkit.ops.merge.layout import Layout
     from adaptkit.ops.shared import Unused

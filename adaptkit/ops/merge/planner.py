@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from adaptkit.adapter import Adapter, Entry
+from adaptkit.adapter import Adapter
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from adaptkit.entries import Entry
     from adaptkit.names import Slot
     from adaptkit.ops.merge.layout import Layout
 

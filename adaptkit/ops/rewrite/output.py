@@ -58,16 +58,19 @@ class Output:
         """
         plan, metadata = self.plan, self.metadata()
         modules = self.state.modules() if plan.keys.format.alpha is Alpha.CONFIG else None
-        writer = AdapterWriter(
-            plan.output,
-            self.specs(),
-            metadata,
-            modules,
-            plan.keys,
-            self._meant(),
-            overwrite=plan.options.overwrite,
-            verify=verify,
-        )
+        try:
+            writer = AdapterWriter(
+                plan.output,
+                self.specs(),
+                metadata,
+                modules,
+                plan.keys,
+                self._meant(),
+                overwrite=plan.options.overwrite,
+                verify=verify,
+            )
+        except NotRepresentable as error:  # what PEFT cannot hold
+            raise error.at(file=plan.adapter.source.path) from None
         # a lost output can be made again: wait for the disk only if it replaces a file
         sync = plan.output.exists()
         return writer.write(lambda sink: self._fill(sink, metadata, fill), sync=sync)

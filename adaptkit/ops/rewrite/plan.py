@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path  # noqa: TC003 - the types of options are read at run time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adaptkit.adapter import Adapter, Entry
+from adaptkit.adapter import Adapter
 from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
     from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot

@@ -50,9 +50,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from adaptkit.adapter import Adapter, Entry
+    from adaptkit.adapter import Adapter
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Piece
+    from adaptkit.entries import Entry
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
 

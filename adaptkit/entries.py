@@ -1,0 +1,233 @@
+"""The entries of an adapter: its adapted weights, found in a header by their keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from adaptkit.algorithms.contract import ALPHA, Stated
+from adaptkit.errors import AdaptkitError
+from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
+from adaptkit.meaning import SAY, Meaning, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from adaptkit.algorithms.contract import Facts, Weights
+    from adaptkit.files.header import TensorInfo
+    from adaptkit.names import Slot
+
+__all__ = [
+    "Entry",
+    "Header",
+    "alike",
+    "entries_of",
+    "read_entries",
+    "weights_of",
+    "without_carried",
+]
+
+PEFT_BIAS = "lora_B.bias"
+# OneTrainer's embeddings, and tensors that other tools store in adapter files
+CARRIED = ("bundle_emb.", "_aux.")
+
+
+class Header(Protocol):
+    """The tensors of a file by name, of which single numbers can be read."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Dtype, shape and place of each tensor."""
+
+    def scalar(self, name: str) -> float:
+        """The number in a tensor of one element."""
+
+
+class Entry(NamedTuple):
+    """One adapted weight, from the header alone.
+
+    `keys` maps each role to its key in the file.
+    """
+
+    slot: Slot
+    kind: type[Weights]
+    keys: Mapping[str, str]
+    facts: Facts
+    alpha: float | None = None
+    alpha_source: str = "none"  # tensor | metadata | given | none
+    naming: str = "diffusers"
+    swapped: bool = False  # stored with the halves of its rows swapped
+
+    def tensors(self) -> Iterator[tuple[str, str]]:
+        """(role, key) of the tensors with weights, that is, all except alpha."""
+        return ((role, key) for role, key in self.keys.items() if role != ALPHA)
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
+        """Decode stored tensors (perhaps stacked), rows in target order."""
+        weights = self.kind.decode(tensors, self.facts)
+        return weights.swapped() if self.swapped else weights
+
+
+def entries_of(
+    header: Header, keys: KeyMap, metadata: Mapping[str, str], config: Mapping[str, object] | None
+) -> dict[Slot, Entry]:
+    """The entries that a reader finds in a file of this key map; `config` is PEFT's, if any."""
+    _, found = read_entries(header, keys, Meaning.of(metadata, config), without_carried(header))
+    return found
+
+
+def read_entries(
+    header: Header, keys: KeyMap, meaning: Meaning, names: Iterable[str]
+) -> tuple[_Reader, dict[Slot, Entry]]:
+    """The entries of a file. An alpha for the whole file counts only where there is no other."""
+    reader = _Reader(header, keys, meaning)
+    found = reader.entries(names)
+    ranked = [entry for entry in found.values() if entry.facts.rank is not None]
+    if not ranked or any(entry.alpha is not None for entry in ranked):
+        return reader, found
+    ranks = {entry.facts.rank for entry in ranked if entry.facts.rank is not None}
+    alpha, problem = meaning.flat_alpha(ranks)
+    if alpha is not None:
+        reader = _Reader(header, keys, replace(meaning, configs={"": {"lora_alpha": alpha}}))
+        found = reader.entries(names)
+    reader.problems += () if problem is None else (problem,)
+    return reader, found
+
+
+def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
+    """The weights of an entry, its tensors read by `tensor`, rows in target order."""
+    return entry.decode(alike({role: tensor(key) for role, key in entry.tensors()}))
+
+
+def without_carried(source: Header) -> dict[str, TensorInfo]:
+    """The tensors of a file without those that other tools left there."""
+    return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+
+
+class _Reader:
+    """Groups keys by slot into entries; lists keys that do not fit."""
+
+    def __init__(self, source: Header, keys: KeyMap, meaning: Meaning) -> None:
+        self.source = source
+        self.keys = keys
+        self.meaning = meaning
+        self.unclaimed: dict[str, str] = {}
+        self.problems: list[Problem] = []
+        self.contradicts = False
+
+    def entries(self, names: Iterable[str]) -> dict[Slot, Entry]:
+        groups: dict[Slot, dict[str, Parsed]] = {}
+        for key in names:
+            parsed = self.keys.parse(key)
+            if parsed is None:
+                self.unclaimed[key] = "no such module or tensor in this family and format"
+            else:
+                groups.setdefault(parsed.slot, {})[key] = parsed
+        found = ((slot, self._entry(slot, group)) for slot, group in groups.items())
+        return {slot: entry for slot, entry in found if entry is not None}
+
+    def _entry(self, slot: Slot, group: Mapping[str, Parsed]) -> Entry | None:
+        first = next(iter(group.values()))
+        failures: list[str] = []
+        names = tuple(group)
+        for plain, places in _whole(tuple(parsed.roles for parsed in group.values())):
+            rebased = self.meaning.rebased(slot.component, plain)
+            kind = algorithms()[rebased] if rebased else plain
+            keys = {role: names[n] for role, n in places.items()}
+            stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
+            if kind.bounded:  # a bound, not a scale
+                alpha, origin = (None, "none") if stored is None else (Stated(stored), "tensor")
+            else:
+                alpha, origin = self.meaning.alpha(slot.component, first.module, stored)
+            try:
+                shapes = {
+                    role: self.source.infos[key].shape
+                    for role, key in keys.items()
+                    if role != ALPHA
+                }
+                facts = self._with_kernel(slot, kind.facts(shapes, alpha))
+                facts = self._with_bias_scale(slot, facts, keys, first.module)
+            except AdaptkitError as error:
+                failures.append(error.message)
+            else:
+                value = alpha.value if alpha else None
+                if stored is not None and not kind.bounded:
+                    self._compare(slot, facts, stored, first.module)
+                return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
+        found = ", ".join(sorted({parsed.roles[0][1] for parsed in group.values()}))
+        self._refuse(slot, group, failures[0] if failures else f"incomplete or mixed: {found}")
+        return None
+
+    def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
+        """Add the table's kernel if flat factors do not determine it."""
+        if facts.kernel is not None:
+            return facts
+        row = self.keys.row(slot.target)
+        # a family without checkpoints is made of file names: its rows know no kernels
+        if row is None or not self.keys.family.component(slot.component).checkpoints:
+            return facts
+        return replace(facts, kernel=row.kernel)
+
+    def _with_bias_scale(
+        self, slot: Slot, facts: Facts, keys: Mapping[str, str], module: str
+    ) -> Facts:
+        key = next(iter(keys.values()))
+        if not key.endswith(PEFT_BIAS):
+            return facts
+        down = self.source.infos.get(f"{key.removesuffix(PEFT_BIAS)}lora_A.weight")
+        # without factors PEFT makes some of the usual rank, which add nothing
+        scale = self.meaning.bias_scale(slot.component, module, down.shape[0] if down else None)
+        return replace(facts, scale=scale)
+
+    def _compare(self, slot: Slot, facts: Facts, stored: float, module: str) -> None:
+        """Note a file of which readers of the tensor and of the configuration get two scales."""
+        if self.contradicts or facts.rank is None:
+            return
+        if self.meaning.contradicts(slot.component, module, stored, facts.rank):
+            self.contradicts = True
+            what = f"{label(self.keys.family, slot)}: alpha is {stored:g} in its tensor"
+            what += ", and another in the configuration: readers differ in what they take"
+            self.problems.append(Problem("error", None, what, SAY))
+
+    def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
+        self.problems.append(Problem("error", label(self.keys.family, slot), what))
+        self.unclaimed |= dict.fromkeys(group, what)
+
+
+def alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one float dtype: torch multiplies no two dtypes, and computes nothing in fp8."""
+    import torch
+
+    floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(floats) < 2 and all(dtype.itemsize > 1 for dtype in floats):
+        return tensors
+    wide = torch.float64 if torch.float64 in floats else torch.float32
+    return {
+        role: tensor.to(wide) if tensor.is_floating_point() else tensor
+        for role, tensor in tensors.items()
+    }
+
+
+@lru_cache(maxsize=4096)
+def _whole(
+    group: tuple[tuple[RoleName, ...], ...],
+) -> tuple[tuple[type[Weights], Mapping[str, int]], ...]:
+    """The algorithms that can hold all tensors of a slot.
+
+    Each comes with its tensor index by role.
+    """
+    found: list[tuple[type[Weights], Mapping[str, int]]] = []
+    for name in dict.fromkeys(algorithm for roles in group for algorithm, _ in roles):
+        kind = algorithms()[name]
+        places = {
+            role: n
+            for n, roles in enumerate(group)
+            for algorithm, role in roles
+            if algorithm == name
+        }
+        if len(places) == len(group) and frozenset(places) - {ALPHA} in kind.forms:
+            found.append((kind, places))
+    return tuple(found)
