@@ -6,6 +6,6 @@ key lists; each file states the version.
 
 from __future__ import annotations
 
-from adaptkit.hosts._judge import complete, hosts, judge, recipe
+from adaptkit.hosts._judge import complete, hosts, judge, losses, recipe
 
-__all__ = ["complete", "hosts", "judge", "recipe"]
+__all__ = ["complete", "hosts", "judge", "losses", "recipe"]

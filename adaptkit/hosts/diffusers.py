@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from adaptkit.hosts.contract import DORA, NOTHING, SD, TE, UNETS, Cell, Host, Loss
+from typing import TYPE_CHECKING
+
+from adaptkit.hosts.contract import DORA, SD, TE, UNETS, Cell, Host, Loss
+
+if TYPE_CHECKING:
+    from adaptkit.hosts.contract import Piece
 
 DROPPED = "are dropped without a message"
 RAISES = "its converter stops at such a file"
 OUTSIDE = r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
-SWAPPED = "come out with scale and shift swapped"
 NO_PIPELINE = "its pipeline for this family has no LoRA loader"
 FAMILIES = (
     "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "qwen-image",
@@ -16,8 +20,6 @@ FAMILIES = (
 )  # fmt: skip
 
 STOPS = Loss(RAISES, whole=True)
-SILENT = NOTHING
-TEXT = Loss(DROPPED, modules=TE)
 ALPHA = Loss(
     "have alpha tensors, which it refuses or ignores under these names", told=True, whole=True
 )
@@ -25,7 +27,9 @@ ALPHA = Loss(
 ONLY_LORA = Loss(
     "are {kinds}, which it does not load in this format", besides=("lora", *DORA), whole=True
 )
-NO_DORA = Loss("are DoRA, which it loads as plain LoRA", algorithms=DORA)
+NO_DORA = Loss(
+    "are DoRA, which it loads as plain LoRA", algorithms=DORA, suffix="dora_scale|magnitude"
+)
 OF_LORA = (ONLY_LORA, NO_DORA)
 # all attention gets one alpha: the keys of its pattern never match (0.42.1, `_get_alpha_name`)
 ODD = Loss(
@@ -34,7 +38,14 @@ ODD = Loss(
 DOWN = Loss(
     "are called lora_down and lora_up, which it does not read here", suffix="lora_down", whole=True
 )
-SHARED = Loss(DROPPED, modules=r"^transformer.*(stream_modulation|final_layer\.adaLN)")
+LORA_OR_LOKR = Loss(
+    "are {kinds}, which it does not load in this format", besides=("lora", "lokr", *DORA), whole=True
+)
+TWO_SPELLINGS = Loss(
+    "are called lora.down and lora.up beside others called lora_A and lora_B: they are dropped "
+    "without a message",
+    suffix=r"lora\.",
+)
 
 WAN_BLOCK = (
     r"self_attn\.q$",
@@ -49,10 +60,16 @@ WAN_BLOCK = (
     r"ffn\.2$",
 )
 
+
+def _spellings(pieces: tuple[Piece, ...]) -> Loss | None:
+    """It converts a file's spelling of the factors or not, as its first key says."""
+    old = {any(suffix.startswith("lora.") for suffix in piece.suffixes) for piece in pieces}
+    return TWO_SPELLINGS if len(old) > 1 else None
+
+
 HOST = Host(
     name="diffusers",
     title="diffusers",
-    measured="0.42.1",
     cells=(
         Cell(
             "kohya",
@@ -73,36 +90,13 @@ HOST = Host(
             ),
         ),
         Cell("kohya", ("sdxl-refiner",), (STOPS,)),
-        Cell(
-            "kohya",
-            ("flux",),
-            (
-                Loss(DROPPED, modules=OUTSIDE),
-                Loss(DROPPED, modules=r"^text_encoder_2\."),
-                *OF_LORA,
-            ),
-        ),
+        Cell("kohya", ("flux",), OF_LORA),
         Cell(
             "kohya",
             ("chroma",),
-            (
-                Loss("stop its converter", modules="distilled_guidance", whole=True),
-                Loss(DROPPED, modules=OUTSIDE),
-                TEXT,
-                *OF_LORA,
-            ),
+            (Loss("stop its converter", modules="distilled_guidance", whole=True), *OF_LORA),
         ),
-        Cell("kohya", ("flux2",), (SHARED, *OF_LORA)),
-        Cell("kohya", ("qwen-image",), (TEXT, *OF_LORA)),
-        Cell(
-            "kohya",
-            ("z-image",),
-            (
-                Loss(DROPPED, modules="final_layer|x_embedder", unnamed="diffusers"),
-                TEXT,
-                *OF_LORA,
-            ),
-        ),
+        Cell("kohya", ("flux2", "qwen-image", "z-image"), OF_LORA),
         Cell(
             "kohya",
             ("wan",),
@@ -117,58 +111,29 @@ HOST = Host(
             needs=WAN_BLOCK,
         ),
         Cell("kohya", ("hunyuan-video",), (STOPS,)),
-        Cell("kohya", FAMILIES, (SILENT,)),
-        Cell("comfy", ("qwen-image",), (TEXT, *OF_LORA)),
-        Cell(
-            "comfy",
-            ("flux2",),
-            (
-                Loss(SWAPPED, modules=r"final_layer\.adaLN"),
-                ALPHA,
-                DOWN,
-                NO_DORA,
-                Loss(
-                    "are {kinds}, which it does not load in this format",
-                    besides=("lora", "lokr", *DORA),
-                    whole=True,
-                ),
-            ),
-        ),
+        Cell("comfy", ("qwen-image",), OF_LORA),
+        Cell("comfy", ("flux2",), (ALPHA, DOWN, NO_DORA, LORA_OR_LOKR)),
         Cell(
             "comfy",
             ("wan",),
-            (
-                Loss("stop its converter", modules="patch_embedding", whole=True),
-                *OF_LORA,
-            ),
+            (Loss("stop its converter", modules="patch_embedding", whole=True), *OF_LORA),
         ),
         Cell(
             "comfy",
             ("z-image",),
             (
-                Loss(DROPPED, modules=r"attention\.|final_layer|x_embedder", unnamed="diffusers"),
                 Loss(
                     "have alpha tensors, which stop its converter",
                     told=True,
                     suffix="lora_A",
                     whole=True,
                 ),
-                TEXT,
                 NO_DORA,
-                Loss(
-                    "are {kinds}, which it does not load in this format",
-                    besides=("lora", "lokr", *DORA),
-                    whole=True,
-                ),
+                LORA_OR_LOKR,
             ),
         ),
-        Cell("comfy", ("krea2", "anima", "ltx2"), (ALPHA, DOWN, TEXT, *OF_LORA)),
-        Cell(
-            "comfy",
-            ("ltx",),
-            (ALPHA, DOWN, Loss(DROPPED, modules="adaln_single|patchify_proj"), *OF_LORA),
-        ),
-        Cell("comfy", ("lumina2", "ideogram4"), (STOPS,)),
+        Cell("comfy", ("krea2", "anima", "ltx", "ltx2", "ideogram4"), (ALPHA, DOWN, *OF_LORA)),
+        Cell("comfy", ("lumina2",), (ALPHA, DOWN, *OF_LORA)),
         Cell(
             "comfy",
             ("hunyuan-video",),
@@ -178,40 +143,16 @@ HOST = Host(
                     whole=True,
                     modules=r"^transformer\.(txt_in|time_in|guidance_in|vector_in|img_in)",
                 ),
-                Loss(DROPPED, named="comfy", unnamed="native"),
-                Loss(SWAPPED, modules=r"final_layer\.adaLN"),
                 ALPHA,
                 *OF_LORA,
             ),
         ),
-        Cell(
-            "comfy",
-            (*UNETS, "flux", "chroma", "sd3", "sd35-large", "framepack", "auraflow"),
-            (SILENT,),
-        ),
-        Cell(
-            "diffusers", ("flux",), (ALPHA, ONLY_LORA, Loss(DROPPED, modules=r"^text_encoder_2\."))
-        ),
-        Cell(
-            "diffusers",
-            (*UNETS, "sd3", "sd35-large"),
-            (ALPHA, ONLY_LORA, Loss(DROPPED, modules=r"^text_encoder_3\.")),
-        ),
-        Cell(
-            "diffusers",
-            ("flux2", "z-image"),
-            (
-                ALPHA,
-                TEXT,
-                Loss(
-                    "are {kinds}, which it does not load",
-                    besides=("lora", "lokr", *DORA),
-                    whole=True,
-                ),
-            ),
-        ),
-        Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA, TEXT)),
-        Cell("diffusers-old", (*SD, "sdxl"), (*OF_LORA,)),
+        Cell("comfy", ("flux",), OF_LORA),
+        Cell("diffusers", ("flux",), (ALPHA, ONLY_LORA)),
+        Cell("diffusers", (*UNETS, "sd3", "sd35-large"), (ALPHA, ONLY_LORA), check=_spellings),
+        Cell("diffusers", ("flux2", "z-image"), (ALPHA, LORA_OR_LOKR)),
+        Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA)),
+        Cell("diffusers-old", (*SD, "sdxl"), OF_LORA),
         Cell(
             "lycoris",
             ("flux2",),
@@ -221,26 +162,20 @@ HOST = Host(
                 ),
             ),
         ),
-        Cell("lycoris", (*UNETS, *FAMILIES), (SILENT,)),
-        Cell("xlabs", ("flux",)),
+        # black-forest-labs' control LoRAs
         Cell(
             "bare",
             ("flux",),
-            (Loss(SWAPPED, modules=r"final_layer\.adaLN_modulation\.1$"),),
-            having=r"single_blocks\.0\.norm\.key_norm",
-        ),
-        Cell("bare", (*UNETS, *FAMILIES), (SILENT,)),
-        Cell(
-            "onetrainer",
-            ("flux",),
             (
                 Loss(
-                    "its converter gives different modules one name, so the last one wins",
-                    whole=True,
+                    "come out with scale and shift swapped",
+                    modules=r"final_layer\.adaLN_modulation\.1$",
                 ),
             ),
+            having=r"single_blocks\.0\.norm\.key_norm",
+            like="comfy",
         ),
-        Cell("onetrainer", FAMILIES, (SILENT,)),
+        Cell("bare", ("qwen-image", "z-image"), OF_LORA),
         Cell(
             "peft",
             ("flux", "chroma"),
@@ -251,11 +186,9 @@ HOST = Host(
                 ),
             ),
         ),
-        Cell("peft", ("krea2", "flux2"), (STOPS,)),
-        Cell("peft", (*UNETS, *FAMILIES), (SILENT,)),
-        Cell("kohya-oft", ("sdxl", *SD, *FAMILIES), (SILENT,)),
-        Cell("omi", ("flux",), (SILENT,)),
+        Cell("peft", ("krea2", "flux2"), (ALPHA, DOWN, *OF_LORA)),
     ),
+    unread=Loss(DROPPED),
     writes={"": ("diffusers", "comfy")},
     always=(
         Loss("have Tucker cores, which it does not load", suffix="lora_mid", whole=True),

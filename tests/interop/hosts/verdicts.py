@@ -1,0 +1,90 @@
+"""Every verdict beside what the loader did with the same file: yes or no, and which modules are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptkit.adapter import Adapter
+from adaptkit.detect import families, formats
+from adaptkit.errors import AdaptkitError
+from adaptkit.hosts import hosts, judge, losses
+from adaptkit.names import Slot
+from tests.interop.hosts.files import FORMS, File, make, namings
+from tests.interop.hosts.loaded import RefusedError
+from tests.interop.hosts.record import BLOCKS, CHOICES, LOADERS, spellings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One file and one host: the slots that adaptkit says are lost, and those that are."""
+
+    host: str
+    file: File
+    claimed: frozenset[Slot] | None
+    lost: frozenset[Slot]
+    why: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        return self.claimed is None or self.claimed == self.lost
+
+    def __str__(self) -> str:
+        total, claimed = len(self.file.parts), self.claimed or frozenset()
+        more, less = sorted(map(str, claimed - self.lost)), sorted(map(str, self.lost - claimed))
+        return (
+            f"{self.host} {self.file.name}: said to lose {len(claimed)} of {total}, loses {len(self.lost)}"
+            f" ({self.why[:90]}) too many: {more[:2]} too few: {less[:2]}"
+        )
+
+
+def files(family: str, forms: tuple[str, ...] | None = None) -> Iterator[File]:
+    """All files of a family: a plain LoRA in every spelling and choice of modules, other algorithms on the denoiser."""
+    for format in formats():
+        for naming in namings(family):
+            for form in forms or FORMS:
+                owned = formats()[format].owns
+                if (form == "oft_blocks") != bool(owned):
+                    continue
+                plain = form in spellings(format)
+                # `up.weight` is the spelling of two formats, which have no other
+                if ("up" in (form, *spellings(format))) and not plain:
+                    continue
+                for choice in CHOICES if plain else ("denoiser", "layers"):
+                    file = make(family, format, naming, form, choice, BLOCKS)
+                    if file is not None:
+                        yield file
+
+
+def cell(host: str, file: File, folder: Path) -> Cell | None:
+    """Compare one verdict; None for a file that adaptkit does not take for an adapter of this family and format."""
+    path = file.write(folder / "file.safetensors")
+    try:
+        with Adapter.open(path, family=file.family, format=file.format) as adapter:
+            if adapter.unclaimed or {e.slot for e in adapter.entries.values()} != {
+                part.slot for part in file.parts
+            }:
+                return None
+            verdict, lost = judge(adapter)[host], losses(adapter, host)
+    except AdaptkitError:
+        return None
+    if lost is not None:
+        assert verdict.loads is (not lost), (host, file.name, verdict)
+    try:
+        really = LOADERS[host].load(file, BLOCKS).lost(file)
+        why = verdict.why
+    except RefusedError as error:
+        really, why = {part.slot for part in file.parts}, f"{verdict.why} / {error}"
+    claimed = None if lost is None else frozenset(lost)
+    return Cell(host, file, claimed, frozenset(really), why)
+
+
+def compare(host: str, chosen: list[str], folder: Path, forms: tuple[str, ...] | None = None) -> Iterator[Cell]:
+    for family in chosen or list(families()):
+        if family in hosts()[host].unsupported:
+            continue
+        for file in files(family, forms):
+            found = cell(host, file, folder)
+            if found is not None:
+                yield found
