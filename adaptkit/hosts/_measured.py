@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from adaptkit.hosts.contract import Piece
 
-__all__ = ["FOLDER", "Measurement", "measurement", "reads"]
+__all__ = ["FOLDER", "Measurement", "measured_with", "measurement", "reads"]
 
 FOLDER = Path(__file__).with_name("measured")
+
 
 class Measurement(NamedTuple):
     """The table of one host: names by family, format, component and naming.
@@ -41,9 +42,13 @@ def measurement(host: str) -> Measurement:
     return Measurement(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def reads(
-    table: Mapping[str, Mapping[str, bool | list[str]]] | None, piece: Piece
-) -> bool | None:
+def measured_with(host: str) -> str:
+    """The version of a loader that was run, or the month of the code that was read."""
+    found = measurement(host)
+    return found.version if found.how == "run" else f"of {found.date}"
+
+
+def reads(table: Mapping[str, Mapping[str, bool | list[str]]] | None, piece: Piece) -> bool | None:
     """Whether a host finds a module under its name; None: not measured.
 
     `table` is that of the file's family and format.

@@ -40,6 +40,13 @@ HOST = Host(
             algorithms=DORA,
             axis="output",
         ),
+        # its one row makes it take the magnitudes of the input axis for those of the output axis
+        Loss(
+            "are DoRA on a layer of one row, for which it divides by another norm",
+            algorithms=DORA,
+            modules=r"txtfusion\.projector$",
+            axis="input",
+        ),
         Loss(MISREAD, suffix=r"lokr_w2$", kernel=3),
         Loss(FAILS, suffix=r"lora_mid|hada_t", kernel=3),
         Loss(FAILS, suffix=r"lokr_t2"),

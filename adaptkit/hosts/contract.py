@@ -19,12 +19,12 @@ __all__ = [
     "SD",
     "TE",
     "UNETS",
+    "UNREAD",
     "Cell",
     "Host",
     "Loss",
     "Piece",
     "Recipe",
-    "UNREAD",
     "Verdict",
 ]
 
@@ -63,10 +63,11 @@ class Recipe:
 class Piece:
     """One adapted weight as a host finds it in a file.
 
-    `stem` is a key without its suffix. `names` are the (naming, name) pairs of the family's table under which the module has the file's
-    name, `suffixes` the ends of its tensors' keys, `kernel` the dimensions of its window,
-    `columns` the width of its input. `alpha` is the number that a host takes for alpha; `told`: a tensor states it, `stated`:
-    only metadata does. `axis` is that of DoRA's norm.
+    `stem` is a key without its suffix. `names` are the (naming, name) pairs of the family's table
+    under which the module has the file's name, `suffixes` the ends of its tensors' keys, `kernel`
+    the dimensions of its window, `columns` the width of its input. `alpha` is the number that a
+    host takes for alpha; `told`: a tensor states it, `stated`: only metadata does. `axis` is that
+    of DoRA's norm.
     """
 
     slot: Slot
@@ -98,7 +99,7 @@ class Loss:
     after those of biases). `algorithms`: one of these; `besides`: none of these. `named`: the name
     is of this naming; `unnamed`: it is not (only denoisers, as text encoders have Hugging Face
     names everywhere). `suffix`: a tensor's suffix matches from its start. `kernel`: the window has
-    this many dimensions. `told`: a tensor states alpha;
+    this many dimensions. `told`: a tensor states alpha; `untold`: none does;
     `stated`: only metadata does; `odd`: alpha is not the component's most common one. `axis`: that
     of DoRA. `whole`: one such module makes the host refuse the file or load nothing.
     """
@@ -112,6 +113,7 @@ class Loss:
     suffix: str = ""
     kernel: int = 0
     told: bool = False
+    untold: bool = False
     stated: bool = False
     odd: bool = False
     axis: str = ""
@@ -129,11 +131,10 @@ class Loss:
             and piece.algorithm not in self.besides
             and (not self.named or self.named in piece.namings)
             and (not self.unnamed or (denoiser and self.unnamed not in piece.namings))
-            and (
-                not self.suffix or any(re.match(self.suffix, suffix) for suffix in piece.suffixes)
-            )
+            and (not self.suffix or any(re.match(self.suffix, suffix) for suffix in piece.suffixes))
             and (not self.kernel or piece.kernel == self.kernel)
             and (not self.told or piece.told)
+            and (not self.untold or not piece.told)
             and (not self.stated or piece.stated)
             and (not self.odd or (piece.told and piece.alpha != common.get(piece.slot.component)))
             and (not self.axis or piece.axis == self.axis)
@@ -182,9 +183,10 @@ class Host:
 
     Which names it reads was measured, see `adaptkit.hosts._measured`; names that were not tried are
     not known, nor are algorithms besides `algorithms`. `unread` is the loss of names that it does
-    not read, `nothing` that of a file of no others. The first cell that fits a file counts. `always` are losses in every format. `writes` are the
-    formats to write by family, the better first ("" for all other families). The host loads
-    nothing for families in `unsupported`, for the reason given there.
+    not read, `nothing` that of a file of no others. The first cell that fits a file counts.
+    `always` are losses in every format. `writes` are the formats to write by family, the better
+    first ("" for all other families). The host loads nothing for families in `unsupported`, for
+    the reason given there.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptkit.hosts.contract import DORA, SD, TE, UNETS, Cell, Host, Loss
@@ -39,8 +40,25 @@ DOWN = Loss(
     "are called lora_down and lora_up, which it does not read here", suffix="lora_down", whole=True
 )
 LORA_OR_LOKR = Loss(
-    "are {kinds}, which it does not load in this format", besides=("lora", "lokr", *DORA), whole=True
+    "are {kinds}, which it does not load in this format",
+    besides=("lora", "lokr", *DORA),
+    whole=True,
 )
+FACTORS = Loss(
+    "are not called lora_down and lora_up, which alone it converts here",
+    suffix=r"lora_[ABm]|lora\.",
+    whole=True,
+)
+OLD = Loss("are called lora.down and lora.up, at which it stops", suffix=r"lora\.", whole=True)
+MAGNITUDE = Loss(
+    "have PEFT's DoRA magnitudes, at which its converter stops",
+    suffix="lora_magnitude_vector",
+    whole=True,
+)
+NO_ALPHA = Loss(
+    "have no alpha tensors, without which these names are not converted", untold=True, whole=True
+)
+SINGLE = Loss("lose their DoRA magnitudes", algorithms=DORA, modules=r"single_blocks\.\d+\.linear2$")
 TWO_SPELLINGS = Loss(
     "are called lora.down and lora.up beside others called lora_A and lora_B: they are dropped "
     "without a message",
@@ -63,8 +81,9 @@ WAN_BLOCK = (
 
 def _spellings(pieces: tuple[Piece, ...]) -> Loss | None:
     """It converts a file's spelling of the factors or not, as its first key says."""
-    old = {any(suffix.startswith("lora.") for suffix in piece.suffixes) for piece in pieces}
-    return TWO_SPELLINGS if len(old) > 1 else None
+    denoiser = [piece for piece in pieces if not piece.slot.component.startswith("text")]
+    new = any(suffix.startswith("lora_A") for piece in denoiser[:1] for suffix in piece.suffixes)
+    return TWO_SPELLINGS if new else None
 
 
 HOST = Host(
@@ -106,13 +125,14 @@ HOST = Host(
                     modules=r"^transformer\.(text_|time_|patch_|head)",
                     whole=True,
                 ),
+                NO_ALPHA,
                 *OF_LORA,
             ),
             needs=WAN_BLOCK,
         ),
         Cell("kohya", ("hunyuan-video",), (STOPS,)),
         Cell("comfy", ("qwen-image",), OF_LORA),
-        Cell("comfy", ("flux2",), (ALPHA, DOWN, NO_DORA, LORA_OR_LOKR)),
+        Cell("comfy", ("flux2",), (replace(ALPHA, suffix="lora"), DOWN, OLD, NO_DORA, MAGNITUDE, LORA_OR_LOKR)),
         Cell(
             "comfy",
             ("wan",),
@@ -147,10 +167,12 @@ HOST = Host(
                 *OF_LORA,
             ),
         ),
-        Cell("comfy", ("flux",), OF_LORA),
-        Cell("diffusers", ("flux",), (ALPHA, ONLY_LORA)),
+        Cell("comfy", ("flux",), (FACTORS, *OF_LORA)),
+        # alpha beside lora_A is read here, under the other names of the factors it is not
+        Cell("diffusers", ("flux",), (replace(ALPHA, suffix="lora_down|lora_up"), ONLY_LORA)),
         Cell("diffusers", (*UNETS, "sd3", "sd35-large"), (ALPHA, ONLY_LORA), check=_spellings),
-        Cell("diffusers", ("flux2", "z-image"), (ALPHA, LORA_OR_LOKR)),
+        Cell("diffusers", ("flux2",), (ALPHA, DOWN, SINGLE, LORA_OR_LOKR)),
+        Cell("diffusers", ("z-image",), (ALPHA, LORA_OR_LOKR)),
         Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA)),
         Cell("diffusers-old", (*SD, "sdxl"), OF_LORA),
         Cell(
@@ -160,6 +182,30 @@ HOST = Host(
                 Loss(
                     "are {kinds}: of these names it reads only LoKr", besides=("lokr",), whole=True
                 ),
+            ),
+            like="diffusers",
+        ),
+        Cell(
+            "bare",
+            ("flux2",),
+            (
+                Loss(
+                    "are {kinds}: of these names it reads only LoKr", besides=("lokr",), whole=True
+                ),
+            ),
+            like="diffusers",
+        ),
+        Cell(
+            "onetrainer",
+            ("flux",),
+            (
+                Loss(
+                    "get one name for different modules, so the last one wins, or it stops",
+                    modules=r"mlp|mod|linear|_in(\.|$)|final|^text",
+                    whole=True,
+                ),
+                NO_ALPHA,
+                *OF_LORA,
             ),
         ),
         # black-forest-labs' control LoRAs
@@ -175,7 +221,7 @@ HOST = Host(
             having=r"single_blocks\.0\.norm\.key_norm",
             like="comfy",
         ),
-        Cell("bare", ("qwen-image", "z-image"), OF_LORA),
+        Cell("bare", ("qwen-image", "z-image"), (NO_ALPHA, *OF_LORA)),
         Cell(
             "peft",
             ("flux", "chroma"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptkit.hosts.contract import DORA, SD, Cell, Host, Loss
@@ -30,9 +31,22 @@ PEFT_DORA = Loss(
 UNSCALED = Loss("have alpha tensors beside lora_A, which it ignores", told=True, suffix="lora_A")
 NO_DORA = Loss("lose their DoRA magnitudes", algorithms=DORA, suffix="lora_A")
 ALPHA = Loss("have alpha tensors, which stop its loader", told=True, suffix="lora_", whole=True)
-TEXT = Loss(
-    "make it not recognise the file", modules=r"^text_encoder", whole=True
+TEXT = Loss("make it not recognise the file", modules=r"^text_encoder", whole=True)
+NORM_OUT = Loss("make it refuse the whole file", modules=r"final_layer\.adaLN", whole=True)
+
+
+def _only(suffix: str) -> Loss:
+    """A tensor of another name makes it not recognise the file, or stop at it."""
+    what = "have tensors of names at which it stops"
+    return Loss(what, suffix=rf"(?!{suffix})", whole=True)
+
+
+LYCORIS = (
+    "hada|lokr|diff|alpha|dora_scale|weight$|on_input|oft|a1|a2|b1|b2|set_weight|w_norm|b_norm"
 )
+KOHYA = _only(rf"lora_(?:up|down|mid)\.|{LYCORIS}")
+OLD = Loss("are called lora.down and lora.up, at which it stops", suffix=r"lora\.", whole=True)
+FACTORS = _only(rf"lora_[AB]\.|{LYCORIS}")
 
 SHORT_CUTS = ("lora_down.weight", "hada_w1_b", "lokr_w1", "diff")
 
@@ -50,14 +64,14 @@ def _unet(family: str) -> Callable[[tuple[Piece, ...]], Loss | None]:
             )
             if re.search(r"^lora_unet_.*_attn2_to_[kv]$", piece.stem) and telling:
                 return None
-            if re.search(r"^lora_unet_.*time_emb_proj$", piece.stem):
-                if "lora_down.weight" in piece.suffixes:
-                    return None if family == "sdxl" else UNKNOWN  # 1,280 in all three
-            if re.search(r"^lora_te\d?_.*_self_attn_", piece.stem):
-                if telling or "on_input" in piece.suffixes:
-                    encoders.add(piece.slot.component)
-                    if family != "sdxl" or len(encoders) > 1:
-                        return None
+            time = re.search(r"^lora_unet_.*time_emb_proj$", piece.stem)
+            if time and "lora_down.weight" in piece.suffixes:
+                return None if family == "sdxl" else UNKNOWN  # 1,280 in all three
+            text = re.search(r"^lora_te\d?_.*_self_attn_", piece.stem)
+            if text and (telling or "on_input" in piece.suffixes):
+                encoders.add(piece.slot.component)
+                if family != "sdxl" or len(encoders) > 1:
+                    return None
         deep = r"^lora_unet_(?:down|up|mid|middle|input|output)_block.*_transformer_blocks_(\d+)_"
         found = (re.search(deep, piece.stem) for piece in pieces)
         if family == "sdxl" and any(hit and int(hit[1]) > 1 for hit in found):
@@ -138,6 +152,23 @@ def _some(pattern: str) -> Callable[[tuple[Piece, ...]], Loss | None]:
     return check
 
 
+def _black_forest(pieces: tuple[Piece, ...]) -> bool:
+    return any(re.search(r"\.(?:double|single)_blocks\.", piece.stem) for piece in pieces)
+
+
+def _flux_peft(pieces: tuple[Piece, ...]) -> Loss | None:
+    return None if _black_forest(pieces) else _flux_diffusers(pieces)
+
+
+def _flux2_peft(pieces: tuple[Piece, ...]) -> Loss | None:
+    return _flux2(pieces) if _black_forest(pieces) else _flux2_diffusers(pieces)
+
+
+def _diffusers_only(*losses: Loss) -> tuple[Loss, ...]:
+    """Losses under diffusers' names."""
+    return tuple(replace(loss, named="diffusers") for loss in losses)
+
+
 KREA = r"text_fusion|txtfusion|time_mod_proj"
 
 
@@ -156,14 +187,16 @@ HOST = Host(
     name="invokeai",
     title="InvokeAI",
     cells=(
-        *(
-            Cell("kohya", (family,), ANY, check=_unet(family))
-            for family in (*SD, "sdxl")
+        *(Cell("kohya", (family,), (KOHYA, *ANY), check=_unet(family)) for family in (*SD, "sdxl")),
+        Cell("kohya", ("flux",), (KOHYA, *ANY), check=_flux_kohya),
+        Cell(
+            "kohya",
+            ("flux2",),
+            (KOHYA, Loss(PASSED_OVER, modules=r"_attn\.qkv$", besides=("lora",)), *ANY),
+            check=_flux2_kohya,
         ),
-        Cell("kohya", ("flux",), ANY, check=_flux_kohya),
-        Cell("kohya", ("flux2",), (Loss(PASSED_OVER, modules=r"_attn\.qkv$", besides=("lora",)), *ANY), check=_flux2_kohya),
-        Cell("kohya", ("qwen-image",), ANY),
-        Cell("kohya", ("wan",), (LORA_OR_DORA,)),
+        Cell("kohya", ("qwen-image",), (KOHYA, LOKR_OR_LORA)),
+        Cell("kohya", ("wan",), (OLD, LOKR_OR_LORA)),
         Cell(
             "kohya",
             ("krea2",),
@@ -175,12 +208,17 @@ HOST = Host(
             ),
             check=_some(KREA),
         ),
-        Cell("kohya", ("anima",), ANY),
-        Cell("comfy", ("flux",), (ALPHA, TEXT, Loss(REFUSES, besides=("lora", "loha", "lokr"), whole=True))),
+        Cell("kohya", ("anima",), (KOHYA, LOKR_OR_LORA)),
+        Cell(
+            "comfy",
+            ("flux",),
+            (FACTORS, ALPHA, TEXT, Loss(REFUSES, besides=("lora", "loha", "lokr"), whole=True)),
+        ),
         Cell(
             "comfy",
             ("flux2",),
             (
+                FACTORS,
                 ALPHA,
                 TEXT,
                 Loss(PASSED_OVER, modules=r"_attn\.qkv$", algorithms=("loha",)),
@@ -188,24 +226,65 @@ HOST = Host(
             ),
             check=_flux2,
         ),
-        Cell("comfy", ("wan",), (LORA_OR_DORA,)),
-        Cell("comfy", ("z-image",), (UNSCALED, NO_DORA, LORA_OR_DORA)),
+        Cell("comfy", ("wan",), (OLD, LORA_OR_DORA)),
+        Cell("comfy", ("z-image",), (OLD, UNSCALED, NO_DORA, LORA_OR_DORA)),
         Cell("comfy", ("krea2",), (LORA_OR_DORA,), check=_krea2),
-        Cell("comfy", ("anima",), (UNSCALED, NO_DORA, LOKR_OR_LORA)),
-        Cell("diffusers", ("flux",), (ALPHA, TEXT, LORA), check=_flux_diffusers),
-        Cell("diffusers", ("flux2",), (ALPHA, LORA), check=_flux2_diffusers),
-        Cell("diffusers", ("qwen-image", "z-image"), (UNSCALED, PEFT_DORA, NO_DORA, LORA_OR_DORA)),
+        Cell("comfy", ("anima",), (OLD, UNSCALED, NO_DORA, LOKR_OR_LORA)),
+        Cell("diffusers", ("anima",), (OLD, UNSCALED, PEFT_DORA, NO_DORA, LOKR_OR_LORA)),
+        Cell("diffusers", ("flux",), (FACTORS, NORM_OUT, ALPHA, TEXT, LORA), check=_flux_diffusers),
+        Cell("diffusers", ("flux2",), (FACTORS, ALPHA, LORA), check=_flux2_diffusers),
+        Cell(
+            "diffusers",
+            ("qwen-image", "z-image"),
+            (OLD, UNSCALED, PEFT_DORA, NO_DORA, LORA_OR_DORA),
+        ),
         Cell("diffusers", ("krea2",), (PEFT_DORA, LORA_OR_DORA), check=_krea2),
-        Cell("diffusers", ("wan",), (PEFT_DORA, LORA_OR_DORA)),
-        Cell("onetrainer", ("flux",), (LORA_OR_DORA,)),
+        Cell("diffusers", ("wan",), (OLD, PEFT_DORA, LORA_OR_DORA)),
+        Cell(
+            "onetrainer",
+            ("flux",),
+            (
+                OLD,
+                Loss("stop its converter", modules=r"\.txt_(?:mod|mlp)", whole=True),
+                Loss("make it not recognise the file", modules=OUTER, whole=True),
+                LORA_OR_DORA,
+            ),
+        ),
         # black-forest-labs' control LoRAs
         Cell("bare", ("flux",), having=r"single_blocks\.0\.norm\.key_norm", like="comfy"),
-        Cell("bare", ("flux2",), (ALPHA, LORA), check=_flux2_diffusers),
-        Cell("bare", ("qwen-image",), (UNSCALED, NO_DORA, LORA_OR_DORA)),
+        Cell("bare", ("flux2",), (FACTORS, ALPHA, LORA), check=_flux2_diffusers),
+        Cell("bare", ("qwen-image",), (OLD, UNSCALED, NO_DORA, LORA_OR_DORA)),
         Cell("bare", ("krea2",), (LORA_OR_DORA,), check=_krea2),
-        Cell("bare", ("wan",), (LORA_OR_DORA,)),
-        Cell("peft", ("flux",), (ALPHA, LORA)),
-        Cell("peft", ("flux2",), (ALPHA, LORA), check=_flux2_diffusers),
+        Cell(
+            "bare",
+            ("wan",),
+            (
+                OLD,
+                LORA_OR_DORA,
+            ),
+        ),
+        Cell(
+            "peft",
+            ("flux",),
+            (
+                FACTORS,
+                *_diffusers_only(NORM_OUT, ALPHA, LORA),
+                Loss(REFUSES, besides=("lora", "loha", "lokr", "full", "lora+dora"), whole=True),
+            ),
+            check=_flux_peft,
+        ),
+        Cell(
+            "peft",
+            ("flux2",),
+            (
+                FACTORS,
+                *_diffusers_only(ALPHA, LORA),
+                Loss(PASSED_OVER, modules=r"_attn\.qkv$", besides=("lora", "lokr")),
+                Loss(REFUSES, besides=("lora", "loha", "lokr", "full", "lora+dora"), whole=True),
+            ),
+            check=_flux2_peft,
+        ),
+        Cell("omi", ("flux",), (_only(r"lora_(?:up|down)\.|alpha"),)),
     ),
     unread=Loss(PASSED_OVER),
     nothing=Loss("it does not recognise such a file, or finds none of its modules", whole=True),
@@ -221,7 +300,11 @@ HOST = Host(
             algorithms=DORA,
             axis="output",
         ),
-        Loss("have a full `lokr_w2` of five dimensions, which it misreads", suffix=r"lokr_w2$", kernel=3),
+        Loss(
+            "have a full `lokr_w2` of five dimensions, which it misreads",
+            suffix=r"lokr_w2$",
+            kernel=3,
+        ),
         Loss("have Tucker cores of three dimensions", suffix=r"lora_mid|hada_t|lokr_t2", kernel=3),
     ),
     unsupported={

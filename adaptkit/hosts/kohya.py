@@ -25,14 +25,24 @@ HOST = Host(
         Cell("kohya", SCRIPTS, (PLAIN,)),
         Cell(
             "kohya",
-            ("flux2", "hunyuan-video", "framepack", "hunyuan-video-15", "qwen-image", "wan",
-             "z-image", "krea2", "ideogram4"),
             (
+                "flux2",
+                "hunyuan-video",
+                "framepack",
+                "hunyuan-video-15",
+                "qwen-image",
+                "wan",
+                "z-image",
+                "krea2",
+                "ideogram4",
+            ),
+            (
+                Loss("are convolutions of three dimensions, which it cannot merge", kernel=3),
                 Loss(
-                    "are convolutions of three dimensions, at which its merge stops",
-                    algorithms=("lora",), kernel=3, whole=True,
+                    "are convolutions, of which it merges plain LoRAs only",
+                    besides=("lora",),
+                    kernel=3,
                 ),
-                Loss("are convolutions, of which it merges plain LoRAs only", besides=("lora",), kernel=3),
             ),
         ),
     ),
@@ -40,7 +50,10 @@ HOST = Host(
     nothing=FOREIGN,
     writes={"": ("kohya", "kohya-oft")},
     always=(
-        Loss("are {kinds}, which its tools do not load", besides=("lora", "loha", "lokr", "kohya-oft")),
+        Loss(
+            "are {kinds}, which its tools do not load",
+            besides=("lora", "loha", "lokr", "kohya-oft"),
+        ),
         CORES,
         FACTORS,
         Loss("have their alpha in metadata, which its tools do not read", stated=True),

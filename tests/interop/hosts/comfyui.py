@@ -233,7 +233,10 @@ def _text(family: str, text: Names) -> Iterator[tuple[str, Place]]:
         if len(encoders) == 1 and family not in ACCOMPANIED and module.startswith("model."):
             yield f"lora_te_{module.removeprefix('model.').replace('.', '_')}", place
         if module == "text_projection":
-            yield ("lora_te2_text_projection" if encoder == "clip_g" else "lora_te1_text_projection"), place
+            yield (
+                ("lora_te2_text_projection" if encoder == "clip_g" else "lora_te1_text_projection"),
+                place,
+            )
 
 
 # ------------------------------------------------------------------ algorithms

@@ -50,6 +50,11 @@ class Form:
     alpha: float | None = None
     kernels: bool = False  # only for convolutions with a window
 
+    @property
+    def peft(self) -> bool:
+        """Whether its factors have PEFT's names."""
+        return "lora_A.weight" in self.tensors((8, 8))
+
 
 @dataclass(frozen=True)
 class File:
@@ -82,7 +87,7 @@ class File:
         found = {}
         for key, (_, shape) in self.listing.items():
             if not shape:
-                found[key] = torch.tensor(self.form.alpha)
+                found[key] = torch.tensor(self.form.alpha or 0.0)
             elif torch.Size(shape).numel() > 1 << 17:
                 found[key] = torch.ones(1).expand(shape)
             else:
@@ -188,7 +193,7 @@ FORMS = {
         Form(
             "lora_magnitude_vector",
             "lora+dora",
-            _with(PEFT, **{"lora_magnitude_vector": lambda s: (s[0],)}),
+            _with(PEFT, lora_magnitude_vector=lambda s: (s[0],) if len(s) == 2 else (1, s[0], *_ones(s))),
         ),
         Form(
             "glora",
@@ -324,11 +329,17 @@ CHOICES: Mapping[str, Callable[[Part], bool]] = {
     "denoiser": lambda part: part.denoiser,
     "everything": lambda part: True,
     # attention and feed-forward layers, which is what most trainers adapt
-    "layers": lambda part: part.denoiser
-    and re.search(r"(block|layer|refiner)s?\.?\w*\.\d", part.slot.target.module) is not None
-    and re.search(r"mod|adaln|norm", part.slot.target.module, re.I) is None,
-    "attention": lambda part: part.denoiser
-    and re.search(r"attn|attention", part.slot.target.module) is not None,
+    "layers": lambda part: (
+        part.denoiser
+        and re.search(r"(block|layer|refiner)s?\.?\w*\.\d", part.slot.target.module) is not None
+        and re.search(r"mod|adaln|norm", part.slot.target.module, re.I) is None
+    ),
+    # without what only some models of a family have
+    "core": lambda part: CHOICES["layers"](part)
+    and re.search(r"vace|_img|adapter|motion|add_[kv]_proj", part.stem) is None,
+    "attention": lambda part: (
+        part.denoiser and re.search(r"attn|attention", part.slot.target.module) is not None
+    ),
 }
 
 

@@ -67,13 +67,15 @@ def _unet(family: str, keys: Mapping[str, Shape]) -> Converted:
     joined = {name.replace(".", "_"): name for name in unet.places}
     heads = ("lora_unet_", *TEXT[family].values()) if family == "sdxl" else ("",)
     layers = at_first_dot(keys)
-    found = converted = kept = 0
+    converted = kept = 0
     for stem, tensors in layers.items():
         if not stem.startswith(heads):
             raise RefusedError(f"an SDXL key begins with {stem[:12]}")
         if stem.startswith("lora_unet_"):
             name = stem.removeprefix("lora_unet_")
-            if family == "sdxl" and (known := next((n for n in native if name.startswith(n)), None)):
+            if family == "sdxl" and (
+                known := next((n for n in native if name.startswith(n)), None)
+            ):
                 # a stem is renamed by its block; the rest of the name stays
                 name, converted = native[known] + name[len(known) :], converted + 1
             else:
@@ -90,7 +92,6 @@ def _unet(family: str, keys: Mapping[str, Shape]) -> Converted:
                     names = {n.replace(".", "_"): n for n in text.places}
                     if (name := stem.removeprefix(head)) in names:
                         yield stem, component, names[name], tensors
-        found += 1
     if family == "sdxl" and converted and kept:
         raise RefusedError("an SDXL file is converted only in part")
 
@@ -100,8 +101,10 @@ def _native_unet(family: str) -> dict[str, str]:
     """The original names of SDXL's modules, and what they are called in diffusers; both joined."""
     found = {}
     for row in families()[family].component("unet").rows:
-        for name in row.names.get("native", ()):
-            found[name.module.replace(".", "_")] = row.names["diffusers"][0].module.replace(".", "_")
+        for indices in expand(row):
+            theirs = fill(row.names["diffusers"][0].module, indices).replace(".", "_")
+            for name in row.names.get("native", ()):
+                found[fill(name.module, indices).replace(".", "_")] = theirs
     # longest first, as a name may begin with another's
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
@@ -167,14 +170,18 @@ def _wan(keys: Mapping[str, Shape]) -> Converted:
     for native in ("self_attn", "cross_attn"):
         diffusers = "attn1" if native == "self_attn" else "attn2"
         for short, long in WAN_NATIVE.items():
-            names[f"{native}_{short}"] = names[f"{diffusers}_{long.replace('.', '_')}"] = f"{diffusers}.{long}"
+            names[f"{native}_{short}"] = names[f"{diffusers}_{long.replace('.', '_')}"] = (
+                f"{diffusers}.{long}"
+            )
     names |= {"ffn_0": "ffn.net.0.proj", "ffn_2": "ffn.net.2", "ffn_net_0_proj": "ffn.net.0.proj", "ffn_net_2": "ffn.net.2"}  # fmt: skip
     for layer, tensors in grouped(keys).items():
         if kohya:
             hit = re.match(r"lora_unet_blocks_(\d+)_(.*)", layer)
             module = f"blocks.{hit[1]}.{names[hit[2]]}" if hit and hit[2] in names else ""
         else:
-            path = _stripped(layer, "base_model.model.transformer.", "transformer.", "diffusion_model.")
+            path = _stripped(
+                layer, "base_model.model.transformer.", "transformer.", "diffusion_model."
+            )
             module = _wan_module(path) if path.startswith("blocks.") else ""
         if module:
             named = renamed(tensors, "alpha", "dora_scale")
@@ -190,7 +197,11 @@ def _anima(keys: Mapping[str, Shape]) -> Converted:
         for n in (*_anima_names("transformer"), *_anima_names("text_conditioner"))
         if re.match(r"blocks\.\d+\.(adaln_modulation_|cross_attn\.\w+_proj|self_attn\.\w+_proj|mlp\.layer)", n)
     }  # fmt: skip
-    more = () if kohya else tuple(f".lokr_{role}" for role in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b"))
+    more = (
+        ()
+        if kohya
+        else tuple(f".lokr_{role}" for role in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b"))
+    )
     for layer, tensors in grouped(keys, *more).items():
         if kohya and layer.startswith("lora_te_"):
             names = {n.replace(".", "_"): n for n in memory("anima", "text_encoder").places}
@@ -205,7 +216,9 @@ def _anima(keys: Mapping[str, Shape]) -> Converted:
         else:
             named = renamed(tensors)
             component = "transformer"
-            module = _stripped(layer, "base_model.model.transformer.", "transformer.", "diffusion_model.")
+            module = _stripped(
+                layer, "base_model.model.transformer.", "transformer.", "diffusion_model."
+            )
             if layer.startswith(TEXT_HEADS):
                 component, module = "text_encoder", f"not under model.: {layer}"
             if module.startswith("llm_adapter."):

@@ -12,10 +12,13 @@ KOHYA_TEXT = re.compile(
     r"|lora_te2_encoder_block_\d+_layer_\d+_(DenseReluDense|SelfAttention)_\w"
 )
 KOHYA_FLUX = re.compile(
-    KOHYA_TEXT.pattern + r"|lora_unet_\w+_blocks_\d+_(img_attn|img_mlp|img_mod|txt_attn|txt_mlp|txt_mod|linear1|linear2|modulation)"
+    KOHYA_TEXT.pattern
+    + r"|lora_unet_\w+_blocks_\d+_(img_attn|img_mlp|img_mod|txt_attn|txt_mlp|txt_mod|linear1|linear2|modulation)"
     r"|lora_unet_final_layer_(linear|linear1|linear2)"
 )
-ONETRAINER = re.compile(r"lora_transformer_(single_transformer_blocks|transformer_blocks)_\d+_\w+\.")
+ONETRAINER = re.compile(
+    r"lora_transformer_(single_transformer_blocks|transformer_blocks)_\d+_\w+\."
+)
 PEFT = ("lora_A.weight", "lora_B.weight")
 DOTTED_LORA = (*PEFT, "lora.down.weight", "lora.up.weight")
 LOKR = tuple(f"lokr_{role}" for role in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2"))
@@ -47,15 +50,14 @@ def flux_format(keys: Mapping[str, Shape], metadata: bool = False) -> str:
     if _control(keys):
         return "control"
     blocks = ("double_blocks.", "single_blocks.")
-    if any(key.startswith(tuple(f"diffusion_model.{b}" for b in blocks)) for key in keys):
-        if not metadata and not any(key.endswith((*LOKR, *LOHA)) for key in keys):
-            return "aitoolkit"
+    toolkit = any(key.startswith(tuple(f"diffusion_model.{b}" for b in blocks)) for key in keys)
+    if toolkit and not metadata and not any(key.endswith((*LOKR, *LOHA)) for key in keys):
+        return "aitoolkit"
     if all(re.match(r"double_blocks\.\d+\.processor\.", key) for key in keys):
         return "xlabs"
     known = (*PEFT, *LOKR, *LOHA, "alpha", "dora_scale", "diff")
-    if (
-        all(key.endswith(known) and key.startswith(BFL) for key in keys)
-        and any(key.startswith(tuple(p + b for p in BFL for b in blocks)) for key in keys)
+    if all(key.endswith(known) and key.startswith(BFL) for key in keys) and any(
+        key.startswith(tuple(p + b for p in BFL for b in blocks)) for key in keys
     ):
         return "bfl"
     return ""
@@ -211,7 +213,9 @@ LORA_SUFFIX = (
 )  # fmt: skip
 COSMOS = r"blocks[._]\d+[._](cross_attn|self_attn|mlp|adaln_modulation)"
 COSMOS_OWN = r"blocks[._]\d+[._](mlp[._]layer|adaln_modulation|(?:cross|self)_attn[._](?:[qkv]_proj|output_proj))"
-COSMOS_STEM = r"(lora_unet_(llm_adapter_)?|(diffusion_model|transformer|base_model\.model\.transformer)\.)"
+COSMOS_STEM = (
+    r"(lora_unet_(llm_adapter_)?|(diffusion_model|transformer|base_model\.model\.transformer)\.)"
+)
 ENDS = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "dora_scale")
 Z_IMAGE = (
     "diffusion_model.layers.", "diffusion_model.context_refiner.", "diffusion_model.noise_refiner.",
@@ -232,8 +236,8 @@ NOT_WAN = re.compile(
 
 def recognised(family: str, keys: Mapping[str, Shape]) -> bool:
     """Whether the file is recognised as one for this family."""
-    some = lambda *ends: any(key.endswith(ends) for key in keys)  # noqa: E731
-    starts = lambda *heads: any(key.startswith(heads) for key in keys)  # noqa: E731
+    some = lambda *ends: any(key.endswith(ends) for key in keys)
+    starts = lambda *heads: any(key.startswith(heads) for key in keys)
     if family in ("flux", "flux2"):
         found = flux_format(keys, metadata=True)
         if found == "control":
@@ -260,7 +264,11 @@ def recognised(family: str, keys: Mapping[str, Shape]) -> bool:
             "lora_unet_double_blocks_", "lora_unet_single_blocks_", "lora_unet_single_transformer_blocks_",
         )  # fmt: skip
         return (
-            starts("transformer_blocks.", "transformer.transformer_blocks.", "lora_unet_transformer_blocks_")
+            starts(
+                "transformer_blocks.",
+                "transformer.transformer_blocks.",
+                "lora_unet_transformer_blocks_",
+            )
             and some(*ENDS, "lokr_w1", "lokr_w2")
             and not starts("diffusion_model.layers.", *flux)
             and not krea
@@ -278,5 +286,3 @@ def recognised(family: str, keys: Mapping[str, Shape]) -> bool:
             and not any(NOT_WAN.search(key) for key in keys)
         )
     return False
-
-

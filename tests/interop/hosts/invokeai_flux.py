@@ -67,7 +67,12 @@ def flux(family: str, keys: Mapping[str, Shape]) -> Converted:
             if hit is None:
                 raise RefusedError(f"no FLUX layer: {stem}")
             module = ".".join(word for word in hit.groups() if word)
-            yield stem, "transformer", _as_flux2(module, form, ("lora",)) if two else module, tensors
+            yield (
+                stem,
+                "transformer",
+                _as_flux2(module, form, ("lora",)) if two else module,
+                tensors,
+            )
     elif found == "onetrainer":
         yield from _flux_onetrainer(keys)
     elif found == "onetrainer-bfl":
@@ -83,7 +88,12 @@ def flux(family: str, keys: Mapping[str, Shape]) -> Converted:
             form = kind(named)
             if layer.startswith("diffusion_model."):
                 module = layer.removeprefix("diffusion_model.")
-                yield layer, "transformer", _as_flux2(module, form, ("lora",)) if two else module, named
+                yield (
+                    layer,
+                    "transformer",
+                    _as_flux2(module, form, ("lora",)) if two else module,
+                    named,
+                )
     elif found == "bfl":
         layers: dict[str, dict[str, Shape]] = {}
         for key, shape in keys.items():
@@ -95,7 +105,12 @@ def flux(family: str, keys: Mapping[str, Shape]) -> Converted:
             module = layer
             for prefix in BFL:
                 module = module.removeprefix(prefix)
-            yield layer, "transformer", _as_flux2(module, form, ("lora", "lokr")) if two else module, named
+            yield (
+                layer,
+                "transformer",
+                _as_flux2(module, form, ("lora", "lokr")) if two else module,
+                named,
+            )
     elif found == "control":
         for layer, tensors in _control_layers(keys).items():
             yield layer, "transformer", layer, tensors
@@ -118,7 +133,9 @@ def _control_layers(keys: Mapping[str, Shape]) -> dict[str, dict[str, Shape]]:
             name = f"{half}.{name}"
         if name == "lora_B.bias":
             continue
-        found.setdefault(stem, {})[name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = shape
+        found.setdefault(stem, {})[
+            name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        ] = shape
     return found
 
 
@@ -160,7 +177,9 @@ def _flux1_layers(layers: Layers) -> Converted:
     """Layers in diffusers' names of FLUX.1; the whole file must be used up."""
     seen: dict[str, set[str]] = {}
     for stem, (name, tensors) in {s: (_bare(s), t) for s, t in layers.items()}.items():
-        module = next((re.sub(p, new, name) for p, new in FLUX1.items() if re.fullmatch(p, name)), None)
+        module = next(
+            (re.sub(p, new, name) for p, new in FLUX1.items() if re.fullmatch(p, name)), None
+        )
         if module is None:
             raise RefusedError(f"{name} is left over")
         named = renamed(tensors)
@@ -180,13 +199,18 @@ def _bare(stem: str) -> str:
 
 
 def _flux_diffusers(two: bool, keys: Mapping[str, Shape]) -> Converted:
-    if not any(re.search(r"to_qkv_mlp_proj|ff\.linear_in|ff_context\.linear_in", key) for key in keys):
+    if not any(
+        re.search(r"to_qkv_mlp_proj|ff\.linear_in|ff_context\.linear_in", key) for key in keys
+    ):
         yield from _flux1_layers(grouped(keys, plain=True))
         return
     for layer, tensors in grouped(keys, ".lora.down.weight", ".lora.up.weight").items():
         named = renamed(tensors)
         if "lora.down.weight" in tensors:
-            named = {"lora_down.weight": tensors["lora.down.weight"], "lora_up.weight": tensors["lora.up.weight"]}
+            named = {
+                "lora_down.weight": tensors["lora.down.weight"],
+                "lora_up.weight": tensors["lora.up.weight"],
+            }
         kind(named)
         yield layer, "transformer", _bare(layer), named
 
@@ -216,5 +240,3 @@ def _flux_names() -> tuple[str, ...]:
         for indices in expand(row)
         for name in row.names["diffusers"]
     )
-
-

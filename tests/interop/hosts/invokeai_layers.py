@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
@@ -37,10 +36,19 @@ def memory(family: str, component: str) -> Names:
 
 # ------------------------------------------------------------------ grouping and layers
 
-LAYER_SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".dora_scale", ".alpha")
+LAYER_SUFFIXES = (
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_down.weight",
+    ".lora_up.weight",
+    ".dora_scale",
+    ".alpha",
+)
 
 
-def grouped(keys: Mapping[str, Shape], *more: str, plain: bool = False) -> dict[str, dict[str, Shape]]:
+def grouped(
+    keys: Mapping[str, Shape], *more: str, plain: bool = False
+) -> dict[str, dict[str, Shape]]:
     """Tensors by layer: at a known suffix, else before the last two words; `plain`: always there."""
     found: dict[str, dict[str, Shape]] = {}
     for key, shape in keys.items():
@@ -86,7 +94,10 @@ def renamed(tensors: Mapping[str, Shape], *keep: str) -> dict[str, Shape]:
     """PEFT's factors under LyCORIS' names, without the other tensors but these."""
     if "lora_A.weight" not in tensors:
         return dict(tensors)
-    found = {"lora_down.weight": tensors["lora_A.weight"], "lora_up.weight": tensors["lora_B.weight"]}
+    found = {
+        "lora_down.weight": tensors["lora_A.weight"],
+        "lora_up.weight": tensors["lora_B.weight"],
+    }
     return found | {name: tensors[name] for name in keep if name in tensors}
 
 
@@ -103,5 +114,3 @@ def right(part: Part, layer: Mapping[str, Shape], meant: Mapping[str, Shape]) ->
     if {"lora_mid.weight", "hada_t1", "lokr_t2"} & set(meant) and window != 2:
         return False
     return len(meant.get("lokr_w2", ())) in (0, 2, 4)
-
-

@@ -14,7 +14,7 @@ import re
 
 from adaptkit.detect import families
 from tests.interop.hosts.files import File, Part, is_denoiser
-from tests.interop.hosts.loaded import Loaded, RefusedError
+from tests.interop.hosts.loaded import Loaded
 
 VERSION = "sd-scripts 48d368f, musubi-tuner 30c658c"
 DATE = "2026-06"
@@ -36,13 +36,13 @@ SCRIPTS = {
     "hunyuan-image": r"double_blocks|single_blocks",
 }
 # prefixes of the text encoders that it trains, and their layers
+THREE = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 TEXT = {
-    **dict.fromkeys(("sd1", "sd2"), {"text_encoder": "lora_te_"}),
+    "sd1": {"text_encoder": "lora_te_"},
+    "sd2": {"text_encoder": "lora_te_"},
     "sdxl": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
-    **dict.fromkeys(
-        ("sd3", "sd35-large"),
-        {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"},
-    ),
+    "sd3": THREE,
+    "sd35-large": THREE,
     "flux": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     "chroma": {"text_encoder": "lora_te3_"},
     "lumina2": {"text_encoder": "lora_te_"},
@@ -60,7 +60,11 @@ DIFFUSERS = ("sd1", "sd2", "framepack", "qwen-image", "z-image")
 def _named(file: File, part: Part) -> bool:
     """Whether the model has a layer of the module's name."""
     rows = families()[file.family].component(part.slot.component).rows
-    naming = "diffusers" if file.family in DIFFUSERS or not is_denoiser(part.slot.component) else "native"
+    naming = (
+        "diffusers"
+        if file.family in DIFFUSERS or not is_denoiser(part.slot.component)
+        else "native"
+    )
     return any(
         part.name == name.module
         for row in rows
@@ -77,11 +81,12 @@ def load(file: File) -> Loaded:
         return Loaded(frozenset(part.stem for part in file.parts if _oft(file, part)))
     found = set()
     for part in file.parts:
-        if file.family in SCRIPTS and plain and _scripts(file, part):
+        if (file.family in SCRIPTS and plain and _scripts(file, part)) or (
+            file.family in MUSUBI
+            and (file.family not in SCRIPTS or not plain)
+            and _musubi(file, part, suffixes)
+        ):
             found.add(part.stem)
-        elif file.family in MUSUBI and (file.family not in SCRIPTS or not plain):
-            if _musubi(file, part, suffixes):
-                found.add(part.stem)
     return Loaded(frozenset(found))
 
 
@@ -104,9 +109,8 @@ def _musubi(file: File, part: Part, suffixes: set[str]) -> bool:
     if file.family == "flux" and not re.search(SCRIPTS["flux"], part.slot.target.module):
         return False
     if suffixes == {"lora_up.weight", "lora_down.weight"}:
-        if len(part.shape) == 5:  # its merge permutes four dimensions
-            raise RefusedError("it stops at a convolution of three dimensions")
-        return True
+        # its merge permutes four dimensions; the network of its trainer leaves them out
+        return len(part.shape) != 5
     if {"hada_w1_a", "lokr_w1"} & suffixes and not {"hada_t1", "lokr_t2", "dora_scale"} & suffixes:
         return len(part.shape) == 2
     return False

@@ -23,7 +23,7 @@ from tests.interop.hosts.files import File, Part, make, namings
 from tests.interop.hosts.loaded import Loaded, RefusedError
 
 BLOCKS = 2  # of each kind: those after the first are named like it
-CHOICES = ("everything", "denoiser", "layers", "attention")
+CHOICES = ("everything", "denoiser", "layers", "core", "attention")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ COMPLETE = {("peft", "flux"), ("peft", "chroma"), ("xlabs", "flux")}
 def _short(known: Mapping[str, bool]) -> bool | list[str]:
     if all(known.values()):
         return True
-    return sorted(name for name, right in known.items() if not right) if any(known.values()) else False
+    return (
+        sorted(name for name, right in known.items() if not right) if any(known.values()) else False
+    )
 
 
 def record(only: str = "", *chosen: str) -> None:

@@ -48,10 +48,18 @@ def files(family: str, forms: tuple[str, ...] | None = None) -> Iterator[File]:
                 if (form == "oft_blocks") != bool(owned):
                     continue
                 plain = form in spellings(format)
+                # factors as PEFT calls them stand in dotted keys only, diffusers' old ones in its own
+                if formats()[format].joiner == "_" and FORMS[form].peft:
+                    continue
+                if form == "lora.up" and format != "diffusers":
+                    continue
                 # `up.weight` is the spelling of two formats, which have no other
                 if ("up" in (form, *spellings(format))) and not plain:
                     continue
-                for choice in CHOICES if plain else ("denoiser", "layers"):
+                # text encoders in the usual spellings only: others are read or not as they come
+                usual = form in spellings(format)[:2]
+                choices = CHOICES if usual else CHOICES[1:] if plain else ("denoiser", "layers")
+                for choice in choices:
                     file = make(family, format, naming, form, choice, BLOCKS)
                     if file is not None:
                         yield file
@@ -80,7 +88,9 @@ def cell(host: str, file: File, folder: Path) -> Cell | None:
     return Cell(host, file, claimed, frozenset(really), why)
 
 
-def compare(host: str, chosen: list[str], folder: Path, forms: tuple[str, ...] | None = None) -> Iterator[Cell]:
+def compare(
+    host: str, chosen: list[str], folder: Path, forms: tuple[str, ...] | None = None
+) -> Iterator[Cell]:
     for family in chosen or list(families()):
         if family in hosts()[host].unsupported:
             continue
