@@ -107,6 +107,7 @@ def _made(
         algorithm=kind.name,
         names=_names(keys, slot, keys.module(_weight(slot))),
         kernel=_kernel(keys, slot),
+        columns=entry.facts.columns,
         suffixes=tuple(_suffixes(keys, slot, entry, kind)),
         alpha=None if rank is None else scale * rank,
         told=told and not kind.bounded,

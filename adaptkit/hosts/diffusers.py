@@ -58,7 +58,9 @@ MAGNITUDE = Loss(
 NO_ALPHA = Loss(
     "have no alpha tensors, without which these names are not converted", untold=True, whole=True
 )
-SINGLE = Loss("lose their DoRA magnitudes", algorithms=DORA, modules=r"single_blocks\.\d+\.linear2$")
+SINGLE = Loss(
+    "lose their DoRA magnitudes", algorithms=DORA, modules=r"single_blocks\.\d+\.linear2$"
+)
 TWO_SPELLINGS = Loss(
     "are called lora.down and lora.up beside others called lora_A and lora_B: they are dropped "
     "without a message",
@@ -132,7 +134,11 @@ HOST = Host(
         ),
         Cell("kohya", ("hunyuan-video",), (STOPS,)),
         Cell("comfy", ("qwen-image",), OF_LORA),
-        Cell("comfy", ("flux2",), (replace(ALPHA, suffix="lora"), DOWN, OLD, NO_DORA, MAGNITUDE, LORA_OR_LOKR)),
+        Cell(
+            "comfy",
+            ("flux2",),
+            (replace(ALPHA, suffix="lora"), DOWN, OLD, NO_DORA, MAGNITUDE, LORA_OR_LOKR),
+        ),
         Cell(
             "comfy",
             ("wan",),
@@ -146,13 +152,19 @@ HOST = Host(
                     "have alpha tensors, which stop its converter",
                     told=True,
                     suffix="lora_A",
+                    unnamed="diffusers",
                     whole=True,
                 ),
                 NO_DORA,
                 LORA_OR_LOKR,
             ),
         ),
-        Cell("comfy", ("krea2", "anima", "ltx", "ltx2", "ideogram4"), (ALPHA, DOWN, *OF_LORA)),
+        Cell(
+            "comfy",
+            ("krea2", "anima", "ltx", "ltx2", "ideogram4"),
+            (ALPHA, DOWN, MAGNITUDE, *OF_LORA),
+        ),
+        Cell("bare", ("ideogram4",), (ALPHA, DOWN, MAGNITUDE, *OF_LORA)),
         Cell("comfy", ("lumina2",), (ALPHA, DOWN, *OF_LORA)),
         Cell(
             "comfy",
@@ -167,7 +179,7 @@ HOST = Host(
                 *OF_LORA,
             ),
         ),
-        Cell("comfy", ("flux",), (FACTORS, *OF_LORA)),
+        Cell("comfy", ("flux", "chroma"), (FACTORS, *OF_LORA)),
         # alpha beside lora_A is read here, under the other names of the factors it is not
         Cell("diffusers", ("flux",), (replace(ALPHA, suffix="lora_down|lora_up"), ONLY_LORA)),
         Cell("diffusers", (*UNETS, "sd3", "sd35-large"), (ALPHA, ONLY_LORA), check=_spellings),
@@ -221,7 +233,8 @@ HOST = Host(
             having=r"single_blocks\.0\.norm\.key_norm",
             like="comfy",
         ),
-        Cell("bare", ("qwen-image", "z-image"), (NO_ALPHA, *OF_LORA)),
+        Cell("bare", ("qwen-image",), (NO_ALPHA, *OF_LORA)),
+        Cell("bare", ("z-image",), (NO_ALPHA, NO_DORA, LORA_OR_LOKR)),
         Cell(
             "peft",
             ("flux", "chroma"),

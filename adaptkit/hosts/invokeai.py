@@ -169,6 +169,10 @@ def _diffusers_only(*losses: Loss) -> tuple[Loss, ...]:
     return tuple(replace(loss, named="diffusers") for loss in losses)
 
 
+ANIMA = (
+    r"(?:lora_unet_(?:llm_adapter_)?|(?:diffusion_model|transformer)\.)blocks[._]\d+[._]"
+    r"(?:mlp[._]layer|adaln_mod|(?:cross|self)_attn[._](?:[qkv]_proj|output_proj))"
+)
 KREA = r"text_fusion|txtfusion|time_mod_proj"
 
 
@@ -208,7 +212,7 @@ HOST = Host(
             ),
             check=_some(KREA),
         ),
-        Cell("kohya", ("anima",), (KOHYA, LOKR_OR_LORA)),
+        Cell("kohya", ("anima",), (KOHYA, LOKR_OR_LORA), check=_some(ANIMA)),
         Cell(
             "comfy",
             ("flux",),
@@ -229,8 +233,13 @@ HOST = Host(
         Cell("comfy", ("wan",), (OLD, LORA_OR_DORA)),
         Cell("comfy", ("z-image",), (OLD, UNSCALED, NO_DORA, LORA_OR_DORA)),
         Cell("comfy", ("krea2",), (LORA_OR_DORA,), check=_krea2),
-        Cell("comfy", ("anima",), (OLD, UNSCALED, NO_DORA, LOKR_OR_LORA)),
-        Cell("diffusers", ("anima",), (OLD, UNSCALED, PEFT_DORA, NO_DORA, LOKR_OR_LORA)),
+        Cell("comfy", ("anima",), (OLD, UNSCALED, NO_DORA, LOKR_OR_LORA), check=_some(ANIMA)),
+        Cell(
+            "diffusers",
+            ("anima",),
+            (OLD, UNSCALED, PEFT_DORA, NO_DORA, LOKR_OR_LORA),
+            check=_some(ANIMA),
+        ),
         Cell("diffusers", ("flux",), (FACTORS, NORM_OUT, ALPHA, TEXT, LORA), check=_flux_diffusers),
         Cell("diffusers", ("flux2",), (FACTORS, ALPHA, LORA), check=_flux2_diffusers),
         Cell(
@@ -238,7 +247,7 @@ HOST = Host(
             ("qwen-image", "z-image"),
             (OLD, UNSCALED, PEFT_DORA, NO_DORA, LORA_OR_DORA),
         ),
-        Cell("diffusers", ("krea2",), (PEFT_DORA, LORA_OR_DORA), check=_krea2),
+        Cell("diffusers", ("krea2",), (OLD, PEFT_DORA, LORA_OR_DORA), check=_krea2),
         Cell("diffusers", ("wan",), (OLD, PEFT_DORA, LORA_OR_DORA)),
         Cell(
             "onetrainer",

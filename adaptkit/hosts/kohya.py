@@ -23,6 +23,7 @@ HOST = Host(
     title="kohya (sd-scripts, musubi-tuner)",
     cells=(
         Cell("kohya", SCRIPTS, (PLAIN,)),
+        Cell("onetrainer", SCRIPTS, (PLAIN,)),
         Cell(
             "kohya",
             (

@@ -129,7 +129,12 @@ def meant(file: File, part: Part, tensors: Mapping[str, torch.Tensor]) -> torch.
     """What a module of a file is to add, on the probe; None for algorithms that diffusers has no form of."""
     mine = {k: tensors[f"{part.stem}.{k}"] for k in file.form.tensors(part.shape)}
     alpha = file.form.alpha
-    spelled = ("lora_up", "lora_down"), ("lora_B", "lora_A"), ("lora.up", "lora.down"), ("up", "down")
+    spelled = (
+        ("lora_up", "lora_down"),
+        ("lora_B", "lora_A"),
+        ("lora.up", "lora.down"),
+        ("up", "down"),
+    )
     for up, down in spelled:
         if f"{up}.weight" in mine and "lora_mid.weight" not in mine:
             down_weight = mine[f"{down}.weight"]
@@ -193,9 +198,10 @@ class Result:
             got, vector = layer
             if (magnitude is None) != (vector is None):
                 return False
-            if magnitude is not None and vector is not None:
-                if vector.is_meta or not torch.equal(magnitude.flatten(), vector.flatten()):
-                    return False
+            if vector is not None and vector.is_meta:
+                return False
+            if not _equal(magnitude, vector):
+                return False
             if name.swapped:
                 got = got.roll(len(got) // 2)
             total = len(got) / (there[1] - there[0])
@@ -207,6 +213,10 @@ class Result:
             if not torch.allclose(got[cut], expected[mine], rtol=1e-4, atol=1e-5):
                 return False
         return True
+
+
+def _equal(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
+    return one is None or two is None or torch.equal(one.flatten(), two.flatten())
 
 
 def _bounds(rows: Rows | None) -> tuple[float, float]:

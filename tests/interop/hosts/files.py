@@ -335,8 +335,13 @@ CHOICES: Mapping[str, Callable[[Part], bool]] = {
         and re.search(r"mod|adaln|norm", part.slot.target.module, re.I) is None
     ),
     # without what only some models of a family have
-    "core": lambda part: CHOICES["layers"](part)
-    and re.search(r"vace|_img|adapter|motion|add_[kv]_proj", part.stem) is None,
+    "image": lambda part: (
+        CHOICES["layers"](part) and re.search(r"vace|adapter|motion", part.stem) is None
+    ),
+    "core": lambda part: (
+        CHOICES["layers"](part)
+        and re.search(r"vace|_img|adapter|motion|add_[kv]_proj", part.stem) is None
+    ),
     "attention": lambda part: (
         part.denoiser and re.search(r"attn|attention", part.slot.target.module) is not None
     ),

@@ -66,7 +66,7 @@ def _named(file: File, part: Part) -> bool:
         else "native"
     )
     return any(
-        part.name == name.module
+        part.name.replace(".", "_") == name.module.replace(".", "_")
         for row in rows
         for name in row.names.get(naming) or row.names["diffusers"]
     )

@@ -23,7 +23,7 @@ from tests.interop.hosts.files import File, Part, make, namings
 from tests.interop.hosts.loaded import Loaded, RefusedError
 
 BLOCKS = 2  # of each kind: those after the first are named like it
-CHOICES = ("everything", "denoiser", "layers", "core", "attention")
+CHOICES = ("everything", "denoiser", "layers", "image", "core", "attention")
 
 
 @dataclass(frozen=True)

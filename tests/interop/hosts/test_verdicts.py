@@ -54,8 +54,11 @@ def sample(host: str, family: str) -> Iterator[File]:
                     name = f"{host}|{family}|{format}|{naming}|{form}|{choice}"
                     if zlib.crc32(name.encode()) % SHARE[host]:
                         continue
-                    ours = ("up", "oft_blocks")  # spellings of some formats, which have no other
-                    if (form in ours or record.spellings(format)[0] in ours) and form not in record.spellings(format):  # fmt: skip
+                    if not verdicts.natural(format, form):
+                        continue
+                    # names that no tool writes are refused or not with what stands beside them
+                    usual = form == record.spellings(format)[0] and naming == namings(family)[0]
+                    if choice == "everything" and not usual:
                         continue
                     file = make(family, format, naming, form, choice, 2)
                     if file is not None:

@@ -39,23 +39,25 @@ class Cell:
         )
 
 
+def natural(format: str, form: str) -> bool:
+    """Whether some tool may write this form under such keys."""
+    ours = ("up", "oft_blocks")  # spellings of some formats, which have no other
+    if form in ours or spellings(format)[0] in ours:
+        return form in spellings(format)
+    # factors as PEFT calls them stand in dotted keys only, diffusers' old ones in its own
+    if formats()[format].joiner == "_" and FORMS[form].peft:
+        return False
+    return form != "lora.up" or format == "diffusers"
+
+
 def files(family: str, forms: tuple[str, ...] | None = None) -> Iterator[File]:
     """All files of a family: a plain LoRA in every spelling and choice of modules, other algorithms on the denoiser."""
     for format in formats():
         for naming in namings(family):
             for form in forms or FORMS:
-                owned = formats()[format].owns
-                if (form == "oft_blocks") != bool(owned):
+                if not natural(format, form):
                     continue
                 plain = form in spellings(format)
-                # factors as PEFT calls them stand in dotted keys only, diffusers' old ones in its own
-                if formats()[format].joiner == "_" and FORMS[form].peft:
-                    continue
-                if form == "lora.up" and format != "diffusers":
-                    continue
-                # `up.weight` is the spelling of two formats, which have no other
-                if ("up" in (form, *spellings(format))) and not plain:
-                    continue
                 # text encoders in the usual spellings only: others are read or not as they come
                 usual = form in spellings(format)[:2]
                 choices = CHOICES if usual else CHOICES[1:] if plain else ("denoiser", "layers")
