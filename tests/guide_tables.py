@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.hosts import hosts
+from adaptkit.hosts._measured import measurement
 from tests.examples import run
 
 SECTION = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
@@ -69,9 +70,16 @@ def algorithms() -> str:
     )
 
 
+def _measured(host: str) -> str:
+    found = measurement(host)
+    how = "run" if found.how == "run" else "described from its code"
+    return f"{found.version}, {how} in {found.date}"
+
+
 def host_names() -> str:
     return table(
-        ("name", "host", "measured with"), [(h.name, h.title, h.measured) for h in hosts().values()]
+        ("name", "host", "measured with"),
+        [(h.name, h.title, _measured(h.name)) for h in hosts().values()],
     )
 
 

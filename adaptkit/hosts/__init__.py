@@ -1,11 +1,13 @@
 """Hosts: the programs that load adapters, and what each really loads.
 
-One file per host, with the attribute `HOST`. Measured by running the hosts' own loaders on real
-key lists; each file states the version.
+One file per host, with the attribute `HOST`: what makes it refuse or misread a file. Which names it
+reads is a table in `measured/`, written by `python -m tests.interop.hosts --record`: diffusers is
+run, the others are described from their code in `tests/interop/hosts`.
 """
 
 from __future__ import annotations
 
-from adaptkit.hosts._judge import complete, hosts, judge, recipe
+from adaptkit.hosts._judge import complete, hosts, judge, losses, recipe
+from adaptkit.hosts._measured import measured_with
 
-__all__ = ["complete", "hosts", "judge", "recipe"]
+__all__ = ["complete", "hosts", "judge", "losses", "measured_with", "recipe"]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, NotRepresentable
+from adaptkit.hosts._measured import measurement, reads
 from adaptkit.hosts._pieces import common_alphas, examples, pieces_as, pieces_of
-from adaptkit.hosts.contract import PARTIAL, Loss, Recipe, Verdict
+from adaptkit.hosts.contract import Loss, Recipe, Verdict
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
     from adaptkit.adapter import Adapter
     from adaptkit.hosts.contract import Host, Piece
+    from adaptkit.names import Slot
 
-__all__ = ["complete", "hosts", "judge", "recipe"]
+__all__ = ["complete", "hosts", "judge", "losses", "recipe"]
 
 SHOWN = 3  # modules named per reason
 
@@ -33,14 +35,27 @@ def judge(adapter: Adapter) -> dict[str, Verdict]:
     return {name: _verdict(host, adapter, pieces) for name, host in hosts().items()}
 
 
+def losses(adapter: Adapter, host: str) -> dict[Slot, str] | None:
+    """The slots that a host loses, and why; None if it is not measured."""
+    pieces = pieces_of(adapter) if adapter.known else ()
+    target = hosts()[host]
+    if _unmeasured(target, adapter, pieces):
+        return None
+    if adapter.family.name in target.unsupported:
+        return {piece.slot: target.unsupported[adapter.family.name] for piece in pieces}
+    found = _lost(target, adapter.format.name, adapter.family.name, pieces)
+    if any(loss.whole for loss in found):
+        why = next(loss.what for loss in found if loss.whole)
+        return {piece.slot: why for piece in pieces}
+    return {piece.slot: loss.what for loss, lost in found.items() for piece in lost}
+
+
 def complete(host: Host, format: str) -> list[str]:
     """The families whose denoiser a host loads completely in a format."""
     found: list[str] = []
     for name in families():
         pieces = examples(name, format)
-        known = (
-            pieces and name not in host.unsupported and host.cell(format, name, pieces) is not None
-        )
+        known = pieces and name not in host.unsupported and _knows(host, format, name, pieces)
         if known and not _lost(host, format, name, pieces):
             found.append(name)
     return found
@@ -52,13 +67,12 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
         return Verdict(None, f"not measured{unknown}")
     if adapter.family.name in host.unsupported:
         return Verdict(False, host.unsupported[adapter.family.name])
-    if adapter.unclaimed:
-        return Verdict(False, f"{_some(list(adapter.unclaimed))} cannot be used")
     lost = _lost(host, adapter.format.name, adapter.family.name, pieces)
     if lost:
         return Verdict(False, "; ".join(_reasons(lost, len(pieces))))
-    if host.cell(adapter.format.name, adapter.family.name, pieces) is None:
-        return Verdict(None, "not measured")
+    if adapter.unclaimed:
+        # what adaptkit does not know, a host may
+        return Verdict(None, f"not measured for {_some(list(adapter.unclaimed))}")
     return Verdict(True)
 
 
@@ -66,8 +80,28 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
     """What of a file no table of a host can be about; empty if there is nothing."""
     if not adapter.known:
         return ": the model family is unknown"
+    if adapter.family.name in host.unsupported:
+        return ""
     strange = sorted({piece.algorithm for piece in pieces} - set(host.algorithms))
-    return f" for {' and '.join(strange)}" if strange else ""
+    if strange:
+        return f" for {' and '.join(strange)}"
+    known = _knows(host, adapter.format.name, adapter.family.name, pieces)
+    return "" if known else f" for {adapter.format.name} keys of {adapter.family.title}"
+
+
+def _knows(host: Host, format: str, family: str, pieces: tuple[Piece, ...]) -> bool:
+    """Whether a host was tried with every module of a file under its name."""
+    table = _table(host, format, family, pieces)
+    return all(reads(table, piece) is not None for piece in pieces)
+
+
+def _table(
+    host: Host, format: str, family: str, pieces: tuple[Piece, ...]
+) -> Mapping[str, Mapping[str, bool | list[str]]] | None:
+    """The names of a family that a host was tried with in a format, or in what it takes it for."""
+    cell = host.cell(format, family, pieces)
+    used = cell.like if cell and cell.like else format
+    return measurement(host.name).names.get(family, {}).get(used)
 
 
 def _lost(
@@ -81,20 +115,32 @@ def _lost(
     if cell is not None and not all(
         any(re.search(p, str(x.slot.target)) for x in pieces) for p in cell.needs
     ):
-        return {PARTIAL: list(pieces)}
+        return {cell.partial: list(pieces)}
+    found_out = cell.check(pieces) if cell is not None and cell.check is not None else None
+    if found_out is not None and found_out.whole:
+        return {found_out: list(pieces)}
     common = common_alphas(pieces)
+    table = _table(host, format, family, pieces)
+    more = () if found_out is None else (found_out,)
+    conditions = sorted(
+        (*more, *(cell.losses if cell else ()), *host.always), key=lambda loss: not loss.whole
+    )
     found: dict[Loss, list[Piece]] = {}
+    unread = 0
     for piece in pieces:
-        losses = (
-            loss
-            for loss in (*(cell.losses if cell else ()), *host.always)
-            if loss.holds(piece, common)
-        )
         # a loss of the whole file outweighs any other reason
-        for loss in sorted(losses, key=lambda loss: not loss.whole)[:1]:
+        loss = next((loss for loss in conditions if loss.holds(piece, common)), None)
+        if reads(table, piece) is False:
+            unread += 1
+            loss = loss or host.unread
+        if loss is not None:
             found.setdefault(loss, []).append(piece)
     whole = next((loss for loss in found if loss.whole), None)
-    return found if whole is None else {whole: found[whole]}
+    if whole is not None:
+        return {whole: found[whole]}
+    if unread == len(pieces):
+        return {host.nothing: list(pieces)}
+    return found
 
 
 def _reasons(lost: Mapping[Loss, Sequence[Piece]], total: int) -> Iterator[str]:
@@ -169,7 +215,7 @@ def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
     if family.name in host.unsupported:
         hint = "`adaptkit inspect` shows the hosts that load it"
         return NotRepresentable(host.unsupported[family.name], hint=hint, file=path)
-    if not any(family.name in cell.families for cell in host.cells):
+    if family.name not in measurement(host.name).names:
         return NotRepresentable(
             f"not measured: what {host.title} loads for {family.title}",
             hint="name the format to write: --to",
@@ -193,7 +239,7 @@ def _forms(
     # unfolded first: `min` keeps the first of equally good forms, and alpha stays readable
     for fold in (False, True):
         pieces, homeless = pieces_as(adapter, format, fold, algorithm)
-        if not pieces or host.cell(format, adapter.family.name, pieces) is None:
+        if not pieces or not _knows(host, format, adapter.family.name, pieces):
             continue
         lost = _lost(host, format, adapter.family.name, pieces)
         gone = len(pieces) if any(loss.whole for loss in lost) else sum(map(len, lost.values()))

@@ -46,15 +46,22 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
     rank = entry.facts.rank
     return Piece(
         slot=entry.slot,
+        stem=_stem(entry, parsed[0].spelled) if parsed and parsed[0] is not None else "",
         label=adapter.label(entry.slot),
         algorithm=entry.kind.name,
-        namings=_namings(adapter.keys, entry.slot, modules[0]) if modules else frozenset(),
+        names=_names(adapter.keys, entry.slot, modules[0]) if modules else (),
+        kernel=_kernel(adapter.keys, entry.slot),
+        columns=entry.facts.columns,
         suffixes=tuple(found.spelled for found in parsed if found is not None),
         alpha=entry.alpha if entry.alpha is not None or rank is None else float(rank),
         told=ALPHA in entry.keys and not entry.kind.bounded,
         stated=scaled and entry.alpha_source == "metadata",
         axis=_axis(adapter, entry),
     )
+
+
+def _stem(entry: Entry, suffix: str) -> str:
+    return next(iter(entry.tensors()))[1].removesuffix(f".{suffix}")
 
 
 def pieces_as(
@@ -96,9 +103,12 @@ def _made(
     )  # fmt: skip
     return Piece(
         slot=slot,
+        stem=keys.stem(slot),
         label=adapter.label(entry.slot),
         algorithm=kind.name,
-        namings=_namings(keys, slot, keys.module(_weight(slot))),
+        names=_names(keys, slot, keys.module(_weight(slot))),
+        kernel=_kernel(keys, slot),
+        columns=entry.facts.columns,
         suffixes=tuple(_suffixes(keys, slot, entry, kind)),
         alpha=None if rank is None else scale * rank,
         told=told and not kind.bounded,
@@ -127,9 +137,11 @@ def _example(keys: KeyMap, slot: Slot) -> Piece:
     roles = [keys.spell(slot, lora, role) for role in ("up", "down")] if keys.holds(lora) else []
     return Piece(
         slot=slot,
+        stem=keys.stem(slot),
         label=str(slot),
         algorithm=lora if roles else next(iter(keys.format.owns)),
-        namings=_namings(keys, slot, keys.module(slot)),
+        names=_names(keys, slot, keys.module(slot)),
+        kernel=_kernel(keys, slot),
         suffixes=tuple(key.removeprefix(f"{keys.stem(slot)}.") for key in roles),
         alpha=1.0,
         told=keys.format.alpha is Alpha.TENSOR and bool(roles),
@@ -147,20 +159,27 @@ def _weight(slot: Slot) -> Slot:
     return slot._replace(target=slot.target._replace(param=WEIGHT))
 
 
-def _namings(keys: KeyMap, slot: Slot, module: str) -> frozenset[str]:
-    """The namings in which a slot's module has this name.
+def _names(keys: KeyMap, slot: Slot, module: str) -> tuple[tuple[str, str], ...]:
+    """The (naming, name) pairs under which a slot's module has this name.
 
     Words are joined as in the format.
     """
     row = keys.row(slot.target)
-    found = set()
-    for naming in () if row is None else row.names:
+    found: list[tuple[str, str]] = []
+    for naming, names in {} if row is None else row.names.items():
         try:
             if keys.module(_weight(slot), naming) == module:
-                found.add(naming)
+                name = next(name for name in names if name.rows == slot.rows)
+                if not name.transposed:  # no adapter is named so
+                    found.append((naming, name.module))
         except NotRepresentable:  # this naming splits the module differently
             continue
-    return frozenset(found)
+    return tuple(found)
+
+
+def _kernel(keys: KeyMap, slot: Slot) -> int:
+    row = keys.row(slot.target)
+    return 0 if row is None else len(row.kernel)
 
 
 def _axis(adapter: Adapter, entry: Entry) -> str:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from adaptkit.names import Slot
 
@@ -19,6 +19,7 @@ __all__ = [
     "SD",
     "TE",
     "UNETS",
+    "UNREAD",
     "Cell",
     "Host",
     "Loss",
@@ -62,20 +63,30 @@ class Recipe:
 class Piece:
     """One adapted weight as a host finds it in a file.
 
-    `namings` are those in which the module has the file's name, `suffixes` the ends of its tensors'
-    keys. `alpha` is the number that a host takes for alpha; `told`: a tensor states it, `stated`:
-    only metadata does. `axis` is that of DoRA's norm.
+    `stem` is a key without its suffix. `names` are the (naming, name) pairs of the family's table
+    under which the module has the file's name, `suffixes` the ends of its tensors' keys, `kernel`
+    the dimensions of its window, `columns` the width of its input. `alpha` is the number that a
+    host takes for alpha; `told`: a tensor states it, `stated`: only metadata does. `axis` is that
+    of DoRA's norm.
     """
 
     slot: Slot
+    stem: str
     label: str
     algorithm: str
-    namings: frozenset[str]
+    names: tuple[tuple[str, str], ...]
     suffixes: tuple[str, ...]
+    kernel: int = 0
+    columns: int = 0
     alpha: float | None = None
     told: bool = False
     stated: bool = False
     axis: str = ""
+
+    @property
+    def namings(self) -> frozenset[str]:
+        """The namings in which the module has the file's name."""
+        return frozenset(naming for naming, _ in self.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +98,8 @@ class Loss:
     Conditions: `modules` is a pattern (`re.search` on `component.module`, target names, `.bias`
     after those of biases). `algorithms`: one of these; `besides`: none of these. `named`: the name
     is of this naming; `unnamed`: it is not (only denoisers, as text encoders have Hugging Face
-    names everywhere). `suffix`: a tensor's suffix begins so. `told`: a tensor states alpha;
+    names everywhere). `suffix`: a tensor's suffix matches from its start. `kernel`: the window has
+    this many dimensions. `told`: a tensor states alpha; `untold`: none does;
     `stated`: only metadata does; `odd`: alpha is not the component's most common one. `axis`: that
     of DoRA. `whole`: one such module makes the host refuse the file or load nothing.
     """
@@ -99,7 +111,9 @@ class Loss:
     named: str = ""
     unnamed: str = ""
     suffix: str = ""
+    kernel: int = 0
     told: bool = False
+    untold: bool = False
     stated: bool = False
     odd: bool = False
     axis: str = ""
@@ -117,10 +131,10 @@ class Loss:
             and piece.algorithm not in self.besides
             and (not self.named or self.named in piece.namings)
             and (not self.unnamed or (denoiser and self.unnamed not in piece.namings))
-            and (
-                not self.suffix or any(suffix.startswith(self.suffix) for suffix in piece.suffixes)
-            )
+            and (not self.suffix or any(re.match(self.suffix, suffix) for suffix in piece.suffixes))
+            and (not self.kernel or piece.kernel == self.kernel)
             and (not self.told or piece.told)
+            and (not self.untold or not piece.told)
             and (not self.stated or piece.stated)
             and (not self.odd or (piece.told and piece.alpha != common.get(piece.slot.component)))
             and (not self.axis or piece.axis == self.axis)
@@ -131,14 +145,18 @@ NOTHING = Loss("none of these names is read: nothing loads, and no error is show
 PARTIAL = Loss("its converter stops, because a kind of block module is missing", whole=True)
 
 
+UNREAD = Loss("are not loaded under these names")
+
+
 @dataclass(frozen=True)
 class Cell:
-    """A host on files of some families in one format.
+    """What a host does with files of some families in one format, beyond the names that it knows.
 
-    It loads everything except the losses.
+    It loads everything that it reads, except the losses.
 
     `having`: only files with a module that matches this pattern. `needs`: each of these patterns
-    must match some module, else nothing loads.
+    must match some module, else nothing loads, for the reason `partial`. `like`: it reads the names
+    of this format instead. `check` finds a loss that depends on more than one module.
     """
 
     format: str
@@ -146,6 +164,9 @@ class Cell:
     losses: tuple[Loss, ...] = ()
     having: str = ""
     needs: tuple[str, ...] = ()
+    partial: Loss = PARTIAL
+    like: str = ""
+    check: Callable[[tuple[Piece, ...]], Loss | None] | None = None
 
     def fits(self, format: str, family: str, pieces: tuple[Piece, ...]) -> bool:
         """Whether a file falls under this cell."""
@@ -158,19 +179,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Host:
-    """A program that loads adapters. `measured` is the version that the cells were measured with.
+    """A program that loads adapters.
 
-    The first cell that fits a file counts; a file without one is not measured. Neither are files
-    with algorithms besides `algorithms`. `always` are losses in every format. `writes` are the
-    formats to write by family, the better first ("" for all other families). The host loads
-    nothing for families in `unsupported`, for the reason given there.
+    Which names it reads was measured, see `adaptkit.hosts._measured`; names that were not tried are
+    not known, nor are algorithms besides `algorithms`. `unread` is the loss of names that it does
+    not read, `nothing` that of a file of no others. The first cell that fits a file counts.
+    `always` are losses in every format. `writes` are the formats to write by family, the better
+    first ("" for all other families). The host loads nothing for families in `unsupported`, for
+    the reason given there.
     """
 
     name: str
     title: str
-    measured: str
     cells: tuple[Cell, ...]
     writes: Mapping[str, tuple[str, ...]]
+    unread: Loss = UNREAD
+    nothing: Loss = NOTHING
     algorithms: tuple[str, ...] = MEASURED
     always: tuple[Loss, ...] = ()
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -182,5 +206,5 @@ class Host:
         )
 
     def cell(self, format: str, family: str, pieces: tuple[Piece, ...]) -> Cell | None:
-        """The cell about a file of this format and family; None if it is not measured."""
+        """The first cell about a file of this format and family."""
         return next((cell for cell in self.cells if cell.fits(format, family, pieces)), None)

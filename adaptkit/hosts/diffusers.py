@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from adaptkit.hosts.contract import DORA, NOTHING, SD, TE, UNETS, Cell, Host, Loss
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adaptkit.hosts.contract import DORA, SD, TE, UNETS, Cell, Host, Loss
+
+if TYPE_CHECKING:
+    from adaptkit.hosts.contract import Piece
 
 DROPPED = "are dropped without a message"
 RAISES = "its converter stops at such a file"
 OUTSIDE = r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
-SWAPPED = "come out with scale and shift swapped"
 NO_PIPELINE = "its pipeline for this family has no LoRA loader"
 FAMILIES = (
     "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "qwen-image",
@@ -16,8 +21,6 @@ FAMILIES = (
 )  # fmt: skip
 
 STOPS = Loss(RAISES, whole=True)
-SILENT = NOTHING
-TEXT = Loss(DROPPED, modules=TE)
 ALPHA = Loss(
     "have alpha tensors, which it refuses or ignores under these names", told=True, whole=True
 )
@@ -25,7 +28,9 @@ ALPHA = Loss(
 ONLY_LORA = Loss(
     "are {kinds}, which it does not load in this format", besides=("lora", *DORA), whole=True
 )
-NO_DORA = Loss("are DoRA, which it loads as plain LoRA", algorithms=DORA)
+NO_DORA = Loss(
+    "are DoRA, which it loads as plain LoRA", algorithms=DORA, suffix="dora_scale|magnitude"
+)
 OF_LORA = (ONLY_LORA, NO_DORA)
 # all attention gets one alpha: the keys of its pattern never match (0.42.1, `_get_alpha_name`)
 ODD = Loss(
@@ -34,7 +39,33 @@ ODD = Loss(
 DOWN = Loss(
     "are called lora_down and lora_up, which it does not read here", suffix="lora_down", whole=True
 )
-SHARED = Loss(DROPPED, modules=r"^transformer.*(stream_modulation|final_layer\.adaLN)")
+LORA_OR_LOKR = Loss(
+    "are {kinds}, which it does not load in this format",
+    besides=("lora", "lokr", *DORA),
+    whole=True,
+)
+FACTORS = Loss(
+    "are not called lora_down and lora_up, which alone it converts here",
+    suffix=r"lora_[ABm]|lora\.",
+    whole=True,
+)
+OLD = Loss("are called lora.down and lora.up, at which it stops", suffix=r"lora\.", whole=True)
+MAGNITUDE = Loss(
+    "have PEFT's DoRA magnitudes, at which its converter stops",
+    suffix="lora_magnitude_vector",
+    whole=True,
+)
+NO_ALPHA = Loss(
+    "have no alpha tensors, without which these names are not converted", untold=True, whole=True
+)
+SINGLE = Loss(
+    "lose their DoRA magnitudes", algorithms=DORA, modules=r"single_blocks\.\d+\.linear2$"
+)
+TWO_SPELLINGS = Loss(
+    "are called lora.down and lora.up beside others called lora_A and lora_B: they are dropped "
+    "without a message",
+    suffix=r"lora\.",
+)
 
 WAN_BLOCK = (
     r"self_attn\.q$",
@@ -49,10 +80,17 @@ WAN_BLOCK = (
     r"ffn\.2$",
 )
 
+
+def _spellings(pieces: tuple[Piece, ...]) -> Loss | None:
+    """It converts a file's spelling of the factors or not, as its first key says."""
+    denoiser = [piece for piece in pieces if not piece.slot.component.startswith("text")]
+    new = any(suffix.startswith("lora_A") for piece in denoiser[:1] for suffix in piece.suffixes)
+    return TWO_SPELLINGS if new else None
+
+
 HOST = Host(
     name="diffusers",
     title="diffusers",
-    measured="0.42.1",
     cells=(
         Cell(
             "kohya",
@@ -73,36 +111,13 @@ HOST = Host(
             ),
         ),
         Cell("kohya", ("sdxl-refiner",), (STOPS,)),
-        Cell(
-            "kohya",
-            ("flux",),
-            (
-                Loss(DROPPED, modules=OUTSIDE),
-                Loss(DROPPED, modules=r"^text_encoder_2\."),
-                *OF_LORA,
-            ),
-        ),
+        Cell("kohya", ("flux",), OF_LORA),
         Cell(
             "kohya",
             ("chroma",),
-            (
-                Loss("stop its converter", modules="distilled_guidance", whole=True),
-                Loss(DROPPED, modules=OUTSIDE),
-                TEXT,
-                *OF_LORA,
-            ),
+            (Loss("stop its converter", modules="distilled_guidance", whole=True), *OF_LORA),
         ),
-        Cell("kohya", ("flux2",), (SHARED, *OF_LORA)),
-        Cell("kohya", ("qwen-image",), (TEXT, *OF_LORA)),
-        Cell(
-            "kohya",
-            ("z-image",),
-            (
-                Loss(DROPPED, modules="final_layer|x_embedder", unnamed="diffusers"),
-                TEXT,
-                *OF_LORA,
-            ),
-        ),
+        Cell("kohya", ("flux2", "qwen-image", "z-image"), OF_LORA),
         Cell(
             "kohya",
             ("wan",),
@@ -112,63 +127,45 @@ HOST = Host(
                     modules=r"^transformer\.(text_|time_|patch_|head)",
                     whole=True,
                 ),
+                NO_ALPHA,
                 *OF_LORA,
             ),
             needs=WAN_BLOCK,
         ),
         Cell("kohya", ("hunyuan-video",), (STOPS,)),
-        Cell("kohya", FAMILIES, (SILENT,)),
-        Cell("comfy", ("qwen-image",), (TEXT, *OF_LORA)),
+        Cell("comfy", ("qwen-image",), OF_LORA),
         Cell(
             "comfy",
             ("flux2",),
-            (
-                Loss(SWAPPED, modules=r"final_layer\.adaLN"),
-                ALPHA,
-                DOWN,
-                NO_DORA,
-                Loss(
-                    "are {kinds}, which it does not load in this format",
-                    besides=("lora", "lokr", *DORA),
-                    whole=True,
-                ),
-            ),
+            (replace(ALPHA, suffix="lora"), DOWN, OLD, NO_DORA, MAGNITUDE, LORA_OR_LOKR),
         ),
         Cell(
             "comfy",
             ("wan",),
-            (
-                Loss("stop its converter", modules="patch_embedding", whole=True),
-                *OF_LORA,
-            ),
+            (Loss("stop its converter", modules="patch_embedding", whole=True), *OF_LORA),
         ),
         Cell(
             "comfy",
             ("z-image",),
             (
-                Loss(DROPPED, modules=r"attention\.|final_layer|x_embedder", unnamed="diffusers"),
                 Loss(
                     "have alpha tensors, which stop its converter",
                     told=True,
                     suffix="lora_A",
+                    unnamed="diffusers",
                     whole=True,
                 ),
-                TEXT,
                 NO_DORA,
-                Loss(
-                    "are {kinds}, which it does not load in this format",
-                    besides=("lora", "lokr", *DORA),
-                    whole=True,
-                ),
+                LORA_OR_LOKR,
             ),
         ),
-        Cell("comfy", ("krea2", "anima", "ltx2"), (ALPHA, DOWN, TEXT, *OF_LORA)),
         Cell(
             "comfy",
-            ("ltx",),
-            (ALPHA, DOWN, Loss(DROPPED, modules="adaln_single|patchify_proj"), *OF_LORA),
+            ("krea2", "anima", "ltx", "ltx2", "ideogram4"),
+            (ALPHA, DOWN, MAGNITUDE, *OF_LORA),
         ),
-        Cell("comfy", ("lumina2", "ideogram4"), (STOPS,)),
+        Cell("bare", ("ideogram4",), (ALPHA, DOWN, MAGNITUDE, *OF_LORA)),
+        Cell("comfy", ("lumina2",), (ALPHA, DOWN, *OF_LORA)),
         Cell(
             "comfy",
             ("hunyuan-video",),
@@ -178,40 +175,18 @@ HOST = Host(
                     whole=True,
                     modules=r"^transformer\.(txt_in|time_in|guidance_in|vector_in|img_in)",
                 ),
-                Loss(DROPPED, named="comfy", unnamed="native"),
-                Loss(SWAPPED, modules=r"final_layer\.adaLN"),
                 ALPHA,
                 *OF_LORA,
             ),
         ),
-        Cell(
-            "comfy",
-            (*UNETS, "flux", "chroma", "sd3", "sd35-large", "framepack", "auraflow"),
-            (SILENT,),
-        ),
-        Cell(
-            "diffusers", ("flux",), (ALPHA, ONLY_LORA, Loss(DROPPED, modules=r"^text_encoder_2\."))
-        ),
-        Cell(
-            "diffusers",
-            (*UNETS, "sd3", "sd35-large"),
-            (ALPHA, ONLY_LORA, Loss(DROPPED, modules=r"^text_encoder_3\.")),
-        ),
-        Cell(
-            "diffusers",
-            ("flux2", "z-image"),
-            (
-                ALPHA,
-                TEXT,
-                Loss(
-                    "are {kinds}, which it does not load",
-                    besides=("lora", "lokr", *DORA),
-                    whole=True,
-                ),
-            ),
-        ),
-        Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA, TEXT)),
-        Cell("diffusers-old", (*SD, "sdxl"), (*OF_LORA,)),
+        Cell("comfy", ("flux", "chroma"), (FACTORS, *OF_LORA)),
+        # alpha beside lora_A is read here, under the other names of the factors it is not
+        Cell("diffusers", ("flux",), (replace(ALPHA, suffix="lora_down|lora_up"), ONLY_LORA)),
+        Cell("diffusers", (*UNETS, "sd3", "sd35-large"), (ALPHA, ONLY_LORA), check=_spellings),
+        Cell("diffusers", ("flux2",), (ALPHA, DOWN, SINGLE, LORA_OR_LOKR)),
+        Cell("diffusers", ("z-image",), (ALPHA, LORA_OR_LOKR)),
+        Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA)),
+        Cell("diffusers-old", (*SD, "sdxl"), OF_LORA),
         Cell(
             "lycoris",
             ("flux2",),
@@ -220,27 +195,46 @@ HOST = Host(
                     "are {kinds}: of these names it reads only LoKr", besides=("lokr",), whole=True
                 ),
             ),
+            like="diffusers",
         ),
-        Cell("lycoris", (*UNETS, *FAMILIES), (SILENT,)),
-        Cell("xlabs", ("flux",)),
         Cell(
             "bare",
-            ("flux",),
-            (Loss(SWAPPED, modules=r"final_layer\.adaLN_modulation\.1$"),),
-            having=r"single_blocks\.0\.norm\.key_norm",
+            ("flux2",),
+            (
+                Loss(
+                    "are {kinds}: of these names it reads only LoKr", besides=("lokr",), whole=True
+                ),
+            ),
+            like="diffusers",
         ),
-        Cell("bare", (*UNETS, *FAMILIES), (SILENT,)),
         Cell(
             "onetrainer",
             ("flux",),
             (
                 Loss(
-                    "its converter gives different modules one name, so the last one wins",
+                    "get one name for different modules, so the last one wins, or it stops",
+                    modules=r"mlp|mod|linear|_in(\.|$)|final|^text",
                     whole=True,
                 ),
+                NO_ALPHA,
+                *OF_LORA,
             ),
         ),
-        Cell("onetrainer", FAMILIES, (SILENT,)),
+        # black-forest-labs' control LoRAs
+        Cell(
+            "bare",
+            ("flux",),
+            (
+                Loss(
+                    "come out with scale and shift swapped",
+                    modules=r"final_layer\.adaLN_modulation\.1$",
+                ),
+            ),
+            having=r"single_blocks\.0\.norm\.key_norm",
+            like="comfy",
+        ),
+        Cell("bare", ("qwen-image",), (NO_ALPHA, *OF_LORA)),
+        Cell("bare", ("z-image",), (NO_ALPHA, NO_DORA, LORA_OR_LOKR)),
         Cell(
             "peft",
             ("flux", "chroma"),
@@ -251,11 +245,9 @@ HOST = Host(
                 ),
             ),
         ),
-        Cell("peft", ("krea2", "flux2"), (STOPS,)),
-        Cell("peft", (*UNETS, *FAMILIES), (SILENT,)),
-        Cell("kohya-oft", ("sdxl", *SD, *FAMILIES), (SILENT,)),
-        Cell("omi", ("flux",), (SILENT,)),
+        Cell("peft", ("krea2", "flux2"), (ALPHA, DOWN, *OF_LORA)),
     ),
+    unread=Loss(DROPPED),
     writes={"": ("diffusers", "comfy")},
     always=(
         Loss("have Tucker cores, which it does not load", suffix="lora_mid", whole=True),

@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
-from adaptkit.hosts.contract import DORA, SD, Cell, Host, Loss
+from adaptkit.hosts.contract import Cell, Host, Loss
 
-FAMILIES = (
-    *SD, "sdxl", "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack",
-    "hunyuan-video-15",
-    "hunyuan-image", "qwen-image", "wan", "z-image", "lumina2", "anima", "krea2", "ideogram4",
-)  # fmt: skip
+# sd-scripts trains these; musubi-tuner the others, and FLUX.1 Kontext
+SCRIPTS = ("sd1", "sd2", "sdxl", "sd3", "sd35-large", "chroma", "lumina2", "anima", "hunyuan-image")
 FOREIGN = Loss(
     "its tools read kohya keys; musubi-tuner and sd-scripts convert others with scripts "
     "of their own",
     whole=True,
 )
-NOT_FOUND = "are not found under these names"
-READ = ("lora", "loha", "lokr", "full", "oft", "boft", "glora", "ia3", "kohya-oft", *DORA)
+PLAIN = Loss("are {kinds}, which sd-scripts does not load", besides=("lora", "kohya-oft"))
+CORES = Loss("have Tucker cores, which its tools do not load", suffix="lora_mid|hada_t|lokr_t2")
+FACTORS = Loss(
+    "have factors of other names than lora_down and lora_up, which its tools do not read",
+    suffix=r"lora_A|lora\.|lora_linear",
+)
 
 HOST = Host(
     name="kohya",
     title="kohya (sd-scripts, musubi-tuner)",
-    measured="read in the source, August 2026",
     cells=(
-        Cell("kohya", SD, (Loss(NOT_FOUND, unnamed="diffusers"),)),
-        Cell("kohya", ("sdxl",), (Loss(NOT_FOUND, unnamed="native"),)),
-        Cell("kohya", FAMILIES),
-        Cell("kohya-oft", ("sdxl", "flux")),
-        *(
-            Cell(format, FAMILIES, (FOREIGN,))
-            for format in (
-                "comfy",
-                "diffusers",
-                "diffusers-old",
-                "peft",
-                "lycoris",
-                "bare",
-                "onetrainer",
-                "xlabs",
-                "omi",
-            )
+        Cell("kohya", SCRIPTS, (PLAIN,)),
+        Cell("onetrainer", SCRIPTS, (PLAIN,)),
+        Cell(
+            "kohya",
+            (
+                "flux2",
+                "hunyuan-video",
+                "framepack",
+                "hunyuan-video-15",
+                "qwen-image",
+                "wan",
+                "z-image",
+                "krea2",
+                "ideogram4",
+            ),
+            (
+                Loss("are convolutions of three dimensions, which it cannot merge", kernel=3),
+                Loss(
+                    "are convolutions, of which it merges plain LoRAs only",
+                    besides=("lora",),
+                    kernel=3,
+                ),
+            ),
         ),
     ),
+    unread=Loss("are not among the layers that its tools adapt"),
+    nothing=FOREIGN,
     writes={"": ("kohya", "kohya-oft")},
     always=(
-        Loss("are {kinds}, which its tools do not load", besides=READ),
+        Loss(
+            "are {kinds}, which its tools do not load",
+            besides=("lora", "loha", "lokr", "kohya-oft"),
+        ),
+        CORES,
+        FACTORS,
         Loss("have their alpha in metadata, which its tools do not read", stated=True),
     ),
     unsupported=dict.fromkeys(

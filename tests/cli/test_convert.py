@@ -133,9 +133,10 @@ class TestInspect:
         assert record["loads_in"] == {
             "comfyui": True,
             "diffusers": False,
-            "invokeai": True,
-            "kohya": True,
+            "invokeai": False,  # no cross-attention tells it which Stable Diffusion this is
+            "kohya": False,  # sd-scripts has no LoKr of its own
         }
+        assert record["measured_with"].keys() == record["loads_in"].keys()
         assert "lokr" in record["why"]["diffusers"]
         shown = adaptkit("inspect", tiny / "lokr-kohya.safetensors").stdout
         assert "comfyui: yes" in shown

@@ -22,7 +22,7 @@ from tests.synth import corpus_listing, write_header_only
 
 YES, NO = True, False
 # list -> (ComfyUI, diffusers, InvokeAI): all of it, none of it (NO), how many modules are lost, or None: not measured.
-# From ../shared/reference: loader_coverage_*.log and formats.md §8.
+# From ../shared/reference: loader_coverage_*.log and formats.md §8; where newer code of a host does otherwise, from that.
 MEASURED: dict[str, tuple[bool | int | None, ...]] = {
     "gen__aitoolkit_z_image_allmodules": (YES, YES, YES),
     "gen__comfynative_anima_allmodules": (YES, YES, YES),
@@ -38,7 +38,7 @@ MEASURED: dict[str, tuple[bool | int | None, ...]] = {
     "gen__comfynative_wan21_t2v_14b_allmodules": (YES, 1, 7),
     "gen__diffusers_peft_auraflow_allmodules": (YES, YES, NO),
     "gen__diffusers_peft_sd35_medium_allmodules": (YES, YES, NO),
-    "gen__kohya_anima_lora": (196, NO, 12),
+    "gen__kohya_anima_lora": (YES, NO, 12),
     "gen__kohya_sd15_locon_conv3x3": (YES, YES, YES),
     "gen__kohya_sd21_lora": (YES, YES, YES),
     "gen__kohya_sdxl_oft": (NO, NO, NO),
@@ -60,23 +60,23 @@ MEASURED: dict[str, tuple[bool | int | None, ...]] = {
     "gen__diffusers_peft_hunyuan_video_allmodules": (NO, YES, NO),
     "gen__diffusers_peft_hunyuan_video_15_allmodules": (NO, NO, NO),
     "gen__diffusers_peft_ideogram4_allmodules": (NO, YES, NO),
-    "gen__diffusers_peft_krea2_allmodules": (NO, YES, YES),
+    "gen__diffusers_peft_krea2_allmodules": (YES, YES, YES),
     "gen__diffusers_peft_lumina2_allmodules": (NO, YES, NO),
     "gen__diffusers_peft_qwen_image_allmodules": (YES, YES, YES),
     "gen__diffusers_peft_sd3_medium_allmodules": (YES, YES, NO),
-    "gen__diffusers_peft_sdxl_transformers5_te": (633, YES, NO),
+    "gen__diffusers_peft_sdxl_transformers5_te": (633, 560, NO),
     "gen__diffusers_peft_wan21_t2v_14b_allmodules": (NO, YES, 7),
     "gen__diffusers_peft_z_image_allmodules": (YES, YES, YES),
     "gen__kohya_flux1_lora": (YES, YES, YES),
     "gen__kohya_flux_oft": (NO, NO, NO),
     "gen__kohya_hunyuan_image_lora": (160, NO, NO),
-    "gen__kohya_lumina2_lora": (182, NO, NO),
+    "gen__kohya_lumina2_lora": (YES, NO, NO),
     "gen__kohya_sd15_lora": (YES, YES, YES),
     "gen__kohya_sd3_lora": (YES, NO, NO),
     "gen__kohya_sdxl_lora": (YES, YES, YES),
     "gen__lycoris_wrapper_sdxl_locon": (YES, NO, NO),
     "gen__musubi_flux2_klein_4b_lora": (YES, YES, YES),
-    "gen__musubi_flux2_klein_4b_lokr": (YES, NO, 10),
+    "gen__musubi_flux2_klein_4b_lokr": (YES, NO, NO),
     "gen__musubi_hunyuan_video_lora": (80, NO, NO),
     "gen__musubi_hv15_lora": (648, NO, NO),
     "gen__musubi_ideogram4_lora": (YES, NO, NO),
@@ -84,7 +84,7 @@ MEASURED: dict[str, tuple[bool | int | None, ...]] = {
     "gen__musubi_qwen_image_lora": (YES, YES, YES),
     "gen__musubi_qwen_image_lokr_full": (YES, NO, YES),
     "gen__musubi_wan21_i2v_14b_lora": (YES, YES, 80),
-    "gen__musubi_wan21_t2v_1.3b_loha": (YES, NO, YES),
+    "gen__musubi_wan21_t2v_1.3b_loha": (YES, NO, NO),
     "gen__musubi_z_image_lora": (120, YES, NO),
     "invokeai__flux_dora_onetrainer_format": (YES, NO, YES),
     "invokeai__flux_lora_aitoolkit_format": (YES, NO, YES),
@@ -112,6 +112,7 @@ def test_verdicts_are_the_measured_ones(name: str, corpus: Path, tmp_path: Path)
             assert re.match(rf"{measured} of \d+ modules", verdict.why), (host, verdict)
 
 
+NO_FORM = {("invokeai", "flux")}
 CASES = [(host, family) for host in hosts() for family in families()]
 
 
@@ -125,6 +126,11 @@ def test_what_is_written_for_a_host_loads_there(host: str, family: str, tmp_path
         with pytest.raises(NotRepresentable) as caught:
             convert.plan(source, options)
         assert caught.value.hint
+        return
+    if (host, family) in NO_FORM:  # T5 makes InvokeAI refuse every form
+        with pytest.raises(NotRepresentable, match="loads no form") as caught:
+            convert.plan(source, options)
+        assert "--skip" in (caught.value.hint or "")
         return
     plan = convert.plan(source, options)
     convert.run(plan)
@@ -207,6 +213,10 @@ def test_a_recipe_s_scale_is_the_host_s_too(
     with Adapter.open(path, family=family, format=source) as adapter:
         if not hosts()[host].formats(family):
             return  # refused, see above
+        if (host, family) in NO_FORM:
+            with pytest.raises(NotRepresentable, match="loads no form"):
+                recipe(host, adapter)
+            return
         made = recipe(host, adapter)
         pieces, _ = pieces_as(adapter, made.format, made.fold_alpha, None)
     # a fused layer's rank, and with it alpha, shows only when its parts are read
@@ -277,7 +287,8 @@ def test_equal_scales_with_unequal_alphas(tmp_path: Path) -> None:
         ("diffusers", "sdxl", "loha", None),
         ("invokeai", "qwen-image", "lokr", "kohya"),
         ("invokeai", "flux2", "lokr", "comfy"),
-        ("invokeai", "wan", "loha", "kohya"),
+        ("invokeai", "wan", "loha", None),
+        ("invokeai", "wan", "lokr", "kohya"),
         ("invokeai", "z-image", "lokr", None),
         ("invokeai", "krea2", "lokr", None),
         ("comfyui", "flux", "ia3", None),

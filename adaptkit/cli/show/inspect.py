@@ -145,10 +145,13 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _loads_in(record: Mapping[str, Any]) -> str:
-    """Return one line per host: yes, or no with the reason."""
+    """Return one line per host: yes, no or ? with the reason; then what was measured."""
     words = {True: "yes", False: "no", None: "?"}
     found = record.get("loads_in") or {}
-    lines = (f"{host}: {words[loads]}{_because(record, host)}" for host, loads in found.items())
+    lines = [f"{host}: {words[loads]}{_because(record, host)}" for host, loads in found.items()]
+    if with_ := record.get("measured_with"):
+        measured = ", ".join(f"{host} {version}" for host, version in with_.items())
+        lines.append(f"(measured with {measured})")
     return "\n".join(lines)
 
 

@@ -184,12 +184,13 @@ def _adapter(
 
 def _loads_in(adapter: Adapter) -> dict[str, Any]:
     """Return whether each host loads the file (None: not measured), and why not."""
-    from adaptkit.hosts import judge
+    from adaptkit.hosts import judge, measured_with
 
     verdicts = judge(adapter)
     return {
         "loads_in": {name: verdict.loads for name, verdict in verdicts.items()},
         "why": {name: verdict.why for name, verdict in verdicts.items() if verdict.why},
+        "measured_with": {name: measured_with(name) for name in verdicts},
     }
 
 

@@ -1,0 +1,181 @@
+"""Measure which names each host loads, and write the tables in `adaptkit/hosts/measured`.
+
+A name counts as loaded if one file of plain LoRAs was loaded with the module in its place. What makes a host refuse a
+whole file, or misread an algorithm, stands in the hosts' own modules; `verdicts` compares both with the loaders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adaptkit.detect import families, formats
+from adaptkit.hosts import hosts
+from adaptkit.hosts._measured import FOLDER
+from adaptkit.hosts.contract import UNETS
+from tests.interop.hosts import comfyui, diffusers, invokeai, kohya
+from tests.interop.hosts.files import CHOICES as CHOSEN
+from tests.interop.hosts.files import File, Part, make, namings
+from tests.interop.hosts.loaded import Loaded, RefusedError
+
+BLOCKS = 2  # of each kind: those after the first are named like it
+CHOICES = ("everything", "denoiser", "layers", "image", "core", "attention")
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A host's loader, real or described; `blocks` is how many blocks of each kind its model has."""
+
+    load: Callable[[File, int | None], Loaded]
+    version: str
+    date: str
+    how: str
+
+
+LOADERS: Mapping[str, Loader] = {
+    "comfyui": Loader(
+        lambda file, blocks: comfyui.load(file), comfyui.VERSION, comfyui.DATE, "described"
+    ),
+    "invokeai": Loader(
+        lambda file, blocks: invokeai.load(file), invokeai.VERSION, invokeai.DATE, "described"
+    ),
+    "kohya": Loader(lambda file, blocks: kohya.load(file), kohya.VERSION, kohya.DATE, "described"),
+    "diffusers": Loader(diffusers.load, diffusers.version(), "2026-11", "run"),
+}
+
+
+def spellings(format: str) -> tuple[str, ...]:
+    """The plain LoRAs to try in a format."""
+    if formats()[format].owns:
+        return ("oft_blocks",)
+    spelling = formats()[format].spelling.get("lora", {}).get("up", "")
+    if spelling == "up.weight":
+        return ("up",)
+    if formats()[format].joiner == "_":
+        return ("lora_up, alpha", "lora_up", "lora_B")
+    return ("lora_B", "lora_up, alpha", "lora_up", "lora.up")
+
+
+def outcome(host: str, file: File, blocks: int | None) -> frozenset[str]:
+    """The stems that a host loads right; none of a file that it refuses."""
+    try:
+        return LOADERS[host].load(file, blocks).right
+    except RefusedError:
+        return frozenset()
+
+
+def names(host: str, family: str) -> dict[str, Any]:
+    """The table of a family: format -> component -> naming -> all, none, or the names that are not loaded."""
+    table: dict[str, Any] = {}
+    for format in formats():
+        found: dict[str, dict[str, dict[str, bool]]] = defaultdict(lambda: defaultdict(dict))
+        for naming in (*namings(family), "flat"):
+            for part, right in _tried(host, family, format, naming):
+                known = found[part.slot.component][part.naming]
+                known[part.name] = known.get(part.name, False) or right
+        if found:
+            table[format] = {
+                component: {naming: _short(known) for naming, known in sorted(by.items())}
+                for component, by in found.items()
+            }
+    return table
+
+
+def _tried(host: str, family: str, format: str, naming: str) -> Iterator[tuple[Part, bool]]:
+    """Every module under one naming, and whether some file with it was loaded, it in its place."""
+    # a loader may want all the blocks of the real model
+    for blocks in (BLOCKS, None) if (format, family) in COMPLETE else (BLOCKS,):
+        for form in spellings(format):
+            whole = make(family, format, naming, form, "everything", blocks)
+            if whole is None:
+                return
+            yield from ((part, False) for part in whole.parts)
+            taken = _taken(host, whole, blocks)
+            if taken is None:
+                continue
+            right = outcome(host, taken, blocks)
+            yield from ((part, part.stem in right) for part in taken.parts)
+            yield from _others(host, family, whole, taken, blocks)
+            return
+
+
+def _others(
+    host: str, family: str, whole: File, taken: File, blocks: int | None
+) -> Iterator[tuple[Part, bool]]:
+    """The modules beside those that a host takes: those of a component at once, if it refuses them one by one."""
+    rest: dict[str, dict[str, list[Part]]] = defaultdict(lambda: defaultdict(list))
+    for part in set(whole.parts) - set(taken.parts):
+        rest[part.slot.component][_kind(family, part.name)].append(part)
+    for kinds in rest.values():
+        every = [part for parts in kinds.values() for part in parts]
+        right = outcome(host, replace(taken, parts=(*taken.parts, *every)), blocks)
+        if right:
+            yield from ((part, part.stem in right) for part in every)
+            continue
+        for parts in kinds.values() if blocks else ():
+            right = outcome(host, replace(taken, parts=(*taken.parts, *parts)), blocks)
+            yield from ((part, part.stem in right) for part in parts)
+
+
+def _kind(family: str, name: str) -> str:
+    """What is tried at once: a name, in a U-Net those that differ in the numbers of their blocks."""
+    return re.sub(r"\d+", "#", name) if family in UNETS else name
+
+
+def _taken(host: str, whole: File, blocks: int | None) -> File | None:
+    """The largest choice of a file's modules of which a host loads any."""
+    for choice in CHOICES:
+        kept = tuple(part for part in whole.parts if CHOSEN[choice](part))
+        file = replace(whole, choice=choice, parts=kept)
+        if kept and outcome(host, file, blocks):
+            return file
+    return None
+
+
+# converters that go over the blocks of the real model
+COMPLETE = {("peft", "flux"), ("peft", "chroma"), ("xlabs", "flux")}
+
+
+def _short(known: Mapping[str, bool]) -> bool | list[str]:
+    if all(known.values()):
+        return True
+    return (
+        sorted(name for name, right in known.items() if not right) if any(known.values()) else False
+    )
+
+
+def record(only: str = "", *chosen: str) -> None:
+    """Write the tables of all hosts, or of one, for all families or some."""
+    for host in LOADERS:
+        if only and host != only:
+            continue
+        loader, path = LOADERS[host], FOLDER / f"{host}.json"
+        table = {}
+        for family in chosen or families():
+            if family not in hosts()[host].unsupported:
+                table[family] = names(host, family)
+                print(host, family, flush=True)
+        if chosen and path.is_file():
+            table = json.loads(path.read_text(encoding="utf-8"))["names"] | table
+        FOLDER.mkdir(exist_ok=True)
+        made = {
+            "version": loader.version,
+            "date": loader.date,
+            "how": loader.how,
+            "names": {family: table[family] for family in families() if table.get(family)},
+        }
+        path.write_text(dump(made), encoding="utf-8", newline="\n")
+
+
+def dump(made: Mapping[str, Any]) -> str:
+    """One line per family and format, so that a difference shows."""
+    lines = []
+    for family, table in made["names"].items():
+        rows = [f"   {json.dumps(format)}: {json.dumps(by)}" for format, by in table.items()]
+        lines.append(f"  {json.dumps(family)}: {{\n" + ",\n".join(rows) + "\n  }")
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in made.items() if k != "names")
+    return "{\n" + head + ' "names": {\n' + ",\n".join(lines) + "\n }\n}\n"

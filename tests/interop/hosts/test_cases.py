@@ -1,0 +1,99 @@
+"""Single files that a verdict was wrong about, each named after what is lost of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from adaptkit.adapter import Adapter
+from adaptkit.hosts import judge
+from adaptkit.hosts.contract import Verdict
+from tests.interop.hosts.files import make
+from tests.synth import write_header_only
+
+
+def verdicts(listing: Mapping[str, tuple[str, tuple[int, ...]]], path: Path) -> dict[str, Verdict]:
+    with Adapter.open(write_header_only(path / "a.safetensors", dict(listing))) as adapter:
+        return judge(adapter)
+
+
+def test_a_key_that_adaptkit_does_not_know_says_nothing_about_hosts(tmp_path: Path) -> None:
+    file = make("qwen-image", "diffusers", "diffusers", "lora_B", "layers", 2)
+    assert file is not None
+    known = verdicts(file.listing, tmp_path)
+    assert known["diffusers"].loads is True
+    strange = {f"transformer.transformer_blocks.0.attn.to_gate.lora_{f}.weight": ("F32", (2, 2)) for f in "AB"}  # fmt: skip
+    found = verdicts({**file.listing, **strange}, tmp_path)
+    assert found["diffusers"].loads is None
+    assert "to_gate" in found["diffusers"].why
+    # what is lost for certain stays lost
+    assert found["kohya"].loads is False
+
+
+@pytest.mark.parametrize(
+    ("prefix", "host"), [("kohya", "comfyui"), ("comfy", "comfyui"), ("kohya", "diffusers")]
+)
+def test_kohya_or_comfyui_prefixes_before_diffusers_names(
+    prefix: str, host: str, tmp_path: Path
+) -> None:
+    file = make("flux", prefix, "diffusers", "lora_up, alpha", "layers", 1)
+    assert file is not None
+    assert verdicts(file.listing, tmp_path)[host].loads is False
+
+
+def test_comfyui_misreads_a_lokr_of_three_dimensions(tmp_path: Path) -> None:
+    for form in ("lokr, conv", "tucker", "loha, tucker"):
+        file = make("wan", "comfy", "native", form, "denoiser", 1)
+        assert file is not None
+        assert verdicts(file.listing, tmp_path)["comfyui"].loads is False, form
+    file = make("wan", "comfy", "native", "lokr, factored", "layers", 1)
+    assert file is not None
+    assert verdicts(file.listing, tmp_path)["comfyui"].loads is True
+
+
+def test_two_spellings_of_the_factors_in_one_file(tmp_path: Path) -> None:
+    one = make("sdxl", "diffusers", "diffusers", "lora_B", "denoiser", 1)
+    two = make("sdxl", "diffusers", "diffusers", "lora.up", "attention", 1)
+    assert one is not None
+    assert two is not None
+    attention = {part.stem for part in two.parts}
+    kept = {k: v for k, v in one.listing.items() if k.rpartition(".lora_")[0] not in attention}
+    found = verdicts({**kept, **two.listing}, tmp_path)["diffusers"]
+    assert found.loads is False
+    assert f"{len(attention)} of" in found.why
+
+
+@pytest.mark.parametrize("form", ["glora", "ia3", "dora_scale [1, in]"])
+def test_kohya_s_tools_have_no_such_algorithm(form: str, tmp_path: Path) -> None:
+    file = make("wan", "kohya", "native", form, "layers", 1)
+    assert file is not None
+    assert verdicts(file.listing, tmp_path)["kohya"].loads is False
+
+
+def test_invokeai_keeps_the_image_attention_of_wan(tmp_path: Path) -> None:
+    file = make("wan", "diffusers", "diffusers", "lora_B", "layers", 1)
+    assert file is not None
+    kept = {k: v for k, v in file.listing.items() if "vace" not in k and "transformer_2" not in k}
+    assert any("add_k_proj" in key for key in kept)
+    assert verdicts(kept, tmp_path)["invokeai"].loads is True
+
+
+def test_invokeai_does_not_recognise_a_factored_lokr_of_sd1(tmp_path: Path) -> None:
+    for form, loads in (("lokr", True), ("lokr, factored", False)):
+        file = make("sd1", "kohya", "diffusers", form, "attention")
+        assert file is not None
+        assert verdicts(file.listing, tmp_path)["invokeai"].loads is loads
+
+
+def test_invokeai_does_not_recognise_bare_z_image(tmp_path: Path) -> None:
+    file = make("z-image", "bare", "diffusers", "lora_B", "layers", 2)
+    assert file is not None
+    assert verdicts(file.listing, tmp_path)["invokeai"].loads is False
+
+
+def test_hunyuan_video_as_diffusion_pipe_names_it(tmp_path: Path) -> None:
+    file = make("hunyuan-video", "diffusers", "native", "lora_B", "layers", 2)
+    assert file is not None
+    assert verdicts(file.listing, tmp_path)["comfyui"].loads is True
