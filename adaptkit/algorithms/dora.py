@@ -137,7 +137,11 @@ class Dora(Weights):
 
         for part in parts:
             part._by_rows()
-        inner = cls.kind.fuse([part.inner for part in parts])
+        try:
+            inner = cls.kind.fuse([part.inner for part in parts])
+        except NotRepresentable as error:
+            error.hint = "--algo lora --base CHECKPOINT can hold what it changes"
+            raise
         return replace(
             parts[0], inner=inner, magnitude=torch.cat([part.magnitude for part in parts], -2)
         )

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.difference.probe import Probe
+    from adaptkit.ops.ranks.rules.contract import Policy
 
 
 __all__ = ["Report"]
 
 
+VECTORS = "--vectors"  # in the reason of a layer that this option would store
 LITTLE = 0.5  # of ‖ΔW‖²: a note says so if a LoKr keeps less
 
 
@@ -131,10 +133,17 @@ class Result:
             else:
                 chosen_ = choose(layers, rest, rule, measure)
         except NotRepresentable as error:
+            if error.hint is not None and self._vectors_help(rest, rule):
+                error.hint = f"--vectors stores biases and norms; {error.hint}"
             raise error.at(file=self.plan.tuned.source.path) from None
         self.gap, self.all_signal = chosen_.gap, chosen_.all_signal
         self.picks |= {job.number: pick for (job, _), pick in zip(free, chosen_.picks, strict=True)}
         self.noise = _noise_ranks(pick for pick in chosen_.picks if pick is not None)
+
+    def _vectors_help(self, rest: float, rule: Policy) -> bool:
+        """Whether storing biases and norms may reach the error asked for."""
+        held = sum(found.norm for job, found in self.measured if VECTORS in job.why)
+        return rule.most_error is not None and rest - held <= rule.most_error**2 * self.norm
 
     def _layer(self, job: Pair, found: Fitted) -> Layer:
         assert job.slot is not None

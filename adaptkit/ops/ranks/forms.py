@@ -268,7 +268,7 @@ def _check_error(
             f"no ranks reach a relative error of {asked:g}: the least is {least:.6g}{out}",
             hint=f"--error {_above(least)} can be reached; "
             + (
-                "--vectors stores biases and norms, --skip leaves layers out of the figures"
+                "--skip leaves layers out of the figures"
                 if rest
                 else "a higher --max-rank comes closer"
             ),

@@ -13,7 +13,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind
 from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
-from adaptkit.ops.rewrite.joining import joined
+from adaptkit.ops.rewrite.joining import differences, joined
 from adaptkit.ops.rewrite.plan import Task, product_rank
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 from adaptkit.ops.shared import torch_dtype
@@ -271,7 +271,13 @@ class Rewriter:
                 entry.decode({role: tensors[f"{number}.{n}/{role}"] for role, _ in entry.tensors()})
             )
         kernel = term.job.entries[0].facts.kernel
-        return joined(term.job.parts, whole, task.kind if becomes else None, kernel)
+        try:
+            return joined(term.job.parts, whole, task.kind if becomes else None, kernel)
+        except NotRepresentable:
+            if "base" not in tensors or not becomes:
+                raise
+            changed = differences(term.job.parts, whole, _wide(tensors["base"]))
+            return joined(term.job.parts, changed, task.kind, kernel)
 
     # --- what is stored ----------------------------------------------------------------------
 

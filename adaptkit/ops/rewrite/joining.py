@@ -10,10 +10,12 @@ from adaptkit.keymap.kinds import dense_kind, low_rank_kind
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch import Tensor
+
     from adaptkit.algorithms.contract import Weights
     from adaptkit.respelling import Part
 
-__all__ = ["joined"]
+__all__ = ["differences", "joined"]
 
 
 def joined(
@@ -43,6 +45,29 @@ def joined(
             refused = refused or error
     assert refused is not None
     raise refused
+
+
+def differences(
+    parts: Sequence[Part], whole: Sequence[Weights | None], base: Tensor
+) -> list[Weights | None]:
+    """What each part changes in its rows of the base weight (rows, columns), as a difference.
+
+    NotRepresentable for a part that is cut from a larger one: its base weight is not all here.
+    """
+    found: list[Weights | None] = []
+    at = 0
+    for part, weights in zip(parts, whole, strict=True):
+        if weights is None:
+            found.append(None)
+            at += part.rows
+            continue
+        if part.cut is not None:
+            raise NotRepresentable("a part of it depends on the rest of its base weight")
+        weight = base[at : at + weights.rows]
+        change = weights.apply(weight.clone(), 1.0) - weight
+        found.append(dense_kind().holding(change, ()))
+        at += weights.rows
+    return found
 
 
 def _forms(

@@ -44,6 +44,7 @@ class Report(WriterReport):
             "to": self.format,
             "changes": dict(self.changes),
             "notes": list(self.notes),
+            **({"unread": self.unread} if self.unread else {}),
         }
         return {**super().to_dict(), **extra}
 
