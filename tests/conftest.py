@@ -52,7 +52,11 @@ NUMERIC = (  # what .ci/run runs a second time with other kernels of BLAS
 TESTS = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "slow" not in config.getoption("markexpr"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     for item in items:
         if any(item.path.is_relative_to(TESTS / path) for path in NUMERIC):
             item.add_marker(pytest.mark.numeric)

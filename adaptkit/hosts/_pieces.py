@@ -112,7 +112,7 @@ def _made(
         suffixes=tuple(_suffixes(keys, slot, entry, kind)),
         alpha=None if rank is None else scale * rank,
         told=told and not kind.bounded,
-        axis=_axis(adapter, entry),
+        axis=_axis(adapter, entry) if kind is entry.kind else "",
     )
 
 
@@ -151,6 +151,8 @@ def _example(keys: KeyMap, slot: Slot) -> Piece:
 def _suffixes(keys: KeyMap, slot: Slot, entry: Entry, kind: type[Weights]) -> Iterator[str]:
     roles = [role for role, _ in entry.tensors()] if kind is entry.kind else sorted(kind.forms[0])
     for role in roles:
+        if keys.format.peft and role in kind.cores:
+            continue  # multiplied out, see `Weights.unrolled`
         key = keys.spell(slot, kind.name, kind.stored_as(role, peft=keys.format.peft))
         yield key.removeprefix(f"{keys.stem(slot)}.")
 

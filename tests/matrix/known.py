@@ -21,13 +21,7 @@ NAMELESS = "^the message names no file or tensor: "
 USELESS = "^the hint (does not help|names what was given): "
 
 # pattern over the ids of cells -> what is wrong there
-KNOWN: dict[str, Fault] = {
-    r"^convert/.*(lora-tucker|dora-input).*/fordiffusers": Fault(
-        "--for diffusers: the hint --algo lora leads to the same refusal (Tucker; DoRA of inputs)",
-        USELESS + ".*diffusers loads no form",
-        "convert/sd1/kohya/lora+dora-input-all-fp32-alpha_tensor-bias_none/fordiffusers",
-    ),
-}
+KNOWN: dict[str, Fault] = {}
 
 
 def explained(cell: str, problem: str) -> Fault | None:
