@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     type=click.Choice(["single-file", "folder"]),
     help="Write one file with the original key names, or a folder with diffusers' key names.",
 )
+@click.option(
+    "--pad-inputs",
+    is_flag=True,
+    help="Let a layer of BASE have more inputs than the adapter (Fill, Control, inpainting); the "
+    "last ones stay as they are.",
+)
 @ALPHA_IN
 @writer
 def merge(base: Path, adapters: tuple[tuple[Path, float], ...], **chosen: Any) -> None:

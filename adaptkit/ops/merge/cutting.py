@@ -36,6 +36,12 @@ def part_of(
     applied to `whole`, the layer's weight in float32 or wider. Raises NotRepresentable without it:
     another adapter changes the layer first.
     """
+    if c.columns:
+        import torch
+
+        delta = weights.delta()
+        missing = c.columns - int(delta.shape[-1])
+        weights = dense_kind().holding(torch.nn.functional.pad(delta, (0, missing)), ())
     if c.cut is None:
         return weights
     try:

@@ -31,13 +31,16 @@ class Options(Shared):
     `blocks` are rules for the strength of modules (see adaptkit.ops.merge.block_weights).
     `shard_size` is the maximum size of a shard in bytes. `layout` is
     `single-file` (original names) or `folder` (diffusers' names). `alpha_in` is the alpha of every
-    module of the adapters, whatever their files say: a number, or `as-rank`.
+    module of the adapters, whatever their files say: a number, or `as-rank`. `pad_inputs` lets a
+    layer of the checkpoint have more inputs than the adapter, which leaves the last ones as they
+    are.
     """
 
     blocks: tuple[str, ...] = ()
     shard_size: int | None = None
     layout: str | None = None
     alpha_in: str | None = None
+    pad_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Contribution:
     """One entry of an adapter, added to `rows` of a tensor (None: all).
 
     `cut` selects rows of the entry. `strength` is the adapter's times the block weight. `slot` are
-    all tensors of the layer if what these rows become depends on the others too.
+    all tensors of the layer if what these rows become depends on the others too. `columns` are
+    those of the tensor if the entry has fewer and zeros take the place of the others, else 0.
     """
 
     adapter: int
@@ -55,6 +59,7 @@ class Contribution:
     label: str
     strength: float
     slot: tuple[Piece, ...] = ()
+    columns: int = 0
 
 
 @dataclass(frozen=True)

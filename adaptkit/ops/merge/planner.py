@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -213,6 +214,24 @@ class _Places:
         ]
         self.found: dict[str, list[Contribution]] = {}
 
+    def _padded(self, entry: Entry, pieces: tuple[Piece, ...]) -> int:
+        """The columns of a layer that has more inputs than its adapter, if that is allowed.
+
+        Fill, Control and inpainting models are the same models with more channels at the end of
+        the first layer. ComfyUI (`comfy/lora.py: pad_tensor_to_shape`) and diffusers
+        (`FluxLoraLoaderMixin._maybe_expand_lora_state_dict`) fill up with zeros too.
+        """
+        wider = self._wider(entry, pieces)
+        return wider if self.options.pad_inputs and entry.kind.additive else 0
+
+    def _wider(self, entry: Entry, pieces: tuple[Piece, ...]) -> int:
+        """The columns of a layer with as many rows and more input channels than its adapter."""
+        rows, *inputs = self.base.slot_shape(pieces)
+        columns, window = math.prod(inputs), math.prod(inputs[1:])
+        own = entry.facts.columns
+        wider = 0 < own < columns and own % window == 0 and entry.facts.rows == rows
+        return columns if wider else 0
+
     def _whole(self, entry: Entry, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
         """The pieces of a slot if one of them depends on all and none is changed before."""
         apart = entry.kind.additive or len(pieces) == 1
@@ -246,13 +265,22 @@ class _Places:
             reason = f"the checkpoint has no {label}"
             self.unused[number].extend(Unused(key, reason) for key in entry.keys.values())
             return
-        size = entry.facts.rows, entry.facts.columns
-        self.base.check_size(pieces, size, label, adapter.source.path)
+        columns = self._padded(entry, pieces)
+        size = entry.facts.rows, columns or entry.facts.columns
+        try:
+            self.base.check_size(pieces, size, label, adapter.source.path)
+        except ShapeMismatch as error:
+            if self._wider(entry, pieces):
+                error.hint = (
+                    "if the checkpoint is a Fill, Control or inpainting model, --pad-inputs leaves "
+                    "the last inputs of this layer as they are"
+                )
+            raise
         strength = self.strengths[number] * self.blocks.weight(slot)
         whole = self._whole(entry, pieces)
         for piece, cut in _cuts(self.base, pieces):
             self.found.setdefault(piece.name, []).append(
-                Contribution(number, entry, piece.rows, cut, label, strength, whole)
+                Contribution(number, entry, piece.rows, cut, label, strength, whole, columns)
             )
 
 

@@ -114,6 +114,12 @@ def report_of(
 def _notes(plan: Plan) -> Iterator[str]:
     if plan.layout.folder and plan.layout.moves:
         yield ONLY_WEIGHTS
+    padded = {c.label: c for merge in plan.merges for c in merge.contributions if c.columns}
+    for label, c in padded.items():
+        yield (
+            f"{label}: the adapter changes {c.entry.facts.columns} of {c.columns} inputs; "
+            "the others stay as they are"
+        )
     ordered = sum(map(_depends_on_order, plan.merges))
     if ordered:
         yield (

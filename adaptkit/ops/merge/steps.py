@@ -133,7 +133,7 @@ def _shape(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) ->
     """Return what the members of a batch have in common."""
     info = base.source.infos[merge.name]
     contents = tuple(
-        (c.entry.kind.name, c.rows, c.cut, c.entry.facts.scale, c.adapter, c.strength)
+        (c.entry.kind.name, c.rows, c.cut, c.columns, c.entry.facts.scale, c.adapter, c.strength)
         for c in merge.contributions
         if c.strength
     )

@@ -91,6 +91,42 @@ def test_after_another_adapter_it_is_refused_with_a_hint_that_works(tmp_path: Pa
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_more_inputs_than_the_adapter_has_stay_as_they_are(
+    tmp_path: Path, kernel: tuple[int, ...]
+) -> None:
+    """FLUX Fill and Control, and inpainting U-Nets: channels at the end of the first layer."""
+    ones = (1,) * len(kernel)
+    key, stem, family = (
+        ("unet.conv_in.weight", "lora_unet_conv_in", "sd1")
+        if kernel
+        else ("x_embedder.weight", "lora_unet_img_in", "flux")
+    )
+    weight = torch.randn(N, 9, *kernel)
+    state = {key.removeprefix("unet."): weight}
+    if not kernel:
+        state |= load_file(checkpoint(tmp_path / "whole.safetensors")[0])
+        state[key] = weight
+    base = tmp_path / "base.safetensors"
+    save_file(state, base)
+    up, down = torch.randn(N, 2, *ones), torch.randn(2, 4, *kernel)
+    path = tmp_path / "a.safetensors"
+    save_file({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}, path)
+    output = tmp_path / "out.safetensors"
+    shared = {"output": output, "family": family, "verify": True}
+    with pytest.raises(ShapeMismatch) as caught:
+        merge.plan(base, [(path, 0.5)], merge.Options(**shared))  # type: ignore[arg-type]
+    assert "--pad-inputs" in (caught.value.hint or "")
+    options = merge.Options(pad_inputs=True, **shared)  # type: ignore[arg-type]
+    report = merge.run(merge.plan(base, [(path, 0.5)], options))
+    inputs = weight[0].numel() // 9
+    assert any(f"changes {4 * inputs} of {9 * inputs} inputs" in note for note in report.notes)
+    found = load_file(output)[key.removeprefix("unet.")]
+    assert torch.equal(found[:, 4:], weight[:, 4:])
+    delta = (up.flatten(1) @ down.flatten(1)).reshape(N, 4, *kernel)
+    torch.testing.assert_close(found[:, :4], weight[:, :4] + 0.5 * delta)
+
+
 def test_packed_weights_are_named_before_their_shapes_are_compared(tmp_path: Path) -> None:
     """nvfp4 packs two numbers into one byte: the shape says nothing about the layer."""
     base, _ = checkpoint(tmp_path / "base.safetensors")
