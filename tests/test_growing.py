@@ -81,7 +81,7 @@ def test_inspect_knows_the_toys_and_which_hosts_were_measured(said: dict[str, An
     assert file["why"]["comfyui"] == "not measured for toy"
     (file,) = said["inspect lora"]["files"]
     assert set(file["loads_in"].values()) == {None}
-    assert set(file["why"].values()) == {"not measured"}
+    assert set(file["why"].values()) == {"not measured for kohya keys of Toy"}
 
 
 def test_auto_considers_every_extractable_algorithm(said: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from adaptkit.errors import NoSuchName, NotRepresentable
 from adaptkit.hosts._measured import measurement, reads
 from adaptkit.hosts._pieces import common_alphas, examples, pieces_as, pieces_of
 from adaptkit.hosts.contract import Loss, Recipe, Verdict
+from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from adaptkit.adapter import Adapter
     from adaptkit.hosts.contract import Host, Piece
     from adaptkit.names import Slot
+
+    # the share of lost modules, how to write, the losses, and the number of modules
+    _Form = tuple[float, Recipe, dict[Loss, list[Piece]], int]
 
 __all__ = ["complete", "hosts", "judge", "losses", "recipe"]
 
@@ -181,11 +185,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
             hint="name the format to write: --to",
             file=path,
         )
-    tried = [
-        made
-        for format in target.formats(adapter.family.name)
-        for made in _forms(target, adapter, format, algorithm)
-    ]
+    tried = _tried(target, adapter, algorithm)
     if not tried:
         raise _untried(target, adapter)
     missing, form, lost, total = min(tried, key=lambda made: made[0])
@@ -201,12 +201,29 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         )
         raise NotRepresentable(
             f"{target.title} loads no {what}",
-            hint="--algo lora writes a LoRA if that is exact; --skip drops modules",
+            hint=_helping(target, adapter, algorithm),
             file=path,
         )
     return Recipe(
         form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons)
     )
+
+
+def _tried(host: Host, adapter: Adapter, algorithm: str | None) -> list[_Form]:
+    return [
+        made
+        for format in host.formats(adapter.family.name)
+        for made in _forms(host, adapter, format, algorithm)
+    ]
+
+
+def _helping(host: Host, adapter: Adapter, algorithm: str | None) -> str:
+    """What else may be tried where every form of an adapter loads nothing."""
+    hint = "--skip drops modules that stop it"
+    lora = low_rank_kind().name
+    if algorithm != lora and any(made[0] < 1.0 for made in _tried(host, adapter, lora)):
+        hint = f"--algo {lora} writes a LoRA if that is exact; {hint}"
+    return hint
 
 
 def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
@@ -228,9 +245,7 @@ def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
     )
 
 
-def _forms(
-    host: Host, adapter: Adapter, format: str, algorithm: str | None
-) -> Iterator[tuple[float, Recipe, dict[Loss, list[Piece]], int]]:
+def _forms(host: Host, adapter: Adapter, format: str, algorithm: str | None) -> Iterator[_Form]:
     """The ways to write this format, with alpha kept and folded.
 
     Yields the share of lost modules, the recipe, the losses and the number of modules. Modules that

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,10 +37,11 @@ class Measurement(NamedTuple):
 @cache
 def measurement(host: str) -> Measurement:
     """The table of a host (cached); an empty one where there is none."""
-    path = FOLDER / f"{host}.json"
-    if not path.is_file():
-        return Measurement("", "", "", {})
-    return Measurement(**json.loads(path.read_text(encoding="utf-8")))
+    for folder in import_module(__package__).__path__:  # that of a host is beside its file
+        path = Path(folder, "measured", f"{host}.json")
+        if path.is_file():
+            return Measurement(**json.loads(path.read_text(encoding="utf-8")))
+    return Measurement("", "", "", {})
 
 
 def measured_with(host: str) -> str:

@@ -51,7 +51,8 @@ def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
     found: dict[str, list[RoleName]] = {}
     overrides = [format.spelling for format in discover("adaptkit.formats", "FORMAT").values()]
     for algorithm, kind in algorithms().items():
-        for name, role in kind.roles.items():
+        # kinds without forms are told by a configuration, never by their tensors
+        for name, role in kind.roles.items() if kind.forms else ():
             spelled = [spelling.get(algorithm, {}).get(name) for spelling in overrides]
             for suffix in dict.fromkeys((role.spelling, *role.also, *filter(None, spelled))):
                 found.setdefault(suffix, []).append((algorithm, name))

@@ -840,7 +840,7 @@ def test_keys_that_nobody_understands_are_named_and_keep_no_tolerance(tmp_path: 
 def test_a_look_alike_follows_the_other(tmp_path: Path) -> None:
     """Names alone do not tell SD 1 from SD 2; the width of a text projection does."""
     one, _ = lora((32, 32), draw(0))
-    two, _ = lora((16, 1024), draw(1))
+    two, _ = lora((320, 1024), draw(1))
     k = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     plain = file(tmp_path / "plain.safetensors", {LINEAR: one})
     sure = file(tmp_path / "sure.safetensors", {LINEAR: one, k: two})

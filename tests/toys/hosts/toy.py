@@ -1,4 +1,4 @@
-"""A toy host: loads the toy format of the toy family."""
+"""A toy host: loads the toy format of the toy family. What it reads is in `measured/toy.json`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from adaptkit.hosts.contract import MEASURED, Cell, Host
 HOST = Host(
     name="toy",
     title="Toy host",
-    measured="in a test",
     cells=(Cell("toy", ("toy",)),),
     writes={"": ("toy",)},
     algorithms=(*MEASURED, "toy"),
