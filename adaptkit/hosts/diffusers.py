@@ -72,7 +72,7 @@ STRANGE = Loss("have names at which its converter stops", whole=True)
 # PEFT finds nothing to adapt in the model
 NO_TARGET = Loss(
     "the denoiser's modules all have names that it does not know, at which it stops",
-    modules=r"^transformer\.",
+    modules=r"^(transformer|unet)\.",
     whole=True,
 )
 OUTSIDE = r"^transformer\.(?!double_blocks|single_blocks)"
@@ -90,6 +90,29 @@ FLUX2 = (
         "are LoKr of joint queries, keys and values, which it drops without a message",
         algorithms=("lokr",),
         modules=r"attn\.qkv$",
+    ),
+)
+# it renames `attention.out` before lora_down, lora_up and alpha only
+Z_OUT = (
+    Loss(
+        "have alpha tensors, which stop its converter",
+        modules=r"attention\.out$",
+        told=True,
+        suffix="lora_A",
+        unnamed="diffusers",
+        whole=True,
+    ),
+    Loss(
+        "are dropped without a message unless their factors are lora_down and lora_up",
+        modules=r"attention\.out$",
+        suffix="lora_A|lokr_",
+        unnamed="diffusers",
+    ),
+    Loss(
+        "are dropped without a message unless their factors are lora.down and lora.up",
+        modules=r"attention\.qkv$",
+        suffix="lora_|lokr_",
+        unnamed="diffusers",
     ),
 )
 
@@ -161,36 +184,28 @@ HOST = Host(
                 *OF_LORA,
             ),
             needs=WAN_BLOCK,
+            unread=STRANGE,
         ),
         Cell("kohya", ("hunyuan-video",), (STOPS,)),
-        Cell("comfy", ("qwen-image",), OF_LORA),
+        Cell("comfy", ("qwen-image",), (MAGNITUDE, *OF_LORA)),
         Cell("comfy", ("flux2",), FLUX2),
         Cell(
             "comfy",
             ("wan",),
             (Loss("stop its converter", modules="patch_embedding", whole=True), *OF_LORA),
+            unread=STRANGE,
         ),
         Cell(
             "comfy",
             ("z-image",),
-            (
-                Loss(
-                    "have alpha tensors, which stop its converter",
-                    told=True,
-                    suffix="lora_A",
-                    unnamed="diffusers",
-                    whole=True,
-                ),
-                NO_DORA,
-                LORA_OR_LOKR,
-            ),
+            (*Z_OUT, NO_DORA, MAGNITUDE, LORA_OR_LOKR),
         ),
         Cell(
             "comfy",
-            ("krea2", "ltx", "ltx2"),
+            ("krea2",),
             (ALPHA, DOWN, MAGNITUDE, *OF_LORA),
         ),
-        Cell("comfy", ("anima",), (ALPHA, DOWN, ONLY_LORA, NO_SCALE)),
+        Cell("comfy", ("anima", "ltx", "ltx2"), (ALPHA, DOWN, ONLY_LORA, NO_SCALE)),
         Cell("comfy", ("ideogram4",), (MAGNITUDE, *OF_LORA), unread=STRANGE),
         # by this name it knows the file
         Cell(
@@ -241,9 +256,22 @@ HOST = Host(
                 ONLY_LORA,
             ),
         ),
-        Cell("diffusers", (*UNETS, "sd3", "sd35-large"), (ALPHA, ONLY_LORA), check=_spellings),
+        Cell(
+            "diffusers",
+            SD,
+            (ALPHA, DOWN, ONLY_LORA),
+            none=NO_TARGET,
+            check=_spellings,
+        ),
+        Cell(
+            "diffusers",
+            ("sdxl", "sdxl-refiner", "sd3", "sd35-large"),
+            (ALPHA, ONLY_LORA),
+            none=NO_TARGET,
+            check=_spellings,
+        ),
         Cell("diffusers", ("flux2",), (ALPHA, DOWN, SINGLE, LORA_OR_LOKR)),
-        Cell("diffusers", ("z-image",), (ALPHA, LORA_OR_LOKR)),
+        Cell("diffusers", ("z-image",), (ALPHA, DOWN, LORA_OR_LOKR)),
         Cell(
             "diffusers",
             ("ideogram4",),
@@ -304,7 +332,7 @@ HOST = Host(
             like="comfy",
         ),
         Cell("bare", ("qwen-image",), (NO_ALPHA, *OF_LORA)),
-        Cell("bare", ("z-image",), (NO_ALPHA, NO_DORA, LORA_OR_LOKR)),
+        Cell("bare", ("z-image",), (NO_ALPHA, *Z_OUT, NO_DORA, LORA_OR_LOKR)),
         Cell(
             "peft",
             ("flux", "chroma"),
@@ -315,7 +343,7 @@ HOST = Host(
                 ),
             ),
         ),
-        Cell("peft", ("krea2",), (ALPHA, DOWN, *OF_LORA)),
+        Cell("peft", ("krea2",), (ALPHA, DOWN, MAGNITUDE, *OF_LORA)),
         Cell("peft", ("flux2",), FLUX2),
     ),
     unread=Loss(DROPPED),
