@@ -69,6 +69,7 @@ TWO_SPELLINGS = Loss(
 
 # names that a converter neither takes nor leaves out
 STRANGE = Loss("have names at which its converter stops", whole=True)
+OPEN_CLIP = replace(STRANGE, modules=TE, named="native")
 # PEFT finds nothing to adapt in the model
 NO_TARGET = Loss(
     "the denoiser's modules all have names that it does not know, at which it stops",
@@ -144,7 +145,12 @@ HOST = Host(
         Cell(
             "kohya",
             SD,
-            (Loss("stop its converter", unnamed="diffusers", whole=True), ODD, *OF_LORA),
+            (
+                # of native names, it converts those of attention alone
+                replace(STRANGE, modules=r"^unet\.(?!.*attentions)", unnamed="diffusers"),
+                ODD,
+                *OF_LORA,
+            ),
         ),
         Cell(
             "kohya",
@@ -155,6 +161,7 @@ HOST = Host(
                     modules="add_embedding|label_emb",
                     unnamed="native",
                 ),
+                OPEN_CLIP,
                 ODD,
                 *OF_LORA,
             ),
@@ -258,15 +265,8 @@ HOST = Host(
         ),
         Cell(
             "diffusers",
-            SD,
-            (ALPHA, DOWN, ONLY_LORA),
-            none=NO_TARGET,
-            check=_spellings,
-        ),
-        Cell(
-            "diffusers",
-            ("sdxl", "sdxl-refiner", "sd3", "sd35-large"),
-            (ALPHA, ONLY_LORA),
+            (*UNETS, "sd3", "sd35-large"),
+            (OPEN_CLIP, ALPHA, DOWN, ONLY_LORA),
             none=NO_TARGET,
             check=_spellings,
         ),
