@@ -129,14 +129,20 @@ def _lost(
     conditions = sorted(
         (*more, *(cell.losses if cell else ()), *host.always), key=lambda loss: not loss.whole
     )
+    name = (cell.unread if cell else None) or host.unread
+    none = cell.none if cell else None
     found: dict[Loss, list[Piece]] = {}
     unread = 0
+    bearers: list[bool] = []  # of those that `none` is about, which are read
     for piece in pieces:
         # a loss of the whole file outweighs any other reason
         loss = next((loss for loss in conditions if loss.holds(piece, common)), None)
-        if reads(table, piece) is False:
+        missed = reads(table, piece) is False
+        if none is not None and none.holds(piece, common):
+            bearers.append(not missed)
+        if missed:
             unread += 1
-            loss = loss or host.unread
+            loss = name if loss is None or (name.whole and not loss.whole) else loss
         if loss is not None:
             found.setdefault(loss, []).append(piece)
     whole = next((loss for loss in found if loss.whole), None)
@@ -144,6 +150,8 @@ def _lost(
         return {whole: found[whole]}
     if unread == len(pieces):
         return {host.nothing: list(pieces)}
+    if none is not None and bearers and not any(bearers):
+        return {none: list(pieces)}
     return found
 
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 DROPPED = "are dropped without a message"
 RAISES = "its converter stops at such a file"
-OUTSIDE = r"^transformer\.(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
 NO_PIPELINE = "its pipeline for this family has no LoRA loader"
 FAMILIES = (
     "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "qwen-image",
@@ -50,6 +49,7 @@ FACTORS = Loss(
     whole=True,
 )
 OLD = Loss("are called lora.down and lora.up, at which it stops", suffix=r"lora\.", whole=True)
+NO_SCALE = replace(NO_DORA, suffix="dora_scale")
 MAGNITUDE = Loss(
     "have PEFT's DoRA magnitudes, at which its converter stops",
     suffix="lora_magnitude_vector",
@@ -65,6 +65,56 @@ TWO_SPELLINGS = Loss(
     "are called lora.down and lora.up beside others called lora_A and lora_B: they are dropped "
     "without a message",
     suffix=r"lora\.",
+)
+
+# names that a converter neither takes nor leaves out
+STRANGE = Loss("have names at which its converter stops", whole=True)
+OPEN_CLIP = replace(STRANGE, modules=TE, named="native")
+# PEFT finds nothing to adapt in the model
+NO_TARGET = Loss(
+    "the denoiser's modules all have names that it does not know, at which it stops",
+    modules=r"^(transformer|unet)\.",
+    whole=True,
+)
+OUTSIDE = r"^transformer\.(?!double_blocks|single_blocks)"
+FLUX2 = (
+    replace(STRANGE, modules=OUTSIDE, unnamed="native"),
+    replace(ALPHA, suffix="lora"),
+    DOWN,
+    OLD,
+    NO_SCALE,
+    replace(MAGNITUDE, unnamed="diffusers"),
+    SINGLE,
+    LORA_OR_LOKR,
+    replace(STRANGE, algorithms=("lokr",), unnamed="native"),
+    Loss(
+        "are LoKr of joint queries, keys and values, which it drops without a message",
+        algorithms=("lokr",),
+        modules=r"attn\.qkv$",
+    ),
+)
+# it renames `attention.out` before lora_down, lora_up and alpha only
+Z_OUT = (
+    Loss(
+        "have alpha tensors, which stop its converter",
+        modules=r"attention\.out$",
+        told=True,
+        suffix="lora_A",
+        unnamed="diffusers",
+        whole=True,
+    ),
+    Loss(
+        "are dropped without a message unless their factors are lora_down and lora_up",
+        modules=r"attention\.out$",
+        suffix="lora_A|lokr_",
+        unnamed="diffusers",
+    ),
+    Loss(
+        "are dropped without a message unless their factors are lora.down and lora.up",
+        modules=r"attention\.qkv$",
+        suffix="lora_|lokr_",
+        unnamed="diffusers",
+    ),
 )
 
 WAN_BLOCK = (
@@ -95,7 +145,12 @@ HOST = Host(
         Cell(
             "kohya",
             SD,
-            (Loss("stop its converter", unnamed="diffusers", whole=True), ODD, *OF_LORA),
+            (
+                # of native names, it converts those of attention alone
+                replace(STRANGE, modules=r"^unet\.(?!.*attentions)", unnamed="diffusers"),
+                ODD,
+                *OF_LORA,
+            ),
         ),
         Cell(
             "kohya",
@@ -106,16 +161,21 @@ HOST = Host(
                     modules="add_embedding|label_emb",
                     unnamed="native",
                 ),
+                OPEN_CLIP,
                 ODD,
                 *OF_LORA,
             ),
         ),
         Cell("kohya", ("sdxl-refiner",), (STOPS,)),
-        Cell("kohya", ("flux",), OF_LORA),
+        Cell("kohya", ("flux",), (replace(STRANGE, unnamed="native"), *OF_LORA)),
         Cell(
             "kohya",
             ("chroma",),
-            (Loss("stop its converter", modules="distilled_guidance", whole=True), *OF_LORA),
+            (
+                replace(STRANGE, modules="distilled_guidance"),
+                replace(STRANGE, unnamed="native"),
+                *OF_LORA,
+            ),
         ),
         Cell("kohya", ("flux2", "qwen-image", "z-image"), OF_LORA),
         Cell(
@@ -131,40 +191,37 @@ HOST = Host(
                 *OF_LORA,
             ),
             needs=WAN_BLOCK,
+            unread=STRANGE,
         ),
         Cell("kohya", ("hunyuan-video",), (STOPS,)),
-        Cell("comfy", ("qwen-image",), OF_LORA),
-        Cell(
-            "comfy",
-            ("flux2",),
-            (replace(ALPHA, suffix="lora"), DOWN, OLD, NO_DORA, MAGNITUDE, LORA_OR_LOKR),
-        ),
+        Cell("comfy", ("qwen-image",), (MAGNITUDE, *OF_LORA)),
+        Cell("comfy", ("flux2",), FLUX2),
         Cell(
             "comfy",
             ("wan",),
             (Loss("stop its converter", modules="patch_embedding", whole=True), *OF_LORA),
+            unread=STRANGE,
         ),
         Cell(
             "comfy",
             ("z-image",),
-            (
-                Loss(
-                    "have alpha tensors, which stop its converter",
-                    told=True,
-                    suffix="lora_A",
-                    unnamed="diffusers",
-                    whole=True,
-                ),
-                NO_DORA,
-                LORA_OR_LOKR,
-            ),
+            (*Z_OUT, NO_DORA, MAGNITUDE, LORA_OR_LOKR),
         ),
         Cell(
             "comfy",
-            ("krea2", "anima", "ltx", "ltx2", "ideogram4"),
+            ("krea2",),
             (ALPHA, DOWN, MAGNITUDE, *OF_LORA),
         ),
-        Cell("bare", ("ideogram4",), (ALPHA, DOWN, MAGNITUDE, *OF_LORA)),
+        Cell("comfy", ("anima", "ltx", "ltx2"), (ALPHA, DOWN, ONLY_LORA, NO_SCALE)),
+        Cell("comfy", ("ideogram4",), (MAGNITUDE, *OF_LORA), unread=STRANGE),
+        # by this name it knows the file
+        Cell(
+            "bare",
+            ("ideogram4",),
+            (MAGNITUDE, *OF_LORA),
+            needs=(r"attention\.qkv$",),
+            unread=STRANGE,
+        ),
         Cell("comfy", ("lumina2",), (ALPHA, DOWN, *OF_LORA)),
         Cell(
             "comfy",
@@ -179,13 +236,53 @@ HOST = Host(
                 *OF_LORA,
             ),
         ),
-        Cell("comfy", ("flux", "chroma"), (FACTORS, *OF_LORA)),
+        Cell("comfy", ("flux",), (FACTORS, replace(STRANGE, unnamed="native"), *OF_LORA)),
+        Cell(
+            "comfy",
+            ("chroma",),
+            (
+                FACTORS,
+                replace(STRANGE, modules="distilled_guidance"),
+                replace(STRANGE, unnamed="native"),
+                *OF_LORA,
+            ),
+        ),
         # alpha beside lora_A is read here, under the other names of the factors it is not
-        Cell("diffusers", ("flux",), (replace(ALPHA, suffix="lora_down|lora_up"), ONLY_LORA)),
-        Cell("diffusers", (*UNETS, "sd3", "sd35-large"), (ALPHA, ONLY_LORA), check=_spellings),
+        Cell(
+            "diffusers",
+            ("flux",),
+            (replace(ALPHA, suffix="lora_down|lora_up"), ONLY_LORA),
+            none=NO_TARGET,
+        ),
+        Cell(
+            "diffusers",
+            ("chroma",),
+            (
+                Loss("stop it (its pipeline looks for CLIP there)", modules=TE, whole=True),
+                replace(ALPHA, suffix="lora_down|lora_up"),
+                ONLY_LORA,
+            ),
+        ),
+        Cell(
+            "diffusers",
+            (*UNETS, "sd3", "sd35-large"),
+            (OPEN_CLIP, ALPHA, DOWN, ONLY_LORA),
+            none=NO_TARGET,
+            check=_spellings,
+        ),
         Cell("diffusers", ("flux2",), (ALPHA, DOWN, SINGLE, LORA_OR_LOKR)),
-        Cell("diffusers", ("z-image",), (ALPHA, LORA_OR_LOKR)),
-        Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA)),
+        Cell("diffusers", ("z-image",), (ALPHA, DOWN, LORA_OR_LOKR)),
+        Cell(
+            "diffusers",
+            ("ideogram4",),
+            (
+                replace(STRANGE, modules=r"attention\.qkv$", unnamed="diffusers"),
+                ALPHA,
+                DOWN,
+                ONLY_LORA,
+            ),
+        ),
+        Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA), none=NO_TARGET),
         Cell("diffusers-old", (*SD, "sdxl"), OF_LORA),
         Cell(
             "lycoris",
@@ -194,6 +291,7 @@ HOST = Host(
                 Loss(
                     "are {kinds}: of these names it reads only LoKr", besides=("lokr",), whole=True
                 ),
+                replace(STRANGE, modules=OUTSIDE),
             ),
             like="diffusers",
         ),
@@ -209,11 +307,11 @@ HOST = Host(
         ),
         Cell(
             "onetrainer",
-            ("flux",),
+            ("flux", "chroma"),
             (
                 Loss(
                     "get one name for different modules, so the last one wins, or it stops",
-                    modules=r"mlp|mod|linear|_in(\.|$)|final|^text",
+                    modules=r"mlp|mod|linear|_in(\.|$)|final|distilled|^text",
                     whole=True,
                 ),
                 NO_ALPHA,
@@ -234,7 +332,7 @@ HOST = Host(
             like="comfy",
         ),
         Cell("bare", ("qwen-image",), (NO_ALPHA, *OF_LORA)),
-        Cell("bare", ("z-image",), (NO_ALPHA, NO_DORA, LORA_OR_LOKR)),
+        Cell("bare", ("z-image",), (NO_ALPHA, *Z_OUT, NO_DORA, LORA_OR_LOKR)),
         Cell(
             "peft",
             ("flux", "chroma"),
@@ -245,7 +343,8 @@ HOST = Host(
                 ),
             ),
         ),
-        Cell("peft", ("krea2", "flux2"), (ALPHA, DOWN, *OF_LORA)),
+        Cell("peft", ("krea2",), (ALPHA, DOWN, MAGNITUDE, *OF_LORA)),
+        Cell("peft", ("flux2",), FLUX2),
     ),
     unread=Loss(DROPPED),
     writes={"": ("diffusers", "comfy")},

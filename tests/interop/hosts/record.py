@@ -100,7 +100,8 @@ def _tried(host: str, family: str, format: str, naming: str) -> Iterator[tuple[P
             right = outcome(host, taken, blocks)
             yield from ((part, part.stem in right) for part in taken.parts)
             yield from _others(host, family, whole, taken, blocks)
-            return
+            if (host, format, family) not in SPELLED:
+                return
 
 
 def _others(
@@ -138,6 +139,8 @@ def _taken(host: str, whole: File, blocks: int | None) -> File | None:
 
 # converters that go over the blocks of the real model
 COMPLETE = {("peft", "flux"), ("peft", "chroma"), ("xlabs", "flux")}
+# converters that know other names when the factors are called otherwise
+SPELLED = {("diffusers", "comfy", "z-image")}
 
 
 def _short(known: Mapping[str, bool]) -> bool | list[str]:
