@@ -49,7 +49,7 @@ MEASURED: dict[str, tuple[bool | int | None, ...]] = {
     "gen__simpletuner_lycoris_flux1_lokr": (YES, NO, NO),
     "invokeai__anima_lora_kohya_format": (YES, NO, YES),
     "invokeai__anima_lora_peft_format": (YES, YES, YES),
-    "invokeai__flux_control_lora_format": (YES, 1, YES),
+    "invokeai__flux_control_lora_format": (YES, 20, YES),
     "invokeai__flux_lokr_bfl_format": (YES, NO, YES),
     "invokeai__flux_lora_kohya_format": (YES, YES, YES),
     "invokeai__flux_lora_xlabs_format": (NO, YES, YES),
