@@ -150,6 +150,10 @@ class KeyMap:
             suffix = algorithms()[algorithm].roles[role].spelling  # no spelling of a LoRA's bias
         return f"{self.stem(slot)}.{suffix}"
 
+    def beside_lora(self, slot: Slot) -> bool:
+        """Whether the format stores this bias as a part of its layer's LoRA, as PEFT does."""
+        return self.format.peft and slot.param == BIAS and not self.normed(slot.target)
+
     def normed(self, target: Target) -> bool:
         """Whether a target is a norm, whose weight is a vector."""
         row = self.row(target)

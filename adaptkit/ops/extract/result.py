@@ -275,7 +275,8 @@ def _notes(
         factor = options.factor or result.probe.factor or DEFAULT_FACTOR
         if caution := kind.caution(FitSpec(factor=factor)):
             yield caution
-    if result.plan.keys.format.peft and any(job.role == "diff_b" for job, _, _ in result.stored()):
+    keys = result.plan.keys
+    if any(job.slot and keys.beside_lora(job.slot) for job, _, _ in result.stored()):
         yield BIASED
     if left:
         count = "1 changed tensor is" if len(left) == 1 else f"{len(left)} changed tensors are"

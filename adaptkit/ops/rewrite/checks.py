@@ -102,9 +102,7 @@ def check_biases(keys: KeyMap, tasks: Sequence[Task]) -> None:
 
     PEFT's LoraConfig refuses `lora_bias` with `use_dora`, and diffusers makes one of both.
     """
-    if not keys.format.peft:
-        return
-    bias = next((task for task in tasks if task.slot.param == BIAS), None)
+    bias = next((task for task in tasks if keys.beside_lora(task.slot)), None)
     if bias is not None and any(task.kind.wrapper for task in tasks):
         raise NotRepresentable(
             f"the {keys.format.name} format holds no bias in a file with DoRA",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.keymap import split_suffix
-from adaptkit.names import BIAS
 from adaptkit.ops.adapter_file.peft_config import BIASED
 from adaptkit.ops.rewrite.plan import CHANGES, Recast, Task, detail
 from adaptkit.ops.shared import WriterReport
@@ -211,7 +210,7 @@ def _notes(plan: Recast, state: State) -> Iterator[str]:
     if zero:
         where = "every module" if zero == len(plan.tasks) else f"{zero} modules"
         yield f"ΔW is zero in {where}: the inputs cancel out."
-    if plan.keys.format.peft and any(task.slot.param == BIAS for task in plan.tasks):
+    if any(plan.keys.beside_lora(task.slot) for task in plan.tasks):
         yield BIASED
     vanished = sum(stored.vanished for stored in state.stored.values())
     if vanished:
