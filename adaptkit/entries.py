@@ -166,8 +166,8 @@ class _Reader:
         if facts.kernel is not None:
             return facts
         row = self.keys.row(slot.target)
-        # a family without checkpoints is made of file names: its rows know no kernels
-        if row is None or not self.keys.family.component(slot.component).checkpoints:
+        # rows made of an adapter's names know no kernels
+        if row is None or row.own or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
 

@@ -12,6 +12,7 @@ from adaptkit.detect.search import (
     families,
     formats,
     is_adapter,
+    spelled_as_adapter,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "families",
     "formats",
     "is_adapter",
+    "spelled_as_adapter",
 ]

@@ -52,7 +52,9 @@ class Name(NamedTuple):
     `rows` is the range of the target's output rows (None: all). `transposed`: the checkpoint stores
     the transpose. `swapped`: the two halves of the output rows are swapped (original models and
     diffusers store the scale and shift of a modulation in opposite orders). `kernel` is the stored
-    kernel if it differs from the row's: a linear layer stored as a 1×1 convolution.
+    kernel if it differs from the row's: a linear layer stored as a 1×1 convolution. `joiners` are
+    those that the name can be spelled with: `_` alone if its dots are not known, `.` alone if
+    another name would read the same with underscores.
     """
 
     module: str
@@ -62,6 +64,7 @@ class Name(NamedTuple):
     transposed: bool = False
     swapped: bool = False
     kernel: tuple[int, ...] | None = None
+    joiners: str = "._"
 
 
 def swapped(module: str) -> Name:
@@ -95,12 +98,16 @@ def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple
 
 
 class Row(NamedTuple):
-    """One module or run of modules: target, names and kernel."""
+    """One module or run of modules: target, names and kernel.
+
+    `own`: no table names the module. A file does, see adaptkit.unknown.
+    """
 
     target: str
     names: Mapping[str, tuple[Name, ...]]
     kind: Kind = Kind.MATRIX
     kernel: tuple[int, ...] = ()
+    own: bool = False
 
 
 def row(

@@ -13,6 +13,7 @@ from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import PEFT_CONFIG, Problem
+from adaptkit.unknown import own_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -174,6 +175,7 @@ def _adapter(
         "scales": _counted(f"{entry.facts.scale:g}" for entry in entries if not entry.kind.bounded),
         "alpha_source": adapter.alpha_source,
         "unclaimed": list(adapter.unclaimed),
+        "own_names": [adapter.label(slot) for slot in adapter.own],
         "problems": [_problem(problem) for problem in (*_problems(adapter), *_traps(adapter))],
         **_loads_in(adapter),
         "metadata": dict(source.metadata),
@@ -247,8 +249,20 @@ def _problems(adapter: Adapter) -> Iterator[Problem]:
     yield from adapter.problems
     foreign = [key for key, reason in adapter.unclaimed.items() if reason.startswith("no such")]
     if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        yield Problem("error", None, f"{foreign[0]}{more}: {adapter.unclaimed[foreign[0]]}")
+        what = adapter.unclaimed[foreign[0]]
+        yield Problem("error", None, f"{foreign[0]}{_more(len(foreign))}: {what}")
+    if adapter.own:
+        first, n = adapter.label(adapter.own[0]), len(adapter.own)
+        what = f"{n} module{'s are' if n > 1 else ' is'} not in the table of {adapter.family.title}"
+        yield Problem("warning", None, f"{what}, and kept under {_own_names(n)}: {first}{_more(n)}")
+
+
+def _own_names(n: int) -> str:
+    return "their own names" if n > 1 else "its own name"
+
+
+def _more(n: int) -> str:
+    return f" and {n - 1} more" if n > 1 else ""
 
 
 def _modules(adapter: Adapter) -> Iterator[Mapping[str, Any]]:
@@ -291,6 +305,7 @@ def _plain(source: TensorSource, kind: str, found: Detection) -> dict[str, Any]:
         "scales": {},
         "alpha_source": "none",
         "unclaimed": [],
+        "own_names": [],
         "problems": [],
         "loads_in": None,
         "metadata": dict(source.metadata),
@@ -312,6 +327,7 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
     record = _plain(source, "checkpoint", checkpoint.detection)
     parts = [place.slot.component for place in checkpoint.places.values()]
     record["components"] = dict(Counter([*parts, *checkpoint.others.values()]).most_common())
+    record["own_names"] = [f"{own.component}.{own.module}" for own in own_of(checkpoint.family)]
     record["modules"] = len({place.slot.target.module for place in checkpoint.places.values()})
     record["layout"] = ", ".join(
         dict.fromkeys(place.naming for place in checkpoint.places.values())

@@ -15,6 +15,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
 from adaptkit.ops.shared import Closing
 from adaptkit.steps import Step, peak_memory
+from adaptkit.unknown import joint
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -274,14 +275,15 @@ def open_all(paths: Sequence[Path], options: RecastOptions) -> tuple[Adapter, ..
             adapter = Adapter.open(
                 path, family=options.family, format=options.format, alpha=options.alpha_in
             )
-            if found and adapter.family is not found[0].family:
+            if found and adapter.family.name != found[0].family.name:
                 adapter = _alike(found[0], adapter, options.alpha_in)
             found.append(adapter)
     except AdaptkitError:
         for adapter in found:
             adapter.close()
         raise
-    return tuple(found)
+    family = joint([adapter.family for adapter in found])
+    return tuple(adapter.with_dots(family) for adapter in found)
 
 
 def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:

@@ -84,8 +84,10 @@ def recast(
         chosen("algorithm", algorithms(), options.algo)
     check_adapter_output(output, folder=into.config, overwrite=options.overwrite)
     first, path = adapters[0], adapters[0].source.path
-    keys = keys_of(first, into.format)
     base = None if options.base is None else _base(options.base, first)
+    if base is not None:
+        adapters = tuple(adapter.with_dots(base.family) for adapter in adapters)
+    keys = keys_of(adapters, into.format)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
     refuse_unused(planner.unused, options.allow_unused, path)
@@ -120,7 +122,7 @@ def recast(
 
 def _base(path: Path, adapter: Adapter) -> Checkpoint:
     found = Checkpoint.open(path, family=adapter.family.name if adapter.known else None)
-    if adapter.known and found.family is not adapter.family:
+    if adapter.known and found.family.name != adapter.family.name:
         found.close()
         raise ShapeMismatch(
             f"the base is {found.family.title}, the adapter is for {adapter.family.title}",
