@@ -160,12 +160,11 @@ def test_another_input_tells_the_dots_of_a_name_in_underscores(
 
 
 def checkpoint(path: Path, extra: Mapping[str, tuple[int, ...]], seed: int = 0) -> Path:
-    """A few layers of FLUX.1 in its own names, and some of nobody's."""
+    """Layers of FLUX.1 in its own names, and some of nobody's."""
     draw = np.random.default_rng(seed)
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (3 * D, D) for name in FLUX[:2]}
     tensors = {
         name: torch.from_numpy(draw.standard_normal(shape, dtype=np.float32)).to(torch.bfloat16)
-        for name, shape in {**shapes, "img_in.weight": (D, 64), **extra}.items()
+        for name, shape in {"img_in.weight": (D, 64), **extra}.items()
     }
     save_file(tensors, path)
     return path
@@ -250,3 +249,57 @@ def test_vectors_of_a_layer_that_no_table_names(tmp_path: Path) -> None:
     found = load_file(merged)
     for key in (f"{FLUX_OWN}.bias", "new_norm.weight"):
         assert torch.allclose(found[key], changed[key], atol=1e-5)
+
+
+# families that nobody knows ------------------------------------------------------------------
+
+STRANGE = tuple(f"stages.{i}.mix.to_in_{k}" for i in range(3) for k in range(2))
+
+
+def stranger(path: Path, prefix: str, joiner: str = ".") -> Path:
+    draw = np.random.default_rng(3)
+    down, up = ("lora_down", "lora_up") if joiner == "_" else ("lora_A", "lora_B")
+    save_file(
+        {
+            f"{prefix}{module.replace('.', joiner)}.{factor}.weight": torch.from_numpy(
+                draw.standard_normal(size).astype(np.float32)
+            )
+            for module in STRANGE
+            for factor, size in ((down, (2, 40)), (up, (24, 2)))
+        },
+        path,
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("prefix", "to", "written"),
+    [
+        ("", "comfy", "diffusion_model."),
+        ("base_model.model.", "comfy", "diffusion_model."),
+        ("", "diffusers", "transformer."),
+        ("diffusion_model.", "bare", ""),
+        ("diffusion_model.", "kohya", "lora_unet_"),
+    ],
+)
+def test_an_unknown_family_changes_its_prefix(
+    prefix: str, to: str, written: str, tmp_path: Path
+) -> None:
+    path, output = stranger(tmp_path / "a.safetensors", prefix), tmp_path / "b.safetensors"
+    ops.convert.run(ops.convert.plan(path, ops.convert.Options(to=to, output=output)))
+    joiner = "_" if to == "kohya" else "."
+    stems = {key.partition(".lora")[0].removesuffix(".alpha") for key in load_file(output)}
+    assert stems == {written + module.replace(".", joiner) for module in STRANGE}
+
+
+def test_the_base_tells_the_dots_of_an_unknown_family(tmp_path: Path) -> None:
+    path = stranger(tmp_path / "a.safetensors", "lora_unet_", "_")
+    base, output = tmp_path / "base.safetensors", tmp_path / "b.safetensors"
+    save_file({f"{module}.weight": torch.zeros(24, 40) for module in STRANGE}, base)
+    with pytest.raises(AdaptkitError, match="no place"):
+        ops.convert.plan(path, ops.convert.Options(to="comfy", output=output))
+    options = ops.convert.Options(to="comfy", output=output, base=base)
+    ops.convert.run(ops.convert.plan(path, options))
+    stems = {key.partition(".lora")[0] for key in load_file(output)}
+    assert stems == {f"diffusion_model.{module}" for module in STRANGE}
+    assert close(delta(output, "stages.0.mix.to_in_0"), delta(path, "stages_0_mix_to_in_0"))

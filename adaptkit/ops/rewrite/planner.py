@@ -121,7 +121,8 @@ def recast(
 
 
 def _base(path: Path, adapter: Adapter) -> Checkpoint:
-    found = Checkpoint.open(path, family=adapter.family.name if adapter.known else None)
+    family = adapter.family.name if adapter.known else None
+    found = Checkpoint.open(path, family=family, strangers=not adapter.known)
     if adapter.known and found.family.name != adapter.family.name:
         found.close()
         raise ShapeMismatch(
