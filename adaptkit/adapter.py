@@ -14,6 +14,7 @@ from adaptkit.detect import (
     Detection,
     chosen,
     detect_adapter,
+    foreign,
     formats,
     is_adapter,
 )
@@ -129,6 +130,7 @@ class Adapter:
         if found.family is not None and found.format is not None:
             keys = _with_own(compile_keys(found.family, found.format), infos)
         else:
+            _refuse_foreign(infos, config)
             keys, found = _unknown(infos, found, family, format)
         return cls._read(source, config, infos, keys, found, alpha)
 
@@ -252,6 +254,17 @@ def _by_names(
         )
     keys = maps[claimed.index(most)]
     return keys, Detection(None, keys.format.name, most, len(infos))
+
+
+def _refuse_foreign(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> None:
+    """UnknownAdapter for a kind that can be named, but not read."""
+    kind = foreign(infos, config)
+    if kind is not None:
+        raise UnknownAdapter(
+            f"an adapter of a kind that adaptkit does not read: {kind}",
+            hint="what trained it can merge it into its base model (PEFT: merge_and_unload); then "
+            "`adaptkit extract BASE MERGED` makes a LoRA or LoKr of the difference",
+        )
 
 
 def _unknown(

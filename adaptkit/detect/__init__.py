@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adaptkit.detect.foreign import foreign
 from adaptkit.detect.search import (
     ENOUGH,
     Detection,
@@ -23,6 +24,7 @@ __all__ = [
     "detect_adapter",
     "detect_checkpoint",
     "families",
+    "foreign",
     "formats",
     "is_adapter",
     "spelled_as_adapter",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
-from adaptkit.detect import Detection, detect_checkpoint, is_adapter
+from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
@@ -93,7 +93,7 @@ def run(path: Path, options: Options | None = None, progress: Progress | None = 
         return _failed(path, error)
     with source:
         try:
-            adapter = is_adapter(source.infos)
+            adapter = config is not None or is_adapter(source.infos)
             report = (
                 _adapter(source, config, options, progress)
                 if adapter
@@ -152,7 +152,7 @@ def _adapter(
             alpha=options.alpha_in,
         )
     except UnknownAdapter:
-        if options.family or options.format:
+        if options.family or options.format or foreign(source.infos, config) is not None:
             raise
         return _stranger(source)
     entries = adapter.entries.values()
@@ -316,6 +316,8 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
     try:
         checkpoint = Checkpoint.understand(source, family=options.family)
     except UnknownAdapter:
+        if foreign(source.infos) is not None:
+            Adapter.understand(source)  # which says what it is
         if sum(name.endswith(".weight") for name in source.infos) == 0:
             raise UnknownAdapter(
                 "neither an adapter nor a checkpoint: no key ends in .weight",
