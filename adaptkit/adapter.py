@@ -23,6 +23,7 @@ from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
 from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
+from adaptkit.suggest import nearest
 from adaptkit.unknown import fallback, own_modules, own_of, with_dots, with_own
 
 if TYPE_CHECKING:
@@ -170,6 +171,11 @@ class Adapter:
         """The slots of modules that the table of a known family does not name."""
         named = {(one.component, one.module) for one in own_of(self.family)}
         return tuple(s for s in self.entries if (s.component, s.target.module) in named)
+
+    def nearest(self, key: str) -> str | None:
+        """The name in the table that is most like that of a key, if the table has not the key's."""
+        keys = compile_keys(self.family.name, self.format.name) if self.known else self.keys
+        return nearest(keys, key)
 
     def with_dots(self, family: ModelFamily) -> Adapter:
         """This adapter with the dots of its own modules, as another file of the family has them.

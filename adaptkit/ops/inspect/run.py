@@ -253,8 +253,12 @@ def _problems(adapter: Adapter) -> Iterator[Problem]:
         yield Problem("error", None, f"{foreign[0]}{_more(len(foreign))}: {what}")
     if adapter.own:
         first, n = adapter.label(adapter.own[0]), len(adapter.own)
+        near = adapter.nearest(next(iter(adapter.entries[adapter.own[0]].keys.values())))
+        tail = "" if near is None else f"; the nearest known name is {near}"
         what = f"{n} module{'s are' if n > 1 else ' is'} not in the table of {adapter.family.title}"
-        yield Problem("warning", None, f"{what}, and kept under {_own_names(n)}: {first}{_more(n)}")
+        yield Problem(
+            "warning", None, f"{what}, and kept under {_own_names(n)}: {first}{_more(n)}{tail}"
+        )
 
 
 def _own_names(n: int) -> str:

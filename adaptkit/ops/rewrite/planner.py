@@ -429,7 +429,5 @@ def _turned(kind: type[Weights], into: type[Weights]) -> bool:
 
 def _why(adapter: Adapter, key: str, reason: str) -> str:
     """The reason with the nearest name that the tables know."""
-    from adaptkit.suggest import nearest
-
-    near = nearest(adapter.keys, key) if reason.startswith("no such") else None
+    near = adapter.nearest(key)
     return reason if near is None else f"{reason}; the nearest known name is {near}"
