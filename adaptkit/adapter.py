@@ -18,8 +18,8 @@ from adaptkit.detect import (
     formats,
     is_adapter,
 )
-from adaptkit.entries import Entry, alike, read_entries, without_carried
-from adaptkit.errors import AdaptkitError, UnknownAdapter
+from adaptkit.entries import Entry, alike, as_part, read_entries, without_carried
+from adaptkit.errors import AdaptkitError, NoSuchName, NotRepresentable, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
 from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
@@ -176,6 +176,24 @@ class Adapter:
         """The name in the table that is most like that of a key, if the table has not the key's."""
         keys = compile_keys(self.family.name, self.format.name) if self.known else self.keys
         return nearest(keys, key)
+
+    def as_part(self, part: str) -> Adapter:
+        """This adapter as one of another expert of its model, such as `transformer_2` of Wan.
+
+        Raises NoSuchName if the family has no such component, NotRepresentable if this adapter is
+        for a component with other modules.
+        """
+        known = [component.name for component in self.family.components]
+        if part not in known:
+            raise NoSuchName.among("component", part, known)
+        for slot in self.entries:
+            if slot.component not in self.family.experts(part):
+                raise NotRepresentable(
+                    f"its {slot.component} has other modules than {part}",
+                    hint=f"--skip {slot.component} leaves it out",
+                    file=self.source.path,
+                )
+        return replace(self, entries=as_part(self.entries, part))
 
     def with_dots(self, family: ModelFamily) -> Adapter:
         """This adapter with the dots of its own modules, as another file of the family has them.

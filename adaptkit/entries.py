@@ -10,6 +10,7 @@ from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.errors import AdaptkitError
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
 from adaptkit.meaning import SAY, Meaning, Problem
+from adaptkit.names import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
     from adaptkit.algorithms.contract import Facts, Weights
     from adaptkit.files.header import TensorInfo
-    from adaptkit.names import Slot
 
 __all__ = [
     "Entry",
     "Header",
     "alike",
+    "as_part",
     "entries_of",
     "read_entries",
     "weights_of",
@@ -105,6 +106,12 @@ def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
 def without_carried(source: Header) -> dict[str, TensorInfo]:
     """The tensors of a file without those that other tools left there."""
     return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+
+
+def as_part(entries: Mapping[Slot, Entry], part: str) -> dict[Slot, Entry]:
+    """Entries of one expert of a model as those of another, which has the same modules."""
+    moved = {slot: Slot(slot.target._replace(component=part), slot.rows) for slot in entries}
+    return {moved[slot]: entry._replace(slot=moved[slot]) for slot, entry in entries.items()}
 
 
 class _Reader:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -282,3 +283,17 @@ class ModelFamily:
     def component(self, name: str) -> Component:
         """The component of this name; KeyError if there is none."""
         return next(part for part in self.components if part.name == name)
+
+    def experts(self, name: str) -> tuple[str, ...]:
+        """The components with the same modules as this one, itself among them.
+
+        The experts of one model are so, of which most formats hold one per file.
+        """
+        names = _targets(self.component(name))
+        return tuple(part.name for part in self.components if _targets(part) == names)
+
+
+@lru_cache(maxsize=256)
+def _targets(part: Component) -> frozenset[str]:
+    """The targets in the table of a component."""
+    return frozenset(row.target for row in part.rows if not row.own)

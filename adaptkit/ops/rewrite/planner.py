@@ -43,7 +43,7 @@ from adaptkit.ops.rewrite.plan import (
 )
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
 from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
-from adaptkit.respelling import Assembly, Respelling
+from adaptkit.respelling import Assembly, Respelling, placed
 from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
@@ -192,13 +192,14 @@ class _Planner:
 
     def _entries(self, adapter: Adapter) -> Mapping[Slot, Entry]:
         if not (self.options.only or self.options.skip):
-            return adapter.entries
+            return placed(adapter.entries, self.keys)
         label = adapter.label
-        return {
+        chosen = {
             s: e
             for s, e in adapter.entries.items()
             if selected(label(s), s.component, self.options)
         }
+        return placed(chosen, self.keys)
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
