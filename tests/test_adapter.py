@@ -153,7 +153,7 @@ def test_what_fits_nothing_is_listed_with_the_reason(tmp_path: Path) -> None:
         problems = {problem.module: problem for problem in adapter.problems}
     assert reasons.keys() == extra.keys() - {"bundle_emb.style.clip_l"}
     assert "no such module" in reasons["lora_unet_mid_block_nowhere.lora_up.weight"]
-    assert reasons[f"{made.WIDE}.lora_up.weight"] == "incomplete or mixed: up"
+    assert reasons[f"{made.WIDE}.lora_up.weight"] == "lora_down.weight is missing"
     assert "do not fit together" in reasons[f"{made.POINT}.lora_up.weight"]
     assert len(problems) == 2
     assert {problem.severity for problem in problems.values()} == {"error"}

@@ -22,7 +22,7 @@ from adaptkit.ops.difference.probe import Look, Probe, as_rounded, look, made_by
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
 from adaptkit.ops.ranks.rules.size import Size
-from adaptkit.ops.shared import Closing, Progress, Shared, Unused, refuse_unused
+from adaptkit.ops.shared import Closing, Progress, Shared, Unused, refuse_unused, settle
 from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class Options:
     skip: tuple[str, ...] = ()
     allow_unused: bool = False
     ema: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self)
 
     @property
     def shared(self) -> Shared:
@@ -181,6 +184,7 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
     keys = first.keys(formats()[options.to])
     pairing = Pairing(first, second, keys, Wanted(low_rank_kind().name, False, options.shared))
     jobs = pairing.pairs()
+    pairing.selection.check("these checkpoints")
     if not any(job.algorithm for job in jobs):
         raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
     refuse_unused(pairing.lost, options.allow_unused, tuned)

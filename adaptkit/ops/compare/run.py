@@ -13,7 +13,7 @@ from adaptkit.ops.compare.distance import Numbers
 from adaptkit.ops.compare.inputs import Argument, Given, Inputs, open_inputs
 from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
 from adaptkit.ops.compare.measure import Measurer, needs_base
-from adaptkit.ops.shared import Closing, Progress, Shared, Unused
+from adaptkit.ops.shared import Closing, Progress, Shared, Unused, settle
 from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class Options:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     alpha_in: str | None = None
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 @dataclass(frozen=True)

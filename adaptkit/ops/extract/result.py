@@ -205,6 +205,7 @@ class Result:
             parameters=sum(pick.form.numbers(pick.rank) for _, _, pick in stored),
             relative_error=self.relative_error,
             unused=(*plan.unused, *left),
+            selection=plan.selection,
             details=tuple(_detail(job, found, pick) for job, found, pick in stored),
             family=plan.base.family.name,
             format=plan.keys.format.name,

@@ -15,12 +15,12 @@ from adaptkit.ops.merge.layout import as_single, plan_layout
 from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge
 from adaptkit.ops.merge.relayout import Relayout, wanted
 from adaptkit.ops.merge.steps import step_of
+from adaptkit.ops.selecting import Selection
 from adaptkit.ops.shared import (
     Unused,
     check_output,
     default_output,
     refuse_unused,
-    selected,
     stored_dtype,
 )
 from adaptkit.steps import check_memory
@@ -67,6 +67,7 @@ def _planned(
         check_output(output, options.overwrite)
     places = _Places(base, adapters, strengths, options)
     merges = places.merges()
+    places.selection.check("these adapters" if len(adapters) > 1 else "this adapter")
     for adapter, lost in zip(adapters, places.unused, strict=True):
         refuse_unused(lost, options.allow_unused, adapter.source.path)
     if not merges:
@@ -95,7 +96,18 @@ def _planned(
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
     return Plan(
-        base, adapters, strengths, options, output, merges, specs, unused, steps, layout, rules
+        base,
+        adapters,
+        strengths,
+        options,
+        output,
+        merges,
+        specs,
+        unused,
+        steps,
+        layout,
+        rules,
+        places.selection.left_out,
     )
 
 
@@ -207,6 +219,7 @@ class _Places:
     ) -> None:
         self.base, self.adapters, self.strengths, self.options = base, adapters, strengths, options
         self.blocks = Blocks(options.blocks, base.family)
+        self.selection = Selection(options.only, options.skip, base.family)
         self.held = base.targets()
         self.unused: list[list[Unused]] = [
             [Unused(key, reason) for key, reason in adapter.unclaimed.items()]
@@ -240,7 +253,7 @@ class _Places:
     def merges(self) -> tuple[TensorMerge, ...]:
         for number, adapter in enumerate(self.adapters):
             for slot, entry in adapter.entries.items():
-                if selected(adapter.label(slot), slot.component, self.options):
+                if self.selection(slot, adapter.label(slot)):
                     self._entry(number, adapter, slot, entry)
         order = self.base.source.infos
         return tuple(self._merge(name, self.found[name]) for name in order if name in self.found)

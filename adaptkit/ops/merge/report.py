@@ -90,6 +90,7 @@ def report_of(
         parameters=sum(math.prod(spec.shape) for spec in plan.specs),
         relative_error=_ratio(rounding, delta) or 0.0,
         unused=plan.unused,
+        selection=plan.left_out,
         seconds=seconds,
         details=tuple(
             _detail(merge, c, results[merge.name])

@@ -13,7 +13,7 @@ from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
-from adaptkit.ops.shared import Closing
+from adaptkit.ops.shared import Closing, chosen_by
 from adaptkit.steps import Step, peak_memory
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
-    from adaptkit.ops.shared import Unused
+    from adaptkit.ops.shared import LeftOut, Unused
     from adaptkit.respelling import Assembly
 
 __all__ = [
@@ -192,6 +192,7 @@ class Recast(Closing):
     mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
     dropped: tuple[Dropped, ...] = ()
+    left_out: LeftOut | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -218,6 +219,7 @@ class Recast(Closing):
             "from": self.adapter.format.name,
             "to": self.keys.format.name,
             "modules": len(self.tasks),
+            **chosen_by(self.left_out),
             **self.counts(),
             "bytes_in": sum(adapter.source.size for adapter in self.adapters),
             "bytes_out_copied": sum(self.nbytes(item) for item in (*ready, *self.carried)),

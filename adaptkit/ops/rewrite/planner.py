@@ -42,7 +42,8 @@ from adaptkit.ops.rewrite.plan import (
     product_rank,
 )
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
-from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
+from adaptkit.ops.selecting import Selection
+from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, stored_dtype
 from adaptkit.respelling import Assembly, Respelling
 from adaptkit.steps import check_memory
 
@@ -88,6 +89,7 @@ def recast(
     base = None if options.base is None else _base(options.base, first)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
+    planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
     refuse_unused(planner.unused, options.allow_unused, path)
     if not tasks:
         raise NothingToDo(
@@ -115,6 +117,7 @@ def recast(
         mixing,
         (*notes, *planner.notes),
         tuple(planner.dropped),
+        planner.selection.left_out,
     )
 
 
@@ -152,6 +155,7 @@ class _Planner:
         self.into = replace(into, fold=into.fold or scales_biases(adapters, keys))
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
         self.held = {} if base is None else base.targets()
+        self.selection = Selection(options.only, options.skip, adapters[0].family)
         self.notes: list[str] = []
         self.dropped: list[Dropped] = []
         self.unused = [
@@ -191,11 +195,7 @@ class _Planner:
         if not (self.options.only or self.options.skip):
             return adapter.entries
         label = adapter.label
-        return {
-            s: e
-            for s, e in adapter.entries.items()
-            if selected(label(s), s.component, self.options)
-        }
+        return {s: e for s, e in adapter.entries.items() if self.selection(s, label(s))}
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.keymap import split_suffix
+from adaptkit.ops.adapter_file.finite import non_finite
 from adaptkit.ops.adapter_file.peft_config import BIASED
-from adaptkit.ops.rewrite.plan import CHANGES, Recast, Task, detail
+from adaptkit.ops.rewrite.plan import CHANGES, Copied, Recast, Task, detail
 from adaptkit.ops.shared import WriterReport
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def report_of(
         parameters=sum(stored.parameters for stored in written),
         relative_error=total_error(plan, state, lost),
         unused=plan.unused,
+        selection=plan.left_out,
         seconds=seconds,
         measured=measured,
         details=tuple(
@@ -70,7 +72,7 @@ def report_of(
         source_format=plan.adapter.format.name,
         format=plan.keys.format.name,
         changes=_changes(plan, state),
-        notes=(*plan.notes, *_notes(plan, state)),
+        notes=(*plan.notes, *_broken(plan, state), *_notes(plan, state)),
         unread=_unread(plan),
     )
 
@@ -196,6 +198,19 @@ def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[
     if task.ranked:
         found["rank_before"] = task.entries[0].facts.rank
     return found
+
+
+def _broken(plan: Recast, state: State) -> Iterator[str]:
+    """A note on tensors that were copied although their numbers are none."""
+    found: list[str] = []
+    for number, adapter in enumerate(plan.adapters):
+        ready = (item for task in plan.tasks if state.copied(task) for item in task.ready or ())
+        names = [x.source for x in ready if isinstance(x, Copied) and x.number == number]
+        found += non_finite(adapter.source, names)
+    if found:
+        count = "1 tensor holds" if len(found) == 1 else f"{len(found)} tensors hold"
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield f"{count} NaN or infinity, copied as it is: {found[0]}{more}."
 
 
 def _notes(plan: Recast, state: State) -> Iterator[str]:
