@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "FLOATS",
+    "Brief",
     "Closing",
     "Progress",
     "Shared",
@@ -32,7 +33,33 @@ __all__ = [
 ]
 
 
-class Closing:
+class Brief:
+    """A dataclass whose repr is one line: long fields by their number of items, none that is empty.
+
+    A notebook cell or an error tracker prints objects whole, and a plan has a million of them.
+    """
+
+    def __repr__(self) -> str:
+        found = ((one.name, _brief(getattr(self, one.name))) for one in fields(self))  # type: ignore[arg-type]
+        where = type(self).__module__.removeprefix("adaptkit.").removeprefix("ops.").split(".")[0]
+        shown = ", ".join(f"{name}={text}" for name, text in found if text)
+        return f"{where}.{type(self).__name__}({shown})"
+
+
+_LONG, _FEW = 80, 4  # characters of one value, and items
+
+
+def _brief(value: object) -> str:
+    if value is None or value in ((), {}):
+        return ""
+    if isinstance(value, Sized) and not isinstance(value, str) and len(value) > _FEW:
+        return f"<{len(value)}>"
+    shown = repr(str(value)) if isinstance(value, Path) else repr(value)
+    short = len(shown) <= _LONG and " object at 0x" not in shown
+    return shown if short else f"<{type(value).__name__}>"
+
+
+class Closing(Brief):
     """Make an object with a `close` method a context manager."""
 
     def close(self) -> None:
@@ -141,8 +168,8 @@ class Unused:
         return {"key": self.key, "reason": self.reason}
 
 
-@dataclass(frozen=True, kw_only=True)
-class WriterReport:
+@dataclass(frozen=True, repr=False, kw_only=True)
+class WriterReport(Brief):
     """Fields that the reports of all writers share (the JSON contract).
 
     `relative_error` is None if only a base weight, which was not given, can measure it. `measured`

@@ -28,6 +28,7 @@ from adaptkit.steps import Step, check_memory, peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from os import PathLike
 
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.keymap import KeyMap
@@ -67,7 +68,7 @@ class Options(Ranked):
     ema: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Closing):
     """Everything known before a weight is read."""
 
@@ -120,7 +121,7 @@ class Plan(Closing):
         self.tuned.close()
 
 
-def plan(base: Path, tuned: Path, options: Options) -> Plan:
+def plan(base: str | PathLike[str], tuned: str | PathLike[str], options: Options) -> Plan:
     """Pair the checkpoints by target and decide what is fitted.
 
     Reads headers only. Anything that can fail fails here.

@@ -38,7 +38,7 @@ VECTORS = "--vectors"  # in the reason of a layer that this option would store
 LITTLE = 0.5  # of ‖ΔW‖²: a note says so if a LoKr keeps less
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Report(WriterReport):
     """The adapter that was written, the share of the difference that it captures, and notes."""
 

@@ -43,7 +43,7 @@ class Options:
     stats: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The JSON record of one file, with its lists for `--keys` and `--modules`.
 
@@ -56,6 +56,14 @@ class Report:
     modules: tuple[Mapping[str, Any], ...] = ()
     error: AdaptkitError | None = None
     spectra: tuple[Sequence[float], ...] = ()
+
+    def __repr__(self) -> str:
+        record = self.record
+        if self.error is not None:
+            return f"inspect.Report({record['path']!r}: {self.error.message})"
+        names = [record[name] for name in ("kind", "family", "format") if record[name]]
+        what = f"{', '.join(names)}, {record['modules']} modules"
+        return f"inspect.Report({record['path']!r}: {what}, {len(record['problems'])} problems)"
 
     @property
     def broken(self) -> bool:

@@ -84,7 +84,7 @@ class TensorMerge:
         return (self.name,) if self.scale is None else (self.name, self.scale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Closing):
     """The state of a merge before any weight is read; `strengths` are those of `adapters`.
 

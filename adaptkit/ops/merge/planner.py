@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
@@ -27,7 +28,7 @@ from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from os import PathLike
 
     from adaptkit.entries import Entry
     from adaptkit.names import Slot
@@ -36,15 +37,20 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
+def plan(
+    base: str | PathLike[str],
+    adapters: Sequence[tuple[str | PathLike[str], float]],
+    options: Options,
+) -> Plan:
     """Locate every adapter module in the base; read headers only, and report all errors here."""
+    base = Path(base)
     with ExitStack() as failing:
         checkpoint = failing.enter_context(
             Checkpoint.open(base, family=options.family, strangers=True)
         )
         opened = []
         for path, _ in adapters:
-            opened.append(_open_adapter(checkpoint, path, options))
+            opened.append(_open_adapter(checkpoint, Path(path), options))
             failing.callback(opened[-1].close)
         made = _planned(
             base, checkpoint, tuple(opened), tuple(strength for _, strength in adapters), options

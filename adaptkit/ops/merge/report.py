@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Report"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Report(WriterReport):
     """Report of a merge; `relative_change` is ‖ΔW‖/‖W‖ over the tensors with modules.
 

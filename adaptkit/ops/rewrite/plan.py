@@ -173,7 +173,7 @@ class Into:
         return cls(format, formats()[format].alpha is Alpha.NONE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recast(Closing):
     """Everything known before a weight is read."""
 
@@ -201,8 +201,13 @@ class Recast(Closing):
 
     def counts(self) -> dict[str, int]:
         """How many slots are renamed, split, fused, folded, …"""
-        found = Counter(change for task in self.tasks for change in (task.changes or {"renamed"}))
-        return {name: found[name] for name in CHANGES if found[name]}
+        found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly}))
+        return {name: found[name] for name in (*CHANGES, "unchanged") if found[name]}
+
+    @property
+    def plainly(self) -> str:
+        """What becomes of a module that no other change applies to."""
+        return "unchanged" if self.keys.format is self.adapter.format else "renamed"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `--dry-run` prints it; `bytes_out_copied` counts copied tensors only."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "dropped_norm", "losses", "report_of", "total_error"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Report(WriterReport):
     """The adapter that was written. `changes` counts the slots by what was done to them."""
 
@@ -84,7 +84,7 @@ def _changes(plan: Recast, state: State) -> dict[str, int]:
     """
     found: Counter[str] = Counter()
     for task in plan.tasks:
-        changes = task.changes or {"renamed"}
+        changes = task.changes or {plan.plainly}
         if state.dropped(task):
             changes = {"left out"}
         elif task.ranked and task.number not in state.stored:
