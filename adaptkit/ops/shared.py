@@ -81,6 +81,8 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 SIZES = "500KB, 64MB, 1.5GB or 64MiB"
 
+POOR = 0.3  # a larger relative error of a result is said in a note
+
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 

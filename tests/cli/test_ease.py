@@ -308,3 +308,24 @@ def test_a_name_that_is_no_pattern_is_refused_in_python(lora: Path) -> None:
     options = ops.convert.Options(to="comfy", only=("t",), output=lora.parent / "o.safetensors")
     with pytest.raises(NoSuchName, match="matches no module of this adapter"):
         ops.convert.plan(lora, options)
+
+
+# --- poor and odd results are said --------------------------------------------------------------
+
+
+def test_poor_and_odd_results_are_said_in_one_line(lora: Path, tiny: Path) -> None:
+    base, output = tiny / "base.safetensors", lora.parent / "o.safetensors"
+
+    def notes(*arguments: object) -> list[str]:
+        done = adaptkit(*arguments, "-o", output, "--overwrite")
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stderr.splitlines() if line.startswith("note:")]
+
+    assert any("relative error 0.85" in note for note in notes("convert", lora, "--algo", "lokr"))
+    assert any("keeps more" in note for note in notes("resize", lora, "--rank", "1"))
+    assert notes("convert", lora, "--to", "comfy") == []
+    assert any("‖ΔW‖/‖W‖ is 2.8" in note for note in notes("merge", base, f"{lora}:80"))
+    assert any("nothing changed" in note for note in notes("merge", base, f"{lora}:0"))
+    assert notes("merge", base, lora) == []
+    found = notes("extract", base, tiny / "tuned.ckpt", "--rank", "1")
+    assert any("adaptkit advise" in note for note in found)

@@ -66,6 +66,7 @@ ONLY_WEIGHTS = (
     "the folder holds weights only; take the config.json files from any diffusers folder of this "
     "model"
 )
+STRONG = 0.5  # ‖ΔW‖/‖W‖; adapters that are used stay below a tenth
 UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 
 
@@ -107,9 +108,20 @@ def report_of(
         verified=verified,
         files=tuple(plan.layout.files()),
         left_out=plan.layout.left_out,
-        notes=tuple(_notes(plan)),
+        notes=(*_odd(results, _ratio(delta, weight) or 0.0), *_notes(plan)),
         quantised=sum(merge.changes and merge.dtype.startswith("F8") for merge in plan.merges),
     )
+
+
+def _odd(results: Mapping[str, Merged], change: float) -> Iterator[str]:
+    """A note on a merge that is rarely meant."""
+    if change > STRONG:
+        yield (
+            f"‖ΔW‖/‖W‖ is {change:.2g}, far more than an adapter changes: is the strength right, "
+            "and is alpha (`adaptkit inspect`)?"
+        )
+    if not any(result.delta > 0 for result in results.values()):
+        yield "nothing changed: every strength or every ΔW is 0."
 
 
 def _notes(plan: Plan) -> Iterator[str]:

@@ -10,7 +10,7 @@ from adaptkit.keymap import split_suffix
 from adaptkit.ops.adapter_file.finite import non_finite
 from adaptkit.ops.adapter_file.peft_config import BIASED
 from adaptkit.ops.rewrite.plan import CHANGES, Copied, Recast, Task, detail
-from adaptkit.ops.shared import WriterReport
+from adaptkit.ops.shared import POOR, WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -54,13 +54,14 @@ def report_of(
 ) -> Report:
     """The report of a finished run."""
     lost = losses(plan, state)
+    error = total_error(plan, state, lost)
     written = [stored for task in plan.tasks if (stored := state.outcome(task)) is not None]
     return Report(
         output=plan.output,
         bytes=size,
         modules=len(written),
         parameters=sum(stored.parameters for stored in written),
-        relative_error=total_error(plan, state, lost),
+        relative_error=error,
         unused=plan.unused,
         selection=plan.left_out,
         seconds=seconds,
@@ -72,7 +73,12 @@ def report_of(
         source_format=plan.adapter.format.name,
         format=plan.keys.format.name,
         changes=_changes(plan, state),
-        notes=(*plan.notes, *_broken(plan, state), *_notes(plan, state)),
+        notes=(
+            *plan.notes,
+            *_broken(plan, state),
+            *_poor(plan, error),
+            *_notes(plan, state),
+        ),
         unread=_unread(plan),
     )
 
@@ -198,6 +204,14 @@ def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[
     if task.ranked:
         found["rank_before"] = task.entries[0].facts.rank
     return found
+
+
+def _poor(plan: Recast, error: float | None) -> Iterator[str]:
+    """A note on a result that is far from its inputs."""
+    if error is not None and error > POOR:
+        ranked = plan.policy is not None
+        more = "a higher rank or size keeps more" if ranked else "--algo lora or full keeps more"
+        yield f"relative error {error:.2g}: the adapter does something else now; {more}."
 
 
 def _broken(plan: Recast, state: State) -> Iterator[str]:
