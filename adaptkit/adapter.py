@@ -43,7 +43,7 @@ __all__ = ["Adapter", "open_adapter_source"]
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A parsed adapter file.
 
@@ -160,6 +160,12 @@ class Adapter:
             source.metadata,
             tuple(name for name in source.infos if name not in infos),
         )
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{name} {count}" for name, count in self.algorithms().items())
+        family = self.family.name if self.known else "unknown family"
+        path = str(self.source.path)
+        return f"Adapter({path!r}: {family}, {self.format.name} keys, modules: {kinds or 0})"
 
     @property
     def known(self) -> bool:

@@ -53,7 +53,7 @@ def exchanged(tensor: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(tensor.tensor_split(2, dim)[::-1], dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A parsed checkpoint.
 
@@ -68,6 +68,11 @@ class Checkpoint:
     detection: Detection
     quantization: Quantization
     ema: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self.source.path)!r}: {self.family.name}, {len(self.places)} weights)"
+        )
 
     @classmethod
     def open(

@@ -164,9 +164,23 @@ class _Reader:
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
                 return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
-        found = ", ".join(sorted({parsed.roles[0][1] for parsed in group.values()}))
-        self._refuse(slot, group, failures[0] if failures else f"incomplete or mixed: {found}")
+        self._refuse(slot, group, failures[0] if failures else self._what(slot, group))
         return None
+
+    def _what(self, slot: Slot, group: Mapping[str, Parsed]) -> str:
+        """Why the tensors of a slot are no module: what is missing, if that makes one."""
+        roles = [dict(parsed.roles) for parsed in group.values()]
+        lacking: list[tuple[str, frozenset[str]]] = []
+        for name in sorted(set.intersection(*(set(found) for found in roles))):
+            have = frozenset(found[name] for found in roles) - {ALPHA}
+            lacking += [(name, form - have) for form in algorithms()[name].forms if have < form]
+        if not lacking:
+            found = ", ".join(sorted({parsed.roles[0][1] for parsed in group.values()}))
+            return f"tensors of several kinds in one module: {found}"
+        name, absent = min(lacking, key=lambda one: len(one[1]))
+        stem = f"{self.keys.stem(slot)}."
+        keys = [self.keys.spell(slot, name, role).removeprefix(stem) for role in sorted(absent)]
+        return f"{' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} missing"
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Add the table's kernel if flat factors do not determine it."""

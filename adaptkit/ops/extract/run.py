@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
+from adaptkit.ops.adapter_file.verdict import loading
 from adaptkit.ops.difference.probe import Probe, probe
 from adaptkit.ops.extract.fit import FitRecipe, Fitter
 from adaptkit.ops.extract.output import spool_key
@@ -50,7 +51,9 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         size = result.output().write(spool, verifier)
     measured = None if verifier is None else verifier.measured
     seconds = time.perf_counter() - started
-    return replace(draft, bytes=size, seconds=seconds, measured=measured)
+    family = plan.base.family.name if plan.base.known else None
+    told = loading(plan.output, family)
+    return replace(draft, bytes=size, seconds=seconds, measured=measured, **told)
 
 
 class _Fitting:

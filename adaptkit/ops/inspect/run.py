@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import Adapter, open_adapter_source
@@ -13,11 +14,12 @@ from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import PEFT_CONFIG, Problem
+from adaptkit.ops.adapter_file.verdict import verdicts
 from adaptkit.unknown import own_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from os import PathLike
 
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
@@ -42,7 +44,7 @@ class Options:
     stats: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The JSON record of one file, with its lists for `--keys` and `--modules`.
 
@@ -56,14 +58,28 @@ class Report:
     error: AdaptkitError | None = None
     spectra: tuple[Sequence[float], ...] = ()
 
+    def __repr__(self) -> str:
+        record = self.record
+        if self.error is not None:
+            return f"inspect.Report({record['path']!r}: {self.error.message})"
+        names = [record[name] for name in ("kind", "family", "format") if record[name]]
+        what = f"{', '.join(names)}, {record['modules']} modules"
+        return f"inspect.Report({record['path']!r}: {what}, {len(record['problems'])} problems)"
+
+    @property
+    def broken(self) -> bool:
+        """Whether the file cannot be read, or has a problem of severity `error`."""
+        problems = self.record.get("problems", ())
+        return self.error is not None or any(p["severity"] == "error" for p in problems)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON record of the contract."""
         return dict(self.record)
 
 
-def expand(paths: Iterable[Path]) -> Iterator[Path]:
+def expand(paths: Iterable[str | PathLike[str]]) -> Iterator[Path]:
     """Expand folders to the weight files below them, unless a folder is one model or adapter."""
-    for path in paths:
+    for path in map(Path, paths):
         if path.is_dir() and not _is_one(path):
             found = sorted(
                 file
@@ -81,12 +97,14 @@ def _is_one(folder: Path) -> bool:
     return any(folder.glob("*.index.json")) or any(folder.glob("unet/*.safetensors"))
 
 
-def run(path: Path, options: Options | None = None, progress: Progress | None = None) -> Report:
+def run(
+    path: str | PathLike[str], options: Options | None = None, progress: Progress | None = None
+) -> Report:
     """Inspect one file; an unreadable or unknown file gives a report with an error.
 
     `progress` is called with the numbers of modules read and in total if `options.stats` is set.
     """
-    options = options or Options()
+    options, path = options or Options(), Path(path)
     try:
         source, config = open_adapter_source(path)
     except AdaptkitError as error:
@@ -186,14 +204,10 @@ def _adapter(
 
 def _loads_in(adapter: Adapter) -> dict[str, Any]:
     """Return whether each host loads the file (None: not measured), and why not."""
-    from adaptkit.hosts import judge, measured_with
+    from adaptkit.hosts import measured_with
 
-    verdicts = judge(adapter)
-    return {
-        "loads_in": {name: verdict.loads for name, verdict in verdicts.items()},
-        "why": {name: verdict.why for name, verdict in verdicts.items() if verdict.why},
-        "measured_with": {name: measured_with(name) for name in verdicts},
-    }
+    found = verdicts(adapter)
+    return {**found, "measured_with": {name: measured_with(name) for name in found["loads_in"]}}
 
 
 def _traps(adapter: Adapter) -> Iterator[Problem]:

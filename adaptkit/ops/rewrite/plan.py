@@ -14,7 +14,7 @@ from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
-from adaptkit.ops.shared import Closing
+from adaptkit.ops.shared import Closing, chosen_by
 from adaptkit.steps import Step, peak_memory
 from adaptkit.unknown import joint
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
-    from adaptkit.ops.shared import Unused
+    from adaptkit.ops.shared import LeftOut, Unused
     from adaptkit.respelling import Assembly
 
 __all__ = [
@@ -175,7 +175,7 @@ class Into:
         return cls(format, formats()[format].alpha is Alpha.NONE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recast(Closing):
     """Everything known before a weight is read."""
 
@@ -194,6 +194,7 @@ class Recast(Closing):
     mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
     dropped: tuple[Dropped, ...] = ()
+    left_out: LeftOut | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -202,8 +203,13 @@ class Recast(Closing):
 
     def counts(self) -> dict[str, int]:
         """How many slots are renamed, split, fused, folded, …"""
-        found = Counter(change for task in self.tasks for change in (task.changes or {"renamed"}))
-        return {name: found[name] for name in CHANGES if found[name]}
+        found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly}))
+        return {name: found[name] for name in (*CHANGES, "unchanged") if found[name]}
+
+    @property
+    def plainly(self) -> str:
+        """What becomes of a module that no other change applies to."""
+        return "unchanged" if self.keys.format is self.adapter.format else "renamed"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `--dry-run` prints it; `bytes_out_copied` counts copied tensors only."""
@@ -220,6 +226,7 @@ class Recast(Closing):
             "from": self.adapter.format.name,
             "to": self.keys.format.name,
             "modules": len(self.tasks),
+            **chosen_by(self.left_out),
             **self.counts(),
             "bytes_in": sum(adapter.source.size for adapter in self.adapters),
             "bytes_out_copied": sum(self.nbytes(item) for item in (*ready, *self.carried)),

@@ -42,7 +42,8 @@ from adaptkit.ops.rewrite.plan import (
     product_rank,
 )
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
-from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
+from adaptkit.ops.selecting import Selection
+from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, stored_dtype
 from adaptkit.respelling import Assembly, Respelling, placed
 from adaptkit.steps import check_memory
 
@@ -90,6 +91,7 @@ def recast(
     keys = keys_of(adapters, into.format)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
+    planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
     refuse_unused(planner.unused, options.allow_unused, path)
     if not tasks:
         raise NothingToDo(
@@ -117,6 +119,7 @@ def recast(
         mixing,
         (*notes, *planner.notes),
         tuple(planner.dropped),
+        planner.selection.left_out,
     )
 
 
@@ -155,6 +158,7 @@ class _Planner:
         self.into = replace(into, fold=into.fold or scales_biases(adapters, keys))
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
         self.held = {} if base is None else base.targets()
+        self.selection = Selection(options.only, options.skip, adapters[0].family)
         self.notes: list[str] = []
         self.dropped: list[Dropped] = []
         self.unused = [
@@ -194,11 +198,7 @@ class _Planner:
         if not (self.options.only or self.options.skip):
             return placed(adapter.entries, self.keys)
         label = adapter.label
-        chosen = {
-            s: e
-            for s, e in adapter.entries.items()
-            if selected(label(s), s.component, self.options)
-        }
+        chosen = {s: e for s, e in adapter.entries.items() if self.selection(s, label(s))}
         return placed(chosen, self.keys)
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:

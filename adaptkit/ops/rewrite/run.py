@@ -12,6 +12,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.peft_config import peft_config
+from adaptkit.ops.adapter_file.verdict import loading
 from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.output import Output
 from adaptkit.ops.rewrite.report import Report, report_of
@@ -58,7 +59,9 @@ def run(plan: Recast, progress: Progress | None = None) -> Report:
         verifier = Verifier(plan, state) if plan.options.verify else None
         size = Output(plan, state, spool).write(computing.second, verifier)
     measured = None if verifier is None else verifier.measured
-    return report_of(plan, state, size, time.perf_counter() - started, measured)
+    seconds = time.perf_counter() - started
+    told = loading(plan.output, plan.adapter.family.name if plan.adapter.known else None)
+    return replace(report_of(plan, state, size, seconds, measured), **told)
 
 
 def _spool(plan: Recast) -> Any:
