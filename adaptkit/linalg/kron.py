@@ -6,7 +6,7 @@ Van Loan and Pitsianis 1993.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.krylov import eigh, gram_columns
-from adaptkit.linalg.lowrank import LowRank, SvdSpec, truncated_svd
+from adaptkit.linalg.lowrank import LowRank, SvdSpec, energies, truncated_svd
 from adaptkit.linalg.precision import empty, members, norm_squared, one_by_one, scaled, upcast
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ LEADING_TOL = 1e-5
 # vectors sought to get the first one from a fixed-size stack: 0.1 % lost on noise, 2 % with 1
 STACK_RANK = 8
 STARTS = 4  # singular vectors that alternating least squares may start from
-NEAR = 0.9  # of the energy that the best start captures: one of less is not followed
+NEAR = 0.95  # of the energy that the best start captures: one of less is not followed
+LITTLE = (
+    0.01  # of ‖X‖²: what the best two starts capture then differs by 0.1 % of the error at most
+)
+ROUGH = 1e-2  # relative excess of the errors by which starts are compared
 SWEEPS = 200  # at most; rarely more than 50
 SWEEP_TOL = 1e-4  # of the error: alternating least squares stops if it would fall by less
 # the ratio of two gains in a row, as far as it is believed
@@ -213,17 +217,51 @@ def _alternate(
     Returns w1 (..., p), the second factor (..., c, d) and the captured energy (...,).
     """
     total = norm_squared(r).unsqueeze(-1)
-    tries = starts, *_second(r, starts, shape, spec)
-    near = tries[2] >= NEAR * tries[2].amax(-1, keepdim=True)
+    near = _near(r, starts, shape, spec, total)
     if r.ndim > 2:
-        tries = _climbed(r, total, tries, near, spec, sweeps)
+        tries = _climbed(r, total, (starts, *_second(r, starts, shape, spec)), near, spec, sweeps)
     else:  # one by one, so that none waits for another
-        alone = [_taken(tries, n.reshape(1)) for n in near.nonzero()]
-        each = [_climbed(r, total, one, one[2] >= 0, spec, sweeps) for one in alone]
+        each = []
+        for start in starts[near].split(1):
+            one = start, *_second(r, start, shape, spec)
+            each.append(_climbed(r, total, one, one[2] >= 0, spec, sweeps))
         tries = max(each, key=lambda one: float(one[2]))
-    w1, low, captured = _taken(tries, tries[2].argmax(-1, keepdim=True))
-    single = low.u[..., 0, :, :], low.s[..., 0, :], low.vh[..., 0, :, :], low.residual[..., 0]
-    return w1[..., 0, :], LowRank(*single), captured[..., 0]
+    w1, low, captured = tries
+    best = captured.argmax(-1, keepdim=True)
+
+    def taken(x: Tensor, inner: int) -> Tensor:
+        index = best[(..., *(None,) * inner)]
+        return torch.take_along_dim(x, index, -1 - inner).squeeze(-1 - inner)
+
+    chosen = LowRank(taken(low.u, 2), taken(low.s, 1), taken(low.vh, 2), taken(low.residual, 0))
+    return taken(w1, 1), chosen, taken(captured, 0)
+
+
+def _near(
+    r: Tensor, starts: Tensor, shape: tuple[int, int], spec: SvdSpec, total: Tensor
+) -> Tensor:
+    """Which of `starts` (..., k, p) to go on from, (..., k).
+
+    Those whose second factor captures nearly as much as the best of them, or only the first one
+    if that captures too little of `total` (..., 1) for a choice to matter.
+    """
+    rough = replace(spec, tol=ROUGH)
+
+    def score(starts: Tensor) -> Tensor:
+        products = starts @ r
+        products = products.reshape(*products.shape[:-1], *shape)
+        return energies(products, spec.rank, rough).sum(-1)
+
+    first = torch.zeros(starts.shape[:-1], dtype=torch.bool, device=r.device)
+    first[..., :1] = True
+    if starts.shape[-2] == 1:
+        return first
+    scores = score(starts[..., :1, :])
+    worth = scores > LITTLE * total
+    if not bool(worth.any()):
+        return first
+    scores = torch.cat([scores, score(starts[..., 1:, :])], -1)
+    return torch.where(worth, scores >= NEAR * scores.amax(-1, keepdim=True), first)
 
 
 def _climbed(
@@ -262,17 +300,6 @@ def _second(r: Tensor, w1: Tensor, shape: tuple[int, int], spec: SvdSpec) -> tup
     products = w1 @ r
     low = truncated_svd(products.reshape(*products.shape[:-1], *shape), spec)
     return low, low.s.to(low.residual.dtype).square().sum(-1)
-
-
-def _taken(tries: _Tries, which: Tensor) -> _Tries:
-    """The tries of these numbers (..., j) alone."""
-    w1, low, captured = tries
-
-    def taken(x: Tensor, inner: int) -> Tensor:
-        return torch.take_along_dim(x, which[(..., *(None,) * inner)], -1 - inner)
-
-    chosen = LowRank(taken(low.u, 2), taken(low.s, 1), taken(low.vh, 2), taken(low.residual, 0))
-    return taken(w1, 1), chosen, taken(captured, 0)
 
 
 def _chosen(mask: Tensor, one: LowRank, two: LowRank) -> LowRank:

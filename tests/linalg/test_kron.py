@@ -195,8 +195,9 @@ def layers() -> dict[str, tuple[np.ndarray, int]]:
         if name == "l1":
             w = np.kron(draw.standard_normal((8, 8)), draw.standard_normal((12, 8))) + 0.7 * w
         if name == "l2":
+            w1 = draw.standard_normal((6, 7))
             thin = draw.standard_normal((10, 3)) @ draw.standard_normal((3, 12))
-            w = np.kron(draw.standard_normal((6, 7)), thin) + 0.5 * w
+            w = np.kron(w1, thin) + 0.5 * w
         made[name] = w.reshape(shape[0], -1), int(np.prod(shape[2:]))
     return made
 
