@@ -107,7 +107,11 @@ class _Fitting:
             lambda found: sum(form.nbytes for form in found.forms),
             announce=fitter.announce if fitter.on_cpu else None,
         )
-        engine.run(steps, work, self.resources, report)
+        # layers of one shape may have recipes of their own: ranks and kinds chosen for each
+        alike = [
+            replace(step, shape=(step.shape, recipes.get(step.payload.number))) for step in steps
+        ]
+        engine.run(alike, work, self.resources, report)
 
     def _keep(self, job: Pair, fitted: Fitted) -> None:
         for number, form in enumerate(fitted.forms):
