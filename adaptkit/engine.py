@@ -9,14 +9,12 @@ bound, so that a plan can print its peak memory.
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from adaptkit.memory import forget
+from adaptkit.process import one_thread_here, short_turns
 from adaptkit.steps import (
     BESIDE,
     DEFAULT_MEMORY,
@@ -56,8 +54,6 @@ P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-# seconds of sys.setswitchinterval: with Python's 5e-3 s, two workers took a tenth longer
-_TURN = 1e-4
 _POLL = 0.2  # seconds between checks of the stop flag while a queue is full or empty
 
 
@@ -199,7 +195,7 @@ class _Pipeline(Generic[P, R]):
             )
             for name, body, args in bodies
         ]
-        with _own_threads(self.resources):
+        with short_turns():
             for thread in threads:
                 thread.start()
             try:
@@ -268,10 +264,9 @@ class _Pipeline(Generic[P, R]):
         import torch
 
         if self.resources.on_cpu:
-            # OpenMP keeps this setting per thread: each worker must set its own
-            torch.set_num_threads(1)
+            one_thread_here()
         # every `del` below drops the last reference, so that the memory counted as free is free
-        while (item := self._next()) is not None:
+        while (item := self._get(self.loaded)) is not None:
             parcel, host = item
             results: list[Sequence[R]] = []
             del item
@@ -287,14 +282,6 @@ class _Pipeline(Generic[P, R]):
             self.working -= 1
             if not self.working:
                 self.done.put(None)
-
-    def _next(self) -> Loaded[P] | None:
-        """The next parcel to compute; a waiting worker frees its memory."""
-        try:
-            return self.loaded.get_nowait()
-        except queue.Empty:
-            forget()
-            return self._get(self.loaded)
 
     def _moved(
         self, host: list[dict[str, Tensor] | None], n: int, bucket: Bucket[P]
@@ -340,21 +327,3 @@ class _Pipeline(Generic[P, R]):
                         self.progress(finished)
                 del results, some, result
                 self.room.leave(held)
-
-
-@contextmanager
-def _own_threads(resources: Resources) -> Iterator[None]:
-    """Shorten Python's thread switches; restore torch's number of threads afterwards.
-
-    The workers set it to one each.
-    """
-    import torch
-
-    turn, threads = sys.getswitchinterval(), torch.get_num_threads()
-    sys.setswitchinterval(min(turn, _TURN))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(turn)
-        if resources.on_cpu:
-            torch.set_num_threads(threads)

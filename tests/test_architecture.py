@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up; a module imports only from floors below its own
 FLOORS = (
-    ("errors", "memory", "names", "registry"),
+    ("errors", "names", "process", "registry"),
     ("files", "linalg"),
     ("families", "formats", "algorithms"),
     (

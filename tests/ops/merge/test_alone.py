@@ -60,3 +60,30 @@ def test_the_bytes_do_not_depend_on_the_other_merges(
     for kind in kinds:
         one, other = (tmp_path / f"{name}-{kind}.safetensors" for name in ("alone", "beside"))
         assert one.read_bytes() == other.read_bytes(), kind
+
+
+def test_rows_left_over_by_blocks_round_as_they_do_alone(tmp_path: Path) -> None:
+    """A 3×3 convolution of SD 1.5: blocks of 91 rows leave 3 over, multiples of a LoKr's 80 leave none."""
+    draw = torch.Generator().manual_seed(0)
+    base = {"blocks.0.conv.weight": torch.randn(640, 640, 3, 3, generator=draw) / 76}
+    name = "transformer.blocks.0.conv"
+    lora = {
+        f"{name}.lora_up.weight": torch.randn(640, 16, 1, 1, generator=draw) * 0.01,
+        f"{name}.lora_down.weight": torch.randn(16, 640, 3, 3, generator=draw) * 0.05,
+    }
+    lokr = {
+        f"{name}.lokr_w1": torch.randn(8, 8, generator=draw) * 0.1,
+        f"{name}.lokr_w2": torch.randn(80, 80, 3, 3, generator=draw) * 0.01,
+    }
+    for file, tensors in (("base", base), ("lora", lora), ("lokr", lokr)):
+        save_file(tensors, tmp_path / f"{file}.safetensors", {"format": "pt"})
+
+    def plan(kind: str, name: str) -> merge.Plan:
+        options = merge.Options(output=tmp_path / f"{name}-{kind}.safetensors")
+        adapters = [(tmp_path / f"{kind}.safetensors", 1.0)]
+        return merge.plan(tmp_path / "base.safetensors", adapters, options)
+
+    merge.run(plan("lora", "alone"))
+    merge.run_together([plan(kind, "beside") for kind in ("lora", "lokr")])
+    one, other = (tmp_path / f"{name}-lora.safetensors" for name in ("alone", "beside"))
+    assert one.read_bytes() == other.read_bytes()
