@@ -11,10 +11,21 @@ import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from adaptkit.errors import NotEnoughMemory
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["HUGE", "huge", "one_thread_here", "short_turns", "torch_threads"]
+__all__ = [
+    "HUGE",
+    "explained",
+    "huge",
+    "one_thread_here",
+    "out_of_memory",
+    "release",
+    "short_turns",
+    "torch_threads",
+]
 
 HUGE = 1 << 22  # bytes: smaller blocks gain nothing
 # seconds of sys.setswitchinterval: with Python's 5e-3 s, two workers took a tenth longer
@@ -34,6 +45,10 @@ def huge(size: int) -> mmap.mmap | None:
         block.madvise(mmap.MADV_HUGEPAGE)
         return block
     return None
+
+
+# MPS, and the allocators of a CPU on Linux, macOS and Windows, raise a plain RuntimeError
+_REFUSALS = ("out of memory", "can't allocate memory", "not enough memory", "bad allocation")
 
 
 class _Turns:
@@ -104,3 +119,35 @@ def one_thread_here() -> None:
         finally:
             done.set()
             other.join()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the system or a device refuses memory, in the words of torch, NumPy or Python."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _REFUSALS)
+
+
+def explained(error: BaseException) -> BaseException:
+    """The error to raise instead: memory that the system refuses is no bug."""
+    if not out_of_memory(error):
+        return error
+    what = str(error).partition("\n")[0]
+    told = NotEnoughMemory(
+        "this machine has no memory left" + (f": {what}" if what else ""),
+        hint="give --memory less, or end other programs",
+    )
+    told.__cause__ = error
+    return told
+
+
+def release(device: str) -> None:
+    """Give back the memory that torch keeps for a device."""
+    import torch
+
+    kind = getattr(torch, device.partition(":")[0], None)
+    if hasattr(kind, "empty_cache"):
+        kind.empty_cache()

@@ -22,7 +22,7 @@ from tests.ops.on_device import both, device, run
 
 __all__ = ["device"]  # a fixture
 
-DRAWS = range(int(os.environ.get("ADAPTKIT_STACKS", "2")))
+DRAWS = range(int(os.environ.get("ADAPTKIT_STACKS", "1")))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 State = dict[str, torch.Tensor]
 

@@ -10,7 +10,6 @@ import torch
 from tests import emulated
 from tests.synth import FIXTURES
 
-
 TESTS = ("on_device.py", "on_device_stacks.py")
 
 

@@ -50,7 +50,8 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         size = result.output().write(spool, verifier)
     measured = None if verifier is None else verifier.measured
     seconds = time.perf_counter() - started
-    return replace(draft, bytes=size, seconds=seconds, measured=measured)
+    notes = (*draft.notes, *dict.fromkeys(fitting.notes))
+    return replace(draft, bytes=size, seconds=seconds, measured=measured, notes=notes)
 
 
 class _Fitting:
@@ -62,6 +63,7 @@ class _Fitting:
         self.plan, self.spool, self.resources = plan, spool, resources
         self.recipes = {job.number: recipes_of(job, plan.options, looked) for job in plan.jobs}
         self.found: dict[int, Fitted] = {}
+        self.notes: tuple[str, ...] = ()
         self.steps: Sequence[Step[Pair]] = plan.steps
         if not resources.on_cpu:  # a device gets both weights whole
             self.steps = [
@@ -111,7 +113,7 @@ class _Fitting:
         alike = [
             replace(step, shape=(step.shape, recipes.get(step.payload.number))) for step in steps
         ]
-        engine.run(alike, work, self.resources, report)
+        self.notes += engine.run(alike, work, self.resources, report)
 
     def _keep(self, job: Pair, fitted: Fitted) -> None:
         for number, form in enumerate(fitted.forms):
