@@ -15,7 +15,7 @@ from adaptkit.names import Slot
 from adaptkit.unknown import family_of_weights, own_weights, with_own
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -247,6 +247,18 @@ class Checkpoint:
     def dtypes(self, pieces: tuple[Piece, ...]) -> frozenset[str]:
         """The stored dtypes of a slot."""
         return frozenset(self.source.infos[piece.name].dtype for piece in pieces)
+
+    def likeness(self, pieces: Iterable[Piece]) -> Hashable:
+        """All that decides how these pieces are read and rounded, names aside."""
+        return tuple(
+            (replace(piece, name=""), *(self._stored_as(name) for name in names))
+            for piece in pieces
+            if (names := (piece.name, self.quantization.scales.get(piece.name)))
+        )
+
+    def _stored_as(self, name: str | None) -> Hashable:
+        info = None if name is None else self.source.infos[name]
+        return info and (info.shape, info.dtype)
 
     def refusal(self, names: Iterable[str]) -> str | None:
         """The first unsupported quantization among tensors (`nf4 (bitsandbytes)`), or None."""

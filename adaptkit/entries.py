@@ -13,7 +13,7 @@ from adaptkit.meaning import SAY, Meaning, Problem
 from adaptkit.names import Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -65,6 +65,14 @@ class Entry(NamedTuple):
     def tensors(self) -> Iterator[tuple[str, str]]:
         """(role, key) of the tensors with weights, that is, all except alpha."""
         return ((role, key) for role, key in self.keys.items() if role != ALPHA)
+
+    def likeness(self, infos: Mapping[str, TensorInfo]) -> Hashable:
+        """All that decides how it is computed, names aside: equal in what is computed as one.
+
+        `infos` are those of its file. Every field counts, so that one that is added does too.
+        """
+        stored = tuple((role, infos[key].shape, infos[key].dtype) for role, key in self.tensors())
+        return stored, tuple(self._replace(slot=None, keys=None))  # type: ignore[arg-type]
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
         """Decode stored tensors (perhaps stacked), rows in target order."""

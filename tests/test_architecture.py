@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up; a module imports only from floors below its own
 FLOORS = (
-    ("errors", "memory", "names", "registry"),
+    ("errors", "names", "process", "registry"),
     ("files", "linalg"),
     ("families", "formats", "algorithms"),
     (
@@ -40,7 +40,7 @@ FLOORS = (
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # on these floors, and inside these packages, each module may also use those named before it
 CHAINS = {
-    "": (*FLOORS[3], *FLOORS[4]),
+    "": (*FLOORS[0], *FLOORS[3], *FLOORS[4]),
     "files": (
         "header", "provenance", "pickle_globals", "unpickler", "pickles", "tensors", "source", "open",
         "quantized", "_exchange", "publish", "output_file", "sink", "spool",

@@ -14,6 +14,7 @@ import click
 
 from adaptkit import __version__
 from adaptkit.errors import AdaptkitError
+from adaptkit.process import explained
 
 __all__ = ["cli", "main", "run"]
 
@@ -101,6 +102,8 @@ def main() -> NoReturn:
     except Exception as error:
         if os.environ.get("ADAPTKIT_DEBUG"):
             raise
+        if isinstance(told := explained(error), AdaptkitError):
+            _fail(str(told), told.hint, told.exit_code)
         _fail(
             f"unexpected {type(error).__name__}: {error}",
             "this is a bug in adaptkit; set ADAPTKIT_DEBUG=1 to see the traceback",

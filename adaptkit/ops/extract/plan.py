@@ -338,6 +338,7 @@ def step_of(
         job.algorithm,
         job.role,
         job.swapped,
-        base.source.infos[job.base[0].name].dtype,
+        base.likeness(job.base),
+        tuned.likeness(job.tuned),
     )
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +73,12 @@ class Rewriter:
 
         Only that names the task at fault.
         """
-        if tasks[0].likeness is None:
-            return None
-        try:
-            return work(tasks, tensors)
-        except (NonFinite, NotRepresentable, RuntimeError):  # LAPACK does not converge on NaN
-            return None
+        from torch.linalg import LinAlgError
+
+        if tasks[0].likeness is not None:
+            with suppress(NonFinite, NotRepresentable, LinAlgError):  # NaN does not converge
+                return work(tasks, tensors)
+        return None
 
     def _guarded(self, work: Any, task: Task, tensors: Mapping[str, Tensor], n: int) -> Any:
         try:
@@ -128,9 +129,11 @@ class Rewriter:
     def _decomposed(
         self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]
     ) -> Decomposition:
+        from torch.linalg import LinAlgError
+
         try:
             found = task.kind.decompose(exact, self._spec(task))
-        except (NonFinite, RuntimeError):  # LAPACK does not converge on NaN
+        except (NonFinite, LinAlgError):  # LAPACK does not converge on NaN
             _finite(task, tensors)
             raise
         if not math.isfinite(found.norm):
