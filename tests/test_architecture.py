@@ -42,7 +42,7 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 CHAINS = {
     "": (*FLOORS[3], *FLOORS[4]),
     "files": (
-        "header", "provenance", "pickle_globals", "unpickler", "pickles", "tensors", "source", "open",
+        "limits", "header", "provenance", "pickled", "tensors", "source", "open",
         "quantized", "_exchange", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
