@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
-from adaptkit.errors import AdaptkitError, NotRepresentable, ShapeMismatch, UnknownAdapter
+from adaptkit.errors import InternalError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
 from adaptkit.keymap import CheckpointMap, KeyMap, Place, compile_checkpoint, compile_keys, label
@@ -94,9 +94,10 @@ class Checkpoint:
                     return cls.under_own_names(source, made, ema=ema)
             source.close()
             raise error.at(file=path) from None
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def understand(

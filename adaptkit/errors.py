@@ -88,11 +88,6 @@ class AdaptkitError(Exception):
             self.tensor = tensor
         return self
 
-    def caused_by(self, error: BaseException) -> AdaptkitError:
-        """Keep the exception behind this one, whose traceback ADAPTKIT_DEBUG=1 shows."""
-        self.__cause__ = error
-        return self
-
     def __str__(self) -> str:
         where = [
             part
@@ -180,13 +175,16 @@ class InternalError(AdaptkitError):
         """The error to report for any exception of one file or one job; its cause is kept."""
         if isinstance(error, AdaptkitError):
             return error
-        if isinstance(error, MemoryError):
-            return NotEnoughMemory(
-                "out of memory", hint="free memory, or set a lower --memory"
-            ).caused_by(error)
-        words = str(error)
-        found = cls(f"unexpected {type(error).__name__}: {words}"[:LONGEST], hint=BUG)
-        return found.caused_by(error)
+        words = str(error)[:LONGEST]
+        found: AdaptkitError
+        if isinstance(error, MemoryError) or "allocate memory" in words:
+            found = NotEnoughMemory("out of memory", hint="free memory, or set a lower --memory")
+        elif isinstance(error, OSError):
+            found = UnreadableFile(error.strerror or words, file=error.filename)
+        else:
+            found = cls(f"unexpected {type(error).__name__}: {words}", hint=BUG)
+        found.__cause__ = error
+        return found
 
 
 class WrongUsage(AdaptkitError):

@@ -48,7 +48,7 @@ CHAINS = {
     "linalg": (
         "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
     ),
-    "keymap": ("templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
+    "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("verb", "shared", "blocks", "adapter_file", "ranks", "difference", "rewrite", "*"),
     "cli": ("show", "options", "*"),
 }  # fmt: skip

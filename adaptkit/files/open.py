@@ -6,7 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.errors import CorruptFile, UnreadableFile
+from adaptkit.errors import CorruptFile, InternalError, UnreadableFile
 from adaptkit.files.header import unreadable
 from adaptkit.files.limits import read_json, within
 from adaptkit.files.source import join, open_file
@@ -48,6 +48,9 @@ def open_source(path: str | Path) -> TensorSource:
         raise unreadable(path, error) from error
     except ValueError as error:  # pathlib refuses null characters
         raise UnreadableFile(str(error), file=repr(str(path))) from error
+    except Exception as error:
+        found = InternalError.of(error).at(file=path)
+        raise found from found.__cause__
 
 
 def _near(path: Path) -> str | None:
