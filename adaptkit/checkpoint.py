@@ -142,7 +142,8 @@ class Checkpoint:
         places = {
             averaged.get(name, name): place
             for name, place in named.items()
-            if name not in stored.extras
+            # a single number is no weight, whatever its name
+            if name not in stored.extras and source.infos[averaged.get(name, name)].shape
         }
         others = {
             name: keys.other(name) or "unknown" for name in source.infos if name not in places

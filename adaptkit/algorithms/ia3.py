@@ -49,6 +49,7 @@ class Ia3(Weights):
         shape = shapes[role]
         if role == "weight":
             matched(math.prod(shape) == max(shape, default=0), role, shapes)
+            matched(not shapes["on_input"], "on_input", shapes)
             return Facts(0, 0, None, None, 1.0)
         if len(shape) > 2:  # [1, n, 1, 1] for either side (`tuners/ia3/layer.py`)
             raise NotRepresentable(
