@@ -142,8 +142,8 @@ class Checkpoint:
         places = {
             averaged.get(name, name): place
             for name, place in named.items()
-            # a single number is no weight, whatever its name
-            if name not in stored.extras and source.infos[averaged.get(name, name)].shape
+            # a single number or nothing at all is no weight, whatever its name
+            if name not in stored.extras and _has_rows(source.infos[averaged.get(name, name)])
         }
         others = {
             name: keys.other(name) or "unknown" for name in source.infos if name not in places
@@ -338,6 +338,10 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _has_rows(info: TensorInfo) -> bool:
+    return bool(info.shape) and info.numel > 0
 
 
 def _averaged(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, str]:

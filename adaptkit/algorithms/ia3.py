@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
-from adaptkit.errors import NotRepresentable
+from adaptkit.errors import NotRepresentable, ShapeMismatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,6 +87,9 @@ class Ia3(Weights):
         if self._mixed:
             return torch.stack([self.member(n).apply(one, strength) for n, one in enumerate(base)])
         wide = self.weight.to(base.dtype)
+        side = -1 if self._wide else -2
+        if base.shape[side] % wide.shape[-1] or (side == -2 and base.shape[-2] != wide.shape[-1]):
+            raise ShapeMismatch(f"{wide.shape[-1]} factors do not fit {list(base.shape[-2:])}")
         added = (wide if self.on_input is not None else wide - 1.0) * strength
         if not self._wide:
             return base.mul_(1.0 + added.unsqueeze(-1))

@@ -359,7 +359,6 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-        import torch
 
         plan = self.plans[number]
         if not finite(self.base.source.read(merge.name)):
