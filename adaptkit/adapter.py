@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +18,14 @@ from adaptkit.detect import (
     is_adapter,
 )
 from adaptkit.entries import Entry, alike, as_part, read_entries, without_carried
-from adaptkit.errors import AdaptkitError, NoSuchName, NotRepresentable, UnknownAdapter
+from adaptkit.errors import (
+    AdaptkitError,
+    InternalError,
+    NoSuchName,
+    NotRepresentable,
+    UnknownAdapter,
+)
+from adaptkit.files.limits import read_json
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
 from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
@@ -86,9 +92,10 @@ class Adapter:
             found = cls.understand(source, config, family=family, format=format, alpha=alpha)
             refuse_errors(found.problems, Path(path))
             return found
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def open_as(
@@ -111,9 +118,10 @@ class Adapter:
             found = cls._read(source, config, infos, *_by_names(infos, family, format), alpha)
             refuse_errors(found.problems, Path(path))
             return found
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def understand(
@@ -334,8 +342,10 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
     if path.is_dir():
         weights = next((path / name for name in PEFT_WEIGHTS if (path / name).is_file()), path)
     try:
-        read = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        read = read_json(config.read_bytes(), PEFT_CONFIG)
+    except AdaptkitError as error:
+        raise error.at(file=config) from None
+    except (ValueError, OSError) as error:
         what = f"{PEFT_CONFIG} is not valid JSON: {error}"
         raise UnknownAdapter(what, file=config) from None
     if not isinstance(read, dict):

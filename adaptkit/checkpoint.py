@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
-from adaptkit.errors import AdaptkitError, NotRepresentable, ShapeMismatch, UnknownAdapter
+from adaptkit.errors import InternalError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
 from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint, keys_for, label
@@ -100,9 +100,10 @@ class Checkpoint:
                     return cls.under_own_names(source, made, ema=ema)
             source.close()
             raise error.at(file=path) from None
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def understand(
@@ -151,7 +152,8 @@ class Checkpoint:
         places = {
             averaged.get(name, name): place
             for name, place in named.items()
-            if name not in stored.extras
+            # a single number or nothing at all is no weight, whatever its name
+            if name not in stored.extras and _has_rows(source.infos[averaged.get(name, name)])
         }
         others = {
             name: keys.other(name) or "unknown" for name in source.infos if name not in places
@@ -354,6 +356,10 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _has_rows(info: TensorInfo) -> bool:
+    return bool(info.shape) and info.numel > 0
 
 
 def _averaged(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, str]:

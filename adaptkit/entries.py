@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.errors import AdaptkitError
+from adaptkit.files.quantized import FLOATS, FP8
+from adaptkit.files.tensors import SCALARS
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
 from adaptkit.meaning import SAY, Meaning, Problem
 from adaptkit.names import Slot
@@ -31,6 +33,8 @@ __all__ = [
     "without_carried",
 ]
 
+# roles of one number, which may be an integer or a flag
+SINGLE = (ALPHA, "on_input")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
 CARRIED = ("bundle_emb.", "_aux.")
@@ -152,21 +156,25 @@ class _Reader:
             rebased = self.meaning.rebased(slot.component, plain)
             kind = algorithms()[rebased] if rebased else plain
             keys = {role: names[n] for role, n in places.items()}
+            if odd := self._odd(keys):
+                failures.append(odd)
+                continue
             stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
             if kind.bounded:  # a bound, not a scale
                 alpha, origin = (None, "none") if stored is None else (Stated(stored), "tensor")
             else:
                 alpha, origin = self.meaning.alpha(slot.component, first.module, stored)
+            shapes = {
+                role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA
+            }
             try:
-                shapes = {
-                    role: self.source.infos[key].shape
-                    for role, key in keys.items()
-                    if role != ALPHA
-                }
                 facts = self._with_kernel(slot, kind.facts(shapes, alpha))
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
             except AdaptkitError as error:
                 failures.append(error.message)
+            except (ArithmeticError, LookupError, TypeError, ValueError):
+                # shapes are a stranger's: those that no check foresaw fit no algorithm either
+                failures.append(f"{plain.name} has no tensors of shapes {list(shapes.values())}")
             else:
                 value = alpha.value if alpha else None
                 if stored is not None and not kind.bounded:
@@ -189,6 +197,19 @@ class _Reader:
         stem = f"{self.keys.stem(slot)}."
         keys = [self.keys.spell(slot, name, role).removeprefix(stem) for role in sorted(absent)]
         return f"{' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} missing"
+
+    def _odd(self, keys: Mapping[str, str]) -> str | None:
+        """Why a tensor cannot be what its name says, whatever the algorithm; None if it can."""
+        for role, key in keys.items():
+            info = self.source.infos[key]
+            if role in SINGLE:
+                if info.numel != 1 or info.dtype not in SCALARS:
+                    return f"{key} is {info.dtype} {list(info.shape)}, not a single number"
+            elif info.dtype not in FLOATS + FP8:
+                return f"{key} is stored as {info.dtype}, not as floating-point numbers"
+            elif not info.numel or not info.shape:
+                return f"{key} has the shape {list(info.shape)}, which is no matrix or vector"
+        return None
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Add the table's kernel if flat factors do not determine it."""

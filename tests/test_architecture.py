@@ -42,13 +42,13 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 CHAINS = {
     "": (*FLOORS[0], *FLOORS[3], *FLOORS[4]),
     "files": (
-        "header", "provenance", "pickle_globals", "unpickler", "pickles", "tensors", "source", "open",
+        "limits", "header", "provenance", "pickled", "tensors", "source", "open",
         "quantized", "_exchange", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
         "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
     ),
-    "keymap": ("templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
+    "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("verb", "shared", "blocks", "selecting", "adapter_file", "ranks", "difference", "rewrite", "*"),
     "cli": ("show", "options", "*"),
 }  # fmt: skip

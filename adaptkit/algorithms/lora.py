@@ -89,7 +89,7 @@ class Lora(Weights):
         kernel = down[2:]
         if mid is not None:
             matched(
-                len(mid) > 2 and mid[1] == rank and all(n == 1 for n in kernel),
+                len(mid) == len(down) > 2 and mid[1] == rank and all(n == 1 for n in kernel),
                 "up mid down",
                 shapes,
             )

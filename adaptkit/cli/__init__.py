@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from adaptkit import __version__
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import InternalError
 from adaptkit.process import explained
 
 __all__ = ["cli", "main", "run"]
@@ -97,18 +97,11 @@ def main() -> NoReturn:
         # the reader of the pipe has ended, as in `adaptkit … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except AdaptkitError as error:
-        _fail(str(error), error.hint, error.exit_code)
     except Exception as error:
-        if os.environ.get("ADAPTKIT_DEBUG"):
+        found = InternalError.of(explained(error))
+        if isinstance(found, InternalError) and os.environ.get("ADAPTKIT_DEBUG"):
             raise
-        if isinstance(told := explained(error), AdaptkitError):
-            _fail(str(told), told.hint, told.exit_code)
-        _fail(
-            f"unexpected {type(error).__name__}: {error}",
-            "this is a bug in adaptkit; set ADAPTKIT_DEBUG=1 to see the traceback",
-            1,
-        )
+        _fail(str(found), found.hint, found.exit_code)
 
 
 def run() -> NoReturn:

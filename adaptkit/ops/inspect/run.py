@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
-from adaptkit.errors import AdaptkitError, UnknownAdapter
+from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import PEFT_CONFIG, Problem
@@ -107,19 +107,16 @@ def run(
     options, path = options or Options(), Path(path)
     try:
         source, config = open_adapter_source(path)
-    except AdaptkitError as error:
-        return _failed(path, error)
-    with source:
-        try:
-            adapter = config is not None or is_adapter(source.infos)
+        with source:
             report = (
                 _adapter(source, config, options, progress)
-                if adapter
+                if config is not None or is_adapter(source.infos)
                 else _checkpoint(source, options)
             )
-        except AdaptkitError as error:
-            return _failed(path, error)
-    hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+        hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+    except Exception as error:
+        # whatever happens in one file is that file's report: the others follow
+        return _failed(path, InternalError.of(error))
     return replace(report, record={"path": str(path), **report.record, **hashed})
 
 

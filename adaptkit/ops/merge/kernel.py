@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
+from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.cutting import WHOLE, part_of, whole_slot
 from adaptkit.ops.merge.requantise import quantised, widened
 from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
@@ -350,15 +351,14 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-        import torch
 
         plan = self.plans[number]
-        if not bool(torch.isfinite(self.base.source.read(merge.name)).all()):
+        if not finite(self.base.source.read(merge.name)):
             return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
         for c in merge.contributions:
             adapter = plan.adapters[c.adapter]
             for _, key in c.entry.tensors():
-                if not bool(torch.isfinite(adapter.source.read(key)).all()):
+                if not finite(adapter.source.read(key)):
                     return NonFinite("holds NaN or infinity", file=adapter.source.path, tensor=key)
         return NonFinite("the merged weight overflows", file=plan.output, tensor=merge.name)
 
