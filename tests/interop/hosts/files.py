@@ -270,7 +270,7 @@ def _shape(family: str, part: Component, row: Row) -> Shape:
 
 
 def is_denoiser(component: str) -> bool:
-    return component in {"transformer", "transformer_2", "unet"}
+    return component in {"transformer", "transformer_2", "transformer_ref", "unet"}
 
 
 def parts(family: str, format: str, naming: str, blocks: int | None = None) -> Iterator[Part]:
