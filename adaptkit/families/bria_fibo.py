@@ -8,11 +8,11 @@ from __future__ import annotations
 from adaptkit.families._plain import matrices, norms
 from adaptkit.families.contract import Mark, ModelFamily, sizes, transformer
 
-DOUBLE, SINGLE = "transformer_blocks.{i:19}.", "single_transformer_blocks.{i:38}."
+DOUBLE, SINGLE = "transformer_blocks.{i:8}.", "single_transformer_blocks.{i:38}."
 
 ROWS = (
     *matrices("time_embed.timestep_embedder.linear_(1|2)", "context_embedder", "x_embedder"),
-    *matrices("caption_projection.{i:57}.linear"),
+    *matrices("caption_projection.{i:46}.linear"),
     *matrices(f"{DOUBLE}(norm1|norm1_context).linear", f"{DOUBLE}(ff|ff_context).net.(0.proj|2)"),
     *matrices(
         f"{DOUBLE}attn.(to_q|to_k|to_v|to_out.0|to_add_out)", f"{DOUBLE}attn.add_(q|k|v)_proj"
@@ -31,6 +31,7 @@ FAMILY = ModelFamily(
             "Bria FIBO transformer",
             ROWS,
             sizes=sizes("dxd 2dxd 3dxd 4dxd 6dxd dx4d dx5d dx4096 1536x2048", 3072),
+            kohya="",
         ),
     ),
     marks=(

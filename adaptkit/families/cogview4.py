@@ -33,4 +33,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("cogview4", "cogview-4"),
     modelspec="CogView4",
+    yields_to=("ltx2", "ltx-13b"),  # if a few modules show no second attention
 )

@@ -204,7 +204,8 @@ def transformer(
 ) -> Component:
     """The transformer of a family.
 
-    `kohya` and `comfy` are the namings those formats write.
+    `kohya` and `comfy` are the namings those formats write; without the first, no trainer writes
+    such keys.
     """
     return Component(
         name="transformer",
@@ -216,7 +217,7 @@ def transformer(
             "diffusers": ("transformer.", ""),
         },
         tags={
-            "kohya": ("unet",),
+            "kohya": ("unet",) if kohya else (),
             "comfy": ("diffusion_model", "model.diffusion_model"),
             "root": ("",),
             "diffusers": ("transformer",),

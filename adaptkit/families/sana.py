@@ -5,7 +5,6 @@ Gemma 2 2B. Source: diffusers' `convert_sana_transformer_to_diffusers`.
 
 from __future__ import annotations
 
-from adaptkit.families._llm import gemma2_2b
 from adaptkit.families._plain import matrices, norms, parameters
 from adaptkit.families.contract import Mark, ModelFamily, pair, sizes, split, transformer
 
@@ -60,7 +59,7 @@ SIZES = sizes("dxd 3dxd 2dxd 6dxd 5dxd dx2304", 1152, 2240) | sizes(
 FAMILY = ModelFamily(
     name="sana",
     title="Sana",
-    components=(transformer("Sana transformer", ROWS, sizes=SIZES), gemma2_2b()),
+    components=(transformer("Sana transformer", ROWS, sizes=SIZES),),
     marks=(
         Mark("transformer", ".attn.qkv", columns=(1152, 2240)),
         Mark("transformer", "cross_attn.kv_linear", columns=(1152, 2240)),
