@@ -117,6 +117,12 @@ HUNYUAN_DIT: dict[str, Any] = dict(
 KANDINSKY_PRO: dict[str, Any] = dict(
     model_dim=4096, ff_dim=16384, time_dim=1024, num_visual_blocks=60, num_text_blocks=4
 )
+COSMOS_25: dict[str, Any] = dict(
+    num_attention_heads=16,
+    extra_pos_embed_type=None,
+    use_crossattn_projection=True,
+    crossattn_proj_in_channels=100352,
+)
 ANIMA: dict[str, Any] = dict(num_attention_heads=16, extra_pos_embed_type=None)
 # diffusers' class of each transformer, and the published configuration where it is not the class's own
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -163,9 +169,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bria-fibo": ("BriaFiboTransformer2DModel", dict(num_layers=8, num_single_layers=38)),
     "bria-fibo2": ("BriaFibo2Transformer2DModel", {}),
     "prx": ("PRXTransformer2DModel", {}),
-    "cosmos": (
+    "cosmos": ("CosmosTransformer3DModel", COSMOS_25),
+    "cosmos-14b": (
         "CosmosTransformer3DModel",
         dict(num_attention_heads=40, num_layers=36, extra_pos_embed_type=None),
+    ),
+    "glm-image": (
+        "GlmImageTransformer2DModel",
+        dict(num_attention_heads=32, attention_head_dim=128),
     ),
     "pixart": (
         "PixArtTransformer2DModel",
@@ -177,13 +188,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 # what the transformer's keys begin with in the published file, where it is not the first prefix of the table
 PREFIXES = {"auraflow": "model."} | dict.fromkeys(
     set(TRANSFORMERS)
-    - {"ace-step", "anima", "auraflow", "cosmos", "ltx", "ltx-13b", "ltx2", "sd3", "sd35-large"},
+    - {"ace-step", "anima", "auraflow", "cosmos", "cosmos-14b", "ltx", "ltx-13b", "ltx2", "sd3"}
+    - {"sd35-large"},
     "",
 )
 # the format that a family's trainers write beside diffusers', where it is not kohya's
 TRAINED = {"auraflow": "lycoris", "ace-step": "peft", "hunyuan-dit": "onetrainer", "pixart": "onetrainer"} | dict.fromkeys(
     (
-        "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos", "flux3", "hidream", "ltx", "ltx-13b", "ltx2", "mochi", "prx",
+        "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos", "cosmos-14b", "flux3", "glm-image", "hidream", "ltx", "ltx-13b", "ltx2", "mochi", "prx",
         "sana", "wan-animate2",
     ),
     "comfy",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adaptkit.families._plain import matrices, parameters
 from adaptkit.families.contract import NATIVE_PREFIXES, Kind, Row, named, pair, row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ATTENTIONS", "PREFIXES", "transformer_rows"]
+__all__ = ["ATTENTIONS", "PREFIXES", "cosmos_rows", "transformer_rows"]
 
 PREFIXES = ("net.", *NATIVE_PREFIXES)
 ATTENTIONS = (("self_attn", "attn1"), ("cross_attn", "attn2"))
@@ -60,4 +61,13 @@ def transformer_rows(blocks: int) -> tuple[Row, ...]:
         pair("final_layer.linear", "proj_out"),
         pair("final_layer.adaln_modulation.1", "norm_out.linear_1"),
         pair("final_layer.adaln_modulation.2", "norm_out.linear_2"),
+    )
+
+
+def cosmos_rows(blocks: int) -> tuple[Row, ...]:
+    """All rows of Cosmos, with what 2.5, Transfer and Cosmos 1 have beside the blocks."""
+    return (
+        *transformer_rows(blocks),
+        *matrices("crossattn_proj.0", "img_context_proj.0"),
+        *parameters("learnable_pos_embed.pos_emb_(t|h|w)"),
     )

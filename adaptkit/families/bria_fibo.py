@@ -31,7 +31,6 @@ FAMILY = ModelFamily(
             "Bria FIBO transformer",
             ROWS,
             sizes=sizes("dxd 2dxd 3dxd 4dxd 6dxd dx4d dx5d dx4096 1536x2048", 3072),
-            kohya="",
         ),
     ),
     marks=(

@@ -204,8 +204,7 @@ def transformer(
 ) -> Component:
     """The transformer of a family.
 
-    `kohya` and `comfy` are the namings those formats write; without the first, no trainer writes
-    such keys.
+    `kohya` and `comfy` are the namings those formats write.
     """
     return Component(
         name="transformer",
@@ -217,7 +216,7 @@ def transformer(
             "diffusers": ("transformer.", ""),
         },
         tags={
-            "kohya": ("unet",) if kohya else (),
+            "kohya": ("unet",),
             "comfy": ("diffusion_model", "model.diffusion_model"),
             "root": ("",),
             "diffusers": ("transformer",),

@@ -18,7 +18,7 @@ import torch
 from adaptkit.detect import detect_adapter, detect_checkpoint, families
 from adaptkit.families.contract import Kind
 from adaptkit.keymap import compile_checkpoint, compile_keys, find_row
-from tests.generate import HIDREAM, HUNYUAN_DIT, KANDINSKY_PRO, SD1_BLOCKS, SDXL
+from tests.generate import COSMOS_25, HIDREAM, HUNYUAN_DIT, KANDINSKY_PRO, SD1_BLOCKS, SDXL
 from tests.interop.test_strangers import infos
 from tests.synth import Listing, lora_shapes
 
@@ -51,15 +51,14 @@ MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("CogView4Transformer2DModel", dict(num_layers=28, num_attention_heads=32, attention_head_dim=128), "cogview4"),
     ("ConsisIDTransformer3DModel",
      dict(num_attention_heads=48, num_layers=42, is_train_face=True, is_kps=False), "cogvideox"),
-    ("CosmosTransformer3DModel", {}, "cosmos"),
-    ("CosmosTransformer3DModel", dict(num_attention_heads=40, num_layers=36, extra_pos_embed_type=None), "cosmos"),
-    ("CosmosTransformer3DModel",
-     dict(num_attention_heads=16, use_crossattn_projection=True, crossattn_proj_in_channels=100352, extra_pos_embed_type=None),
-     "cosmos"),
+    ("CosmosTransformer3DModel", {}, "cosmos-14b"),
+    ("CosmosTransformer3DModel", dict(num_attention_heads=40, num_layers=36, extra_pos_embed_type=None), "cosmos-14b"),
+    ("CosmosTransformer3DModel", COSMOS_25, "cosmos"),
     ("ErnieImageTransformer2DModel", {}, "ernie-image"),
     ("Flux2Transformer2DModel", {}, "flux2"),
     ("Flux3Transformer2DModel", dict(flow_map=True), "flux3"),
     ("FluxTransformer2DModel", dict(guidance_embeds=True), "flux"),
+    ("GlmImageTransformer2DModel", dict(num_attention_heads=32, attention_head_dim=128), "glm-image"),
     ("HeliosTransformer3DModel", {}, "wan"),
     ("HiDreamImageTransformer2DModel", HIDREAM, "hidream"),
     ("HunyuanDiT2DModel", HUNYUAN_DIT, "hunyuan-dit"),

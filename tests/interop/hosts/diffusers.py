@@ -59,6 +59,7 @@ MIXINS = {
     "bria-fibo": "Flux",
     "bria-fibo2": "BriaFibo2",
     "cosmos": "Cosmos",
+    "cosmos-14b": "Cosmos",
     "wan-animate2": "Wan",
 }
 LOKR = ("z-image", "flux2")  # whose check of the keys lets LoKr pass
