@@ -282,7 +282,7 @@ def parts(family: str, format: str, naming: str, blocks: int | None = None) -> I
     for part in families()[family].components:
         prefix = prefixes(part, spelling)[:1]
         # of two components with one prefix, the second has no names of its own
-        if not prefix or prefix[0] in taken:
+        if not prefix or (prefix[0] in taken and not part.apart):
             continue
         taken.add(prefix[0])
         for row in part.rows:
