@@ -10,9 +10,9 @@ from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
 from adaptkit.errors import AdaptkitError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
-from adaptkit.keymap import CheckpointMap, KeyMap, Place, compile_checkpoint, compile_keys, label
+from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint, keys_for, label
 from adaptkit.names import Slot
-from adaptkit.unknown import family_of_weights
+from adaptkit.unknown import family_of_weights, own_weights, with_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
     from adaptkit.formats.contract import KeyFormat
+    from adaptkit.keymap import KeyMap
     from adaptkit.names import Target
 
 EMA = "model_ema."
@@ -114,7 +115,11 @@ class Checkpoint:
                 "not a checkpoint of a known family",
                 hint=f"{near}known families: {', '.join(families())}",
             )
-        return cls._placed(source, stored, compile_checkpoint(found.family), found, ema)
+        keys = compile_checkpoint(found.family)
+        family = with_own(keys.family, own_weights(keys, infos))
+        if family is not keys.family:
+            keys = CheckpointMap(family)
+        return cls._placed(source, stored, keys, found, ema)
 
     @classmethod
     def under_own_names(
@@ -158,11 +163,7 @@ class Checkpoint:
 
     def keys(self, format: KeyFormat) -> KeyMap:
         """The key map of a format for adapters of this checkpoint."""
-        return (
-            compile_keys(self.family.name, format.name)
-            if self.known
-            else KeyMap(self.family, format)
-        )
+        return keys_for(self.family, format)
 
     def targets(self) -> dict[Target, dict[Slot, str]]:
         """The tensors that hold each target or its parts.

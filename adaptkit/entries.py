@@ -10,6 +10,7 @@ from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.errors import AdaptkitError
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
 from adaptkit.meaning import SAY, Meaning, Problem
+from adaptkit.names import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
     from adaptkit.algorithms.contract import Facts, Weights
     from adaptkit.files.header import TensorInfo
-    from adaptkit.names import Slot
 
 __all__ = [
     "Entry",
     "Header",
     "alike",
+    "as_part",
     "entries_of",
     "read_entries",
     "weights_of",
@@ -107,6 +108,12 @@ def without_carried(source: Header) -> dict[str, TensorInfo]:
     return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
 
 
+def as_part(entries: Mapping[Slot, Entry], part: str) -> dict[Slot, Entry]:
+    """Entries of one expert of a model as those of another, which has the same modules."""
+    moved = {slot: Slot(slot.target._replace(component=part), slot.rows) for slot in entries}
+    return {moved[slot]: entry._replace(slot=moved[slot]) for slot, entry in entries.items()}
+
+
 class _Reader:
     """Groups keys by slot into entries; lists keys that do not fit."""
 
@@ -166,8 +173,8 @@ class _Reader:
         if facts.kernel is not None:
             return facts
         row = self.keys.row(slot.target)
-        # a family without checkpoints is made of file names: its rows know no kernels
-        if row is None or not self.keys.family.component(slot.component).checkpoints:
+        # rows made of an adapter's names know no kernels
+        if row is None or row.own or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
 

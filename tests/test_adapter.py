@@ -139,7 +139,7 @@ def test_diffusers_states_alpha_for_each_part_of_the_pipeline(tmp_path: Path) ->
 
 def test_what_fits_nothing_is_listed_with_the_reason(tmp_path: Path) -> None:
     extra = {
-        "lora_unet_mid_block_nowhere.lora_up.weight": torch.ones(2, 2),
+        "lora_te7_nowhere.lora_up.weight": torch.ones(2, 2),
         f"{made.WIDE}.lora_up.weight": torch.ones(48, 4),
         f"{made.POINT}.lora_up.weight": torch.ones(20, 4, 1, 1),
         f"{made.POINT}.lora_down.weight": torch.ones(3, 16, 1, 1),
@@ -152,7 +152,7 @@ def test_what_fits_nothing_is_listed_with_the_reason(tmp_path: Path) -> None:
         assert adapter.carried == ("bundle_emb.style.clip_l",)
         problems = {problem.module: problem for problem in adapter.problems}
     assert reasons.keys() == extra.keys() - {"bundle_emb.style.clip_l"}
-    assert "no such module" in reasons["lora_unet_mid_block_nowhere.lora_up.weight"]
+    assert "no such module" in reasons["lora_te7_nowhere.lora_up.weight"]
     assert reasons[f"{made.WIDE}.lora_up.weight"] == "incomplete or mixed: up"
     assert "do not fit together" in reasons[f"{made.POINT}.lora_up.weight"]
     assert len(problems) == 2

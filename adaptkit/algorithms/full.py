@@ -31,7 +31,8 @@ class Full(Weights):
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
-        diff=Role("diff"),
+        # LightX2V's extraction for Wan, read by ComfyUI-WanVideoWrapper
+        diff=Role("diff", inside=(("diff_m", "modulation"),)),
         diff_b=Role("diff_b", ("lora_B.bias",), param=BIAS),
         w_norm=Role("w_norm"),
         b_norm=Role("b_norm", param=BIAS),

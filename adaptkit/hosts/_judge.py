@@ -74,9 +74,10 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
     lost = _lost(host, adapter.format.name, adapter.family.name, pieces)
     if lost:
         return Verdict(False, "; ".join(_reasons(lost, len(pieces))))
-    if adapter.unclaimed:
+    strange = [*map(adapter.label, adapter.own), *adapter.unclaimed]
+    if strange:
         # what adaptkit does not know, a host may
-        return Verdict(None, f"not measured for {_some(list(adapter.unclaimed))}")
+        return Verdict(None, f"not measured for {_some(strange)}")
     return Verdict(True)
 
 

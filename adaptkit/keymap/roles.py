@@ -54,7 +54,8 @@ def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
         # kinds without forms are told by a configuration, never by their tensors
         for name, role in kind.roles.items() if kind.forms else ():
             spelled = [spelling.get(algorithm, {}).get(name) for spelling in overrides]
-            for suffix in dict.fromkeys((role.spelling, *role.also, *filter(None, spelled))):
+            also = (*role.also, *(suffix for suffix, _ in role.inside), *filter(None, spelled))
+            for suffix in dict.fromkeys((role.spelling, *also)):
                 found.setdefault(suffix, []).append((algorithm, name))
     return {suffix: tuple(roles) for suffix, roles in found.items()}
 
@@ -70,11 +71,30 @@ def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
     for dot in _DOTS.finditer(key):
         suffix = key[dot.end() :]
         if suffix in known:
-            return key[: dot.start()], suffix, known[suffix]
+            return _stem(key[: dot.start()], suffix), suffix, known[suffix]
         plain = _unnamed(suffix)
         if plain in known:
             return key[: dot.start()], plain, known[plain]
     return None
+
+
+@cache
+def _inside() -> Mapping[str, str]:
+    """The parameter inside a module that a suffix stands for."""
+    return {
+        suffix: param
+        for kind in algorithms().values()
+        for role in kind.roles.values()
+        for suffix, param in role.inside
+    }
+
+
+def _stem(stem: str, suffix: str) -> str:
+    """The stem of a key, with the parameter that its suffix stands for."""
+    inside = _inside().get(suffix)
+    if inside is None:
+        return stem
+    return f"{stem}{'.' if '.' in stem else '_'}{inside}"
 
 
 def _unnamed(suffix: str) -> str:

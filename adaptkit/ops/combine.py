@@ -31,13 +31,15 @@ class Options(RecastOptions):
     """The `method` that joins the adapters. `sum` is exact.
 
     The other methods keep a share (`density`) of the entries of each ΔW. `to` is the format to
-    write, by default that of the first adapter.
+    write, by default that of the first adapter. `into` names the component that each input is for,
+    in their order: `transformer` and `transformer_2` put the two experts of Wan 2.2 in one file.
     """
 
     to: str | None = None
     method: str = "sum"
     density: float | None = None
     seed: int = 0
+    into: tuple[str, ...] = ()
 
 
 def plan(inputs: Sequence[tuple[Path, float]], options: Options) -> Recast:
@@ -50,6 +52,11 @@ def plan(inputs: Sequence[tuple[Path, float]], options: Options) -> Recast:
     if options.to is not None:
         chosen("format", formats(), options.to)
     counted = [(path, weight) for path, weight in inputs if weight != 0.0]
+    if options.into and len(options.into) != len(inputs):
+        raise WrongUsage(
+            f"--into names {len(options.into)} components for {len(inputs)} adapters",
+            hint="give one for each, in their order: --into transformer,transformer_2",
+        )
     if not counted:
         raise NothingToDo(
             "every weight is 0", hint="write the weight after the name: a.safetensors:0.5"
@@ -57,6 +64,11 @@ def plan(inputs: Sequence[tuple[Path, float]], options: Options) -> Recast:
     paths, weights = [path for path, _ in counted], [weight for _, weight in counted]
     adapters = open_all(paths, options)
     try:
+        if options.into:
+            parts = [
+                p for p, (_, weight) in zip(options.into, inputs, strict=True) if weight != 0.0
+            ]
+            adapters = tuple(one.as_part(p) for one, p in zip(adapters, parts, strict=True))
         into = Into.plain(options.to or adapters[0].format.name)
         output = options.output or default_output(inputs[-1][0], "combined", folder=into.config)
         ranks = policy(options)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.adapter import Adapter
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import asked, policy
-from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, open_all
 from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
@@ -19,6 +18,8 @@ from adaptkit.ops.verb import Verb
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from adaptkit.adapter import Adapter
 
 __all__ = ["VERB", "Options", "Plan", "Report", "plan", "run"]
 
@@ -39,9 +40,7 @@ def plan(path: Path, options: Options) -> Recast:
     Reads headers only. Anything that can fail fails here.
     """
     rule = asked(options)
-    adapter = Adapter.open(
-        path, family=options.family, format=options.format, alpha=options.alpha_in
-    )
+    (adapter,) = open_all([path], options)
     try:
         into, notes = _target(adapter, options)
         output = options.output or default_output(path, into.format, folder=into.config)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.adapter import Adapter
 from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
 from adaptkit.keymap.kinds import dense_kind
 from adaptkit.ops.ranks.options import asked, policy, spelled
-from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, open_all
 from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
@@ -42,9 +41,7 @@ def plan(path: Path, options: Options) -> Recast:
             hint=f"use `adaptkit convert --algo {options.algo}`",
         )
     chosen = policy(options)
-    adapter = Adapter.open(
-        path, family=options.family, format=options.format, alpha=options.alpha_in
-    )
+    (adapter,) = open_all([path], options)
     try:
         into = Into.plain(adapter.format.name)
         output = options.output or default_output(path, spelled(options), folder=into.config)

@@ -102,13 +102,14 @@ def _partner(first: Checkpoint, tuned: Path, family: str | None, ema: bool) -> C
     """Open the tuned checkpoint, as one of the base's family if ambiguous."""
     try:
         second = Checkpoint.open(tuned, family=family, ema=ema)
-        if second.family is not first.family and first.family.name in second.detection.alternatives:
+        other = second.family.name != first.family.name
+        if other and first.family.name in second.detection.alternatives:
             second.close()
             second = Checkpoint.open(tuned, family=first.family.name, ema=ema)
     except AdaptkitError:
         first.close()
         raise
-    if first.family is not second.family:
+    if first.family.name != second.family.name:
         _close((first, second))
         raise ShapeMismatch(
             f"the base is {first.family.title}, the tuned checkpoint is {second.family.title}",

@@ -192,7 +192,7 @@ def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
             hint="see `adaptkit inspect` on both",
             file=path,
         )
-    return adapter
+    return adapter.with_dots(base.family)
 
 
 class _Places:

@@ -9,18 +9,20 @@ from pathlib import Path  # noqa: TC003 - the types of options are read at run t
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter
+from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
 from adaptkit.ops.shared import Closing
 from adaptkit.steps import Step, peak_memory
+from adaptkit.unknown import joint
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from adaptkit.algorithms.contract import Weights
-    from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.checkpoint import Piece
     from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
     from adaptkit.keymap import KeyMap
@@ -274,14 +276,37 @@ def open_all(paths: Sequence[Path], options: RecastOptions) -> tuple[Adapter, ..
             adapter = Adapter.open(
                 path, family=options.family, format=options.format, alpha=options.alpha_in
             )
-            if found and adapter.family is not found[0].family:
+            if found and adapter.family.name != found[0].family.name:
                 adapter = _alike(found[0], adapter, options.alpha_in)
             found.append(adapter)
     except AdaptkitError:
         for adapter in found:
             adapter.close()
         raise
-    return tuple(found)
+    if options.base is not None and not any(adapter.known for adapter in found):
+        return _named_by(options.base, found, options)
+    family = joint([adapter.family for adapter in found])
+    return tuple(adapter.with_dots(family) for adapter in found)
+
+
+def _named_by(
+    path: Path, adapters: Sequence[Adapter], options: RecastOptions
+) -> tuple[Adapter, ...]:
+    """Adapters of an unknown family, with the module names of their base."""
+    paths = [adapter.source.path for adapter in adapters]
+    for adapter in adapters:
+        adapter.close()
+    with Checkpoint.open(path, strangers=True) as base:
+        if base.known:
+            raise ShapeMismatch(
+                f"the base is {base.family.title}, the adapter is for an unknown family",
+                hint=f"--family {base.family.name} reads its names as those of {base.family.title}",
+                file=paths[0],
+            )
+        return tuple(
+            Adapter.open_as(one, base.family, format=options.format, alpha=options.alpha_in)
+            for one in paths
+        )
 
 
 def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:
