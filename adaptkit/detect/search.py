@@ -341,9 +341,9 @@ def _nearest(scores: Iterable[_Score], file: File) -> Nearest | None:
     return Nearest(best.family, fits[best].names, fits[best].sizes)
 
 
-def _yields(score: _Score, tied: Sequence[_Score]) -> bool:
-    """Whether another of the tied families is likelier."""
-    return bool({other.family for other in tied} & set(families()[score.family].yields_to))
+def _yields(score: _Score, tied: Sequence[_Score]) -> int:
+    """How many of the tied families are likelier."""
+    return len({other.family for other in tied} & set(families()[score.family].yields_to))
 
 
 def _named_in(metadata: Mapping[str, str], family: str) -> bool:

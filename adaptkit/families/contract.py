@@ -180,7 +180,8 @@ class Component:
     `tags` fill the prefix templates of key formats (first value written, all read); a format that
     needs a missing tag cannot hold this component. `namings` maps a format's style to the naming it
     writes (default: `diffusers`). `sizes` are the (rows, columns) of the matrices of all variants;
-    empty if they tell nothing.
+    empty if they tell nothing. `apart`: its module names are of no other component, so that both
+    can be written with one prefix.
     """
 
     name: str
@@ -190,6 +191,7 @@ class Component:
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=_frozen)
     namings: Mapping[str, str] = field(default_factory=dict)
     sizes: frozenset[tuple[int, int]] = frozenset()
+    apart: bool = False
 
     def naming(self, style: str) -> str:
         """The naming that formats of a style write for this component."""

@@ -260,13 +260,13 @@ def _owned() -> frozenset[str]:
 def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
     """The prefix to write each component with.
 
-    Of two components with the same prefix, the first gets it.
+    Of two components with the same prefix, the first gets it, unless their names tell them apart.
     """
     found: dict[str, str] = {}
     for part in family.components:
         mine = prefixes(part, format)[:1]
         # two components with one prefix could not be told apart when read back
-        if mine and mine[0] not in found.values():
+        if mine and (part.apart or mine[0] not in found.values()):
             found[part.name] = mine[0]
     return found
 
