@@ -99,8 +99,6 @@ def main() -> NoReturn:
         sys.exit(0)
     except Exception as error:
         found = InternalError.of(explained(error))
-        if isinstance(found, InternalError) and os.environ.get("ADAPTKIT_DEBUG"):
-            raise
         _fail(str(found), found.hint, found.exit_code)
 
 
