@@ -262,12 +262,21 @@ def _rule(rule: Rule) -> Callable[[F], F]:
     return click.option(name, type=kind, metavar=rule.metavar, help=rule.help)
 
 
+BLOCKS = click.option(
+    "--blocks",
+    multiple=True,
+    metavar="NAME=WEIGHT,…",
+    help="Multiply the strength in some blocks; NAME is a name, a glob or a range (repeatable).",
+)
+
+
 def recasts(function: F) -> F:
-    """Add --algo, --factor, --base and --alpha-in."""
+    """Add --algo, --factor, --base, --alpha-in and --blocks."""
     return _apply(
         function,
         [
             ALPHA_IN,
+            BLOCKS,
             click.option("--algo", metavar="NAME", help="Change the algorithm: lora, lokr, full."),
             click.option(
                 "--factor",

@@ -65,9 +65,11 @@ class RecastOptions(Ranked):
 
     `algo` is the algorithm to change to, `factor` the small factor of a LoKr. `base` is the
     checkpoint that kinds like DoRA need for a difference. `alpha_in` is the alpha of every input
-    module, whatever the file says: a number, or `as-rank`.
+    module, whatever the file says: a number, or `as-rank`. `blocks` are rules for the weight of
+    modules (see adaptkit.ops.block_weights); those of weight 0 are left out.
     """
 
+    blocks: tuple[str, ...] = ()
     algo: str | None = None
     factor: int = 8
     base: Path | None = None

@@ -21,6 +21,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind, wrapped_like
 from adaptkit.ops.adapter_file.writer import check_adapter_output
+from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.rewrite.checks import (
     check_base,
     check_biases,
@@ -157,6 +158,7 @@ class _Planner:
         self.adapters, self.weights, self.keys = adapters, weights, keys
         self.into = replace(into, fold=into.fold or scales_biases(adapters, keys))
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
+        self.blocks = Blocks(options.blocks, keys.family)
         self.held = {} if base is None else base.targets()
         self.selection = Selection(options.only, options.skip, adapters[0].family)
         self.notes: list[str] = []
@@ -188,11 +190,22 @@ class _Planner:
         for number, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
             respelling = Respelling(adapter, self.keys)
             for job in respelling.jobs(self._entries(adapter)):
-                terms.setdefault(job.slot, []).append(Term(job, weight, number))
+                factor = self.blocks.weight(job.slot)
+                if factor != 0.0:
+                    terms.setdefault(job.slot, []).append(Term(job, weight * factor, number))
             self.unused += [Unused(key, why) for key, why in respelling.lost.items()]
             self.dropped += [Dropped(adapter, entry, weight) for entry in respelling.dropped]
+        self.blocks.check()
+        self.notes += self._weighed()
         numbered = enumerate(terms.items())
         return tuple(self._task(n, slot, tuple(found)) for n, (slot, found) in numbered)
+
+    def _weighed(self) -> Iterator[str]:
+        """What the rules of `--blocks` did."""
+        for rule in self.blocks.records():
+            if rule["modules"] and rule["weight"] != 1.0:
+                what = "left out" if rule["weight"] == 0.0 else f"multiplied by {rule['weight']:g}"
+                yield f"--blocks {rule['rule']}: {rule['modules']} modules {what}."
 
     def _entries(self, adapter: Adapter) -> Mapping[Slot, Entry]:
         if not (self.options.only or self.options.skip):
