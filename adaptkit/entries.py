@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from adaptkit.algorithms.contract import ALPHA, Stated
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import AdaptkitError, NotRepresentable
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
 from adaptkit.meaning import SAY, Meaning, Problem
 
@@ -150,6 +150,9 @@ class _Reader:
                 }
                 facts = self._with_kernel(slot, kind.facts(shapes, alpha))
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
+                window = len(facts.kernel or ())
+                if wrong := self.meaning.misread(slot.component, kind, shapes, window):
+                    raise NotRepresentable(wrong)
             except AdaptkitError as error:
                 failures.append(error.message)
             else:

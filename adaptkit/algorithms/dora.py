@@ -227,6 +227,7 @@ def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
         # PEFT has DoRA for those kinds alone whose configuration has a field for it
         "peft_type": inner.peft_type if "use_dora" in inner.peft_fields(()) else "",
         "peft_alpha": inner.peft_alpha,
+        "peft_lacks": inner.peft_lacks,
         "cores": inner.cores,
         "roles": MappingProxyType({**inner.roles, **cls.own}),
         "forms": tuple(form | {role} for form in inner.forms for role in STORED),
