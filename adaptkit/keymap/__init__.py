@@ -8,7 +8,7 @@ dots.
 
 from __future__ import annotations
 
-from adaptkit.keymap.adapter_keys import KeyMap, Parsed, compile_keys, prefixes
+from adaptkit.keymap.adapter_keys import Dialect, KeyMap, Parsed, compile_keys, prefixes
 from adaptkit.keymap.checkpoint_keys import CheckpointMap, Place, Spelled, compile_checkpoint
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
 from adaptkit.keymap.rows import Reading, find_row, label
@@ -16,6 +16,7 @@ from adaptkit.keymap.templates import Templates
 
 __all__ = [
     "CheckpointMap",
+    "Dialect",
     "KeyMap",
     "Parsed",
     "Place",

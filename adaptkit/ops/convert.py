@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
@@ -10,7 +10,7 @@ from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import asked, policy
-from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, chosen_entries
 from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
@@ -64,10 +64,10 @@ def _target(adapter: Adapter, options: Options) -> tuple[Into, tuple[str, ...]]:
         return Into.plain(adapter.format.name), ()
     from adaptkit.hosts import recipe
 
-    found = recipe(options.host, adapter, options.algo)
-    return Into(
-        found.format, found.fold_alpha or formats()[found.format].alpha is Alpha.NONE
-    ), found.warnings
+    written = replace(adapter, entries=chosen_entries(adapter, options))
+    found = recipe(options.host, written if written.entries else adapter, options.algo)
+    fold = found.fold_alpha or formats()[found.format].alpha is Alpha.NONE
+    return Into(found.format, fold, found.dialect), found.warnings
 
 
 VERB = Verb("convert", ("adapter",), Options, plan, run)

@@ -8,7 +8,7 @@ from adaptkit.adapter import Adapter
 from adaptkit.detect import formats
 from adaptkit.errors import AmbiguousAdapter, NotRepresentable, ShapeMismatch
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import KeyMap, compile_keys
+from adaptkit.keymap import Dialect, KeyMap, compile_keys
 from adaptkit.names import BIAS
 from adaptkit.respelling import Respelling
 
@@ -67,10 +67,10 @@ def _size(job: Assembly) -> tuple[int, int]:
     return (sum(heights) if all(heights) else 0), (columns.pop() if len(columns) == 1 else 0)
 
 
-def keys_of(adapter: Adapter, format: str) -> KeyMap:
+def keys_of(adapter: Adapter, format: str, dialect: Dialect | None = None) -> KeyMap:
     """The names of the family of an adapter in a format."""
     return (
-        compile_keys(adapter.family.name, format)
+        compile_keys(adapter.family.name, format, dialect)
         if adapter.known
         else KeyMap(adapter.family, formats()[format])
     )

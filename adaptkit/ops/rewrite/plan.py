@@ -13,17 +13,17 @@ from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
-from adaptkit.ops.shared import Closing
+from adaptkit.ops.shared import Closing, selected
 from adaptkit.steps import Step, peak_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Checkpoint, Piece
     from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
-    from adaptkit.keymap import KeyMap
+    from adaptkit.keymap import Dialect, KeyMap
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
     from adaptkit.ops.shared import Unused
@@ -157,10 +157,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Into:
-    """The format to write, and whether to fold alpha into the weights in any case."""
+    """The format to write, how, and whether to fold alpha into the weights in any case."""
 
     format: str
     fold: bool
+    dialect: Dialect | None = None
 
     @property
     def config(self) -> bool:
@@ -298,6 +299,17 @@ def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:
         hint="only adapters of one family can be put together; see `adaptkit inspect`",
         file=path,
     )
+
+
+def chosen_entries(adapter: Adapter, options: RecastOptions) -> Mapping[Slot, Entry]:
+    """The modules that `--only` and `--skip` leave."""
+    if not (options.only or options.skip):
+        return adapter.entries
+    return {
+        slot: entry
+        for slot, entry in adapter.entries.items()
+        if selected(adapter.label(slot), slot.component, options)
+    }
 
 
 def product_rank(term: Term) -> int:

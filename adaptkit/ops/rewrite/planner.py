@@ -39,15 +39,16 @@ from adaptkit.ops.rewrite.plan import (
     Task,
     Term,
     Written,
+    chosen_entries,
     product_rank,
 )
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
-from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
+from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, stored_dtype
 from adaptkit.respelling import Assembly, Respelling
 from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from adaptkit.adapter import Adapter
@@ -84,7 +85,7 @@ def recast(
         chosen("algorithm", algorithms(), options.algo)
     check_adapter_output(output, folder=into.config, overwrite=options.overwrite)
     first, path = adapters[0], adapters[0].source.path
-    keys = keys_of(first, into.format)
+    keys = keys_of(first, into.format, into.dialect)
     base = None if options.base is None else _base(options.base, first)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
@@ -180,22 +181,12 @@ class _Planner:
         terms: dict[Slot, list[Term]] = {}
         for number, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
             respelling = Respelling(adapter, self.keys)
-            for job in respelling.jobs(self._entries(adapter)):
+            for job in respelling.jobs(chosen_entries(adapter, self.options)):
                 terms.setdefault(job.slot, []).append(Term(job, weight, number))
             self.unused += [Unused(key, why) for key, why in respelling.lost.items()]
             self.dropped += [Dropped(adapter, entry, weight) for entry in respelling.dropped]
         numbered = enumerate(terms.items())
         return tuple(self._task(n, slot, tuple(found)) for n, (slot, found) in numbered)
-
-    def _entries(self, adapter: Adapter) -> Mapping[Slot, Entry]:
-        if not (self.options.only or self.options.skip):
-            return adapter.entries
-        label = adapter.label
-        return {
-            s: e
-            for s, e in adapter.entries.items()
-            if selected(label(s), s.component, self.options)
-        }
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
@@ -381,6 +372,7 @@ class _Planner:
                 info = job.adapter.source.infos[key]
                 shape = self._shape(job, entry, role, info.shape)
                 name = spell(job.slot, kind.name, kind.stored_as(role, peft=self.keys.format.peft))
+                shape = self.keys.flat(name, shape)
                 found.append(Copied(name, key, TensorSpec(name, info.dtype, shape), term.number))
         alpha = self._alpha(term, entry)
         return tuple(found) if alpha is None else (*found, alpha)
