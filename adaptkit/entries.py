@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from adaptkit.algorithms.contract import ALPHA, Stated
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import AdaptkitError, NotRepresentable
 from adaptkit.files.quantized import FLOATS, FP8
 from adaptkit.files.tensors import SCALARS
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
@@ -170,6 +170,9 @@ class _Reader:
             try:
                 facts = self._with_kernel(slot, kind.facts(shapes, alpha))
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
+                window = len(facts.kernel or ())
+                if wrong := self.meaning.misread(slot.component, kind, shapes, window):
+                    raise NotRepresentable(wrong)
             except AdaptkitError as error:
                 failures.append(error.message)
             except (ArithmeticError, LookupError, TypeError, ValueError):

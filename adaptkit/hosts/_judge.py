@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -263,9 +264,8 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
             hint=_helping(target, adapter, algorithm),
             file=path,
         )
-    return Recipe(
-        form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons)
-    )
+    warnings = tuple(f"in {target.title}, {reason}" for reason in reasons)
+    return replace(form, warnings=warnings)
 
 
 def _tried(host: Host, adapter: Adapter, algorithm: str | None) -> list[_Form]:
@@ -311,10 +311,11 @@ def _forms(host: Host, adapter: Adapter, format: str, algorithm: str | None) -> 
     """
     # unfolded first: `min` keeps the first of equally good forms, and alpha stays readable
     for fold in (False, True):
-        pieces, homeless = pieces_as(adapter, format, fold, algorithm)
+        made = Recipe(format, fold, dialect=host.dialect)
+        pieces, homeless = pieces_as(adapter, made, algorithm)
         if not pieces or not _knows(host, format, adapter.family.name, pieces):
             continue
         lost = _lost(host, format, adapter.family.name, pieces)
         gone = len(pieces) if any(loss.whole for loss in lost) else sum(map(len, lost.values()))
         share = (gone + homeless) / (len(pieces) + homeless)
-        yield share, Recipe(format, fold), lost, len(pieces)
+        yield share, made, lost, len(pieces)

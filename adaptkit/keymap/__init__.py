@@ -9,6 +9,7 @@ dots.
 from __future__ import annotations
 
 from adaptkit.keymap.adapter_keys import (
+    Dialect,
     KeyMap,
     Parsed,
     compile_keys,
@@ -23,6 +24,7 @@ from adaptkit.keymap.templates import Templates
 
 __all__ = [
     "CheckpointMap",
+    "Dialect",
     "KeyMap",
     "Parsed",
     "Place",

@@ -40,6 +40,7 @@ from adaptkit.ops.rewrite.plan import (
     Task,
     Term,
     Written,
+    chosen_entries,
     product_rank,
 )
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
@@ -49,7 +50,7 @@ from adaptkit.respelling import Assembly, Respelling, placed
 from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from adaptkit.adapter import Adapter
@@ -89,7 +90,7 @@ def recast(
     base = None if options.base is None else _base(options.base, first)
     if base is not None:
         adapters = tuple(adapter.with_dots(base.family) for adapter in adapters)
-    keys = keys_of(adapters, into.format)
+    keys = keys_of(adapters, into.format, into.dialect)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
     planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
@@ -189,7 +190,7 @@ class _Planner:
         terms: dict[Slot, list[Term]] = {}
         for number, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
             respelling = Respelling(adapter, self.keys)
-            for job in respelling.jobs(self._entries(adapter)):
+            for job in respelling.jobs(placed(chosen_entries(adapter, self.selection), self.keys)):
                 factor = self.blocks.weight(job.slot)
                 if factor != 0.0:
                     terms.setdefault(job.slot, []).append(Term(job, weight * factor, number))
@@ -206,13 +207,6 @@ class _Planner:
             if rule["modules"] and rule["weight"] != 1.0:
                 what = "left out" if rule["weight"] == 0.0 else f"multiplied by {rule['weight']:g}"
                 yield f"--blocks {rule['rule']}: {rule['modules']} modules {what}."
-
-    def _entries(self, adapter: Adapter) -> Mapping[Slot, Entry]:
-        if not (self.options.only or self.options.skip):
-            return placed(adapter.entries, self.keys)
-        label = adapter.label
-        chosen = {s: e for s, e in adapter.entries.items() if self.selection(s, label(s))}
-        return placed(chosen, self.keys)
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
@@ -398,6 +392,7 @@ class _Planner:
                 info = job.adapter.source.infos[key]
                 shape = self._shape(job, entry, role, info.shape)
                 name = spell(job.slot, kind.name, kind.stored_as(role, peft=self.keys.format.peft))
+                shape = self.keys.flat(name, shape)
                 found.append(Copied(name, key, TensorSpec(name, info.dtype, shape), term.number))
         alpha = self._alpha(term, entry)
         return tuple(found) if alpha is None else (*found, alpha)
