@@ -83,7 +83,8 @@ def finite(tensor: torch.Tensor) -> bool:
 
         tensor = torch.view_as_real(tensor.resolve_conj())
     # torch knows no extremes of 8-bit floats; NaN and infinity are extremes
-    low, high = (tensor.half() if tensor.dtype.itemsize == 1 else tensor).aminmax()
+    wide = tensor.half() if tensor.dtype.itemsize == 1 else tensor
+    low, high = wide.detach().aminmax()
     return math.isfinite(low) and math.isfinite(high)
 
 

@@ -91,16 +91,18 @@ def _merge(draw: random.Random) -> Options:
 
 def _extract(draw: random.Random) -> Options:
     algo = draw.choice(("lora", "lokr", "full", "auto"))
-    return {
-        "algo": algo,
-        **draw.choice(({"rank": 2}, {"energy": 0.9}, {"vectors": True, "rank": 1})),
-    }
+    if algo == "full":
+        return {"algo": algo}
+    if algo == "auto":
+        return {"algo": algo, "error": draw.choice((0.5, 0.05))}
+    more = draw.choice(({"rank": 2}, {"energy": 0.9}, {"vectors": True, "rank": 1}))
+    return {"algo": algo, **more}
 
 
 OPTIONS: dict[str, Callable[[random.Random], Options]] = {
     "convert": _convert, "resize": _resize, "combine": _combine, "merge": _merge, "extract": _extract,
 }  # fmt: skip
-SEEDS = dict(adapters().items())
+SEEDS = adapters()
 
 
 class Bench:
