@@ -16,7 +16,9 @@ NO_PIPELINE = "its pipeline for this family has no LoRA loader"
 FAMILIES = (
     "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "qwen-image",
     "wan", "z-image",
-    "lumina2", "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2",
+    "lumina2", "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2", "ltx-13b", "minimax-h3",
+    "qwen-image-21", "ernie-image", "hidream", "ace-step", "kandinsky5", "cogvideox", "cogview4",
+    "mochi", "sana", "flux3", "bria-fibo", "bria-fibo2", "cosmos", "cosmos-14b", "wan-animate2",
 )  # fmt: skip
 
 STOPS = Loss(RAISES, whole=True)
@@ -204,7 +206,11 @@ HOST = Host(
             ("krea2",),
             (ALPHA, DOWN, MAGNITUDE, *OF_LORA),
         ),
-        Cell("comfy", ("anima", "ltx", "ltx2"), (ALPHA, DOWN, ONLY_LORA, NO_SCALE)),
+        Cell(
+            "comfy",
+            ("anima", "ltx", "ltx2", "ltx-13b", "ernie-image", "hidream", "flux3"),
+            (ALPHA, DOWN, ONLY_LORA, NO_SCALE),
+        ),
         Cell("comfy", ("ideogram4",), (MAGNITUDE, *OF_LORA), unread=STRANGE),
         # by this name it knows the file
         Cell(
@@ -344,5 +350,8 @@ HOST = Host(
         Loss("have Tucker cores, which it does not load", suffix="lora_mid", whole=True),
         Loss("have DoRA magnitudes on the input axis, which it has no form of", axis="input"),
     ),
-    unsupported={"hunyuan-video-15": NO_PIPELINE, "hunyuan-image": NO_PIPELINE},
+    unsupported=dict.fromkeys(
+        ("hunyuan-video-15", "hunyuan-image", "pixart", "hunyuan-dit", "glm-image"), NO_PIPELINE
+    )
+    | {"prx": "the LoRA loader of its pipeline is for U-Nets"},
 )
