@@ -250,8 +250,8 @@ def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
             file=path,
         )
     return NotRepresentable(
-        f"{host.title} loads no adapter for {family.title}",
-        hint="`adaptkit inspect` shows the hosts that load it",
+        f"not measured: what {host.title} loads of all modules in this adapter for {family.title}",
+        hint="name the format to write: --to",
         file=path,
     )
 

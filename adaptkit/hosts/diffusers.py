@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,9 @@ SGM = replace(STRANGE, modules=r"^unet\.(?!.*attentions)", unnamed="diffusers")
 EMBEDDING = Loss(
     "get one name for two, so one is lost", modules="add_embedding|label_emb", unnamed="native"
 )
+NO_PROJECTION = Loss(
+    "no name has q_proj or k_proj, by which it knows such files: nothing loads", whole=True
+)
 # PEFT finds nothing to adapt in the model
 NO_TARGET = Loss(
     "the denoiser's modules all have names that it does not know, at which it stops",
@@ -145,6 +149,12 @@ def _spellings(pieces: tuple[Piece, ...]) -> Loss | None:
     return TWO_SPELLINGS if new else None
 
 
+def _of_ace_step(pieces: tuple[Piece, ...]) -> Loss | None:
+    """It knows the original's files by the names of their projections."""
+    known = any(re.search(r"[qk]_proj", piece.stem) for piece in pieces)
+    return None if known else NO_PROJECTION
+
+
 HOST = Host(
     name="diffusers",
     title="diffusers",
@@ -171,7 +181,7 @@ HOST = Host(
                 *OF_LORA,
             ),
         ),
-        Cell("kohya", ("flux2", "qwen-image", "z-image"), OF_LORA),
+        Cell("kohya", ("flux2", "qwen-image", "qwen-image-21", "z-image"), OF_LORA),
         Cell(
             "kohya",
             ("wan",),
@@ -188,7 +198,7 @@ HOST = Host(
             unread=STRANGE,
         ),
         Cell("kohya", ("hunyuan-video",), (STOPS,)),
-        Cell("comfy", ("qwen-image",), (MAGNITUDE, *OF_LORA)),
+        Cell("comfy", ("qwen-image", "qwen-image-21"), (MAGNITUDE, *OF_LORA)),
         Cell("comfy", ("flux2",), FLUX2),
         Cell(
             "comfy",
@@ -212,6 +222,21 @@ HOST = Host(
             (ALPHA, DOWN, ONLY_LORA, NO_SCALE),
         ),
         Cell("comfy", ("ideogram4",), (MAGNITUDE, *OF_LORA), unread=STRANGE),
+        *(
+            Cell(format, ("minimax-h3",), (MAGNITUDE, *OF_LORA))
+            for format in ("kohya", "comfy", "bare")
+        ),
+        *(
+            Cell(format, ("ace-step",), (ALPHA, DOWN, ONLY_LORA, NO_SCALE), check=_of_ace_step)
+            for format in ("peft", "bare")
+        ),
+        Cell("peft", ("ernie-image",), (ALPHA, DOWN, ONLY_LORA, NO_SCALE)),
+        Cell(
+            "diffusers",
+            ("ltx2",),
+            (replace(STRANGE, modules="^connectors", unnamed="diffusers"), ALPHA, DOWN, ONLY_LORA),
+            none=NO_TARGET,
+        ),
         # by this name it knows the file
         Cell(
             "bare",
@@ -329,7 +354,7 @@ HOST = Host(
             having=r"single_blocks\.0\.norm\.key_norm",
             like="comfy",
         ),
-        Cell("bare", ("qwen-image",), (NO_ALPHA, *OF_LORA)),
+        Cell("bare", ("qwen-image", "qwen-image-21"), (NO_ALPHA, *OF_LORA)),
         Cell("bare", ("z-image",), (NO_ALPHA, *Z_OUT, NO_DORA, LORA_OR_LOKR)),
         Cell(
             "peft",
