@@ -17,7 +17,14 @@ from adaptkit.detect import (
     formats,
     is_adapter,
 )
-from adaptkit.entries import Entry, alike, as_part, read_entries, without_carried
+from adaptkit.entries import (
+    REDUNDANT,
+    Entry,
+    alike,
+    as_part,
+    read_entries,
+    without_carried,
+)
 from adaptkit.errors import (
     AdaptkitError,
     InternalError,
@@ -137,7 +144,8 @@ class Adapter:
         infos = without_carried(source)
         found = detect_adapter(infos, source.metadata, family=family, format=format)
         if found.family is not None and found.format is not None:
-            keys = _with_own(compile_keys(found.family, found.format), infos)
+            known = compile_keys(found.family, found.format, wrapped=bool(found.wrapper))
+            keys = _with_own(known, infos)
         else:
             _refuse_foreign(infos, config)
             keys, found = _unknown(infos, found, family, format)
@@ -166,7 +174,7 @@ class Adapter:
             found,
             keys,
             source.metadata,
-            tuple(name for name in source.infos if name not in infos),
+            tuple(n for n in source.infos if n not in infos and not n.endswith(REDUNDANT)),
         )
 
     def __repr__(self) -> str:
@@ -270,7 +278,7 @@ class Adapter:
 def _with_own(keys: KeyMap, infos: Mapping[str, TensorInfo]) -> KeyMap:
     """A key map with the modules of a file that the family's table does not name."""
     family = with_own(keys.family, own_modules(keys, infos))
-    return keys if family is keys.family else KeyMap(family, keys.format)
+    return keys if family is keys.family else KeyMap(family, keys.format, wrapped=keys.wrapped)
 
 
 def _by_names(

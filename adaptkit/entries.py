@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
 
 __all__ = [
+    "REDUNDANT",
     "Entry",
     "Header",
     "alike",
@@ -38,6 +39,9 @@ SINGLE = (ALPHA, "on_input")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
 CARRIED = ("bundle_emb.", "_aux.")
+REDUNDANT = (".lora_rank",)  # FastVideo's, which the factors' shapes tell
+# ComfyUI's size of a widened layer, of any module
+BESIDE = (*REDUNDANT, ".reshape_weight")
 
 
 class Header(Protocol):
@@ -117,7 +121,11 @@ def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
 
 def without_carried(source: Header) -> dict[str, TensorInfo]:
     """The tensors of a file without those that other tools left there."""
-    return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+    return {
+        name: info
+        for name, info in source.infos.items()
+        if not name.startswith(CARRIED) and not name.endswith(BESIDE)
+    }
 
 
 def as_part(entries: Mapping[Slot, Entry], part: str) -> dict[Slot, Entry]:

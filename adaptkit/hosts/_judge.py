@@ -138,6 +138,8 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
         return ": the model family is unknown"
     if adapter.family.name in host.unsupported:
         return ""
+    if adapter.detection.wrapper:
+        return f" for names behind {adapter.detection.wrapper!r}"
     strange = sorted({piece.algorithm for piece in pieces} - set(host.algorithms))
     if strange:
         return f" for {' and '.join(strange)}"
@@ -297,8 +299,8 @@ def _untried(host: Host, family: ModelFamily, path: Path | None) -> NotRepresent
             file=path,
         )
     return NotRepresentable(
-        f"{host.title} loads no adapter for {family.title}",
-        hint="`adaptkit inspect` shows the hosts that load it",
+        f"not measured: what {host.title} loads of all modules in this adapter for {family.title}",
+        hint="name the format to write: --to",
         file=path,
     )
 

@@ -324,7 +324,8 @@ HOST = Host(
             ("chroma", "hunyuan-video", "hunyuan-image", "hunyuan-video-15", "framepack"), MISREAD
         ),
         **dict.fromkeys(
-            ("sd3", "sd35-large", "lumina2", "ideogram4", "auraflow", "ltx", "ltx2"), NONE
+            ("sd3", "sd35-large", "lumina2", "ideogram4", "auraflow", "ltx", "ltx2", "ltx-13b"),
+            NONE,
         ),
         "sdxl-refiner": "it takes the block names of the refiner for those of SDXL",
     },

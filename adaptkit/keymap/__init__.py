@@ -21,6 +21,7 @@ from adaptkit.keymap.checkpoint_keys import CheckpointMap, Place, Spelled, compi
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
 from adaptkit.keymap.rows import Reading, find_row, label
 from adaptkit.keymap.templates import Templates
+from adaptkit.keymap.wrappers import unwrapped, wrapper
 
 __all__ = [
     "CheckpointMap",
@@ -42,4 +43,6 @@ __all__ = [
     "param_of",
     "prefixes",
     "split_suffix",
+    "unwrapped",
+    "wrapper",
 ]

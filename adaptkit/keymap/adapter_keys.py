@@ -11,6 +11,7 @@ from adaptkit.families.contract import Kind
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
 from adaptkit.keymap.rows import Reading, find_row, label
 from adaptkit.keymap.templates import FIELD, Templates, fill
+from adaptkit.keymap.wrappers import unwrapped
 from adaptkit.names import BIAS, WEIGHT, Slot, Target
 from adaptkit.registry import discover
 
@@ -55,14 +56,23 @@ class Dialect(NamedTuple):
 
 
 class KeyMap:
-    """All adapter keys of one family in one format, in both directions."""
+    """All adapter keys of one family in one format, in both directions.
+
+    `wrapped`: names are read behind the prefixes of wrappers too, see adaptkit.keymap.wrappers.
+    """
 
     def __init__(
-        self, family: ModelFamily, format: KeyFormat, dialect: Dialect | None = None
+        self,
+        family: ModelFamily,
+        format: KeyFormat,
+        dialect: Dialect | None = None,
+        *,
+        wrapped: bool = False,
     ) -> None:
         self.family = family
         self.format = format
         self.dialect = dialect or Dialect()
+        self.wrapped = wrapped
         found = [(prefix, part) for part in family.components for prefix in prefixes(part, format)]
         # longest prefix first: `lora_unet__` before `lora_unet_`
         self._parts = sorted(found, key=lambda item: -len(item[0]))
@@ -126,6 +136,12 @@ class KeyMap:
         return self._found[stem]
 
     def _matched(self, stem: str) -> _Match | None:
+        found = self._known(stem)
+        if found is None and self.wrapped:
+            return next(filter(None, map(self._known, unwrapped(stem))), None)
+        return found
+
+    def _known(self, stem: str) -> _Match | None:
         for prefix, part in self._parts:
             # checked first, so that only components in the file are compiled
             if stem.startswith(prefix):
@@ -138,6 +154,7 @@ class KeyMap:
 
     def place(self, stem: str) -> tuple[Component, str] | None:
         """The component that a stem's prefix means, and the rest of the stem."""
+        stem = next(iter(unwrapped(stem)), stem) if self.wrapped else stem
         start = next(((p, part) for p, part in self._parts if stem.startswith(p)), None)
         return None if start is None else (start[1], stem[len(start[0]) :])
 
@@ -320,10 +337,13 @@ def keys_for(family: ModelFamily, format: KeyFormat, dialect: Dialect | None = N
 
 
 @cache
-def compile_keys(family_name: str, format_name: str, dialect: Dialect | None = None) -> KeyMap:
+def compile_keys(
+    family_name: str, format_name: str, dialect: Dialect | None = None, *, wrapped: bool = False
+) -> KeyMap:
     """The key map of a family in a format, by name (cached)."""
     return KeyMap(
         discover("adaptkit.families", "FAMILY")[family_name],
         discover("adaptkit.formats", "FORMAT")[format_name],
         dialect,
+        wrapped=wrapped,
     )

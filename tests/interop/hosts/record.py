@@ -84,6 +84,8 @@ def names(host: str, family: str) -> dict[str, Any]:
         found: dict[str, dict[str, dict[str, bool]]] = defaultdict(lambda: defaultdict(dict))
         for naming in (*namings(family), "flat"):
             for part, right in _tried(host, family, format, naming):
+                if part.slot.component in UNTRIED.get((host, family), ()):
+                    continue
                 known = found[part.slot.component][part.naming]
                 known[part.name] = known.get(part.name, False) or right
         if found:
@@ -153,6 +155,8 @@ def _taken(host: str, whole: File, blocks: int | None) -> File | None:
     return None
 
 
+# parts of a model of which the code that was read does not tell how they are adapted
+UNTRIED = {("comfyui", "ltx2"): ("connectors", "text_projection")}
 # converters that go over the blocks of the real model
 COMPLETE = {("peft", "flux"), ("peft", "chroma"), ("xlabs", "flux")}
 # converters that know other names when the factors are called otherwise
