@@ -9,7 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
+from adaptkit.detect import (
+    ENOUGH,
+    Detection,
+    chosen,
+    detect_adapter,
+    detect_checkpoint,
+    families,
+    formats,
+    is_adapter,
+)
 from adaptkit.entries import Entry, alike, read_entries, without_carried
 from adaptkit.errors import AdaptkitError, UnknownAdapter
 from adaptkit.files.open import open_source
@@ -232,6 +241,12 @@ def _unknown(
     Raises `UnknownAdapter` if no format fits either.
     """
     made = fallback(infos, format) if not family and is_adapter(infos) else None
+    if made is None and (whole := detect_checkpoint(infos, {}).family) is not None:
+        raise UnknownAdapter(
+            f"this is a checkpoint of {families()[whole].title}, and an adapter belongs here",
+            hint="`adaptkit extract BASE TUNED` makes an adapter of two checkpoints; "
+            "`merge BASE ADAPTER` takes the checkpoint first",
+        )
     if made is None:
         first = next(iter(infos), "nothing")
         raise UnknownAdapter(

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import NoReturn
@@ -34,6 +35,24 @@ _ORDER = (
     "algorithms",
     "help",
 )
+# what other tools call a command
+_CALLED = {
+    "average": "combine",
+    "diff": "compare",
+    "difference": "extract",
+    "identify": "inspect",
+    "info": "inspect",
+    "list": "inspect",
+    "prune": "resize",
+    "recipe": "batch",
+    "shrink": "resize",
+    "show": "inspect",
+    "stats": "inspect",
+    "svd": "extract",
+    "bake": "merge",
+    "fuse": "merge",
+    "rename": "convert",
+}
 # modules of this package that are not commands
 _SHARED = ("options", "show")
 
@@ -50,6 +69,19 @@ class _Lazy(click.Group):
             return None
         command: click.Command = getattr(import_module(f"adaptkit.cli.{cmd_name}"), cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; name the nearest one, or what other tools call so."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            given = args[0].lower()
+            known = self.list_commands(ctx)
+            near = get_close_matches(given, [*known, *_CALLED], n=1, cutoff=0.6)
+            meant = _CALLED.get(near[0], near[0]) if near else None
+            hint = f"did you mean {meant}?" if meant else f"commands: {', '.join(known)}"
+            ctx.fail(f"no such command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(

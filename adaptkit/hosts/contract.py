@@ -190,7 +190,7 @@ class Host:
     not read, `nothing` that of a file of no others. The first cell that fits a file counts.
     `always` are losses in every format. `writes` are the formats to write by family, the better
     first ("" for all other families). The host loads nothing for families in `unsupported`, for
-    the reason given there.
+    the reason given there. `also` are other names for it, and programs that take the same files.
     """
 
     name: str
@@ -202,6 +202,7 @@ class Host:
     algorithms: tuple[str, ...] = MEASURED
     always: tuple[Loss, ...] = ()
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    also: tuple[str, ...] = ()
 
     def formats(self, family: str) -> tuple[str, ...]:
         """The formats to write for a family, the best first; none if it is unsupported."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.show.page import Words, console, facts, page, table
-from adaptkit.cli.show.text import MANY, cell, counts, document, human, last, loads_in
+from adaptkit.cli.show.text import MANY, cell, counts, document, human, last, loads_in, some
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
@@ -100,14 +100,25 @@ def _file(report: inspect.Report) -> None:
         Words(f"{record['kind']}, {human(record['bytes'])}"),
     )
     out.print(facts((name, value) for name, value in _lines(record) if value))
-    for problem in record["problems"][:MANY]:
-        where = f"{problem['module']}: " if problem["module"] else ""
-        style = "red" if problem["severity"] == "error" else "yellow"
-        out.print(Words(f"  {problem['severity']}:", style), Words(f"{where}{problem['what']}"))
-    if len(record["problems"]) > MANY:
-        out.print(
-            f"  and {len(record['problems']) - MANY} more problems (see --json)", style="yellow"
-        )
+    groups = list(_alike(record["problems"]))
+    for severity, what in groups[:MANY]:
+        style = "red" if severity == "error" else "yellow"
+        out.print(Words(f"  {severity}:", style), Words(what))
+    if len(groups) > MANY:
+        out.print(f"  and {len(groups) - MANY} more problems (see --json)", style="yellow")
+
+
+def _alike(problems: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The severity and the text of every kind of problem, with the first modules that have it."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        where = groups.setdefault((problem["severity"], problem["what"]), [])
+        where += [problem["module"]] if problem["module"] else []
+    for (severity, what), modules in groups.items():
+        if len(modules) < 2:
+            yield severity, f"{modules[0]}: {what}" if modules else what
+        else:
+            yield severity, f"{len(modules)} modules: {what}: {some(modules)}"
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

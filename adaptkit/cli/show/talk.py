@@ -10,7 +10,7 @@ import click
 
 from adaptkit.cli.show.page import console, facts, page, table
 from adaptkit.cli.show.text import MANY, cell, document, human, last, loads_in
-from adaptkit.ops.shared import LeftOut
+from adaptkit.ops.shared import LeftOut, Unused, by_reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,10 +147,9 @@ def _shown(name: str, value: object) -> str:
 
 def _unused(out: Any, unused: Sequence[Mapping[str, str]]) -> None:
     """Print the unused keys by reason: their number and the first of them."""
-    groups: dict[str, list[str]] = {}
-    for item in unused:
-        groups.setdefault(item["reason"], []).append(item["key"])
-    for reason, keys in list(groups.items())[:MANY]:
+    groups = by_reason([Unused(item["key"], item["reason"]) for item in unused])
+    for items in list(groups.values())[:MANY]:
+        keys, reason = [item.key for item in items], items[0].reason
         count = "1 key" if len(keys) == 1 else f"{len(keys)} keys"
         out.print(f"  {count} not used: {reason}", style="yellow")
         more = f", and {len(keys) - _FEW} more (see --json)" if len(keys) > _FEW else ""

@@ -15,6 +15,7 @@ from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import PEFT_CONFIG, Problem
 from adaptkit.ops.adapter_file.verdict import verdicts
+from adaptkit.ops.shared import settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,9 @@ class Options:
     alpha_in: str | None = None
     hash: bool = False
     stats: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 @dataclass(frozen=True, repr=False)

@@ -90,7 +90,7 @@ def recast(
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
     planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
-    refuse_unused(planner.unused, options.allow_unused, path)
+    refuse_unused(planner.unused, options.allow_unused, path, planner.held_parts(tasks))
     if not tasks:
         raise NothingToDo(
             f"no module of this adapter is left to {command}",
@@ -215,6 +215,15 @@ class _Planner:
         return (
             replace(task, likeness=likeness_of(task, self.keys.swapped(slot))) if ranked else task
         )
+
+    def held_parts(self, tasks: Sequence[Task]) -> str | None:
+        """The way out where the format holds some parts of the model, and others not at all."""
+        held = {task.slot.component for task in tasks}
+        lost = {one.entry.slot.component for one in self.dropped}
+        if not lost or not held or held & lost:
+            return None
+        only = " ".join(f"--only {name}" for name in sorted(held))
+        return f"{self.keys.format.name} keys hold {' and '.join(sorted(held))} alone: {only}"
 
     # --- which algorithm ---------------------------------------------------------------------
 
