@@ -79,6 +79,16 @@ class AdaptkitError(Exception):
             self.tensor = tensor
         return self
 
+    def to_dict(self) -> dict[str, str | None]:
+        """The JSON record of the error."""
+        return {
+            "type": type(self).__name__,
+            "message": self.message,
+            "hint": self.hint,
+            "file": self.file,
+            "tensor": self.tensor,
+        }
+
     def __str__(self) -> str:
         where = [
             part

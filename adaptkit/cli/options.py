@@ -26,6 +26,7 @@ __all__ = [
     "PATH",
     "SIZE",
     "STRENGTH",
+    "SUFFIX",
     "Size",
     "computing",
     "inputs",
@@ -304,6 +305,12 @@ def picture(what: str) -> Callable[[F], F]:
     return added
 
 
+SUFFIX = click.option(
+    "--suffix",
+    default="",
+    metavar="TEXT",
+    help="Several inputs: add -TEXT to every name.",
+)
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(["keep", "fp32", "fp16", "bf16"]),
@@ -322,7 +329,8 @@ def writer(function: F) -> F:
                 "-o",
                 "--output",
                 type=PATH,
-                help="File to write.  [default: next to the last input]",
+                help="File to write, or the folder for several inputs.  [default: next to the last "
+                "input]",
             ),
             inputs,
             DTYPE,
