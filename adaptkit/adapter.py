@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "open_adapter_source"]
 
+FEW = 16  # names of weights: fewer are no proof that a file is a checkpoint
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -241,9 +242,11 @@ def _unknown(
     Raises `UnknownAdapter` if no format fits either.
     """
     made = fallback(infos, format) if not family and is_adapter(infos) else None
-    if made is None and (whole := detect_checkpoint(infos, {}).family) is not None:
+    whole = detect_checkpoint(infos, {}) if made is None else None
+    if whole is not None and whole.family is not None and whole.claimed > FEW:
         raise UnknownAdapter(
-            f"this is a checkpoint of {families()[whole].title}, and an adapter belongs here",
+            f"this is a checkpoint of {families()[whole.family].title}, "
+            "and an adapter belongs here",
             hint="`adaptkit extract BASE TUNED` makes an adapter of two checkpoints; "
             "`merge BASE ADAPTER` takes the checkpoint first",
         )
