@@ -13,6 +13,8 @@ from adaptkit.detect import (
     Detection,
     chosen,
     detect_adapter,
+    detect_checkpoint,
+    families,
     foreign,
     formats,
     is_adapter,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "open_adapter_source"]
 
+FEW = 16  # names of weights: fewer are no proof that a file is a checkpoint
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -326,6 +329,14 @@ def _unknown(
         keys = _with_own(compile_keys(family, made[1].name), infos)
         if any(keys.parse(key) is not None for key in infos):
             return keys, replace(found, family=family, format=keys.format.name)
+    whole = detect_checkpoint(infos, {}) if made is None else None
+    if whole is not None and whole.family is not None and whole.claimed > FEW:
+        raise UnknownAdapter(
+            f"this is a checkpoint of {families()[whole.family].title}, "
+            "and an adapter belongs here",
+            hint="`adaptkit extract BASE TUNED` makes an adapter of two checkpoints; "
+            "`merge BASE ADAPTER` takes the checkpoint first",
+        )
     if made is None or family is not None:
         first = next(iter(infos), "nothing")
         raise UnknownAdapter(

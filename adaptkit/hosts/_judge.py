@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     # the share of lost modules, how to write, the losses, and the number of modules
     _Form = tuple[float, Recipe, dict[Loss, list[Piece]], int]
 
-__all__ = ["complete", "format_for", "hosts", "judge", "losses", "recipe", "usual_format"]
+__all__ = ["complete", "format_for", "hosts", "judge", "losses", "named", "recipe", "usual_format"]
 
 SHOWN = 3  # modules named per reason
 PREFERRED = ("kohya", "comfy", "diffusers")  # the better known first
@@ -37,6 +37,15 @@ PREFERRED = ("kohya", "comfy", "diffusers")  # the better known first
 def hosts() -> Mapping[str, Host]:
     """Every host by name."""
     return discover("adaptkit.hosts", "HOST")
+
+
+def named(name: str) -> Host:
+    """The host of a name, whatever its case, or of another name for it; NoSuchName if none is."""
+    wanted = name.strip().lower()
+    found = {other: host for host in hosts().values() for other in (*host.also, host.name)}
+    if wanted not in found:
+        raise NoSuchName.among("host", name, found)
+    return found[wanted]
 
 
 def judge(adapter: Adapter) -> dict[str, Verdict]:
@@ -91,13 +100,11 @@ def format_for(host: str, family: ModelFamily) -> str:
 
     Raises `NotRepresentable` if it loads nothing of it in any.
     """
-    if host not in hosts():
-        raise NoSuchName.among("host", host, hosts())
-    target = hosts()[host]
+    target = named(host)
     tried = {
         name: missed
         for name in target.formats(family.name)
-        if (missed := _missed(host, name, family.name)) is not None
+        if (missed := _missed(target.name, name, family.name)) is not None
     }
     if not tried or min(tried.values()) == 1.0:
         raise _untried(target, family, None)
@@ -237,9 +244,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
     The form with the most modules loaded wins; modules lost even so become warnings. Raises
     `NotRepresentable` if every form loads nothing.
     """
-    if host not in hosts():
-        raise NoSuchName.among("host", host, hosts())
-    target = hosts()[host]
+    target = named(host)
     path = adapter.source.path
     if not adapter.known:
         raise NotRepresentable(

@@ -11,6 +11,7 @@ FAILS = "have Tucker cores, for which its product fails: they are left out with 
 
 HOST = Host(
     name="comfyui",
+    also=("comfy", "comfy-ui"),
     title="ComfyUI",
     cells=(
         # black-forest-labs' control LoRAs get the prefix of its own names

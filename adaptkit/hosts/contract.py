@@ -192,7 +192,8 @@ class Host:
     not read, `nothing` that of a file of no others. The first cell that fits a file counts.
     `always` are losses in every format. `writes` are the formats to write by family, the better
     first ("" for all other families), `dialect` is how it wants them. The host loads nothing for
-    families in `unsupported`, for the reason given there.
+    families in `unsupported`, for the reason given there. `also` are other names for it, and
+    programs that take the same files.
     """
 
     name: str
@@ -205,6 +206,7 @@ class Host:
     always: tuple[Loss, ...] = ()
     dialect: Dialect | None = None
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    also: tuple[str, ...] = ()
 
     def formats(self, family: str) -> tuple[str, ...]:
         """The formats to write for a family, the best first; none if it is unsupported."""

@@ -190,6 +190,7 @@ def _krea2(pieces: tuple[Piece, ...]) -> Loss | None:
 OUTER = r"^transformer\.(img_in|txt_in|time_in|guidance_in|vector_in|final_layer)"
 HOST = Host(
     name="invokeai",
+    also=("invoke", "invoke-ai"),
     title="InvokeAI",
     cells=(
         *(Cell("kohya", (family,), (KOHYA, *ANY), check=_unet(family)) for family in (*SD, "sdxl")),

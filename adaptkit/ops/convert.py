@@ -76,7 +76,7 @@ def _target(adapter: Adapter, options: Options) -> tuple[Into, tuple[str, ...]]:
         return Into.plain(options.to), ()
     if options.host is None:
         return Into.plain(adapter.format.name), ()
-    from adaptkit.hosts import hosts, recipe
+    from adaptkit.hosts import named, recipe
 
     selection = Selection(options.only, options.skip, adapter.family)
     written = replace(adapter, entries=chosen_entries(adapter, selection))
@@ -84,7 +84,7 @@ def _target(adapter: Adapter, options: Options) -> tuple[Into, tuple[str, ...]]:
     fold = found.fold_alpha or formats()[found.format].alpha is Alpha.NONE
     into, notes = Into(found.format, fold, found.dialect), found.warnings
     if into == Into.plain(adapter.format.name) and not notes:
-        title = hosts()[options.host].title
+        title = named(options.host).title
         notes = (f"{title} loads {into.format} keys as they are: nothing was to be renamed.",)
     return into, notes
 

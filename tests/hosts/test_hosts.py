@@ -173,8 +173,8 @@ def test_the_tables_name_what_exists() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     with Adapter.open(lora("sd1", "kohya", tmp_path / "a.safetensors"), family="sd1") as adapter:
-        with pytest.raises(NoSuchName, match="unknown host 'comfy'"):
-            recipe("comfy", adapter)
+        with pytest.raises(NoSuchName, match="unknown host 'comfz'"):
+            recipe("comfz", adapter)
         assert recipe("comfyui", adapter).format == "kohya"
         assert recipe("diffusers", adapter).format == "diffusers"
         with pytest.raises(NotRepresentable, match="loads no loha"):

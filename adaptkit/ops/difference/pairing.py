@@ -143,7 +143,8 @@ def _under_own_names(
         ours, theirs = first.targets().keys(), second.targets().keys()
         adapters = any(is_adapter(source.infos) for source in sources)
         if adapters or not ours or len(ours & theirs) < ENOUGH * min(len(ours), len(theirs)):
-            unknown.hint = f"{unknown.hint}; other families need the same names in both files"
+            if not adapters:
+                unknown.hint = f"{unknown.hint}; other families need the same names in both files"
             raise unknown
     except AdaptkitError:
         _close(sources)

@@ -94,7 +94,7 @@ def recast(
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
     planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
-    refuse_unused(planner.unused, options.allow_unused, path)
+    refuse_unused(planner.unused, options.allow_unused, path, planner.held_parts(tasks))
     if not tasks:
         raise NothingToDo(
             f"no module of this adapter is left to {command}",
@@ -197,16 +197,9 @@ class _Planner:
             self.unused += [Unused(key, why) for key, why in respelling.lost.items()]
             self.dropped += [Dropped(adapter, entry, weight) for entry in respelling.dropped]
         self.blocks.check()
-        self.notes += self._weighed()
+        self.notes += self.blocks.notes()
         numbered = enumerate(terms.items())
         return tuple(self._task(n, slot, tuple(found)) for n, (slot, found) in numbered)
-
-    def _weighed(self) -> Iterator[str]:
-        """What the rules of `--blocks` did."""
-        for rule in self.blocks.records():
-            if rule["modules"] and rule["weight"] != 1.0:
-                what = "left out" if rule["weight"] == 0.0 else f"multiplied by {rule['weight']:g}"
-                yield f"--blocks {rule['rule']}: {rule['modules']} modules {what}."
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
@@ -226,6 +219,15 @@ class _Planner:
         return (
             replace(task, likeness=likeness_of(task, self.keys.swapped(slot))) if ranked else task
         )
+
+    def held_parts(self, tasks: Sequence[Task]) -> str | None:
+        """The way out where the format holds some parts of the model, and others not at all."""
+        held = {task.slot.component for task in tasks}
+        lost = {one.entry.slot.component for one in self.dropped}
+        if not lost or not held or held & lost:
+            return None
+        only = " ".join(f"--only {name}" for name in sorted(held))
+        return f"{self.keys.format.name} keys hold {' and '.join(sorted(held))} alone: {only}"
 
     # --- which algorithm ---------------------------------------------------------------------
 
