@@ -128,7 +128,10 @@ def plan(base: str | PathLike[str], tuned: str | PathLike[str], options: Options
     Reads headers only. Anything that can fail fails here.
     """
     base, tuned = Path(base), Path(tuned)
-    rule = _check(options)
+    try:
+        rule = _check(options)
+    except AdaptkitError as error:
+        raise error.at(file=tuned) from None
     first, second = open_pair(base, tuned, options.family, ema=options.ema)
     try:
         return _planned(first, second, tuned, _with_format(options, first), rule)
