@@ -25,6 +25,7 @@ __all__ = [
     "KronLowRank",
     "factorization",
     "kron",
+    "kron_rows",
     "leading_kron",
     "nearest_kron",
     "nearest_kron_lowrank",
@@ -95,6 +96,16 @@ def kron(w1: Tensor, w2: Tensor) -> Tensor:
     c, d = w2.shape[-2:]
     blocks = w1[..., :, None, :, None] * w2[..., None, :, None, :]
     return blocks.reshape(*blocks.shape[:-4], a * c, b * d)
+
+
+def kron_rows(w1: Tensor, w2: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of w1 ⊗ w2, (..., stop - start, b·d), with the bits of `kron`.
+
+    Row i is row i ÷ c of w1 ⊗ row i mod c of w2.
+    """
+    rows = torch.arange(start, stop, device=w1.device)
+    one, two = w1[..., rows // w2.shape[-2], :], w2[..., rows % w2.shape[-2], :]
+    return (one.unsqueeze(-1) * two.unsqueeze(-2)).flatten(-2)
 
 
 def rearrange(x: Tensor, a: int, b: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import NonFinite
-from adaptkit.memory import huge
+from adaptkit.process import huge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -329,7 +329,9 @@ def test_stacks_may_hold_zeros_and_what_needs_no_cut(
     monkeypatch.setattr(rewriting, "STACK", 1)
     alone = run(source, rank=3)
     assert (tmp_path / "out.safetensors").read_bytes() == whole, "no member steers another"
-    assert alone.details == report.details
+    for one, other in zip(alone.details, report.details, strict=True):
+        # measured in another order: processors differ in the last bit
+        assert one == {**other, "relative_error": pytest.approx(other["relative_error"], rel=1e-12)}
 
 
 def test_hashes_are_of_what_the_second_pass_wrote(tmp_path: Path) -> None:

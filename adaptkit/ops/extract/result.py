@@ -20,8 +20,9 @@ from adaptkit.ops.extract.plan import (
     has_ladder,
     has_ranks,
 )
+from adaptkit.ops.extract.random import is_random
 from adaptkit.ops.ranks.forms import Fitted, Layer, Pick, choose, choose_any
-from adaptkit.ops.shared import Unused, WriterReport
+from adaptkit.ops.shared import POOR, Unused, WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ VECTORS = "--vectors"  # in the reason of a layer that this option would store
 LITTLE = 0.5  # of ‖ΔW‖²: a note says so if a LoKr keeps less
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Report(WriterReport):
     """The adapter that was written, the share of the difference that it captures, and notes."""
 
@@ -229,6 +230,7 @@ class Result:
             parameters=sum(pick.form.numbers(pick.rank) for _, _, pick in stored),
             relative_error=self.relative_error,
             unused=(*plan.unused, *left),
+            selection=plan.selection,
             details=tuple(_detail(job, found, pick) for job, found, pick in stored),
             family=plan.base.family.name,
             format=plan.keys.format.name,
@@ -302,6 +304,12 @@ def _notes(
     keys = result.plan.keys
     if any(job.slot and keys.beside_lora(job.slot) for job, _, _ in result.stored()):
         yield BIASED
+    yield from _about_random(result)
+    if result.relative_error > POOR:
+        yield (
+            f"relative error {result.relative_error:.2g}: `adaptkit advise` shows what more ranks "
+            "or another algorithm would hold."
+        )
     if left:
         count = "1 changed tensor is" if len(left) == 1 else f"{len(left)} changed tensors are"
         share = sum(found.norm for job, found in result.measured if job.algorithm is None)
@@ -356,6 +364,20 @@ def _about(options: Options, result: Result) -> Iterator[str]:
         )
     if has_ladder(options) and options.max_rank is None and options.size is None:
         yield from _about_highest(result)
+
+
+def _about_random(result: Result) -> Iterator[str]:
+    """A note if modules of one rank hold no more than random numbers would."""
+    fixed = [
+        is_random(*job.matrix, pick.stored_rank, 1.0 - pick.error / found.norm)
+        for job, found, pick in result.stored()
+        if pick.stored_rank and pick.form.kind.low_rank and not pick.form.ladder
+    ]
+    if any(fixed):
+        yield (
+            f"{sum(fixed)} of {len(fixed)} modules hold no more of their difference than they "
+            "would of random numbers, as rounding leaves them; --size leaves such modules out."
+        )
 
 
 def _about_origin(options: Options, probe: Probe) -> Iterator[str]:
