@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.errors import NotRepresentable
+from adaptkit.errors import NotRepresentable, Unclaimed
 from adaptkit.ops import combine, convert, extract, inspect, resize
 from tests import oracle
 from tests.ops.models import changed, lora_delta, matrices, noise_delta, save, small, tiny_base
@@ -344,3 +345,33 @@ def test_the_layouts_of_a_pair_change_nothing(
     best = sum(float((np.linalg.svd(w, compute_uv=False)[4:] ** 2).sum()) for w in wanted.values())
     total = sum(float((w**2).sum()) for w in wanted.values())
     assert report.relative_error == pytest.approx((best / total) ** 0.5, rel=1e-3)
+
+
+def test_names_of_an_unknown_family_are_refused_with_a_hint_that_works(tmp_path: Path) -> None:
+    """A toy FLUX in kohya's names, whose sizes are those of no model; stored as fp8."""
+    state: Tensors = {}
+    for n, (stem, rows, columns) in enumerate(
+        (("double_blocks_0_img_mlp_0", 1536, 384), ("single_blocks_0_linear2", 384, 1920))
+    ):
+        state[f"lora_unet_{stem}.lora_up.weight"] = normal(rows, 4, seed=n)
+        state[f"lora_unet_{stem}.lora_down.weight"] = normal(4, columns, seed=5 + n)
+        state[f"lora_unet_{stem}.alpha"] = torch.tensor(3.0)
+    stored = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in state.items()}
+    save_file(stored, tmp_path / "a.safetensors")
+    output = tmp_path / "out.safetensors"
+    options = convert.Options(to="comfy", dtype="fp16", output=output)
+    for allowed in (False, True):
+        with pytest.raises(Unclaimed, match="family is unknown") as caught:
+            convert.plan(tmp_path / "a.safetensors", replace(options, allow_unused=allowed))
+        assert "--family flux" in (caught.value.hint or "")
+    report = convert.run(convert.plan(tmp_path / "a.safetensors", replace(options, family="flux")))
+    assert report.relative_error == 0.0
+    made = load_file(output)
+    assert {t.dtype for key, t in made.items() if not key.endswith("alpha")} == {torch.float16}
+    given = {key: tensor.float() for key, tensor in stored.items()}
+    for ours, theirs in (
+        ("double_blocks_0_img_mlp_0", "double_blocks.0.img_mlp.0"),
+        ("single_blocks_0_linear2", "single_blocks.0.linear2"),
+    ):
+        found = product(made, f"diffusion_model.{theirs}")
+        np.testing.assert_allclose(found, product(given, f"lora_unet_{ours}"), rtol=1e-6)
