@@ -372,6 +372,7 @@ HOST = Host(
     unread=Loss(DROPPED),
     writes={"": ("diffusers", "comfy")},
     always=(
+        Loss("have their alpha in metadata that it does not read", loose=True),
         Loss("have Tucker cores, which it does not load", suffix="lora_mid", whole=True),
         Loss("have DoRA magnitudes on the input axis, which it has no form of", axis="input"),
     ),
