@@ -78,7 +78,7 @@ class Weights(Truncation):
     extractable: ClassVar[bool] = False
     fit_options: ClassVar[frozenset[str]] = frozenset()  # options of `extract` for this kind alone
     default_rank: ClassVar[int | None] = None  # without a rank rule; None: the fullest form
-    fit_copies: ClassVar[int] = 2  # float32 copies of ΔW that are alive while it is fitted
+    fit_copies: ClassVar[float] = 2  # float32 copies of ΔW that are alive while it is fitted
     refits: ClassVar[bool] = False  # fitting again at the chosen rank beats cutting the ladder
     against_low_rank: ClassVar[bool] = False  # report what a LoRA of as many numbers would keep
 

@@ -140,7 +140,11 @@ def zero_share(delta: Tensor) -> Tensor:
 
     Above `WEAK` the difference is too close to the grid for any judgement.
     """
-    count = torch.count_nonzero(delta, dim=(-2, -1)).to(accumulate_dtype(delta.device))
+    count = torch.zeros(delta.shape[:-2], dtype=accumulate_dtype(delta.device), device=delta.device)
+    # torch counts in int64 numbers of the size of what it counts: by blocks of rows
+    step = max(1, SCRATCH // max(1, delta.shape[-1]))
+    for start in range(0, delta.shape[-2], step):
+        count += torch.count_nonzero(delta[..., start : start + step, :], dim=(-2, -1))
     return 1.0 - count / max(1, delta.shape[-2] * delta.shape[-1])
 
 

@@ -27,6 +27,7 @@ from adaptkit.ops.difference.probe import (
     read_difference,
     reading_bytes,
 )
+from adaptkit.ops.difference.working import energies_bytes
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
 from adaptkit.ops.ranks.rules.size import Size
@@ -54,7 +55,6 @@ USUAL = (
     16,
     32,
 )  # the factors of LoKr that are always shown
-BASIS = 3  # of Lanczos: columns kept, as a multiple of the rank
 
 
 @dataclass(frozen=True)
@@ -200,10 +200,8 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
 
 def _step(job: Pair, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Pair]:
     rows, columns = job.matrix
-    smaller = min(rows, columns)
-    # the Krylov basis and its images, beside ΔW
-    space = 4 * (rows + columns + smaller) * min(smaller, BASIS * rank)
-    size = max(reading_bytes(base, tuned, job), looking_bytes(job), 4 * rows * columns + space)
+    kept = 4 * rows * columns + energies_bytes(rows, columns, rank)
+    size = max(reading_bytes(base, tuned, job), looking_bytes(job), kept)
     return Step(job, job.number, size, tuned.source.order(job.tuned[0].name))
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from adaptkit.ops import advise, combine, compare, convert, extract, merge, resize
+from adaptkit.steps import peak_memory
 
 SIZES = ((1280, 1280), (2560, 1280), (1024, 4096))
 STATUS = Path("/proc/self/status")
@@ -64,6 +65,8 @@ class Case:
         plan = self.plan(folder)
         with suppress(AttributeError):
             plan.close()
+        if not hasattr(plan, "to_dict"):
+            return peak_memory(plan.steps)
         return int(plan.to_dict()["peak_memory"])
 
     def taken(self, folder: Path) -> int:

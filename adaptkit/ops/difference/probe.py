@@ -124,7 +124,8 @@ def reading_bytes(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> int:
     rows, columns = pair.matrix
     whole = base.nbytes(pair.base)
     ours = min(whole, BLOCKS) if base.streams(pair.base) else whole
-    return 4 * rows * columns + tuned.nbytes(pair.tuned) + ours + BLOCKS
+    scratch = min(4 * rows * columns, BLOCKS // 2)
+    return 4 * rows * columns + tuned.nbytes(pair.tuned) + ours + scratch
 
 
 def look(
