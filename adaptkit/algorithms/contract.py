@@ -61,7 +61,6 @@ class Weights(Truncation):
     # what it holds exactly
     dense: ClassVar[bool] = False  # stores ΔW itself: holds any difference, has no rank
     low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
-    applies_in_place: ClassVar[bool] = False  # `apply` never forms ΔW
     by_rows: ClassVar[bool] = False  # some rows of what `computed` gives cost their share of ΔW
     cores: ClassVar[frozenset[str]] = frozenset()  # roles that `unrolled` multiplies out
 
@@ -156,6 +155,11 @@ class Weights(Truncation):
         May overwrite `base` and return it.
         """
         return base.add_(self.delta(), alpha=strength)
+
+    @classmethod
+    def applying(cls, numbers: int) -> int:
+        """Bytes that `apply` takes beside a float32 W of so many numbers."""
+        return 6 * numbers
 
     @property
     def rows(self) -> int:
