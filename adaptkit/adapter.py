@@ -8,14 +8,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptkit.detect import ENOUGH, Detection, chosen, detect_adapter, formats, is_adapter
-from adaptkit.entries import Entry, alike, read_entries, without_carried
-from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
+from adaptkit.detect import (
+    ENOUGH,
+    Detection,
+    chosen,
+    detect_adapter,
+    foreign,
+    formats,
+    is_adapter,
+)
+from adaptkit.entries import Entry, alike, as_part, read_entries, without_carried
+from adaptkit.errors import (
+    AdaptkitError,
+    InternalError,
+    NoSuchName,
+    NotRepresentable,
+    UnknownAdapter,
+)
 from adaptkit.files.limits import read_json
 from adaptkit.files.open import open_source
-from adaptkit.keymap import KeyMap, compile_keys, label, split_suffix
+from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
 from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
-from adaptkit.unknown import fallback
+from adaptkit.suggest import nearest
+from adaptkit.unknown import fallback, own_modules, own_of, with_dots, with_own
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,9 +49,11 @@ __all__ = ["Adapter", "open_adapter_source"]
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A parsed adapter file.
+
+    A module that the family's table does not name is read under its own name, see `own`.
 
     `unclaimed` maps each key without a slot to the reason.
 
@@ -120,8 +137,9 @@ class Adapter:
         infos = without_carried(source)
         found = detect_adapter(infos, source.metadata, family=family, format=format)
         if found.family is not None and found.format is not None:
-            keys = compile_keys(found.family, found.format)
+            keys = _with_own(compile_keys(found.family, found.format), infos)
         else:
+            _refuse_foreign(infos, config)
             keys, found = _unknown(infos, found, family, format)
         return cls._read(source, config, infos, keys, found, alpha)
 
@@ -151,10 +169,60 @@ class Adapter:
             tuple(name for name in source.infos if name not in infos),
         )
 
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{name} {count}" for name, count in self.algorithms().items())
+        family = self.family.name if self.known else "unknown family"
+        path = str(self.source.path)
+        return f"Adapter({path!r}: {family}, {self.format.name} keys, modules: {kinds or 0})"
+
     @property
     def known(self) -> bool:
         """Whether adaptkit has a table for the family."""
         return self.detection.family is not None
+
+    @cached_property
+    def own(self) -> tuple[Slot, ...]:
+        """The slots of modules that the table of a known family does not name."""
+        named = {(one.component, one.module) for one in own_of(self.family)}
+        return tuple(s for s in self.entries if (s.component, s.target.module) in named)
+
+    def nearest(self, key: str) -> str | None:
+        """The name in the table that is most like that of a key, if the table has not the key's."""
+        keys = compile_keys(self.family.name, self.format.name) if self.known else self.keys
+        return nearest(keys, key)
+
+    def as_part(self, part: str) -> Adapter:
+        """This adapter as one of another expert of its model, such as `transformer_2` of Wan.
+
+        Raises NoSuchName if the family has no such component, NotRepresentable if this adapter is
+        for a component with other modules.
+        """
+        known = [component.name for component in self.family.components]
+        if part not in known:
+            raise NoSuchName.among("component", part, known)
+        for slot in self.entries:
+            if slot.component not in self.family.experts(part):
+                raise NotRepresentable(
+                    f"its {slot.component} has other modules than {part}",
+                    hint=f"--skip {slot.component} leaves it out",
+                    file=self.source.path,
+                )
+        return replace(self, entries=as_part(self.entries, part))
+
+    def with_dots(self, family: ModelFamily) -> Adapter:
+        """This adapter with the dots of its own modules, as another file of the family has them.
+
+        Names in kohya's spelling do not tell which underscores stand for dots.
+        """
+        named, found = with_dots(self.family, family)
+        if not found:
+            return self
+        entries: dict[Slot, Entry] = {}
+        for slot, entry in self.entries.items():
+            name = found.get(f"{slot.component}.{slot.target.module}", slot.target.module)
+            moved = slot._replace(target=slot.target._replace(module=name))
+            entries[moved] = entry._replace(slot=moved)
+        return replace(self, family=named, entries=entries, keys=keys_for(named, self.format))
 
     @cached_property
     def alpha_source(self) -> str:
@@ -199,6 +267,12 @@ class Adapter:
         self.close()
 
 
+def _with_own(keys: KeyMap, infos: Mapping[str, TensorInfo]) -> KeyMap:
+    """A key map with the modules of a file that the family's table does not name."""
+    family = with_own(keys.family, own_modules(keys, infos))
+    return keys if family is keys.family else KeyMap(family, keys.format)
+
+
 def _by_names(
     infos: Mapping[str, TensorInfo], family: ModelFamily, format: str | None
 ) -> tuple[KeyMap, Detection]:
@@ -220,6 +294,17 @@ def _by_names(
     return keys, Detection(None, keys.format.name, most, len(infos))
 
 
+def _refuse_foreign(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> None:
+    """UnknownAdapter for a kind that can be named, but not read."""
+    kind = foreign(infos, config)
+    if kind is not None:
+        raise UnknownAdapter(
+            f"an adapter of a kind that adaptkit does not read: {kind}",
+            hint="what trained it can merge it into its base model (PEFT: merge_and_unload); then "
+            "`adaptkit extract BASE MERGED` makes a LoRA or LoKr of the difference",
+        )
+
+
 def _unknown(
     infos: Mapping[str, TensorInfo], found: Detection, family: str | None, format: str | None
 ) -> tuple[KeyMap, Detection]:
@@ -227,8 +312,13 @@ def _unknown(
 
     Raises `UnknownAdapter` if no format fits either.
     """
-    made = fallback(infos, format) if not family and is_adapter(infos) else None
-    if made is None:
+    made = fallback(infos, format) if is_adapter(infos) else None
+    if made is not None and family is not None:
+        # none of its names is in the table that the user names: all are its own
+        keys = _with_own(compile_keys(family, made[1].name), infos)
+        if any(keys.parse(key) is not None for key in infos):
+            return keys, replace(found, family=family, format=keys.format.name)
+    if made is None or family is not None:
         first = next(iter(infos), "nothing")
         raise UnknownAdapter(
             "no known family and key format claims these keys",

@@ -10,12 +10,12 @@ from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
 from adaptkit.errors import InternalError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
-from adaptkit.keymap import CheckpointMap, KeyMap, Place, compile_checkpoint, compile_keys, label
+from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint, keys_for, label
 from adaptkit.names import Slot
-from adaptkit.unknown import family_of_weights
+from adaptkit.unknown import family_of_weights, own_weights, with_own
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
     from adaptkit.formats.contract import KeyFormat
+    from adaptkit.keymap import KeyMap
     from adaptkit.names import Target
 
 EMA = "model_ema."
@@ -52,7 +53,7 @@ def exchanged(tensor: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(tensor.tensor_split(2, dim)[::-1], dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A parsed checkpoint.
 
@@ -67,6 +68,11 @@ class Checkpoint:
     detection: Detection
     quantization: Quantization
     ema: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self.source.path)!r}: {self.family.name}, {len(self.places)} weights)"
+        )
 
     @classmethod
     def open(
@@ -115,7 +121,11 @@ class Checkpoint:
                 "not a checkpoint of a known family",
                 hint=f"{near}known families: {', '.join(families())}",
             )
-        return cls._placed(source, stored, compile_checkpoint(found.family), found, ema)
+        keys = compile_checkpoint(found.family)
+        family = with_own(keys.family, own_weights(keys, infos))
+        if family is not keys.family:
+            keys = CheckpointMap(family)
+        return cls._placed(source, stored, keys, found, ema)
 
     @classmethod
     def under_own_names(
@@ -160,11 +170,7 @@ class Checkpoint:
 
     def keys(self, format: KeyFormat) -> KeyMap:
         """The key map of a format for adapters of this checkpoint."""
-        return (
-            compile_keys(self.family.name, format.name)
-            if self.known
-            else KeyMap(self.family, format)
-        )
+        return keys_for(self.family, format)
 
     def targets(self) -> dict[Target, dict[Slot, str]]:
         """The tensors that hold each target or its parts.
@@ -243,6 +249,18 @@ class Checkpoint:
     def dtypes(self, pieces: tuple[Piece, ...]) -> frozenset[str]:
         """The stored dtypes of a slot."""
         return frozenset(self.source.infos[piece.name].dtype for piece in pieces)
+
+    def likeness(self, pieces: Iterable[Piece]) -> Hashable:
+        """All that decides how these pieces are read and rounded, names aside."""
+        return tuple(
+            (replace(piece, name=""), *(self._stored_as(name) for name in names))
+            for piece in pieces
+            if (names := (piece.name, self.quantization.scales.get(piece.name)))
+        )
+
+    def _stored_as(self, name: str | None) -> Hashable:
+        info = None if name is None else self.source.infos[name]
+        return info and (info.shape, info.dtype)
 
     def refusal(self, names: Iterable[str]) -> str | None:
         """The first unsupported quantization among tensors (`nf4 (bitsandbytes)`), or None."""

@@ -12,20 +12,21 @@ from adaptkit.files.quantized import FLOATS, FP8
 from adaptkit.files.tensors import SCALARS
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
 from adaptkit.meaning import SAY, Meaning, Problem
+from adaptkit.names import Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Facts, Weights
     from adaptkit.files.header import TensorInfo
-    from adaptkit.names import Slot
 
 __all__ = [
     "Entry",
     "Header",
     "alike",
+    "as_part",
     "entries_of",
     "read_entries",
     "weights_of",
@@ -69,6 +70,14 @@ class Entry(NamedTuple):
         """(role, key) of the tensors with weights, that is, all except alpha."""
         return ((role, key) for role, key in self.keys.items() if role != ALPHA)
 
+    def likeness(self, infos: Mapping[str, TensorInfo]) -> Hashable:
+        """All that decides how it is computed, names aside: equal in what is computed as one.
+
+        `infos` are those of its file. Every field counts, so that one that is added does too.
+        """
+        stored = tuple((role, infos[key].shape, infos[key].dtype) for role, key in self.tensors())
+        return stored, tuple(self._replace(slot=None, keys=None))  # type: ignore[arg-type]
+
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
         """Decode stored tensors (perhaps stacked), rows in target order."""
         weights = self.kind.decode(tensors, self.facts)
@@ -109,6 +118,12 @@ def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
 def without_carried(source: Header) -> dict[str, TensorInfo]:
     """The tensors of a file without those that other tools left there."""
     return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+
+
+def as_part(entries: Mapping[Slot, Entry], part: str) -> dict[Slot, Entry]:
+    """Entries of one expert of a model as those of another, which has the same modules."""
+    moved = {slot: Slot(slot.target._replace(component=part), slot.rows) for slot in entries}
+    return {moved[slot]: entry._replace(slot=moved[slot]) for slot, entry in entries.items()}
 
 
 class _Reader:
@@ -165,9 +180,23 @@ class _Reader:
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
                 return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
-        found = ", ".join(sorted({parsed.roles[0][1] for parsed in group.values()}))
-        self._refuse(slot, group, failures[0] if failures else f"incomplete or mixed: {found}")
+        self._refuse(slot, group, failures[0] if failures else self._what(slot, group))
         return None
+
+    def _what(self, slot: Slot, group: Mapping[str, Parsed]) -> str:
+        """Why the tensors of a slot are no module: what is missing, if that makes one."""
+        roles = [dict(parsed.roles) for parsed in group.values()]
+        lacking: list[tuple[str, frozenset[str]]] = []
+        for name in sorted(set.intersection(*(set(found) for found in roles))):
+            have = frozenset(found[name] for found in roles) - {ALPHA}
+            lacking += [(name, form - have) for form in algorithms()[name].forms if have < form]
+        if not lacking:
+            found = ", ".join(sorted({parsed.roles[0][1] for parsed in group.values()}))
+            return f"tensors of several kinds in one module: {found}"
+        name, absent = min(lacking, key=lambda one: len(one[1]))
+        stem = f"{self.keys.stem(slot)}."
+        keys = [self.keys.spell(slot, name, role).removeprefix(stem) for role in sorted(absent)]
+        return f"{' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} missing"
 
     def _odd(self, keys: Mapping[str, str]) -> str | None:
         """Why a tensor cannot be what its name says, whatever the algorithm; None if it can."""
@@ -187,8 +216,8 @@ class _Reader:
         if facts.kernel is not None:
             return facts
         row = self.keys.row(slot.target)
-        # a family without checkpoints is made of file names: its rows know no kernels
-        if row is None or not self.keys.family.component(slot.component).checkpoints:
+        # rows made of an adapter's names know no kernels
+        if row is None or row.own or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
 

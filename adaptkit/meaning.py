@@ -165,8 +165,10 @@ class Meaning:
         otherwise nothing tells whether it was multiplied into the weights long ago.
         """
         stated = {key: self.metadata[key] for key in FLAT_ALPHA if key in self.metadata}
-        if not stated or self.given is not None:
+        if self.given is not None:
             return None, None
+        if not stated:
+            return None, self._outlived(ranks)
         shown = ", ".join(f"{key} = {value}" for key, value in stated.items())
         alphas = {_number(value) for value in stated.values()}
         if len(alphas) > 1:
@@ -179,6 +181,17 @@ class Meaning:
             return alpha, Problem("warning", None, what)
         what = f"the metadata states {shown} without the rank of these modules; alpha = rank counts"
         return None, Problem("warning", None, f"{what}; --alpha-in states another")
+
+    def _outlived(self, ranks: Collection[int]) -> Problem | None:
+        """A warning where kohya's record of the training names an alpha that no tensor states."""
+        trained = _number(self.metadata.get("ss_network_alpha", ""))
+        if trained is None or set(ranks) == {trained}:
+            return None
+        what = (
+            f"it was trained with ss_network_alpha = {trained:g}, and no tensor states alpha, so "
+        )
+        what += "alpha = rank counts; if it was not multiplied into the weights, --alpha-in says it"
+        return Problem("warning", None, what)
 
     def _configured(self, component: str, module: str) -> Stated | None:
         part = component if self.configs.get(component) else ""

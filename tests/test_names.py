@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from adaptkit.keymap import Templates
 from adaptkit.names import Rows, Slot, Target, tokenise
 
-
 NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)")
 
 

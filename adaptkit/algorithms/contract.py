@@ -62,6 +62,7 @@ class Weights(Truncation):
     dense: ClassVar[bool] = False  # stores ΔW itself: holds any difference, has no rank
     low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
     applies_in_place: ClassVar[bool] = False  # `apply` never forms ΔW
+    by_rows: ClassVar[bool] = False  # some rows of what `computed` gives cost their share of ΔW
     cores: ClassVar[frozenset[str]] = frozenset()  # roles that `unrolled` multiplies out
 
     # wrapping another algorithm, see `over`
@@ -303,13 +304,16 @@ class Weights(Truncation):
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
 
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        """The number of output rows that `part` must keep together.
+    def some_rows(self, start: int, stop: int) -> Tensor:
+        """Output rows [start, stop) of ΔW, in float32 or wider; for kinds that are made `by_rows`.
 
-        None if the whole weight is needed, or if a part costs as much as the whole.
+        Each row has the bits that it has in any other cut.
         """
-        return None
+        from adaptkit.linalg.kron import kron_rows
+
+        if (pair := self.kron_factors()) is not None:
+            return kron_rows(*pair, start, stop)
+        return self.part(start, stop).delta()
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:

@@ -31,6 +31,7 @@ class Loha(Weights):
 
     name: ClassVar[str] = "loha"
     stacks: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
     title: ClassVar[str] = "LoHa"
     resized: ClassVar[str | None] = "lora"
     peft_type: ClassVar[str] = "LOHA"
@@ -93,9 +94,9 @@ class Loha(Weights):
         right = (b1.unsqueeze(-2) * b2.unsqueeze(-3)).flatten(-3, -2)
         return left, right
 
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        return None if shapes.keys() & {"t1", "t2"} else 1
+    def computed(self) -> Self:
+        one, two = (Product(*low_rank(factor)) for factor in (self.w1, self.w2))
+        return replace(self, w1=one, w2=two)
 
     @classmethod
     def product_rank(cls, shapes: Shapes, facts: Facts) -> int:

@@ -64,6 +64,7 @@ class Lokr(Weights):
 
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
+    by_rows: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lokr"
     ladder_roles: ClassVar[tuple[str, str] | None] = ("w2_a", "w2_b")
     extractable: ClassVar[bool] = True
@@ -232,10 +233,10 @@ class Lokr(Weights):
         (left1, right1), (left2, right2) = low_rank(self.w1), low_rank(self.w2)
         return kron(left1 * self.scale, left2), kron(right1, right2)
 
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        (c, _, _), _ = second_shape(shapes)
-        return None if "t2" in shapes else c
+    def computed(self) -> Self:
+        return replace(
+            self, w1=Dense(self.w1.dense() * self.scale), w2=Dense(self.w2.dense()), scale=1.0
+        )
 
     @classmethod
     def product_rank(cls, shapes: Shapes, facts: Facts) -> int:

@@ -14,6 +14,7 @@ import click
 
 from adaptkit import __version__
 from adaptkit.errors import InternalError
+from adaptkit.process import explained
 
 __all__ = ["cli", "main", "run"]
 
@@ -97,7 +98,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        found = InternalError.of(error)
+        found = InternalError.of(explained(error))
         _fail(str(found), found.hint, found.exit_code)
 
 

@@ -36,6 +36,13 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed of dare and dare-ties."
 )
+@click.option(
+    "--into",
+    callback=lambda _, __, names: tuple(names.split(",")) if names else (),
+    metavar="PART,PART",
+    help="The component that each adapter is for, in their order: transformer,transformer_2 "
+    "puts the two experts of Wan 2.2 in one file.",
+)
 @ranks
 @recasts
 @writer

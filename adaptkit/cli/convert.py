@@ -39,9 +39,11 @@ def convert(adapter: Path, **chosen: Any) -> None:
     from adaptkit.cli.show.rewrite import converted
     from adaptkit.cli.show.talk import write
     from adaptkit.ops.convert import VERB
+    from adaptkit.ops.ranks.options import RULES
 
     if chosen["to"] and chosen["host"]:
         raise click.UsageError("--to and --for exclude each other")
-    if not (chosen["to"] or chosen["host"] or chosen["algo"] or chosen["dtype"] != "keep"):
+    asked = ("to", "host", "algo", "only", "skip", "alpha_in", *RULES)
+    if chosen["dtype"] == "keep" and not any(chosen[name] for name in asked):
         raise click.UsageError("missing --to FORMAT or --for HOST")
     write(VERB, "converting", converted, adapter, **chosen)

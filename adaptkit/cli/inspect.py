@@ -66,7 +66,8 @@ def inspect(
     heat map of ‖ΔW‖ per kind of layer and the ranks that hold 90 and 99 % of it. --plot also
     draws the spectra.
 
-    Exits with 1 if a file is corrupt or of an unknown kind, after reporting the others.
+    Exits with 1 if a file cannot be read or has an error (a missing half, NaN under --stats), after
+    reporting the others.
     """
     from adaptkit.cli.show.inspect import inspected
     from adaptkit.cli.show.talk import Talk
@@ -90,11 +91,9 @@ def inspect(
         as_json=as_json,
         quiet=quiet,
     )
-    if any(report.error for report in reports):
-        return 1
-    if plot is not None:
+    if plot is not None and reports[0].error is None:
         _plotted(reports[0], plot, overwrite, quiet)
-    return 0
+    return 1 if any(report.broken for report in reports) else 0
 
 
 def _plotted(report: Report, path: Path, overwrite: bool, quiet: bool) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "families",
     "formats",
     "is_adapter",
+    "spelled_as_adapter",
 ]
 
 # spellings of adapters in general: a kind adaptkit cannot read must not pass for a checkpoint
@@ -108,13 +109,14 @@ def is_adapter(names: Iterable[str]) -> bool:
     names = list(names)
     # only IA³ files have `on_input`
     gates = {name.removesuffix("on_input") for name in names if name.endswith(".on_input")}
-    return 2 * sum(_is_adapters(name, gates) for name in names) > len(names)
+    return 2 * sum(spelled_as_adapter(name, gates) for name in names) > len(names)
 
 
-def _is_adapters(name: str, gates: Set[str]) -> bool:
+def spelled_as_adapter(name: str, gates: Set[str]) -> bool:
     """Whether a key is spelled as an adapter's.
 
-    IA³ calls its vector `weight`, which means an adapter only together with an `on_input`.
+    IA³ calls its vector `weight`, which means an adapter only together with an `on_input`. `gates`
+    are the beginnings of the keys that have one.
     """
     found = split_suffix(name)
     if found is not None and found[1] in _PLAIN and _FOREIGN.search(name) is None:
@@ -339,9 +341,9 @@ def _nearest(scores: Iterable[_Score], file: File) -> Nearest | None:
     return Nearest(best.family, fits[best].names, fits[best].sizes)
 
 
-def _yields(score: _Score, tied: Sequence[_Score]) -> bool:
-    """Whether another of the tied families is likelier."""
-    return bool({other.family for other in tied} & set(families()[score.family].yields_to))
+def _yields(score: _Score, tied: Sequence[_Score]) -> int:
+    """How many of the tied families are likelier."""
+    return len({other.family for other in tied} & set(families()[score.family].yields_to))
 
 
 def _named_in(metadata: Mapping[str, str], family: str) -> bool:

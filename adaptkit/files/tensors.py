@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NonFinite, ShapeMismatch, UnreadableFile
 from adaptkit.files.header import TORCH_NAMES, TensorInfo, TensorSpec
-from adaptkit.memory import huge
+from adaptkit.process import huge
 
 if TYPE_CHECKING:
     from pathlib import Path

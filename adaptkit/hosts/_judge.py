@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import TYPE_CHECKING
 
-from adaptkit.detect import families
+from adaptkit.detect import families, formats
 from adaptkit.errors import NoSuchName, NotRepresentable
+from adaptkit.formats.contract import Alpha
 from adaptkit.hosts._measured import measurement, reads
 from adaptkit.hosts._pieces import common_alphas, examples, pieces_as, pieces_of
 from adaptkit.hosts.contract import Loss, Recipe, Verdict
@@ -15,17 +17,20 @@ from adaptkit.registry import discover
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from adaptkit.adapter import Adapter
+    from adaptkit.families.contract import ModelFamily
     from adaptkit.hosts.contract import Host, Piece
     from adaptkit.names import Slot
 
     # the share of lost modules, how to write, the losses, and the number of modules
     _Form = tuple[float, Recipe, dict[Loss, list[Piece]], int]
 
-__all__ = ["complete", "hosts", "judge", "losses", "recipe"]
+__all__ = ["complete", "format_for", "hosts", "judge", "losses", "recipe", "usual_format"]
 
 SHOWN = 3  # modules named per reason
+PREFERRED = ("kohya", "comfy", "diffusers")  # the better known first
 
 
 def hosts() -> Mapping[str, Host]:
@@ -65,6 +70,51 @@ def complete(host: Host, format: str) -> list[str]:
     return found
 
 
+@cache
+def usual_format(family: str) -> str:
+    """The format in which the most hosts load a whole LoRA of a family's denoiser.
+
+    Of equally good ones the earlier of `PREFERRED`, which is also that of an unknown family.
+    """
+
+    def loaded(format: str) -> int:
+        return sum(_missed(host, format, family) == 0.0 for host in hosts())
+
+    files = [name for name, form in formats().items() if form.alpha is not Alpha.CONFIG]
+    known = [*PREFERRED, *(name for name in files if name not in PREFERRED)]
+    return max(known, key=loaded) if family in families() else PREFERRED[0]
+
+
+def format_for(host: str, family: ModelFamily) -> str:
+    """The format in which a host loads the most of a LoRA of a family's denoiser.
+
+    Raises `NotRepresentable` if it loads nothing of it in any.
+    """
+    if host not in hosts():
+        raise NoSuchName.among("host", host, hosts())
+    target = hosts()[host]
+    tried = {
+        name: missed
+        for name in target.formats(family.name)
+        if (missed := _missed(host, name, family.name)) is not None
+    }
+    if not tried or min(tried.values()) == 1.0:
+        raise _untried(target, family, None)
+    return min(tried, key=lambda name: tried[name])
+
+
+@cache
+def _missed(name: str, format: str, family: str) -> float | None:
+    """The share of a denoiser that a host does not load in a format; None if not measured."""
+    host = hosts()[name]
+    pieces = examples(family, format) if family in families() else ()
+    if not pieces or family in host.unsupported or not _knows(host, format, family, pieces):
+        return None
+    lost = _lost(host, format, family, pieces)
+    gone = len(pieces) if any(loss.whole for loss in lost) else sum(map(len, lost.values()))
+    return gone / len(pieces)
+
+
 def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict:
     unknown = _unmeasured(host, adapter, pieces)
     if unknown:
@@ -74,9 +124,10 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
     lost = _lost(host, adapter.format.name, adapter.family.name, pieces)
     if lost:
         return Verdict(False, "; ".join(_reasons(lost, len(pieces))))
-    if adapter.unclaimed:
+    strange = [*map(adapter.label, adapter.own), *adapter.unclaimed]
+    if strange:
         # what adaptkit does not know, a host may
-        return Verdict(None, f"not measured for {_some(list(adapter.unclaimed))}")
+        return Verdict(None, f"not measured for {_some(strange)}")
     return Verdict(True)
 
 
@@ -195,7 +246,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         )
     tried = _tried(target, adapter, algorithm)
     if not tried:
-        raise _untried(target, adapter)
+        raise _untried(target, adapter.family, path)
     missing, form, lost, total = min(tried, key=lambda made: made[0])
     reasons = tuple(_reasons(lost, total))
     if missing == 1.0:  # nothing is left of what the format has a place for
@@ -234,9 +285,8 @@ def _helping(host: Host, adapter: Adapter, algorithm: str | None) -> str:
     return hint
 
 
-def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
+def _untried(host: Host, family: ModelFamily, path: Path | None) -> NotRepresentable:
     """Why no form of an adapter can be recommended for a host."""
-    family, path = adapter.family, adapter.source.path
     if family.name in host.unsupported:
         hint = "`adaptkit inspect` shows the hosts that load it"
         return NotRepresentable(host.unsupported[family.name], hint=hint, file=path)

@@ -12,11 +12,12 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import ALPHA
+from adaptkit.detect import formats
 from adaptkit.errors import NotRepresentable
 from adaptkit.families.contract import Kind
 from adaptkit.formats.contract import Alpha
 from adaptkit.hosts.contract import Piece
-from adaptkit.keymap import algorithms, compile_keys
+from adaptkit.keymap import algorithms, compile_keys, keys_for
 from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.names import WEIGHT, Slot, Target
 
@@ -35,8 +36,11 @@ _INDEX = re.compile(r"\{\w+:\d+\}")
 
 
 def pieces_of(adapter: Adapter) -> tuple[Piece, ...]:
-    """The modules of a file."""
-    return tuple(_found(adapter, entry) for entry in adapter.entries.values())
+    """The modules of a file that its family's table names: no host was tried with others."""
+    own = set(adapter.own)
+    return tuple(
+        _found(adapter, entry) for slot, entry in adapter.entries.items() if slot not in own
+    )
 
 
 def _found(adapter: Adapter, entry: Entry) -> Piece:
@@ -71,14 +75,15 @@ def pieces_as(
 
     Also the number of modules the format has no place for.
     """
-    keys = compile_keys(adapter.family.name, format)
+    keys, own = keys_for(adapter.family, formats()[format]), set(adapter.own)
     fold = fold or keys.format.alpha is Alpha.NONE
     made: dict[Slot, Piece] = {}
     homeless = 0
     for entry in adapter.entries.values():
         try:
             for slot in _written(keys, entry.slot):
-                made.setdefault(slot, _made(adapter, keys, slot, entry, fold, algorithm))
+                if entry.slot not in own:
+                    made.setdefault(slot, _made(adapter, keys, slot, entry, fold, algorithm))
         except NotRepresentable:
             homeless += 1
     return tuple(made.values()), homeless

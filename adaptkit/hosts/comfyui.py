@@ -47,6 +47,7 @@ HOST = Host(
             modules=r"txtfusion\.projector$",
             axis="input",
         ),
+        Loss("are differences named `diff_m`, which it does not read", suffix=r"diff_m$"),
         Loss(MISREAD, suffix=r"lokr_w2$", kernel=3),
         Loss(FAILS, suffix=r"lora_mid|hada_t", kernel=3),
         Loss(FAILS, suffix=r"lokr_t2"),

@@ -70,6 +70,11 @@ TWO_SPELLINGS = Loss(
 # names that a converter neither takes nor leaves out
 STRANGE = Loss("have names at which its converter stops", whole=True)
 OPEN_CLIP = replace(STRANGE, modules=TE, named="native")
+# of a U-Net's native names it converts those of attention alone, but all those of SDXL
+SGM = replace(STRANGE, modules=r"^unet\.(?!.*attentions)", unnamed="diffusers")
+EMBEDDING = Loss(
+    "get one name for two, so one is lost", modules="add_embedding|label_emb", unnamed="native"
+)
 # PEFT finds nothing to adapt in the model
 NO_TARGET = Loss(
     "the denoiser's modules all have names that it does not know, at which it stops",
@@ -145,28 +150,15 @@ HOST = Host(
         Cell(
             "kohya",
             SD,
-            (
-                # of native names, it converts those of attention alone
-                replace(STRANGE, modules=r"^unet\.(?!.*attentions)", unnamed="diffusers"),
-                ODD,
-                *OF_LORA,
-            ),
+            (SGM, ODD, *OF_LORA),
         ),
         Cell(
             "kohya",
             ("sdxl",),
-            (
-                Loss(
-                    "get one name for two, so one is lost",
-                    modules="add_embedding|label_emb",
-                    unnamed="native",
-                ),
-                OPEN_CLIP,
-                ODD,
-                *OF_LORA,
-            ),
+            (EMBEDDING, OPEN_CLIP, ODD, *OF_LORA),
         ),
-        Cell("kohya", ("sdxl-refiner",), (STOPS,)),
+        # the same converter, but four levels of blocks as in Stable Diffusion 1
+        Cell("kohya", ("sdxl-refiner",), (SGM, EMBEDDING, OPEN_CLIP, ODD, *OF_LORA)),
         Cell("kohya", ("flux",), (replace(STRANGE, unnamed="native"), *OF_LORA)),
         Cell(
             "kohya",

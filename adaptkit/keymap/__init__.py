@@ -8,7 +8,14 @@ dots.
 
 from __future__ import annotations
 
-from adaptkit.keymap.adapter_keys import KeyMap, Parsed, compile_keys, prefixes
+from adaptkit.keymap.adapter_keys import (
+    KeyMap,
+    Parsed,
+    compile_keys,
+    keys_for,
+    module_names,
+    prefixes,
+)
 from adaptkit.keymap.checkpoint_keys import CheckpointMap, Place, Spelled, compile_checkpoint
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
 from adaptkit.keymap.rows import Reading, find_row, label
@@ -27,7 +34,9 @@ __all__ = [
     "compile_checkpoint",
     "compile_keys",
     "find_row",
+    "keys_for",
     "label",
+    "module_names",
     "param_of",
     "prefixes",
     "split_suffix",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import NotRepresentable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.families.contract import Component, ModelFamily, Name, Row
     from adaptkit.formats.contract import KeyFormat
 
-__all__ = ["KeyMap", "Parsed", "compile_keys", "prefixes"]
+__all__ = ["KeyMap", "Parsed", "compile_keys", "keys_for", "module_names", "prefixes"]
 
 OWN = "own"  # the template field of a format's own tags
 
@@ -115,9 +115,16 @@ class KeyMap:
             # checked first, so that only components in the file are compiled
             if stem.startswith(prefix):
                 module = stem[len(prefix) :]
-                if (match := _stems(part, self.format.joiner, self._own).match(module)) is not None:
+                if (
+                    match := module_names(part, self.format.joiner, self._own).match(module)
+                ) is not None:
                     return *match, module
         return None
+
+    def place(self, stem: str) -> tuple[Component, str] | None:
+        """The component that a stem's prefix means, and the rest of the stem."""
+        start = next(((p, part) for p, part in self._parts if stem.startswith(p)), None)
+        return None if start is None else (start[1], stem[len(start[0]) :])
 
     def row(self, target: Target) -> Row | None:
         """The table row of a target."""
@@ -192,11 +199,13 @@ class KeyMap:
         return any(name.swapped for name in names if name.rows == slot.rows)
 
     def _written(self, part: Component, row: Row) -> tuple[Name, ...]:
-        if self.format.private:
-            return row.names.get(self.format.style, ())
-        naming = part.naming(self.format.style)
+        naming = self.format.style if self.format.private else part.naming(self.format.style)
         # rows without a name of their own in a naming are spelled as in diffusers
-        return row.names[naming] if naming in row.names else row.names["diffusers"]
+        other = () if self.format.private or row.own else row.names["diffusers"]
+        names = row.names.get(naming, other)
+        if row.own:
+            return tuple(name for name in names if self.format.joiner in name.joiners)
+        return names
 
     def writes(self, part: Component) -> bool:
         """Whether a component can be written.
@@ -217,8 +226,9 @@ class KeyMap:
         return tuple(Slot(target, name.rows) for name in self._written(part, row))
 
 
-@cache
-def _stems(part: Component, joiner: str, own: str) -> Templates[Reading]:
+# bounded, because files bring tables of their own (see adaptkit.unknown)
+@lru_cache(maxsize=1024)
+def module_names(part: Component, joiner: str, own: str = "") -> Templates[Reading]:
     """All module names of a component, joined by `joiner` (cached).
 
     `own` is the only naming that a private format reads. Without it, all public namings are read.
@@ -227,7 +237,7 @@ def _stems(part: Component, joiner: str, own: str) -> Templates[Reading]:
     for row in part.rows:
         for naming, names in row.names.items():
             if naming == own or (not own and naming not in _private()):
-                for name in (name for name in names if not name.transposed):
+                for name in (n for n in names if not n.transposed and joiner in n.joiners):
                     reading = Reading(part.name, row.target, name.rows, name.swapped, naming)
                     stems.add(name.module, reading, joiner)
     return stems
@@ -250,13 +260,13 @@ def _owned() -> frozenset[str]:
 def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
     """The prefix to write each component with.
 
-    Of two components with the same prefix, the first gets it.
+    Of two components with the same prefix, the first gets it, unless their names tell them apart.
     """
     found: dict[str, str] = {}
     for part in family.components:
         mine = prefixes(part, format)[:1]
         # two components with one prefix could not be told apart when read back
-        if mine and mine[0] not in found.values():
+        if mine and (part.apart or mine[0] not in found.values()):
             found[part.name] = mine[0]
     return found
 
@@ -276,6 +286,12 @@ def prefixes(part: Component, format: KeyFormat) -> tuple[str, ...]:
 
 def _joined(module: str, joiner: str) -> str:
     return module if joiner == "." else module.replace(".", joiner)
+
+
+def keys_for(family: ModelFamily, format: KeyFormat) -> KeyMap:
+    """The key map of a family in a format; cached if the family is a table's."""
+    known = discover("adaptkit.families", "FAMILY").get(family.name)
+    return compile_keys(family.name, format.name) if known is family else KeyMap(family, format)
 
 
 @cache

@@ -50,7 +50,8 @@ def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
         # kinds without forms are told by a configuration, never by their tensors
         for name, role in kind.roles.items() if kind.forms else ():
             spelled = [spelling.get(algorithm, {}).get(name) for spelling in overrides]
-            for suffix in dict.fromkeys((role.spelling, *role.also, *filter(None, spelled))):
+            also = (*role.also, *(suffix for suffix, _ in role.inside), *filter(None, spelled))
+            for suffix in dict.fromkeys((role.spelling, *also)):
                 found.setdefault(suffix, []).append((algorithm, name))
     return {suffix: tuple(roles) for suffix, roles in found.items()}
 
@@ -74,8 +75,27 @@ def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
         suffix = ".".join(parts[first:])
         found = suffix if suffix in known else _unnamed(suffix)
         if found in known:
-            return key[: -len(suffix) - 1], found, known[found]
+            return _stem(key[: -len(suffix) - 1], found), found, known[found]
     return None
+
+
+@cache
+def _inside() -> Mapping[str, str]:
+    """The parameter inside a module that a suffix stands for."""
+    return {
+        suffix: param
+        for kind in algorithms().values()
+        for role in kind.roles.values()
+        for suffix, param in role.inside
+    }
+
+
+def _stem(stem: str, suffix: str) -> str:
+    """The stem of a key, with the parameter that its suffix stands for."""
+    inside = _inside().get(suffix)
+    if inside is None:
+        return stem
+    return f"{stem}{'.' if '.' in stem else '_'}{inside}"
 
 
 def _unnamed(suffix: str) -> str:

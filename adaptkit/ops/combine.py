@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import chosen, formats
@@ -17,7 +18,7 @@ from adaptkit.ops.verb import STRENGTH, Verb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+    from os import PathLike
 
 __all__ = ["METHODS", "VERB", "Options", "Plan", "Report", "plan", "run"]
 
@@ -31,16 +32,18 @@ class Options(RecastOptions):
     """The `method` that joins the adapters. `sum` is exact.
 
     The other methods keep a share (`density`) of the entries of each ΔW. `to` is the format to
-    write, by default that of the first adapter.
+    write, by default that of the first adapter. `into` names the component that each input is for,
+    in their order: `transformer` and `transformer_2` put the two experts of Wan 2.2 in one file.
     """
 
     to: str | None = None
     method: str = "sum"
     density: float | None = None
     seed: int = 0
+    into: tuple[str, ...] = ()
 
 
-def plan(inputs: Sequence[tuple[Path, float]], options: Options) -> Recast:
+def plan(inputs: Sequence[tuple[str | PathLike[str], float]], options: Options) -> Recast:
     """Plan what becomes of every module of any input.
 
     `inputs` are adapters with their weights: ΔW = Σ weight · ΔW of each. Reads headers only.
@@ -49,16 +52,27 @@ def plan(inputs: Sequence[tuple[Path, float]], options: Options) -> Recast:
     mixing = _mixing(options)
     if options.to is not None:
         chosen("format", formats(), options.to)
-    counted = [(path, weight) for path, weight in inputs if weight != 0.0]
+    if options.into and len(options.into) != len(inputs):
+        raise WrongUsage(
+            f"--into names {len(options.into)} components for {len(inputs)} adapters",
+            hint="give one for each, in their order: --into transformer,transformer_2",
+        )
+    counted = [(Path(path), weight) for path, weight in inputs if weight != 0.0]
     if not counted:
         raise NothingToDo(
             "every weight is 0", hint="write the weight after the name: a.safetensors:0.5"
         )
+    last = inputs[-1][0]
     paths, weights = [path for path, _ in counted], [weight for _, weight in counted]
     adapters = open_all(paths, options)
     try:
+        if options.into:
+            parts = [
+                p for p, (_, weight) in zip(options.into, inputs, strict=True) if weight != 0.0
+            ]
+            adapters = tuple(one.as_part(p) for one, p in zip(adapters, parts, strict=True))
         into = Into.plain(options.to or adapters[0].format.name)
-        output = options.output or default_output(inputs[-1][0], "combined", folder=into.config)
+        output = options.output or default_output(Path(last), "combined", folder=into.config)
         ranks = policy(options)
         left = [
             f"{path}: its weight is 0, so it is not in the output."

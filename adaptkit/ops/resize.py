@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptkit.adapter import Adapter
 from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
 from adaptkit.keymap.kinds import dense_kind
 from adaptkit.ops.ranks.options import asked, policy, spelled
-from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, open_all
 from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
@@ -17,7 +17,7 @@ from adaptkit.ops.shared import default_output
 from adaptkit.ops.verb import Verb
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from os import PathLike
 
 __all__ = ["VERB", "Options", "Plan", "Report", "plan", "run"]
 
@@ -29,7 +29,7 @@ class Options(RecastOptions):
     """The ranks to keep, by one rule; `algo` changes the algorithm too."""
 
 
-def plan(path: Path, options: Options) -> Recast:
+def plan(path: str | PathLike[str], options: Options) -> Recast:
     """Plan what every module may become. Reads headers only; anything that can fail fails here."""
     if asked(options) is None:
         raise WrongUsage(
@@ -42,9 +42,8 @@ def plan(path: Path, options: Options) -> Recast:
             hint=f"use `adaptkit convert --algo {options.algo}`",
         )
     chosen = policy(options)
-    adapter = Adapter.open(
-        path, family=options.family, format=options.format, alpha=options.alpha_in
-    )
+    path = Path(path)
+    (adapter,) = open_all([path], options)
     try:
         into = Into.plain(adapter.format.name)
         output = options.output or default_output(path, spelled(options), folder=into.config)

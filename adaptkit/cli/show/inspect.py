@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.show.page import Words, console, facts, page, table
-from adaptkit.cli.show.text import MANY, cell, counts, document, human, last
+from adaptkit.cli.show.text import MANY, cell, counts, document, human, last, loads_in
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
@@ -139,25 +139,9 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{record['parameters']:,}"
     yield "dtypes", counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
-    yield "loads in", _loads_in(record)
+    yield "loads in", loads_in(record)
     yield "sha256", record.get("sha256", "")
     yield "metadata", _metadata(record["metadata"])
-
-
-def _loads_in(record: Mapping[str, Any]) -> str:
-    """Return one line per host: yes, no or ? with the reason; then what was measured."""
-    words = {True: "yes", False: "no", None: "?"}
-    found = record.get("loads_in") or {}
-    lines = [f"{host}: {words[loads]}{_because(record, host)}" for host, loads in found.items()]
-    if with_ := record.get("measured_with"):
-        measured = ", ".join(f"{host} {version}" for host, version in with_.items())
-        lines.append(f"(measured with {measured})")
-    return "\n".join(lines)
-
-
-def _because(record: Mapping[str, Any], host: str) -> str:
-    why = record.get("why", {}).get(host, "")
-    return f" – {why}" if why else ""
 
 
 def _metadata(metadata: Mapping[str, str]) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.show.page import console, facts, page, table
-from adaptkit.cli.show.text import MANY, cell, document, human, last
+from adaptkit.cli.show.text import MANY, cell, document, human, last, loads_in
+from adaptkit.ops.shared import LeftOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,7 +91,13 @@ class Talk:
         if report.measured is not None:
             read = f"read back from the file: relative error {report.measured:.3g}"
             rows = [*rows, ("verified", read)]
-        err.print(facts([row for row in (*rows, ("seconds", f"{report.seconds:.1f}")) if row[1]]))
+        rows = [*rows, ("seconds", f"{report.seconds:.1f}")]
+        if report.selection is not None:
+            where = next(n for n, row in enumerate(rows) if row[0] in ("modules", "adapters"))
+            rows[where] = (rows[where][0], f"{rows[where][1]}\n{report.selection}")
+        if report.loads_in is not None:
+            rows.append(("loads in", loads_in(report.to_dict())))
+        err.print(facts([row for row in rows if row[1]]))
         _unused(err, [item.to_dict() for item in report.unused])
         for note in notes:
             err.print(f"note: {note}", style="yellow")
@@ -125,6 +132,8 @@ def _summary(name: str, value: object) -> bool:
 
 
 def _shown(name: str, value: object) -> str:
+    if name == "selection":
+        return str(LeftOut(*value.values()))  # type: ignore[attr-defined]
     if isinstance(value, int) and ("bytes" in name or "memory" in name):
         return human(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):

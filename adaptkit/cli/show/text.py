@@ -13,7 +13,18 @@ from adaptkit import __version__
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["MANY", "cell", "counts", "document", "human", "last", "lossy", "percent", "ranks"]
+__all__ = [
+    "MANY",
+    "cell",
+    "counts",
+    "document",
+    "human",
+    "last",
+    "loads_in",
+    "lossy",
+    "percent",
+    "ranks",
+]
 
 # items listed before "and n more"
 MANY = 12
@@ -76,3 +87,17 @@ def lossy(error: float | None, unread: int = 0) -> str:
     if error is None:
         return "error unknown without --base"
     return "exact" if error == 0 else f"relative error {error:.3g}"
+
+
+def loads_in(record: Mapping[str, Any]) -> str:
+    """One line per host: yes, no or ? with the reason; then what was measured, if it is said."""
+    words = {True: "yes", False: "no", None: "?"}
+    why = record.get("why", {})
+    lines = [
+        f"{host}: {words[loads]}{f' – {why[host]}' if host in why else ''}"
+        for host, loads in (record.get("loads_in") or {}).items()
+    ]
+    if with_ := record.get("measured_with"):
+        measured = ", ".join(f"{host} {version}" for host, version in with_.items())
+        lines.append(f"(measured with {measured})")
+    return "\n".join(lines)

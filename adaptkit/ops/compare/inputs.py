@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Argument", "Given", "Inputs", "open_inputs"]
 
 # a file, or a file and the strength of its adapter
-Argument = Path | tuple[Path, float]
+Argument = str | PathLike[str] | tuple[str | PathLike[str], float]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def open_inputs(
     with ExitStack() as opened:
         files = []
         for argument in (a, b):
-            path, strength = argument if isinstance(argument, tuple) else (argument, 1.0)
+            given, strength = argument if isinstance(argument, tuple) else (argument, 1.0)
+            path = Path(given)
             source, config = open_adapter_source(path)
             opened.callback(source.close)
             files.append(_File(path, strength, source, config, (family, format), alpha))
@@ -137,6 +139,8 @@ def _adapters(first: _File, second: _File, path: Path | None, opened: ExitStack)
     _check_family(b, a)
     if base is not None:
         _check_family(a, base)
+        a, b = a.with_dots(base.family), b.with_dots(base.family)
+    a, b = a.with_dots(b.family), b.with_dots(a.family)
     return Inputs(Given(a, first.strength), Given(b, second.strength), base)
 
 
@@ -166,6 +170,7 @@ def _merged(adapter: _File, checkpoint: _File, path: Path | None, opened: ExitSt
     opened.callback(tuned.close)
     a = adapter.followed(adapter.read(), base.family.name) if base.known else adapter.named_by(base)
     _check_family(a, base)
+    a = a.with_dots(base.family)
     return Inputs(Given(a, adapter.strength), None, base, tuned)
 
 

@@ -13,7 +13,8 @@ from adaptkit.files.open import open_source
 from adaptkit.files.quantized import FP8
 from adaptkit.keymap.kinds import dense_kind, vector_kind
 from adaptkit.names import BIAS, Slot, Target
-from adaptkit.ops.shared import FLOATS, Shared, Unused, selected, stored_dtype
+from adaptkit.ops.selecting import Selection
+from adaptkit.ops.shared import FLOATS, Shared, Unused, stored_dtype
 from adaptkit.unknown import family_of_weights
 
 if TYPE_CHECKING:
@@ -102,13 +103,14 @@ def _partner(first: Checkpoint, tuned: Path, family: str | None, ema: bool) -> C
     """Open the tuned checkpoint, as one of the base's family if ambiguous."""
     try:
         second = Checkpoint.open(tuned, family=family, ema=ema)
-        if second.family is not first.family and first.family.name in second.detection.alternatives:
+        other = second.family.name != first.family.name
+        if other and first.family.name in second.detection.alternatives:
             second.close()
             second = Checkpoint.open(tuned, family=first.family.name, ema=ema)
     except AdaptkitError:
         first.close()
         raise
-    if first.family is not second.family:
+    if first.family.name != second.family.name:
         _close((first, second))
         raise ShapeMismatch(
             f"the base is {first.family.title}, the tuned checkpoint is {second.family.title}",
@@ -153,6 +155,7 @@ class Pairing:
     def __init__(self, base: Checkpoint, tuned: Checkpoint, keys: KeyMap, wanted: Wanted) -> None:
         self.base, self.tuned, self.keys, self.wanted = base, tuned, keys, wanted
         self.options = wanted.options
+        self.selection = Selection(self.options.only, self.options.skip, base.family)
         self.lost: list[Unused] = []
         self.left: list[Unused] = []
 
@@ -176,7 +179,7 @@ class Pairing:
         yield from self._others()
 
     def _lose(self, held: Mapping[Slot, str], target: Target, reason: str) -> None:
-        if selected(self.base.label(Slot(target)), target.component, self.options):
+        if self.selection(Slot(target), self.base.label(Slot(target))):
             self.lost.extend(Unused(name, reason) for name in held.values())
 
     @property
@@ -209,7 +212,7 @@ class Pairing:
         refusal = self.base.refusal(ours.values()) or self.tuned.refusal(theirs.values())
         for slot in self.keys.slots(target) or (Slot(target),):
             label = self.base.label(slot)
-            if not selected(label, target.component, self.options):
+            if not self.selection(slot, label):
                 continue
             base, tuned = self.base.locate(slot, ours), self.tuned.locate(slot, theirs)
             if refusal is not None:
@@ -273,7 +276,7 @@ class Pairing:
         for name, part in theirs.items():
             if part == "scale":
                 continue
-            if part in _SKIPPED or not selected(name, part, self.options):
+            if not self.selection.tensor(name, part) or part in _SKIPPED:
                 self.left.append(Unused(name, f"{part}: {_SKIPPED.get(part, 'not compared')}"))
             elif name in ours:
                 yield from self._other(name, part)
@@ -285,7 +288,7 @@ class Pairing:
                 self.left.append(Unused(name, f"{part}: {reason}"))
         for name, part in ours.items():
             named = name in theirs or part in {*_SKIPPED, "scale"}
-            if named or not selected(name, part, self.options):
+            if named or not self.selection.tensor(name, part):
                 continue
             if self._weighs(self.base, name, part):
                 self.lost.append(Unused(name, "not in the tuned checkpoint"))

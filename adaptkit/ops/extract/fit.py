@@ -95,12 +95,12 @@ class Fitter:
         """ΔW (B, m, n) in float32, and ‖ΔW‖² of each; bf16 would change one entry in nine."""
         from adaptkit.linalg.precision import difference, norm_squared
 
-        delta = (
-            tensors.pop("delta")
-            if self.on_cpu
-            else difference(tensors["tuned"], tensors.pop("base"))
-        )
-        norms: list[float] = (tensors.pop("norm") if self.on_cpu else norm_squared(delta)).tolist()
+        if "delta" in tensors:
+            delta, norm = tensors.pop("delta"), tensors.pop("norm")
+        else:
+            delta = difference(tensors["tuned"], tensors.pop("base"))
+            norm = norm_squared(delta)
+        norms: list[float] = norm.tolist()
         # fitted and measured in the order of rows that the reader of the file expects
         return exchanged(delta, -2) if swapped else delta, norms
 

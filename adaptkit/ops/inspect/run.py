@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
-from adaptkit.detect import Detection, detect_checkpoint, is_adapter
+from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
 from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import PEFT_CONFIG, Problem
+from adaptkit.ops.adapter_file.verdict import verdicts
+from adaptkit.unknown import own_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from os import PathLike
 
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
@@ -41,7 +44,7 @@ class Options:
     stats: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The JSON record of one file, with its lists for `--keys` and `--modules`.
 
@@ -55,14 +58,28 @@ class Report:
     error: AdaptkitError | None = None
     spectra: tuple[Sequence[float], ...] = ()
 
+    def __repr__(self) -> str:
+        record = self.record
+        if self.error is not None:
+            return f"inspect.Report({record['path']!r}: {self.error.message})"
+        names = [record[name] for name in ("kind", "family", "format") if record[name]]
+        what = f"{', '.join(names)}, {record['modules']} modules"
+        return f"inspect.Report({record['path']!r}: {what}, {len(record['problems'])} problems)"
+
+    @property
+    def broken(self) -> bool:
+        """Whether the file cannot be read, or has a problem of severity `error`."""
+        problems = self.record.get("problems", ())
+        return self.error is not None or any(p["severity"] == "error" for p in problems)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON record of the contract."""
         return dict(self.record)
 
 
-def expand(paths: Iterable[Path]) -> Iterator[Path]:
+def expand(paths: Iterable[str | PathLike[str]]) -> Iterator[Path]:
     """Expand folders to the weight files below them, unless a folder is one model or adapter."""
-    for path in paths:
+    for path in map(Path, paths):
         if path.is_dir() and not _is_one(path):
             found = sorted(
                 file
@@ -80,18 +97,20 @@ def _is_one(folder: Path) -> bool:
     return any(folder.glob("*.index.json")) or any(folder.glob("unet/*.safetensors"))
 
 
-def run(path: Path, options: Options | None = None, progress: Progress | None = None) -> Report:
+def run(
+    path: str | PathLike[str], options: Options | None = None, progress: Progress | None = None
+) -> Report:
     """Inspect one file; an unreadable or unknown file gives a report with an error.
 
     `progress` is called with the numbers of modules read and in total if `options.stats` is set.
     """
-    options = options or Options()
+    options, path = options or Options(), Path(path)
     try:
         source, config = open_adapter_source(path)
         with source:
             report = (
                 _adapter(source, config, options, progress)
-                if is_adapter(source.infos)
+                if config is not None or is_adapter(source.infos)
                 else _checkpoint(source, options)
             )
         hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
@@ -148,7 +167,7 @@ def _adapter(
             alpha=options.alpha_in,
         )
     except UnknownAdapter:
-        if options.family or options.format:
+        if options.family or options.format or foreign(source.infos, config) is not None:
             raise
         return _stranger(source)
     entries = adapter.entries.values()
@@ -171,6 +190,7 @@ def _adapter(
         "scales": _counted(f"{entry.facts.scale:g}" for entry in entries if not entry.kind.bounded),
         "alpha_source": adapter.alpha_source,
         "unclaimed": list(adapter.unclaimed),
+        "own_names": [adapter.label(slot) for slot in adapter.own],
         "problems": [_problem(problem) for problem in (*_problems(adapter), *_traps(adapter))],
         **_loads_in(adapter),
         "metadata": dict(source.metadata),
@@ -181,14 +201,10 @@ def _adapter(
 
 def _loads_in(adapter: Adapter) -> dict[str, Any]:
     """Return whether each host loads the file (None: not measured), and why not."""
-    from adaptkit.hosts import judge, measured_with
+    from adaptkit.hosts import measured_with
 
-    verdicts = judge(adapter)
-    return {
-        "loads_in": {name: verdict.loads for name, verdict in verdicts.items()},
-        "why": {name: verdict.why for name, verdict in verdicts.items() if verdict.why},
-        "measured_with": {name: measured_with(name) for name in verdicts},
-    }
+    found = verdicts(adapter)
+    return {**found, "measured_with": {name: measured_with(name) for name in found["loads_in"]}}
 
 
 def _traps(adapter: Adapter) -> Iterator[Problem]:
@@ -244,8 +260,24 @@ def _problems(adapter: Adapter) -> Iterator[Problem]:
     yield from adapter.problems
     foreign = [key for key, reason in adapter.unclaimed.items() if reason.startswith("no such")]
     if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        yield Problem("error", None, f"{foreign[0]}{more}: {adapter.unclaimed[foreign[0]]}")
+        what = adapter.unclaimed[foreign[0]]
+        yield Problem("error", None, f"{foreign[0]}{_more(len(foreign))}: {what}")
+    if adapter.own:
+        first, n = adapter.label(adapter.own[0]), len(adapter.own)
+        near = adapter.nearest(next(iter(adapter.entries[adapter.own[0]].keys.values())))
+        tail = "" if near is None else f"; the nearest known name is {near}"
+        what = f"{n} module{'s are' if n > 1 else ' is'} not in the table of {adapter.family.title}"
+        yield Problem(
+            "warning", None, f"{what}, and kept under {_own_names(n)}: {first}{_more(n)}{tail}"
+        )
+
+
+def _own_names(n: int) -> str:
+    return "their own names" if n > 1 else "its own name"
+
+
+def _more(n: int) -> str:
+    return f" and {n - 1} more" if n > 1 else ""
 
 
 def _modules(adapter: Adapter) -> Iterator[Mapping[str, Any]]:
@@ -288,6 +320,7 @@ def _plain(source: TensorSource, kind: str, found: Detection) -> dict[str, Any]:
         "scales": {},
         "alpha_source": "none",
         "unclaimed": [],
+        "own_names": [],
         "problems": [],
         "loads_in": None,
         "metadata": dict(source.metadata),
@@ -298,6 +331,8 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
     try:
         checkpoint = Checkpoint.understand(source, family=options.family)
     except UnknownAdapter:
+        if foreign(source.infos) is not None:
+            Adapter.understand(source)  # which says what it is
         if sum(name.endswith(".weight") for name in source.infos) == 0:
             raise UnknownAdapter(
                 "neither an adapter nor a checkpoint: no key ends in .weight",
@@ -309,6 +344,7 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
     record = _plain(source, "checkpoint", checkpoint.detection)
     parts = [place.slot.component for place in checkpoint.places.values()]
     record["components"] = dict(Counter([*parts, *checkpoint.others.values()]).most_common())
+    record["own_names"] = [f"{own.component}.{own.module}" for own in own_of(checkpoint.family)]
     record["modules"] = len({place.slot.target.module for place in checkpoint.places.values()})
     record["layout"] = ", ".join(
         dict.fromkeys(place.naming for place in checkpoint.places.values())

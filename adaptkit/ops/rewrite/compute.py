@@ -74,11 +74,13 @@ class Rewriter:
 
         Only that names the task at fault.
         """
+        from torch.linalg import LinAlgError
+
         if tasks[0].likeness is None or not all(map(finite, tensors.values())):
             return None
         try:
             return work(tasks, tensors)
-        except (NonFinite, NotRepresentable, RuntimeError):  # LAPACK does not converge
+        except (NonFinite, NotRepresentable, LinAlgError):  # LAPACK does not converge
             return None
 
     def _guarded(self, work: Any, task: Task, tensors: Mapping[str, Tensor], n: int) -> Any:

@@ -122,7 +122,7 @@ class Output:
 
     def _ranks(self) -> dict[str, str]:
         """`ss_network_dim` and `ss_network_alpha`, if the file has them and they changed."""
-        still = {"renamed", "split", "swapped", "cast"}
+        still = {"renamed", "unchanged", "split", "swapped", "cast"}
         if "ss_network_dim" not in self.plan.adapter.metadata or self.plan.counts().keys() <= still:
             return {}
         modules = [module for module in self.state.modules() if not module.kind.dense]

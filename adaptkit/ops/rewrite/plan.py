@@ -9,24 +9,26 @@ from pathlib import Path  # noqa: TC003 - the types of options are read at run t
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter
+from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
-from adaptkit.ops.shared import Closing
+from adaptkit.ops.shared import Closing, chosen_by
 from adaptkit.steps import Step, peak_memory
+from adaptkit.unknown import joint
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from adaptkit.algorithms.contract import Weights
-    from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.checkpoint import Piece
     from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
     from adaptkit.keymap import KeyMap
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
-    from adaptkit.ops.shared import Unused
+    from adaptkit.ops.shared import LeftOut, Unused
     from adaptkit.respelling import Assembly
 
 __all__ = [
@@ -173,7 +175,7 @@ class Into:
         return cls(format, formats()[format].alpha is Alpha.NONE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recast(Closing):
     """Everything known before a weight is read."""
 
@@ -192,6 +194,7 @@ class Recast(Closing):
     mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
     dropped: tuple[Dropped, ...] = ()
+    left_out: LeftOut | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -200,8 +203,13 @@ class Recast(Closing):
 
     def counts(self) -> dict[str, int]:
         """How many slots are renamed, split, fused, folded, …"""
-        found = Counter(change for task in self.tasks for change in (task.changes or {"renamed"}))
-        return {name: found[name] for name in CHANGES if found[name]}
+        found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly}))
+        return {name: found[name] for name in (*CHANGES, "unchanged") if found[name]}
+
+    @property
+    def plainly(self) -> str:
+        """What becomes of a module that no other change applies to."""
+        return "unchanged" if self.keys.format is self.adapter.format else "renamed"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `--dry-run` prints it; `bytes_out_copied` counts copied tensors only."""
@@ -218,6 +226,7 @@ class Recast(Closing):
             "from": self.adapter.format.name,
             "to": self.keys.format.name,
             "modules": len(self.tasks),
+            **chosen_by(self.left_out),
             **self.counts(),
             "bytes_in": sum(adapter.source.size for adapter in self.adapters),
             "bytes_out_copied": sum(self.nbytes(item) for item in (*ready, *self.carried)),
@@ -274,14 +283,37 @@ def open_all(paths: Sequence[Path], options: RecastOptions) -> tuple[Adapter, ..
             adapter = Adapter.open(
                 path, family=options.family, format=options.format, alpha=options.alpha_in
             )
-            if found and adapter.family is not found[0].family:
+            if found and adapter.family.name != found[0].family.name:
                 adapter = _alike(found[0], adapter, options.alpha_in)
             found.append(adapter)
     except AdaptkitError:
         for adapter in found:
             adapter.close()
         raise
-    return tuple(found)
+    if options.base is not None and not any(adapter.known for adapter in found):
+        return _named_by(options.base, found, options)
+    family = joint([adapter.family for adapter in found])
+    return tuple(adapter.with_dots(family) for adapter in found)
+
+
+def _named_by(
+    path: Path, adapters: Sequence[Adapter], options: RecastOptions
+) -> tuple[Adapter, ...]:
+    """Adapters of an unknown family, with the module names of their base."""
+    paths = [adapter.source.path for adapter in adapters]
+    for adapter in adapters:
+        adapter.close()
+    with Checkpoint.open(path, strangers=True) as base:
+        if base.known:
+            raise ShapeMismatch(
+                f"the base is {base.family.title}, the adapter is for an unknown family",
+                hint=f"--family {base.family.name} reads its names as those of {base.family.title}",
+                file=paths[0],
+            )
+        return tuple(
+            Adapter.open_as(one, base.family, format=options.format, alpha=options.alpha_in)
+            for one in paths
+        )
 
 
 def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:

@@ -42,8 +42,9 @@ from adaptkit.ops.rewrite.plan import (
     product_rank,
 )
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
-from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
-from adaptkit.respelling import Assembly, Respelling
+from adaptkit.ops.selecting import Selection
+from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, stored_dtype
+from adaptkit.respelling import Assembly, Respelling, placed
 from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
@@ -84,10 +85,13 @@ def recast(
         chosen("algorithm", algorithms(), options.algo)
     check_adapter_output(output, folder=into.config, overwrite=options.overwrite)
     first, path = adapters[0], adapters[0].source.path
-    keys = keys_of(first, into.format)
     base = None if options.base is None else _base(options.base, first)
+    if base is not None:
+        adapters = tuple(adapter.with_dots(base.family) for adapter in adapters)
+    keys = keys_of(adapters, into.format)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
+    planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
     refuse_unused(planner.unused, options.allow_unused, path)
     if not tasks:
         raise NothingToDo(
@@ -115,12 +119,14 @@ def recast(
         mixing,
         (*notes, *planner.notes),
         tuple(planner.dropped),
+        planner.selection.left_out,
     )
 
 
 def _base(path: Path, adapter: Adapter) -> Checkpoint:
-    found = Checkpoint.open(path, family=adapter.family.name if adapter.known else None)
-    if adapter.known and found.family is not adapter.family:
+    family = adapter.family.name if adapter.known else None
+    found = Checkpoint.open(path, family=family, strangers=not adapter.known)
+    if adapter.known and found.family.name != adapter.family.name:
         found.close()
         raise ShapeMismatch(
             f"the base is {found.family.title}, the adapter is for {adapter.family.title}",
@@ -152,6 +158,7 @@ class _Planner:
         self.into = replace(into, fold=into.fold or scales_biases(adapters, keys))
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
         self.held = {} if base is None else base.targets()
+        self.selection = Selection(options.only, options.skip, adapters[0].family)
         self.notes: list[str] = []
         self.dropped: list[Dropped] = []
         self.unused = [
@@ -189,13 +196,10 @@ class _Planner:
 
     def _entries(self, adapter: Adapter) -> Mapping[Slot, Entry]:
         if not (self.options.only or self.options.skip):
-            return adapter.entries
+            return placed(adapter.entries, self.keys)
         label = adapter.label
-        return {
-            s: e
-            for s, e in adapter.entries.items()
-            if selected(label(s), s.component, self.options)
-        }
+        chosen = {s: e for s, e in adapter.entries.items() if self.selection(s, label(s))}
+        return placed(chosen, self.keys)
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
@@ -426,7 +430,5 @@ def _turned(kind: type[Weights], into: type[Weights]) -> bool:
 
 def _why(adapter: Adapter, key: str, reason: str) -> str:
     """The reason with the nearest name that the tables know."""
-    from adaptkit.suggest import nearest
-
-    near = nearest(adapter.keys, key) if reason.startswith("no such") else None
+    near = adapter.nearest(key)
     return reason if near is None else f"{reason}; the nearest known name is {near}"

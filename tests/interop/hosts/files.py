@@ -270,7 +270,7 @@ def _shape(family: str, part: Component, row: Row) -> Shape:
 
 
 def is_denoiser(component: str) -> bool:
-    return component in {"transformer", "transformer_2", "unet"}
+    return component in {"transformer", "transformer_2", "transformer_ref", "unet"}
 
 
 def parts(family: str, format: str, naming: str, blocks: int | None = None) -> Iterator[Part]:
@@ -282,7 +282,7 @@ def parts(family: str, format: str, naming: str, blocks: int | None = None) -> I
     for part in families()[family].components:
         prefix = prefixes(part, spelling)[:1]
         # of two components with one prefix, the second has no names of its own
-        if not prefix or prefix[0] in taken:
+        if not prefix or (prefix[0] in taken and not part.apart):
             continue
         taken.add(prefix[0])
         for row in part.rows:
