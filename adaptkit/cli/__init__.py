@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from adaptkit import __version__
+from adaptkit.cli.show.text import safe, trouble
 from adaptkit.errors import InternalError
 from adaptkit.process import explained
 
@@ -88,6 +89,7 @@ def main() -> NoReturn:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as usage:
+        usage.message = safe(usage.message)
         usage.show()
         sys.exit(usage.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -130,7 +132,5 @@ def _fail(message: str, hint: str | None, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    click.echo(click.style("error:", fg="red", bold=True) + f" {message}", err=True)
-    if hint:
-        click.echo(click.style("hint:", fg="cyan", bold=True) + f" {hint}", err=True)
+    trouble(message, hint)
     sys.exit(code)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from adaptkit.cli.show.page import Words, console, facts, page, table
-from adaptkit.cli.show.text import MANY, cell, counts, document, human, last, loads_in
+from adaptkit.cli.show.text import (
+    MANY,
+    cell,
+    clean,
+    counts,
+    document,
+    human,
+    last,
+    loads_in,
+    trouble,
+)
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
@@ -37,14 +46,16 @@ def inspected(
     if as_json:
         document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
     elif not quiet:
-        _show(reports, keys, modules)
+        _show([_cleaned(report) for report in reports], keys, modules)
     for report in reports:
         if report.error is not None:
-            click.echo(click.style("error:", fg="red", bold=True) + f" {report.error}", err=True)
-            if report.error.hint:
-                click.echo(
-                    click.style("hint:", fg="cyan", bold=True) + f" {report.error.hint}", err=True
-                )
+            trouble(str(report.error), report.error.hint)
+
+
+def _cleaned(report: inspect.Report) -> inspect.Report:
+    """The report with every text of the file escaped, for a terminal."""
+    lists = {"keys": clean(report.keys), "modules": clean(report.modules)}
+    return replace(report, record=clean(report.record), **lists)
 
 
 def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adaptkit.cli.show.text import safe
 from adaptkit.errors import AdaptkitError, CannotWrite, WouldOverwrite
 from adaptkit.ops.shared import check_output
 
@@ -143,14 +144,14 @@ def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
         svg = svg.replace(colour, f"var(--{name})")
     svg = re.sub(
         r'<g id="(cell\d+)">',
-        lambda found: f"{found[0]}<title>{html.escape(tips[found[1]])}</title>",
+        lambda found: f"{found[0]}<title>{html.escape(safe(tips[found[1]]))}</title>",
         svg,
     )
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{html.escape(safe(title))}</title>
 <style>
 :root {{ color-scheme: light dark; --ink: {INK}; --muted: {MUTED}; --paper: {PAPER}; }}
 @media (prefers-color-scheme: dark) {{
