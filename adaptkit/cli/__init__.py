@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -31,6 +32,7 @@ _ORDER = (
     "merge",
     "compare",
     "batch",
+    "clean",
     "formats",
     "families",
     "algorithms",
@@ -75,8 +77,12 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line; exit with 0 (done), 1 (failed), 2 (usage) or 130 (interrupted)."""
+    """Run the command line; exit with 0 (done), 1 (failed), 2 (usage) or 130 (interrupted).
+
+    A termination cleans up as an interrupt does: SIGTERM exits with 143, SIGHUP with 129.
+    """
     _utf8()
+    _catch_signals()
     # torch's threads spin while they wait: next to one busy process, an SVD took 13 times longer
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # NumPy multiplies no matrix here, and its threads spin at the start
@@ -92,9 +98,11 @@ def main() -> NoReturn:
         usage.message = safe(usage.message)
         usage.show()
         sys.exit(usage.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(_INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        # Click turns either into an Abort
+        told = stop.__cause__ or stop
+        click.echo("terminated" if isinstance(told, Terminated) else "interrupted", err=True)
+        sys.exit(getattr(told, "code", _INTERRUPTED))
     except BrokenPipeError:
         # the reader of the pipe has ended, as in `adaptkit … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,10 +119,35 @@ def run() -> NoReturn:
         main()
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt as stop:
+        # a second signal, while the first was told
+        code = getattr(stop, "code", _INTERRUPTED)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code if isinstance(code, int) else 0)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal to end; handled wherever ^C is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+
+
+def _catch_signals() -> None:
+    """Let SIGTERM and SIGHUP clean up; a signal that the parent ignores (nohup) stays ignored."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise Terminated(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # outside the main thread, handlers cannot be set
+        with suppress(ValueError):
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, stop)
 
 
 def _utf8() -> None:

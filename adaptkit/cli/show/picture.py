@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import warnings
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ import click
 
 from adaptkit.cli.show.text import safe
 from adaptkit.errors import AdaptkitError, CannotWrite, WouldOverwrite
+from adaptkit.files.leftovers import hidden, remove_dead
 from adaptkit.ops.shared import check_output
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def publish(path: Path, data: bytes, overwrite: bool) -> None:
     """Write a picture completely or not at all."""
     # the file may have appeared in the meantime
     _check_output(path, overwrite)
-    temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
+    remove_dead(path)
+    temporary = hidden(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
