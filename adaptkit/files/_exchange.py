@@ -45,6 +45,7 @@ def rename_new(source: Path, target: Path) -> None:
     if (call := _call()) is not None:
         import ctypes
 
+        ctypes.set_errno(0)
         if call(os.fsencode(source), os.fsencode(target), new) == 0:
             return
         if ctypes.get_errno() == errno.EEXIST:

@@ -25,7 +25,7 @@ __all__ = ["Leftover", "forget", "found", "hidden", "lock", "remove", "remove_de
 
 _SHOWN = 48  # characters of the output's name
 _NAME = re.compile(
-    r"\.(?P<output>.+)\.(?P<pid>\d+)-(?P<machine>[0-9a-f]{4})[0-9a-f]{8}(\.\w+)?\.part"
+    r"\.(?P<output>.+)\.(?P<pid>\d+)-(?P<machine>[0-9a-f]{4})[0-9a-f]{8}(\.\w+)?\.(?P<end>part|old)"
 )
 # of this process: its id may be that of a dead run
 _MINE: set[str] = set()
@@ -62,7 +62,7 @@ def found(folder: Path) -> Iterator[Leftover]:
     """Every leftover directly in a folder."""
     for path in sorted(folder.iterdir()):
         match = _NAME.fullmatch(path.name)
-        if match is not None:
+        if match is not None and _is_spare(path, folder / match["output"]):
             yield Leftover(path, _is_dead(path, match), _size(path))
 
 
@@ -75,7 +75,7 @@ def remove_dead(output: Path) -> None:
             if entry.name.lstrip(".").startswith(f"{shown}."):
                 match = _NAME.fullmatch(entry.name)
                 path = output.parent / entry.name
-                if match is not None and _is_dead(path, match):
+                if match is not None and _is_spare(path, output) and _is_dead(path, match):
                     remove(path)
 
 
@@ -87,6 +87,11 @@ def remove(path: Path) -> bool:
         else:
             path.unlink()
     return not os.path.lexists(path)
+
+
+def _is_spare(path: Path, output: Path) -> bool:
+    """Whether nothing is lost with it: an old folder is all there is until the new one is."""
+    return path.suffix == ".part" or output.exists()
 
 
 def _is_dead(path: Path, match: re.Match[str]) -> bool:
