@@ -13,11 +13,20 @@ from adaptkit.detect import (
     Detection,
     chosen,
     detect_adapter,
+    detect_checkpoint,
+    families,
     foreign,
     formats,
     is_adapter,
 )
-from adaptkit.entries import Entry, alike, as_part, read_entries, without_carried
+from adaptkit.entries import (
+    REDUNDANT,
+    Entry,
+    alike,
+    as_part,
+    read_entries,
+    without_carried,
+)
 from adaptkit.errors import (
     AdaptkitError,
     InternalError,
@@ -46,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "open_adapter_source"]
 
+FEW = 16  # names of weights: fewer are no proof that a file is a checkpoint
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -137,7 +147,8 @@ class Adapter:
         infos = without_carried(source)
         found = detect_adapter(infos, source.metadata, family=family, format=format)
         if found.family is not None and found.format is not None:
-            keys = _with_own(compile_keys(found.family, found.format), infos)
+            known = compile_keys(found.family, found.format, wrapped=bool(found.wrapper))
+            keys = _with_own(known, infos)
         else:
             _refuse_foreign(infos, config)
             keys, found = _unknown(infos, found, family, format)
@@ -166,7 +177,7 @@ class Adapter:
             found,
             keys,
             source.metadata,
-            tuple(name for name in source.infos if name not in infos),
+            tuple(n for n in source.infos if n not in infos and not n.endswith(REDUNDANT)),
         )
 
     def __repr__(self) -> str:
@@ -270,7 +281,7 @@ class Adapter:
 def _with_own(keys: KeyMap, infos: Mapping[str, TensorInfo]) -> KeyMap:
     """A key map with the modules of a file that the family's table does not name."""
     family = with_own(keys.family, own_modules(keys, infos))
-    return keys if family is keys.family else KeyMap(family, keys.format)
+    return keys if family is keys.family else KeyMap(family, keys.format, wrapped=keys.wrapped)
 
 
 def _by_names(
@@ -318,6 +329,14 @@ def _unknown(
         keys = _with_own(compile_keys(family, made[1].name), infos)
         if any(keys.parse(key) is not None for key in infos):
             return keys, replace(found, family=family, format=keys.format.name)
+    whole = detect_checkpoint(infos, {}) if made is None else None
+    if whole is not None and whole.family is not None and whole.claimed > FEW:
+        raise UnknownAdapter(
+            f"this is a checkpoint of {families()[whole.family].title}, "
+            "and an adapter belongs here",
+            hint="`adaptkit extract BASE TUNED` makes an adapter of two checkpoints; "
+            "`merge BASE ADAPTER` takes the checkpoint first",
+        )
     if made is None or family is not None:
         first = next(iter(infos), "nothing")
         raise UnknownAdapter(

@@ -113,6 +113,11 @@ class Checkpoint:
         stored = Quantization.of(source.infos)
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
         found = detect_checkpoint(infos, source.metadata, family=family)
+        if found.family is None and is_adapter(source.infos):
+            raise UnknownAdapter(
+                "this is an adapter, and a checkpoint belongs here",
+                hint="are the arguments swapped? merge BASE ADAPTER, extract BASE TUNED",
+            )
         if found.family is None:
             near = ""
             if found.nearest:

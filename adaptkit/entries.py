@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from adaptkit.algorithms.contract import ALPHA, Stated
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import AdaptkitError, NotRepresentable
 from adaptkit.files.quantized import FLOATS, FP8
 from adaptkit.files.tensors import SCALARS
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
 
 __all__ = [
+    "REDUNDANT",
     "Entry",
     "Header",
     "alike",
@@ -38,6 +39,9 @@ SINGLE = (ALPHA, "on_input")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
 CARRIED = ("bundle_emb.", "_aux.")
+REDUNDANT = (".lora_rank",)  # FastVideo's, which the factors' shapes tell
+# ComfyUI's size of a widened layer, of any module
+BESIDE = (*REDUNDANT, ".reshape_weight")
 
 
 class Header(Protocol):
@@ -117,7 +121,11 @@ def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
 
 def without_carried(source: Header) -> dict[str, TensorInfo]:
     """The tensors of a file without those that other tools left there."""
-    return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+    return {
+        name: info
+        for name, info in source.infos.items()
+        if not name.startswith(CARRIED) and not name.endswith(BESIDE)
+    }
 
 
 def as_part(entries: Mapping[Slot, Entry], part: str) -> dict[Slot, Entry]:
@@ -170,6 +178,9 @@ class _Reader:
             try:
                 facts = self._with_kernel(slot, kind.facts(shapes, alpha))
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
+                window = len(facts.kernel or ())
+                if wrong := self.meaning.misread(slot.component, kind, shapes, window):
+                    raise NotRepresentable(wrong)
             except AdaptkitError as error:
                 failures.append(error.message)
             except (ArithmeticError, LookupError, TypeError, ValueError):

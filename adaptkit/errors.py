@@ -88,6 +88,16 @@ class AdaptkitError(Exception):
             self.tensor = tensor
         return self
 
+    def to_dict(self) -> dict[str, str | None]:
+        """The JSON record of the error."""
+        return {
+            "type": type(self).__name__,
+            "message": self.message,
+            "hint": self.hint,
+            "file": self.file,
+            "tensor": self.tensor,
+        }
+
     def __str__(self) -> str:
         where = [
             part
@@ -130,7 +140,7 @@ class NoSuchName(AdaptkitError):
         from difflib import get_close_matches
 
         names = sorted(known)
-        near = get_close_matches(name, names, n=3, cutoff=0.5)
+        near = get_close_matches(name.lower(), names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
         return cls(f"unknown {kind} {name!r}", hint=hint)
 

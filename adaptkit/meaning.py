@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.algorithms.contract import Facts, Weights
+    from adaptkit.algorithms.contract import Facts, Shapes, Weights
 
 __all__ = [
     "DIFFUSERS_CONFIG",
@@ -37,6 +37,7 @@ __all__ = [
     "Meaning",
     "Problem",
     "as_read",
+    "otherwise",
     "refuse_errors",
 ]
 
@@ -143,6 +144,14 @@ class Meaning:
             where = f"{component}: " if component else ""
             yield from (Problem("error", None, where + what) for what in _unsupported(config))
 
+    def misread(self, component: str, kind: type[Weights], shapes: Shapes, window: int) -> str:
+        """Why these tensors mean something else to PEFT, whose file this is; "" if they do not."""
+        config = self.configs.get(component) or self.configs.get("") or {}
+        role = kind.peft_lacks.get(window)
+        if not role or role not in shapes or config.get("peft_type") != kind.peft_type:
+            return ""
+        return otherwise(kind, role, window)
+
     def rebased(self, component: str, kind: type[Weights]) -> str:
         """The algorithm of LoRA factors that were trained from a part of the base; "" if none."""
         config = self.configs.get(component) or self.configs.get("") or {}
@@ -224,6 +233,18 @@ class Meaning:
                         error.message = f"{table}: {error.message}"
                         raise
         return found
+
+
+def otherwise(kind: type[Weights], role: str, window: int) -> str:
+    """What is wrong with a role that PEFT multiplies otherwise than all other readers.
+
+    Of a LoKr, peft/tuners/lokr/layer.py: make_kron gives the dimensions of the window to w1 only if
+    there are two.
+    """
+    return (
+        f"PEFT multiplies {kind.roles[role].spelling} of a {window}-dimensional convolution "
+        "otherwise than all other readers"
+    )
 
 
 def _check_alpha(given: str | None) -> None:

@@ -123,12 +123,10 @@ def one_thread_here() -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the system or a device refuses memory, in the words of torch, NumPy or Python."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
+    # torch's own error is a RuntimeError that says so: torch need not be imported to tell
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _REFUSALS)
+    told = isinstance(error, RuntimeError) and any(words in text for words in _REFUSALS)
+    return told or isinstance(error, MemoryError)
 
 
 def explained(error: BaseException) -> BaseException:

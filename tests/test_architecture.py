@@ -49,7 +49,7 @@ CHAINS = {
         "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
-    "ops": ("verb", "shared", "blocks", "selecting", "adapter_file", "ranks", "difference", "rewrite", "*"),
+    "ops": ("verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),
     "cli": ("show", "options", "*"),
 }  # fmt: skip
 TABLES = ("families", "formats", "algorithms", "hosts")  # one file for each member

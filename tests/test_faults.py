@@ -147,17 +147,17 @@ class Disk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("room", [100, 300_000, 9_000_000, 20_000_000, 33_900_000])
+@pytest.mark.parametrize("room", [100, 300_000, 9_000_000, 20_000_000, 37_000_000])
 def test_a_disk_that_fills_while_a_merge_copies_is_told_as_such(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the threads that copy, in those that compute, and at the last tensor."""
     draw = torch.Generator().manual_seed(0)
-    base = {f"blocks.{n}.layer.weight": torch.randn(512, 512, generator=draw) for n in range(2)}
-    base |= {f"more.{n}.weight": torch.zeros(2048, 512) for n in range(8)}
+    base = {f"blocks.{n}.layer.weight": torch.randn(512, 512, generator=draw) for n in range(12)}
+    base |= {f"blocks.{n}.rest.weight": torch.zeros(1024, 512) for n in range(12)}
     lora = {
         f"transformer.blocks.{n}.layer.lora_{part}.weight": torch.ones(shape)
-        for n in range(2)
+        for n in range(12)
         for part, shape in (("A", (2, 512)), ("B", (512, 2)))
     }
     save_file(base, tmp_path / "base.safetensors", {"format": "pt"})

@@ -11,6 +11,7 @@ say what an algorithm can do.
 from __future__ import annotations
 
 from dataclasses import fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Factor
@@ -86,6 +87,8 @@ class Weights(Truncation):
     network_module: ClassVar[str] = NETWORK  # `ss_network_module` of a file of this kind alone
     peft_type: ClassVar[str] = ""  # `peft_type` of a PEFT configuration; "": PEFT has none
     peft_alpha: ClassVar[str] = "alpha"  # the field of alpha in that configuration
+    # dimensions of a kernel for which PEFT has no layer of this kind, or reads this role otherwise
+    peft_lacks: ClassVar[Mapping[int, str]] = MappingProxyType({})
 
     # --- stored tensors ----------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Factor, Product, Tucker, low_rank, tucker_field
@@ -35,6 +36,7 @@ class Loha(Weights):
     title: ClassVar[str] = "LoHa"
     resized: ClassVar[str | None] = "lora"
     peft_type: ClassVar[str] = "LOHA"
+    peft_lacks: ClassVar[Mapping[int, str]] = MappingProxyType({3: ""})
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{role: Role(f"hada_{role}") for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         alpha=Role(ALPHA),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import (
@@ -42,8 +43,7 @@ if TYPE_CHECKING:
 # of a module: a smaller full first factor costs less than the error of cutting its rank
 SMALL_PART = 0.25
 NOTHING = 1e-14  # of the first energy: smaller ones are the rounding of float64, not a rank
-# swept over all SD shapes with lycoris-lora 4.1.3: every smaller factor is guessed right
-GUESSED = 32
+GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: it guesses every smaller factor
 W1_FORMS = (("w1",), ("w1_a", "w1_b"))
 W2_FORMS = (("w2",), ("w2_a", "w2_b"), ("t2", "w2_a", "w2_b"))
 
@@ -72,6 +72,7 @@ class Lokr(Weights):
     refits: ClassVar[bool] = True  # both factors together: the ladder fits w1 to a full w2
     against_low_rank: ClassVar[bool] = True
     peft_type: ClassVar[str] = "LOKR"
+    peft_lacks: ClassVar[Mapping[int, str]] = MappingProxyType({1: "w2", 3: ""})
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{
             role: Role(f"lokr_{role}")

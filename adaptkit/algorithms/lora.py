@@ -67,7 +67,7 @@ class Lora(Weights):
         mid=Role("lora_mid.weight"),
         # AdaLoRA's, in none of the forms: the factors mean something else beside it
         singular=Role("lora_E"),
-        alpha=Role(ALPHA),
+        alpha=Role(ALPHA, ("lora_alpha",)),  # FastVideo, SimpleTuner
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset({"up", "down"}),

@@ -6,6 +6,8 @@ Trainers of the original save PEFT files of its decoder. Source: diffusers'
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adaptkit.families._plain import matrices, norms, parameters
 from adaptkit.families.contract import (
     NATIVE_PREFIXES,
@@ -44,21 +46,23 @@ SIZES = sizes("dxd 6dxd 1024xd 3dxd dx3d", 2048) | sizes(
     "4096x2560 1024x2560 2560x4096 9728x2560 2560x9728 2560x2560 15360x2560 2560x2048"
 )
 
+TRANSFORMER = transformer(
+    "ACE-Step decoder",
+    ROWS,
+    sizes=SIZES,
+    native_prefixes=(
+        "decoder.",
+        *(f"{prefix}decoder." for prefix in NATIVE_PREFIXES[:3]),
+        *NATIVE_PREFIXES,
+    ),
+)
+# PEFT files are the original's
+STYLES = ("kohya", "comfy", "peft", "bare")
+
 FAMILY = ModelFamily(
     name="ace-step",
     title="ACE-Step 1.5",
-    components=(
-        transformer(
-            "ACE-Step decoder",
-            ROWS,
-            sizes=SIZES,
-            native_prefixes=(
-                "decoder.",
-                *(f"{p}decoder." for p in NATIVE_PREFIXES[:3]),
-                *NATIVE_PREFIXES,
-            ),
-        ),
-    ),
+    components=(replace(TRANSFORMER, namings=dict.fromkeys(STYLES, "native")),),
     marks=(
         Mark("transformer", "self_attn.q_proj", columns=(2048, 2560)),
         Mark("transformer", "self_attn.k_proj", rows=1024),

@@ -13,6 +13,7 @@ from adaptkit.hosts._judge import (
     hosts,
     judge,
     losses,
+    named,
     recipe,
     usual_format,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "judge",
     "losses",
     "measured_with",
+    "named",
     "recipe",
     "usual_format",
 ]

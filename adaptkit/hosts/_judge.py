@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     # the share of lost modules, how to write, the losses, and the number of modules
     _Form = tuple[float, Recipe, dict[Loss, list[Piece]], int]
 
-__all__ = ["complete", "format_for", "hosts", "judge", "losses", "recipe", "usual_format"]
+__all__ = ["complete", "format_for", "hosts", "judge", "losses", "named", "recipe", "usual_format"]
 
 SHOWN = 3  # modules named per reason
 PREFERRED = ("kohya", "comfy", "diffusers")  # the better known first
@@ -36,6 +37,15 @@ PREFERRED = ("kohya", "comfy", "diffusers")  # the better known first
 def hosts() -> Mapping[str, Host]:
     """Every host by name."""
     return discover("adaptkit.hosts", "HOST")
+
+
+def named(name: str) -> Host:
+    """The host of a name, whatever its case, or of another name for it; NoSuchName if none is."""
+    wanted = name.strip().lower()
+    found = {other: host for host in hosts().values() for other in (*host.also, host.name)}
+    if wanted not in found:
+        raise NoSuchName.among("host", name, found)
+    return found[wanted]
 
 
 def judge(adapter: Adapter) -> dict[str, Verdict]:
@@ -90,13 +100,11 @@ def format_for(host: str, family: ModelFamily) -> str:
 
     Raises `NotRepresentable` if it loads nothing of it in any.
     """
-    if host not in hosts():
-        raise NoSuchName.among("host", host, hosts())
-    target = hosts()[host]
+    target = named(host)
     tried = {
         name: missed
         for name in target.formats(family.name)
-        if (missed := _missed(host, name, family.name)) is not None
+        if (missed := _missed(target.name, name, family.name)) is not None
     }
     if not tried or min(tried.values()) == 1.0:
         raise _untried(target, family, None)
@@ -137,6 +145,8 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
         return ": the model family is unknown"
     if adapter.family.name in host.unsupported:
         return ""
+    if adapter.detection.wrapper:
+        return f" for names behind {adapter.detection.wrapper!r}"
     strange = sorted({piece.algorithm for piece in pieces} - set(host.algorithms))
     if strange:
         return f" for {' and '.join(strange)}"
@@ -234,9 +244,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
     The form with the most modules loaded wins; modules lost even so become warnings. Raises
     `NotRepresentable` if every form loads nothing.
     """
-    if host not in hosts():
-        raise NoSuchName.among("host", host, hosts())
-    target = hosts()[host]
+    target = named(host)
     path = adapter.source.path
     if not adapter.known:
         raise NotRepresentable(
@@ -263,9 +271,8 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
             hint=_helping(target, adapter, algorithm),
             file=path,
         )
-    return Recipe(
-        form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons)
-    )
+    warnings = tuple(f"in {target.title}, {reason}" for reason in reasons)
+    return replace(form, warnings=warnings)
 
 
 def _tried(host: Host, adapter: Adapter, algorithm: str | None) -> list[_Form]:
@@ -297,8 +304,8 @@ def _untried(host: Host, family: ModelFamily, path: Path | None) -> NotRepresent
             file=path,
         )
     return NotRepresentable(
-        f"{host.title} loads no adapter for {family.title}",
-        hint="`adaptkit inspect` shows the hosts that load it",
+        f"not measured: what {host.title} loads of all modules in this adapter for {family.title}",
+        hint="name the format to write: --to",
         file=path,
     )
 
@@ -311,10 +318,11 @@ def _forms(host: Host, adapter: Adapter, format: str, algorithm: str | None) -> 
     """
     # unfolded first: `min` keeps the first of equally good forms, and alpha stays readable
     for fold in (False, True):
-        pieces, homeless = pieces_as(adapter, format, fold, algorithm)
+        made = Recipe(format, fold, dialect=host.dialect)
+        pieces, homeless = pieces_as(adapter, made, algorithm)
         if not pieces or not _knows(host, format, adapter.family.name, pieces):
             continue
         lost = _lost(host, format, adapter.family.name, pieces)
         gone = len(pieces) if any(loss.whole for loss in lost) else sum(map(len, lost.values()))
         share = (gone + homeless) / (len(pieces) + homeless)
-        yield share, Recipe(format, fold), lost, len(pieces)
+        yield share, made, lost, len(pieces)

@@ -9,6 +9,7 @@ dots.
 from __future__ import annotations
 
 from adaptkit.keymap.adapter_keys import (
+    Dialect,
     KeyMap,
     Parsed,
     compile_keys,
@@ -20,9 +21,11 @@ from adaptkit.keymap.checkpoint_keys import CheckpointMap, Place, Spelled, compi
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
 from adaptkit.keymap.rows import Reading, find_row, label
 from adaptkit.keymap.templates import Templates
+from adaptkit.keymap.wrappers import unwrapped, wrapper
 
 __all__ = [
     "CheckpointMap",
+    "Dialect",
     "KeyMap",
     "Parsed",
     "Place",
@@ -40,4 +43,6 @@ __all__ = [
     "param_of",
     "prefixes",
     "split_suffix",
+    "unwrapped",
+    "wrapper",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,11 @@ from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import asked, policy, spelled
-from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, open_all
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, chosen_entries, open_all
 from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
+from adaptkit.ops.selecting import Selection
 from adaptkit.ops.shared import default_output
 from adaptkit.ops.verb import Verb
 
@@ -75,13 +76,15 @@ def _target(adapter: Adapter, options: Options) -> tuple[Into, tuple[str, ...]]:
         return Into.plain(options.to), ()
     if options.host is None:
         return Into.plain(adapter.format.name), ()
-    from adaptkit.hosts import hosts, recipe
+    from adaptkit.hosts import named, recipe
 
-    found = recipe(options.host, adapter, options.algo)
-    into = Into(found.format, found.fold_alpha or formats()[found.format].alpha is Alpha.NONE)
-    notes = found.warnings
+    selection = Selection(options.only, options.skip, adapter.family)
+    written = replace(adapter, entries=chosen_entries(adapter, selection))
+    found = recipe(options.host, written if written.entries else adapter, options.algo)
+    fold = found.fold_alpha or formats()[found.format].alpha is Alpha.NONE
+    into, notes = Into(found.format, fold, found.dialect), found.warnings
     if into == Into.plain(adapter.format.name) and not notes:
-        title = hosts()[options.host].title
+        title = named(options.host).title
         notes = (f"{title} loads {into.format} keys as they are: nothing was to be renamed.",)
     return into, notes
 

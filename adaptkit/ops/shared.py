@@ -112,7 +112,7 @@ class Shared:
 
 # options by the type of their values, whatever verb they belong to
 _PATHS, _BYTES = ("output", "base"), ("memory", "size", "shard_size")
-_PATTERNS = ("only", "skip", "blocks")
+_PATTERNS, _NAMES = ("only", "skip", "blocks"), ("family", "format", "to", "host", "algo")
 
 
 def settle(options: Any) -> None:
@@ -136,6 +136,8 @@ def settle(options: Any) -> None:
             value = (value,) if isinstance(value, str) else tuple(value)
         elif one.name == "device":
             value = str(value)
+        elif one.name in _NAMES and isinstance(value, str):
+            value = value.strip().lower()
         object.__setattr__(options, one.name, value)
 
 
@@ -267,17 +269,36 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise CannotWrite(f"no such folder: {path.parent}", hint="create it first", file=path)
 
 
-def refuse_unused(unused: Sequence[Unused], allowed: bool, file: object) -> None:
+def refuse_unused(
+    unused: Sequence[Unused], allowed: bool, file: object, hint: str | None = None
+) -> None:
     """Enforce the coverage contract: fail if keys would be lost, unless allowed."""
     if not unused or allowed:
         return
-    shown = "; ".join(f"{item.key} ({item.reason})" for item in unused[:3])
-    more = f"; and {len(unused) - 3} more" if len(unused) > 3 else ""
+    groups = [*by_reason(unused).values()]
+    shown = "; ".join(
+        f"{items[0].key}{f' and {len(items) - 1} more' if items[1:] else ''} ({items[0].reason})"
+        for items in groups[:_REASONS]
+    )
+    more = f"; and {len(groups) - _REASONS} more reasons" if groups[_REASONS:] else ""
+    also = "--allow-unused continues without them; the report then lists them"
     raise Unclaimed(
-        f"{len(unused)} keys would be lost: {shown}{more}",
-        hint="pass --allow-unused to continue without them; the report then lists them",
+        f"{'1 key' if len(unused) == 1 else f'{len(unused)} keys'} would be lost: {shown}{more}",
+        hint=f"{hint}; {also}" if hint else also,
         file=file,
     )
+
+
+# reasons that are told, and the names in them, which differ from key to key
+_REASONS, _NAME = 5, re.compile(r"\S+[._]\S+[._]\S+")
+
+
+def by_reason(unused: Sequence[Unused]) -> dict[str, list[Unused]]:
+    """Group keys by their reason, whatever module it names."""
+    groups: dict[str, list[Unused]] = {}
+    for item in unused:
+        groups.setdefault(_NAME.sub("…", item.reason), []).append(item)
+    return groups
 
 
 def stored_dtype(option: str, kept: str) -> str:

@@ -24,6 +24,7 @@ __all__ = ["device"]  # a fixture
 
 DRAWS = range(int(os.environ.get("ADAPTKIT_STACKS", "1")))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+KINDS = (*made.KINDS, "dora", "oft", "glora")
 State = dict[str, torch.Tensor]
 
 
@@ -35,11 +36,8 @@ def normal(draw: np.random.Generator, *shape: int) -> torch.Tensor:
     return torch.from_numpy(draw.standard_normal(shape)).float()
 
 
-def module(name: str, rows: int, columns: int, draw: np.random.Generator) -> State:
-    """The tensors of one module of any kind, kohya's names."""
-    kind = one_of(draw, *made.KINDS, "dora", "oft", "glora", "none")
-    if kind == "none":
-        return {}
+def module(name: str, kind: str, rows: int, columns: int, draw: np.random.Generator) -> State:
+    """The tensors of one module, kohya's names."""
     if kind == "oft":
         return {
             f"{name}.oft_blocks": normal(draw, rows // 8, 8, 8) * 0.1,
@@ -54,11 +52,11 @@ def module(name: str, rows: int, columns: int, draw: np.random.Generator) -> Sta
             f"{name}.b2.weight": normal(draw, b, columns) * 0.1,
         }
     plain = "lora" if kind in ("dora", "tucker") else kind
-    arrays = made.module(plain, name, (rows, columns), draw, one_of(draw, 2, 2, 3))
+    arrays = made.module(plain, name, (rows, columns), draw, one_of(draw, 2, 2, 2, 3))
     dtype = one_of(draw, torch.float32, torch.float16)
     found = {key: torch.tensor(array, dtype=dtype) for key, array in arrays.items()}
     if f"{name}.alpha" in found:
-        found[f"{name}.alpha"] = torch.tensor(one_of(draw, 0.5, 1.0, 2.0))
+        found[f"{name}.alpha"] = torch.tensor(one_of(draw, 1.0, 1.0, 2.0))
     if kind == "dora":
         shape = one_of(draw, (rows, 1), (1, columns))
         found[f"{name}.dora_scale"] = normal(draw, *shape).abs() + 1.0
@@ -81,13 +79,15 @@ def test_merge(seed: int, device: str, tmp_path: Path) -> None:
     """Fused layers in four dtypes; one adapter of every kind by whole layers, one of q, k and v apart."""
     draw = np.random.default_rng(seed)
     base, whole, parts = {}, {}, {}
-    for n in range(14):
+    # few kinds and dtypes in one model, so that many layers differ in the rest alone
+    kinds, dtypes = draw.permutation(KINDS)[:3], draw.permutation(len(DTYPES))[:2]
+    for n in range(18):
         stem = f"double_blocks.{n}.img_attn.qkv"
-        base[f"{stem}.weight"] = (normal(draw, 48, 16) / 4).to(one_of(draw, *DTYPES))
+        base[f"{stem}.weight"] = (normal(draw, 48, 16) / 4).to(DTYPES[one_of(draw, *dtypes)])
         name = f"lora_unet_double_blocks_{n}_img_attn_qkv"
-        whole |= module(name, 48, 16, draw)
+        whole |= module(name, one_of(draw, *kinds), 48, 16, draw)
         for part in ("to_q", "to_k", "to_v"):
-            if draw.random() < 0.3:
+            if draw.random() < 0.15:
                 k = one_of(draw, 1, 2)
                 key = f"transformer.transformer_blocks.{n}.attn.{part}"
                 parts[f"{key}.lora_A.weight"] = normal(draw, k, 16)
@@ -134,10 +134,11 @@ def test_halves_stored_exchanged_are_merged_apart(device: str, tmp_path: Path) -
 def pair(draw: np.random.Generator, folder: Path) -> tuple[Path, Path]:
     """Layers of two shapes whose dtypes, on either side, and differences are unlike."""
     base, tuned = {}, {}
-    for n in range(16):
-        shape = one_of(draw, (48, 32), (48, 32), (32, 48))
+    here, there = draw.permutation(3)[:2], draw.permutation(len(DTYPES))[:2]
+    for n in range(20):
+        shape = one_of(draw, (48, 32), (48, 32), (48, 32), (32, 48))
         key = f"blocks.{n}.layer.weight"
-        base[key] = (normal(draw, *shape) / 6).to(one_of(draw, *DTYPES[:3]))
+        base[key] = (normal(draw, *shape) / 6).to(DTYPES[here[int(draw.random() < 0.2)]])
         match one_of(draw, "lora", "kron", "full", "falling", "none"):
             case "lora":
                 delta = normal(draw, shape[0], 2) @ normal(draw, 2, shape[1]) * 0.02
@@ -151,11 +152,9 @@ def pair(draw: np.random.Generator, folder: Path) -> tuple[Path, Path]:
                 delta = normal(draw, *shape) * 0.1
             case _:
                 delta = torch.zeros(shape)
-        tuned[key] = (base[key].float() + 0.2 * delta).to(one_of(draw, *DTYPES))
-    paths = folder / "base.safetensors", folder / "tuned.safetensors"
-    for path, state in zip(paths, (base, tuned), strict=True):
-        save_file(state, path, {"format": "pt"})
-    return paths
+        dtype = DTYPES[there[int(draw.random() < 0.2)]]
+        tuned[key] = (base[key].float() + 0.2 * delta).to(dtype)
+    return saved(folder, base, tuned)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +175,56 @@ def test_extract(seed: int, options: dict[str, Any], device: str, tmp_path: Path
     assert [(d["module"], d["rank"]) for d in here.details] == [
         (d["module"], d["rank"]) for d in there.details
     ]
+
+
+def saved(folder: Path, base: State, tuned: State) -> tuple[Path, Path]:
+    for name, state in (("base", base), ("tuned", tuned)):
+        save_file(state, folder / f"{name}.safetensors", {"format": "pt"})
+    return folder / "base.safetensors", folder / "tuned.safetensors"
+
+
+def test_layers_of_a_stack_have_recipes_of_their_own(device: str, tmp_path: Path) -> None:
+    """`auto`: a Kronecker product is fitted as one, white noise between them in full."""
+    draw, base, tuned = np.random.default_rng(0), {}, {}
+    for n in range(6):
+        key = f"blocks.{n}.layer.weight"
+        kron = torch.kron(normal(draw, 8, 8), normal(draw, 8, 8)) * 0.02
+        base[key] = normal(draw, 64, 64) / 8
+        tuned[key] = base[key] + (normal(draw, 64, 64) * 0.2 if n % 2 else kron)
+    options = {"algo": "auto", "error": 0.01, "dtype": "fp32"}
+    found = both(extract, saved(tmp_path, base, tuned), options, device, tmp_path)
+    for report in found:
+        assert [d["algorithm"] for d in report.details] == ["lokr", "full"] * 3
+        assert report.relative_error < 1e-6
+
+
+def test_layers_of_a_stack_are_refitted_at_ranks_of_their_own(device: str, tmp_path: Path) -> None:
+    draw, base, tuned = np.random.default_rng(0), {}, {}
+    for n in range(6):
+        key = f"blocks.{n}.layer.weight"
+        base[key] = normal(draw, 96, 96) / 10
+        one, two = (torch.linalg.qr(normal(draw, 96, 96))[0] for _ in range(2))
+        tuned[key] = base[key] + 0.1 * (one * torch.arange(1, 97) ** (-0.2 - 0.25 * n)) @ two
+    options = {"algo": "lokr", "factor": 4, "size": 6000, "dtype": "fp32"}
+    here, there = both(extract, saved(tmp_path, base, tuned), options, device, tmp_path)
+    assert len({d["rank"] for d in here.details}) > 1
+    assert there.relative_error == pytest.approx(here.relative_error, rel=1e-6)
+
+
+def test_rounding_is_measured_in_the_dtype_of_each_layer(device: str, tmp_path: Path) -> None:
+    """An fp8 layer among bf16 ones: its rank is what stands out of its own rounding."""
+    draw, base, tuned = np.random.default_rng(0), {}, {}
+    for n in range(4):
+        key = f"blocks.{n}.layer.weight"
+        base[key] = (normal(draw, 256, 256) / 16).bfloat16()
+        change = normal(draw, 256, 8) @ normal(draw, 8, 256) * (0.01 / 16)
+        tuned[key] = (base[key].float() + change).to(torch.bfloat16 if n else torch.float8_e4m3fn)
+    options = {"size": 120_000, "dtype": "bf16"}
+    found = both(extract, saved(tmp_path, base, tuned), options, device, tmp_path)
+    for report in found:
+        ranks = {d["module"].split(".")[-2]: d["rank"] for d in report.details}
+        assert ranks["0"] <= 8, "rounding noise is stored"
+        assert {ranks[n] for n in "123"} == {8}
 
 
 @pytest.mark.parametrize("rule", [{"rank": 2}, {"energy": 0.8}, {"size": 6_000}])

@@ -14,7 +14,7 @@ import click
 from adaptkit import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "MANY",
@@ -32,11 +32,14 @@ __all__ = [
     "ranks",
     "safe",
     "safe_lines",
+    "some",
     "trouble",
 ]
 
 # items listed before "and n more"
 MANY = 12
+# names in a row
+FEW = 5
 
 
 def document(command: str, body: Mapping[str, Any]) -> None:
@@ -59,6 +62,13 @@ def counts(counts: Mapping[str, int], form: str = "{0} {1}") -> str:
     shown = [form.format(name, n) for name, n in list(counts.items())[:MANY]]
     more = len(counts) - MANY
     return " · ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    if len(names) <= FEW:
+        return ", ".join(names)
+    return f"{', '.join(names[: FEW - 2])} and {len(names) - FEW + 2} more"
 
 
 def percent(share: float) -> str:

@@ -13,8 +13,9 @@ from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
 from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
-from adaptkit.meaning import PEFT_CONFIG, Problem
+from adaptkit.meaning import Problem
 from adaptkit.ops.adapter_file.verdict import verdicts
+from adaptkit.ops.shared import settle
 from adaptkit.unknown import own_of
 
 if TYPE_CHECKING:
@@ -25,23 +26,29 @@ if TYPE_CHECKING:
     from adaptkit.files.source import TensorSource
     from adaptkit.ops.shared import Progress
 
-__all__ = ["Options", "Report", "expand", "run"]
+__all__ = ["Options", "Report", "run"]
 
 _STRANGER = "an adapter of an unknown model family, key format or algorithm"
 # a larger alpha / rank is rarely intended
 STRONG = 4.0
-SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of inspect."""
+    """Options of inspect.
+
+    `overview` leaves out hosts, keys and modules, which a table of files does not show.
+    """
 
     family: str | None = None
     format: str | None = None
     alpha_in: str | None = None
     hash: bool = False
     stats: bool = False
+    overview: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,26 +82,6 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON record of the contract."""
         return dict(self.record)
-
-
-def expand(paths: Iterable[str | PathLike[str]]) -> Iterator[Path]:
-    """Expand folders to the weight files below them, unless a folder is one model or adapter."""
-    for path in map(Path, paths):
-        if path.is_dir() and not _is_one(path):
-            found = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in SUFFIXES and file.is_file()
-            )
-            yield from found or [path]
-        else:
-            yield path
-
-
-def _is_one(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in ("model_index.json", PEFT_CONFIG)):
-        return True
-    return any(folder.glob("*.index.json")) or any(folder.glob("unet/*.safetensors"))
 
 
 def run(
@@ -192,9 +179,11 @@ def _adapter(
         "unclaimed": list(adapter.unclaimed),
         "own_names": [adapter.label(slot) for slot in adapter.own],
         "problems": [_problem(problem) for problem in (*_problems(adapter), *_traps(adapter))],
-        **_loads_in(adapter),
+        **({"loads_in": None} if options.overview else _loads_in(adapter)),
         "metadata": dict(source.metadata),
     }
+    if options.overview and not options.stats:
+        return Report(record)
     report = Report(record, _keys(source, adapter.unclaimed), tuple(_modules(adapter)))
     return _with_stats(adapter, report, progress) if options.stats else report
 

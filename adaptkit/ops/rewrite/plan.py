@@ -19,15 +19,16 @@ from adaptkit.steps import Step, peak_memory
 from adaptkit.unknown import joint
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Piece
     from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
-    from adaptkit.keymap import KeyMap
+    from adaptkit.keymap import Dialect, KeyMap
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
+    from adaptkit.ops.selecting import Selection
     from adaptkit.ops.shared import LeftOut, Unused
     from adaptkit.respelling import Assembly
 
@@ -65,9 +66,11 @@ class RecastOptions(Ranked):
 
     `algo` is the algorithm to change to, `factor` the small factor of a LoKr. `base` is the
     checkpoint that kinds like DoRA need for a difference. `alpha_in` is the alpha of every input
-    module, whatever the file says: a number, or `as-rank`.
+    module, whatever the file says: a number, or `as-rank`. `blocks` are rules for the weight of
+    modules (see adaptkit.ops.block_weights); those of weight 0 are left out.
     """
 
+    blocks: tuple[str, ...] = ()
     algo: str | None = None
     factor: int = 8
     base: Path | None = None
@@ -159,10 +162,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Into:
-    """The format to write, and whether to fold alpha into the weights in any case."""
+    """The format to write, how, and whether to fold alpha into the weights in any case."""
 
     format: str
     fold: bool
+    dialect: Dialect | None = None
 
     @property
     def config(self) -> bool:
@@ -330,6 +334,11 @@ def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:
         hint="only adapters of one family can be put together; see `adaptkit inspect`",
         file=path,
     )
+
+
+def chosen_entries(adapter: Adapter, selection: Selection) -> Mapping[Slot, Entry]:
+    """The modules that `--only` and `--skip` leave."""
+    return {s: e for s, e in adapter.entries.items() if selection(s, adapter.label(s))}
 
 
 def product_rank(term: Term) -> int:

@@ -211,7 +211,7 @@ def _poor(plan: Recast, error: float | None) -> Iterator[str]:
     if error is not None and error > POOR:
         ranked = plan.policy is not None
         more = "a higher rank or size keeps more" if ranked else "--algo lora or full keeps more"
-        yield f"relative error {error:.2g}: the adapter does something else now; {more}."
+        yield f"relative error {error:.2g}: much of the adapter is lost; {more}."
 
 
 def _broken(plan: Recast, state: State) -> Iterator[str]:
@@ -227,12 +227,21 @@ def _broken(plan: Recast, state: State) -> Iterator[str]:
         yield f"{count} NaN or infinity, copied as it is: {found[0]}{more}."
 
 
+def _by_part(plan: Recast, state: State) -> str:
+    """How many modules of each part are left out, where there are several parts."""
+    of = Counter(task.slot.component for task in plan.tasks)
+    out = Counter(task.slot.component for task in plan.tasks if state.dropped(task))
+    if len(of) < 2:
+        return ""
+    return f" ({', '.join(f'{out[part]} of {count} in {part}' for part, count in of.items())})"
+
+
 def _notes(plan: Recast, state: State) -> Iterator[str]:
     dropped = sum(1 for task in plan.tasks if state.dropped(task))
     if dropped:
         verb = "is" if dropped == 1 else "are"
         yield (
-            f"{dropped} of {len(plan.tasks)} modules {verb} left out: "
+            f"{dropped} of {len(plan.tasks)} modules {verb} left out{_by_part(plan, state)}: "
             "their share of ΔW is not worth its bytes."
         )
     zero = sum(1 for stored in state.stored.values() if stored.zero)

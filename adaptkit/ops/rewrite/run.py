@@ -11,7 +11,7 @@ from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
-from adaptkit.ops.adapter_file.peft_config import peft_config
+from adaptkit.ops.adapter_file.peft_config import check_window, peft_config
 from adaptkit.ops.adapter_file.verdict import loading
 from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.output import Output
@@ -40,10 +40,18 @@ CORES = 200_000_000  # bytes of decompositions held until ranks are cut; others 
 def check_peft(plan: Recast) -> None:
     """Refuse what PEFT cannot hold before anything is computed."""
     if plan.keys.format.alpha is Alpha.CONFIG:
+        path = plan.adapter.source.path
+        for task in plan.tasks:
+            first = task.entries[0]
+            kept = first.kind is task.kind and not task.ranked
+            try:
+                check_window(task.kind, task.kernel, first.keys if kept else task.kind.forms[0])
+            except NotRepresentable as error:
+                raise error.at(file=path, tensor=task.label) from None
         try:
             peft_config(State(plan).modules())
         except NotRepresentable as error:
-            raise error.at(file=plan.adapter.source.path) from None
+            raise error.at(file=path) from None
 
 
 def run(plan: Recast, progress: Progress | None = None) -> Report:
