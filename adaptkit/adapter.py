@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +13,8 @@ from adaptkit.detect import (
     Detection,
     chosen,
     detect_adapter,
+    detect_checkpoint,
+    families,
     foreign,
     formats,
     is_adapter,
@@ -26,7 +27,14 @@ from adaptkit.entries import (
     read_entries,
     without_carried,
 )
-from adaptkit.errors import AdaptkitError, NoSuchName, NotRepresentable, UnknownAdapter
+from adaptkit.errors import (
+    AdaptkitError,
+    InternalError,
+    NoSuchName,
+    NotRepresentable,
+    UnknownAdapter,
+)
+from adaptkit.files.limits import read_json
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
 from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
@@ -47,10 +55,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "open_adapter_source"]
 
+FEW = 16  # names of weights: fewer are no proof that a file is a checkpoint
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A parsed adapter file.
 
@@ -93,9 +102,10 @@ class Adapter:
             found = cls.understand(source, config, family=family, format=format, alpha=alpha)
             refuse_errors(found.problems, Path(path))
             return found
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def open_as(
@@ -118,9 +128,10 @@ class Adapter:
             found = cls._read(source, config, infos, *_by_names(infos, family, format), alpha)
             refuse_errors(found.problems, Path(path))
             return found
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def understand(
@@ -168,6 +179,12 @@ class Adapter:
             source.metadata,
             tuple(n for n in source.infos if n not in infos and not n.endswith(REDUNDANT)),
         )
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{name} {count}" for name, count in self.algorithms().items())
+        family = self.family.name if self.known else "unknown family"
+        path = str(self.source.path)
+        return f"Adapter({path!r}: {family}, {self.format.name} keys, modules: {kinds or 0})"
 
     @property
     def known(self) -> bool:
@@ -312,6 +329,14 @@ def _unknown(
         keys = _with_own(compile_keys(family, made[1].name), infos)
         if any(keys.parse(key) is not None for key in infos):
             return keys, replace(found, family=family, format=keys.format.name)
+    whole = detect_checkpoint(infos, {}) if made is None else None
+    if whole is not None and whole.family is not None and whole.claimed > FEW:
+        raise UnknownAdapter(
+            f"this is a checkpoint of {families()[whole.family].title}, "
+            "and an adapter belongs here",
+            hint="`adaptkit extract BASE TUNED` makes an adapter of two checkpoints; "
+            "`merge BASE ADAPTER` takes the checkpoint first",
+        )
     if made is None or family is not None:
         first = next(iter(infos), "nothing")
         raise UnknownAdapter(
@@ -336,8 +361,10 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
     if path.is_dir():
         weights = next((path / name for name in PEFT_WEIGHTS if (path / name).is_file()), path)
     try:
-        read = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        read = read_json(config.read_bytes(), PEFT_CONFIG)
+    except AdaptkitError as error:
+        raise error.at(file=config) from None
+    except (ValueError, OSError) as error:
         what = f"{PEFT_CONFIG} is not valid JSON: {error}"
         raise UnknownAdapter(what, file=config) from None
     if not isinstance(read, dict):

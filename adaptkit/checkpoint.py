@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
-from adaptkit.errors import AdaptkitError, NotRepresentable, ShapeMismatch, UnknownAdapter
+from adaptkit.errors import InternalError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
 from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint, keys_for, label
@@ -15,7 +15,7 @@ from adaptkit.names import Slot
 from adaptkit.unknown import family_of_weights, own_weights, with_own
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -53,7 +53,7 @@ def exchanged(tensor: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(tensor.tensor_split(2, dim)[::-1], dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A parsed checkpoint.
 
@@ -68,6 +68,11 @@ class Checkpoint:
     detection: Detection
     quantization: Quantization
     ema: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self.source.path)!r}: {self.family.name}, {len(self.places)} weights)"
+        )
 
     @classmethod
     def open(
@@ -95,9 +100,10 @@ class Checkpoint:
                     return cls.under_own_names(source, made, ema=ema)
             source.close()
             raise error.at(file=path) from None
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def understand(
@@ -107,6 +113,11 @@ class Checkpoint:
         stored = Quantization.of(source.infos)
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
         found = detect_checkpoint(infos, source.metadata, family=family)
+        if found.family is None and is_adapter(source.infos):
+            raise UnknownAdapter(
+                "this is an adapter, and a checkpoint belongs here",
+                hint="are the arguments swapped? merge BASE ADAPTER, extract BASE TUNED",
+            )
         if found.family is None:
             near = ""
             if found.nearest:
@@ -146,7 +157,8 @@ class Checkpoint:
         places = {
             averaged.get(name, name): place
             for name, place in named.items()
-            if name not in stored.extras
+            # a single number or nothing at all is no weight, whatever its name
+            if name not in stored.extras and _has_rows(source.infos[averaged.get(name, name)])
         }
         others = {
             name: keys.other(name) or "unknown" for name in source.infos if name not in places
@@ -243,6 +255,18 @@ class Checkpoint:
         """The stored dtypes of a slot."""
         return frozenset(self.source.infos[piece.name].dtype for piece in pieces)
 
+    def likeness(self, pieces: Iterable[Piece]) -> Hashable:
+        """All that decides how these pieces are read and rounded, names aside."""
+        return tuple(
+            (replace(piece, name=""), *(self._stored_as(name) for name in names))
+            for piece in pieces
+            if (names := (piece.name, self.quantization.scales.get(piece.name)))
+        )
+
+    def _stored_as(self, name: str | None) -> Hashable:
+        info = None if name is None else self.source.infos[name]
+        return info and (info.shape, info.dtype)
+
     def refusal(self, names: Iterable[str]) -> str | None:
         """The first unsupported quantization among tensors (`nf4 (bitsandbytes)`), or None."""
         infos = (self.source.infos[name] for name in names)
@@ -337,6 +361,10 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _has_rows(info: TensorInfo) -> bool:
+    return bool(info.shape) and info.numel > 0
 
 
 def _averaged(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, str]:

@@ -11,17 +11,19 @@ from adaptkit.keymap import prefixes, split_suffix
 from adaptkit.names import tokenise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from adaptkit.keymap import KeyMap
 
 __all__ = ["nearest"]
 
+SMALL = (0, 1, 2)  # text encoders count from 1, blocks from 0
+TRIED = 1000  # fillings of a shape, at most
 CUTOFF = 0.75  # difflib ratio; names below this have little in common
 
 
 def nearest(keys: KeyMap, key: str) -> str | None:
-    """The most similar known key with the numbers of `key`, or None.
+    """The most similar known key with the numbers of `key`, or None: never one that is not known.
 
     Names are compared without their numbers. A known module with a strange suffix has no nearer
     name.
@@ -37,11 +39,30 @@ def nearest(keys: KeyMap, key: str) -> str | None:
     # an equal shape means that only a number is out of range: no other name to suggest
     if not match or match[0] == shape:
         return None
-    holes = match[0].count("#")
-    values = itertools.chain(map(str, numbers), itertools.repeat("0"))
-    parts = match[0].split("#")
-    named = "".join(part + next(values) if n < holes else part for n, part in enumerate(parts))
-    return f"{named}.{suffix}"
+    named = next((one for one in _filled(match[0], numbers) if keys.claims(one)), None)
+    return None if named is None else f"{named}.{suffix}"
+
+
+def _filled(shape: str, numbers: Sequence[int]) -> Iterator[str]:
+    """The names of a shape with these numbers in their order; those that are missing are small."""
+    parts = shape.split("#")
+    holes = len(parts) - 1
+    if len(numbers) >= holes:
+        fillings: Iterable[Iterable[int]] = itertools.combinations(numbers, holes)
+    else:
+        fillings = (
+            _merged(places, numbers, small)
+            for places in reversed([*itertools.combinations(range(holes), len(numbers))])
+            for small in itertools.product(SMALL, repeat=holes - len(numbers))
+        )
+    for values in itertools.islice(fillings, TRIED):
+        yield "".join(map("".join, zip(parts, [*map(str, values), ""], strict=True)))
+
+
+def _merged(places: Sequence[int], numbers: Sequence[int], small: Sequence[int]) -> list[int]:
+    """`numbers` in their places, and the small ones in the others."""
+    rest, given = iter(small), dict(zip(places, numbers, strict=True))
+    return [given[n] if n in given else next(rest) for n in range(len(numbers) + len(small))]
 
 
 @lru_cache(maxsize=8)

@@ -313,6 +313,19 @@ def test_an_alpha_that_cannot_be_trusted_does_not_count(
     assert scale_of(path, alpha="2") == 2 / RANK
 
 
+def test_the_alpha_of_a_training_is_named_where_no_tensor_states_one(tmp_path: Path) -> None:
+    """It may have been multiplied into the weights, or lost: only a person can tell."""
+
+    def warnings(stated: dict[str, str], **alpha: float) -> list[str]:
+        record = inspect.run(flat(tmp_path / "a.safetensors", stated, **alpha)).record
+        return [p["what"] for p in record["problems"] if "ss_network_alpha" in p["what"]]
+
+    assert len(warnings({"ss_network_alpha": "1", "ss_network_dim": str(RANK)})) == 1
+    assert warnings({"ss_network_alpha": str(RANK)}) == []
+    assert warnings({"ss_network_alpha": "Dynamic"}) == []
+    assert warnings({"ss_network_alpha": "1"}, alpha=2.0) == []
+
+
 def test_alphas_that_contradict_each_other_are_refused_with_a_hint_that_works(
     tmp_path: Path,
 ) -> None:

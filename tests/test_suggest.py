@@ -14,6 +14,10 @@ BLOCK = "lora_unet_input_blocks_4_1_transformer_blocks_1_"
     ("wrong", "right"),
     [
         (f"{BLOCK}attn1_to_qq.lora_up.weight", f"{BLOCK}attn1_to_q.lora_up.weight"),
+        (  # SDXL has two text encoders, which count from 1
+            "lora_te_text_model_encoder_layers_3_self_attn_q_proj.lora_up.weight",
+            "lora_te1_text_model_encoder_layers_3_self_attn_q_proj.lora_up.weight",
+        ),
         (f"{BLOCK}atn2_to_k.alpha", f"{BLOCK}attn2_to_k.alpha"),
         (
             "lora_te1_text_model_encoder_layer_11_mlp_fc1.lora_down.weight",

@@ -28,6 +28,7 @@ class Full(Weights):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full difference"
     dense: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
@@ -78,10 +79,6 @@ class Full(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, diff=self.diff[..., start:stop, :])
-
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        return 1
 
     @classmethod
     def vector_role(cls, *, bias: bool, norm: bool) -> str | None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from adaptkit import __version__
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import InternalError
+from adaptkit.process import explained
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["cli", "main", "run"]
 
@@ -28,28 +34,75 @@ _ORDER = (
     "advise",
     "merge",
     "compare",
+    "metadata",
     "batch",
     "formats",
     "families",
     "algorithms",
     "help",
 )
+# what other tools call a command
+_CALLED = {
+    "average": "combine",
+    "diff": "compare",
+    "difference": "extract",
+    "identify": "inspect",
+    "info": "inspect",
+    "list": "inspect",
+    "prune": "resize",
+    "recipe": "batch",
+    "shrink": "resize",
+    "show": "inspect",
+    "stats": "inspect",
+    "svd": "extract",
+    "bake": "merge",
+    "fuse": "merge",
+    "rename": "convert",
+}
 # modules of this package that are not commands
-_SHARED = ("options", "show")
+_SHARED = ("options", "show", "tables")
+# commands that share a module
+_TABLES = ("formats", "families", "algorithms")
+
+
+class _ReaderGoneError(Exception):
+    """The reader of the pipe has ended, as in `adaptkit … | head`."""
 
 
 class _Lazy(click.Group):
     """A group with one command per module of this package, imported on lookup."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        names = [found.name for found in iter_modules(__path__) if found.name not in _SHARED]
+        found = (module.name for module in iter_modules(__path__))
+        names = [*(name for name in found if name not in _SHARED), *_TABLES]
         return sorted(names, key=lambda name: (*_ORDER, name).index(name))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        command: click.Command = getattr(import_module(f"adaptkit.cli.{cmd_name}"), cmd_name)
+        home = "tables" if cmd_name in _TABLES else cmd_name
+        command: click.Command = getattr(import_module(f"adaptkit.cli.{home}"), cmd_name)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a reader that has ended is no failure, which Click would make it."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGoneError from None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; name the nearest one, or what other tools call so."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            given = args[0].lower()
+            known = self.list_commands(ctx)
+            near = get_close_matches(given, [*known, *_CALLED], n=1, cutoff=0.6)
+            meant = _CALLED.get(near[0], near[0]) if near else None
+            hint = f"did you mean {meant}?" if meant else f"commands: {', '.join(known)}"
+            ctx.fail(f"no such command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(
@@ -87,25 +140,19 @@ def main() -> NoReturn:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as usage:
+        _document(type(usage).__name__, usage.format_message())
         usage.show()
         sys.exit(usage.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(_INTERRUPTED)
-    except BrokenPipeError:
-        # the reader of the pipe has ended, as in `adaptkit … | head`
+    except (_ReaderGoneError, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except AdaptkitError as error:
-        _fail(str(error), error.hint, error.exit_code)
     except Exception as error:
-        if os.environ.get("ADAPTKIT_DEBUG"):
-            raise
-        _fail(
-            f"unexpected {type(error).__name__}: {error}",
-            "this is a bug in adaptkit; set ADAPTKIT_DEBUG=1 to see the traceback",
-            1,
-        )
+        found = InternalError.of(explained(error))
+        _document(type(found).__name__, found.message, found.to_dict())
+        _fail(str(found), found.hint, found.exit_code)
 
 
 def run() -> NoReturn:
@@ -119,6 +166,15 @@ def run() -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code if isinstance(code, int) else 0)
+
+
+def _document(kind: str, message: str, facts: Mapping[str, str | None] | None = None) -> None:
+    """Print the error as the one JSON document that `--json` promises."""
+    if "--json" not in sys.argv[1:]:
+        return
+    told = {"hint": None, "file": None, "tensor": None, **(facts or {})}
+    error = {**told, "type": kind, "message": message}
+    click.echo(json.dumps({"adaptkit": __version__, "error": error}, ensure_ascii=False, indent=2))
 
 
 def _utf8() -> None:

@@ -6,21 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import HOST, PATH, ranks, recasts, writer
+from adaptkit.cli.options import HOST, PATH, SUFFIX, ranks, recasts, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @click.command()
-@click.argument("adapter", type=PATH)
+@click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")
 @click.option("--to", metavar="FORMAT", help="Key format to write; `adaptkit formats` lists them.")
 @click.option("--for", "host", type=HOST, help="Write the format that this host loads.")
 @recasts
 @ranks
 @writer
-def convert(adapter: Path, **chosen: Any) -> None:
-    """Convert ADAPTER to another key format.
+@SUFFIX
+def convert(adapters: tuple[Path, ...], **chosen: Any) -> int:
+    """Convert adapters to another key format.
 
     Keys are renamed and tensors copied byte for byte. Layers that the formats fuse differently are
     split or fused exactly. If the new format has no key for alpha, alpha is multiplied into the
@@ -30,18 +31,26 @@ def convert(adapter: Path, **chosen: Any) -> None:
     --algo also changes the algorithm. The result is exact if possible, and otherwise the nearest
     adapter, with the error in the report. A rank rule truncates the ranks in the same run.
 
+    With --only or --skip alone the file keeps its format. Several files, folders or globs are
+    written to the folder of -o under their names, or beside each input; one that fails stops no
+    other, and the exit code is 1 then.
+
     \b
     adaptkit convert style.safetensors --to comfy
     adaptkit convert style.safetensors --for diffusers -o style-diffusers.safetensors
     adaptkit convert style.safetensors --to peft -o style-peft
+    adaptkit convert style.safetensors --skip te
+    adaptkit convert loras --for comfyui -o for-comfyui
     adaptkit convert lokr.safetensors --to diffusers --algo lora --rank 32
     """
     from adaptkit.cli.show.rewrite import converted
-    from adaptkit.cli.show.talk import write
+    from adaptkit.cli.show.talk import write_each
     from adaptkit.ops.convert import VERB
+    from adaptkit.ops.ranks.options import RULES
 
     if chosen["to"] and chosen["host"]:
         raise click.UsageError("--to and --for exclude each other")
-    if not (chosen["to"] or chosen["host"] or chosen["algo"] or chosen["dtype"] != "keep"):
+    asked = ("to", "host", "algo", "only", "skip", "alpha_in", *RULES)
+    if chosen["dtype"] == "keep" and not any(chosen[name] for name in asked):
         raise click.UsageError("missing --to FORMAT or --for HOST")
-    write(VERB, "converting", converted, adapter, **chosen)
+    return write_each(VERB, "converting", converted, adapters, **chosen)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import EXTRACTABLE, FACTOR, PATH, ranks, writer
+from adaptkit.cli.options import EXTRACTABLE, FACTOR, HOST, PATH, ranks, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--to",
-    default="kohya",
-    show_default=True,
     metavar="FORMAT",
-    help="Key format to write; `adaptkit formats` lists them.",
+    help="Key format to write; `adaptkit formats` lists them.  [default: the one that most hosts "
+    "load completely]",
 )
+@click.option("--for", "host", type=HOST, help="Write the format that this host loads.")
 @click.option(
     "--svd",
     type=click.Choice(["auto", "exact"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
@@ -25,6 +25,9 @@ def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
     check(path, overwrite)
 
 
+SORTS = ("name", "family", "rank", "size", "date")
+
+
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
 @click.option("--keys", is_flag=True, help="List all tensors: key, dtype, shape.")
@@ -36,6 +39,18 @@ def _can_plot(path: Path, files: Sequence[Path], overwrite: bool) -> None:
     is_flag=True,
     help="Also read the weights: norms and ranks by block; zeros, NaN, overflow.",
 )
+@click.option(
+    "--sort",
+    type=click.Choice(SORTS, case_sensitive=False),
+    help="Order of several files.",
+)
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="FIELD=GLOB",
+    help="Only files of which this holds, such as family=sdxl or problems=error (repeatable).",
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print the table of files as CSV.")
 @picture("the statistics")
 @click.option("--hash", is_flag=True, help="Add the SHA-256 of each file.")
 @inputs
@@ -46,6 +61,9 @@ def inspect(
     keys: bool,
     modules: bool,
     stats: bool,
+    sort: str | None,
+    where: tuple[str, ...],
+    as_csv: bool,
     plot: Path | None,
     overwrite: bool,
     hash: bool,
@@ -60,41 +78,48 @@ def inspect(
 
     FILE is a .safetensors file, a pickle (.ckpt, .pt, .bin), an index of shards or a folder. A
     diffusers or PEFT folder counts as one file; any other folder is searched for weight files.
-    Without --stats and --plot no weights are read and torch is not loaded.
+    Without --stats and --plot no weights are read and torch is not loaded. Several files are shown
+    as a table: --sort orders it, and --where selects by family, format, kind, algorithm, part,
+    rank, dtype or problems.
 
     --stats computes ‖ΔW‖ and the singular values of every module. It prints, for every block, a
     heat map of ‖ΔW‖ per kind of layer and the ranks that hold 90 and 99 % of it. --plot also
     draws the spectra.
 
-    Exits with 1 if a file is corrupt or of an unknown kind, after reporting the others.
+    Exits with 1 if a file cannot be read or has an error (a missing half, NaN under --stats), after
+    reporting the others.
     """
     from adaptkit.cli.show.inspect import inspected
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import inspect as op
 
-    paths = list(op.expand(files))
+    found = dict(op.found_in(files))
+    paths = list(found)
+    op.where((), where)  # a wrong condition is told before a thousand files are read
     stats = stats or plot is not None
     if plot is not None:
         _can_plot(plot, paths, overwrite)
     options = op.Options(family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats)
-    with (
-        Talk("inspect", as_json, quiet, verbose).progress("reading weights")
-        if stats
-        else nullcontext() as bar
-    ):
-        reports = [op.run(path, options, bar) for path in paths]
-    inspected(
-        reports,
-        keys=keys,
-        modules=modules or verbose or (stats and as_json),
-        as_json=as_json,
-        quiet=quiet,
-    )
-    if any(report.error for report in reports):
-        return 1
-    if plot is not None:
+    modules = modules or verbose or (stats and as_json)
+    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats))
+    with Talk("inspect", as_json, quiet, verbose).progress(
+        "reading weights" if stats else "reading"
+    ) as bar:
+        if len(paths) == 1 or stats:
+            reports = [op.run(path, options, bar) for path in paths]
+        else:
+            reports = op.survey(paths, op.shortened(options) if table else options, bar)
+    reports = op.ordered(op.where(reports, where), sort)
+    twice = Counter(found.values())
+    names = {str(p): name if twice[name] == 1 else str(p) for p, name in found.items()}
+    if as_csv:
+        from adaptkit.cli.show.inspect import listed
+
+        listed(reports, names)
+    inspected(reports, names, keys=keys, modules=modules, as_json=as_json, quiet=quiet or as_csv)
+    if plot is not None and reports[0].error is None:
         _plotted(reports[0], plot, overwrite, quiet)
-    return 0
+    return 1 if any(report.broken for report in reports) else 0
 
 
 def _plotted(report: Report, path: Path, overwrite: bool, quiet: bool) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from adaptkit.cli.show.picture import option as checked_picture
+from adaptkit.files.limits import allow
 from adaptkit.ops.ranks.options import rules
 from adaptkit.ops.shared import SIZES, parse_size, split_strength
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from adaptkit.ops.ranks.rules.contract import Rule
 
@@ -22,9 +24,11 @@ __all__ = [
     "EXTRACTABLE",
     "FACTOR",
     "HOST",
+    "NO_LIMITS",
     "PATH",
     "SIZE",
     "STRENGTH",
+    "SUFFIX",
     "Size",
     "computing",
     "inputs",
@@ -86,8 +90,13 @@ class Factor(click.ParamType):  # type: ignore[type-arg]
 class Registered(click.ParamType):  # type: ignore[type-arg]
     """A name from a registry, which is read when the option is used or shown."""
 
-    def __init__(self, name: str, names: Callable[[], Iterable[str]]) -> None:
-        self.name, self.names = name, names
+    def __init__(
+        self,
+        name: str,
+        names: Callable[[], Iterable[str]],
+        also: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        self.name, self.names, self.also = name, names, also
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return f"[{'|'.join(self.names())}]"
@@ -97,10 +106,14 @@ class Registered(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         names = list(self.names())
-        if value not in names:
+        wanted = str(value).strip().lower()
+        found = wanted if wanted in names else self.also().get(wanted)
+        if found is None:
+            near = get_close_matches(wanted, [*names, *self.also()], n=1, cutoff=0.6)
             listed = ", ".join(map(repr, names))
-            self.fail(f"{value!r} is not one of {listed}.", param, ctx)
-        return str(value)
+            more = f" Did you mean {near[0]}?" if near else ""
+            self.fail(f"{value!r} is not one of {listed}.{more}", param, ctx)
+        return found
 
 
 class Algorithm(Registered):
@@ -119,13 +132,19 @@ def _hosts() -> Iterable[str]:
     return hosts()
 
 
+def _called() -> Mapping[str, str]:
+    from adaptkit.hosts import hosts
+
+    return {other: name for name, host in hosts().items() for other in host.also}
+
+
 def _extractable() -> Iterable[str]:
     from adaptkit.keymap.kinds import extractable
 
     return (*extractable(), "auto")
 
 
-HOST = Registered("host", _hosts)
+HOST = Registered("host", _hosts, _called)
 EXTRACTABLE = Algorithm("algorithm", _extractable)
 FACTOR = Factor()
 SIZE = Size()
@@ -136,6 +155,21 @@ def _apply(function: F, options: list[Callable[[F], F]]) -> F:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def _lift(context: click.Context, _parameter: click.Parameter, given: bool) -> None:
+    """Lift the limits of files until the command has ended."""
+    if given:
+        context.with_resource(allow())
+
+
+NO_LIMITS = click.option(
+    "--no-limits",
+    is_flag=True,
+    expose_value=False,
+    callback=_lift,
+    help="Read files beyond the limits that `adaptkit help limits` lists.",
+)
 
 
 def talk(function: F) -> F:
@@ -153,7 +187,7 @@ def talk(function: F) -> F:
 
 
 def inputs(function: F) -> F:
-    """Add --family and --format."""
+    """Add --family, --format and --no-limits."""
     return _apply(
         function,
         [
@@ -161,6 +195,7 @@ def inputs(function: F) -> F:
             click.option(
                 "--format", metavar="NAME", help="Override the detected key format of the input."
             ),
+            NO_LIMITS,
         ],
     )
 
@@ -244,12 +279,21 @@ def _rule(rule: Rule) -> Callable[[F], F]:
     return click.option(name, type=kind, metavar=rule.metavar, help=rule.help)
 
 
+BLOCKS = click.option(
+    "--blocks",
+    multiple=True,
+    metavar="NAME=WEIGHT,…",
+    help="Multiply the strength in some blocks; NAME is a name, a glob or a range (repeatable).",
+)
+
+
 def recasts(function: F) -> F:
-    """Add --algo, --factor, --base and --alpha-in."""
+    """Add --algo, --factor, --base, --alpha-in and --blocks."""
     return _apply(
         function,
         [
             ALPHA_IN,
+            BLOCKS,
             click.option("--algo", metavar="NAME", help="Change the algorithm: lora, lokr, full."),
             click.option(
                 "--factor",
@@ -288,6 +332,12 @@ def picture(what: str) -> Callable[[F], F]:
     return added
 
 
+SUFFIX = click.option(
+    "--suffix",
+    default="",
+    metavar="TEXT",
+    help="Several inputs: add -TEXT to every name.",
+)
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(["keep", "fp32", "fp16", "bf16"]),
@@ -306,7 +356,8 @@ def writer(function: F) -> F:
                 "-o",
                 "--output",
                 type=PATH,
-                help="File to write.  [default: next to the last input]",
+                help="File to write, or the folder for several inputs.  [default: next to the last "
+                "input]",
             ),
             inputs,
             DTYPE,

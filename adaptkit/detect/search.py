@@ -135,13 +135,14 @@ def spelled_as_adapter(name: str, gates: Set[str]) -> bool:
 def chosen(kind: str, known: Mapping[str, object], name: str | None) -> tuple[str, ...]:
     """The names to consider: all, or the given one.
 
-    Raises `NoSuchName` if it is unknown.
+    Case does not count. Raises `NoSuchName` if it is unknown.
     """
     if name is None:
         return tuple(known)
-    if name not in known:
+    found = {one.lower(): one for one in known}.get(name.strip().lower())
+    if found is None:
         raise NoSuchName.among(kind, name, known)
-    return (name,)
+    return (found,)
 
 
 def detect_adapter(

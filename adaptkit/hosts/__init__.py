@@ -7,7 +7,26 @@ run, the others are described from their code in `tests/interop/hosts`.
 
 from __future__ import annotations
 
-from adaptkit.hosts._judge import complete, hosts, judge, losses, recipe
+from adaptkit.hosts._judge import (
+    complete,
+    format_for,
+    hosts,
+    judge,
+    losses,
+    named,
+    recipe,
+    usual_format,
+)
 from adaptkit.hosts._measured import measured_with
 
-__all__ = ["complete", "hosts", "judge", "losses", "measured_with", "recipe"]
+__all__ = [
+    "complete",
+    "format_for",
+    "hosts",
+    "judge",
+    "losses",
+    "measured_with",
+    "named",
+    "recipe",
+    "usual_format",
+]

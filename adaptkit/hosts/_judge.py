@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
-from adaptkit.detect import families
+from adaptkit.detect import families, formats
 from adaptkit.errors import NoSuchName, NotRepresentable
+from adaptkit.formats.contract import Alpha
 from adaptkit.hosts._measured import measurement, reads
 from adaptkit.hosts._pieces import common_alphas, examples, pieces_as, pieces_of
 from adaptkit.hosts.contract import Loss, Recipe, Verdict
@@ -15,22 +18,34 @@ from adaptkit.registry import discover
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from adaptkit.adapter import Adapter
+    from adaptkit.families.contract import ModelFamily
     from adaptkit.hosts.contract import Host, Piece
     from adaptkit.names import Slot
 
     # the share of lost modules, how to write, the losses, and the number of modules
     _Form = tuple[float, Recipe, dict[Loss, list[Piece]], int]
 
-__all__ = ["complete", "hosts", "judge", "losses", "recipe"]
+__all__ = ["complete", "format_for", "hosts", "judge", "losses", "named", "recipe", "usual_format"]
 
 SHOWN = 3  # modules named per reason
+PREFERRED = ("kohya", "comfy", "diffusers")  # the better known first
 
 
 def hosts() -> Mapping[str, Host]:
     """Every host by name."""
     return discover("adaptkit.hosts", "HOST")
+
+
+def named(name: str) -> Host:
+    """The host of a name, whatever its case, or of another name for it; NoSuchName if none is."""
+    wanted = name.strip().lower()
+    found = {other: host for host in hosts().values() for other in (*host.also, host.name)}
+    if wanted not in found:
+        raise NoSuchName.among("host", name, found)
+    return found[wanted]
 
 
 def judge(adapter: Adapter) -> dict[str, Verdict]:
@@ -63,6 +78,49 @@ def complete(host: Host, format: str) -> list[str]:
         if known and not _lost(host, format, name, pieces):
             found.append(name)
     return found
+
+
+@cache
+def usual_format(family: str) -> str:
+    """The format in which the most hosts load a whole LoRA of a family's denoiser.
+
+    Of equally good ones the earlier of `PREFERRED`, which is also that of an unknown family.
+    """
+
+    def loaded(format: str) -> int:
+        return sum(_missed(host, format, family) == 0.0 for host in hosts())
+
+    files = [name for name, form in formats().items() if form.alpha is not Alpha.CONFIG]
+    known = [*PREFERRED, *(name for name in files if name not in PREFERRED)]
+    return max(known, key=loaded) if family in families() else PREFERRED[0]
+
+
+def format_for(host: str, family: ModelFamily) -> str:
+    """The format in which a host loads the most of a LoRA of a family's denoiser.
+
+    Raises `NotRepresentable` if it loads nothing of it in any.
+    """
+    target = named(host)
+    tried = {
+        name: missed
+        for name in target.formats(family.name)
+        if (missed := _missed(target.name, name, family.name)) is not None
+    }
+    if not tried or min(tried.values()) == 1.0:
+        raise _untried(target, family, None)
+    return min(tried, key=lambda name: tried[name])
+
+
+@cache
+def _missed(name: str, format: str, family: str) -> float | None:
+    """The share of a denoiser that a host does not load in a format; None if not measured."""
+    host = hosts()[name]
+    pieces = examples(family, format) if family in families() else ()
+    if not pieces or family in host.unsupported or not _knows(host, format, family, pieces):
+        return None
+    lost = _lost(host, format, family, pieces)
+    gone = len(pieces) if any(loss.whole for loss in lost) else sum(map(len, lost.values()))
+    return gone / len(pieces)
 
 
 def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict:
@@ -186,9 +244,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
     The form with the most modules loaded wins; modules lost even so become warnings. Raises
     `NotRepresentable` if every form loads nothing.
     """
-    if host not in hosts():
-        raise NoSuchName.among("host", host, hosts())
-    target = hosts()[host]
+    target = named(host)
     path = adapter.source.path
     if not adapter.known:
         raise NotRepresentable(
@@ -198,7 +254,7 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
         )
     tried = _tried(target, adapter, algorithm)
     if not tried:
-        raise _untried(target, adapter)
+        raise _untried(target, adapter.family, path)
     missing, form, lost, total = min(tried, key=lambda made: made[0])
     reasons = tuple(_reasons(lost, total))
     if missing == 1.0:  # nothing is left of what the format has a place for
@@ -215,9 +271,8 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
             hint=_helping(target, adapter, algorithm),
             file=path,
         )
-    return Recipe(
-        form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons)
-    )
+    warnings = tuple(f"in {target.title}, {reason}" for reason in reasons)
+    return replace(form, warnings=warnings)
 
 
 def _tried(host: Host, adapter: Adapter, algorithm: str | None) -> list[_Form]:
@@ -237,9 +292,8 @@ def _helping(host: Host, adapter: Adapter, algorithm: str | None) -> str:
     return hint
 
 
-def _untried(host: Host, adapter: Adapter) -> NotRepresentable:
+def _untried(host: Host, family: ModelFamily, path: Path | None) -> NotRepresentable:
     """Why no form of an adapter can be recommended for a host."""
-    family, path = adapter.family, adapter.source.path
     if family.name in host.unsupported:
         hint = "`adaptkit inspect` shows the hosts that load it"
         return NotRepresentable(host.unsupported[family.name], hint=hint, file=path)
@@ -264,10 +318,11 @@ def _forms(host: Host, adapter: Adapter, format: str, algorithm: str | None) -> 
     """
     # unfolded first: `min` keeps the first of equally good forms, and alpha stays readable
     for fold in (False, True):
-        pieces, homeless = pieces_as(adapter, format, fold, algorithm)
+        made = Recipe(format, fold, dialect=host.dialect)
+        pieces, homeless = pieces_as(adapter, made, algorithm)
         if not pieces or not _knows(host, format, adapter.family.name, pieces):
             continue
         lost = _lost(host, format, adapter.family.name, pieces)
         gone = len(pieces) if any(loss.whole for loss in lost) else sum(map(len, lost.values()))
         share = (gone + homeless) / (len(pieces) + homeless)
-        yield share, Recipe(format, fold), lost, len(pieces)
+        yield share, made, lost, len(pieces)

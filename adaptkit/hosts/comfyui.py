@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adaptkit.hosts.contract import DORA, UNETS, Cell, Host, Loss
+from adaptkit.keymap import Dialect
 
 READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
 MISREAD = "are stored with a full `lokr_w2` of five dimensions, which it takes for another product"
@@ -10,6 +11,7 @@ FAILS = "have Tucker cores, for which its product fails: they are left out with 
 
 HOST = Host(
     name="comfyui",
+    also=("comfy", "comfy-ui"),
     title="ComfyUI",
     cells=(
         # black-forest-labs' control LoRAs get the prefix of its own names
@@ -24,6 +26,7 @@ HOST = Host(
         ),
     ),
     unread=Loss("are dropped with a line in the log"),
+    dialect=Dialect(flat=("lokr_w2",)),
     writes={**dict.fromkeys(UNETS, ("kohya", "comfy")), "": ("comfy", "kohya")},
     # it has code for OFT and BOFT, which was not tried
     algorithms=(*READ, "kohya-oft", "ia3", "peft-oft", "peft-boft"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptkit.hosts.contract import DORA, SD, Cell, Host, Loss
+from adaptkit.keymap import Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,6 +190,7 @@ def _krea2(pieces: tuple[Piece, ...]) -> Loss | None:
 OUTER = r"^transformer\.(img_in|txt_in|time_in|guidance_in|vector_in|final_layer)"
 HOST = Host(
     name="invokeai",
+    also=("invoke", "invoke-ai"),
     title="InvokeAI",
     cells=(
         *(Cell("kohya", (family,), (KOHYA, *ANY), check=_unet(family)) for family in (*SD, "sdxl")),
@@ -297,6 +299,8 @@ HOST = Host(
     ),
     unread=Loss(PASSED_OVER),
     nothing=Loss("it does not recognise such a file, or finds none of its modules", whole=True),
+    # sd-scripts calls T5 lora_te3_
+    dialect=Dialect(prefixes=("lora_te2_",), flat=("lokr_w2",)),
     writes={
         **dict.fromkeys((*SD, "sdxl"), ("kohya",)),
         "flux": ("kohya", "comfy", "diffusers", "onetrainer"),

@@ -20,6 +20,7 @@ FACTORS = Loss(
 
 HOST = Host(
     name="kohya",
+    also=("a1111", "automatic1111", "forge", "reforge", "sd-webui", "sd-scripts", "musubi-tuner"),
     title="kohya (sd-scripts, musubi-tuner)",
     cells=(
         Cell("kohya", SCRIPTS, (PLAIN,)),

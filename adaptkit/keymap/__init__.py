@@ -9,6 +9,7 @@ dots.
 from __future__ import annotations
 
 from adaptkit.keymap.adapter_keys import (
+    Dialect,
     KeyMap,
     Parsed,
     compile_keys,
@@ -24,6 +25,7 @@ from adaptkit.keymap.wrappers import unwrapped, wrapper
 
 __all__ = [
     "CheckpointMap",
+    "Dialect",
     "KeyMap",
     "Parsed",
     "Place",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from adaptkit.families.contract import Component, ModelFamily, Name, Row
     from adaptkit.formats.contract import KeyFormat
 
-__all__ = ["KeyMap", "Parsed", "compile_keys", "keys_for", "module_names", "prefixes"]
+__all__ = ["Dialect", "KeyMap", "Parsed", "compile_keys", "keys_for", "module_names", "prefixes"]
 
 OWN = "own"  # the template field of a format's own tags
 
@@ -43,21 +44,40 @@ class Parsed(NamedTuple):
     swapped: bool
 
 
+class Dialect(NamedTuple):
+    """How one reader of a format wants it written.
+
+    `prefixes` are written for a component that has one of them, instead of its first. The windows
+    of tensors of the suffixes in `flat` are flattened, unless they have two dimensions.
+    """
+
+    prefixes: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
+
+
 class KeyMap:
     """All adapter keys of one family in one format, in both directions.
 
     `wrapped`: names are read behind the prefixes of wrappers too, see adaptkit.keymap.wrappers.
     """
 
-    def __init__(self, family: ModelFamily, format: KeyFormat, *, wrapped: bool = False) -> None:
+    def __init__(
+        self,
+        family: ModelFamily,
+        format: KeyFormat,
+        dialect: Dialect | None = None,
+        *,
+        wrapped: bool = False,
+    ) -> None:
         self.family = family
         self.format = format
+        self.dialect = dialect or Dialect()
         self.wrapped = wrapped
         found = [(prefix, part) for part in family.components for prefix in prefixes(part, format)]
         # longest prefix first: `lora_unet__` before `lora_unet_`
         self._parts = sorted(found, key=lambda item: -len(item[0]))
         self._own = format.style if format.private else ""
-        self._prefixes = _written_prefixes(family, format)
+        self._prefixes = _written_prefixes(family, format, self.dialect.prefixes)
         # caches: a stem is looked up once per role, a slot in every step
         self._found: dict[str, _Match | None] = {}
         self._slots: dict[str, Slot] = {}
@@ -169,6 +189,12 @@ class KeyMap:
             suffix = algorithms()[algorithm].roles[role].spelling  # no spelling of a LoRA's bias
         return f"{self.stem(slot)}.{suffix}"
 
+    def flat(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor of this name, flattened if the reader wants it so."""
+        if len(shape) in (2, 4) or not name.endswith(self.dialect.flat):
+            return shape
+        return (shape[0], math.prod(shape[1:]))
+
     def beside_lora(self, slot: Slot) -> bool:
         """Whether the format stores this bias as a part of its layer's LoRA, as PEFT does."""
         return self.format.peft and slot.param == BIAS and not self.normed(slot.target)
@@ -269,14 +295,17 @@ def _owned() -> frozenset[str]:
     )
 
 
-def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
+def _written_prefixes(
+    family: ModelFamily, format: KeyFormat, wanted: tuple[str, ...]
+) -> dict[str, str]:
     """The prefix to write each component with.
 
     Of two components with the same prefix, the first gets it, unless their names tell them apart.
     """
     found: dict[str, str] = {}
     for part in family.components:
-        mine = prefixes(part, format)[:1]
+        known = prefixes(part, format)
+        mine = tuple(prefix for prefix in known if prefix in wanted)[:1] or known[:1]
         # two components with one prefix could not be told apart when read back
         if mine and (part.apart or mine[0] not in found.values()):
             found[part.name] = mine[0]
@@ -300,17 +329,21 @@ def _joined(module: str, joiner: str) -> str:
     return module if joiner == "." else module.replace(".", joiner)
 
 
-def keys_for(family: ModelFamily, format: KeyFormat) -> KeyMap:
+def keys_for(family: ModelFamily, format: KeyFormat, dialect: Dialect | None = None) -> KeyMap:
     """The key map of a family in a format; cached if the family is a table's."""
-    known = discover("adaptkit.families", "FAMILY").get(family.name)
-    return compile_keys(family.name, format.name) if known is family else KeyMap(family, format)
+    if discover("adaptkit.families", "FAMILY").get(family.name) is family:
+        return compile_keys(family.name, format.name, dialect)
+    return KeyMap(family, format, dialect)
 
 
 @cache
-def compile_keys(family_name: str, format_name: str, *, wrapped: bool = False) -> KeyMap:
+def compile_keys(
+    family_name: str, format_name: str, dialect: Dialect | None = None, *, wrapped: bool = False
+) -> KeyMap:
     """The key map of a family in a format, by name (cached)."""
     return KeyMap(
         discover("adaptkit.families", "FAMILY")[family_name],
         discover("adaptkit.formats", "FORMAT")[format_name],
+        dialect,
         wrapped=wrapped,
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         extract,
         inspect,
         merge,
+        metadata,
         resize,
     )
 
@@ -27,6 +28,7 @@ __all__ = [
     "extract",
     "inspect",
     "merge",
+    "metadata",
     "resize",
 ]
 

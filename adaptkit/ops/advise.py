@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
@@ -22,12 +23,12 @@ from adaptkit.ops.difference.probe import Look, Probe, as_rounded, look, made_by
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
 from adaptkit.ops.ranks.rules.size import Size
-from adaptkit.ops.shared import Closing, Progress, Shared, Unused, refuse_unused
+from adaptkit.ops.shared import Brief, Closing, Progress, Shared, Unused, refuse_unused, settle
 from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from os import PathLike
 
     from torch import Tensor
 
@@ -63,13 +64,16 @@ class Options:
     allow_unused: bool = False
     ema: bool = False
 
+    def __post_init__(self) -> None:
+        settle(self)
+
     @property
     def shared(self) -> Shared:
         """The options that pair two checkpoints."""
         return Shared(family=self.family, dtype=self.dtype, only=self.only, skip=self.skip)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Closing):
     """Everything known before a weight is read."""
 
@@ -107,8 +111,8 @@ class Point:
         return found | ({"mix": dict(self.mix), "gap": self.gap} if self.mix else {})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Report(Brief):
     """The curves.
 
     By rank: `rank` is LoRA of one rank everywhere; at the same bytes, `size` is LoRA with each
@@ -172,15 +176,17 @@ class Report:
 # --- planning --------------------------------------------------------------------------------
 
 
-def plan(base: Path, tuned: Path, options: Options) -> Plan:
+def plan(base: str | PathLike[str], tuned: str | PathLike[str], options: Options) -> Plan:
     """Pair the checkpoints. Reads headers only; anything that can fail fails here."""
     if options.max_rank < 1:
         raise WrongUsage(f"--max-rank must be at least 1, not {options.max_rank}")
     chosen("format", formats(), options.to)
+    base, tuned = Path(base), Path(tuned)
     first, second = open_pair(base, tuned, options.family, ema=options.ema)
     keys = first.keys(formats()[options.to])
     pairing = Pairing(first, second, keys, Wanted(low_rank_kind().name, False, options.shared))
     jobs = pairing.pairs()
+    pairing.selection.check("these checkpoints")
     if not any(job.algorithm for job in jobs):
         raise NothingToDo("no layer of these checkpoints is selected", hint="see --only and --skip")
     refuse_unused(pairing.lost, options.allow_unused, tuned)
@@ -221,7 +227,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         found[job.number] = layer
 
     try:
-        engine.run(
+        notes = engine.run(
             plan.steps,
             engine.Work(worker.load, worker.work, store, held=lambda _: 0),
             engine.Resources.choose(plan.options.device, plan.options.memory),
@@ -229,7 +235,8 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         )
     finally:
         plan.close()
-    return _report(plan, [found[job.number] for job in plan.jobs], started)
+    report = _report(plan, [found[job.number] for job in plan.jobs], started)
+    return replace(report, notes=(*report.notes, *notes))
 
 
 class _Measurer:

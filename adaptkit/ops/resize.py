@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
@@ -16,7 +17,7 @@ from adaptkit.ops.shared import default_output
 from adaptkit.ops.verb import Verb
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from os import PathLike
 
 __all__ = ["VERB", "Options", "Plan", "Report", "plan", "run"]
 
@@ -28,7 +29,7 @@ class Options(RecastOptions):
     """The ranks to keep, by one rule; `algo` changes the algorithm too."""
 
 
-def plan(path: Path, options: Options) -> Recast:
+def plan(path: str | PathLike[str], options: Options) -> Recast:
     """Plan what every module may become. Reads headers only; anything that can fail fails here."""
     if asked(options) is None:
         raise WrongUsage(
@@ -41,6 +42,7 @@ def plan(path: Path, options: Options) -> Recast:
             hint=f"use `adaptkit convert --algo {options.algo}`",
         )
     chosen = policy(options)
+    path = Path(path)
     (adapter,) = open_all([path], options)
     try:
         into = Into.plain(adapter.format.name)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from adaptkit.errors import CannotWrite, NoSuchName, Unclaimed, WouldOverwrite
+from adaptkit.errors import CannotWrite, NoSuchName, Unclaimed, WouldOverwrite, WrongUsage
 from adaptkit.files.quantized import FLOATS
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "FLOATS",
+    "Brief",
     "Closing",
     "Progress",
     "Shared",
@@ -27,13 +27,40 @@ __all__ = [
     "default_output",
     "parse_size",
     "refuse_unused",
-    "selected",
+    "settle",
     "split_strength",
     "stored_dtype",
 ]
 
 
-class Closing:
+class Brief:
+    """A dataclass whose repr is one line: long fields by their number of items, none that is empty.
+
+    A notebook cell or an error tracker prints objects whole, and a plan has a million of them.
+    """
+
+    def __repr__(self) -> str:
+        names = [one.name for one in fields(self)]  # type: ignore[arg-type]
+        found = ((name, _brief(getattr(self, name))) for name in names)
+        where = type(self).__module__.removeprefix("adaptkit.").removeprefix("ops.").split(".")[0]
+        shown = ", ".join(f"{name}={text}" for name, text in found if text)
+        return f"{where}.{type(self).__name__}({shown})"
+
+
+_LONG, _FEW = 80, 4  # characters of one value, and items
+
+
+def _brief(value: object) -> str:
+    if value is None or value in ((), {}):
+        return ""
+    if isinstance(value, Sized) and not isinstance(value, str) and len(value) > _FEW:
+        return f"<{len(value)}>"
+    shown = repr(str(value)) if isinstance(value, Path) else repr(value)
+    short = len(shown) <= _LONG and " object at 0x" not in shown
+    return shown if short else f"<{type(value).__name__}>"
+
+
+class Closing(Brief):
     """Make an object with a `close` method a context manager."""
 
     def close(self) -> None:
@@ -54,6 +81,8 @@ Progress = Callable[[int, int], None]
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 SIZES = "500KB, 64MB, 1.5GB or 64MiB"
+
+POOR = 0.3  # a larger relative error of a result is said in a note
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -77,6 +106,60 @@ class Shared:
     allow_unused: bool = False
     verify: bool = False
 
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+# options by the type of their values, whatever verb they belong to
+_PATHS, _BYTES = ("output", "base"), ("memory", "size", "shard_size")
+_PATTERNS, _NAMES = ("only", "skip", "blocks"), ("family", "format", "to", "host", "algo")
+
+
+def settle(options: Any) -> None:
+    """Put the options of a verb in their types, whatever a caller wrote.
+
+    A path may be text, a size `48KB`, a device a `torch.device`, and one pattern stand alone: a
+    string is no sequence of one-letter patterns. Raises WrongUsage for a size that is none.
+    """
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if value is None:
+            continue
+        if one.name in _PATHS:
+            value = Path(value)
+        elif one.name in _BYTES and isinstance(value, str):
+            size = parse_size(value)
+            if size is None:
+                raise WrongUsage(f"{one.name}: {value!r} is not a size such as {SIZES}")
+            value = size
+        elif one.name in _PATTERNS:
+            value = (value,) if isinstance(value, str) else tuple(value)
+        elif one.name == "device":
+            value = str(value)
+        elif one.name in _NAMES and isinstance(value, str):
+            value = value.strip().lower()
+        object.__setattr__(options, one.name, value)
+
+
+class LeftOut(NamedTuple):
+    """How many modules `--only` and `--skip` leave out, of how many, and by which options."""
+
+    modules: int
+    of: int
+    by: str
+
+    def __str__(self) -> str:
+        return f"{self.modules} of {self.of} left out by {self.by}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON record."""
+        return {"left_out": self.modules, "of": self.of, "by": self.by}
+
+
+def chosen_by(left_out: LeftOut | None) -> dict[str, Any]:
+    """The field `selection` of a plan or report, if modules were selected."""
+    return {} if left_out is None else {"selection": left_out.to_dict()}
+
 
 @dataclass(frozen=True, slots=True)
 class Unused:
@@ -90,12 +173,14 @@ class Unused:
         return {"key": self.key, "reason": self.reason}
 
 
-@dataclass(frozen=True, kw_only=True)
-class WriterReport:
+@dataclass(frozen=True, repr=False, kw_only=True)
+class WriterReport(Brief):
     """Fields that the reports of all writers share (the JSON contract).
 
     `relative_error` is None if only a base weight, which was not given, can measure it. `measured`
-    is the one measured on the finished file; None unless that was asked for.
+    is the one measured on the finished file; None unless that was asked for. `loads_in` and `why`
+    are the hosts' verdicts on a written adapter as `inspect` gives them. `selection` says what
+    `--only` and `--skip` left out.
     """
 
     output: Path
@@ -107,6 +192,9 @@ class WriterReport:
     seconds: float = 0.0
     details: tuple[Mapping[str, Any], ...] = field(default=())
     measured: float | None = None
+    loads_in: Mapping[str, bool | None] | None = None
+    why: Mapping[str, str] = field(default_factory=dict)
+    selection: LeftOut | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON document of the contract."""
@@ -120,25 +208,10 @@ class WriterReport:
             "seconds": round(self.seconds, 3),
             "details": [dict(item) for item in self.details],
             **({} if self.measured is None else {"verified": {"relative_error": self.measured}}),
+            **({} if self.loads_in is None else {"loads_in": dict(self.loads_in)}),
+            **({"why": dict(self.why)} if self.why else {}),
+            **chosen_by(self.selection),
         }
-
-
-def matches(label: str, component: str, globs: Iterable[str]) -> bool:
-    """Return whether a glob matches a module's name or equals its component.
-
-    A glob may include the component in the name or leave it out.
-    """
-    bare = label.removeprefix(f"{component}.")
-    return any(
-        glob == component or fnmatchcase(label, glob) or fnmatchcase(bare, glob) for glob in globs
-    )
-
-
-def selected(label: str, component: str, options: Shared) -> bool:
-    """Return whether `--only` and `--skip` select this module."""
-    if options.only and not matches(label, component, options.only):
-        return False
-    return not matches(label, component, options.skip)
 
 
 def split_strength(argument: str) -> tuple[Path, float]:
@@ -196,17 +269,36 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise CannotWrite(f"no such folder: {path.parent}", hint="create it first", file=path)
 
 
-def refuse_unused(unused: Sequence[Unused], allowed: bool, file: object) -> None:
+def refuse_unused(
+    unused: Sequence[Unused], allowed: bool, file: object, hint: str | None = None
+) -> None:
     """Enforce the coverage contract: fail if keys would be lost, unless allowed."""
     if not unused or allowed:
         return
-    shown = "; ".join(f"{item.key} ({item.reason})" for item in unused[:3])
-    more = f"; and {len(unused) - 3} more" if len(unused) > 3 else ""
+    groups = [*by_reason(unused).values()]
+    shown = "; ".join(
+        f"{items[0].key}{f' and {len(items) - 1} more' if items[1:] else ''} ({items[0].reason})"
+        for items in groups[:_REASONS]
+    )
+    more = f"; and {len(groups) - _REASONS} more reasons" if groups[_REASONS:] else ""
+    also = "--allow-unused continues without them; the report then lists them"
     raise Unclaimed(
-        f"{len(unused)} keys would be lost: {shown}{more}",
-        hint="pass --allow-unused to continue without them; the report then lists them",
+        f"{'1 key' if len(unused) == 1 else f'{len(unused)} keys'} would be lost: {shown}{more}",
+        hint=f"{hint}; {also}" if hint else also,
         file=file,
     )
+
+
+# reasons that are told, and the names in them, which differ from key to key
+_REASONS, _NAME = 5, re.compile(r"\S+[._]\S+[._]\S+")
+
+
+def by_reason(unused: Sequence[Unused]) -> dict[str, list[Unused]]:
+    """Group keys by their reason, whatever module it names."""
+    groups: dict[str, list[Unused]] = {}
+    for item in unused:
+        groups.setdefault(_NAME.sub("…", item.reason), []).append(item)
+    return groups
 
 
 def stored_dtype(option: str, kept: str) -> str:

@@ -145,7 +145,7 @@ def test_refusals(tiny: Path, tmp_path: Path) -> None:
         adaptkit("compare", tiny / "base.ckpt", tiny / "tuned.ckpt"), "neither", "adaptkit extract"
     )
     refused(adaptkit("compare", lora, tmp_path / "none.safetensors"), "none.safetensors")
-    refused(adaptkit("compare", lora, lora, "--only", "nowhere"), "no module in common", "--only")
+    refused(adaptkit("compare", lora, lora, "--only", "nowhere"), "matches no module", "--only")
     refused(adaptkit("compare", lora, lora, "--memory", "1KB"), "working memory", "--memory")
     refused(adaptkit("compare", lora, lora, "--device", "gpu"), "gpu")
     tensors = load_file(lora)

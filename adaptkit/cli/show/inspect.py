@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from adaptkit.cli.show.page import Words, console, facts, page, table
-from adaptkit.cli.show.text import MANY, cell, counts, document, human, last
+from adaptkit.cli.show.talk import fault
+from adaptkit.cli.show.text import MANY, cell, counts, document, human, last, loads_in, some
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from adaptkit.ops import inspect
 
-__all__ = ["inspected"]
+__all__ = ["inspected", "listed"]
 
 _MEASURED = {
     "algorithm": "algorithm",
@@ -31,20 +30,25 @@ _MEASURED = {
 
 
 def inspected(
-    reports: Sequence[inspect.Report], *, keys: bool, modules: bool, as_json: bool, quiet: bool
+    reports: Sequence[inspect.Report],
+    names: Mapping[str, str],
+    *,
+    keys: bool,
+    modules: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Print one file in full or several as a table; errors on stderr."""
+    """Print one file in full or several as a table; errors on stderr.
+
+    `names` are the names of files in the table by their path.
+    """
     if as_json:
         document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
     elif not quiet:
-        _show(reports, keys, modules)
+        _show(reports, names, keys, modules)
     for report in reports:
         if report.error is not None:
-            click.echo(click.style("error:", fg="red", bold=True) + f" {report.error}", err=True)
-            if report.error.hint:
-                click.echo(
-                    click.style("hint:", fg="cyan", bold=True) + f" {report.error.hint}", err=True
-                )
+            fault(report.error)
 
 
 def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, Any]:
@@ -56,12 +60,14 @@ def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, 
     return record
 
 
-def _show(reports: Sequence[inspect.Report], keys: bool, modules: bool) -> None:
+def _show(
+    reports: Sequence[inspect.Report], names: Mapping[str, str], keys: bool, modules: bool
+) -> None:
     good = [report for report in reports if report.error is None]
-    if len(reports) > 1 and not (
+    if len(names) > 1 and not (
         keys or modules or any("blocks" in report.record for report in good)
     ):
-        return _overview(good)
+        return _overview(good, names)
     for report in good:
         _file(report)
         if report.record.get("blocks"):
@@ -72,7 +78,7 @@ def _show(reports: Sequence[inspect.Report], keys: bool, modules: bool) -> None:
             _keys(report)
 
 
-def _overview(reports: Sequence[inspect.Report]) -> None:
+def _overview(reports: Sequence[inspect.Report], names: Mapping[str, str]) -> None:
     if not reports:
         return
     rows = [
@@ -84,12 +90,31 @@ def _overview(reports: Sequence[inspect.Report]) -> None:
             counts(r["algorithms"]),
             " ".join(list(r["ranks"])[:4]) + (" …" if len(r["ranks"]) > 4 else ""),
             f"{len(r['problems'])}" if r["problems"] else "",
-            PurePath(r["path"]).name,
+            names.get(r["path"], r["path"]),
         )
         for r in (report.record for report in reports)
     ]
     columns = ("size", "kind", "family", "format", "modules", "rank", "problems", "file")
     page().print(table(columns, rows, right=("size",)))
+
+
+def listed(reports: Sequence[inspect.Report], names: Mapping[str, str]) -> None:
+    """Print the table of files as CSV, with an `error` for those that cannot be read."""
+    import csv
+    import sys
+
+    columns = ("path", "bytes", "kind", "family", "format", "algorithms", "ranks", "problems")
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow((*columns, "error"))
+    for report in reports:
+        r = report.record
+        name = names.get(r["path"], r["path"])
+        if report.error is not None:
+            out.writerow((name, *([""] * (len(columns) - 1)), report.error.message))
+            continue
+        kinds = " ".join(f"{kind}:{count}" for kind, count in r["algorithms"].items())
+        cells = (r["kind"], r["family"], r["format"], kinds, " ".join(r["ranks"]))
+        out.writerow((name, r["bytes"], *cells, len(r["problems"]), ""))
 
 
 def _file(report: inspect.Report) -> None:
@@ -100,14 +125,25 @@ def _file(report: inspect.Report) -> None:
         Words(f"{record['kind']}, {human(record['bytes'])}"),
     )
     out.print(facts((name, value) for name, value in _lines(record) if value))
-    for problem in record["problems"][:MANY]:
-        where = f"{problem['module']}: " if problem["module"] else ""
-        style = "red" if problem["severity"] == "error" else "yellow"
-        out.print(Words(f"  {problem['severity']}:", style), Words(f"{where}{problem['what']}"))
-    if len(record["problems"]) > MANY:
-        out.print(
-            f"  and {len(record['problems']) - MANY} more problems (see --json)", style="yellow"
-        )
+    groups = list(_alike(record["problems"]))
+    for severity, what in groups[:MANY]:
+        style = "red" if severity == "error" else "yellow"
+        out.print(Words(f"  {severity}:", style), Words(what))
+    if len(groups) > MANY:
+        out.print(f"  and {len(groups) - MANY} more problems (see --json)", style="yellow")
+
+
+def _alike(problems: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The severity and the text of every kind of problem, with the first modules that have it."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        where = groups.setdefault((problem["severity"], problem["what"]), [])
+        where += [problem["module"]] if problem["module"] else []
+    for (severity, what), modules in groups.items():
+        if len(modules) < 2:
+            yield severity, f"{modules[0]}: {what}" if modules else what
+        else:
+            yield severity, f"{len(modules)} modules: {what}: {some(modules)}"
 
 
 def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -139,25 +175,9 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{record['parameters']:,}"
     yield "dtypes", counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
-    yield "loads in", _loads_in(record)
+    yield "loads in", loads_in(record)
     yield "sha256", record.get("sha256", "")
     yield "metadata", _metadata(record["metadata"])
-
-
-def _loads_in(record: Mapping[str, Any]) -> str:
-    """Return one line per host: yes, no or ? with the reason; then what was measured."""
-    words = {True: "yes", False: "no", None: "?"}
-    found = record.get("loads_in") or {}
-    lines = [f"{host}: {words[loads]}{_because(record, host)}" for host, loads in found.items()]
-    if with_ := record.get("measured_with"):
-        measured = ", ".join(f"{host} {version}" for host, version in with_.items())
-        lines.append(f"(measured with {measured})")
-    return "\n".join(lines)
-
-
-def _because(record: Mapping[str, Any], host: str) -> str:
-    why = record.get("why", {}).get(host, "")
-    return f" – {why}" if why else ""
 
 
 def _metadata(metadata: Mapping[str, str]) -> str:

@@ -19,12 +19,10 @@ __all__ = ["combined", "converted", "resized"]
 
 def converted(talk: Talk, report: Report) -> None:
     """Print the summary of a conversion."""
+    same = report.source_format == report.format
+    keys = report.format if same else f"{report.source_format} → {report.format}"
     rows = [
-        (
-            "adapter",
-            f"{report.family}, {report.source_format} → {report.format} keys, "
-            f"{human(report.bytes)}",
-        ),
+        ("adapter", f"{report.family}, {keys} keys, {human(report.bytes)}"),
         ("modules", f"{report.modules}: {counts(report.changes, '{1} {0}')}"),
         ("weights", lossy(report.relative_error, report.unread)),
     ]

@@ -9,18 +9,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.show.page import console, facts, page, table
-from adaptkit.cli.show.text import MANY, cell, document, human, last
+from adaptkit.cli.show.text import MANY, cell, document, human, last, loads_in
+from adaptkit.ops.shared import LeftOut, Unused, by_reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
+    from adaptkit.errors import AdaptkitError
+    from adaptkit.ops.many import Done
     from adaptkit.ops.shared import WriterReport
     from adaptkit.ops.verb import Verb
 
-__all__ = ["Talk", "write"]
+__all__ = ["Talk", "fault", "write", "write_each"]
 
 # keys named per reason
 _FEW = 2
+
+
+def fault(error: AdaptkitError) -> None:
+    """Print an error and its hint on stderr."""
+    click.echo(click.style("error:", fg="red", bold=True) + f" {error}", err=True)
+    if error.hint:
+        click.echo(click.style("hint:", fg="cyan", bold=True) + f" {error.hint}", err=True)
 
 
 class Talk:
@@ -71,6 +82,23 @@ class Talk:
         )
         _unused(out, plan["unused"])
 
+    def each(self, done: Sequence[Done]) -> None:
+        """Print the outputs on stdout, and the table of all inputs on stderr."""
+        if self.as_json:
+            return document(self.command, {"files": [one.to_dict() for one in done]})
+        for one in done:
+            if one.report is not None:
+                click.echo(str(one.report.output))
+        if not self.quiet:
+            rows = [_row(one) for one in done if one.report is not None]
+            columns = ("size", "modules", "error", "loads in", "file")
+            page(stderr=True).print(table(columns, rows, right=columns[:3]))
+            good = len(rows)
+            click.echo(f"{good} of {len(done)} written, {sum_of(done)}", err=True)
+        for one in done:
+            if one.error is not None:
+                fault(one.error)
+
     def written(
         self,
         report: WriterReport,
@@ -90,7 +118,13 @@ class Talk:
         if report.measured is not None:
             read = f"read back from the file: relative error {report.measured:.3g}"
             rows = [*rows, ("verified", read)]
-        err.print(facts([row for row in (*rows, ("seconds", f"{report.seconds:.1f}")) if row[1]]))
+        rows = [*rows, ("seconds", f"{report.seconds:.1f}")]
+        if report.selection is not None:
+            where = next(n for n, row in enumerate(rows) if row[0] in ("modules", "adapters"))
+            rows[where] = (rows[where][0], f"{rows[where][1]}\n{report.selection}")
+        if report.loads_in is not None:
+            rows.append(("loads in", loads_in(report.to_dict())))
+        err.print(facts([row for row in rows if row[1]]))
         _unused(err, [item.to_dict() for item in report.unused])
         for note in notes:
             err.print(f"note: {note}", style="yellow")
@@ -120,11 +154,52 @@ def write(
     return show(talk, report)
 
 
+def write_each(
+    verb: Verb,
+    doing: str,
+    show: Callable[[Talk, Any], None],
+    adapters: Sequence[Path],
+    *,
+    suffix: str,
+    **chosen: Any,
+) -> int:
+    """Run a command of one adapter, or on each of several; return the exit code."""
+    from adaptkit.ops.many import is_many, run_many
+
+    if not is_many(adapters):
+        write(verb, doing, show, adapters[0], **chosen)
+        return 0
+    talk = Talk(verb.name, *(chosen.pop(name) for name in ("as_json", "quiet", "verbose")))
+    if chosen.pop("dry_run"):
+        raise click.UsageError("--dry-run plans one input; `adaptkit batch` plans many")
+    options = verb.options(**chosen)
+    with talk.progress(doing) as progress:
+        done = run_many(verb, adapters, options, suffix, progress)
+    talk.each(done)
+    return 1 if any(one.error for one in done) else 0
+
+
 def _summary(name: str, value: object) -> bool:
     return name not in ("details", "unused", "output") and value not in ("", None, [])
 
 
+def _row(one: Done) -> tuple[str, ...]:
+    report = one.report
+    assert report is not None
+    lost = "?" if report.relative_error is None else f"{report.relative_error:.3g}"
+    hosts = [host for host, loads in (report.loads_in or {}).items() if loads]
+    told = ", ".join(hosts) or "no host known"
+    return human(report.bytes), str(report.modules), lost, told, one.name
+
+
+def sum_of(done: Sequence[Done]) -> str:
+    """The bytes of all outputs."""
+    return human(sum(one.report.bytes for one in done if one.report is not None))
+
+
 def _shown(name: str, value: object) -> str:
+    if name == "selection":
+        return str(LeftOut(*value.values()))  # type: ignore[attr-defined]
     if isinstance(value, int) and ("bytes" in name or "memory" in name):
         return human(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -138,10 +213,9 @@ def _shown(name: str, value: object) -> str:
 
 def _unused(out: Any, unused: Sequence[Mapping[str, str]]) -> None:
     """Print the unused keys by reason: their number and the first of them."""
-    groups: dict[str, list[str]] = {}
-    for item in unused:
-        groups.setdefault(item["reason"], []).append(item["key"])
-    for reason, keys in list(groups.items())[:MANY]:
+    groups = by_reason([Unused(item["key"], item["reason"]) for item in unused])
+    for items in list(groups.values())[:MANY]:
+        keys, reason = [item.key for item in items], items[0].reason
         count = "1 key" if len(keys) == 1 else f"{len(keys)} keys"
         out.print(f"  {count} not used: {reason}", style="yellow")
         more = f", and {len(keys) - _FEW} more (see --json)" if len(keys) > _FEW else ""

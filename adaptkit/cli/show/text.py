@@ -11,12 +11,26 @@ import click
 from adaptkit import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["MANY", "cell", "counts", "document", "human", "last", "lossy", "percent", "ranks"]
+__all__ = [
+    "MANY",
+    "cell",
+    "counts",
+    "document",
+    "human",
+    "last",
+    "loads_in",
+    "lossy",
+    "percent",
+    "ranks",
+    "some",
+]
 
 # items listed before "and n more"
 MANY = 12
+# names in a row
+FEW = 5
 
 
 def document(command: str, body: Mapping[str, Any]) -> None:
@@ -42,6 +56,13 @@ def counts(counts: Mapping[str, int], form: str = "{0} {1}") -> str:
     shown = [form.format(name, n) for name, n in list(counts.items())[:MANY]]
     more = len(counts) - MANY
     return " · ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    if len(names) <= FEW:
+        return ", ".join(names)
+    return f"{', '.join(names[: FEW - 2])} and {len(names) - FEW + 2} more"
 
 
 def percent(share: float) -> str:
@@ -76,3 +97,17 @@ def lossy(error: float | None, unread: int = 0) -> str:
     if error is None:
         return "error unknown without --base"
     return "exact" if error == 0 else f"relative error {error:.3g}"
+
+
+def loads_in(record: Mapping[str, Any]) -> str:
+    """One line per host: yes, no or ? with the reason; then what was measured, if it is said."""
+    words = {True: "yes", False: "no", None: "?"}
+    why = record.get("why", {})
+    lines = [
+        f"{host}: {words[loads]}{f' – {why[host]}' if host in why else ''}"
+        for host, loads in (record.get("loads_in") or {}).items()
+    ]
+    if with_ := record.get("measured_with"):
+        measured = ", ".join(f"{host} {version}" for host, version in with_.items())
+        lines.append(f"(measured with {measured})")
+    return "\n".join(lines)

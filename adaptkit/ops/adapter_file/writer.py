@@ -8,7 +8,7 @@ from math import isclose
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.entries import entries_of, weights_of
-from adaptkit.errors import NotRepresentable
+from adaptkit.errors import CannotWrite, NotRepresentable
 from adaptkit.ops.adapter_file.peft_config import PeftModule, peft_config
 from adaptkit.ops.shared import check_output
 
@@ -28,14 +28,21 @@ if TYPE_CHECKING:
 __all__ = ["AdapterWriter", "Meant", "check_adapter_output"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# the files that a PEFT folder may hold
 _FLOAT32 = 1e-6  # alpha is stored as float32
+FILES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")  # ends of the names of files
+# the files that a PEFT folder may hold
 KNOWN = frozenset({WEIGHTS, CONFIG, "adapter_model.bin", "README.md"})
 
 
 def check_adapter_output(output: Path, *, folder: bool, overwrite: bool) -> None:
     """Refuse an output that exists or cannot be created, before any work."""
     if folder:
+        if output.suffix.lower() in FILES:
+            raise CannotWrite(
+                f"PEFT keys are written as a folder, and {output.name} is the name of a file",
+                hint=f"-o {output.with_suffix('').name}, or --to diffusers for one file",
+                file=output,
+            )
         from adaptkit.files.publish import check_folder
 
         check_folder(output, KNOWN, overwrite)

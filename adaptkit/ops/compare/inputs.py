@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Argument", "Given", "Inputs", "open_inputs"]
 
 # a file, or a file and the strength of its adapter
-Argument = Path | tuple[Path, float]
+Argument = str | PathLike[str] | tuple[str | PathLike[str], float]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def open_inputs(
     with ExitStack() as opened:
         files = []
         for argument in (a, b):
-            path, strength = argument if isinstance(argument, tuple) else (argument, 1.0)
+            given, strength = argument if isinstance(argument, tuple) else (argument, 1.0)
+            path = Path(given)
             source, config = open_adapter_source(path)
             opened.callback(source.close)
             files.append(_File(path, strength, source, config, (family, format), alpha))

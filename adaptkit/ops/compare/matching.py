@@ -12,7 +12,8 @@ from adaptkit.keymap import KeyMap
 from adaptkit.keymap.kinds import dense_kind
 from adaptkit.names import Rows, Slot
 from adaptkit.ops.difference.pairing import Pairing, Wanted
-from adaptkit.ops.shared import Shared, Unused, selected
+from adaptkit.ops.selecting import Selection
+from adaptkit.ops.shared import Shared, Unused
 from adaptkit.respelling import Part, Respelling
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def _gap(target: Target, start: Fraction, stop: Fraction) -> Slot:
 def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Match], list[Unused]]:
     """Match every module of A, then the modules of B alone; return also the unused keys."""
     ours, theirs = a.adapter, b.adapter
-    cuts = Cuts(ours)
+    cuts, selected = Cuts(ours), Selection(select.only, select.skip, a.adapter.family)
     respelling = Respelling(theirs, cuts)
     shared = {slot: entry for slot, entry in theirs.entries.items() if slot.target in cuts.held}
     try:
@@ -221,7 +222,7 @@ def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Ma
         raise error.at(file=theirs.source.path) from None
     matches = []
     for slot, entry in ours.entries.items():
-        if slot not in cuts.twice and selected(ours.label(slot), slot.component, select):
+        if slot not in cuts.twice and selected(slot, ours.label(slot)):
             parts = found[slot].parts if slot in found else ()
             sides = tuple(base.side(b, part) for part in parts)
             _check_sides(ours, entry, b, sides)
@@ -233,8 +234,9 @@ def of_adapters(a: Given, b: Given, base: Base, select: Shared) -> tuple[list[Ma
         if slot not in shared
     ]
     for label, slot, parts in only:
-        if selected(label, slot.component, select):
+        if selected(slot, label):
             matches.append(Match(label, None, tuple(base.side(b, part) for part in parts)))
+    selected.check("these adapters")
     return matches, [*_unused(ours, cuts.twice_keys), *_unused(theirs, respelling.lost)]
 
 
@@ -274,6 +276,7 @@ def of_checkpoint(
             met.add(entry.slot)
         matches.append(match)
     for slot, entry in entries.items():
-        if slot not in met and selected(base.label(slot), slot.component, select):
+        if slot not in met and pairing.selection(slot, base.label(slot)):
             matches.append(Match(base.label(slot), there.side(a, Part(entry))))
+    pairing.selection.check("these files")
     return matches, [*_unused(a.adapter, cuts.twice_keys), *pairing.lost, *pairing.left]

@@ -13,7 +13,7 @@ from adaptkit.ops.compare.distance import Numbers
 from adaptkit.ops.compare.inputs import Argument, Given, Inputs, open_inputs
 from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
 from adaptkit.ops.compare.measure import Measurer, needs_base
-from adaptkit.ops.shared import Closing, Progress, Shared, Unused
+from adaptkit.ops.shared import Brief, Closing, Progress, Shared, Unused, settle
 from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
@@ -37,8 +37,11 @@ class Options:
     skip: tuple[str, ...] = ()
     alpha_in: str | None = None
 
+    def __post_init__(self) -> None:
+        settle(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Plan(Closing):
     """The state of a comparison before any weight is read."""
 
@@ -65,8 +68,8 @@ class ModuleDistance:
     strength: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Report(Brief):
     """Distances in total, over the common modules and per module.
 
     Two adapters A and B have the relative error ‖A − B‖ / ‖B‖. An adapter and a checkpoint have
@@ -226,7 +229,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         found[match.number] = numbers
 
     try:
-        engine.run(
+        notes = engine.run(
             plan.steps,
             engine.Work(worker.load, worker.work, store, held=lambda _: 0),
             engine.Resources.choose(plan.options.device, plan.options.memory),
@@ -234,11 +237,9 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         )
     finally:
         plan.close()
-    return _report(
-        plan,
-        [(match, found[match.number]) for match in plan.matches],
-        time.perf_counter() - started,
-    )
+    both = [(match, found[match.number]) for match in plan.matches]
+    report = _report(plan, both, time.perf_counter() - started)
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) -> Report:

@@ -7,13 +7,23 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.detect import ENOUGH, is_adapter
-from adaptkit.errors import AdaptkitError, NoSuchName, ShapeMismatch, UnknownAdapter
+from adaptkit.errors import (
+    AdaptkitError,
+    NoSuchName,
+    NotRepresentable,
+    ShapeMismatch,
+    UnknownAdapter,
+)
 from adaptkit.families.contract import Kind
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import FP8
+from adaptkit.formats.contract import Alpha
+from adaptkit.keymap import algorithms
 from adaptkit.keymap.kinds import dense_kind, vector_kind
 from adaptkit.names import BIAS, Slot, Target
-from adaptkit.ops.shared import FLOATS, Shared, Unused, selected, stored_dtype
+from adaptkit.ops.adapter_file.peft_config import check_window
+from adaptkit.ops.selecting import Selection
+from adaptkit.ops.shared import FLOATS, Shared, Unused, stored_dtype
 from adaptkit.unknown import family_of_weights
 
 if TYPE_CHECKING:
@@ -133,7 +143,8 @@ def _under_own_names(
         ours, theirs = first.targets().keys(), second.targets().keys()
         adapters = any(is_adapter(source.infos) for source in sources)
         if adapters or not ours or len(ours & theirs) < ENOUGH * min(len(ours), len(theirs)):
-            unknown.hint = f"{unknown.hint}; other families need the same names in both files"
+            if not adapters:
+                unknown.hint = f"{unknown.hint}; other families need the same names in both files"
             raise unknown
     except AdaptkitError:
         _close(sources)
@@ -154,6 +165,7 @@ class Pairing:
     def __init__(self, base: Checkpoint, tuned: Checkpoint, keys: KeyMap, wanted: Wanted) -> None:
         self.base, self.tuned, self.keys, self.wanted = base, tuned, keys, wanted
         self.options = wanted.options
+        self.selection = Selection(self.options.only, self.options.skip, base.family)
         self.lost: list[Unused] = []
         self.left: list[Unused] = []
 
@@ -177,7 +189,7 @@ class Pairing:
         yield from self._others()
 
     def _lose(self, held: Mapping[Slot, str], target: Target, reason: str) -> None:
-        if selected(self.base.label(Slot(target)), target.component, self.options):
+        if self.selection(Slot(target), self.base.label(Slot(target))):
             self.lost.extend(Unused(name, reason) for name in held.values())
 
     @property
@@ -210,7 +222,7 @@ class Pairing:
         refusal = self.base.refusal(ours.values()) or self.tuned.refusal(theirs.values())
         for slot in self.keys.slots(target) or (Slot(target),):
             label = self.base.label(slot)
-            if not selected(label, target.component, self.options):
+            if not self.selection(slot, label):
                 continue
             base, tuned = self.base.locate(slot, ours), self.tuned.locate(slot, theirs)
             if refusal is not None:
@@ -256,17 +268,35 @@ class Pairing:
         pair = replace(pair, swapped=self.keys.swapped(slot))
         row = self.keys.row(slot.target)
         kind = row.kind if row else Kind.MATRIX
-        vector = slot.param == BIAS or kind is Kind.NORM
-        if vector and not self.wanted.vectors:
-            return replace(pair, why="biases and norms are left out; pass --vectors to keep them")
-        if vector:
-            holder = vector_kind()
-            role = holder.vector_role(bias=slot.param == BIAS, norm=kind is Kind.NORM)
-            assert role is not None
-            return replace(pair, algorithm=holder.name, role=role)
+        if slot.param == BIAS or kind is Kind.NORM:
+            return self._vector(pair, slot, norm=kind is Kind.NORM)
         if kind is Kind.EMBEDDING and self.wanted.algorithm != dense_kind().name:
             return replace(pair, why=f"hosts load no {self.wanted.algorithm} for embeddings")
+        wanted = algorithms().get(self.wanted.algorithm)
+        if wanted is not None and self._configured:
+            try:
+                check_window(wanted, pair.shape[2:], wanted.forms[0])
+            except NotRepresentable as error:
+                return replace(pair, why=error.message)
         return replace(pair, algorithm=self.wanted.algorithm)
+
+    def _vector(self, pair: Pair, slot: Slot, *, norm: bool) -> Pair:
+        """A bias or the vector of a norm."""
+        if not self.wanted.vectors:
+            return replace(pair, why="biases and norms are left out; pass --vectors to keep them")
+        wanted = algorithms().get(self.wanted.algorithm)
+        beside = self.keys.beside_lora(slot) and wanted is not None and wanted.low_rank
+        if self._configured and not beside:
+            return replace(pair, why="PEFT holds no norms, and biases only beside a LoRA")
+        holder = vector_kind()
+        role = holder.vector_role(bias=slot.param == BIAS, norm=norm)
+        assert role is not None
+        return replace(pair, algorithm=holder.name, role=role)
+
+    @property
+    def _configured(self) -> bool:
+        """Whether a PEFT configuration stands beside the adapter."""
+        return self.keys.format.alpha is Alpha.CONFIG
 
     def _others(self) -> Iterator[Pair]:
         """Pair the parts that no adapter holds, so that their differences are reported."""
@@ -274,7 +304,7 @@ class Pairing:
         for name, part in theirs.items():
             if part == "scale":
                 continue
-            if part in _SKIPPED or not selected(name, part, self.options):
+            if not self.selection.tensor(name, part) or part in _SKIPPED:
                 self.left.append(Unused(name, f"{part}: {_SKIPPED.get(part, 'not compared')}"))
             elif name in ours:
                 yield from self._other(name, part)
@@ -286,7 +316,7 @@ class Pairing:
                 self.left.append(Unused(name, f"{part}: {reason}"))
         for name, part in ours.items():
             named = name in theirs or part in {*_SKIPPED, "scale"}
-            if named or not selected(name, part, self.options):
+            if named or not self.selection.tensor(name, part):
                 continue
             if self._weighs(self.base, name, part):
                 self.lost.append(Unused(name, "not in the tuned checkpoint"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.algorithms.contract import FitSpec, Weights
@@ -10,13 +11,16 @@ from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError, NoSuchName, NothingToDo, NotRepresentable, WrongUsage
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import extractable, taking
+from adaptkit.ops.adapter_file.peft_config import only_kind
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
 from adaptkit.ops.extract.fit import FitRecipe
 from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
     Closing,
+    LeftOut,
     Unused,
+    chosen_by,
     default_output,
     refuse_unused,
     stored_dtype,
@@ -25,7 +29,7 @@ from adaptkit.steps import Step, check_memory, peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+    from os import PathLike
 
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.keymap import KeyMap
@@ -47,8 +51,10 @@ class Options(Ranked):
 
     Without a rank rule a LoRA has rank 32, and the second factor of a LoKr is full. `factor` None
     takes the factor that the difference was made with, or 8 if none is recognised. `alpha` is
-    stored instead of the rank. `vectors` carries changed biases and norms exactly; None does so
-    with `full` only, since several hosts refuse such keys beside a LoRA or LoKr.
+    stored instead of the rank. `to` is the key format, `host` who is to load the file; without
+    both it is the format that most hosts load completely. `vectors` carries changed biases and
+    norms exactly; None does so with `full` only, since several hosts refuse such keys beside a
+    LoRA or LoKr.
     """
 
     algo: str = "lora"
@@ -56,13 +62,14 @@ class Options(Ranked):
     decompose_both: bool = False
     alpha: float | None = None
     clamp_quantile: float | None = None
-    to: str = "kohya"
+    to: str | None = None
+    host: str | None = None
     svd: str = "auto"
     vectors: bool | None = None
     ema: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Closing):
     """Everything known before a weight is read."""
 
@@ -76,6 +83,7 @@ class Plan(Closing):
     keys: KeyMap
     policy: Policy | None = None
     notes: tuple[str, ...] = ()
+    selection: LeftOut | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `--dry-run` prints it.
@@ -89,6 +97,7 @@ class Plan(Closing):
             "format": self.keys.format.name,
             "algorithm": self.options.algo,
             "modules": len(fitted),
+            **chosen_by(self.selection),
             "bytes_in": sum(
                 self.base.stored_bytes(j.base) + self.tuned.stored_bytes(j.tuned) for j in self.jobs
             ),
@@ -113,20 +122,51 @@ class Plan(Closing):
         self.tuned.close()
 
 
-def plan(base: Path, tuned: Path, options: Options) -> Plan:
+def plan(base: str | PathLike[str], tuned: str | PathLike[str], options: Options) -> Plan:
     """Pair the checkpoints by target and decide what is fitted.
 
     Reads headers only. Anything that can fail fails here.
     """
+    base, tuned = Path(base), Path(tuned)
     rule = _check(options)
-    folder = formats()[options.to].alpha is Alpha.CONFIG
+    first, second = open_pair(base, tuned, options.family, ema=options.ema)
+    try:
+        return _planned(first, second, tuned, _with_format(options, first), rule)
+    except AdaptkitError:
+        first.close()
+        second.close()
+        raise
+
+
+def _with_format(options: Options, base: Checkpoint) -> Options:
+    """The options with the format to write: given, that of a host, or that of most hosts."""
+    from adaptkit.hosts import format_for, usual_format
+
+    if options.to is not None:
+        return options
+    if options.host is not None:
+        return replace(options, to=format_for(options.host, base.family))
+    return replace(options, to=usual_format(base.family.name))
+
+
+def _planned(
+    first: Checkpoint, second: Checkpoint, tuned: Path, options: Options, rule: Policy | None
+) -> Plan:
+    assert options.to is not None
+    form = formats()[options.to]
+    if options.alpha is not None and form.alpha is Alpha.NONE:
+        raise WrongUsage(
+            f"--alpha: the {options.to} format stores no alpha",
+            hint="omit --alpha, or choose a format that stores it; see `adaptkit formats`",
+        )
+    folder = form.alpha is Alpha.CONFIG
     output = options.output or default_output(tuned, options.algo, folder=folder)
     check_adapter_output(output, folder=folder, overwrite=options.overwrite)
-    first, second = open_pair(base, tuned, options.family, ema=options.ema)
-    keys = first.keys(formats()[options.to])
+    keys = first.keys(form)
     vectors = _dense(options.algo) if options.vectors is None else options.vectors
     pairing = Pairing(first, second, keys, Wanted(options.algo, vectors, options))
     jobs = pairing.pairs()
+    pairing.selection.check("these checkpoints")
     if not any(job.algorithm for job in jobs):
         raise _nothing(jobs, options)
     refuse_unused(pairing.lost, options.allow_unused, tuned)
@@ -143,6 +183,7 @@ def plan(base: Path, tuned: Path, options: Options) -> Plan:
         keys,
         rule,
         pairing.notes,
+        pairing.selection.left_out,
     )
 
 
@@ -151,10 +192,11 @@ def _nothing(jobs: Sequence[Pair], options: Options) -> AdaptkitError:
     if not jobs:
         hint = "see --only and --skip"
         return NothingToDo("no layer of these checkpoints is selected", hint=hint)
+    first = next((job for job in jobs if len(job.shape) > 1), jobs[0])
     return NotRepresentable(
-        f"the {options.to} format holds none of the {len(jobs)} layers: {jobs[0].why}",
+        f"the {options.to} format holds none of the {len(jobs)} layers: {first.why}",
         hint="choose another --to; `adaptkit formats` lists them",
-        tensor=jobs[0].label,
+        tensor=first.label,
     )
 
 
@@ -163,7 +205,13 @@ def _check(options: Options) -> Policy | None:
     if options.algo not in kinds:
         raise NoSuchName.among("algorithm for extraction", options.algo, kinds)
     stored_dtype(options.dtype, "F32")
-    chosen("format", formats(), options.to)
+    if options.to is not None:
+        chosen("format", formats(), options.to)
+        if options.host is not None:
+            raise WrongUsage("--to and --for exclude each other", hint="give one of them")
+        if formats()[options.to].alpha is Alpha.CONFIG:
+            wanted = extractable() if options.algo == AUTO else {options.algo}
+            only_kind({extractable()[name] for name in wanted}, biased=False)
     rule = asked(options)
     if options.algo == AUTO and (rule is None or not rules()[rule].total):
         raise WrongUsage(
@@ -187,11 +235,6 @@ def _check_kind_options(options: Options, rule: str | None) -> None:
         _takes(options, "alpha") and not has_ladder(options) and alpha > 0
     ):
         raise WrongUsage(f"--alpha goes with {_algos('alpha')} and --rank, and is above 0")
-    if alpha is not None and formats()[options.to].alpha is Alpha.NONE:
-        raise WrongUsage(
-            f"--alpha: the {options.to} format stores no alpha",
-            hint="omit --alpha, or choose a format that stores it; see `adaptkit formats`",
-        )
     if quantile is not None and not (_takes(options, "clamp_quantile") and 0 < quantile <= 1):
         names = _algos("clamp_quantile")
         raise WrongUsage(f"--clamp-quantile goes with {names}, and is above 0 and at most 1")
@@ -300,6 +343,7 @@ def step_of(
         job.algorithm,
         job.role,
         job.swapped,
-        base.source.infos[job.base[0].name].dtype,
+        base.likeness(job.base),
+        tuned.likeness(job.tuned),
     )
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))

@@ -20,11 +20,12 @@ from adaptkit.ops.extract.plan import (
     has_ladder,
     has_ranks,
 )
+from adaptkit.ops.extract.random import is_random
 from adaptkit.ops.ranks.forms import Fitted, Layer, Pick, choose, choose_any
-from adaptkit.ops.shared import Unused, WriterReport
+from adaptkit.ops.shared import POOR, Unused, WriterReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.difference.probe import Probe
@@ -38,7 +39,7 @@ VECTORS = "--vectors"  # in the reason of a layer that this option would store
 LITTLE = 0.5  # of ‖ΔW‖²: a note says so if a LoKr keeps less
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Report(WriterReport):
     """The adapter that was written, the share of the difference that it captures, and notes."""
 
@@ -80,6 +81,7 @@ class Result:
     """The measured layers, and what is stored of each.
 
     `noise` counts the stored ranks of all ladders: those within rounding noise, and all.
+    `lost` are the layers that rounding would leave no nearer to ΔW than nothing: never stored.
     """
 
     plan: Plan
@@ -89,6 +91,7 @@ class Result:
     gap: float | None = None
     all_signal: bool = False
     noise: tuple[int, int] | None = None
+    lost: frozenset[int] = frozenset()
 
     @property
     def fitted(self) -> list[tuple[Pair, Fitted]]:
@@ -105,7 +108,25 @@ class Result:
         return [(job, self.picks[job.number]) for job, _ in self.fitted]
 
     def choose(self) -> None:
-        """Pick a form and a rank for every layer."""
+        """Pick a form and a rank for every layer; none where nothing is nearer to ΔW."""
+        self._choose()
+        worse = {
+            job.number: job.dtype
+            for job, found in self.fitted
+            if (pick := self.picks[job.number]) and pick.error >= found.norm
+        }
+        if worse and not self.stored(besides=worse.keys()):
+            dtype = next(iter(worse.values()))
+            raise NotRepresentable(
+                f"the layers differ by too little for {dtype}: rounded, they would be no nearer to "
+                "the difference than nothing is",
+                hint="write with --dtype bf16 or fp32",
+                file=self.plan.tuned.source.path,
+            )
+        self.lost = frozenset(worse)
+        self.picks |= dict.fromkeys(worse)
+
+    def _choose(self) -> None:
         changed = [(job, found) for job, found in self.measured if found.norm > 0]
         if not self.fitted:
             raise NothingToDo(
@@ -161,9 +182,13 @@ class Result:
 
         return size
 
-    def stored(self) -> list[tuple[Pair, Fitted, Pick]]:
-        """The layers that go into the file."""
-        return [(job, found, p) for job, found in self.fitted if (p := self.picks[job.number])]
+    def stored(self, besides: Container[int] = ()) -> list[tuple[Pair, Fitted, Pick]]:
+        """The layers that go into the file, or would without some."""
+        return [
+            (job, found, pick)
+            for job, found in self.fitted
+            if (pick := self.picks[job.number]) and job.number not in besides
+        ]
 
     def output(self) -> Output:
         """The file to write."""
@@ -205,6 +230,7 @@ class Result:
             parameters=sum(pick.form.numbers(pick.rank) for _, _, pick in stored),
             relative_error=self.relative_error,
             unused=(*plan.unused, *left),
+            selection=plan.selection,
             details=tuple(_detail(job, found, pick) for job, found, pick in stored),
             family=plan.base.family.name,
             format=plan.keys.format.name,
@@ -278,6 +304,12 @@ def _notes(
     keys = result.plan.keys
     if any(job.slot and keys.beside_lora(job.slot) for job, _, _ in result.stored()):
         yield BIASED
+    yield from _about_random(result)
+    if result.relative_error > POOR:
+        yield (
+            f"relative error {result.relative_error:.2g}: `adaptkit advise` shows what more ranks "
+            "or another algorithm would hold."
+        )
     if left:
         count = "1 changed tensor is" if len(left) == 1 else f"{len(left)} changed tensors are"
         share = sum(found.norm for job, found in result.measured if job.algorithm is None)
@@ -316,7 +348,14 @@ def _about(options: Options, result: Result) -> Iterator[str]:
             f"{within} of {ranks} ranks lie within the rounding noise of the checkpoint; "
             "--size leaves such ranks out."
         )
-    dropped = sum(1 for _, pick in result.picked() if pick is None)
+    if result.lost:
+        verb = "is" if len(result.lost) == 1 else "are"
+        yield (
+            f"{len(result.lost)} of {len(result.fitted)} changed layers {verb} left out: rounded, "
+            "they would be no nearer to the difference than nothing is. --dtype bf16 or fp32 "
+            "holds them."
+        )
+    dropped = sum(1 for _, pick in result.picked() if pick is None) - len(result.lost)
     if dropped:
         verb = "is" if dropped == 1 else "are"
         yield (
@@ -325,6 +364,20 @@ def _about(options: Options, result: Result) -> Iterator[str]:
         )
     if has_ladder(options) and options.max_rank is None and options.size is None:
         yield from _about_highest(result)
+
+
+def _about_random(result: Result) -> Iterator[str]:
+    """A note if modules of one rank hold no more than random numbers would."""
+    fixed = [
+        is_random(*job.matrix, pick.stored_rank, 1.0 - pick.error / found.norm)
+        for job, found, pick in result.stored()
+        if pick.stored_rank and pick.form.kind.low_rank and not pick.form.ladder
+    ]
+    if any(fixed):
+        yield (
+            f"{sum(fixed)} of {len(fixed)} modules hold no more of their difference than they "
+            "would of random numbers, as rounding leaves them; --size leaves such modules out."
+        )
 
 
 def _about_origin(options: Options, probe: Probe) -> Iterator[str]:

@@ -1,7 +1,21 @@
-"""inspect: identify a file."""
+"""inspect: identify a file, or all of a folder."""
 
 from __future__ import annotations
 
-from adaptkit.ops.inspect.run import Options, Report, expand, run
+from adaptkit.ops.finding import expand, found_in
+from adaptkit.ops.inspect.folder import FIELDS, SORTS, ordered, shortened, survey, where
+from adaptkit.ops.inspect.run import Options, Report, run
 
-__all__ = ["Options", "Report", "expand", "run"]
+__all__ = [
+    "FIELDS",
+    "SORTS",
+    "Options",
+    "Report",
+    "expand",
+    "found_in",
+    "ordered",
+    "run",
+    "shortened",
+    "survey",
+    "where",
+]

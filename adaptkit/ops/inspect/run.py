@@ -4,45 +4,54 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
-from adaptkit.errors import AdaptkitError, UnknownAdapter
+from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
-from adaptkit.meaning import PEFT_CONFIG, Problem
+from adaptkit.meaning import Problem
+from adaptkit.ops.adapter_file.verdict import verdicts
+from adaptkit.ops.shared import settle
 from adaptkit.unknown import own_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from os import PathLike
 
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
     from adaptkit.ops.shared import Progress
 
-__all__ = ["Options", "Report", "expand", "run"]
+__all__ = ["Options", "Report", "run"]
 
 _STRANGER = "an adapter of an unknown model family, key format or algorithm"
 # a larger alpha / rank is rarely intended
 STRONG = 4.0
-SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of inspect."""
+    """Options of inspect.
+
+    `overview` leaves out hosts, keys and modules, which a table of files does not show.
+    """
 
     family: str | None = None
     format: str | None = None
     alpha_in: str | None = None
     hash: bool = False
     stats: bool = False
+    overview: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The JSON record of one file, with its lists for `--keys` and `--modules`.
 
@@ -56,52 +65,45 @@ class Report:
     error: AdaptkitError | None = None
     spectra: tuple[Sequence[float], ...] = ()
 
+    def __repr__(self) -> str:
+        record = self.record
+        if self.error is not None:
+            return f"inspect.Report({record['path']!r}: {self.error.message})"
+        names = [record[name] for name in ("kind", "family", "format") if record[name]]
+        what = f"{', '.join(names)}, {record['modules']} modules"
+        return f"inspect.Report({record['path']!r}: {what}, {len(record['problems'])} problems)"
+
+    @property
+    def broken(self) -> bool:
+        """Whether the file cannot be read, or has a problem of severity `error`."""
+        problems = self.record.get("problems", ())
+        return self.error is not None or any(p["severity"] == "error" for p in problems)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON record of the contract."""
         return dict(self.record)
 
 
-def expand(paths: Iterable[Path]) -> Iterator[Path]:
-    """Expand folders to the weight files below them, unless a folder is one model or adapter."""
-    for path in paths:
-        if path.is_dir() and not _is_one(path):
-            found = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in SUFFIXES and file.is_file()
-            )
-            yield from found or [path]
-        else:
-            yield path
-
-
-def _is_one(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in ("model_index.json", PEFT_CONFIG)):
-        return True
-    return any(folder.glob("*.index.json")) or any(folder.glob("unet/*.safetensors"))
-
-
-def run(path: Path, options: Options | None = None, progress: Progress | None = None) -> Report:
+def run(
+    path: str | PathLike[str], options: Options | None = None, progress: Progress | None = None
+) -> Report:
     """Inspect one file; an unreadable or unknown file gives a report with an error.
 
     `progress` is called with the numbers of modules read and in total if `options.stats` is set.
     """
-    options = options or Options()
+    options, path = options or Options(), Path(path)
     try:
         source, config = open_adapter_source(path)
-    except AdaptkitError as error:
-        return _failed(path, error)
-    with source:
-        try:
-            adapter = config is not None or is_adapter(source.infos)
+        with source:
             report = (
                 _adapter(source, config, options, progress)
-                if adapter
+                if config is not None or is_adapter(source.infos)
                 else _checkpoint(source, options)
             )
-        except AdaptkitError as error:
-            return _failed(path, error)
-    hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+        hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+    except Exception as error:
+        # whatever happens in one file is that file's report: the others follow
+        return _failed(path, InternalError.of(error))
     return replace(report, record={"path": str(path), **report.record, **hashed})
 
 
@@ -177,23 +179,21 @@ def _adapter(
         "unclaimed": list(adapter.unclaimed),
         "own_names": [adapter.label(slot) for slot in adapter.own],
         "problems": [_problem(problem) for problem in (*_problems(adapter), *_traps(adapter))],
-        **_loads_in(adapter),
+        **({"loads_in": None} if options.overview else _loads_in(adapter)),
         "metadata": dict(source.metadata),
     }
+    if options.overview and not options.stats:
+        return Report(record)
     report = Report(record, _keys(source, adapter.unclaimed), tuple(_modules(adapter)))
     return _with_stats(adapter, report, progress) if options.stats else report
 
 
 def _loads_in(adapter: Adapter) -> dict[str, Any]:
     """Return whether each host loads the file (None: not measured), and why not."""
-    from adaptkit.hosts import judge, measured_with
+    from adaptkit.hosts import measured_with
 
-    verdicts = judge(adapter)
-    return {
-        "loads_in": {name: verdict.loads for name, verdict in verdicts.items()},
-        "why": {name: verdict.why for name, verdict in verdicts.items() if verdict.why},
-        "measured_with": {name: measured_with(name) for name in verdicts},
-    }
+    found = verdicts(adapter)
+    return {**found, "measured_with": {name: measured_with(name) for name in found["loads_in"]}}
 
 
 def _traps(adapter: Adapter) -> Iterator[Problem]:

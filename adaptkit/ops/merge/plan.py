@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.files.header import nbytes
-from adaptkit.ops.shared import Closing, Shared
+from adaptkit.ops.shared import Closing, Shared, chosen_by
 from adaptkit.steps import peak_memory
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
     from adaptkit.ops.merge.layout import Layout
-    from adaptkit.ops.shared import Unused
+    from adaptkit.ops.shared import LeftOut, Unused
     from adaptkit.steps import Step
 
 __all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
@@ -28,7 +28,7 @@ __all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
 class Options(Shared):
     """Options of merge.
 
-    `blocks` are rules for the strength of modules (see adaptkit.ops.merge.block_weights).
+    `blocks` are rules for the strength of modules (see adaptkit.ops.block_weights).
     `shard_size` is the maximum size of a shard in bytes. `layout` is
     `single-file` (original names) or `folder` (diffusers' names). `alpha_in` is the alpha of every
     module of the adapters, whatever their files say: a number, or `as-rank`. `pad_inputs` lets a
@@ -84,7 +84,7 @@ class TensorMerge:
         return (self.name,) if self.scale is None else (self.name, self.scale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Closing):
     """The state of a merge before any weight is read; `strengths` are those of `adapters`.
 
@@ -103,6 +103,7 @@ class Plan(Closing):
     steps: tuple[Step[TensorMerge], ...]
     layout: Layout
     rules: tuple[Mapping[str, Any], ...] = ()
+    left_out: LeftOut | None = None
 
     @property
     def computed(self) -> tuple[TensorMerge, ...]:
@@ -115,6 +116,7 @@ class Plan(Closing):
             "output": str(self.output),
             "family": self.base.family.name,
             "modules": sum(len(merge.contributions) for merge in self.merges),
+            **chosen_by(self.left_out),
             "tensors_changed": sum(merge.changes for merge in self.merges),
             "tensors_copied": len(self.specs) - sum(len(merge.writes()) for merge in self.computed),
             "bytes_in": self.base.source.size

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
-from adaptkit.ops.merge.block_weights import Blocks
+from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.merge.layout import as_single, plan_layout
 from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge
 from adaptkit.ops.merge.relayout import Relayout, wanted
 from adaptkit.ops.merge.steps import step_of
+from adaptkit.ops.selecting import Selection
 from adaptkit.ops.shared import (
     Unused,
     check_output,
     default_output,
     refuse_unused,
-    selected,
     stored_dtype,
 )
 from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from os import PathLike
 
     from adaptkit.entries import Entry
     from adaptkit.names import Slot
@@ -36,15 +37,20 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def plan(base: Path, adapters: Sequence[tuple[Path, float]], options: Options) -> Plan:
+def plan(
+    base: str | PathLike[str],
+    adapters: Sequence[tuple[str | PathLike[str], float]],
+    options: Options,
+) -> Plan:
     """Locate every adapter module in the base; read headers only, and report all errors here."""
+    base = Path(base)
     with ExitStack() as failing:
         checkpoint = failing.enter_context(
             Checkpoint.open(base, family=options.family, strangers=True)
         )
         opened = []
         for path, _ in adapters:
-            opened.append(_open_adapter(checkpoint, path, options))
+            opened.append(_open_adapter(checkpoint, Path(path), options))
             failing.callback(opened[-1].close)
         made = _planned(
             base, checkpoint, tuple(opened), tuple(strength for _, strength in adapters), options
@@ -67,6 +73,7 @@ def _planned(
         check_output(output, options.overwrite)
     places = _Places(base, adapters, strengths, options)
     merges = places.merges()
+    places.selection.check("these adapters" if len(adapters) > 1 else "this adapter")
     for adapter, lost in zip(adapters, places.unused, strict=True):
         refuse_unused(lost, options.allow_unused, adapter.source.path)
     if not merges:
@@ -95,7 +102,18 @@ def _planned(
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
     return Plan(
-        base, adapters, strengths, options, output, merges, specs, unused, steps, layout, rules
+        base,
+        adapters,
+        strengths,
+        options,
+        output,
+        merges,
+        specs,
+        unused,
+        steps,
+        layout,
+        rules,
+        places.selection.left_out,
     )
 
 
@@ -207,6 +225,7 @@ class _Places:
     ) -> None:
         self.base, self.adapters, self.strengths, self.options = base, adapters, strengths, options
         self.blocks = Blocks(options.blocks, base.family)
+        self.selection = Selection(options.only, options.skip, base.family)
         self.held = base.targets()
         self.unused: list[list[Unused]] = [
             [Unused(key, reason) for key, reason in adapter.unclaimed.items()]
@@ -240,7 +259,7 @@ class _Places:
     def merges(self) -> tuple[TensorMerge, ...]:
         for number, adapter in enumerate(self.adapters):
             for slot, entry in adapter.entries.items():
-                if selected(adapter.label(slot), slot.component, self.options):
+                if self.selection(slot, adapter.label(slot)):
                     self._entry(number, adapter, slot, entry)
         order = self.base.source.infos
         return tuple(self._merge(name, self.found[name]) for name in order if name in self.found)

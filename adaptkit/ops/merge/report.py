@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Report"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Report(WriterReport):
     """Report of a merge; `relative_change` is ‖ΔW‖/‖W‖ over the tensors with modules.
 
@@ -66,6 +66,7 @@ ONLY_WEIGHTS = (
     "the folder holds weights only; take the config.json files from any diffusers folder of this "
     "model"
 )
+STRONG = 0.5  # ‖ΔW‖/‖W‖; adapters that are used stay below a tenth
 UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
 
 
@@ -90,6 +91,7 @@ def report_of(
         parameters=sum(math.prod(spec.shape) for spec in plan.specs),
         relative_error=_ratio(rounding, delta) or 0.0,
         unused=plan.unused,
+        selection=plan.left_out,
         seconds=seconds,
         details=tuple(
             _detail(merge, c, results[merge.name])
@@ -106,9 +108,20 @@ def report_of(
         verified=verified,
         files=tuple(plan.layout.files()),
         left_out=plan.layout.left_out,
-        notes=tuple(_notes(plan)),
+        notes=(*_odd(results, _ratio(delta, weight) or 0.0), *_notes(plan)),
         quantised=sum(merge.changes and merge.dtype.startswith("F8") for merge in plan.merges),
     )
+
+
+def _odd(results: Mapping[str, Merged], change: float) -> Iterator[str]:
+    """A note on a merge that is rarely meant."""
+    if change > STRONG:
+        yield (
+            f"‖ΔW‖/‖W‖ is {change:.2g}, far more than an adapter changes: is the strength right, "
+            "and is alpha (`adaptkit inspect`)?"
+        )
+    if not any(result.delta > 0 for result in results.values()):
+        yield "nothing changed: every strength or every ΔW is 0."
 
 
 def _notes(plan: Plan) -> Iterator[str]:

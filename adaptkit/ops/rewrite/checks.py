@@ -8,7 +8,7 @@ from adaptkit.adapter import Adapter
 from adaptkit.detect import formats
 from adaptkit.errors import AmbiguousAdapter, NotRepresentable, ShapeMismatch
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import keys_for
+from adaptkit.keymap import Dialect, keys_for
 from adaptkit.names import BIAS
 from adaptkit.respelling import Respelling
 from adaptkit.unknown import joint
@@ -69,13 +69,13 @@ def _size(job: Assembly) -> tuple[int, int]:
     return (sum(heights) if all(heights) else 0), (columns.pop() if len(columns) == 1 else 0)
 
 
-def keys_of(adapters: Sequence[Adapter], format: str) -> KeyMap:
+def keys_of(adapters: Sequence[Adapter], format: str, dialect: Dialect | None = None) -> KeyMap:
     """The names of the family of adapters in a format, with those that only some of them have."""
     first = adapters[0]
     # names of an unknown family mean the same only in the same format
     alike = first.known or all(one.format is first.format for one in adapters)
     family = joint([one.family for one in adapters]) if alike else first.family
-    return keys_for(family, formats()[format])
+    return keys_for(family, formats()[format], dialect)
 
 
 def check_family(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -11,14 +10,15 @@ from adaptkit import __version__
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
+from adaptkit.files.tensors import packed_float32
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap.kinds import network_module
 from adaptkit.meaning import DIFFUSERS_CONFIG, FLAT_ALPHA
 from adaptkit.names import BIAS
 from adaptkit.ops.adapter_file.peft_config import PeftModule, diffusers_metadata
 from adaptkit.ops.adapter_file.size import exact_size
 from adaptkit.ops.adapter_file.writer import AdapterWriter, Meant
 from adaptkit.ops.rewrite.plan import Copied, Recast, Written
+from adaptkit.ops.rewrite.training import restated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -43,7 +43,9 @@ class Output:
         ready = [item for task in kept for item in task.ready or ()]
         self.copied = [item for item in (*ready, *plan.carried) if isinstance(item, Copied)]
         self.scalars = {
-            item.key: struct.pack("<f", item.value) for item in ready if isinstance(item, Written)
+            item.key: packed_float32(item.value, item.key, plan.output)
+            for item in ready
+            if isinstance(item, Written)
         }
 
     def size(self) -> int:
@@ -115,30 +117,11 @@ class Output:
         plan = self.plan
         stale = {DIFFUSERS_CONFIG, *FLAT_ALPHA}
         kept = {name: value for name, value in _common(plan).items() if name not in stale}
-        changed = self._ranks() | self._network() | self._for_diffusers()
+        said = restated(plan, self.state)
+        kept = {name: value for name, value in kept.items() if said.get(name, value) is not None}
+        changed = {name: value for name, value in said.items() if value is not None}
+        changed |= self._for_diffusers()
         return updated(kept | changed, _record(plan)) | sshs_places(plan.adapter.metadata)
-
-    def _ranks(self) -> dict[str, str]:
-        """`ss_network_dim` and `ss_network_alpha`, if the file has them and they changed."""
-        still = {"renamed", "split", "swapped", "cast"}
-        if "ss_network_dim" not in self.plan.adapter.metadata or self.plan.counts().keys() <= still:
-            return {}
-        modules = [module for module in self.state.modules() if not module.kind.dense]
-        dims, alphas = {m.rank for m in modules}, {m.alpha for m in modules}
-        return {
-            "ss_network_dim": str(dims.pop()) if len(dims) == 1 else "Dynamic",
-            "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
-        }
-
-    def _network(self) -> dict[str, str]:
-        """`ss_network_module`, if the algorithm changed."""
-        if (
-            "ss_network_module" not in self.plan.adapter.metadata
-            or "changed" not in self.plan.counts()
-        ):
-            return {}
-        kinds = {task.kind.name for task in self.plan.tasks}
-        return {"ss_network_module": network_module(kinds)}
 
     def _for_diffusers(self) -> dict[str, str]:
         """LoraConfig fields, if ranks differ.

@@ -14,21 +14,22 @@ from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
-from adaptkit.ops.shared import Closing
+from adaptkit.ops.shared import Closing, chosen_by
 from adaptkit.steps import Step, peak_memory
 from adaptkit.unknown import joint
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Piece
     from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
-    from adaptkit.keymap import KeyMap
+    from adaptkit.keymap import Dialect, KeyMap
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
-    from adaptkit.ops.shared import Unused
+    from adaptkit.ops.selecting import Selection
+    from adaptkit.ops.shared import LeftOut, Unused
     from adaptkit.respelling import Assembly
 
 __all__ = [
@@ -65,9 +66,11 @@ class RecastOptions(Ranked):
 
     `algo` is the algorithm to change to, `factor` the small factor of a LoKr. `base` is the
     checkpoint that kinds like DoRA need for a difference. `alpha_in` is the alpha of every input
-    module, whatever the file says: a number, or `as-rank`.
+    module, whatever the file says: a number, or `as-rank`. `blocks` are rules for the weight of
+    modules (see adaptkit.ops.block_weights); those of weight 0 are left out.
     """
 
+    blocks: tuple[str, ...] = ()
     algo: str | None = None
     factor: int = 8
     base: Path | None = None
@@ -159,10 +162,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Into:
-    """The format to write, and whether to fold alpha into the weights in any case."""
+    """The format to write, how, and whether to fold alpha into the weights in any case."""
 
     format: str
     fold: bool
+    dialect: Dialect | None = None
 
     @property
     def config(self) -> bool:
@@ -175,7 +179,7 @@ class Into:
         return cls(format, formats()[format].alpha is Alpha.NONE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recast(Closing):
     """Everything known before a weight is read."""
 
@@ -194,6 +198,7 @@ class Recast(Closing):
     mixing: Mixing | None = None
     notes: tuple[str, ...] = ()
     dropped: tuple[Dropped, ...] = ()
+    left_out: LeftOut | None = None
 
     @property
     def adapter(self) -> Adapter:
@@ -202,8 +207,13 @@ class Recast(Closing):
 
     def counts(self) -> dict[str, int]:
         """How many slots are renamed, split, fused, folded, …"""
-        found = Counter(change for task in self.tasks for change in (task.changes or {"renamed"}))
-        return {name: found[name] for name in CHANGES if found[name]}
+        found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly}))
+        return {name: found[name] for name in (*CHANGES, "unchanged") if found[name]}
+
+    @property
+    def plainly(self) -> str:
+        """What becomes of a module that no other change applies to."""
+        return "unchanged" if self.keys.format is self.adapter.format else "renamed"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `--dry-run` prints it; `bytes_out_copied` counts copied tensors only."""
@@ -220,6 +230,7 @@ class Recast(Closing):
             "from": self.adapter.format.name,
             "to": self.keys.format.name,
             "modules": len(self.tasks),
+            **chosen_by(self.left_out),
             **self.counts(),
             "bytes_in": sum(adapter.source.size for adapter in self.adapters),
             "bytes_out_copied": sum(self.nbytes(item) for item in (*ready, *self.carried)),
@@ -323,6 +334,11 @@ def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:
         hint="only adapters of one family can be put together; see `adaptkit inspect`",
         file=path,
     )
+
+
+def chosen_entries(adapter: Adapter, selection: Selection) -> Mapping[Slot, Entry]:
+    """The modules that `--only` and `--skip` leave."""
+    return {s: e for s, e in adapter.entries.items() if selection(s, adapter.label(s))}
 
 
 def product_rank(term: Term) -> int:

@@ -21,6 +21,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind, wrapped_like
 from adaptkit.ops.adapter_file.writer import check_adapter_output
+from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.rewrite.checks import (
     check_base,
     check_biases,
@@ -39,15 +40,17 @@ from adaptkit.ops.rewrite.plan import (
     Task,
     Term,
     Written,
+    chosen_entries,
     product_rank,
 )
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
-from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, selected, stored_dtype
+from adaptkit.ops.selecting import Selection
+from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, stored_dtype
 from adaptkit.respelling import Assembly, Respelling, placed
 from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from adaptkit.adapter import Adapter
@@ -87,10 +90,11 @@ def recast(
     base = None if options.base is None else _base(options.base, first)
     if base is not None:
         adapters = tuple(adapter.with_dots(base.family) for adapter in adapters)
-    keys = keys_of(adapters, into.format)
+    keys = keys_of(adapters, into.format, into.dialect)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
-    refuse_unused(planner.unused, options.allow_unused, path)
+    planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
+    refuse_unused(planner.unused, options.allow_unused, path, planner.held_parts(tasks))
     if not tasks:
         raise NothingToDo(
             f"no module of this adapter is left to {command}",
@@ -117,6 +121,7 @@ def recast(
         mixing,
         (*notes, *planner.notes),
         tuple(planner.dropped),
+        planner.selection.left_out,
     )
 
 
@@ -154,7 +159,9 @@ class _Planner:
         self.adapters, self.weights, self.keys = adapters, weights, keys
         self.into = replace(into, fold=into.fold or scales_biases(adapters, keys))
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
+        self.blocks = Blocks(options.blocks, keys.family)
         self.held = {} if base is None else base.targets()
+        self.selection = Selection(options.only, options.skip, adapters[0].family)
         self.notes: list[str] = []
         self.dropped: list[Dropped] = []
         self.unused = [
@@ -183,23 +190,16 @@ class _Planner:
         terms: dict[Slot, list[Term]] = {}
         for number, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
             respelling = Respelling(adapter, self.keys)
-            for job in respelling.jobs(self._entries(adapter)):
-                terms.setdefault(job.slot, []).append(Term(job, weight, number))
+            for job in respelling.jobs(placed(chosen_entries(adapter, self.selection), self.keys)):
+                factor = self.blocks.weight(job.slot)
+                if factor != 0.0:
+                    terms.setdefault(job.slot, []).append(Term(job, weight * factor, number))
             self.unused += [Unused(key, why) for key, why in respelling.lost.items()]
             self.dropped += [Dropped(adapter, entry, weight) for entry in respelling.dropped]
+        self.blocks.check()
+        self.notes += self.blocks.notes()
         numbered = enumerate(terms.items())
         return tuple(self._task(n, slot, tuple(found)) for n, (slot, found) in numbered)
-
-    def _entries(self, adapter: Adapter) -> Mapping[Slot, Entry]:
-        if not (self.options.only or self.options.skip):
-            return placed(adapter.entries, self.keys)
-        label = adapter.label
-        chosen = {
-            s: e
-            for s, e in adapter.entries.items()
-            if selected(label(s), s.component, self.options)
-        }
-        return placed(chosen, self.keys)
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
@@ -219,6 +219,15 @@ class _Planner:
         return (
             replace(task, likeness=likeness_of(task, self.keys.swapped(slot))) if ranked else task
         )
+
+    def held_parts(self, tasks: Sequence[Task]) -> str | None:
+        """The way out where the format holds some parts of the model, and others not at all."""
+        held = {task.slot.component for task in tasks}
+        lost = {one.entry.slot.component for one in self.dropped}
+        if not lost or not held or held & lost:
+            return None
+        only = " ".join(f"--only {name}" for name in sorted(held))
+        return f"{self.keys.format.name} keys hold {' and '.join(sorted(held))} alone: {only}"
 
     # --- which algorithm ---------------------------------------------------------------------
 
@@ -385,6 +394,7 @@ class _Planner:
                 info = job.adapter.source.infos[key]
                 shape = self._shape(job, entry, role, info.shape)
                 name = spell(job.slot, kind.name, kind.stored_as(role, peft=self.keys.format.peft))
+                shape = self.keys.flat(name, shape)
                 found.append(Copied(name, key, TensorSpec(name, info.dtype, shape), term.number))
         alpha = self._alpha(term, entry)
         return tuple(found) if alpha is None else (*found, alpha)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.keymap import split_suffix
+from adaptkit.ops.adapter_file.finite import non_finite
 from adaptkit.ops.adapter_file.peft_config import BIASED
-from adaptkit.ops.rewrite.plan import CHANGES, Recast, Task, detail
-from adaptkit.ops.shared import WriterReport
+from adaptkit.ops.rewrite.plan import CHANGES, Copied, Recast, Task, detail
+from adaptkit.ops.shared import POOR, WriterReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Report", "dropped_norm", "losses", "report_of", "total_error"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Report(WriterReport):
     """The adapter that was written. `changes` counts the slots by what was done to them."""
 
@@ -53,14 +54,16 @@ def report_of(
 ) -> Report:
     """The report of a finished run."""
     lost = losses(plan, state)
+    error = total_error(plan, state, lost)
     written = [stored for task in plan.tasks if (stored := state.outcome(task)) is not None]
     return Report(
         output=plan.output,
         bytes=size,
         modules=len(written),
         parameters=sum(stored.parameters for stored in written),
-        relative_error=total_error(plan, state, lost),
+        relative_error=error,
         unused=plan.unused,
+        selection=plan.left_out,
         seconds=seconds,
         measured=measured,
         details=tuple(
@@ -70,7 +73,12 @@ def report_of(
         source_format=plan.adapter.format.name,
         format=plan.keys.format.name,
         changes=_changes(plan, state),
-        notes=(*plan.notes, *_notes(plan, state)),
+        notes=(
+            *plan.notes,
+            *_broken(plan, state),
+            *_poor(plan, error),
+            *_notes(plan, state),
+        ),
         unread=_unread(plan),
     )
 
@@ -82,7 +90,7 @@ def _changes(plan: Recast, state: State) -> dict[str, int]:
     """
     found: Counter[str] = Counter()
     for task in plan.tasks:
-        changes = task.changes or {"renamed"}
+        changes = task.changes or {plan.plainly}
         if state.dropped(task):
             changes = {"left out"}
         elif task.ranked and task.number not in state.stored:
@@ -187,7 +195,7 @@ def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[
         None
         if lost is None and task.number in state.stored
         else (lost[1] / lost[0]) ** 0.5
-        if lost and lost[1]
+        if lost and lost[0] and lost[1]
         else 0.0
     )
     if stored is None:
@@ -198,12 +206,42 @@ def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[
     return found
 
 
+def _poor(plan: Recast, error: float | None) -> Iterator[str]:
+    """A note on a result that is far from its inputs."""
+    if error is not None and error > POOR:
+        ranked = plan.policy is not None
+        more = "a higher rank or size keeps more" if ranked else "--algo lora or full keeps more"
+        yield f"relative error {error:.2g}: much of the adapter is lost; {more}."
+
+
+def _broken(plan: Recast, state: State) -> Iterator[str]:
+    """A note on tensors that were copied although their numbers are none."""
+    found: list[str] = []
+    for number, adapter in enumerate(plan.adapters):
+        ready = (item for task in plan.tasks if state.copied(task) for item in task.ready or ())
+        names = [x.source for x in ready if isinstance(x, Copied) and x.number == number]
+        found += non_finite(adapter.source, names)
+    if found:
+        count = "1 tensor holds" if len(found) == 1 else f"{len(found)} tensors hold"
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield f"{count} NaN or infinity, copied as it is: {found[0]}{more}."
+
+
+def _by_part(plan: Recast, state: State) -> str:
+    """How many modules of each part are left out, where there are several parts."""
+    of = Counter(task.slot.component for task in plan.tasks)
+    out = Counter(task.slot.component for task in plan.tasks if state.dropped(task))
+    if len(of) < 2:
+        return ""
+    return f" ({', '.join(f'{out[part]} of {count} in {part}' for part, count in of.items())})"
+
+
 def _notes(plan: Recast, state: State) -> Iterator[str]:
     dropped = sum(1 for task in plan.tasks if state.dropped(task))
     if dropped:
         verb = "is" if dropped == 1 else "are"
         yield (
-            f"{dropped} of {len(plan.tasks)} modules {verb} left out: "
+            f"{dropped} of {len(plan.tasks)} modules {verb} left out{_by_part(plan, state)}: "
             "their share of ΔW is not worth its bytes."
         )
     zero = sum(1 for stored in state.stored.values() if stored.zero)

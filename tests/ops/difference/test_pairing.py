@@ -393,7 +393,7 @@ def test_a_scheme_that_is_not_read_is_named(tmp_path: Path) -> None:
     pair = save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", tuned)
     with pytest.raises(
         Unclaimed,
-        match=r"1 keys would be lost: .*to_q\.weight \(stored as nf4 \(bitsandbytes\).*fp16",
+        match=r"1 key would be lost: .*to_q\.weight \(stored as nf4 \(bitsandbytes\).*fp16",
     ):
         extract.plan(*pair, extract.Options(output=tmp_path / "o.safetensors"))
     left_out = extract.Options(output=tmp_path / "o.safetensors", skip=("*attn1.to_q",))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from adaptkit.ops import advise, extract
+from adaptkit.ops.extract.random import random_share
 from tests.ops.models import State, save
 
 RANK = 8
@@ -137,3 +138,38 @@ def test_advice_knows_it_too(merged: Merged) -> None:
     assert (
         report.rank[16].relative_error < report.rank[8].relative_error
     )  # of the files as they are
+
+
+def test_modules_of_one_rank_that_hold_nothing_but_noise_are_counted(tmp_path: Path) -> None:
+    """A rank for every layer spends bytes on those that were only rounded again; a note says so."""
+    draw = torch.Generator().manual_seed(1)
+    base: State = {}
+    tuned: State = {}
+    for n in range(4):
+        key = f"layers.{n}.q.weight"
+        base[key] = torch.randn(192, 160, generator=draw)
+        delta = torch.randn(192, 160, generator=draw) * 1e-3
+        if n == 0:  # a direction that stands out of it
+            delta += (
+                2e-3 * torch.randn(192, 1, generator=draw) @ torch.randn(1, 160, generator=draw)
+            )
+        tuned[key] = base[key] + delta
+    paths = save(tmp_path / "b.safetensors", base), save(tmp_path / "t.safetensors", tuned)
+
+    def notes(rank: int) -> list[str]:
+        options = extract.Options(rank=rank, output=tmp_path / "o.safetensors", overwrite=True)
+        report = extract.run(extract.plan(*paths, options))
+        return [note for note in report.notes if "random numbers" in note]
+
+    for rank in (1, 4, 16):
+        assert notes(rank)[0].startswith("3 of 4 modules hold no more")
+    assert notes(160) == []  # a rank that holds all of any matrix tells nothing
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (320, 320), (96, 640)])
+def test_random_numbers_keep_what_the_law_says(shape: tuple[int, int]) -> None:
+    draw = torch.Generator().manual_seed(3)
+    energy = torch.linalg.svdvals(torch.randn(*shape, generator=draw, dtype=torch.float64)) ** 2
+    for rank in (2, 8, 24, min(shape)):
+        kept = float(energy[:rank].sum() / energy.sum())
+        assert random_share(*shape, rank) == pytest.approx(kept, rel=0.04, abs=0.01)

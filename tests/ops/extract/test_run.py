@@ -240,7 +240,7 @@ def test_only_and_skip_choose_modules(tmp_path: Path) -> None:
         for d in run(tmp_path, base, tuned, skip=("text_encoder",)).details
     } == {"unet"}
     assert run(tmp_path, base, tuned, only=("*mid_block*",)).modules == 1
-    with pytest.raises(NothingToDo, match="selected"):
+    with pytest.raises(NoSuchName, match="nothing.like.this.*matches no module"):
         run(tmp_path, base, tuned, only=("nothing.like.this",))
 
 

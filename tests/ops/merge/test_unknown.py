@@ -46,7 +46,7 @@ def tuned(base: State) -> State:
 
 def extracted(folder: Path, base: State, other: State, **options: Any) -> tuple[Path, Path, Path]:
     paths = save(folder / "base.safetensors", base), save(folder / "tuned.safetensors", other)
-    output = folder / "adapter.safetensors"
+    output = folder / ("adapter" if options.get("to") == "peft" else "adapter.safetensors")
     extract.run(extract.plan(*paths, extract.Options(output=output, dtype="fp32", **options)))
     return *paths, output
 
@@ -123,5 +123,5 @@ def test_an_adapter_with_other_names_is_refused(tmp_path: Path, tiny: Path) -> N
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     base = model()
     _, _, adapter = extracted(tmp_path, base, tuned(base), rank=2)
-    with pytest.raises(UnknownAdapter, match="not a checkpoint of a known family"):
+    with pytest.raises(UnknownAdapter, match="this is an adapter, and a checkpoint belongs here"):
         merged(adapter, (adapter, 1.0))

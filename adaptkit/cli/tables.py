@@ -1,4 +1,4 @@
-"""adaptkit formats."""
+"""adaptkit formats, families and algorithms: the tables of what adaptkit knows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.names import Rows, Slot, Target
 
 if TYPE_CHECKING:
+    from adaptkit.algorithms.contract import Weights
     from adaptkit.formats.contract import KeyFormat
 
 # modules that spell an example key in every format
@@ -65,3 +66,56 @@ def formats(as_json: bool, quiet: bool, verbose: bool) -> None:
         for f in known().values()
     ]
     listed("formats", rows, as_json)
+
+
+@click.command()
+@talk
+def families(as_json: bool, quiet: bool, verbose: bool) -> None:
+    """List the model families and their components."""
+    from adaptkit.cli.show.page import listed
+    from adaptkit.detect import families as known
+
+    rows: list[dict[str, object]] = [
+        {
+            "name": f.name,
+            "title": f.title,
+            "components": {part.name: part.title for part in f.components},
+        }
+        for f in known().values()
+    ]
+    listed("families", rows, as_json)
+
+
+def _stored(kind: type[Weights], role: str) -> bool:
+    """Return whether any readable form stores this role; some roles are only refused.
+
+    A kind without forms of its own stores those of the kind whose roles it has.
+    """
+    forms = kind.forms or _forms_of(kind)
+    return role == "alpha" or any(role in form for form in forms)
+
+
+def _forms_of(kind: type[Weights]) -> tuple[frozenset[str], ...]:
+    """The forms of the kind with these roles."""
+    from adaptkit.keymap import algorithms as known
+
+    return next(one.forms for one in known().values() if one.forms and one.roles is kind.roles)
+
+
+@click.command()
+@talk
+def algorithms(as_json: bool, quiet: bool, verbose: bool) -> None:
+    """List the algorithms and the tensors that they store."""
+    from adaptkit.cli.show.page import listed
+    from adaptkit.keymap import algorithms as known
+
+    rows: list[dict[str, object]] = [
+        {
+            "name": a.name,
+            "title": a.title,
+            "tensors": [role.spelling for name, role in a.roles.items() if _stored(a, name)],
+            "extract": a.extractable,
+        }
+        for a in known().values()
+    ]
+    listed("algorithms", rows, as_json)

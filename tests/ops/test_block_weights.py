@@ -13,9 +13,8 @@ from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.keymap import compile_keys
 from adaptkit.names import Slot
-from adaptkit.ops import merge
-from adaptkit.ops.merge import block_weights
-from adaptkit.ops.merge.block_weights import Blocks
+from adaptkit.ops import block_weights, merge, selecting
+from adaptkit.ops.block_weights import Blocks
 
 NAMES = {  # kohya stem -> block of the extension, per family
     "sd1": {
@@ -58,7 +57,7 @@ def slot(family: str, stem: str) -> Slot:
 
 @pytest.mark.parametrize(("family", "stem"), [(f, s) for f, stems in NAMES.items() for s in stems])
 def test_modules_stand_in_the_blocks_that_the_extension_says(family: str, stem: str) -> None:
-    assert block_weights.block_name(families()[family], slot(family, stem)) == NAMES[family][stem]
+    assert selecting.block_name(families()[family], slot(family, stem)) == NAMES[family][stem]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +259,7 @@ def test_a_rule_that_matches_nothing_is_an_error_with_the_blocks_there_are(
     with pytest.raises(NoSuchName, match="'double' matches no module") as caught:
         merged(tmp_path, tiny, "te=0,double=0.5")
     assert caught.value.hint == (
-        "the adapters have the blocks text_encoder.text_model.encoder.layers.0-11, "
+        "these adapters have the blocks text_encoder.text_model.encoder.layers.0-11, "
         "unet.down_blocks.0-2, unet.mid_block, unet.up_blocks.1-3"
     )
     assert not (tmp_path / "o.safetensors").exists()
