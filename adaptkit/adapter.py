@@ -24,6 +24,7 @@ from adaptkit.entries import (
     Entry,
     alike,
     as_part,
+    per_head,
     read_entries,
     without_carried,
 )
@@ -166,7 +167,7 @@ class Adapter:
     ) -> Adapter:
         meaning = Meaning.of(source.metadata, config, alpha)
         reader, entries = read_entries(source, keys, meaning, infos)
-        reader.problems += meaning.problems()
+        reader.problems += (*meaning.problems(), *per_head(keys, infos))
         return cls(
             source,
             keys.family,
