@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,15 +15,31 @@ from adaptkit.detect import (
     detect_adapter,
     detect_checkpoint,
     families,
+    foreign,
     formats,
     is_adapter,
 )
-from adaptkit.entries import Entry, alike, read_entries, without_carried
-from adaptkit.errors import AdaptkitError, UnknownAdapter
+from adaptkit.entries import (
+    REDUNDANT,
+    Entry,
+    alike,
+    as_part,
+    read_entries,
+    without_carried,
+)
+from adaptkit.errors import (
+    AdaptkitError,
+    InternalError,
+    NoSuchName,
+    NotRepresentable,
+    UnknownAdapter,
+)
+from adaptkit.files.limits import read_json
 from adaptkit.files.open import open_source
-from adaptkit.keymap import KeyMap, compile_keys, label, split_suffix
+from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
 from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
-from adaptkit.unknown import fallback
+from adaptkit.suggest import nearest
+from adaptkit.unknown import fallback, own_modules, own_of, with_dots, with_own
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +62,8 @@ PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 @dataclass(frozen=True, repr=False)
 class Adapter:
     """A parsed adapter file.
+
+    A module that the family's table does not name is read under its own name, see `own`.
 
     `unclaimed` maps each key without a slot to the reason.
 
@@ -85,9 +102,10 @@ class Adapter:
             found = cls.understand(source, config, family=family, format=format, alpha=alpha)
             refuse_errors(found.problems, Path(path))
             return found
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def open_as(
@@ -110,9 +128,10 @@ class Adapter:
             found = cls._read(source, config, infos, *_by_names(infos, family, format), alpha)
             refuse_errors(found.problems, Path(path))
             return found
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def understand(
@@ -128,8 +147,10 @@ class Adapter:
         infos = without_carried(source)
         found = detect_adapter(infos, source.metadata, family=family, format=format)
         if found.family is not None and found.format is not None:
-            keys = compile_keys(found.family, found.format)
+            known = compile_keys(found.family, found.format, wrapped=bool(found.wrapper))
+            keys = _with_own(known, infos)
         else:
+            _refuse_foreign(infos, config)
             keys, found = _unknown(infos, found, family, format)
         return cls._read(source, config, infos, keys, found, alpha)
 
@@ -156,7 +177,7 @@ class Adapter:
             found,
             keys,
             source.metadata,
-            tuple(name for name in source.infos if name not in infos),
+            tuple(n for n in source.infos if n not in infos and not n.endswith(REDUNDANT)),
         )
 
     def __repr__(self) -> str:
@@ -169,6 +190,50 @@ class Adapter:
     def known(self) -> bool:
         """Whether adaptkit has a table for the family."""
         return self.detection.family is not None
+
+    @cached_property
+    def own(self) -> tuple[Slot, ...]:
+        """The slots of modules that the table of a known family does not name."""
+        named = {(one.component, one.module) for one in own_of(self.family)}
+        return tuple(s for s in self.entries if (s.component, s.target.module) in named)
+
+    def nearest(self, key: str) -> str | None:
+        """The name in the table that is most like that of a key, if the table has not the key's."""
+        keys = compile_keys(self.family.name, self.format.name) if self.known else self.keys
+        return nearest(keys, key)
+
+    def as_part(self, part: str) -> Adapter:
+        """This adapter as one of another expert of its model, such as `transformer_2` of Wan.
+
+        Raises NoSuchName if the family has no such component, NotRepresentable if this adapter is
+        for a component with other modules.
+        """
+        known = [component.name for component in self.family.components]
+        if part not in known:
+            raise NoSuchName.among("component", part, known)
+        for slot in self.entries:
+            if slot.component not in self.family.experts(part):
+                raise NotRepresentable(
+                    f"its {slot.component} has other modules than {part}",
+                    hint=f"--skip {slot.component} leaves it out",
+                    file=self.source.path,
+                )
+        return replace(self, entries=as_part(self.entries, part))
+
+    def with_dots(self, family: ModelFamily) -> Adapter:
+        """This adapter with the dots of its own modules, as another file of the family has them.
+
+        Names in kohya's spelling do not tell which underscores stand for dots.
+        """
+        named, found = with_dots(self.family, family)
+        if not found:
+            return self
+        entries: dict[Slot, Entry] = {}
+        for slot, entry in self.entries.items():
+            name = found.get(f"{slot.component}.{slot.target.module}", slot.target.module)
+            moved = slot._replace(target=slot.target._replace(module=name))
+            entries[moved] = entry._replace(slot=moved)
+        return replace(self, family=named, entries=entries, keys=keys_for(named, self.format))
 
     @cached_property
     def alpha_source(self) -> str:
@@ -213,6 +278,12 @@ class Adapter:
         self.close()
 
 
+def _with_own(keys: KeyMap, infos: Mapping[str, TensorInfo]) -> KeyMap:
+    """A key map with the modules of a file that the family's table does not name."""
+    family = with_own(keys.family, own_modules(keys, infos))
+    return keys if family is keys.family else KeyMap(family, keys.format, wrapped=keys.wrapped)
+
+
 def _by_names(
     infos: Mapping[str, TensorInfo], family: ModelFamily, format: str | None
 ) -> tuple[KeyMap, Detection]:
@@ -234,6 +305,17 @@ def _by_names(
     return keys, Detection(None, keys.format.name, most, len(infos))
 
 
+def _refuse_foreign(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> None:
+    """UnknownAdapter for a kind that can be named, but not read."""
+    kind = foreign(infos, config)
+    if kind is not None:
+        raise UnknownAdapter(
+            f"an adapter of a kind that adaptkit does not read: {kind}",
+            hint="what trained it can merge it into its base model (PEFT: merge_and_unload); then "
+            "`adaptkit extract BASE MERGED` makes a LoRA or LoKr of the difference",
+        )
+
+
 def _unknown(
     infos: Mapping[str, TensorInfo], found: Detection, family: str | None, format: str | None
 ) -> tuple[KeyMap, Detection]:
@@ -241,7 +323,12 @@ def _unknown(
 
     Raises `UnknownAdapter` if no format fits either.
     """
-    made = fallback(infos, format) if not family and is_adapter(infos) else None
+    made = fallback(infos, format) if is_adapter(infos) else None
+    if made is not None and family is not None:
+        # none of its names is in the table that the user names: all are its own
+        keys = _with_own(compile_keys(family, made[1].name), infos)
+        if any(keys.parse(key) is not None for key in infos):
+            return keys, replace(found, family=family, format=keys.format.name)
     whole = detect_checkpoint(infos, {}) if made is None else None
     if whole is not None and whole.family is not None and whole.claimed > FEW:
         raise UnknownAdapter(
@@ -250,7 +337,7 @@ def _unknown(
             hint="`adaptkit extract BASE TUNED` makes an adapter of two checkpoints; "
             "`merge BASE ADAPTER` takes the checkpoint first",
         )
-    if made is None:
+    if made is None or family is not None:
         first = next(iter(infos), "nothing")
         raise UnknownAdapter(
             "no known family and key format claims these keys",
@@ -274,8 +361,10 @@ def open_adapter_source(path: Path) -> tuple[TensorSource, Mapping[str, object] 
     if path.is_dir():
         weights = next((path / name for name in PEFT_WEIGHTS if (path / name).is_file()), path)
     try:
-        read = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        read = read_json(config.read_bytes(), PEFT_CONFIG)
+    except AdaptkitError as error:
+        raise error.at(file=config) from None
+    except (ValueError, OSError) as error:
         what = f"{PEFT_CONFIG} is not valid JSON: {error}"
         raise UnknownAdapter(what, file=config) from None
     if not isinstance(read, dict):

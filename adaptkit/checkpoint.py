@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
-from adaptkit.errors import AdaptkitError, NotRepresentable, ShapeMismatch, UnknownAdapter
+from adaptkit.errors import InternalError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import Quantization, read_widened
-from adaptkit.keymap import CheckpointMap, KeyMap, Place, compile_checkpoint, compile_keys, label
+from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint, keys_for, label
 from adaptkit.names import Slot
-from adaptkit.unknown import family_of_weights
+from adaptkit.unknown import family_of_weights, own_weights, with_own
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
     from adaptkit.formats.contract import KeyFormat
+    from adaptkit.keymap import KeyMap
     from adaptkit.names import Target
 
 EMA = "model_ema."
@@ -99,9 +100,10 @@ class Checkpoint:
                     return cls.under_own_names(source, made, ema=ema)
             source.close()
             raise error.at(file=path) from None
-        except AdaptkitError as error:
+        except Exception as error:
             source.close()
-            raise error.at(file=path) from None
+            found = InternalError.of(error).at(file=path)
+            raise found from found.__cause__
 
     @classmethod
     def understand(
@@ -124,7 +126,11 @@ class Checkpoint:
                 "not a checkpoint of a known family",
                 hint=f"{near}known families: {', '.join(families())}",
             )
-        return cls._placed(source, stored, compile_checkpoint(found.family), found, ema)
+        keys = compile_checkpoint(found.family)
+        family = with_own(keys.family, own_weights(keys, infos))
+        if family is not keys.family:
+            keys = CheckpointMap(family)
+        return cls._placed(source, stored, keys, found, ema)
 
     @classmethod
     def under_own_names(
@@ -151,7 +157,8 @@ class Checkpoint:
         places = {
             averaged.get(name, name): place
             for name, place in named.items()
-            if name not in stored.extras
+            # a single number or nothing at all is no weight, whatever its name
+            if name not in stored.extras and _has_rows(source.infos[averaged.get(name, name)])
         }
         others = {
             name: keys.other(name) or "unknown" for name in source.infos if name not in places
@@ -168,11 +175,7 @@ class Checkpoint:
 
     def keys(self, format: KeyFormat) -> KeyMap:
         """The key map of a format for adapters of this checkpoint."""
-        return (
-            compile_keys(self.family.name, format.name)
-            if self.known
-            else KeyMap(self.family, format)
-        )
+        return keys_for(self.family, format)
 
     def targets(self) -> dict[Target, dict[Slot, str]]:
         """The tensors that hold each target or its parts.
@@ -251,6 +254,18 @@ class Checkpoint:
     def dtypes(self, pieces: tuple[Piece, ...]) -> frozenset[str]:
         """The stored dtypes of a slot."""
         return frozenset(self.source.infos[piece.name].dtype for piece in pieces)
+
+    def likeness(self, pieces: Iterable[Piece]) -> Hashable:
+        """All that decides how these pieces are read and rounded, names aside."""
+        return tuple(
+            (replace(piece, name=""), *(self._stored_as(name) for name in names))
+            for piece in pieces
+            if (names := (piece.name, self.quantization.scales.get(piece.name)))
+        )
+
+    def _stored_as(self, name: str | None) -> Hashable:
+        info = None if name is None else self.source.infos[name]
+        return info and (info.shape, info.dtype)
 
     def refusal(self, names: Iterable[str]) -> str | None:
         """The first unsupported quantization among tensors (`nf4 (bitsandbytes)`), or None."""
@@ -346,6 +361,10 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _has_rows(info: TensorInfo) -> bool:
+    return bool(info.shape) and info.numel > 0
 
 
 def _averaged(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, str]:

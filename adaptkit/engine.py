@@ -9,14 +9,13 @@ bound, so that a plan can print its peak memory.
 from __future__ import annotations
 
 import queue
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from adaptkit.memory import forget
+from adaptkit.process import explained, one_thread_here, out_of_memory, release, short_turns
 from adaptkit.steps import (
     BESIDE,
     DEFAULT_MEMORY,
@@ -56,8 +55,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-# seconds of sys.setswitchinterval: with Python's 5e-3 s, two workers took a tenth longer
-_TURN = 1e-4
+_PATIENCE = 1.0  # seconds that an interrupt waits for threads to end
 _POLL = 0.2  # seconds between checks of the stop flag while a queue is full or empty
 
 
@@ -90,16 +88,22 @@ def run(
     work: Work[P, R],
     resources: Resources,
     progress: Callable[[int], None] | None = None,
-) -> None:
-    """Stream all steps through `work`; results are stored in bucket order.
+) -> tuple[str, ...]:
+    """Stream all steps through `work`; results are stored in bucket order. Return notes.
 
-    `progress` gets the number of finished steps. The first error of any thread is raised here. On
-    return or error no thread is left running.
+    `progress` gets the number of finished steps. The first error of any thread is raised here;
+    NotEnoughMemory if the system refuses memory. A stack that a device has no room for is halved,
+    down to one step, which then is computed on the CPU, and noted.
+
+    On return or error no thread is left running, but after an interrupt one may be that is inside
+    of a long library call. It ends after that, and changes nothing.
     """
     listed = list(steps)
     room = _Budget(bound(listed, resources.memory), resources.workers + BESIDE)
     parcels = _parcels(list(buckets(listed, resources, work.stack)), room.bytes, resources.workers)
-    _Pipeline(work, resources, room, progress or (lambda _: None)).run(list(parcels))
+    pipeline = _Pipeline(work, resources, room, progress or (lambda _: None))
+    pipeline.run(list(parcels))
+    return tuple(pipeline.notes())
 
 
 class _Stopped(Exception):
@@ -188,6 +192,7 @@ class _Pipeline(Generic[P, R]):
         self.loaded: queue.SimpleQueue[Loaded[P] | None] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[Done[P, R] | None] = queue.SimpleQueue()
         self.working = resources.workers
+        self.elsewhere: list[str] = []  # steps that the device had no room for
         self.lock = threading.Lock()
 
     def run(self, todo: Sequence[_Parcel[P]]) -> None:
@@ -199,19 +204,28 @@ class _Pipeline(Generic[P, R]):
             )
             for name, body, args in bodies
         ]
-        with _own_threads(self.resources):
+        with short_turns():
             for thread in threads:
                 thread.start()
             try:
                 for thread in threads:
                     while thread.is_alive():  # with a timeout, so that Ctrl-C is noticed
                         thread.join(_POLL)
-            finally:
+            except KeyboardInterrupt:
                 self.stop.set()
+                until = time.monotonic() + _PATIENCE
                 for thread in threads:
-                    thread.join()
+                    thread.join(max(0.0, until - time.monotonic()))
+                raise
         if self.failure:
-            raise self.failure[0]
+            raise explained(self.failure[0])
+
+    def notes(self) -> Iterator[str]:
+        """What was not computed where it was asked for."""
+        if self.elsewhere:
+            first, more = self.elsewhere[0], len(self.elsewhere) - 1
+            what = f"{first} and {more} more" if more else first
+            yield f"{what}: computed on the CPU, no room in the memory of {self.resources.device}."
 
     def _guarded(self, body: Callable[..., None], *args: object) -> None:
         try:
@@ -252,32 +266,39 @@ class _Pipeline(Generic[P, R]):
             # one end marker per worker
             self.loaded.put(None)
 
-    def _load(self, bucket: Bucket[P]) -> dict[str, Tensor]:
+    def _load(self, bucket: Bucket[P], *, pinned: bool = True) -> dict[str, Tensor]:
         loaded = [self.work.load(payload) for payload in bucket.payloads]
         if len(loaded) == 1:
-            return {key: tensor.unsqueeze(0) for key, tensor in loaded[0].items()}
-        import torch
+            found = {key: tensor.unsqueeze(0) for key, tensor in loaded[0].items()}
+        else:
+            import torch
 
-        stacked = {key: torch.stack([tensors[key] for tensors in loaded]) for key in loaded[0]}
-        if torch.device(self.resources.device).type != "cuda":
-            return stacked
+            found = {key: torch.stack(_alike(key, loaded)) for key in loaded[0]}
+        if not (pinned and self.pins):
+            return found
         # only page-locked memory is copied to a GPU asynchronously
-        return {key: tensor.pin_memory() for key, tensor in stacked.items()}
+        return {key: tensor.pin_memory() for key, tensor in found.items()}
+
+    @property
+    def pins(self) -> bool:
+        """Whether host memory is page-locked for the device."""
+        return self.resources.device.partition(":")[0] == "cuda"
 
     def _compute(self) -> None:
         import torch
 
         if self.resources.on_cpu:
-            # OpenMP keeps this setting per thread: each worker must set its own
-            torch.set_num_threads(1)
+            one_thread_here()
         # every `del` below drops the last reference, so that the memory counted as free is free
-        while (item := self._next()) is not None:
+        while (item := self._get(self.loaded)) is not None:
             parcel, host = item
             results: list[Sequence[R]] = []
             del item
             with torch.inference_mode():
                 for n, bucket in enumerate(parcel.buckets):
-                    results.append(self.work.kernel(bucket.payloads, self._moved(host, n, bucket)))
+                    tensors, host[n] = host[n], None
+                    results.append(self._computed(bucket, tensors))
+                    del tensors
             del host
             held = self._held(parcel, results)
             self.room.computed(parcel.bytes, held)
@@ -288,27 +309,33 @@ class _Pipeline(Generic[P, R]):
             if not self.working:
                 self.done.put(None)
 
-    def _next(self) -> Loaded[P] | None:
-        """The next parcel to compute; a waiting worker frees its memory."""
+    def _computed(self, bucket: Bucket[P], host: dict[str, Tensor] | None) -> Sequence[R]:
+        """The results of a bucket, from its tensors, or from those of half of it at a time."""
         try:
-            return self.loaded.get_nowait()
-        except queue.Empty:
-            forget()
-            return self._get(self.loaded)
+            tensors = self._load(bucket) if host is None else host
+            return self.work.kernel(bucket.payloads, self._moved(tensors))
+        except Exception as error:
+            if self.resources.on_cpu or not out_of_memory(error):
+                raise
+        # here, not in the handler: the error refers to what its frames hold
+        release(self.resources.device)
+        if len(bucket.steps) > 1:
+            half = len(bucket.steps) // 2
+            parts = (Bucket(bucket.steps[:half]), Bucket(bucket.steps[half:]))
+            return [result for part in parts for result in self._computed(part, None)]
+        self.elsewhere += map(_label, bucket.payloads)
+        return self.work.kernel(bucket.payloads, self._load(bucket, pinned=False))
 
-    def _moved(
-        self, host: list[dict[str, Tensor] | None], n: int, bucket: Bucket[P]
-    ) -> dict[str, Tensor]:
-        """Move a bucket's tensors to the device and drop the originals."""
-        tensors, host[n] = host[n], None
-        if tensors is None:
-            tensors = self._load(bucket)
+    def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move a bucket's tensors to the device, each original dropped as it is moved."""
         if self.resources.on_cpu:
             return tensors
-        return {
-            key: tensor.to(self.resources.device, non_blocking=True)
-            for key, tensor in tensors.items()
-        }
+        return {key: self._sent(tensors.pop(key)) for key in list(tensors)}
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        # pageable memory may be used again before an asynchronous copy has read it
+        pinned = tensor.device.type == "cpu" and self.pins and tensor.is_pinned()
+        return tensor.to(self.resources.device, non_blocking=pinned)
 
     def _held(self, parcel: _Parcel[P], results: Sequence[Sequence[R]]) -> int:
         """Bytes of the results, at least 1.
@@ -342,19 +369,14 @@ class _Pipeline(Generic[P, R]):
                 self.room.leave(held)
 
 
-@contextmanager
-def _own_threads(resources: Resources) -> Iterator[None]:
-    """Shorten Python's thread switches; restore torch's number of threads afterwards.
+def _alike(key: str, loaded: Sequence[Tensors]) -> list[Tensor]:
+    """The tensors of a stack, which torch would promote to one dtype without a word."""
+    found = [tensors[key] for tensors in loaded]
+    if any((tensor.dtype, tensor.shape) != (found[0].dtype, found[0].shape) for tensor in found):
+        raise RuntimeError(f"{key!r} differs within a stack")
+    return found
 
-    The workers set it to one each.
-    """
-    import torch
 
-    turn, threads = sys.getswitchinterval(), torch.get_num_threads()
-    sys.setswitchinterval(min(turn, _TURN))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(turn)
-        if resources.on_cpu:
-            torch.set_num_threads(threads)
+def _label(payload: object) -> str:
+    found = getattr(payload, "label", None) or getattr(payload, "name", None)
+    return str(found or "a layer")

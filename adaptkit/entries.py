@@ -7,32 +7,41 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from adaptkit.algorithms.contract import ALPHA, Stated
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import AdaptkitError, NotRepresentable
+from adaptkit.files.quantized import FLOATS, FP8
+from adaptkit.files.tensors import SCALARS
 from adaptkit.keymap import KeyMap, Parsed, RoleName, algorithms, label
 from adaptkit.meaning import SAY, Meaning, Problem
+from adaptkit.names import Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Facts, Weights
     from adaptkit.files.header import TensorInfo
-    from adaptkit.names import Slot
 
 __all__ = [
+    "REDUNDANT",
     "Entry",
     "Header",
     "alike",
+    "as_part",
     "entries_of",
     "read_entries",
     "weights_of",
     "without_carried",
 ]
 
+# roles of one number, which may be an integer or a flag
+SINGLE = (ALPHA, "on_input")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
 CARRIED = ("bundle_emb.", "_aux.")
+REDUNDANT = (".lora_rank",)  # FastVideo's, which the factors' shapes tell
+# ComfyUI's size of a widened layer, of any module
+BESIDE = (*REDUNDANT, ".reshape_weight")
 
 
 class Header(Protocol):
@@ -64,6 +73,14 @@ class Entry(NamedTuple):
     def tensors(self) -> Iterator[tuple[str, str]]:
         """(role, key) of the tensors with weights, that is, all except alpha."""
         return ((role, key) for role, key in self.keys.items() if role != ALPHA)
+
+    def likeness(self, infos: Mapping[str, TensorInfo]) -> Hashable:
+        """All that decides how it is computed, names aside: equal in what is computed as one.
+
+        `infos` are those of its file. Every field counts, so that one that is added does too.
+        """
+        stored = tuple((role, infos[key].shape, infos[key].dtype) for role, key in self.tensors())
+        return stored, tuple(self._replace(slot=None, keys=None))  # type: ignore[arg-type]
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
         """Decode stored tensors (perhaps stacked), rows in target order."""
@@ -104,7 +121,17 @@ def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
 
 def without_carried(source: Header) -> dict[str, TensorInfo]:
     """The tensors of a file without those that other tools left there."""
-    return {name: info for name, info in source.infos.items() if not name.startswith(CARRIED)}
+    return {
+        name: info
+        for name, info in source.infos.items()
+        if not name.startswith(CARRIED) and not name.endswith(BESIDE)
+    }
+
+
+def as_part(entries: Mapping[Slot, Entry], part: str) -> dict[Slot, Entry]:
+    """Entries of one expert of a model as those of another, which has the same modules."""
+    moved = {slot: Slot(slot.target._replace(component=part), slot.rows) for slot in entries}
+    return {moved[slot]: entry._replace(slot=moved[slot]) for slot, entry in entries.items()}
 
 
 class _Reader:
@@ -137,21 +164,28 @@ class _Reader:
             rebased = self.meaning.rebased(slot.component, plain)
             kind = algorithms()[rebased] if rebased else plain
             keys = {role: names[n] for role, n in places.items()}
+            if odd := self._odd(keys):
+                failures.append(odd)
+                continue
             stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
             if kind.bounded:  # a bound, not a scale
                 alpha, origin = (None, "none") if stored is None else (Stated(stored), "tensor")
             else:
                 alpha, origin = self.meaning.alpha(slot.component, first.module, stored)
+            shapes = {
+                role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA
+            }
             try:
-                shapes = {
-                    role: self.source.infos[key].shape
-                    for role, key in keys.items()
-                    if role != ALPHA
-                }
                 facts = self._with_kernel(slot, kind.facts(shapes, alpha))
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
+                window = len(facts.kernel or ())
+                if wrong := self.meaning.misread(slot.component, kind, shapes, window):
+                    raise NotRepresentable(wrong)
             except AdaptkitError as error:
                 failures.append(error.message)
+            except (ArithmeticError, LookupError, TypeError, ValueError):
+                # shapes are a stranger's: those that no check foresaw fit no algorithm either
+                failures.append(f"{plain.name} has no tensors of shapes {list(shapes.values())}")
             else:
                 value = alpha.value if alpha else None
                 if stored is not None and not kind.bounded:
@@ -175,13 +209,26 @@ class _Reader:
         keys = [self.keys.spell(slot, name, role).removeprefix(stem) for role in sorted(absent)]
         return f"{' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} missing"
 
+    def _odd(self, keys: Mapping[str, str]) -> str | None:
+        """Why a tensor cannot be what its name says, whatever the algorithm; None if it can."""
+        for role, key in keys.items():
+            info = self.source.infos[key]
+            if role in SINGLE:
+                if info.numel != 1 or info.dtype not in SCALARS:
+                    return f"{key} is {info.dtype} {list(info.shape)}, not a single number"
+            elif info.dtype not in FLOATS + FP8:
+                return f"{key} is stored as {info.dtype}, not as floating-point numbers"
+            elif not info.numel or not info.shape:
+                return f"{key} has the shape {list(info.shape)}, which is no matrix or vector"
+        return None
+
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Add the table's kernel if flat factors do not determine it."""
         if facts.kernel is not None:
             return facts
         row = self.keys.row(slot.target)
-        # a family without checkpoints is made of file names: its rows know no kernels
-        if row is None or not self.keys.family.component(slot.component).checkpoints:
+        # rows made of an adapter's names know no kernels
+        if row is None or row.own or not self.keys.family.component(slot.component).checkpoints:
             return facts
         return replace(facts, kernel=row.kernel)
 

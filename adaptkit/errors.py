@@ -4,7 +4,8 @@
 
     AdaptkitError                     exit code 1
     ├── CorruptFile                   bytes that violate their file format
-    │   └── UnsafePickle              a pickle that would run code
+    │   ├── UnsafePickle              a pickle that would run code
+    │   └── OverLimit                 a file that asks for more work than is stated
     ├── UnreadableFile                missing file, no permission, a folder without weights
     ├── UnknownAdapter                no (family, format) claims these keys
     ├── AmbiguousAdapter              several do, and the answer would change the output
@@ -17,6 +18,7 @@
     ├── WouldOverwrite                the output exists
     ├── CannotWrite                   disk full, no permission, no such folder
     ├── NotEnoughMemory               one step needs more than the memory bound
+    ├── InternalError                 anything else that happened to one file: a bug
     └── WrongUsage                    conflicting options or values: exit code 2, as in Click
 
 An interrupt exits 130.
@@ -37,11 +39,13 @@ __all__ = [
     "AmbiguousAdapter",
     "CannotWrite",
     "CorruptFile",
+    "InternalError",
     "NoSuchName",
     "NonFinite",
     "NotEnoughMemory",
     "NotRepresentable",
     "NothingToDo",
+    "OverLimit",
     "ShapeMismatch",
     "Unclaimed",
     "UnknownAdapter",
@@ -50,6 +54,11 @@ __all__ = [
     "WouldOverwrite",
     "WrongUsage",
 ]
+
+
+BUG = "this is a bug in adaptkit; set ADAPTKIT_DEBUG=1 to see the traceback"
+# characters of an exception's own words: they may quote a file
+LONGEST = 500
 
 
 class AdaptkitError(Exception):
@@ -104,6 +113,10 @@ class CorruptFile(AdaptkitError):
 
 class UnsafePickle(CorruptFile):
     """A pickle that refers to something other than plain tensors and containers."""
+
+
+class OverLimit(CorruptFile):
+    """A file that asks for more work or memory than the stated limits (files/limits.py)."""
 
 
 class UnreadableFile(AdaptkitError):
@@ -162,6 +175,26 @@ class CannotWrite(AdaptkitError):
 
 class NotEnoughMemory(AdaptkitError):
     """A step that needs more than the memory bound."""
+
+
+class InternalError(AdaptkitError):
+    """An error that adaptkit does not raise on purpose, with the file that it happened to."""
+
+    @classmethod
+    def of(cls, error: Exception) -> AdaptkitError:
+        """The error to report for any exception of one file or one job; its cause is kept."""
+        if isinstance(error, AdaptkitError):
+            return error
+        words = str(error)[:LONGEST]
+        found: AdaptkitError
+        if isinstance(error, MemoryError) or "allocate memory" in words:
+            found = NotEnoughMemory("out of memory", hint="free memory, or set a lower --memory")
+        elif isinstance(error, OSError):
+            found = UnreadableFile(error.strerror or words, file=error.filename)
+        else:
+            found = cls(f"unexpected {type(error).__name__}: {words}", hint=BUG)
+        found.__cause__ = error
+        return found
 
 
 class WrongUsage(AdaptkitError):

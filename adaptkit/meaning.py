@@ -8,15 +8,17 @@ weights that a report measures are those that a reader finds. What cannot be hon
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf, isclose
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.algorithms.contract import ALPHA, Stated
-from adaptkit.errors import NotRepresentable, WrongUsage
+from adaptkit.errors import AdaptkitError, NotRepresentable, WrongUsage
+from adaptkit.files.limits import read_json
+from adaptkit.keymap.patterns import Patterns
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.algorithms.contract import Facts, Weights
+    from adaptkit.algorithms.contract import Facts, Shapes, Weights
 
 __all__ = [
     "DIFFUSERS_CONFIG",
@@ -35,6 +37,7 @@ __all__ = [
     "Meaning",
     "Problem",
     "as_read",
+    "otherwise",
     "refuse_errors",
 ]
 
@@ -56,6 +59,7 @@ FLAT_RANK = ("rank", "lora_rank", "r", "network_dim", "ss_network_dim")
 AS_RANK = "as-rank"
 SAY = "say which counts: --alpha-in VALUE, or --alpha-in as-rank"
 _FLOAT32 = 1e-6  # alpha is stored as float32
+_LARGEST = 1 << 53  # ranks up to here are exact as floats
 
 
 class Problem(NamedTuple):
@@ -99,8 +103,8 @@ class Meaning:
         if config is not None:
             return cls({"": config}, metadata, given)
         try:
-            stored = json.loads(metadata.get(DIFFUSERS_CONFIG, "{}"))
-        except (ValueError, RecursionError):
+            stored = read_json(metadata.get(DIFFUSERS_CONFIG, "{}"), DIFFUSERS_CONFIG)
+        except ValueError:
             stored = {}
         parts: dict[str, dict[str, object]] = {}
         for name, value in stored.items() if isinstance(stored, dict) else ():
@@ -139,6 +143,14 @@ class Meaning:
         for component, config in self.configs.items():
             where = f"{component}: " if component else ""
             yield from (Problem("error", None, where + what) for what in _unsupported(config))
+
+    def misread(self, component: str, kind: type[Weights], shapes: Shapes, window: int) -> str:
+        """Why these tensors mean something else to PEFT, whose file this is; "" if they do not."""
+        config = self.configs.get(component) or self.configs.get("") or {}
+        role = kind.peft_lacks.get(window)
+        if not role or role not in shapes or config.get("peft_type") != kind.peft_type:
+            return ""
+        return otherwise(kind, role, window)
 
     def rebased(self, component: str, kind: type[Weights]) -> str:
         """The algorithm of LoRA factors that were trained from a part of the base; "" if none."""
@@ -191,14 +203,48 @@ class Meaning:
         return Problem("warning", None, what)
 
     def _configured(self, component: str, module: str) -> Stated | None:
-        config = self.configs.get(component) or self.configs.get("") or {}
+        part = component if self.configs.get(component) else ""
+        config = self.configs.get(part) or {}
         usual = config.get("lora_alpha", config.get("alpha"))
-        alpha = _pattern(config.get("alpha_pattern"), module, usual)
-        if not isinstance(alpha, int | float):
+        alpha = _float(self._patterned(part, "alpha_pattern", module, usual))
+        if alpha is None:
             return None
-        rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
-        known = rank if isinstance(rank, int) else None
-        return Stated(float(alpha), known, bool(config.get("use_rslora")))
+        rank = self._patterned(part, "rank_pattern", module, config.get("r"))
+        known = rank if isinstance(rank, int) and 0 < rank < _LARGEST else None
+        return Stated(alpha, known, bool(config.get("use_rslora")))
+
+    def _patterned(self, part: str, table: str, module: str, usual: object) -> object:
+        """The value of the first pattern of a table that matches the end of a module's name."""
+        patterns, values = self._tables.get((part, table), (None, ()))
+        found = None if patterns is None else patterns.first(module)
+        return usual if found is None else values[found]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[str, str], tuple[Patterns, tuple[object, ...]]]:
+        """Patterns and their values by component and table; `CorruptFile` for a wrong pattern."""
+        found = {}
+        for part, config in self.configs.items():
+            for table in ("alpha_pattern", "rank_pattern"):
+                given = config.get(table)
+                if isinstance(given, dict):
+                    try:
+                        found[part, table] = Patterns(given), tuple(given.values())
+                    except AdaptkitError as error:
+                        error.message = f"{table}: {error.message}"
+                        raise
+        return found
+
+
+def otherwise(kind: type[Weights], role: str, window: int) -> str:
+    """What is wrong with a role that PEFT multiplies otherwise than all other readers.
+
+    Of a LoKr, peft/tuners/lokr/layer.py: make_kron gives the dimensions of the window to w1 only if
+    there are two.
+    """
+    return (
+        f"PEFT multiplies {kind.roles[role].spelling} of a {window}-dimensional convolution "
+        "otherwise than all other readers"
+    )
 
 
 def _check_alpha(given: str | None) -> None:
@@ -217,6 +263,16 @@ def _number(text: str) -> float | None:
         return None
 
 
+def _float(value: object) -> float | None:
+    """A number of a configuration; infinity for an integer beyond every float."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return inf if value > 0 else -inf
+
+
 def _unsupported(config: Mapping[str, object]) -> Iterator[str]:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in TAKEN and REBASED.fullmatch(init):
@@ -230,18 +286,6 @@ def _unsupported(config: Mapping[str, object]) -> Iterator[str]:
     for name, usual in OFT_COMPUTED.items():
         if config.get(name, usual) != usual:
             yield f"{name} = {config[name]}: this kind of OFT is not supported"
-
-
-def _pattern(patterns: object, module: str, default: object) -> object:
-    """The value of the first pattern that matches the end of a module's name.
-
-    Found as PEFT's `get_pattern_key` finds it (peft/utils/other.py).
-    """
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        # unescaped on purpose: PEFT treats patterns as regular expressions
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
 
 
 class AsRead(NamedTuple):

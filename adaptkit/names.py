@@ -15,7 +15,11 @@ __all__ = ["Rows", "Slot", "Target", "tokenise"]
 WEIGHT = "weight"
 BIAS = "bias"
 
-_DIGITS = re.compile(r"(\d+)")
+# indices as they are written: "007", or more digits than an index has, is text. Few enough digits
+# that nobody finds many tuples of them with one hash, which would make the tables of names slow
+_DIGITS = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+# what stands for a number in a skeleton, and the mark of a text that holds it itself
+_NUMBER, _ESCAPE = "#", "\x01"
 
 
 class Target(NamedTuple):
@@ -77,12 +81,16 @@ class Slot(NamedTuple):
         return f"{self.target}{cut}"
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=16384)  # of names within the limits: 40 MB at most
 def tokenise(key: str) -> tuple[str, tuple[int, ...]]:
     """Split a key into its skeleton (digits replaced by `#`) and its integers.
 
     >>> tokenise("double_blocks.7.img_attn.qkv")
     ('double_blocks.#.img_attn.qkv', (7,))
+
+    A key may hold `#` itself, which is then escaped: every `#` of a skeleton is one integer.
     """
+    if _NUMBER in key or _ESCAPE in key:
+        key = key.replace(_ESCAPE, _ESCAPE + "e").replace(_NUMBER, _ESCAPE + "n")
     pieces = _DIGITS.split(key)
-    return "#".join(pieces[::2]), tuple(map(int, pieces[1::2]))
+    return _NUMBER.join(pieces[::2]), tuple(map(int, pieces[1::2]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from adaptkit.entries import as_part
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     Span = tuple[Fraction, Fraction]
 
-__all__ = ["Assembly", "Part", "Respelling"]
+__all__ = ["Assembly", "Part", "Respelling", "placed"]
 
 
 class Part(NamedTuple):
@@ -147,6 +148,24 @@ class Respelling:
                 tensor=self.adapter.label(entry.slot),
             )
         return int(place)
+
+
+def placed(entries: Mapping[Slot, Entry], keys: KeyMap) -> Mapping[Slot, Entry]:
+    """Entries of one expert alone, where a format has a place for one expert only.
+
+    Files of Wan 2.2 do not say which expert they are for, except in diffusers.
+    """
+    parts = {slot.component for slot in entries}
+    if len(parts) != 1:
+        return entries
+    (part,) = parts
+    if keys.writes(keys.family.component(part)):
+        return entries
+    others = (
+        name for name in keys.family.experts(part) if keys.writes(keys.family.component(name))
+    )
+    other = next(others, None)
+    return entries if other is None else as_part(entries, other)
 
 
 def _span(rows: Rows | None) -> Span:

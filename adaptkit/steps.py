@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from adaptkit.errors import AdaptkitError, NotEnoughMemory
+from adaptkit.process import torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -87,7 +88,7 @@ class Resources:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise AdaptkitError(f"device {device!r} cannot be used: {error}") from None
-        return cls(device, memory, torch.get_num_threads() if device.startswith("cpu") else 1)
+        return cls(device, memory, torch_threads() if device.startswith("cpu") else 1)
 
     @property
     def on_cpu(self) -> bool:

@@ -1,29 +1,46 @@
-"""Families without a table, made of the module names in a file.
+"""Families without a table, and modules without a row in their family's table.
 
-They suffice if names need no translation: to inspect, resize, change the algorithm, or spell the
-same names in another format. Names are carried over only between formats that name modules alike,
-and never from underscores back to dots.
+Both are made of the names in a file. These suffice if names need no translation: to inspect,
+resize, combine, merge, change the algorithm, or spell the same names in another format. Names are
+carried over only between formats that name modules alike, and never from underscores back to dots.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
+from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.detect import families, formats
+from adaptkit.detect import families, formats, spelled_as_adapter
+from adaptkit.errors import NotRepresentable
 from adaptkit.families.contract import Component, Kind, ModelFamily, Row, named
 from adaptkit.files.open import COMPONENTS
-from adaptkit.keymap import prefixes, split_suffix
-from adaptkit.names import BIAS, WEIGHT
+from adaptkit.files.quantized import FLOATS, FP8
+from adaptkit.keymap import find_row, module_names, prefixes, split_suffix
+from adaptkit.names import BIAS, WEIGHT, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from adaptkit.files.header import TensorInfo
     from adaptkit.formats.contract import KeyFormat
+    from adaptkit.keymap import CheckpointMap, KeyMap
 
-__all__ = ["NAME", "fallback", "family_of_weights"]
+__all__ = [
+    "NAME",
+    "Own",
+    "fallback",
+    "family_of_weights",
+    "joint",
+    "own_modules",
+    "own_of",
+    "own_weights",
+    "with_dots",
+    "with_own",
+]
 
 NAME = "unknown"
 DENOISERS = ("transformer", "unet")
@@ -48,6 +65,8 @@ def fallback(
     known = [
         f for f in formats().values() if not f.private and not f.owns and format in (None, f.name)
     ]
+    # braces would be free indices
+    stems = Counter({stem: n for stem, n in stems.items() if "{" not in stem})
     best = max(known, key=lambda f: (_claimed(stems, f), "" not in _parts(f)), default=None)
     if best is None or not _claimed(stems, best):
         return None
@@ -102,7 +121,9 @@ def _alike(format: KeyFormat, source: KeyFormat) -> bool:
     """Whether a format can spell the names of a source format."""
     if format is source:
         return True
-    return format.kin == source.kin != "" and source.joiner in (".", format.joiner)
+    # names without a prefix may be of either kin: nothing tells, and the user says which
+    kin = format.kin == source.kin or "module" in (format.kin, source.kin)
+    return kin and "" not in (format.kin, source.kin) and source.joiner in (".", format.joiner)
 
 
 def _tags(component: str, source: KeyFormat) -> dict[str, tuple[str, ...]]:
@@ -143,7 +164,7 @@ def family_of_weights(*files: Mapping[str, tuple[int, ...]]) -> ModelFamily:
             if prefix is None or name.startswith(_BESIDE):
                 continue
             module, _, param = name[len(prefix) :].rpartition(".")
-            if module and param in (WEIGHT, BIAS):
+            if module and param in (WEIGHT, BIAS) and "{" not in module:
                 starts.setdefault(parts[prefix], {})[prefix] = None
                 known = modules.setdefault(parts[prefix], {})
                 known[module] = shape if param == WEIGHT else known.get(module, (1, 1))
@@ -194,3 +215,187 @@ def _row(module: str, shape: tuple[int, ...]) -> Row:
     )
     names = MappingProxyType({SOURCE: (named(module),), "diffusers": (named(module),)})
     return Row(module, names, kind, shape[2:])
+
+
+# modules that a known family's table does not name ------------------------------------------
+
+SAMPLE = 48  # modules that tell a file's naming
+
+
+class Own(NamedTuple):
+    """A module that its family's table does not name, with its name in a file.
+
+    `naming` is that of the modules around it. `joined`: the file joins its words by underscores, so
+    that its dots are not known.
+    """
+
+    component: str
+    module: str
+    naming: str
+    joined: bool = False
+    kind: Kind = Kind.MATRIX
+    kernel: tuple[int, ...] = ()
+
+
+def own_modules(keys: KeyMap, infos: Mapping[str, TensorInfo]) -> Iterator[Own]:
+    """The modules of an adapter file that are spelled as adapters are, but in no table."""
+    found: dict[str, dict[str, bool]] = {}  # component → module → whether all it has are vectors
+    known: dict[str, dict[str, None]] = {}
+    gates = {name.removesuffix("on_input") for name in infos if name.endswith(".on_input")}
+    for key, info in infos.items():
+        split, place = split_suffix(key), None
+        if split is not None and keys.roles(split[2]):
+            place = keys.place(split[0])
+        if split is None or place is None or not place[1]:
+            continue
+        part, module = place
+        if keys.claims(split[0]):
+            known.setdefault(part.name, {})[split[0]] = None
+        elif "{" not in module and spelled_as_adapter(key, gates):
+            vector = len(info.shape) < 2
+            held = found.setdefault(part.name, {})
+            held[module] = held.get(module, True) and vector
+    for component, modules in found.items():
+        naming = _naming(keys, component, known.get(component, ()))
+        for module, vector in modules.items():
+            kind = Kind.NORM if vector else Kind.MATRIX
+            yield Own(component, module, naming, keys.format.joiner == "_", kind)
+
+
+def _naming(keys: KeyMap, component: str, stems: Iterable[str]) -> str:
+    """The naming that fits most of a component's modules in a file, or else the format's."""
+    style, part = keys.format.style, keys.family.component(component)
+    written = style if keys.format.private else part.naming(style)
+    fits: Counter[str] = Counter()
+    for stem in islice(stems, SAMPLE):
+        slot, place = keys.slot(stem), keys.place(stem)
+        row = None if slot is None else keys.row(slot.target)
+        if slot is not None and place is not None and row is not None:
+            fits.update(naming for naming in row.names if _spells(keys, slot, naming, place[1]))
+    most = max(fits.values(), default=0)
+    if fits[written] == most:
+        return written
+    return next(naming for naming, n in fits.items() if n == most)
+
+
+def _spells(keys: KeyMap, slot: Slot, naming: str, module: str) -> bool:
+    try:
+        return keys.module(slot, naming) == module
+    except NotRepresentable:  # this naming splits the module differently
+        return False
+
+
+def own_weights(keys: CheckpointMap, infos: Mapping[str, TensorInfo]) -> Iterator[Own]:
+    """The layers of a checkpoint that its family's table does not name.
+
+    Only beside known ones, that is, after a prefix that these have.
+    """
+    held: dict[str, Counter[tuple[str, str]]] = {}
+    strange: list[TensorInfo] = []
+    for name, info in infos.items():
+        found = keys.found(name)
+        if found is not None:
+            prefix, place = found
+            held.setdefault(prefix, Counter())[place.slot.component, place.naming] += 1
+        elif name.endswith((f".{WEIGHT}", f".{BIAS}")) and keys.other(name) is None:
+            strange.append(info)
+    starts = sorted(held, key=len, reverse=True)
+    shapes = {info.name: info.shape for info in strange}
+    for info in strange:
+        prefix = next((p for p in starts if info.name.startswith(p)), None)
+        module, _, param = info.name[len(prefix or "") :].rpartition(".")
+        float_ = info.dtype in (*FLOATS, *FP8)
+        if prefix is None or not module or not float_ or "{" in module or not info.shape:
+            continue
+        if param == BIAS and f"{prefix}{module}.{WEIGHT}" in shapes:
+            continue  # its weight tells more
+        component, naming = held[prefix].most_common(1)[0][0]
+        made = _row(module, info.shape if param == WEIGHT else (1, 1))
+        yield Own(component, module, naming, kind=made.kind, kernel=made.kernel)
+
+
+def with_own(family: ModelFamily, found: Iterable[Own]) -> ModelFamily:
+    """A family with rows for modules that its table does not name."""
+    rows: dict[str, dict[str, Row]] = {}
+    for one in found:
+        if find_row(family, one.component, one.module) is not None:
+            continue  # another module has this target
+        held = rows.setdefault(one.component, {})
+        name = named(one.module)._replace(joiners="_" if one.joined else "._")
+        before = held[one.module].names if one.module in held else {}
+        names = MappingProxyType({**before, one.naming: (name,)})
+        held[one.module] = Row(one.module, names, one.kind, one.kernel, own=True)
+    return _grown(family, {part: tuple(held.values()) for part, held in rows.items()})
+
+
+def _grown(family: ModelFamily, rows: Mapping[str, tuple[Row, ...]]) -> ModelFamily:
+    """A family with more rows; itself if there are none."""
+    if not rows:
+        return family
+    parts = tuple(
+        replace(part, rows=(*part.rows, *_told_apart(part, rows[part.name])))
+        if part.name in rows
+        else part
+        for part in family.components
+    )
+    return replace(family, components=parts)
+
+
+def _told_apart(part: Component, rows: tuple[Row, ...]) -> Iterator[Row]:
+    """Rows of which no two can be spelled alike: `a.b_c` and `a_b.c` are so with underscores."""
+    taken = Counter(row.target.replace(".", "_") for row in rows)
+    known = module_names(part, "_")
+    for row in rows:
+        flat = row.target.replace(".", "_")
+        if taken[flat] == 1 and known.match(flat) is None:
+            yield row
+        elif names := {
+            naming: tuple(name._replace(joiners=".") for name in names if "." in name.joiners)
+            for naming, names in row.names.items()
+        }:
+            yield row._replace(names=MappingProxyType(names))
+
+
+def own_of(family: ModelFamily) -> Iterator[Own]:
+    """The modules that `with_own` gave to a family, in each naming."""
+    for part in family.components:
+        for row in part.rows if part.rows and part.rows[-1].own else ():
+            for naming, names in row.names.items() if row.own else ():
+                for name in names:
+                    joined = name.joiners == "_"
+                    yield Own(part.name, row.target, naming, joined, row.kind, row.kernel)
+
+
+def joint(made: Sequence[ModelFamily]) -> ModelFamily:
+    """One family with the modules of all: of one table, or all made of names of one format."""
+    first, *others = made
+    table = families().get(first.name)
+    if table is not None:
+        return with_own(table, (own for family in made for own in own_of(family)))
+    parts = {part.name: part for part in first.components}
+    for part in (part for family in others for part in family.components):
+        have = parts.setdefault(part.name, part)
+        known = {row.target for row in have.rows}
+        more = tuple(row for row in part.rows if row.target not in known)
+        parts[part.name] = replace(have, rows=(*have.rows, *more)) if more else have
+    return replace(first, components=tuple(parts.values()))
+
+
+def with_dots(family: ModelFamily, other: ModelFamily) -> tuple[ModelFamily, dict[str, str]]:
+    """A family whose own modules have the dots that another file of the same table has.
+
+    Also the new name of each module that is renamed, by `component.old name`.
+    """
+    theirs = {
+        (own.component, own.module.replace(".", "_")): own.module
+        for own in own_of(other)
+        if not own.joined
+    }
+    renamed: dict[str, str] = {}
+    found: list[Own] = []
+    for own in own_of(family):
+        module = theirs.get((own.component, own.module)) if own.joined else None
+        if module is not None:
+            renamed[f"{own.component}.{own.module}"] = module
+        found.append(own if module is None else own._replace(module=module, joined=False))
+    return (with_own(families()[family.name], found) if renamed else family), renamed

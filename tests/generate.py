@@ -90,6 +90,39 @@ SD35_LARGE: dict[str, Any] = dict(
     qk_norm="rms_norm",
 )
 WAN_I2V: dict[str, Any] = dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+HIDREAM: dict[str, Any] = dict(
+    caption_channels=[4096, 4096],
+    num_layers=16,
+    num_single_layers=32,
+    attention_head_dim=128,
+    num_attention_heads=20,
+    text_emb_dim=2048,
+    num_routed_experts=4,
+    num_activated_experts=2,
+    in_channels=16,
+    out_channels=16,
+    patch_size=2,
+    llama_layers=list(range(48)),
+)
+HUNYUAN_DIT: dict[str, Any] = dict(
+    num_attention_heads=16,
+    attention_head_dim=88,
+    in_channels=4,
+    patch_size=2,
+    sample_size=128,
+    hidden_size=1408,
+    num_layers=40,
+    mlp_ratio=4.3637,
+)
+KANDINSKY_PRO: dict[str, Any] = dict(
+    model_dim=4096, ff_dim=16384, time_dim=1024, num_visual_blocks=60, num_text_blocks=4
+)
+COSMOS_25: dict[str, Any] = dict(
+    num_attention_heads=16,
+    extra_pos_embed_type=None,
+    use_crossattn_projection=True,
+    crossattn_proj_in_channels=100352,
+)
 ANIMA: dict[str, Any] = dict(num_attention_heads=16, extra_pos_embed_type=None)
 # diffusers' class of each transformer, and the published configuration where it is not the class's own
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,13 +148,58 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "auraflow": ("AuraFlowTransformer2DModel", {}),
     "ltx": ("LTXVideoTransformer3DModel", {}),
     "ltx2": ("LTX2VideoTransformer3DModel", {}),
+    "ltx-13b": (
+        "LTXVideoTransformer3DModel",
+        dict(num_layers=48, attention_head_dim=128, cross_attention_dim=4096),
+    ),
+    "minimax-h3": ("MiniMaxH3Transformer3DModel", {}),
+    "qwen-image-21": ("QwenImage21Transformer2DModel", {}),
+    "ernie-image": ("ErnieImageTransformer2DModel", {}),
+    "hidream": ("HiDreamImageTransformer2DModel", HIDREAM),
+    "ace-step": ("AceStepTransformer1DModel", {}),
+    "kandinsky5": ("Kandinsky5Transformer3DModel", KANDINSKY_PRO),
+    "cogvideox": ("CogVideoXTransformer3DModel", dict(num_attention_heads=48, num_layers=42)),
+    "cogview4": (
+        "CogView4Transformer2DModel",
+        dict(num_layers=28, num_attention_heads=32, attention_head_dim=128),
+    ),
+    "mochi": ("MochiTransformer3DModel", {}),
+    "sana": ("SanaTransformer2DModel", {}),
+    "flux3": ("Flux3Transformer2DModel", {}),
+    "bria-fibo": ("BriaFiboTransformer2DModel", dict(num_layers=8, num_single_layers=38)),
+    "bria-fibo2": ("BriaFibo2Transformer2DModel", {}),
+    "prx": ("PRXTransformer2DModel", {}),
+    "cosmos": ("CosmosTransformer3DModel", COSMOS_25),
+    "cosmos-14b": (
+        "CosmosTransformer3DModel",
+        dict(num_attention_heads=40, num_layers=36, extra_pos_embed_type=None),
+    ),
+    "glm-image": (
+        "GlmImageTransformer2DModel",
+        dict(num_attention_heads=32, attention_head_dim=128),
+    ),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        dict(cross_attention_dim=1152, caption_channels=4096, out_channels=8, num_layers=28),
+    ),
+    "hunyuan-dit": ("HunyuanDiT2DModel", HUNYUAN_DIT),
+    "wan-animate2": ("WanAnimate2Transformer3DModel", {}),
 }
 # what the transformer's keys begin with in the published file, where it is not the first prefix of the table
 PREFIXES = {"auraflow": "model."} | dict.fromkeys(
-    set(TRANSFORMERS) - {"anima", "auraflow", "ltx", "ltx2", "sd3", "sd35-large"}, ""
+    set(TRANSFORMERS)
+    - {"ace-step", "anima", "auraflow", "cosmos", "cosmos-14b", "ltx", "ltx-13b", "ltx2", "sd3"}
+    - {"sd35-large"},
+    "",
 )
 # the format that a family's trainers write beside diffusers', where it is not kohya's
-TRAINED = {"auraflow": "lycoris", "ltx": "comfy", "ltx2": "comfy"}
+TRAINED = {"auraflow": "lycoris", "ace-step": "peft", "hunyuan-dit": "onetrainer", "pixart": "onetrainer"} | dict.fromkeys(
+    (
+        "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos", "cosmos-14b", "flux3", "glm-image", "hidream", "ltx", "ltx-13b", "ltx2", "mochi", "prx",
+        "sana", "wan-animate2",
+    ),
+    "comfy",
+)  # fmt: skip
 BLOCKS = r"(?:.*?\.)?\w*(?:blocks|layers|norms|refiner)"  # lists of equal blocks, in diffusers' and transformers' names
 UNET_BLOCKS = r".*transformer_blocks"
 

@@ -100,6 +100,26 @@ def best_kron(matrix: Array, a: int, b: int) -> float:
     return float(np.sqrt((sigma[1:] ** 2).sum()))
 
 
+def best_kron_of_rank(
+    matrix: Array, outer: tuple[int, int], inner: tuple[int, int], rank: int, restarts: int
+) -> float:
+    """The least ‖M − A ⊗ B‖_F found for A of `outer` and B of `inner`, B of at most `rank`.
+
+    Alternating least squares (for B, then for A), 60 times from each random A.
+    """
+    (a, b), (c, d) = outer, inner
+    blocks = np.asarray(matrix, dtype=np.float64).reshape(a, c, b, d).transpose(0, 2, 1, 3)
+    draw, kept = np.random.default_rng(0), 0.0
+    for _ in range(restarts):
+        first = draw.standard_normal((a, b))
+        for _ in range(60):
+            first = first / np.linalg.norm(first)
+            u, s, vh = np.linalg.svd(np.einsum("ab,abcd->cd", first, blocks), full_matrices=False)
+            kept = max(kept, float((s[:rank] ** 2).sum()))
+            first = np.einsum("abcd,cd->ab", blocks, (u[:, :rank] * s[:rank]) @ vh[:rank])
+    return float(np.sqrt((matrix**2).sum() - kept))
+
+
 # kinds that are no difference: W' from W, float64, one weight at a time
 
 

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # from the ground up; a module imports only from floors below its own
 FLOORS = (
-    ("errors", "memory", "names", "registry"),
+    ("errors", "names", "process", "registry"),
     ("files", "linalg"),
     ("families", "formats", "algorithms"),
     (
@@ -41,16 +41,16 @@ FLOORS = (
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # on these floors, and inside these packages, each module may also use those named before it
 CHAINS = {
-    "": (*FLOORS[3], *FLOORS[4]),
+    "": (*FLOORS[0], *FLOORS[3], *FLOORS[4]),
     "files": (
-        "header", "provenance", "pickle_globals", "unpickler", "pickles", "tensors", "source", "open",
+        "limits", "header", "provenance", "pickled", "tensors", "source", "open",
         "quantized", "_exchange", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
         "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
     ),
-    "keymap": ("templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
-    "ops": ("verb", "shared", "finding", "blocks", "selecting", "adapter_file", "ranks", "difference", "rewrite", "*"),
+    "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
+    "ops": ("verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),
     "api": ("inputs", "adapters", "*"),
     "cli": ("show", "options", "*"),
 }  # fmt: skip

@@ -269,11 +269,11 @@ def test_blocks_without_the_second_attention_are_not_ltx() -> None:
         for letter in LETTERS
     }
     two = {stem.replace("attn1", "attn2"): size for stem, size in one.items()}
-    assert detect_adapter(lora_infos(one), {}).family is None
+    assert detect_adapter(lora_infos(one), {}).family == "cogview4"
     found = detect_adapter(lora_infos(one | two), {})
-    assert (found.family, found.alternatives) == ("ltx", ("ltx2",))
+    assert (found.family, found.alternatives) == ("ltx2", ("ltx-13b",))
     few = {stem: size for stem, size in one.items() if "blocks.0." in stem}
-    assert detect_adapter(lora_infos(few), {}).family == "ltx", "a few modules show no habit"
+    assert detect_adapter(lora_infos(few), {}).family == "ltx2", "a few modules show no habit"
 
 
 def test_musubis_framepack_names_are_framepack() -> None:
@@ -295,7 +295,9 @@ def test_the_sizes_of_every_table_are_those_of_its_checkpoint() -> None:
         own = [name for name in listing if not name.startswith("first_stage_model.")]
         fit = CheckpointFile(listing, own).fit(path.stem, None)
         assert (fit.names, fit.sizes, fit.marks or 1.0) == (1.0, 1.0, 1.0), path.stem
-    assert all(part.sizes for family in families().values() for part in family.components)
+    # a projection from all layers of the language model at once tells nothing
+    parts = [part for family in families().values() for part in family.components]
+    assert {part.name for part in parts if not part.sizes} == {"text_projection"}
 
 
 SAME = {

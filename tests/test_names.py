@@ -9,12 +9,22 @@ from hypothesis import strategies as st
 from adaptkit.keymap import Templates
 from adaptkit.names import Rows, Slot, Target, tokenise
 
+NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)")
 
-@given(st.text(alphabet="ab_.#0123456789", max_size=40))
+
+@given(st.text(alphabet="ab_.#\x010123456789", max_size=40))
 def test_tokenise_loses_nothing(text: str) -> None:
     skeleton, numbers = tokenise(text)
-    assert len(numbers) == len(re.findall(r"\d+", text))
-    assert not re.search(r"\d", skeleton)
+    assert numbers == tuple(map(int, NUMBER.findall(text)))
+    assert skeleton.count("#") == len(numbers)
+    values = iter(numbers)
+    whole = re.sub("#", lambda _: str(next(values)), skeleton)
+    assert whole.replace("\x01n", "#").replace("\x01e", "\x01") == text
+
+
+@pytest.mark.parametrize("text", ["a.007", "a_" + "9" * 5000, "٣.x", "a²b"])
+def test_what_no_index_looks_like_stays_text(text: str) -> None:
+    assert tokenise(text) == (text, ())
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 500))

@@ -34,7 +34,8 @@ def second_shape(shapes: Shapes) -> tuple[tuple[int, int, tuple[int, ...] | None
         matched(len(w2) >= 2, "w2", shapes)
         return (w2[0], math.prod(w2[1:]), w2[2:]), None
     left, right = shapes["w2_a"], shapes["w2_b"]
-    matched(len(left) >= 2 and len(right) >= 2, "w2_a w2_b", shapes)
+    ones = math.prod(left[2:]) == 1
+    matched(len(left) >= 2 and len(right) >= 2 and ones, "w2_a w2_b", shapes)
     if "t2" in shapes:
         core = shapes["t2"]
         matched(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms.contract import Weights
+from adaptkit.algorithms._wrapping import Wrapping
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -16,12 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms._stored import Facts, Role, Shapes, Stated
+    from adaptkit.algorithms.contract import Weights
 
 __all__ = ["Rebased"]
 
 
 @dataclass(frozen=True, eq=False)
-class Rebased(Weights):
+class Rebased(Wrapping):
     """W' = W + scale · up · down − taken(W): what the first factors held is not in the base.
 
     The tensors are those of a LoRA; only PEFT's `init_lora_weights` tells, so it has no forms. It
@@ -29,18 +29,15 @@ class Rebased(Weights):
     after both, `lora+pissa`.
     """
 
-    additive: ClassVar[bool] = False
     wraps: ClassVar[tuple[str, ...]] = ("lora",)
     roles: ClassVar[Mapping[str, Role]] = MappingProxyType({})
-    forms: ClassVar[tuple[frozenset[str], ...]] = ()
-    kind: ClassVar[type[Weights]]
 
     inner: Weights
     scale: float
 
     @classmethod
-    def over(cls, inner: type[Weights]) -> type[Self]:
-        return _over(cls, inner)  # type: ignore[return-value, arg-type]
+    def around(cls, inner: type[Weights]) -> Mapping[str, Any]:
+        return {"title": f"{inner.title}, {cls.title}"}
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -66,10 +63,6 @@ class Rebased(Weights):
             hint="--algo lora with --base CHECKPOINT writes the plain difference",
         )
 
-    @property
-    def rows(self) -> int:
-        return self.inner.rows
-
     def delta(self) -> Tensor:
         raise NotRepresentable(
             f"what a {self.title} changes depends on the weight it was trained from",
@@ -84,16 +77,3 @@ class Rebased(Weights):
     def taken(self, base: Tensor, rank: int) -> Tensor:
         """What the first factors of this rank held of the weight (..., rows, columns)."""
         raise NotImplementedError
-
-
-@cache
-def _over(cls: type[Rebased], inner: type[Weights]) -> type[Rebased]:
-    fields: dict[str, Any] = {
-        "__doc__": cls.__doc__,
-        "name": f"{inner.name}+{cls.name}",
-        "title": f"{inner.title}, {cls.title}",
-        "kind": inner,
-        "wraps": (),
-        "roles": inner.roles,
-    }
-    return type(f"{inner.__name__}{cls.__name__}", (cls,), fields)

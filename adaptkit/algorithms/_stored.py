@@ -26,12 +26,14 @@ class Role:
     """The part that one tensor plays in its algorithm.
 
     `spelling` is the key suffix that is written, `also` are others found in files. `param` is
-    the parameter that the tensor adapts.
+    the parameter that the tensor adapts. `inside` are suffixes that stand for the parameter of
+    this name inside the module (`diff_m` for `modulation`), which is a module of its own here.
     """
 
     spelling: str
     also: tuple[str, ...] = ()
     param: str = WEIGHT
+    inside: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.algorithms._rotation import Rotation, cayley
+from adaptkit.algorithms._stored import Facts, Shapes, Stated, matched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,15 @@ class Boft(Rotation):
     name: ClassVar[str] = "boft"
     title: ClassVar[str] = "BOFT"
     dims: ClassVar[int] = 4
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        found = super().facts(shapes, alpha)
+        stages, count, size = shapes["blocks"][:3]
+        # the last stage groups blocks 2ᵐ⁻¹ apart, halves of them
+        whole = stages > 0 and size % 2 == 0 and count % 2 ** (stages - 1) == 0
+        matched(whole, "blocks", shapes)
+        return found
 
     def turned(self, blocks: Tensor, weight: Tensor, bound: float) -> Tensor:
         b, columns = blocks.shape[-1], weight.shape[-1]

@@ -11,6 +11,7 @@ say what an algorithm can do.
 from __future__ import annotations
 
 from dataclasses import fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Factor
@@ -62,6 +63,7 @@ class Weights(Truncation):
     dense: ClassVar[bool] = False  # stores ΔW itself: holds any difference, has no rank
     low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
     applies_in_place: ClassVar[bool] = False  # `apply` never forms ΔW
+    by_rows: ClassVar[bool] = False  # some rows of what `computed` gives cost their share of ΔW
     cores: ClassVar[frozenset[str]] = frozenset()  # roles that `unrolled` multiplies out
 
     # wrapping another algorithm, see `over`
@@ -85,6 +87,8 @@ class Weights(Truncation):
     network_module: ClassVar[str] = NETWORK  # `ss_network_module` of a file of this kind alone
     peft_type: ClassVar[str] = ""  # `peft_type` of a PEFT configuration; "": PEFT has none
     peft_alpha: ClassVar[str] = "alpha"  # the field of alpha in that configuration
+    # dimensions of a kernel for which PEFT has no layer of this kind, or reads this role otherwise
+    peft_lacks: ClassVar[Mapping[int, str]] = MappingProxyType({})
 
     # --- stored tensors ----------------------------------------------------------------------
 
@@ -303,13 +307,16 @@ class Weights(Truncation):
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
 
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        """The number of output rows that `part` must keep together.
+    def some_rows(self, start: int, stop: int) -> Tensor:
+        """Output rows [start, stop) of ΔW, in float32 or wider; for kinds that are made `by_rows`.
 
-        None if the whole weight is needed, or if a part costs as much as the whole.
+        Each row has the bits that it has in any other cut.
         """
-        return None
+        from adaptkit.linalg.kron import kron_rows
+
+        if (pair := self.kron_factors()) is not None:
+            return kron_rows(*pair, start, stop)
+        return self.part(start, stop).delta()
 
     @classmethod
     def fuse(cls, parts: Sequence[Self]) -> Self:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Dense, Product, Tucker
 from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms._wrapping import Wrapping
 from adaptkit.algorithms.contract import (
     Decomposition,
     Facts,
@@ -31,7 +31,7 @@ STORED = ("magnitude", "vector")
 
 
 @dataclass(frozen=True, eq=False)
-class Dora(Weights):
+class Dora(Wrapping):
     """W' = m · (W + ΔW) / ‖W + ΔW‖, by output rows (`axis` output) or input columns (input).
 
     magnitude: (..., rows, 1) or (..., 1, inputs). Source: Liu et al., arXiv:2402.09353. In
@@ -43,15 +43,12 @@ class Dora(Weights):
 
     name: ClassVar[str] = "dora"
     title: ClassVar[str] = "DoRA"
-    additive: ClassVar[bool] = False
     wraps: ClassVar[tuple[str, ...]] = ("lora", "loha", "lokr")
     own: ClassVar[Mapping[str, Role]] = roles(
         magnitude=Role("dora_scale", ("magnitude",)),
         vector=Role("lora_magnitude_vector", ("lora_magnitude_vector.weight",)),
     )
     roles: ClassVar[Mapping[str, Role]] = own
-    forms: ClassVar[tuple[frozenset[str], ...]] = ()
-    kind: ClassVar[type[Weights]]
 
     inner: Weights
     magnitude: Tensor
@@ -59,8 +56,19 @@ class Dora(Weights):
     ones: int = 0  # trailing dimensions of 1 of the stored magnitudes: one per kernel dimension
 
     @classmethod
-    def over(cls, inner: type[Weights]) -> type[Self]:
-        return _over(cls, inner)  # type: ignore[return-value, arg-type]
+    def around(cls, inner: type[Weights]) -> Mapping[str, Any]:
+        return {
+            "title": f"{inner.title} with DoRA",
+            "wrapper": cls.name,
+            "resized": inner.resized and f"{inner.resized}+{cls.name}",
+            # PEFT has DoRA for those kinds alone whose configuration has a field for it
+            "peft_type": inner.peft_type if "use_dora" in inner.peft_fields(()) else "",
+            "peft_alpha": inner.peft_alpha,
+            "peft_lacks": inner.peft_lacks,
+            "cores": inner.cores,
+            "roles": MappingProxyType({**inner.roles, **cls.own}),
+            "forms": tuple(form | {role} for form in inner.forms for role in STORED),
+        }
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -115,10 +123,6 @@ class Dora(Weights):
         return _Direction(
             cls.kind.decompose(weights.inner, spec), tuple(weights.encode()["magnitude"].shape)
         )
-
-    @property
-    def rows(self) -> int:
-        return self.inner.rows
 
     def part(self, start: int, stop: int) -> Self:
         self._by_rows()
@@ -212,26 +216,6 @@ class _Direction(Decomposition):
 
     def lighter(self) -> Decomposition:
         return _Direction(self.inner.lighter(), self.magnitude)
-
-
-@cache
-def _over(cls: type[Dora], inner: type[Weights]) -> type[Dora]:
-    fields: dict[str, Any] = {
-        "__doc__": cls.__doc__,
-        "name": f"{inner.name}+{cls.name}",
-        "title": f"{inner.title} with DoRA",
-        "kind": inner,
-        "wrapper": cls.name,
-        "wraps": (),
-        "resized": inner.resized and f"{inner.resized}+{cls.name}",
-        # PEFT has DoRA for those kinds alone whose configuration has a field for it
-        "peft_type": inner.peft_type if "use_dora" in inner.peft_fields(()) else "",
-        "peft_alpha": inner.peft_alpha,
-        "cores": inner.cores,
-        "roles": MappingProxyType({**inner.roles, **cls.own}),
-        "forms": tuple(form | {role} for form in inner.forms for role in STORED),
-    }
-    return type(f"{inner.__name__}{cls.__name__}", (cls,), fields)
 
 
 def _leading(weights: Weights) -> int:

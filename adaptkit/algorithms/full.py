@@ -28,10 +28,12 @@ class Full(Weights):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full difference"
     dense: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
     roles: ClassVar[Mapping[str, Role]] = roles(
-        diff=Role("diff"),
+        # LightX2V's extraction for Wan, read by ComfyUI-WanVideoWrapper
+        diff=Role("diff", inside=(("diff_m", "modulation"),)),
         diff_b=Role("diff_b", ("lora_B.bias",), param=BIAS),
         w_norm=Role("w_norm"),
         b_norm=Role("b_norm", param=BIAS),
@@ -77,10 +79,6 @@ class Full(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, diff=self.diff[..., start:stop, :])
-
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        return 1
 
     @classmethod
     def vector_role(cls, *, bias: bool, norm: bool) -> str | None:

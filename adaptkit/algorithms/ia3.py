@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
-from adaptkit.errors import NotRepresentable
+from adaptkit.errors import NotRepresentable, ShapeMismatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,6 +49,7 @@ class Ia3(Weights):
         shape = shapes[role]
         if role == "weight":
             matched(math.prod(shape) == max(shape, default=0), role, shapes)
+            matched(not shapes["on_input"], "on_input", shapes)
             return Facts(0, 0, None, None, 1.0)
         if len(shape) > 2:  # [1, n, 1, 1] for either side (`tuners/ia3/layer.py`)
             raise NotRepresentable(
@@ -86,6 +87,9 @@ class Ia3(Weights):
         if self._mixed:
             return torch.stack([self.member(n).apply(one, strength) for n, one in enumerate(base)])
         wide = self.weight.to(base.dtype)
+        side = -1 if self._wide else -2
+        if base.shape[side] % wide.shape[-1] or (side == -2 and base.shape[-2] != wide.shape[-1]):
+            raise ShapeMismatch(f"{wide.shape[-1]} factors do not fit {list(base.shape[-2:])}")
         added = (wide if self.on_input is not None else wide - 1.0) * strength
         if not self._wide:
             return base.mul_(1.0 + added.unsqueeze(-1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Factor, Product, Tucker, low_rank, tucker_field
@@ -31,9 +32,11 @@ class Loha(Weights):
 
     name: ClassVar[str] = "loha"
     stacks: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
     title: ClassVar[str] = "LoHa"
     resized: ClassVar[str | None] = "lora"
     peft_type: ClassVar[str] = "LOHA"
+    peft_lacks: ClassVar[Mapping[int, str]] = MappingProxyType({3: ""})
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{role: Role(f"hada_{role}") for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         alpha=Role(ALPHA),
@@ -93,9 +96,9 @@ class Loha(Weights):
         right = (b1.unsqueeze(-2) * b2.unsqueeze(-3)).flatten(-3, -2)
         return left, right
 
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        return None if shapes.keys() & {"t1", "t2"} else 1
+    def computed(self) -> Self:
+        one, two = (Product(*low_rank(factor)) for factor in (self.w1, self.w2))
+        return replace(self, w1=one, w2=two)
 
     @classmethod
     def product_rank(cls, shapes: Shapes, facts: Facts) -> int:

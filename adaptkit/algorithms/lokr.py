@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import (
@@ -42,8 +43,7 @@ if TYPE_CHECKING:
 # of a module: a smaller full first factor costs less than the error of cutting its rank
 SMALL_PART = 0.25
 NOTHING = 1e-14  # of the first energy: smaller ones are the rounding of float64, not a rank
-# swept over all SD shapes with lycoris-lora 4.1.3: every smaller factor is guessed right
-GUESSED = 32
+GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: it guesses every smaller factor
 W1_FORMS = (("w1",), ("w1_a", "w1_b"))
 W2_FORMS = (("w2",), ("w2_a", "w2_b"), ("t2", "w2_a", "w2_b"))
 
@@ -64,6 +64,7 @@ class Lokr(Weights):
 
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
+    by_rows: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lokr"
     ladder_roles: ClassVar[tuple[str, str] | None] = ("w2_a", "w2_b")
     extractable: ClassVar[bool] = True
@@ -71,6 +72,7 @@ class Lokr(Weights):
     refits: ClassVar[bool] = True  # both factors together: the ladder fits w1 to a full w2
     against_low_rank: ClassVar[bool] = True
     peft_type: ClassVar[str] = "LOKR"
+    peft_lacks: ClassVar[Mapping[int, str]] = MappingProxyType({1: "w2", 3: ""})
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{
             role: Role(f"lokr_{role}")
@@ -232,10 +234,10 @@ class Lokr(Weights):
         (left1, right1), (left2, right2) = low_rank(self.w1), low_rank(self.w2)
         return kron(left1 * self.scale, left2), kron(right1, right2)
 
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        (c, _, _), _ = second_shape(shapes)
-        return None if "t2" in shapes else c
+    def computed(self) -> Self:
+        return replace(
+            self, w1=Dense(self.w1.dense() * self.scale), w2=Dense(self.w2.dense()), scale=1.0
+        )
 
     @classmethod
     def product_rank(cls, shapes: Shapes, facts: Facts) -> int:

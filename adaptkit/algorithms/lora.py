@@ -43,6 +43,7 @@ class Lora(Weights):
     title: ClassVar[str] = "LoRA / LoCon"
     low_rank: ClassVar[bool] = True
     applies_in_place: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
     ladder_roles: ClassVar[tuple[str, str] | None] = ("up", "down")
@@ -66,7 +67,7 @@ class Lora(Weights):
         mid=Role("lora_mid.weight"),
         # AdaLoRA's, in none of the forms: the factors mean something else beside it
         singular=Role("lora_E"),
-        alpha=Role(ALPHA),
+        alpha=Role(ALPHA, ("lora_alpha",)),  # FastVideo, SimpleTuner
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset({"up", "down"}),
@@ -88,7 +89,7 @@ class Lora(Weights):
         kernel = down[2:]
         if mid is not None:
             matched(
-                len(mid) > 2 and mid[1] == rank and all(n == 1 for n in kernel),
+                len(mid) == len(down) > 2 and mid[1] == rank and all(n == 1 for n in kernel),
                 "up mid down",
                 shapes,
             )
@@ -164,10 +165,6 @@ class Lora(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
-
-    @classmethod
-    def row_step(cls, shapes: Shapes, facts: Facts) -> int | None:
-        return None if "mid" in shapes else 1
 
     @property
     def rows(self) -> int:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from adaptkit import __version__
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import InternalError
+from adaptkit.process import explained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -148,23 +149,10 @@ def main() -> NoReturn:
     except (_ReaderGoneError, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except AdaptkitError as error:
-        facts = error.to_dict()
-        _document(type(error).__name__, error.message, facts)
-        _fail(str(error), error.hint, error.exit_code)
-    except OSError as error:
-        where = error.filename or "the output"
-        _document(type(error).__name__, str(error))
-        _fail(f"{where}: {error.strerror or error}", None, 1)
     except Exception as error:
-        if os.environ.get("ADAPTKIT_DEBUG"):
-            raise
-        _document(type(error).__name__, str(error))
-        _fail(
-            f"unexpected {type(error).__name__}: {error}",
-            "this is a bug in adaptkit; set ADAPTKIT_DEBUG=1 to see the traceback",
-            1,
-        )
+        found = InternalError.of(explained(error))
+        _document(type(found).__name__, found.message, found.to_dict())
+        _fail(str(found), found.hint, found.exit_code)
 
 
 def run() -> NoReturn:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import DTYPE, PATH, computing, picture, selecting, talk
+from adaptkit.cli.options import DTYPE, NO_LIMITS, PATH, computing, picture, selecting, talk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Continue even if layers have no counterpart; the report lists them.",
 )
+@NO_LIMITS
 @talk
 def advise(
     base: Path,

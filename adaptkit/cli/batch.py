@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, talk
+from adaptkit.cli.options import NO_LIMITS, PATH, talk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also replace existing outputs that this recipe did not write.",
 )
+@NO_LIMITS
 @talk
 def batch(
     recipe: Path, as_json: bool, quiet: bool, verbose: bool, dry_run: bool, **chosen: Any

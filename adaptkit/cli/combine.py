@@ -12,7 +12,7 @@ from adaptkit.cli.options import STRENGTH, ranks, recasts, writer
 if TYPE_CHECKING:
     from pathlib import Path
 
-METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
+METHODS = ("sum", "mean", "ties", "dare", "dare-ties", "magnitude")
 
 
 @click.command()
@@ -25,7 +25,14 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
     type=click.Choice(METHODS),
     default="sum",
     show_default=True,
-    help="sum is exact; the others keep a share of the entries of each ΔW.",
+    help="sum is exact; mean divides it by the weights and keeps the rank; the others keep a share "
+    "of the entries of each ΔW.",
+)
+@click.option(
+    "--decay",
+    type=float,
+    metavar="D",
+    help="With --method mean: the moving average of checkpoints of one training, in their order.",
 )
 @click.option(
     "--density",
@@ -35,6 +42,13 @@ METHODS = ("sum", "ties", "dare", "dare-ties", "magnitude")
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed of dare and dare-ties."
+)
+@click.option(
+    "--into",
+    callback=lambda _, __, names: tuple(names.split(",")) if names else (),
+    metavar="PART,PART",
+    help="The component that each adapter is for, in their order: transformer,transformer_2 "
+    "puts the two experts of Wan 2.2 in one file.",
 )
 @ranks
 @recasts
@@ -54,6 +68,7 @@ def combine(adapters: tuple[tuple[Path, float], ...], **chosen: Any) -> None:
     adaptkit combine style.safetensors:0.7 face.safetensors:0.5 -o both.safetensors
     adaptkit combine a.safetensors b.safetensors:-1 --rank 32
     adaptkit combine a.safetensors b.safetensors --method ties --density 0.3 --rank 32
+    adaptkit combine epoch-8.safetensors epoch-9.safetensors epoch-10.safetensors --method mean
     """
     from adaptkit.cli.show.rewrite import combined
     from adaptkit.cli.show.talk import write

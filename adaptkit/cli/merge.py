@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ALPHA_IN, PATH, SIZE, STRENGTH, writer
+from adaptkit.cli.options import ALPHA_IN, BLOCKS, PATH, SIZE, STRENGTH, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("base", type=PATH)
 @click.argument("adapters", nargs=-1, required=True, type=STRENGTH, metavar="ADAPTER[:STRENGTH]...")
-@click.option(
-    "--blocks",
-    multiple=True,
-    metavar="NAME=WEIGHT,…",
-    help="Multiply the strength in some blocks; NAME is a name, a glob or a range (repeatable).",
-)
+@BLOCKS
 @click.option(
     "--shard-size", type=SIZE, metavar="SIZE", help="Write a folder of shards of at most SIZE."
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from adaptkit.cli.show.picture import option as checked_picture
+from adaptkit.files.limits import allow
 from adaptkit.ops.ranks.options import rules
 from adaptkit.ops.shared import SIZES, parse_size, split_strength
 
@@ -23,6 +24,7 @@ __all__ = [
     "EXTRACTABLE",
     "FACTOR",
     "HOST",
+    "NO_LIMITS",
     "PATH",
     "SIZE",
     "STRENGTH",
@@ -155,6 +157,21 @@ def _apply(function: F, options: list[Callable[[F], F]]) -> F:
     return function
 
 
+def _lift(context: click.Context, _parameter: click.Parameter, given: bool) -> None:
+    """Lift the limits of files until the command has ended."""
+    if given:
+        context.with_resource(allow())
+
+
+NO_LIMITS = click.option(
+    "--no-limits",
+    is_flag=True,
+    expose_value=False,
+    callback=_lift,
+    help="Read files beyond the limits that `adaptkit help limits` lists.",
+)
+
+
 def talk(function: F) -> F:
     """Add --json, -q and -v."""
     return _apply(
@@ -170,7 +187,7 @@ def talk(function: F) -> F:
 
 
 def inputs(function: F) -> F:
-    """Add --family and --format."""
+    """Add --family, --format and --no-limits."""
     return _apply(
         function,
         [
@@ -178,6 +195,7 @@ def inputs(function: F) -> F:
             click.option(
                 "--format", metavar="NAME", help="Override the detected key format of the input."
             ),
+            NO_LIMITS,
         ],
     )
 
@@ -261,12 +279,21 @@ def _rule(rule: Rule) -> Callable[[F], F]:
     return click.option(name, type=kind, metavar=rule.metavar, help=rule.help)
 
 
+BLOCKS = click.option(
+    "--blocks",
+    multiple=True,
+    metavar="NAME=WEIGHT,…",
+    help="Multiply the strength in some blocks; NAME is a name, a glob or a range (repeatable).",
+)
+
+
 def recasts(function: F) -> F:
-    """Add --algo, --factor, --base and --alpha-in."""
+    """Add --algo, --factor, --base, --alpha-in and --blocks."""
     return _apply(
         function,
         [
             ALPHA_IN,
+            BLOCKS,
             click.option("--algo", metavar="NAME", help="Change the algorithm: lora, lokr, full."),
             click.option(
                 "--factor",

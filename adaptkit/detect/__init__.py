@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adaptkit.detect.foreign import foreign
 from adaptkit.detect.search import (
     ENOUGH,
     Detection,
@@ -12,6 +13,7 @@ from adaptkit.detect.search import (
     families,
     formats,
     is_adapter,
+    spelled_as_adapter,
 )
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "detect_adapter",
     "detect_checkpoint",
     "families",
+    "foreign",
     "formats",
     "is_adapter",
+    "spelled_as_adapter",
 ]

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.detect.evidence import SAMPLE, AdapterFile, CheckpointFile
 from adaptkit.errors import NoSuchName
-from adaptkit.keymap import compile_checkpoint, compile_keys, prefixes, split_suffix
+from adaptkit.keymap import (
+    compile_checkpoint,
+    compile_keys,
+    prefixes,
+    split_suffix,
+    unwrapped,
+    wrapper,
+)
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ __all__ = [
     "families",
     "formats",
     "is_adapter",
+    "spelled_as_adapter",
 ]
 
 # spellings of adapters in general: a kind adaptkit cannot read must not pass for a checkpoint
@@ -74,7 +82,7 @@ class Nearest(NamedTuple):
 class Detection:
     """The winner and the evidence: `claimed` of `total` keys, runner-up and equal look-alikes.
 
-    `nearest` is set if no family fits.
+    `nearest` is set if no family fits. `wrapper` was taken away from the names before one did.
     """
 
     family: str | None
@@ -84,6 +92,7 @@ class Detection:
     runner_up: tuple[str, str | None, int] | None = None
     alternatives: tuple[str, ...] = ()
     nearest: Nearest | None = None
+    wrapper: str = ""
 
 
 @dataclass(frozen=True, order=True)
@@ -108,13 +117,14 @@ def is_adapter(names: Iterable[str]) -> bool:
     names = list(names)
     # only IA³ files have `on_input`
     gates = {name.removesuffix("on_input") for name in names if name.endswith(".on_input")}
-    return 2 * sum(_is_adapters(name, gates) for name in names) > len(names)
+    return 2 * sum(spelled_as_adapter(name, gates) for name in names) > len(names)
 
 
-def _is_adapters(name: str, gates: Set[str]) -> bool:
+def spelled_as_adapter(name: str, gates: Set[str]) -> bool:
     """Whether a key is spelled as an adapter's.
 
-    IA³ calls its vector `weight`, which means an adapter only together with an `on_input`.
+    IA³ calls its vector `weight`, which means an adapter only together with an `on_input`. `gates`
+    are the beginnings of the keys that have one.
     """
     found = split_suffix(name)
     if found is not None and found[1] in _PLAIN and _FOREIGN.search(name) is None:
@@ -147,8 +157,53 @@ def detect_adapter(
     Ties are broken by metadata, then by shapes.
 
     `family` and `format` restrict the search. A winner must claim at least half of the keys. A
-    given `family` need not fit.
+    given `family` need not fit. If none fits, names are tried without the prefixes of wrappers.
     """
+    found = _detected(infos, metadata, family, format)
+    if found.family is not None and (not family or 2 * found.claimed > found.total):
+        return found
+    for choice in range(2):
+        plain, taken = _without_wrappers(infos, choice)
+        again = _detected(plain, metadata, family, format) if taken else found
+        if again.family is not None and again.claimed > found.claimed and _denoised(again, plain):
+            return replace(again, wrapper=taken)
+    return found
+
+
+def _without_wrappers(
+    infos: Mapping[str, TensorInfo], choice: int
+) -> tuple[Mapping[str, TensorInfo], str]:
+    """A file's keys without wrappers, and the first wrapper; `choice` of what each may be."""
+    plain: dict[str, TensorInfo] = {}
+    taken = ""
+    for name, info in infos.items():
+        found = split_suffix(name)
+        choices = unwrapped(found[0]) if found else ()
+        if found is None or len(choices) <= choice:
+            plain[name] = info
+            continue
+        taken = taken or wrapper(found[0], choices[choice])
+        # a suffix may stand for a parameter that the stem has and the key has not
+        whole = name.startswith(f"{found[0]}.")
+        bare = choices[choice] + name[len(found[0]) :] if whole else unwrapped(name)[choice]
+        plain[bare] = info._replace(name=bare)
+    return plain, taken
+
+
+def _denoised(found: Detection, infos: Iterable[str]) -> bool:
+    """Whether a file holds a denoiser; a language model's own adapters are wrapped alike."""
+    keys = compile_keys(found.family or "", found.format or "")
+    first = keys.family.components[0].name
+    parsed = (keys.parse(name) for name in infos)
+    return any(one is not None and one.slot.component == first for one in parsed)
+
+
+def _detected(
+    infos: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str],
+    family: str | None,
+    format: str | None,
+) -> Detection:
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     names = chosen("family", families(), family)
     pairs = [
@@ -340,9 +395,9 @@ def _nearest(scores: Iterable[_Score], file: File) -> Nearest | None:
     return Nearest(best.family, fits[best].names, fits[best].sizes)
 
 
-def _yields(score: _Score, tied: Sequence[_Score]) -> bool:
-    """Whether another of the tied families is likelier."""
-    return bool({other.family for other in tied} & set(families()[score.family].yields_to))
+def _yields(score: _Score, tied: Sequence[_Score]) -> int:
+    """How many of the tied families are likelier."""
+    return len({other.family for other in tied} & set(families()[score.family].yields_to))
 
 
 def _named_in(metadata: Mapping[str, str], family: str) -> bool:

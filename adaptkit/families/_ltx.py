@@ -12,7 +12,7 @@ from adaptkit.families.contract import Kind, Row, named, pair, row
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["adaln", "attention", "ends", "feed_forward", "table"]
+__all__ = ["adaln", "attention", "ends", "feed_forward", "table", "video_rows"]
 
 
 def table(native: str, diffusers: str | None = None) -> Row:
@@ -27,18 +27,23 @@ def adaln(native: str, diffusers: str) -> Iterator[Row]:
         yield pair(f"{native}.{name}", f"{diffusers}.{name}")
 
 
-def attention(attention: str) -> Iterator[Row]:
-    """q, k, v, the projection, and the norms of q and k."""
-    for name in ("to_q", "to_k", "to_v", "to_out.0"):
-        yield row(f"{attention}.{name}")
+def attention(native: str, diffusers: str = "", *, gate: bool = False) -> Iterator[Row]:
+    """q, k, v, the projection, the norms of q and k, and the `gate` of each head."""
+    theirs = diffusers or native
+    for name in ("to_q", "to_k", "to_v", "to_out.0", *["to_gate_logits"] * gate):
+        yield _same(f"{native}.{name}", f"{theirs}.{name}")
     for letter in "qk":
-        yield pair(f"{attention}.{letter}_norm", f"{attention}.norm_{letter}", kind=Kind.NORM)
+        yield pair(f"{native}.{letter}_norm", f"{theirs}.norm_{letter}", kind=Kind.NORM)
 
 
-def feed_forward(module: str) -> Iterator[Row]:
+def feed_forward(native: str, diffusers: str = "") -> Iterator[Row]:
     """The two layers of an MLP."""
-    yield row(f"{module}.net.0.proj")
-    yield row(f"{module}.net.2")
+    for name in ("net.0.proj", "net.2"):
+        yield _same(f"{native}.{name}", f"{diffusers or native}.{name}")
+
+
+def _same(native: str, diffusers: str) -> Row:
+    return row(native) if native == diffusers else pair(native, diffusers)
 
 
 def ends(stem: str = "") -> Iterator[Row]:
@@ -49,3 +54,15 @@ def ends(stem: str = "") -> Iterator[Row]:
     yield row(f"{stem}caption_projection.linear_2")
     yield row(f"{stem}proj_out")
     yield table(f"{stem}scale_shift_table")
+
+
+def video_rows(blocks: int) -> tuple[Row, ...]:
+    """All rows of LTX-Video with this many blocks."""
+    block = f"transformer_blocks.{{i:{blocks}}}."
+    return (
+        *ends(),
+        *attention(f"{block}attn1"),
+        *attention(f"{block}attn2"),
+        *feed_forward(f"{block}ff"),
+        table(f"{block}scale_shift_table"),
+    )

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adaptkit.families._cosmos import ATTENTIONS, PREFIXES, transformer_rows
 from adaptkit.families._llm import qwen3
 from adaptkit.families.contract import (
-    NATIVE_PREFIXES,
     Component,
     Kind,
     Mark,
     ModelFamily,
     Row,
-    named,
-    pair,
     row,
     sizes,
     transformer,
@@ -27,51 +25,7 @@ from adaptkit.families.contract import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BLOCK, THEIRS = "blocks.{i:28}.", "transformer_blocks.{i:28}."
-PREFIXES = ("net.", *NATIVE_PREFIXES)
-ATTENTIONS = (("self_attn", "attn1"), ("cross_attn", "attn2"))
-PROJECTIONS = (
-    ("q_proj", "to_q"),
-    ("k_proj", "to_k"),
-    ("v_proj", "to_v"),
-    ("output_proj", "to_out.0"),
-)
-BUFFERS = ("seq", "dim_spatial_range", "dim_temporal_range")  # constants in some files
-
-
-def _blocks() -> Iterator[Row]:
-    for ours, theirs in ATTENTIONS:
-        for native, diffusers in PROJECTIONS:
-            yield pair(f"{BLOCK}{ours}.{native}", f"{THEIRS}{theirs}.{diffusers}")
-        for letter in "qk":
-            yield pair(
-                f"{BLOCK}{ours}.{letter}_norm", f"{THEIRS}{theirs}.norm_{letter}", kind=Kind.NORM
-            )
-    yield pair(f"{BLOCK}mlp.layer1", f"{THEIRS}ff.net.0.proj")
-    yield pair(f"{BLOCK}mlp.layer2", f"{THEIRS}ff.net.2")
-    for part, norm in (("self_attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3")):
-        for n in (1, 2):
-            yield pair(f"{BLOCK}adaln_modulation_{part}.{n}", f"{THEIRS}{norm}.linear_{n}")
-
-
-ROWS = (
-    pair("x_embedder.proj.1", "patch_embed.proj"),
-    pair("t_embedder.1.linear_1", "time_embed.t_embedder.linear_1"),
-    pair("t_embedder.1.linear_2", "time_embed.t_embedder.linear_2"),
-    pair("t_embedding_norm", "time_embed.norm", kind=Kind.NORM),
-    *(
-        row(
-            f"pos_embedder.{n}",
-            native=named(f"pos_embedder.{n}", weight=f"pos_embedder.{n}"),
-            kind=Kind.NORM,
-        )
-        for n in BUFFERS
-    ),
-    *_blocks(),
-    pair("final_layer.linear", "proj_out"),
-    pair("final_layer.adaln_modulation.1", "norm_out.linear_1"),
-    pair("final_layer.adaln_modulation.2", "norm_out.linear_2"),
-)
+ROWS = transformer_rows(28)
 
 
 def _conditioner(block: str = "blocks.{i:6}.") -> Iterator[Row]:

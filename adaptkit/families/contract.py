@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,7 +53,9 @@ class Name(NamedTuple):
     `rows` is the range of the target's output rows (None: all). `transposed`: the checkpoint stores
     the transpose. `swapped`: the two halves of the output rows are swapped (original models and
     diffusers store the scale and shift of a modulation in opposite orders). `kernel` is the stored
-    kernel if it differs from the row's: a linear layer stored as a 1×1 convolution.
+    kernel if it differs from the row's: a linear layer stored as a 1×1 convolution. `joiners` are
+    those that the name can be spelled with: `_` alone if its dots are not known, `.` alone if
+    another name would read the same with underscores.
     """
 
     module: str
@@ -62,6 +65,7 @@ class Name(NamedTuple):
     transposed: bool = False
     swapped: bool = False
     kernel: tuple[int, ...] | None = None
+    joiners: str = "._"
 
 
 def swapped(module: str) -> Name:
@@ -95,12 +99,16 @@ def split(stem: str, *parts: str, ratio: tuple[int, ...] | None = None) -> tuple
 
 
 class Row(NamedTuple):
-    """One module or run of modules: target, names and kernel."""
+    """One module or run of modules: target, names and kernel.
+
+    `own`: no table names the module. A file does, see adaptkit.unknown.
+    """
 
     target: str
     names: Mapping[str, tuple[Name, ...]]
     kind: Kind = Kind.MATRIX
     kernel: tuple[int, ...] = ()
+    own: bool = False
 
 
 def row(
@@ -172,7 +180,8 @@ class Component:
     `tags` fill the prefix templates of key formats (first value written, all read); a format that
     needs a missing tag cannot hold this component. `namings` maps a format's style to the naming it
     writes (default: `diffusers`). `sizes` are the (rows, columns) of the matrices of all variants;
-    empty if they tell nothing.
+    empty if they tell nothing. `apart`: its module names are of no other component, so that both
+    can be written with one prefix.
     """
 
     name: str
@@ -182,6 +191,7 @@ class Component:
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=_frozen)
     namings: Mapping[str, str] = field(default_factory=dict)
     sizes: frozenset[tuple[int, int]] = frozenset()
+    apart: bool = False
 
     def naming(self, style: str) -> str:
         """The naming that formats of a style write for this component."""
@@ -275,3 +285,17 @@ class ModelFamily:
     def component(self, name: str) -> Component:
         """The component of this name; KeyError if there is none."""
         return next(part for part in self.components if part.name == name)
+
+    def experts(self, name: str) -> tuple[str, ...]:
+        """The components with the same modules as this one, itself among them.
+
+        The experts of one model are so, of which most formats hold one per file.
+        """
+        names = _targets(self.component(name))
+        return tuple(part.name for part in self.components if _targets(part) == names)
+
+
+@lru_cache(maxsize=256)
+def _targets(part: Component) -> frozenset[str]:
+    """The targets in the table of a component."""
+    return frozenset(row.target for row in part.rows if not row.own)

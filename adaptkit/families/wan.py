@@ -1,4 +1,6 @@
-"""Wan 2.1 and 2.2: video, 1.3B (30 blocks), 5B (30) and 14B (40); also FLF2V and VACE.
+"""Wan 2.1 and 2.2: video, 1.3B (30 blocks), 5B (30) and 14B (40); also FLF2V, VACE and Animate.
+
+Helios, SkyReels V2, ChronoEdit and AnyFlow have the same blocks, and a few layers of their own.
 
 Wan 2.2 A14B has two experts of 14B. Their adapters are two files that do not name their expert,
 except in diffusers, where `transformer_2` is the low-noise one. Source: Wan-AI
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adaptkit.families._plain import matrices, parameters
 from adaptkit.families.contract import (
     Component,
     Kind,
@@ -18,7 +21,9 @@ from adaptkit.families.contract import (
     Row,
     named,
     pair,
+    row,
     sizes,
+    split,
     transformer,
 )
 
@@ -52,6 +57,35 @@ def _block(block: str) -> Iterator[Row]:
     yield _bare(f"{block}modulation", f"{block}scale_shift_table")
 
 
+def _animate() -> Iterator[Row]:
+    """The face adapter of Wan Animate."""
+    yield row("pose_patch_embedding", kernel=(1, 2, 2))
+    for name in ("conv1_local", "conv2", "conv3"):
+        yield pair(f"face_encoder.{name}.conv", f"face_encoder.{name}", kernel=(3,))
+    yield row("face_encoder.out_proj")
+    ours, theirs = "face_adapter.fuser_blocks.{i:8}.", "face_adapter.{i:8}."
+    yield pair(f"{ours}linear1_kv", split(theirs, "to_k", "to_v"))
+    yield pair(f"{ours}linear1_q", f"{theirs}to_q")
+    yield pair(f"{ours}linear2", f"{theirs}to_out")
+    for letter in "qk":
+        yield pair(f"{ours}{letter}_norm", f"{theirs}norm_{letter}", kind=Kind.NORM)
+
+
+KIN = (
+    # SkyReels V2
+    row("fps_embedding", kind=Kind.EMBEDDING),
+    pair("fps_projection.0", "fps_projection.net.0.proj"),
+    pair("fps_projection.2", "fps_projection.net.2"),
+    # AnyFlow
+    *matrices(f"{EMBEDDER}delta_embedder.linear_(1|2)"),
+    *matrices("far_patch_embedding", kernel=(1, 4, 4)),
+    # Helios
+    *matrices("patch_short", kernel=(1, 2, 2)),
+    *matrices("patch_mid", kernel=(2, 4, 4)),
+    *matrices("patch_long", kernel=(4, 8, 8)),
+    *parameters("norm_out.scale_shift_table"),
+)
+
 ROWS = (
     pair("patch_embedding", "patch_embedding", kernel=(1, 2, 2)),
     *(
@@ -66,17 +100,20 @@ ROWS = (
     pair("img_emb.proj.4", f"{EMBEDDER}image_embedder.norm2", kind=Kind.NORM),
     _bare("img_emb.emb_pos", f"{EMBEDDER}image_embedder.pos_embed"),  # FLF2V
     *_block("blocks.{i:40}."),
-    pair("vace_patch_embedding", "vace_patch_embedding"),
+    pair("vace_patch_embedding", "vace_patch_embedding", kernel=(1, 2, 2)),
     *_block("vace_blocks.{i:15}."),
     pair("vace_blocks.0.before_proj", "vace_blocks.0.proj_in"),
     pair("vace_blocks.{i:15}.after_proj", "vace_blocks.{i:15}.proj_out"),
+    *_animate(),
+    *KIN,
     pair("head.head", "proj_out"),
     _bare("head.modulation", "scale_shift_table"),
 )
 
 # 1.3B, 5B, 14B; the image embedder is 1280 wide
 SIZES = sizes("dxd 6dxd dx4096 dx1280", 1536, 3072, 5120) | sizes(
-    "8960x1536 1536x8960 14336x3072 3072x14336 13824x5120 5120x13824 1280x1280"
+    "8960x1536 1536x8960 14336x3072 3072x14336 13824x5120 5120x13824 1280x1280 "
+    "4096x512 1024x1024 5120x1024 10240x5120"  # Animate
 )
 
 # no kohya or ComfyUI tags: outside diffusers each expert is a file of its own

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.errors import CannotWrite, CorruptFile, NotRepresentable, UnreadableFile
+from adaptkit.files.limits import within
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 __all__ = [
     "DTYPES",
@@ -33,6 +34,7 @@ __all__ = [
     "TensorInfo",
     "TensorSpec",
     "build_header",
+    "check_names",
     "itemsize",
     "nbytes",
     "parse_header",
@@ -158,6 +160,7 @@ def parse_header(raw: bytes, file_size: int, path: str | Path) -> Header:
     try:
         table, data_start = _json_table(raw, file_size)
         metadata = _metadata(table.pop("__metadata__", None))
+        check_names(table)
         infos = sorted(
             (_info(name, entry, data_start) for name, entry in table.items()),
             key=lambda info: (info.start, info.stop),
@@ -167,6 +170,13 @@ def parse_header(raw: bytes, file_size: int, path: str | Path) -> Header:
     except CorruptFile as error:
         raise error.at(file=path) from error.__cause__
     return Header({info.name: info for info in infos}, metadata, file_size)
+
+
+def check_names(names: Collection[str]) -> None:
+    """Raise `OverLimit` for too many tensors, or a name that is too long."""
+    within("keys", len(names))
+    longest = max(names, key=len, default="")
+    within("key length", len(longest), tensor=longest[:40] + "…")
 
 
 def _json_table(raw: bytes, file_size: int) -> tuple[dict[str, Any], int]:
@@ -285,6 +295,7 @@ def _metadata(table: object) -> dict[str, str]:
         return {}
     if not isinstance(table, dict):
         raise CorruptFile("__metadata__ is not a table of strings")
+    within("metadata", len(table))
     for key, value in table.items():
         if not isinstance(value, str):
             raise CorruptFile(f"metadata {key!r} is not a string but {json.dumps(value)[:40]}")
@@ -328,6 +339,7 @@ def _sizes(name: str, field: str, value: object) -> tuple[int, ...]:
 
 
 def _check_bytes(name: str, dtype: str, shape: tuple[int, ...], stored: int) -> None:
+    within("dimensions", len(shape), tensor=name)
     numel = 1
     for n in shape:
         numel *= n

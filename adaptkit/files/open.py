@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.errors import CorruptFile, UnreadableFile
+from adaptkit.errors import CorruptFile, InternalError, UnreadableFile
 from adaptkit.files.header import unreadable
+from adaptkit.files.limits import read_json, within
 from adaptkit.files.source import join, open_file
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def open_source(path: str | Path) -> TensorSource:
         raise unreadable(path, error) from error
     except ValueError as error:  # pathlib refuses null characters
         raise UnreadableFile(str(error), file=repr(str(path))) from error
+    except Exception as error:
+        found = InternalError.of(error).at(file=path)
+        raise found from found.__cause__
 
 
 def _near(path: Path) -> str | None:
@@ -178,8 +181,11 @@ def _open_index(path: Path) -> TensorSource:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        table = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        within("JSON size", path.stat().st_size)
+        table = read_json(path.read_bytes(), "the index")
+    except CorruptFile as error:
+        raise error.at(file=path) from None
+    except ValueError as error:
         raise CorruptFile(f"not valid JSON: {error}", file=path) from error
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -95,6 +95,7 @@ class OutputFile:
         self._state = threading.Condition()
         self._writing = 0
         self._file: io.FileIO | None = None
+        self._cause: BaseException | None = None  # the failure that closed the file
         self._flusher = _Flusher(size)
         check_target(self.path, size, overwrite)
         self._temporary = self.path.with_name(
@@ -159,7 +160,8 @@ class OutputFile:
         """
         with self._state:
             if self._file is None:
-                raise RuntimeError("the file is closed")
+                # whichever thread comes next tells what went wrong in another
+                raise self._cause or RuntimeError("the file is closed")
             self._writing += 1
             file = self._file
         try:
@@ -182,7 +184,9 @@ class OutputFile:
         try:
             yield
         except OSError as error:
-            raise cannot_write(self.path, error, self.size) from error
+            told = cannot_write(self.path, error, self.size)
+            self._cause = self._cause or told
+            raise told from error
 
     def _write(self, data: memoryview, at: int) -> None:
         with self._open_file() as file:
@@ -231,6 +235,7 @@ class OutputFile:
                 self._copy_each(part)
             except BaseException as error:
                 failed.append(error)
+                self._cause = self._cause or error
                 self.abort()  # stops the other thread too
 
         helper = threading.Thread(target=copy, args=(runs[1::2],), daemon=True)

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from adaptkit.errors import NoSuchName, ShapeMismatch
 from adaptkit.files.header import TensorSpec, build_header
 from adaptkit.files.output_file import OutputFile, Run, coalesce
-from adaptkit.files.tensors import decode_scalar, dtype_name, spec_of, tensor_bytes, torch_dtype
+from adaptkit.files.tensors import (
+    check_finite,
+    decode_scalar,
+    dtype_name,
+    spec_of,
+    tensor_bytes,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -30,12 +37,24 @@ class Pieces:
     def __init__(self, sink: TensorSink, info: TensorInfo) -> None:
         self._sink, self._info, self._left = sink, info, info.nbytes
 
-    def put(self, tensor: torch.Tensor, first: int) -> None:
+    def put(self, tensor: torch.Tensor, first: int, *, copied: bool = False) -> None:
         """Write `tensor` from element `first` on, in row-major order.
 
-        Its dtype is not checked.
+        Its dtype is not checked. `NonFinite` unless all are numbers, or it was `copied`.
         """
+        if not copied:
+            check_finite(tensor, self._info.name, self._sink.path)
         self.put_bytes(tensor_bytes(tensor), first * tensor.dtype.itemsize)
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor."""
+        return self._info.name
+
+    @property
+    def path(self) -> Path:
+        """The file that it is written to."""
+        return self._sink.path
 
     def put_bytes(self, data: memoryview, at: int) -> None:
         """Write raw bytes from byte `at` of the tensor on."""
@@ -94,10 +113,15 @@ class TensorSink(OutputFile):
             self.abort()
             raise
 
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor; `ShapeMismatch` if its dtype or shape differs from the spec."""
+    def put(self, name: str, tensor: torch.Tensor, *, copied: bool = False) -> None:
+        """Write one tensor; `ShapeMismatch` if its dtype or shape differs from the spec.
+
+        `NonFinite` unless all are numbers, or it was `copied` from an input.
+        """
         info = self._info(name)
         self._check(info, spec_of(name, tensor))
+        if not copied:
+            check_finite(tensor, name, self.path)
         self._claim(name)
         self._write(tensor_bytes(tensor), info.start)
         self._written.add(name)
@@ -193,7 +217,8 @@ class TensorSink(OutputFile):
         self._copy_runs(coalesce(runs))
         self._written.update(claimed)
         for name, source, source_name in loose:
-            self.put(name, source.read(source_name).reshape(self.infos[name].shape))
+            found = source.read(source_name).reshape(self.infos[name].shape)
+            self.put(name, found, copied=True)
 
     def commit(self, *, sync: bool = True) -> None:
         """Check for missing tensors, sync, and rename to the final name.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaptkit.files.header import Header
-    from adaptkit.files.pickles import Catalogue
+    from adaptkit.files.pickled.catalogue import Catalogue
 
 __all__ = ["TensorSource", "join", "open_file"]
 
@@ -266,7 +266,7 @@ class _PickleSource(_FileSource):
         if packed is None:
             return super()._fill(info, view, skip)
         start = packed.start + skip
-        from adaptkit.files.pickles import packed_bytes
+        from adaptkit.files.pickled.catalogue import packed_bytes
 
         data = packed_bytes(self.path, packed._replace(start=start, stop=start + len(view)))
         if len(data) != len(view):
@@ -355,7 +355,7 @@ def open_file(path: Path) -> TensorSource:
     with path.open("rb") as file:
         head = file.read(512)
     if head[8:9] != b"{":
-        from adaptkit.files.pickles import looks_like_pickle, read_catalogue
+        from adaptkit.files.pickled.catalogue import looks_like_pickle, read_catalogue
 
         if looks_like_pickle(head):
             return _PickleSource(path, read_catalogue(path))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.errors import CorruptFile
 from adaptkit.files.publish import cannot_write
-from adaptkit.files.tensors import spec_of, tensor_bytes
+from adaptkit.files.tensors import check_finite, spec_of, tensor_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,8 @@ class Spool:
         self._lock = threading.Lock()
 
     def append(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a copy of a tensor under a new name."""
+        """Keep a copy of a computed tensor under a new name; `NonFinite` unless all are numbers."""
+        check_finite(tensor, name, self.folder)
         data = tensor_bytes(tensor)
         with self._lock, self._os_errors():
             if name in self._places:

@@ -6,9 +6,9 @@ import math
 import struct
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.errors import ShapeMismatch, UnreadableFile
+from adaptkit.errors import NonFinite, ShapeMismatch, UnreadableFile
 from adaptkit.files.header import TORCH_NAMES, TensorInfo, TensorSpec
-from adaptkit.memory import huge
+from adaptkit.process import huge
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "SCALARS",
     "bytes_of",
+    "check_finite",
     "decode_scalar",
     "dtype_name",
     "empty_bytes",
+    "finite",
+    "packed_float32",
     "row_range",
     "spec_of",
     "tensor_bytes",
@@ -58,6 +62,43 @@ def empty_bytes(info: TensorInfo, path: Path, size: int) -> torch.Tensor:
     )
 
 
+def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    """Raise `NonFinite` if a computed tensor, in memory to be written, holds NaN or infinity."""
+    if not finite(tensor):
+        raise NonFinite(
+            "it would hold NaN or infinity, so nothing is written",
+            hint="the input holds some, or numbers too large to compute with; "
+            "`adaptkit inspect --stats` tells which tensors",
+            file=path,
+            tensor=name,
+        )
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, in one pass without a mask."""
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.is_complex():
+        import torch
+
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    # torch knows no extremes of 8-bit floats; NaN and infinity are extremes
+    wide = tensor.half() if tensor.dtype.itemsize == 1 else tensor
+    low, high = wide.detach().aminmax()
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def packed_float32(value: float, name: str, path: Path) -> bytes:
+    """The bytes of one float32; `NonFinite` if it is none."""
+    try:
+        raw = struct.pack("<f", value)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise NonFinite(f"{value} cannot be stored in 32 bits", file=path, tensor=name)
+    return raw
+
+
 def bytes_of(buffer: torch.Tensor) -> memoryview:
     """A byte tensor as a memory view, without a copy."""
     array: Any = buffer.numpy()  # numpy's stubs hide the buffer protocol before Python 3.12
@@ -82,6 +123,8 @@ _STRUCT = {
     "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
     "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
 }  # fmt: skip
+# dtypes of which a single number can be read
+SCALARS = (*_STRUCT, "BF16", "F8_E5M2", "F8_E4M3")
 
 
 def decode_scalar(raw: bytes, info: TensorInfo, path: Path) -> float:

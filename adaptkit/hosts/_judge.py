@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -131,9 +132,10 @@ def _verdict(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> Verdict
     lost = _lost(host, adapter.format.name, adapter.family.name, pieces)
     if lost:
         return Verdict(False, "; ".join(_reasons(lost, len(pieces))))
-    if adapter.unclaimed:
+    strange = [*map(adapter.label, adapter.own), *adapter.unclaimed]
+    if strange:
         # what adaptkit does not know, a host may
-        return Verdict(None, f"not measured for {_some(list(adapter.unclaimed))}")
+        return Verdict(None, f"not measured for {_some(strange)}")
     return Verdict(True)
 
 
@@ -143,6 +145,8 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
         return ": the model family is unknown"
     if adapter.family.name in host.unsupported:
         return ""
+    if adapter.detection.wrapper:
+        return f" for names behind {adapter.detection.wrapper!r}"
     strange = sorted({piece.algorithm for piece in pieces} - set(host.algorithms))
     if strange:
         return f" for {' and '.join(strange)}"
@@ -267,9 +271,8 @@ def recipe(host: str, adapter: Adapter, algorithm: str | None = None) -> Recipe:
             hint=_helping(target, adapter, algorithm),
             file=path,
         )
-    return Recipe(
-        form.format, form.fold_alpha, tuple(f"in {target.title}, {reason}" for reason in reasons)
-    )
+    warnings = tuple(f"in {target.title}, {reason}" for reason in reasons)
+    return replace(form, warnings=warnings)
 
 
 def _tried(host: Host, adapter: Adapter, algorithm: str | None) -> list[_Form]:
@@ -301,8 +304,8 @@ def _untried(host: Host, family: ModelFamily, path: Path | None) -> NotRepresent
             file=path,
         )
     return NotRepresentable(
-        f"{host.title} loads no adapter for {family.title}",
-        hint="`adaptkit inspect` shows the hosts that load it",
+        f"not measured: what {host.title} loads of all modules in this adapter for {family.title}",
+        hint="name the format to write: --to",
         file=path,
     )
 
@@ -315,10 +318,11 @@ def _forms(host: Host, adapter: Adapter, format: str, algorithm: str | None) -> 
     """
     # unfolded first: `min` keeps the first of equally good forms, and alpha stays readable
     for fold in (False, True):
-        pieces, homeless = pieces_as(adapter, format, fold, algorithm)
+        made = Recipe(format, fold, dialect=host.dialect)
+        pieces, homeless = pieces_as(adapter, made, algorithm)
         if not pieces or not _knows(host, format, adapter.family.name, pieces):
             continue
         lost = _lost(host, format, adapter.family.name, pieces)
         gone = len(pieces) if any(loss.whole for loss in lost) else sum(map(len, lost.values()))
         share = (gone + homeless) / (len(pieces) + homeless)
-        yield share, Recipe(format, fold), lost, len(pieces)
+        yield share, made, lost, len(pieces)

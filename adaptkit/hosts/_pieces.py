@@ -12,11 +12,12 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import ALPHA
+from adaptkit.detect import formats
 from adaptkit.errors import NotRepresentable
 from adaptkit.families.contract import Kind
 from adaptkit.formats.contract import Alpha
 from adaptkit.hosts.contract import Piece
-from adaptkit.keymap import algorithms, compile_keys
+from adaptkit.keymap import algorithms, compile_keys, keys_for
 from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.names import WEIGHT, Slot, Target
 
@@ -26,17 +27,22 @@ if TYPE_CHECKING:
     from adaptkit.adapter import Adapter
     from adaptkit.algorithms.contract import Weights
     from adaptkit.entries import Entry
+    from adaptkit.hosts.contract import Recipe
     from adaptkit.keymap import KeyMap
 
 __all__ = ["common_alphas", "examples", "pieces_as", "pieces_of"]
 
 
+FLAT = 2  # dimensions of a tensor that shows no window
 _INDEX = re.compile(r"\{\w+:\d+\}")
 
 
 def pieces_of(adapter: Adapter) -> tuple[Piece, ...]:
-    """The modules of a file."""
-    return tuple(_found(adapter, entry) for entry in adapter.entries.values())
+    """The modules of a file that its family's table names: no host was tried with others."""
+    own = set(adapter.own)
+    return tuple(
+        _found(adapter, entry) for slot, entry in adapter.entries.items() if slot not in own
+    )
 
 
 def _found(adapter: Adapter, entry: Entry) -> Piece:
@@ -50,7 +56,7 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
         label=adapter.label(entry.slot),
         algorithm=entry.kind.name,
         names=_names(adapter.keys, entry.slot, modules[0]) if modules else (),
-        kernel=_kernel(adapter.keys, entry.slot),
+        kernel=_kernel(adapter, adapter.keys, entry.slot, entry),
         columns=entry.facts.columns,
         suffixes=tuple(found.spelled for found in parsed if found is not None),
         alpha=entry.alpha if entry.alpha is not None or rank is None else float(rank),
@@ -65,20 +71,22 @@ def _stem(entry: Entry, suffix: str) -> str:
 
 
 def pieces_as(
-    adapter: Adapter, format: str, fold: bool, algorithm: str | None
+    adapter: Adapter, recipe: Recipe, algorithm: str | None
 ) -> tuple[tuple[Piece, ...], int]:
     """The modules as `convert` writes them.
 
     Also the number of modules the format has no place for.
     """
-    keys = compile_keys(adapter.family.name, format)
-    fold = fold or keys.format.alpha is Alpha.NONE
+    keys = keys_for(adapter.family, formats()[recipe.format], recipe.dialect)
+    own = set(adapter.own)
+    fold = recipe.fold_alpha or keys.format.alpha is Alpha.NONE
     made: dict[Slot, Piece] = {}
     homeless = 0
     for entry in adapter.entries.values():
         try:
             for slot in _written(keys, entry.slot):
-                made.setdefault(slot, _made(adapter, keys, slot, entry, fold, algorithm))
+                if entry.slot not in own:
+                    made.setdefault(slot, _made(adapter, keys, slot, entry, fold, algorithm))
         except NotRepresentable:
             homeless += 1
     return tuple(made.values()), homeless
@@ -101,15 +109,19 @@ def _made(
     told = ALPHA in kind.roles and not fold and (
         keys.format.alpha is Alpha.TENSOR or (keys.format.alpha is Alpha.OPTIONAL and scale != 1.0)
     )  # fmt: skip
+    suffixes = tuple(_suffixes(keys, slot, entry, kind))
+    kernel = _kernel(adapter, keys, slot, entry if kind is entry.kind else None)
+    shape = (1,) * (2 + kernel)
+    flat = any(keys.flat(suffix, shape) != shape for suffix in suffixes)
     return Piece(
         slot=slot,
         stem=keys.stem(slot),
         label=adapter.label(entry.slot),
         algorithm=kind.name,
         names=_names(keys, slot, keys.module(_weight(slot))),
-        kernel=_kernel(keys, slot),
+        kernel=0 if flat else kernel,
         columns=entry.facts.columns,
-        suffixes=tuple(_suffixes(keys, slot, entry, kind)),
+        suffixes=suffixes,
         alpha=None if rank is None else scale * rank,
         told=told and not kind.bounded,
         axis=_axis(adapter, entry) if kind is entry.kind else "",
@@ -141,7 +153,7 @@ def _example(keys: KeyMap, slot: Slot) -> Piece:
         label=str(slot),
         algorithm=lora if roles else next(iter(keys.format.owns)),
         names=_names(keys, slot, keys.module(slot)),
-        kernel=_kernel(keys, slot),
+        kernel=_kernel(None, keys, slot, None),
         suffixes=tuple(key.removeprefix(f"{keys.stem(slot)}.") for key in roles),
         alpha=1.0,
         told=keys.format.alpha is Alpha.TENSOR and bool(roles),
@@ -179,9 +191,16 @@ def _names(keys: KeyMap, slot: Slot, module: str) -> tuple[tuple[str, str], ...]
     return tuple(found)
 
 
-def _kernel(keys: KeyMap, slot: Slot) -> int:
+def _kernel(adapter: Adapter | None, keys: KeyMap, slot: Slot, entry: Entry | None) -> int:
+    """The dimensions of a layer's window, 0 if no tensor of the entry shows them."""
     row = keys.row(slot.target)
-    return 0 if row is None else len(row.kernel)
+    if row is None:
+        return 0
+    if adapter is not None and entry is not None:
+        infos = adapter.source.infos
+        if all(len(infos[key].shape) <= FLAT for _, key in entry.tensors()):
+            return 0
+    return len(row.kernel)
 
 
 def _axis(adapter: Adapter, entry: Entry) -> str:

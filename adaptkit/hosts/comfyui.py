@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adaptkit.hosts.contract import DORA, UNETS, Cell, Host, Loss
+from adaptkit.keymap import Dialect
 
 READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
 MISREAD = "are stored with a full `lokr_w2` of five dimensions, which it takes for another product"
@@ -25,6 +26,7 @@ HOST = Host(
         ),
     ),
     unread=Loss("are dropped with a line in the log"),
+    dialect=Dialect(flat=("lokr_w2",)),
     writes={**dict.fromkeys(UNETS, ("kohya", "comfy")), "": ("comfy", "kohya")},
     # it has code for OFT and BOFT, which was not tried
     algorithms=(*READ, "kohya-oft", "ia3", "peft-oft", "peft-boft"),
@@ -48,6 +50,7 @@ HOST = Host(
             modules=r"txtfusion\.projector$",
             axis="input",
         ),
+        Loss("are differences named `diff_m`, which it does not read", suffix=r"diff_m$"),
         Loss(MISREAD, suffix=r"lokr_w2$", kernel=3),
         Loss(FAILS, suffix=r"lora_mid|hada_t", kernel=3),
         Loss(FAILS, suffix=r"lokr_t2"),

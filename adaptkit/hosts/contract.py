@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from adaptkit.keymap import Dialect
     from adaptkit.names import Slot
 
 __all__ = [
@@ -57,6 +58,7 @@ class Recipe:
     format: str
     fold_alpha: bool = False
     warnings: tuple[str, ...] = ()
+    dialect: Dialect | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +191,9 @@ class Host:
     not known, nor are algorithms besides `algorithms`. `unread` is the loss of names that it does
     not read, `nothing` that of a file of no others. The first cell that fits a file counts.
     `always` are losses in every format. `writes` are the formats to write by family, the better
-    first ("" for all other families). The host loads nothing for families in `unsupported`, for
-    the reason given there. `also` are other names for it, and programs that take the same files.
+    first ("" for all other families), `dialect` is how it wants them. The host loads nothing for
+    families in `unsupported`, for the reason given there. `also` are other names for it, and
+    programs that take the same files.
     """
 
     name: str
@@ -201,6 +204,7 @@ class Host:
     nothing: Loss = NOTHING
     algorithms: tuple[str, ...] = MEASURED
     always: tuple[Loss, ...] = ()
+    dialect: Dialect | None = None
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     also: tuple[str, ...] = ()
 

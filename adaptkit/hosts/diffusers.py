@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ NO_PIPELINE = "its pipeline for this family has no LoRA loader"
 FAMILIES = (
     "sd3", "sd35-large", "flux", "chroma", "flux2", "hunyuan-video", "framepack", "qwen-image",
     "wan", "z-image",
-    "lumina2", "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2",
+    "lumina2", "anima", "krea2", "ideogram4", "auraflow", "ltx", "ltx2", "ltx-13b", "minimax-h3",
+    "qwen-image-21", "ernie-image", "hidream", "ace-step", "kandinsky5", "cogvideox", "cogview4",
+    "mochi", "sana", "flux3", "bria-fibo", "bria-fibo2", "cosmos", "cosmos-14b", "wan-animate2",
 )  # fmt: skip
 
 STOPS = Loss(RAISES, whole=True)
@@ -70,6 +73,14 @@ TWO_SPELLINGS = Loss(
 # names that a converter neither takes nor leaves out
 STRANGE = Loss("have names at which its converter stops", whole=True)
 OPEN_CLIP = replace(STRANGE, modules=TE, named="native")
+# of a U-Net's native names it converts those of attention alone, but all those of SDXL
+SGM = replace(STRANGE, modules=r"^unet\.(?!.*attentions)", unnamed="diffusers")
+EMBEDDING = Loss(
+    "get one name for two, so one is lost", modules="add_embedding|label_emb", unnamed="native"
+)
+NO_PROJECTION = Loss(
+    "no name has q_proj or k_proj, by which it knows such files: nothing loads", whole=True
+)
 # PEFT finds nothing to adapt in the model
 NO_TARGET = Loss(
     "the denoiser's modules all have names that it does not know, at which it stops",
@@ -138,6 +149,12 @@ def _spellings(pieces: tuple[Piece, ...]) -> Loss | None:
     return TWO_SPELLINGS if new else None
 
 
+def _of_ace_step(pieces: tuple[Piece, ...]) -> Loss | None:
+    """It knows the original's files by the names of their projections."""
+    known = any(re.search(r"[qk]_proj", piece.stem) for piece in pieces)
+    return None if known else NO_PROJECTION
+
+
 HOST = Host(
     name="diffusers",
     title="diffusers",
@@ -145,28 +162,15 @@ HOST = Host(
         Cell(
             "kohya",
             SD,
-            (
-                # of native names, it converts those of attention alone
-                replace(STRANGE, modules=r"^unet\.(?!.*attentions)", unnamed="diffusers"),
-                ODD,
-                *OF_LORA,
-            ),
+            (SGM, ODD, *OF_LORA),
         ),
         Cell(
             "kohya",
             ("sdxl",),
-            (
-                Loss(
-                    "get one name for two, so one is lost",
-                    modules="add_embedding|label_emb",
-                    unnamed="native",
-                ),
-                OPEN_CLIP,
-                ODD,
-                *OF_LORA,
-            ),
+            (EMBEDDING, OPEN_CLIP, ODD, *OF_LORA),
         ),
-        Cell("kohya", ("sdxl-refiner",), (STOPS,)),
+        # the same converter, but four levels of blocks as in Stable Diffusion 1
+        Cell("kohya", ("sdxl-refiner",), (SGM, EMBEDDING, OPEN_CLIP, ODD, *OF_LORA)),
         Cell("kohya", ("flux",), (replace(STRANGE, unnamed="native"), *OF_LORA)),
         Cell(
             "kohya",
@@ -177,7 +181,7 @@ HOST = Host(
                 *OF_LORA,
             ),
         ),
-        Cell("kohya", ("flux2", "qwen-image", "z-image"), OF_LORA),
+        Cell("kohya", ("flux2", "qwen-image", "qwen-image-21", "z-image"), OF_LORA),
         Cell(
             "kohya",
             ("wan",),
@@ -194,7 +198,7 @@ HOST = Host(
             unread=STRANGE,
         ),
         Cell("kohya", ("hunyuan-video",), (STOPS,)),
-        Cell("comfy", ("qwen-image",), (MAGNITUDE, *OF_LORA)),
+        Cell("comfy", ("qwen-image", "qwen-image-21"), (MAGNITUDE, *OF_LORA)),
         Cell("comfy", ("flux2",), FLUX2),
         Cell(
             "comfy",
@@ -212,8 +216,27 @@ HOST = Host(
             ("krea2",),
             (ALPHA, DOWN, MAGNITUDE, *OF_LORA),
         ),
-        Cell("comfy", ("anima", "ltx", "ltx2"), (ALPHA, DOWN, ONLY_LORA, NO_SCALE)),
+        Cell(
+            "comfy",
+            ("anima", "ltx", "ltx2", "ltx-13b", "ernie-image", "hidream", "flux3"),
+            (ALPHA, DOWN, ONLY_LORA, NO_SCALE),
+        ),
         Cell("comfy", ("ideogram4",), (MAGNITUDE, *OF_LORA), unread=STRANGE),
+        *(
+            Cell(format, ("minimax-h3",), (MAGNITUDE, *OF_LORA))
+            for format in ("kohya", "comfy", "bare")
+        ),
+        *(
+            Cell(format, ("ace-step",), (ALPHA, DOWN, ONLY_LORA, NO_SCALE), check=_of_ace_step)
+            for format in ("peft", "bare")
+        ),
+        Cell("peft", ("ernie-image",), (ALPHA, DOWN, ONLY_LORA, NO_SCALE)),
+        Cell(
+            "diffusers",
+            ("ltx2",),
+            (replace(STRANGE, modules="^connectors", unnamed="diffusers"), ALPHA, DOWN, ONLY_LORA),
+            none=NO_TARGET,
+        ),
         # by this name it knows the file
         Cell(
             "bare",
@@ -331,7 +354,7 @@ HOST = Host(
             having=r"single_blocks\.0\.norm\.key_norm",
             like="comfy",
         ),
-        Cell("bare", ("qwen-image",), (NO_ALPHA, *OF_LORA)),
+        Cell("bare", ("qwen-image", "qwen-image-21"), (NO_ALPHA, *OF_LORA)),
         Cell("bare", ("z-image",), (NO_ALPHA, *Z_OUT, NO_DORA, LORA_OR_LOKR)),
         Cell(
             "peft",
@@ -352,5 +375,8 @@ HOST = Host(
         Loss("have Tucker cores, which it does not load", suffix="lora_mid", whole=True),
         Loss("have DoRA magnitudes on the input axis, which it has no form of", axis="input"),
     ),
-    unsupported={"hunyuan-video-15": NO_PIPELINE, "hunyuan-image": NO_PIPELINE},
+    unsupported=dict.fromkeys(
+        ("hunyuan-video-15", "hunyuan-image", "pixart", "hunyuan-dit", "glm-image"), NO_PIPELINE
+    )
+    | {"prx": "the LoRA loader of its pipeline is for U-Nets"},
 )

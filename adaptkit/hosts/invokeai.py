@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptkit.hosts.contract import DORA, SD, Cell, Host, Loss
+from adaptkit.keymap import Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -298,6 +299,8 @@ HOST = Host(
     ),
     unread=Loss(PASSED_OVER),
     nothing=Loss("it does not recognise such a file, or finds none of its modules", whole=True),
+    # sd-scripts calls T5 lora_te3_
+    dialect=Dialect(prefixes=("lora_te2_",), flat=("lokr_w2",)),
     writes={
         **dict.fromkeys((*SD, "sdxl"), ("kohya",)),
         "flux": ("kohya", "comfy", "diffusers", "onetrainer"),
@@ -322,7 +325,8 @@ HOST = Host(
             ("chroma", "hunyuan-video", "hunyuan-image", "hunyuan-video-15", "framepack"), MISREAD
         ),
         **dict.fromkeys(
-            ("sd3", "sd35-large", "lumina2", "ideogram4", "auraflow", "ltx", "ltx2"), NONE
+            ("sd3", "sd35-large", "lumina2", "ideogram4", "auraflow", "ltx", "ltx2", "ltx-13b"),
+            NONE,
         ),
         "sdxl-refiner": "it takes the block names of the refiner for those of SDXL",
     },

@@ -61,7 +61,7 @@ HOST = Host(
         Loss("have their alpha in metadata, which its tools do not read", stated=True),
     ),
     unsupported=dict.fromkeys(
-        ("auraflow", "ltx", "ltx2", "sdxl-refiner"),
+        ("auraflow", "ltx", "ltx2", "ltx-13b", "sdxl-refiner"),
         "neither sd-scripts nor musubi-tuner knows this family",
     ),
 )

@@ -8,14 +8,24 @@ dots.
 
 from __future__ import annotations
 
-from adaptkit.keymap.adapter_keys import KeyMap, Parsed, compile_keys, prefixes
+from adaptkit.keymap.adapter_keys import (
+    Dialect,
+    KeyMap,
+    Parsed,
+    compile_keys,
+    keys_for,
+    module_names,
+    prefixes,
+)
 from adaptkit.keymap.checkpoint_keys import CheckpointMap, Place, Spelled, compile_checkpoint
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
 from adaptkit.keymap.rows import Reading, find_row, label
 from adaptkit.keymap.templates import Templates
+from adaptkit.keymap.wrappers import unwrapped, wrapper
 
 __all__ = [
     "CheckpointMap",
+    "Dialect",
     "KeyMap",
     "Parsed",
     "Place",
@@ -27,8 +37,12 @@ __all__ = [
     "compile_checkpoint",
     "compile_keys",
     "find_row",
+    "keys_for",
     "label",
+    "module_names",
     "param_of",
     "prefixes",
     "split_suffix",
+    "unwrapped",
+    "wrapper",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import NotRepresentable
@@ -10,6 +11,7 @@ from adaptkit.families.contract import Kind
 from adaptkit.keymap.roles import RoleName, algorithms, param_of, split_suffix
 from adaptkit.keymap.rows import Reading, find_row, label
 from adaptkit.keymap.templates import FIELD, Templates, fill
+from adaptkit.keymap.wrappers import unwrapped
 from adaptkit.names import BIAS, WEIGHT, Slot, Target
 from adaptkit.registry import discover
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from adaptkit.families.contract import Component, ModelFamily, Name, Row
     from adaptkit.formats.contract import KeyFormat
 
-__all__ = ["KeyMap", "Parsed", "compile_keys", "prefixes"]
+__all__ = ["Dialect", "KeyMap", "Parsed", "compile_keys", "keys_for", "module_names", "prefixes"]
 
 OWN = "own"  # the template field of a format's own tags
 
@@ -42,17 +44,40 @@ class Parsed(NamedTuple):
     swapped: bool
 
 
-class KeyMap:
-    """All adapter keys of one family in one format, in both directions."""
+class Dialect(NamedTuple):
+    """How one reader of a format wants it written.
 
-    def __init__(self, family: ModelFamily, format: KeyFormat) -> None:
+    `prefixes` are written for a component that has one of them, instead of its first. The windows
+    of tensors of the suffixes in `flat` are flattened, unless they have two dimensions.
+    """
+
+    prefixes: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
+
+
+class KeyMap:
+    """All adapter keys of one family in one format, in both directions.
+
+    `wrapped`: names are read behind the prefixes of wrappers too, see adaptkit.keymap.wrappers.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        format: KeyFormat,
+        dialect: Dialect | None = None,
+        *,
+        wrapped: bool = False,
+    ) -> None:
         self.family = family
         self.format = format
+        self.dialect = dialect or Dialect()
+        self.wrapped = wrapped
         found = [(prefix, part) for part in family.components for prefix in prefixes(part, format)]
         # longest prefix first: `lora_unet__` before `lora_unet_`
         self._parts = sorted(found, key=lambda item: -len(item[0]))
         self._own = format.style if format.private else ""
-        self._prefixes = _written_prefixes(family, format)
+        self._prefixes = _written_prefixes(family, format, self.dialect.prefixes)
         # caches: a stem is looked up once per role, a slot in every step
         self._found: dict[str, _Match | None] = {}
         self._slots: dict[str, Slot] = {}
@@ -111,13 +136,27 @@ class KeyMap:
         return self._found[stem]
 
     def _matched(self, stem: str) -> _Match | None:
+        found = self._known(stem)
+        if found is None and self.wrapped:
+            return next(filter(None, map(self._known, unwrapped(stem))), None)
+        return found
+
+    def _known(self, stem: str) -> _Match | None:
         for prefix, part in self._parts:
             # checked first, so that only components in the file are compiled
             if stem.startswith(prefix):
                 module = stem[len(prefix) :]
-                if (match := _stems(part, self.format.joiner, self._own).match(module)) is not None:
+                if (
+                    match := module_names(part, self.format.joiner, self._own).match(module)
+                ) is not None:
                     return *match, module
         return None
+
+    def place(self, stem: str) -> tuple[Component, str] | None:
+        """The component that a stem's prefix means, and the rest of the stem."""
+        stem = next(iter(unwrapped(stem)), stem) if self.wrapped else stem
+        start = next(((p, part) for p, part in self._parts if stem.startswith(p)), None)
+        return None if start is None else (start[1], stem[len(start[0]) :])
 
     def row(self, target: Target) -> Row | None:
         """The table row of a target."""
@@ -149,6 +188,12 @@ class KeyMap:
         if slot.param == BIAS and self.normed(slot.target):
             suffix = algorithms()[algorithm].roles[role].spelling  # no spelling of a LoRA's bias
         return f"{self.stem(slot)}.{suffix}"
+
+    def flat(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor of this name, flattened if the reader wants it so."""
+        if len(shape) in (2, 4) or not name.endswith(self.dialect.flat):
+            return shape
+        return (shape[0], math.prod(shape[1:]))
 
     def beside_lora(self, slot: Slot) -> bool:
         """Whether the format stores this bias as a part of its layer's LoRA, as PEFT does."""
@@ -192,11 +237,13 @@ class KeyMap:
         return any(name.swapped for name in names if name.rows == slot.rows)
 
     def _written(self, part: Component, row: Row) -> tuple[Name, ...]:
-        if self.format.private:
-            return row.names.get(self.format.style, ())
-        naming = part.naming(self.format.style)
+        naming = self.format.style if self.format.private else part.naming(self.format.style)
         # rows without a name of their own in a naming are spelled as in diffusers
-        return row.names[naming] if naming in row.names else row.names["diffusers"]
+        other = () if self.format.private or row.own else row.names["diffusers"]
+        names = row.names.get(naming, other)
+        if row.own:
+            return tuple(name for name in names if self.format.joiner in name.joiners)
+        return names
 
     def writes(self, part: Component) -> bool:
         """Whether a component can be written.
@@ -217,8 +264,9 @@ class KeyMap:
         return tuple(Slot(target, name.rows) for name in self._written(part, row))
 
 
-@cache
-def _stems(part: Component, joiner: str, own: str) -> Templates[Reading]:
+# bounded, because files bring tables of their own (see adaptkit.unknown)
+@lru_cache(maxsize=1024)
+def module_names(part: Component, joiner: str, own: str = "") -> Templates[Reading]:
     """All module names of a component, joined by `joiner` (cached).
 
     `own` is the only naming that a private format reads. Without it, all public namings are read.
@@ -227,7 +275,7 @@ def _stems(part: Component, joiner: str, own: str) -> Templates[Reading]:
     for row in part.rows:
         for naming, names in row.names.items():
             if naming == own or (not own and naming not in _private()):
-                for name in (name for name in names if not name.transposed):
+                for name in (n for n in names if not n.transposed and joiner in n.joiners):
                     reading = Reading(part.name, row.target, name.rows, name.swapped, naming)
                     stems.add(name.module, reading, joiner)
     return stems
@@ -247,16 +295,19 @@ def _owned() -> frozenset[str]:
     )
 
 
-def _written_prefixes(family: ModelFamily, format: KeyFormat) -> dict[str, str]:
+def _written_prefixes(
+    family: ModelFamily, format: KeyFormat, wanted: tuple[str, ...]
+) -> dict[str, str]:
     """The prefix to write each component with.
 
-    Of two components with the same prefix, the first gets it.
+    Of two components with the same prefix, the first gets it, unless their names tell them apart.
     """
     found: dict[str, str] = {}
     for part in family.components:
-        mine = prefixes(part, format)[:1]
+        known = prefixes(part, format)
+        mine = tuple(prefix for prefix in known if prefix in wanted)[:1] or known[:1]
         # two components with one prefix could not be told apart when read back
-        if mine and mine[0] not in found.values():
+        if mine and (part.apart or mine[0] not in found.values()):
             found[part.name] = mine[0]
     return found
 
@@ -278,10 +329,21 @@ def _joined(module: str, joiner: str) -> str:
     return module if joiner == "." else module.replace(".", joiner)
 
 
+def keys_for(family: ModelFamily, format: KeyFormat, dialect: Dialect | None = None) -> KeyMap:
+    """The key map of a family in a format; cached if the family is a table's."""
+    if discover("adaptkit.families", "FAMILY").get(family.name) is family:
+        return compile_keys(family.name, format.name, dialect)
+    return KeyMap(family, format, dialect)
+
+
 @cache
-def compile_keys(family_name: str, format_name: str) -> KeyMap:
+def compile_keys(
+    family_name: str, format_name: str, dialect: Dialect | None = None, *, wrapped: bool = False
+) -> KeyMap:
     """The key map of a family in a format, by name (cached)."""
     return KeyMap(
         discover("adaptkit.families", "FAMILY")[family_name],
         discover("adaptkit.formats", "FORMAT")[format_name],
+        dialect,
+        wrapped=wrapped,
     )

@@ -13,7 +13,9 @@ from adaptkit.names import BIAS, WEIGHT, Slot, Target
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from adaptkit.families.contract import Component, Kind, ModelFamily
+    from collections.abc import Iterator
+
+    from adaptkit.families.contract import Component, Kind, ModelFamily, Name, Row
 
 __all__ = ["CheckpointMap", "Place", "compile_checkpoint"]
 
@@ -87,12 +89,19 @@ class CheckpointMap:
 
     def parse(self, key: str) -> Place | None:
         """Parse a checkpoint key; None if the family does not know it."""
+        found = self.found(key)
+        return None if found is None else found[1]
+
+    def found(self, key: str) -> tuple[str, Place] | None:
+        """The prefix of a checkpoint key and what it holds; None if the family does not know it."""
         for prefix, keys in self._keys:
             if key.startswith(prefix) and (match := keys.match(key[len(prefix) :])) is not None:
                 found, indices = match
                 reading = found.reading
                 slot = reading.slot(indices, found.param)
-                return Place(slot, found.kind, reading.naming, found.transposed, reading.swapped)
+                return prefix, Place(
+                    slot, found.kind, reading.naming, found.transposed, reading.swapped
+                )
         return None
 
     def claims(self, key: str) -> bool:
@@ -113,7 +122,7 @@ class CheckpointMap:
             return ()
         row, indices = found
         bias = target.param == BIAS
-        names = row.names.get(naming) or row.names["diffusers"]
+        names = _names(row, naming)
         return tuple(
             Spelled(
                 fill(name.bias if bias else name.weight, indices),
@@ -137,10 +146,16 @@ class CheckpointMap:
         )
 
 
+def _names(row: Row, naming: str) -> Iterator[Name]:
+    """The names of a row in a naming of checkpoints, whose dots must be known."""
+    names = row.names.get(naming) or (() if row.own else row.names["diffusers"])
+    return (name for name in names if "." in name.joiners)
+
+
 def _parameters(keys: Templates[_Parameter], part: Component, naming: str) -> Templates[_Parameter]:
     """Add the weights and biases of a component in one naming to `keys`."""
     for row in part.rows:
-        for name in row.names.get(naming) or row.names["diffusers"]:
+        for name in _names(row, naming):
             reading = Reading(part.name, row.target, name.rows, name.swapped, naming)
             keys.add(name.weight, _Parameter(reading, WEIGHT, row.kind, name.transposed))
             # a bias has no transpose, whatever its weight has

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from adaptkit.algorithms.contract import Weights
 
 __all__ = ["RoleName", "algorithms", "param_of", "split_suffix"]
-
-
-_DOTS = re.compile(r"\.")
 
 
 # prefixes of suffixes into which PEFT writes the adapter's name
@@ -54,27 +50,52 @@ def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
         # kinds without forms are told by a configuration, never by their tensors
         for name, role in kind.roles.items() if kind.forms else ():
             spelled = [spelling.get(algorithm, {}).get(name) for spelling in overrides]
-            for suffix in dict.fromkeys((role.spelling, *role.also, *filter(None, spelled))):
+            also = (*role.also, *(suffix for suffix, _ in role.inside), *filter(None, spelled))
+            for suffix in dict.fromkeys((role.spelling, *also)):
                 found.setdefault(suffix, []).append((algorithm, name))
     return {suffix: tuple(roles) for suffix, roles in found.items()}
 
 
-@lru_cache(maxsize=65536)
+@cache
+def _dots() -> int:
+    """The most dots in a suffix, and one for the name of an adapter."""
+    return 1 + max(suffix.count(".") for suffix in _suffixes())
+
+
+@lru_cache(maxsize=16384)
 def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
     """Split a key into (stem, suffix, roles), or None.
 
     The longest known suffix counts.
     """
     known = _suffixes()
-    # from the left: the first known suffix is the longest
-    for dot in _DOTS.finditer(key):
-        suffix = key[dot.end() :]
-        if suffix in known:
-            return key[: dot.start()], suffix, known[suffix]
-        plain = _unnamed(suffix)
-        if plain in known:
-            return key[: dot.start()], plain, known[plain]
+    # only the last dots may begin a suffix; from the left, as the first one found is the longest
+    parts = key.rsplit(".", _dots() + 1)
+    for first in range(1, len(parts)):
+        suffix = ".".join(parts[first:])
+        found = suffix if suffix in known else _unnamed(suffix)
+        if found in known:
+            return _stem(key[: -len(suffix) - 1], found), found, known[found]
     return None
+
+
+@cache
+def _inside() -> Mapping[str, str]:
+    """The parameter inside a module that a suffix stands for."""
+    return {
+        suffix: param
+        for kind in algorithms().values()
+        for role in kind.roles.values()
+        for suffix, param in role.inside
+    }
+
+
+def _stem(stem: str, suffix: str) -> str:
+    """The stem of a key, with the parameter that its suffix stands for."""
+    inside = _inside().get(suffix)
+    if inside is None:
+        return stem
+    return f"{stem}{'.' if '.' in stem else '_'}{inside}"
 
 
 def _unnamed(suffix: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from adaptkit.keymap.templates import Templates, fill
@@ -33,7 +33,8 @@ class Reading:
         return Slot(Target(self.component, fill(self.target, indices), param), self.rows)
 
 
-@cache
+# bounded, because files bring tables of their own (see adaptkit.unknown)
+@lru_cache(maxsize=256)
 def _rows(family: ModelFamily) -> Mapping[str, Templates[Row]]:
     """The rows of each component, by target name."""
     found: dict[str, Templates[Row]] = {part.name: Templates() for part in family.components}

@@ -139,17 +139,20 @@ def _stored_grams(
     half = product(moved, cut.mT)
     exact = product(cut, gram)
     own = product(exact, cut.mT) + half + half.mT + product(change, change.mT).to(gram.dtype)
-    terms = cut.square().sum(-1) * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-    return exact + moved, own, (terms <= CLEAR**2 * own.diagonal(dim1=-2, dim2=-1)).all(-1)
+    # of the sum of cut[:, i] · factor[:, i], however the columns of the factor are graded
+    terms = cut.abs() @ gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)
+    clear = terms.squeeze(-1) <= CLEAR * own.diagonal(dim1=-2, dim2=-1).sqrt()
+    return exact + moved, own, clear.all(-1)
 
 
 def factored_core(left: Tensor, right: Tensor) -> Core:
     """Decompose left (..., m, r) · right (..., r, n) by r × r matrices alone.
 
     Gram matrices and their decompositions in float64: rank-revealing, as accurate as float64 QR
-    down to σ/σ₁ of about 1e-7, and as fast as float32 QR. By QR in float32 on devices without
-    float64 (MPS). Raises `NonFinite` for NaN and infinity. On a CPU equal factors give equal bits,
-    whatever else is in the stack.
+    down to σ/σ₁ of about 1e-7, and as fast as float32 QR. How a term left[:, i] · right[i] is
+    shared between the factors makes no difference: both get equal norms first, by powers of two. By
+    QR in float32 on devices without float64 (MPS). Raises `NonFinite` for NaN and infinity. On a
+    CPU equal factors give equal bits, whatever else is in the stack.
     """
     device = left.device
     wide = accumulate_dtype(device)
@@ -158,14 +161,28 @@ def factored_core(left: Tensor, right: Tensor) -> Core:
         return _by_qr(up, down)
     # r × r matrices are decomposed on the CPU: see `eigh`
     grams = torch.stack([product(up.mT, up), product(down, down.mT)], -3).cpu()
-    root, solved = _root(grams[..., 0, :, :])
-    squares, y = eigh(product(product(root.mT, grams[..., 1, :, :]), root))
+    even = _evening(*grams.diagonal(dim1=-2, dim2=-1).unbind(-2))
+    both = even.unsqueeze(-1) * even.unsqueeze(-2)  # exact: as if the factors had been scaled
+    root, solved = _root(grams[..., 0, :, :] * both)
+    squares, y = eigh(product(product(root.mT, grams[..., 1, :, :] / both), root))
     kept = squares > up.shape[-1] * torch.finfo(wide).eps * squares[..., :1]
     s = torch.where(kept, squares, 0.0).sqrt()
     ours, theirs = signed(
-        solved(y) * kept.unsqueeze(-2), product(root, y) * _inverse(s, kept).unsqueeze(-2)
+        even.unsqueeze(-1) * solved(y) * kept.unsqueeze(-2),
+        product(root, y) * _inverse(s, kept).unsqueeze(-2) / even.unsqueeze(-1),
     )
     return Core(*(t.to(device) for t in (ours, s, theirs.mT, grams)))
+
+
+def _evening(one: Tensor, two: Tensor) -> Tensor:
+    """Powers of two (..., r) that make even what multiplies and divides two sides.
+
+    `one` and `two` (..., r) are the squared norms of the columns of the first side, and of the
+    rows of the second.
+    """
+    alive = (one > 0) & (two > 0)
+    ratio = torch.where(alive, two, 1.0) / torch.where(alive, one, 1.0)
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).log2().div(4).round().exp2()
 
 
 def _root(gram: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -211,10 +228,13 @@ def _inverse(x: Tensor, alive: Tensor) -> Tensor:
 
 def _by_qr(up: Tensor, down: Tensor) -> Core:
     """Decompose by the triangles of two QR decompositions and their pseudo-inverses."""
-    r1, r2 = torch.linalg.qr(up)[1], torch.linalg.qr(down.mT)[1]
+    even = _evening(up.square().sum(-2), down.square().sum(-1)).unsqueeze(-1)
+    r1, r2 = torch.linalg.qr(up * even.mT)[1], torch.linalg.qr(down.mT / even.mT)[1]
     u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
     missing = up.shape[-1] - s.shape[-1]  # pad to k = r if r exceeds a side of the product
-    left, right = signed(torch.linalg.pinv(r1) @ u, (vh @ torch.linalg.pinv(r2.mT)).mT)
+    left, right = signed(
+        even * (torch.linalg.pinv(r1) @ u), (vh @ torch.linalg.pinv(r2.mT)).mT / even
+    )
     pad = torch.nn.functional.pad
     return Core(pad(left, (0, missing)), pad(s, (0, missing)), pad(right.mT, (0, 0, 0, missing)))
 

@@ -6,7 +6,7 @@ Van Loan and Pitsianis 1993.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.krylov import eigh, gram_columns
-from adaptkit.linalg.lowrank import LowRank, SvdSpec, truncated_svd
-from adaptkit.linalg.precision import empty, members, norm_squared, one_by_one, upcast
+from adaptkit.linalg.lowrank import LowRank, SvdSpec, energies, truncated_svd
+from adaptkit.linalg.precision import empty, members, norm_squared, one_by_one, scaled, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,7 @@ __all__ = [
     "KronLowRank",
     "factorization",
     "kron",
+    "kron_rows",
     "leading_kron",
     "nearest_kron",
     "nearest_kron_lowrank",
@@ -36,7 +37,17 @@ GRAM_SIDE = 256  # up to this number of blocks (or entries per block) the Gram m
 LEADING_TOL = 1e-5
 # vectors sought to get the first one from a fixed-size stack: 0.1 % lost on noise, 2 % with 1
 STACK_RANK = 8
-SWEEP_TOL = 1e-5  # alternating least squares stops at a smaller relative drop of the residual
+STARTS = 4  # singular vectors that alternating least squares may start from
+NEAR = 0.95  # of the energy that the best start captures: one of less is not followed
+LITTLE = (
+    0.01  # of ‖X‖²: what the best two starts capture then differs by 0.1 % of the error at most
+)
+ROUGH = 1e-2  # relative excess of the errors by which starts are compared
+SWEEPS = 200  # at most; rarely more than 50
+SWEEP_TOL = 1e-4  # of the error: alternating least squares stops if it would fall by less
+# the ratio of two gains in a row, as far as it is believed
+PACES = 0.3, 0.95
+ROUNDING = 1e-6  # of the captured energy: a smaller gain is the rounding of float32
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,16 @@ def kron(w1: Tensor, w2: Tensor) -> Tensor:
     return blocks.reshape(*blocks.shape[:-4], a * c, b * d)
 
 
+def kron_rows(w1: Tensor, w2: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of w1 ⊗ w2, (..., stop - start, b·d), with the bits of `kron`.
+
+    Row i is row i ÷ c of w1 ⊗ row i mod c of w2.
+    """
+    rows = torch.arange(start, stop, device=w1.device)
+    one, two = w1[..., rows // w2.shape[-2], :], w2[..., rows % w2.shape[-2], :]
+    return (one.unsqueeze(-1) * two.unsqueeze(-2)).flatten(-2)
+
+
 def rearrange(x: Tensor, a: int, b: int) -> Tensor:
     """Rearrange x (..., a·c, b·d) to R (..., a·b, c·d) with one block per row. One copy.
 
@@ -118,11 +139,21 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     if one_by_one(x):
         return _each(x, lambda member: nearest_kron(member, a, b))
     c, d = x.shape[-2] // a, x.shape[-1] // b
+    x, unit = scaled(x)
     r = rearrange(x, a, b)
-    left = _leading(r)
+    left = _leading(r)[..., 0, :]
     right = (left.unsqueeze(-2) @ r).squeeze(-2)
     captured = norm_squared(right.unsqueeze(-2))
-    return Kron(*_gauged(_folded(left, a, b), _folded(right, c, d)), captured)
+    factors = _gauged(_folded(left, a, b), _folded(right, c, d))
+    return Kron(*_rescaled(factors, unit), captured if unit is None else captured * unit.square())
+
+
+def _rescaled(factors: tuple[Tensor, ...], unit: Tensor | None) -> tuple[Tensor, ...]:
+    """Two or three factors, each times its root of `unit` (...,), a power of 64."""
+    if unit is None:
+        return factors
+    root = unit.log2().div(len(factors)).exp2()[..., None, None]
+    return tuple(factor * root.to(factor.dtype) for factor in factors)
 
 
 def _folded(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -130,21 +161,25 @@ def _folded(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.reshape(*x.shape[:-1], rows, columns)
 
 
-def _leading(r: Tensor) -> Tensor:
-    """The leading left singular vector (..., p) of r (..., p, q), unit length; e₁ if r is zero."""
+def _leading(r: Tensor, count: int = 1) -> Tensor:
+    """The leading left singular vectors (..., k, p) of r (..., p, q), of unit length.
+
+    At most `count`; e₁ for each that has no energy.
+    """
     p, q = r.shape[-2:]
+    count = min(count, p, q)
     if min(p, q) > GRAM_SIDE:
         # a stack cannot adapt its number of steps to the spectrum
-        spec = SvdSpec(STACK_RANK if r.ndim > 2 else 1, method="lanczos", tol=LEADING_TOL)
-        found = truncated_svd(r, spec).u[..., 0]
+        spec = SvdSpec(STACK_RANK if r.ndim > 2 else count, method="lanczos", tol=LEADING_TOL)
+        found = truncated_svd(r, spec).u[..., :count].mT
     else:
-        vector = eigh(gram_columns(r.mT if p <= q else r))[1][..., :1].to(r.dtype)
-        found = (vector if p <= q else r @ vector).squeeze(-1)
+        vectors = eigh(gram_columns(r.mT if p <= q else r))[1][..., :count].to(r.dtype)
+        found = (vectors if p <= q else r @ vectors).mT
     size = found.norm(dim=-1, keepdim=True)
     unit = torch.zeros_like(found)
     unit[..., 0] = 1.0
     # eigh gives a zero matrix unit eigenvectors too: replace them by e₁
-    dead = (size == 0) | ~torch.isfinite(size) | ~r.any(-1).any(-1, keepdim=True)
+    dead = (size == 0) | ~torch.isfinite(size) | ~r.any(-1).any(-1)[..., None, None]
     return torch.where(dead, unit, found / torch.where(dead, 1.0, size))
 
 
@@ -158,39 +193,102 @@ def _gauged(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     return w1 * ratio, w2 / ratio
 
 
-def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = 10) -> KronLowRank:
+def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = SWEEPS) -> KronLowRank:
     """The nearest w1 (..., a, b) ⊗ (left·right) of rank at most `rank` to x (..., a·c, b·d).
 
-    Starts from `nearest_kron`, truncated, then alternates: the best low-rank second factor for w1,
-    and the best w1 for it. Both steps are exact, so captured energy never falls. Random restarts
-    gained at most 3e-4 (measured). The three factors have equal root mean squares and are in the
-    compute dtype of x.
+    Alternates the best low-rank second factor for w1 and the best w1 for it. Both steps are exact,
+    so captured energy never falls. It starts from the four leading singular vectors of R(X), and
+    goes on from each that captures nearly as much as the best of them: the first one alone ends up
+    to 0.4 % above the least error. Within 0.1 % of the best of 20 random restarts on 82 of 83
+    matrices, noise among them, within 0.2 % on the other (measured). The three factors have equal
+    root mean squares and are in the compute dtype of x.
     """
     x = upcast(x)
     if one_by_one(x):
         return _each(x, lambda member: nearest_kron_lowrank(member, a, b, rank, sweeps))
     c, d = x.shape[-2] // a, x.shape[-1] // b
+    x, unit = scaled(x)
     r = rearrange(x, a, b)
-    w1, low, captured = _alternate(r, _leading(r), (c, d), SvdSpec(min(rank, c, d)), sweeps)
-    return KronLowRank(*_evened(_folded(w1, a, b), *low.balanced()), captured)
+    w1, low, captured = _alternate(r, _leading(r, STARTS), (c, d), SvdSpec(min(rank, c, d)), sweeps)
+    factors = _evened(_folded(w1, a, b), *low.balanced())
+    return KronLowRank(
+        *_rescaled(factors, unit), captured if unit is None else captured * unit.square()
+    )
+
+
+# starts (..., k, p), their second factors (..., k, ·, ·), and the captured energies (..., k)
+_Tries = tuple[Tensor, LowRank, Tensor]
 
 
 def _alternate(
-    r: Tensor, w1: Tensor, shape: tuple[int, int], spec: SvdSpec, sweeps: int
-) -> tuple[Tensor, LowRank, Tensor]:
-    """Alternating least squares on r (..., a·b, c·d) from w1 (..., a·b).
+    r: Tensor, starts: Tensor, shape: tuple[int, int], spec: SvdSpec, sweeps: int
+) -> _Tries:
+    """Alternating least squares on r (..., p, q) from the best of `starts` (..., k, p).
 
-    Returns w1, the second factor and the captured energy. Each member of a stack stops on its own,
-    once a sweep gains less than 1e-5 of the residual.
+    Returns w1 (..., p), the second factor (..., c, d) and the captured energy (...,).
     """
-    total = norm_squared(r)
-    low, captured = _second(r, w1, shape, spec)
-    active = torch.ones_like(captured, dtype=torch.bool)
+    total = norm_squared(r).unsqueeze(-1)
+    near = _near(r, starts, shape, spec, total)
+    if r.ndim > 2:
+        tries = _climbed(r, total, (starts, *_second(r, starts, shape, spec)), near, spec, sweeps)
+    else:  # one by one, so that none waits for another
+        each = []
+        for start in starts[near].split(1):
+            one = start, *_second(r, start, shape, spec)
+            each.append(_climbed(r, total, one, one[2] >= 0, spec, sweeps))
+        tries = max(each, key=lambda one: float(one[2]))
+    w1, low, captured = tries
+    best = captured.argmax(-1, keepdim=True)
+
+    def taken(x: Tensor, inner: int) -> Tensor:
+        index = best[(..., *(None,) * inner)]
+        return torch.take_along_dim(x, index, -1 - inner).squeeze(-1 - inner)
+
+    chosen = LowRank(taken(low.u, 2), taken(low.s, 1), taken(low.vh, 2), taken(low.residual, 0))
+    return taken(w1, 1), chosen, taken(captured, 0)
+
+
+def _near(
+    r: Tensor, starts: Tensor, shape: tuple[int, int], spec: SvdSpec, total: Tensor
+) -> Tensor:
+    """Which of `starts` (..., k, p) to go on from, (..., k).
+
+    Those whose second factor captures nearly as much as the best of them, or only the first one
+    if that captures too little of `total` (..., 1) for a choice to matter.
+    """
+    rough = replace(spec, tol=ROUGH)
+
+    def score(starts: Tensor) -> Tensor:
+        products = starts @ r
+        products = products.reshape(*products.shape[:-1], *shape)
+        return energies(products, spec.rank, rough).sum(-1)
+
+    first = torch.zeros(starts.shape[:-1], dtype=torch.bool, device=r.device)
+    first[..., :1] = True
+    if starts.shape[-2] == 1:
+        return first
+    scores = score(starts[..., :1, :])
+    worth = scores > LITTLE * total
+    if not bool(worth.any()):
+        return first
+    scores = torch.cat([scores, score(starts[..., 1:, :])], -1)
+    return torch.where(worth, scores >= NEAR * scores.amax(-1, keepdim=True), first)
+
+
+def _climbed(
+    r: Tensor, total: Tensor, tries: _Tries, active: Tensor, spec: SvdSpec, sweeps: int
+) -> _Tries:
+    """Sweep each try that is active (..., k), until what it would still gain is negligible.
+
+    That is extrapolated from its last two gains: near a saddle they grow, and behind it they shrink
+    only slowly. `total` is ‖r‖² (..., 1).
+    """
+    w1, low, captured = tries
+    shape, before = (low.u.shape[-2], low.vh.shape[-1]), torch.zeros_like(captured)
     for _ in range(sweeps):
+        second = low.u @ (low.s.unsqueeze(-1) * low.vh)
         # for a fixed second factor the best w1 is R vec(w2), normalised
-        better = (r @ (low.u @ (low.s.unsqueeze(-1) * low.vh)).flatten(-2).unsqueeze(-1)).squeeze(
-            -1
-        )
+        better = (r @ second.flatten(-2).mT).mT
         trial = better / better.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(better.dtype).tiny)
         found, energy = _second(r, trial, shape, spec)
         gained = energy - captured
@@ -199,15 +297,19 @@ def _alternate(
         w1 = torch.where(accepted.unsqueeze(-1), trial, w1)
         low = _chosen(accepted, found, low)
         captured = torch.where(accepted, energy, captured)
-        active = accepted & (gained >= SWEEP_TOL * (total - captured))
+        pace = torch.where(before > 0, gained / before, PACES[1]).clamp(*PACES)
+        promised = gained * pace / (1 - pace) > 2 * SWEEP_TOL * (total - captured)
+        growing = (gained > before) & (gained > ROUNDING * captured)
+        active, before = accepted & (promised | growing), gained
         if not bool(active.any()):
             break
     return w1, low, captured
 
 
 def _second(r: Tensor, w1: Tensor, shape: tuple[int, int], spec: SvdSpec) -> tuple[LowRank, Tensor]:
-    """The best low-rank second factor for w1, and the captured energy of both."""
-    low = truncated_svd((w1.unsqueeze(-2) @ r).squeeze(-2).reshape(*r.shape[:-2], *shape), spec)
+    """The best low-rank second factors for w1 (..., k, p), and the captured energies of both."""
+    products = w1 @ r
+    low = truncated_svd(products.reshape(*products.shape[:-1], *shape), spec)
     return low, low.s.to(low.residual.dtype).square().sum(-1)
 
 

@@ -9,12 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.krylov import BLOCK, Krylov, eigh, explored, fixed_basis, gram_columns
+from adaptkit.linalg.krylov import (
+    BLOCK,
+    Krylov,
+    eigenvalues,
+    eigh,
+    explored,
+    fixed_basis,
+    gram_columns,
+)
 from adaptkit.linalg.precision import (
     SCRATCH,
     accumulate_dtype,
     members,
     norm_squared,
+    scaled,
     upcast,
     works_on_stacks,
 )
@@ -59,6 +68,13 @@ class LowRank:
             self.u[..., :rank], self.s[..., :rank], self.vh[..., :rank, :], self.residual + left
         )
 
+    def times(self, unit: Tensor | None) -> LowRank:
+        """That of unit · A; `unit` (...,), powers of two, or None for 1."""
+        if unit is None:
+            return self
+        s = self.s * unit.to(self.s.dtype).unsqueeze(-1)
+        return LowRank(self.u, s, self.vh, self.residual * unit.square())
+
     def balanced(self) -> tuple[Tensor, Tensor]:
         """left (..., m, k) and right (..., k, n), √s on both sides, best for fp16."""
         root = self.s.sqrt()
@@ -78,6 +94,8 @@ class SvdSpec:
 def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
     """The leading `rank` singular triplets of a (..., m, n), rank clipped to min(m, n).
 
+    Scaled by a power of two first where ‖A‖ is far from 1, so that no square leaves float32.
+
     auto: a float64 Gram matrix if the smaller side N is at most 128 or 4k + 32 > N/2, where it is
     exact and cheaper. Otherwise seeded adaptive block Lanczos (Musco and Musco 2015; Halko,
     Martinsson and Tropp 2011) with a polish step: at most 0.1 % above the Eckart–Young optimum in
@@ -88,18 +106,25 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
     a = upcast(a)
     if a.ndim > 2:
         return _stacked(a, spec) if works_on_stacks(a.device) and a.numel() else _each(a, spec)
+    total = norm_squared(a)
+    a, unit = scaled(a, total)
+    if unit is not None:
+        total = total / unit.square()
     rank = min(spec.rank, *a.shape)
     wide = a if a.shape[0] >= a.shape[1] else a.mT  # (M, N), N the smaller side
-    total = norm_squared(a)
     u, s, v = _solver(spec.method, rank, wide.shape[1])(wide, rank, spec, total)
     if wide is not a:
         u, v = v, u
-    return _finish(a, u, s, v, total)
+    return _finish(a, u, s, v, total).times(unit)
 
 
 def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
     """Decompose all members of a (..., m, n) at once (accelerators)."""
     flat = a.reshape(-1, *a.shape[-2:])
+    total = norm_squared(flat)
+    flat, unit = scaled(flat, total)
+    if unit is not None:
+        total = total / unit.square()
     rank = min(spec.rank, *a.shape[-2:])
     wide = flat if a.shape[-2] >= a.shape[-1] else flat.mT
     solver = _solver(spec.method, rank, wide.shape[-1])
@@ -109,7 +134,7 @@ def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
         u, s, v = _stacked_half_step(wide, eigh(gram_columns(wide))[1][..., :rank].to(a.dtype))
     else:
         return _each(a, spec)
-    found = _finish(flat, *((u, s, v) if wide is flat else (v, s, u)), norm_squared(flat))
+    found = _finish(flat, *((u, s, v) if wide is flat else (v, s, u)), total).times(unit)
     batch = a.shape[:-2]
     return LowRank(
         *(t.reshape(*batch, *t.shape[1:]) for t in (found.u, found.s, found.vh, found.residual))
@@ -302,11 +327,14 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
         return torch.stack(each).reshape(*a.shape[:-2], -1)
     rank = min(rank, *a.shape)
     spec = spec or SvdSpec(rank)
+    a, unit = scaled(a)
     wide = a if a.shape[0] >= a.shape[1] else a.mT
     if _solver(spec.method, rank, wide.shape[1]) is not _lanczos:
-        return eigh(gram_columns(wide))[0][:rank]
-    found = explored(wide, rank, spec.tol, spec.seed).values()
-    return torch.nn.functional.pad(found, (0, rank - found.shape[0]))
+        found = eigenvalues(gram_columns(wide))[:rank]
+    else:
+        found = explored(wide, rank, spec.tol, spec.seed).values()
+        found = torch.nn.functional.pad(found, (0, rank - found.shape[0]))
+    return found if unit is None else found * unit.square()
 
 
 def product_norm_squared(left: Tensor, right: Tensor) -> Tensor:

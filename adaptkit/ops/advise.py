@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +220,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         found[job.number] = layer
 
     try:
-        engine.run(
+        notes = engine.run(
             plan.steps,
             engine.Work(worker.load, worker.work, store, held=lambda _: 0),
             engine.Resources.choose(plan.options.device, plan.options.memory),
@@ -228,7 +228,8 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         )
     finally:
         plan.close()
-    return _report(plan, [found[job.number] for job in plan.jobs], started)
+    report = _report(plan, [found[job.number] for job in plan.jobs], started)
+    return replace(report, notes=(*report.notes, *notes))
 
 
 class _Measurer:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptkit.adapter import Adapter
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import asked, policy, spelled
-from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, chosen_entries, open_all
 from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
+from adaptkit.ops.selecting import Selection
 from adaptkit.ops.shared import default_output
 from adaptkit.ops.verb import Verb
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    from adaptkit.adapter import Adapter
 
 __all__ = ["VERB", "Options", "Plan", "Report", "plan", "run"]
 
@@ -41,9 +43,7 @@ def plan(path: str | PathLike[str], options: Options) -> Recast:
     """
     rule = asked(options)
     path = Path(path)
-    adapter = Adapter.open(
-        path, family=options.family, format=options.format, alpha=options.alpha_in
-    )
+    (adapter,) = open_all([path], options)
     try:
         into, notes = _target(adapter, options)
         output = options.output or default_output(
@@ -78,9 +78,11 @@ def _target(adapter: Adapter, options: Options) -> tuple[Into, tuple[str, ...]]:
         return Into.plain(adapter.format.name), ()
     from adaptkit.hosts import named, recipe
 
-    found = recipe(options.host, adapter, options.algo)
-    into = Into(found.format, found.fold_alpha or formats()[found.format].alpha is Alpha.NONE)
-    notes = found.warnings
+    selection = Selection(options.only, options.skip, adapter.family)
+    written = replace(adapter, entries=chosen_entries(adapter, selection))
+    found = recipe(options.host, written if written.entries else adapter, options.algo)
+    fold = found.fold_alpha or formats()[found.format].alpha is Alpha.NONE
+    into, notes = Into(found.format, fold, found.dialect), found.warnings
     if into == Into.plain(adapter.format.name) and not notes:
         title = named(options.host).title
         notes = (f"{title} loads {into.format} keys as they are: nothing was to be renamed.",)

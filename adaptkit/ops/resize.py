@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptkit.adapter import Adapter
 from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
 from adaptkit.keymap.kinds import dense_kind
 from adaptkit.ops.ranks.options import asked, policy, spelled
-from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions
+from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, open_all
 from adaptkit.ops.rewrite.planner import recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
@@ -44,9 +43,7 @@ def plan(path: str | PathLike[str], options: Options) -> Recast:
         )
     chosen = policy(options)
     path = Path(path)
-    adapter = Adapter.open(
-        path, family=options.family, format=options.format, alpha=options.alpha_in
-    )
+    (adapter,) = open_all([path], options)
     try:
         into = Into.plain(adapter.format.name)
         output = options.output or default_output(path, spelled(options), folder=into.config)

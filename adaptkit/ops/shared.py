@@ -40,7 +40,8 @@ class Brief:
     """
 
     def __repr__(self) -> str:
-        found = ((one.name, _brief(getattr(self, one.name))) for one in fields(self))  # type: ignore[arg-type]
+        names = [one.name for one in fields(self)]  # type: ignore[arg-type]
+        found = ((name, _brief(getattr(self, name))) for name in names)
         where = type(self).__module__.removeprefix("adaptkit.").removeprefix("ops.").split(".")[0]
         shown = ", ".join(f"{name}={text}" for name, text in found if text)
         return f"{where}.{type(self).__name__}({shown})"

@@ -540,3 +540,10 @@ def test_gloras_that_differ_in_anything_but_rows_are_not_fused(changed: str) -> 
     other = replace(one, **{changed: getattr(one, changed) * 2})
     with pytest.raises(NotRepresentable, match="differently"):
         type(one).fuse([one, other])
+
+
+@pytest.mark.parametrize("blocks", [(4, 2, 32, 32), (2, 6, 3, 3), (3, 6, 4, 4)])
+def test_butterfly_stages_that_do_not_fit_the_rows_are_refused(blocks: tuple[int, ...]) -> None:
+    """The last of m stages pairs halves of blocks 2ᵐ⁻¹ apart: those must be there, and be halves."""
+    with pytest.raises(ShapeMismatch, match="do not fit together"):
+        algorithms()["boft"].facts({"blocks": blocks})

@@ -69,7 +69,7 @@ LISTS = [
         "invokeai__flux_lora_diffusers_base_model_format",
         "flux",
         "peft",
-        ("chroma", "framepack", "hunyuan-video"),
+        ("bria-fibo", "chroma", "framepack", "hunyuan-video"),
     ),
     ("invokeai__flux_lora_diffusers_format", "flux", "diffusers", ("framepack", "hunyuan-video")),
     ("invokeai__flux_lora_kohya_format", "flux", "kohya", ("hunyuan-video",)),

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import AdaptkitError, CorruptFile, UnreadableFile, UnsafePickle
-from adaptkit.files import pickles, unpickler
+from adaptkit.files import limits
 from adaptkit.files.open import open_source
+from adaptkit.files.pickled import catalogue as pickles
 from adaptkit.files.tensors import tensor_bytes
 
 FORMATS = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
@@ -255,7 +256,7 @@ FLOAT = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ"
         ),
         (
             b"}\x8c\x01a" + V2 + b"(" + FLOAT + b"K\x00(J\xff\xff\xff\x7ft(K\x00ttRs.",
-            "is expanded to shape",
+            "more than the limit 'expanded views'",
         ),
         (
             b"}\x8c\x01a"
@@ -281,12 +282,36 @@ FLOAT = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ"
         (b"r\xff\xff\xff\x7f.", "memo index"),
         (b"K\x01r\xff\xff\xff\x7f.", "memo index"),
         (b"\x96\xff\xff\xff\xff\xff\x00\x00\x00.", "damaged pickle"),
-        (b"(" * 100_000 + b".", "damaged pickle"),
+        (b"(" * 9_000 + b".", "damaged pickle"),
+        (b"(" * 100_000 + b".", "the limit 'pickle steps' of"),
         (b"", "damaged pickle"),
         (b"K\x01", "damaged pickle"),
         (b"h\x05.", "damaged pickle"),
-        (b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s.", "nested more than 1000 deep"),
-        (b"\x80\x02})" + b"q\x00h\x00\x86" * 2000 + b"K\x01s.", "nested more than 1000 deep"),
+        (b"\x80\x02})" + b"\x85" * 9_000 + b"K\x01s.", "a name in a table is neither text"),
+        (b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s.", "the limit 'pickle steps' of"),
+        # tuples of one tuple, whose hash would take 2**60 steps
+        (b"\x80\x02}(K\x01" + b"2\x86" * 60 + b"K\x01u.", "a name in a table is neither text"),
+        (b"\x80\x02K\x01" + b"2\x86" * 60 + b"\x85\x91.", "damaged pickle"),
+        (b"\x80\x04(K\x01" + b"2\x86" * 60 + b"\x91.", "a name in a table is neither text"),
+        (b"\x80\x04\x8f(K\x01" + b"2\x86" * 60 + b"\x90.", "a name in a table is neither text"),
+        (b"(K\x01" + b"2\x86" * 60 + b"K\x01d.", "a name in a table is neither text"),
+        (b"}K\x01" + b"2\x86" * 60 + b"q\x000h\x00K\x01s.", "a name in a table is neither text"),
+        (
+            b"ccollections\nOrderedDict\n(](](K\x01" + b"2\x86" * 60 + b"K\x01eetR.",
+            "OrderedDict has arguments",
+        ),
+        # integers whose hashes are all 0
+        (b"}\x8a\x09" + bytes(8) + b"\x01K\x01s.", "a name in a table is neither text"),
+        (b"}I1000000000000000000000\nK\x01s.", "a name in a table is neither text"),
+        (b"L" + b"9" * 500 + b"L\n.", "the limit 'digits' of 400"),
+        (
+            b"}\x8c\x03\xed\xa0\x80" + V2 + b"(" + FLOAT + b"K\x00(K\x04t(K\x01ttRs.",
+            "not Unicode text",
+        ),
+        (
+            b"\x80\x02})" + b"q\x00h\x00\x86" * 2000 + b"K\x01s.",
+            "a name in a table is neither text",
+        ),
         (b"}]K\x01s.", "damaged pickle"),
         (b"]" * 2 + b"a.", "holds a list"),
         (V2 + b"(" + FLOAT + b"K\x00(K\x04t(K\x01ttR.", "holds a single tensor"),
@@ -341,14 +366,17 @@ def test_other_archives(tmp_path):
         open_source(path)
 
 
-def test_catalogue_limit(tmp_path, monkeypatch):
+def test_the_size_of_a_pickle_is_limited(tmp_path, monkeypatch):
+    small = {**limits.LIMITS, "pickle size": limits.Limit(800, "bytes of pickle")}
     for new in (True, False):
         path = save(tmp_path / "x.pt", {str(i): torch.ones(1) for i in range(20)}, new)
         with monkeypatch.context() as patch:
-            for module in (pickles, unpickler):
-                patch.setattr(module, "CATALOGUE_LIMIT", 800)
-            with pytest.raises(CorruptFile, match=r"limit|larger than 800"):
+            for module in (pickles, limits):
+                patch.setattr(module, "LIMITS", small)
+            with pytest.raises(CorruptFile, match=r"limit|ends early"):
                 open_source(path)
+            with limits.allow(), open_source(path) as source:
+                assert len(source.infos) == 20
 
 
 @FORMATS

@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NotRepresentable
 from adaptkit.keymap.kinds import vector_kind
+from adaptkit.meaning import otherwise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from adaptkit.algorithms.contract import Weights
 
-__all__ = ["BIASED", "PeftModule", "diffusers_metadata", "peft_config"]
+__all__ = [
+    "BIASED",
+    "PeftModule",
+    "check_window",
+    "diffusers_metadata",
+    "only_kind",
+    "peft_config",
+]
 
 TEXT_MODEL = "text_model."
 # PEFT merges a LoRA that has biases only into layers that have one
@@ -43,20 +51,7 @@ def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
     """
     biases = [module for module in modules if _is_bias(module)]
     modules = [module for module in modules if not _is_bias(module)]
-    kinds = {module.kind for module in modules}
-    if biases and not all(kind.low_rank and not kind.wrapper for kind in kinds):
-        names = " and ".join(sorted(kind.name for kind in kinds))
-        raise NotRepresentable(
-            f"PEFT holds a bias only beside a LoRA, not beside {names}",
-            hint="--algo lora may hold the weights; --skip '*.bias' leaves the biases out",
-        )
-    if not all(kind.peft_type for kind in kinds) or len(kinds) != 1:
-        names = " and ".join(sorted(kind.name for kind in kinds)) or "biases alone"
-        raise NotRepresentable(
-            f"PEFT cannot hold {names} in one adapter",
-            hint="--algo lora may hold them all",
-        )
-    (kind,) = kinds
+    kind = only_kind({module.kind for module in modules}, biased=bool(biases))
     rank, ranks = _patterns((m.name, m.rank) for m in modules)
     alpha, alphas = _patterns((m.name, m.alpha) for m in modules)
     config: dict[str, Any] = {
@@ -74,6 +69,41 @@ def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
     if biases:
         config["lora_bias"] = True
     return config | kind.peft_fields([module.shapes for module in modules])
+
+
+def only_kind(kinds: Collection[type[Weights]], *, biased: bool) -> type[Weights]:
+    """The one kind of all modules, beside which there may be biases.
+
+    NotRepresentable if PEFT has no adapter of these.
+    """
+    names = " and ".join(sorted(kind.name for kind in kinds)) or "biases alone"
+    if biased and not all(kind.low_rank and not kind.wrapper for kind in kinds):
+        raise NotRepresentable(
+            f"PEFT holds a bias only beside a LoRA, not beside {names}",
+            hint="--algo lora may hold the weights; --skip '*.bias' leaves the biases out",
+        )
+    if not all(kind.peft_type for kind in kinds) or len(kinds) != 1:
+        raise NotRepresentable(
+            f"PEFT cannot hold {names} in one adapter",
+            hint="--algo lora may hold them all",
+        )
+    return next(iter(kinds))
+
+
+def check_window(kind: type[Weights], kernel: Sequence[int] | None, roles: Iterable[str]) -> None:
+    """NotRepresentable if PEFT has no layer for a kind over such a kernel, or no right one.
+
+    `roles` are those that are stored.
+    """
+    window = len(kernel or ())
+    role = kind.peft_lacks.get(window)
+    if role == "":
+        raise NotRepresentable(
+            f"PEFT has no {kind.title} of {window}-dimensional convolutions",
+            hint="--algo lora can hold it",
+        )
+    if role is not None and role in roles:
+        raise NotRepresentable(otherwise(kind, role, window), hint="--algo lora can hold it")
 
 
 def _is_bias(module: PeftModule) -> bool:

@@ -20,13 +20,14 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 import adaptkit
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import AdaptkitError, InternalError, NotEnoughMemory
 from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
@@ -141,20 +142,15 @@ def _attempt(work: Callable[[], T]) -> T | Outcome:
     """Return the result of `work`, or its error as an outcome."""
     try:
         return work()
-    except AdaptkitError as error:
-        return Outcome(error=str(error), hint=error.hint)
-    except MemoryError:
-        return Outcome(
-            error="out of memory", hint="use fewer --jobs, or set a lower memory in the recipe"
-        )
-    except OSError as error:
-        return Outcome(error=str(error))
     except Exception as error:
-        # a bug in one job must not end the others
+        # whatever happens in one job must not end the others
+        found = InternalError.of(error)
         if os.environ.get("ADAPTKIT_DEBUG"):
-            raise
-        message = f"unexpected {type(error).__name__}: {error}"
-        return Outcome(error=message, hint="this is a bug in adaptkit")
+            traceback.print_exception(error)
+        hint = found.hint
+        if isinstance(found, NotEnoughMemory) and not isinstance(error, AdaptkitError):
+            hint = "use fewer --jobs, or set a lower memory in the recipe"
+        return Outcome(error=str(found), hint=hint)
 
 
 def _numbers(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,6 +139,8 @@ def _adapters(first: _File, second: _File, path: Path | None, opened: ExitStack)
     _check_family(b, a)
     if base is not None:
         _check_family(a, base)
+        a, b = a.with_dots(base.family), b.with_dots(base.family)
+    a, b = a.with_dots(b.family), b.with_dots(a.family)
     return Inputs(Given(a, first.strength), Given(b, second.strength), base)
 
 
@@ -168,6 +170,7 @@ def _merged(adapter: _File, checkpoint: _File, path: Path | None, opened: ExitSt
     opened.callback(tuned.close)
     a = adapter.followed(adapter.read(), base.family.name) if base.known else adapter.named_by(base)
     _check_family(a, base)
+    a = a.with_dots(base.family)
     return Inputs(Given(a, adapter.strength), None, base, tuned)
 
 

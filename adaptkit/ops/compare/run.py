@@ -229,7 +229,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         found[match.number] = numbers
 
     try:
-        engine.run(
+        notes = engine.run(
             plan.steps,
             engine.Work(worker.load, worker.work, store, held=lambda _: 0),
             engine.Resources.choose(plan.options.device, plan.options.memory),
@@ -237,11 +237,9 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         )
     finally:
         plan.close()
-    return _report(
-        plan,
-        [(match, found[match.number]) for match in plan.matches],
-        time.perf_counter() - started,
-    )
+    both = [(match, found[match.number]) for match in plan.matches]
+    report = _report(plan, both, time.perf_counter() - started)
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) -> Report:

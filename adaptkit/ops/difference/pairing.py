@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.detect import ENOUGH, is_adapter
-from adaptkit.errors import AdaptkitError, NoSuchName, ShapeMismatch, UnknownAdapter
+from adaptkit.errors import (
+    AdaptkitError,
+    NoSuchName,
+    NotRepresentable,
+    ShapeMismatch,
+    UnknownAdapter,
+)
 from adaptkit.families.contract import Kind
 from adaptkit.files.open import open_source
 from adaptkit.files.quantized import FP8
+from adaptkit.formats.contract import Alpha
+from adaptkit.keymap import algorithms
 from adaptkit.keymap.kinds import dense_kind, vector_kind
 from adaptkit.names import BIAS, Slot, Target
+from adaptkit.ops.adapter_file.peft_config import check_window
 from adaptkit.ops.selecting import Selection
 from adaptkit.ops.shared import FLOATS, Shared, Unused, stored_dtype
 from adaptkit.unknown import family_of_weights
@@ -103,13 +112,14 @@ def _partner(first: Checkpoint, tuned: Path, family: str | None, ema: bool) -> C
     """Open the tuned checkpoint, as one of the base's family if ambiguous."""
     try:
         second = Checkpoint.open(tuned, family=family, ema=ema)
-        if second.family is not first.family and first.family.name in second.detection.alternatives:
+        other = second.family.name != first.family.name
+        if other and first.family.name in second.detection.alternatives:
             second.close()
             second = Checkpoint.open(tuned, family=first.family.name, ema=ema)
     except AdaptkitError:
         first.close()
         raise
-    if first.family is not second.family:
+    if first.family.name != second.family.name:
         _close((first, second))
         raise ShapeMismatch(
             f"the base is {first.family.title}, the tuned checkpoint is {second.family.title}",
@@ -258,17 +268,35 @@ class Pairing:
         pair = replace(pair, swapped=self.keys.swapped(slot))
         row = self.keys.row(slot.target)
         kind = row.kind if row else Kind.MATRIX
-        vector = slot.param == BIAS or kind is Kind.NORM
-        if vector and not self.wanted.vectors:
-            return replace(pair, why="biases and norms are left out; pass --vectors to keep them")
-        if vector:
-            holder = vector_kind()
-            role = holder.vector_role(bias=slot.param == BIAS, norm=kind is Kind.NORM)
-            assert role is not None
-            return replace(pair, algorithm=holder.name, role=role)
+        if slot.param == BIAS or kind is Kind.NORM:
+            return self._vector(pair, slot, norm=kind is Kind.NORM)
         if kind is Kind.EMBEDDING and self.wanted.algorithm != dense_kind().name:
             return replace(pair, why=f"hosts load no {self.wanted.algorithm} for embeddings")
+        wanted = algorithms().get(self.wanted.algorithm)
+        if wanted is not None and self._configured:
+            try:
+                check_window(wanted, pair.shape[2:], wanted.forms[0])
+            except NotRepresentable as error:
+                return replace(pair, why=error.message)
         return replace(pair, algorithm=self.wanted.algorithm)
+
+    def _vector(self, pair: Pair, slot: Slot, *, norm: bool) -> Pair:
+        """A bias or the vector of a norm."""
+        if not self.wanted.vectors:
+            return replace(pair, why="biases and norms are left out; pass --vectors to keep them")
+        wanted = algorithms().get(self.wanted.algorithm)
+        beside = self.keys.beside_lora(slot) and wanted is not None and wanted.low_rank
+        if self._configured and not beside:
+            return replace(pair, why="PEFT holds no norms, and biases only beside a LoRA")
+        holder = vector_kind()
+        role = holder.vector_role(bias=slot.param == BIAS, norm=norm)
+        assert role is not None
+        return replace(pair, algorithm=holder.name, role=role)
+
+    @property
+    def _configured(self) -> bool:
+        """Whether a PEFT configuration stands beside the adapter."""
+        return self.keys.format.alpha is Alpha.CONFIG
 
     def _others(self) -> Iterator[Pair]:
         """Pair the parts that no adapter holds, so that their differences are reported."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -174,14 +175,20 @@ def probe(
 def _one(
     tuned: Checkpoint, pair: Pair, ours: Tensor, theirs: Tensor, *, enough: bool
 ) -> Look | None:
+    from torch.linalg import LinAlgError
+
     from adaptkit.linalg.precision import difference, norm_squared
 
     if enough:
         return None
     delta = difference(theirs, ours)
     norm = float(norm_squared(delta))
-    # fitting reports a difference that is not finite
-    return look(pair, delta, norm, as_rounded(tuned, pair, theirs)) if 0 < norm < math.inf else None
+    if not 0 < norm < math.inf:
+        return None
+    # fitting reports a difference that is not finite, or whose squares are not
+    with suppress(LinAlgError):
+        return look(pair, delta, norm, as_rounded(tuned, pair, theirs))
+    return None
 
 
 def _step(pair: Pair, base: Checkpoint, tuned: Checkpoint) -> Step[Pair]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adaptkit.algorithms.contract import ALPHA, FitSpec
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
+from adaptkit.files.tensors import finite
 from adaptkit.meaning import as_read
 from adaptkit.ops.difference.probe import as_rounded
 from adaptkit.ops.ranks.forms import Fitted, Form
@@ -94,17 +95,19 @@ class Fitter:
         """ΔW (B, m, n) in float32, and ‖ΔW‖² of each; bf16 would change one entry in nine."""
         from adaptkit.linalg.precision import difference, norm_squared
 
-        delta = (
-            tensors.pop("delta")
-            if self.on_cpu
-            else difference(tensors["tuned"], tensors.pop("base"))
-        )
-        norms: list[float] = (tensors.pop("norm") if self.on_cpu else norm_squared(delta)).tolist()
+        if "delta" in tensors:
+            delta, norm = tensors.pop("delta"), tensors.pop("norm")
+        else:
+            delta = difference(tensors["tuned"], tensors.pop("base"))
+            norm = norm_squared(delta)
+        norms: list[float] = norm.tolist()
         # fitted and measured in the order of rows that the reader of the file expects
         return exchanged(delta, -2) if swapped else delta, norms
 
     def fit(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
         """Subtract a stack of equal layers and fit every form of the differences."""
+        from torch.linalg import LinAlgError
+
         delta, norms = self._difference(tensors, jobs[0].swapped)
         for job, norm in zip(jobs, norms, strict=True):
             if not math.isfinite(norm):
@@ -116,7 +119,11 @@ class Fitter:
         if changed:
             # a copy is made only of a stack in which some layers did not change
             part = delta if len(changed) == len(jobs) else delta[changed]
-            self._forms([jobs[n] for n in changed], part, [results[n] for n in changed])
+            try:
+                self._forms([jobs[n] for n in changed], part, [results[n] for n in changed])
+            except LinAlgError:
+                # the squares of numbers near the end of float32 overflow
+                raise self._non_finite(jobs[changed[0]]) from None
         return results
 
     def _noise(self, jobs: Sequence[Pair], tuned: Tensor | None, delta: Tensor) -> list[float]:
@@ -172,10 +179,8 @@ class Fitter:
             raise error.at(file=self.output, tensor=job.label) from None
 
     def _non_finite(self, job: Pair) -> NonFinite:
-        import torch
-
         for checkpoint, pieces in ((self.base, job.base), (self.tuned, job.tuned)):
-            if not bool(torch.isfinite(checkpoint.read(pieces)).all()):
+            if not finite(checkpoint.read(pieces)):
                 return NonFinite(
                     "holds NaN or infinity", file=checkpoint.source.path, tensor=pieces[0].name
                 )

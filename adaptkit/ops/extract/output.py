@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit import __version__
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import TensorSpec
+from adaptkit.files.tensors import packed_float32
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import network_module
 from adaptkit.ops.adapter_file.peft_config import PeftModule
@@ -113,7 +113,7 @@ class Output:
         specs = {spec.name: spec for spec in spool.specs()}
         for name, dtype, _, pick, key in self._named():
             if not key:
-                sink.put_bytes(name, memoryview(struct.pack("<f", pick.alpha)))
+                sink.put_bytes(name, memoryview(packed_float32(pick.alpha, name, sink.path)))
                 continue
             data, role = spool.read(key), key.rpartition("/")[2]
             if pick.form.ladder:

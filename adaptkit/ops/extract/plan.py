@@ -11,6 +11,7 @@ from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError, NoSuchName, NothingToDo, NotRepresentable, WrongUsage
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import extractable, taking
+from adaptkit.ops.adapter_file.peft_config import only_kind
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
 from adaptkit.ops.extract.fit import FitRecipe
@@ -191,10 +192,11 @@ def _nothing(jobs: Sequence[Pair], options: Options) -> AdaptkitError:
     if not jobs:
         hint = "see --only and --skip"
         return NothingToDo("no layer of these checkpoints is selected", hint=hint)
+    first = next((job for job in jobs if len(job.shape) > 1), jobs[0])
     return NotRepresentable(
-        f"the {options.to} format holds none of the {len(jobs)} layers: {jobs[0].why}",
+        f"the {options.to} format holds none of the {len(jobs)} layers: {first.why}",
         hint="choose another --to; `adaptkit formats` lists them",
-        tensor=jobs[0].label,
+        tensor=first.label,
     )
 
 
@@ -207,6 +209,9 @@ def _check(options: Options) -> Policy | None:
         chosen("format", formats(), options.to)
         if options.host is not None:
             raise WrongUsage("--to and --for exclude each other", hint="give one of them")
+        if formats()[options.to].alpha is Alpha.CONFIG:
+            wanted = extractable() if options.algo == AUTO else {options.algo}
+            only_kind({extractable()[name] for name in wanted}, biased=False)
     rule = asked(options)
     if options.algo == AUTO and (rule is None or not rules()[rule].total):
         raise WrongUsage(
@@ -338,6 +343,7 @@ def step_of(
         job.algorithm,
         job.role,
         job.swapped,
-        base.source.infos[job.base[0].name].dtype,
+        base.likeness(job.base),
+        tuned.likeness(job.tuned),
     )
     return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))

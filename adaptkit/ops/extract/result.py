@@ -25,7 +25,7 @@ from adaptkit.ops.ranks.forms import Fitted, Layer, Pick, choose, choose_any
 from adaptkit.ops.shared import POOR, Unused, WriterReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.difference.probe import Probe
@@ -81,6 +81,7 @@ class Result:
     """The measured layers, and what is stored of each.
 
     `noise` counts the stored ranks of all ladders: those within rounding noise, and all.
+    `lost` are the layers that rounding would leave no nearer to ΔW than nothing: never stored.
     """
 
     plan: Plan
@@ -90,6 +91,7 @@ class Result:
     gap: float | None = None
     all_signal: bool = False
     noise: tuple[int, int] | None = None
+    lost: frozenset[int] = frozenset()
 
     @property
     def fitted(self) -> list[tuple[Pair, Fitted]]:
@@ -106,7 +108,25 @@ class Result:
         return [(job, self.picks[job.number]) for job, _ in self.fitted]
 
     def choose(self) -> None:
-        """Pick a form and a rank for every layer."""
+        """Pick a form and a rank for every layer; none where nothing is nearer to ΔW."""
+        self._choose()
+        worse = {
+            job.number: job.dtype
+            for job, found in self.fitted
+            if (pick := self.picks[job.number]) and pick.error >= found.norm
+        }
+        if worse and not self.stored(besides=worse.keys()):
+            dtype = next(iter(worse.values()))
+            raise NotRepresentable(
+                f"the layers differ by too little for {dtype}: rounded, they would be no nearer to "
+                "the difference than nothing is",
+                hint="write with --dtype bf16 or fp32",
+                file=self.plan.tuned.source.path,
+            )
+        self.lost = frozenset(worse)
+        self.picks |= dict.fromkeys(worse)
+
+    def _choose(self) -> None:
         changed = [(job, found) for job, found in self.measured if found.norm > 0]
         if not self.fitted:
             raise NothingToDo(
@@ -162,9 +182,13 @@ class Result:
 
         return size
 
-    def stored(self) -> list[tuple[Pair, Fitted, Pick]]:
-        """The layers that go into the file."""
-        return [(job, found, p) for job, found in self.fitted if (p := self.picks[job.number])]
+    def stored(self, besides: Container[int] = ()) -> list[tuple[Pair, Fitted, Pick]]:
+        """The layers that go into the file, or would without some."""
+        return [
+            (job, found, pick)
+            for job, found in self.fitted
+            if (pick := self.picks[job.number]) and job.number not in besides
+        ]
 
     def output(self) -> Output:
         """The file to write."""
@@ -325,7 +349,14 @@ def _about(options: Options, result: Result) -> Iterator[str]:
             f"{within} of {ranks} ranks lie within the rounding noise of the checkpoint; "
             "--size leaves such ranks out."
         )
-    dropped = sum(1 for _, pick in result.picked() if pick is None)
+    if result.lost:
+        verb = "is" if len(result.lost) == 1 else "are"
+        yield (
+            f"{len(result.lost)} of {len(result.fitted)} changed layers {verb} left out: rounded, "
+            "they would be no nearer to the difference than nothing is. --dtype bf16 or fp32 "
+            "holds them."
+        )
+    dropped = sum(1 for _, pick in result.picked() if pick is None) - len(result.lost)
     if dropped:
         verb = "is" if dropped == 1 else "are"
         yield (

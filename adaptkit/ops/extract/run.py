@@ -53,7 +53,8 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     seconds = time.perf_counter() - started
     family = plan.base.family.name if plan.base.known else None
     told = loading(plan.output, family)
-    return replace(draft, bytes=size, seconds=seconds, measured=measured, **told)
+    notes = (*draft.notes, *dict.fromkeys(fitting.notes))
+    return replace(draft, bytes=size, seconds=seconds, measured=measured, notes=notes, **told)
 
 
 class _Fitting:
@@ -65,6 +66,7 @@ class _Fitting:
         self.plan, self.spool, self.resources = plan, spool, resources
         self.recipes = {job.number: recipes_of(job, plan.options, looked) for job in plan.jobs}
         self.found: dict[int, Fitted] = {}
+        self.notes: tuple[str, ...] = ()
         self.steps: Sequence[Step[Pair]] = plan.steps
         if not resources.on_cpu:  # a device gets both weights whole
             self.steps = [
@@ -110,7 +112,11 @@ class _Fitting:
             lambda found: sum(form.nbytes for form in found.forms),
             announce=fitter.announce if fitter.on_cpu else None,
         )
-        engine.run(steps, work, self.resources, report)
+        # layers of one shape may have recipes of their own: ranks and kinds chosen for each
+        alike = [
+            replace(step, shape=(step.shape, recipes.get(step.payload.number))) for step in steps
+        ]
+        self.notes += engine.run(alike, work, self.resources, report)
 
     def _keep(self, job: Pair, fitted: Fitted) -> None:
         for number, form in enumerate(fitted.forms):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.errors import NotRepresentable
-from adaptkit.ops.adapter_file.verified import agreed
+from adaptkit.ops.adapter_file.verified import agreed, row_blocks, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Weights
+    from adaptkit.checkpoint import Checkpoint, Piece
     from adaptkit.names import Slot
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.extract.plan import Plan
@@ -21,7 +21,7 @@ __all__ = ["Verifier"]
 
 
 class Verifier:
-    """Subtract every module in the file from tuned − base, one at a time, in float64."""
+    """Subtract every module in the file from tuned − base, block by block, in float64."""
 
     def __init__(self, plan: Plan, stored: frozenset[int], reported: float) -> None:
         self.plan, self.stored, self.reported = plan, stored, reported
@@ -31,23 +31,26 @@ class Verifier:
         """Measure the file. CorruptFile if its error is not the one to report."""
         norm = rest = 0.0
         for job in self.plan.jobs:
-            delta = self._difference(job)
-            norm += float(delta.square().sum())
+            stored = None
             if job.number in self.stored:
                 assert job.slot is not None
-                delta -= _delta(weights(job.slot))
-            rest += float(delta.square().sum())
+                stored = weights(job.slot).widened()
+            for start, stop, delta in self._differences(job):
+                norm += float(delta.square().sum())
+                left = delta if stored is None else delta - rows_of(stored, start, stop)
+                rest += float(left.square().sum())
         self.measured = agreed((rest / norm) ** 0.5, self.reported, self.plan.output)
 
-    def _difference(self, job: Pair) -> Tensor:
-        plan = self.plan
-        return plan.tuned.read(job.tuned).double() - plan.base.read(job.base).double()
+    def _differences(self, job: Pair) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, tuned − base) of blocks of rows."""
+        rows, columns = job.matrix
+        step = next((stop for _, stop in row_blocks(rows, columns)), 1)
+        blocks = (c.blocks(p, step) for c, p in self._sides(job))
+        start = 0
+        for tuned, base in zip(*blocks, strict=True):
+            stop = start + len(tuned)
+            yield start, stop, tuned.double() - base.double()
+            start = stop
 
-
-def _delta(weights: Weights) -> Tensor:
-    """ΔW in float64."""
-    try:
-        left, right = weights.factors()
-    except NotRepresentable:
-        return weights.delta().double()
-    return left.double() @ right.double()
+    def _sides(self, job: Pair) -> tuple[tuple[Checkpoint, tuple[Piece, ...]], ...]:
+        return (self.plan.tuned, job.tuned), (self.plan.base, job.base)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
-from adaptkit.detect import Detection, detect_checkpoint, is_adapter
-from adaptkit.errors import AdaptkitError, UnknownAdapter
+from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
+from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import Problem
 from adaptkit.ops.adapter_file.verdict import verdicts
 from adaptkit.ops.shared import settle
+from adaptkit.unknown import own_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -93,19 +94,16 @@ def run(
     options, path = options or Options(), Path(path)
     try:
         source, config = open_adapter_source(path)
-    except AdaptkitError as error:
-        return _failed(path, error)
-    with source:
-        try:
-            adapter = is_adapter(source.infos)
+        with source:
             report = (
                 _adapter(source, config, options, progress)
-                if adapter
+                if config is not None or is_adapter(source.infos)
                 else _checkpoint(source, options)
             )
-        except AdaptkitError as error:
-            return _failed(path, error)
-    hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+        hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+    except Exception as error:
+        # whatever happens in one file is that file's report: the others follow
+        return _failed(path, InternalError.of(error))
     return replace(report, record={"path": str(path), **report.record, **hashed})
 
 
@@ -156,7 +154,7 @@ def _adapter(
             alpha=options.alpha_in,
         )
     except UnknownAdapter:
-        if options.family or options.format:
+        if options.family or options.format or foreign(source.infos, config) is not None:
             raise
         return _stranger(source)
     entries = adapter.entries.values()
@@ -179,6 +177,7 @@ def _adapter(
         "scales": _counted(f"{entry.facts.scale:g}" for entry in entries if not entry.kind.bounded),
         "alpha_source": adapter.alpha_source,
         "unclaimed": list(adapter.unclaimed),
+        "own_names": [adapter.label(slot) for slot in adapter.own],
         "problems": [_problem(problem) for problem in (*_problems(adapter), *_traps(adapter))],
         **({"loads_in": None} if options.overview else _loads_in(adapter)),
         "metadata": dict(source.metadata),
@@ -250,8 +249,24 @@ def _problems(adapter: Adapter) -> Iterator[Problem]:
     yield from adapter.problems
     foreign = [key for key, reason in adapter.unclaimed.items() if reason.startswith("no such")]
     if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        yield Problem("error", None, f"{foreign[0]}{more}: {adapter.unclaimed[foreign[0]]}")
+        what = adapter.unclaimed[foreign[0]]
+        yield Problem("error", None, f"{foreign[0]}{_more(len(foreign))}: {what}")
+    if adapter.own:
+        first, n = adapter.label(adapter.own[0]), len(adapter.own)
+        near = adapter.nearest(next(iter(adapter.entries[adapter.own[0]].keys.values())))
+        tail = "" if near is None else f"; the nearest known name is {near}"
+        what = f"{n} module{'s are' if n > 1 else ' is'} not in the table of {adapter.family.title}"
+        yield Problem(
+            "warning", None, f"{what}, and kept under {_own_names(n)}: {first}{_more(n)}{tail}"
+        )
+
+
+def _own_names(n: int) -> str:
+    return "their own names" if n > 1 else "its own name"
+
+
+def _more(n: int) -> str:
+    return f" and {n - 1} more" if n > 1 else ""
 
 
 def _modules(adapter: Adapter) -> Iterator[Mapping[str, Any]]:
@@ -294,6 +309,7 @@ def _plain(source: TensorSource, kind: str, found: Detection) -> dict[str, Any]:
         "scales": {},
         "alpha_source": "none",
         "unclaimed": [],
+        "own_names": [],
         "problems": [],
         "loads_in": None,
         "metadata": dict(source.metadata),
@@ -304,6 +320,8 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
     try:
         checkpoint = Checkpoint.understand(source, family=options.family)
     except UnknownAdapter:
+        if foreign(source.infos) is not None:
+            Adapter.understand(source)  # which says what it is
         if sum(name.endswith(".weight") for name in source.infos) == 0:
             raise UnknownAdapter(
                 "neither an adapter nor a checkpoint: no key ends in .weight",
@@ -315,6 +333,7 @@ def _checkpoint(source: TensorSource, options: Options) -> Report:
     record = _plain(source, "checkpoint", checkpoint.detection)
     parts = [place.slot.component for place in checkpoint.places.values()]
     record["components"] = dict(Counter([*parts, *checkpoint.others.values()]).most_common())
+    record["own_names"] = [f"{own.component}.{own.module}" for own in own_of(checkpoint.family)]
     record["modules"] = len({place.slot.target.module for place in checkpoint.places.values()})
     record["layout"] = ", ".join(
         dict.fromkeys(place.naming for place in checkpoint.places.values())

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
+from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.cutting import WHOLE, part_of, whole_slot
 from adaptkit.ops.merge.requantise import quantised, widened
-from adaptkit.ops.merge.steps import BLOCK, JointMerge, row_step
+from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
 from adaptkit.ops.shared import torch_dtype
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class _Part:
         """Return ΔW (..., last - first, n) of these rows of the tensor."""
         if (first, last) == (self.start, self.stop):
             return self.weights.delta()
-        return self.weights.part(first - self.start, last - self.start).delta()
+        return self.weights.some_rows(first - self.start, last - self.start)
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,7 @@ class Blender:
         for number, merge in enumerate(joints[0].merges):
             if merge is not None:
                 plan = self.plans[number]
-                (whole if row_step(merge, plan.base, plan.adapters) is None else rows).append(
-                    number
-                )
+                (rows if by_rows(merge, plan.base) else whole).append(number)
         for number in whole:
             for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
                 found[n][number] = merged
@@ -204,13 +203,9 @@ class Blender:
         # a tensor may be empty
         flat = stored.reshape(*stored.shape[:2], math.prod(stored.shape[2:]))
         batch, m, n = flat.shape
-        step = math.lcm(
-            *(
-                row_step(_present(joints[0].merges[i]), self.base, self.plans[i].adapters) or 1
-                for i in numbers
-            )
-        )
-        k = max(1, min(m, max(step, BLOCK // max(n, 1) // step * step)))
+        # cut by the tensor's shape alone: BLAS may round another number of rows otherwise, and
+        # a merge has the same bits beside any other
+        k = block_rows(m, n)
         targets = self._targets(numbers, joints, tensors, flat, k)
         old, new, spare = (
             empty((batch, k, n), compute_dtype(stored), flat.device) for _ in range(3)
@@ -257,9 +252,7 @@ class Blender:
                 self.outputs[number].pieces(joint.name, dtype, shape) for joint in joints
             )
             parts = self._parts(number, joints[0], tensors, flat.shape[1])
-            same = tuple(
-                (known.setdefault(part.origin, part), strength) for part, strength in parts
-            )
+            same = tuple((_known(known, part), strength) for part, strength in parts)
             out = empty((len(flat), rows, flat.shape[2]), dtype, flat.device)
             delta, rounding = torch.zeros(2, len(flat), dtype=torch.float64)
             targets.append(_Target(out, pieces, same, delta, rounding))
@@ -358,15 +351,14 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-        import torch
 
         plan = self.plans[number]
-        if not bool(torch.isfinite(self.base.source.read(merge.name)).all()):
+        if not finite(self.base.source.read(merge.name)):
             return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
         for c in merge.contributions:
             adapter = plan.adapters[c.adapter]
             for _, key in c.entry.tensors():
-                if not bool(torch.isfinite(adapter.source.read(key)).all()):
+                if not finite(adapter.source.read(key)):
                     return NonFinite("holds NaN or infinity", file=adapter.source.path, tensor=key)
         return NonFinite("the merged weight overflows", file=plan.output, tensor=merge.name)
 
@@ -394,6 +386,13 @@ def _blended(
                 deltas.of(part, first, last)[0], alpha=strength
             )
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
+
+
+def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
+    """The part of this origin, with what all of its rows need computed once."""
+    if part.origin not in known:
+        known[part.origin] = replace(part, weights=part.weights.computed())
+    return known[part.origin]
 
 
 def _present(merge: TensorMerge | None) -> TensorMerge:

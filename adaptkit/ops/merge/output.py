@@ -49,14 +49,14 @@ class Output:
             for name, stored in volume.names.items()
         }
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, named as in the checkpoint."""
+    def put(self, name: str, tensor: Tensor, *, copied: bool = False) -> None:
+        """Write one tensor, named as in the checkpoint; `NonFinite` unless it is `copied`."""
         if self.layout.moves:
             scattered = self._scattered(name, tensor.dtype, tensor.shape)
-            scattered.put(tensor, 0)
+            scattered.put(tensor, 0, copied=copied)
             return scattered.close()
         sink, stored = self._place[name]
-        return sink.put(stored, tensor)
+        return sink.put(stored, tensor, copied=copied)
 
     def pieces(self, name: str, dtype: dtype, shape: Sequence[int]) -> Pieces | Scattered:
         """Return a writer for one tensor in pieces."""
@@ -91,7 +91,7 @@ class Output:
             span, row = source.span(name), _row_bytes(source.infos[name])
             moves = self.layout.moves[name]
             if span is None or any(move.transposed for move in moves):
-                self.put(name, source.read(name))
+                self.put(name, source.read(name), copied=True)
                 continue
             for m in moves:
                 stretch = (
@@ -133,10 +133,12 @@ class Scattered:
             torch.empty(shape, dtype=dtype) if any(move.transposed for move, _ in moves) else None
         )
 
-    def put(self, tensor: Tensor, first: int) -> None:
+    def put(self, tensor: Tensor, first: int, *, copied: bool = False) -> None:
         """Write `tensor` as the elements from index `first` on, in row-major order."""
-        from adaptkit.files.tensors import tensor_bytes
+        from adaptkit.files.tensors import check_finite, tensor_bytes
 
+        if not copied:
+            check_finite(tensor, self._moves[0][1].name, self._moves[0][1].path)
         if self._turned is not None:
             self._turned.view(-1)[first : first + tensor.numel()] = tensor.reshape(-1)
             return
@@ -151,7 +153,7 @@ class Scattered:
         """Finish after all data is written."""
         if self._turned is not None:
             for _, parts in self._moves:
-                parts.put(self._turned.T.contiguous(), 0)
+                parts.put(self._turned.T.contiguous(), 0, copied=True)
 
 
 def gathered(

@@ -28,7 +28,7 @@ __all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
 class Options(Shared):
     """Options of merge.
 
-    `blocks` are rules for the strength of modules (see adaptkit.ops.merge.block_weights).
+    `blocks` are rules for the strength of modules (see adaptkit.ops.block_weights).
     `shard_size` is the maximum size of a shard in bytes. `layout` is
     `single-file` (original names) or `folder` (diffusers' names). `alpha_in` is the alpha of every
     module of the adapters, whatever their files say: a number, or `as-rank`. `pad_inputs` lets a

@@ -11,7 +11,7 @@ from adaptkit.adapter import Adapter
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import TensorSpec
-from adaptkit.ops.merge.block_weights import Blocks
+from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.merge.layout import as_single, plan_layout
 from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge
 from adaptkit.ops.merge.relayout import Relayout, wanted
@@ -210,7 +210,7 @@ def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
             hint="see `adaptkit inspect` on both",
             file=path,
         )
-    return adapter
+    return adapter.with_dots(base.family)
 
 
 class _Places:

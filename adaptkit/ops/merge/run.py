@@ -70,6 +70,7 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         last.callback(copying.join)
 
         def store(joint: JointMerge, results: Sequence[Merged | None]) -> None:
+            copying.check()
             for merge, result, output, records in zip(
                 joint.merges, results, outputs, found, strict=True
             ):
@@ -82,9 +83,8 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
 
         resources = engine.Resources.choose(options.device, options.memory)
         told = None if progress is None else lambda done: progress(done, len(steps))
-        engine.run(
-            steps, engine.Work(blender.load, blender.blend, store, held=_held), resources, told
-        )
+        work = engine.Work(blender.load, blender.blend, store, held=_held)
+        notes = engine.run(steps, work, resources, told)
         copying.wait()
         for plan in plans:
             if not plan.options.verify:
@@ -94,7 +94,8 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         with ThreadPoolExecutor(len(plans)) as disk:
             verified = list(disk.map(_finished, plans, outputs))
     seconds = (time.perf_counter() - started) / len(plans)
-    return [report_of(*each, seconds) for each in zip(plans, found, verified, strict=True)]
+    reports = (report_of(*each, seconds) for each in zip(plans, found, verified, strict=True))
+    return [replace(report, notes=(*report.notes, *notes)) for report in reports]
 
 
 def _output(plan: Plan, hashes: dict[Path, str]) -> AbstractContextManager[Output]:
@@ -149,6 +150,10 @@ class _Background:
     def wait(self) -> None:
         """Wait for the end of the work and raise its error."""
         self.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise its error, if it has failed by now."""
         if self._failure:
             raise self._failure[0]
 

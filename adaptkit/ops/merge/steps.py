@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from adaptkit.checkpoint import Piece
 from adaptkit.files.header import DTYPES, nbytes
 from adaptkit.steps import Step
 
@@ -18,13 +19,11 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
     from adaptkit.ops.merge.plan import Plan, TensorMerge
 
-__all__ = ["BLOCK", "JointMerge", "combined", "row_step", "step_of"]
+__all__ = ["BLOCK", "JointMerge", "block_rows", "by_rows", "combined", "step_of"]
 
 
 # entries merged at a time: three such blocks of float32 stay in the cache
 BLOCK = 1 << 19
-# greatest number of entries of a block for algorithms that can only be cut at certain rows
-LARGEST = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class JointMerge:
 
 def step_of(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[TensorMerge]:
     """Return the step of one merge for a single output."""
-    shared, own = _sizes(merge, base, adapters)
+    shared, own = _sizes(merge, base)
     factors = sum(_factors(merge, adapters).values())
     return Step(
         merge, _shape(merge, base, adapters), shared + own + factors, base.source.order(merge.name)
@@ -69,7 +68,7 @@ def _combined(
     factors: dict[tuple[Path, Slot], int] = {}
     for number, step in steps:
         plan = plans[number]
-        sizes = _sizes(step.payload, plan.base, plan.adapters)
+        sizes = _sizes(step.payload, plan.base)
         shared, own = max(shared, sizes[0]), own + sizes[1]
         factors |= _factors(step.payload, plan.adapters)
         merges[number] = step.payload
@@ -96,7 +95,7 @@ def _sources(
     )
 
 
-def _sizes(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[int, int]:
+def _sizes(merge: TensorMerge, base: Checkpoint) -> tuple[int, int]:
     """Return the bytes that all outputs of a tensor share, and the bytes of each output.
 
     A tensor in blocks of rows needs W as stored and four shared blocks, and one block per output.
@@ -105,9 +104,9 @@ def _sizes(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) ->
     """
     info = base.source.infos[merge.name]
     own = nbytes(merge.dtype, info.shape)
-    apart = row_step(merge, base, adapters)
-    if apart is not None:
-        block = 4 * min(info.numel, max(BLOCK, apart * _columns(info.shape)))
+    if by_rows(merge, base):
+        rows, columns = _matrix(info.shape)
+        block = 4 * block_rows(rows, columns) * columns
         return info.nbytes + 4 * block, min(own, block)
     kinds = (c.entry.kind for c in merge.contributions if c.strength)
     # a layer that is applied to as a whole: read, wide, and changed
@@ -130,56 +129,39 @@ def _factors(merge: TensorMerge, adapters: Sequence[Adapter]) -> dict[tuple[Path
 
 
 def _shape(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[object, ...]:
-    """Return what the members of a batch have in common."""
-    info = base.source.infos[merge.name]
-    contents = tuple(
-        (c.entry.kind.name, c.rows, c.cut, c.columns, c.entry.facts.scale, c.adapter, c.strength)
+    """Return what the members of a batch have in common: all that decides what is computed."""
+    added = tuple(
+        (
+            replace(c, entry=None, label="", slot=()),  # type: ignore[arg-type]
+            c.entry.likeness(adapters[c.adapter].source.infos),
+            base.likeness(c.slot),
+        )
         for c in merge.contributions
         if c.strength
     )
     place = base.places.get(merge.name)
-    return (
-        info.shape,
-        info.dtype,
-        merge.dtype,
-        place is not None and (place.transposed, place.swapped),
-        (key := base.quantization.scales.get(merge.name)) and base.source.infos[key].shape,
-        contents,
-        tuple(
-            (c.adapter, role, (i := adapters[c.adapter].source.infos[key]).shape, i.dtype)
-            for c in merge.contributions
-            if c.strength
-            for role, key in c.entry.tensors()
-        ),
-    )
+    lies = None if place is None else (place.transposed, place.swapped)
+    return base.likeness([Piece(merge.name)]), lies, merge.dtype, merge.scale is None, added
 
 
-def _columns(shape: Sequence[int]) -> int:
-    return math.prod(shape[1:]) if len(shape) > 1 else 1
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the rows and columns of a tensor that is merged in blocks of rows."""
+    return shape[0] if shape else 1, math.prod(shape[1:])
 
 
-def row_step(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> int | None:
-    """Return the row multiple for cutting a merge; None if it needs the whole weight."""
+def block_rows(rows: int, columns: int) -> int:
+    """Return the number of rows of a block."""
+    return max(1, min(rows, BLOCK // max(columns, 1)))
+
+
+def by_rows(merge: TensorMerge, base: Checkpoint) -> bool:
+    """Return whether a tensor is merged in blocks of rows; some need the whole weight."""
     info, place = base.source.infos[merge.name], base.places.get(merge.name)
-    bits = DTYPES[info.dtype], DTYPES[merge.dtype]
-    if (
-        merge.scale is not None
-        or base.quantization.widens(info)
-        or min(bits) <= 8
-        or not info.shape
-    ):
-        # fp8 has its own decoding and rounding
-        return None
+    # fp8 has its own decoding and rounding
+    decoded = merge.scale is not None or base.quantization.widens(info)
+    if decoded or min(DTYPES[info.dtype], DTYPES[merge.dtype]) <= 8 or not info.shape:
+        return False
     if place is not None and (place.transposed or place.swapped):
-        return None
-    step = 1
-    for c in merge.contributions:
-        if c.strength:
-            shapes = {
-                role: adapters[c.adapter].source.infos[key].shape for role, key in c.entry.tensors()
-            }
-            own = None if c.entry.swapped else c.entry.kind.row_step(shapes, c.entry.facts)
-            if own is None or (own > 1 and c.rows is not None):
-                return None
-            step = math.lcm(step, own)
-    return step if step * _columns(info.shape) <= LARGEST else None
+        return False
+    added = [c.entry for c in merge.contributions if c.strength]
+    return all(entry.kind.by_rows and not entry.swapped for entry in added)

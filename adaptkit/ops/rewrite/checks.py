@@ -8,14 +8,16 @@ from adaptkit.adapter import Adapter
 from adaptkit.detect import formats
 from adaptkit.errors import AmbiguousAdapter, NotRepresentable, ShapeMismatch
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap import KeyMap, compile_keys
+from adaptkit.keymap import Dialect, keys_for
 from adaptkit.names import BIAS
 from adaptkit.respelling import Respelling
+from adaptkit.unknown import joint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.keymap import KeyMap
     from adaptkit.ops.rewrite.plan import RecastOptions, Task
     from adaptkit.respelling import Assembly
 
@@ -67,13 +69,13 @@ def _size(job: Assembly) -> tuple[int, int]:
     return (sum(heights) if all(heights) else 0), (columns.pop() if len(columns) == 1 else 0)
 
 
-def keys_of(adapter: Adapter, format: str) -> KeyMap:
-    """The names of the family of an adapter in a format."""
-    return (
-        compile_keys(adapter.family.name, format)
-        if adapter.known
-        else KeyMap(adapter.family, formats()[format])
-    )
+def keys_of(adapters: Sequence[Adapter], format: str, dialect: Dialect | None = None) -> KeyMap:
+    """The names of the family of adapters in a format, with those that only some of them have."""
+    first = adapters[0]
+    # names of an unknown family mean the same only in the same format
+    alike = first.known or all(one.format is first.format for one in adapters)
+    family = joint([one.family for one in adapters]) if alike else first.family
+    return keys_for(family, formats()[format], dialect)
 
 
 def check_family(
@@ -82,11 +84,11 @@ def check_family(
     """Refuse an adapter that may be of two families, if those give other names."""
     if options.family is not None or format == adapter.format.name:
         return
-    keys = keys_of(adapter, format)
+    keys = keys_of([adapter], format)
     ours = [keys.stem(task.slot) for task in tasks]
     for name in adapter.detection.alternatives:
         other = Adapter.understand(adapter.source, None, family=name, format=adapter.format.name)
-        respelled = Respelling(other, compile_keys(name, format))
+        respelled = Respelling(other, keys_of([other], format))
         theirs = [respelled.keys.stem(job.slot) for job in respelled.jobs(other.entries)]
         if theirs != ours:
             raise AmbiguousAdapter(

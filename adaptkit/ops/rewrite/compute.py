@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite, NotRepresentable
+from adaptkit.files.tensors import finite
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind
 from adaptkit.meaning import as_read
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Rewriter", "lost"]
 
+OVERFLOWS = "ΔW overflows: its numbers are too large to compute with"
 CANCELLED = 1e-14  # of Σ ‖·‖² of the terms: the rounding of float64 in a sum that is zero
 
 
@@ -72,18 +74,28 @@ class Rewriter:
 
         Only that names the task at fault.
         """
-        if tasks[0].likeness is None:
+        from torch.linalg import LinAlgError
+
+        if tasks[0].likeness is None or not all(map(finite, tensors.values())):
             return None
         try:
             return work(tasks, tensors)
-        except (NonFinite, NotRepresentable, RuntimeError):  # LAPACK does not converge on NaN
+        except (NonFinite, NotRepresentable, LinAlgError):  # LAPACK does not converge
             return None
 
     def _guarded(self, work: Any, task: Task, tensors: Mapping[str, Tensor], n: int) -> Any:
+        from torch.linalg import LinAlgError
+
+        own = {name: tensor[n] for name, tensor in tensors.items()}
+        path = task.terms[0].job.adapter.source.path
         try:
-            return work(task, {name: tensor[n] for name, tensor in tensors.items()})
+            # before any decomposition: what LAPACK makes of NaN differs from machine to machine
+            _finite(task, own)
+            return work(task, own)
         except (NotRepresentable, NonFinite) as error:
-            raise error.at(file=task.terms[0].job.adapter.source.path, tensor=task.label) from None
+            raise error.at(file=path, tensor=task.label) from None
+        except LinAlgError:
+            raise NonFinite(OVERFLOWS, file=path, tensor=task.label) from None
 
     def _first(self, task: Task, tensors: Mapping[str, Tensor]) -> Stored | Decomposition | Cut:
         exact = self._exact(task, tensors)
@@ -91,7 +103,7 @@ class Rewriter:
             return self._nothing(task, exact)
         if task.ranked:
             exact = exact.widened()
-            decomposed = self._decomposed(task, exact, tensors)
+            decomposed = self._decomposed(task, exact)
             return (
                 self._cut(task, exact, decomposed, tensors)
                 if self.plan.policy and self.plan.policy.local
@@ -100,8 +112,7 @@ class Rewriter:
         whole = exact if isinstance(exact, task.kind) else self._changed(task, exact)
         found = self._store(task, exact if whole.additive else whole, whole, tensors)
         if found.norm is not None and not math.isfinite(found.norm):
-            _finite(task, tensors)
-            raise NonFinite("ΔW overflows")
+            raise NonFinite(OVERFLOWS)
         return found
 
     def _first_stack(
@@ -110,7 +121,7 @@ class Rewriter:
         exact, policy = self._exact(tasks[0], tensors).computed(), self.plan.policy
         found = tasks[0].kind.decompose_stack(exact, self._spec(tasks[0]))
         if not all(math.isfinite(one.norm) for one in found):
-            raise NonFinite("ΔW overflows")
+            raise NonFinite(OVERFLOWS)
         if policy is None or not policy.local:
             return found
         pairs = list(zip(tasks, found, strict=True))
@@ -125,17 +136,10 @@ class Rewriter:
         cuts = zip(found, ranks, stored, stay, strict=True)
         return [Cut(one.lighter(), rank, None if same else kept) for one, rank, kept, same in cuts]
 
-    def _decomposed(
-        self, task: Task, exact: Weights, tensors: Mapping[str, Tensor]
-    ) -> Decomposition:
-        try:
-            found = task.kind.decompose(exact, self._spec(task))
-        except (NonFinite, RuntimeError):  # LAPACK does not converge on NaN
-            _finite(task, tensors)
-            raise
+    def _decomposed(self, task: Task, exact: Weights) -> Decomposition:
+        found = task.kind.decompose(exact, self._spec(task))
         if not math.isfinite(found.norm):
-            _finite(task, tensors)
-            raise NonFinite("ΔW overflows")
+            raise NonFinite(OVERFLOWS)
         return found
 
     def _cut(
@@ -390,10 +394,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
     """Raise NonFinite with the key of the tensor; a decomposition would only not converge."""
-    import torch
-
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not finite(tensor):
             number, _, rest = name.partition(".")
             n, _, role = rest.partition("/")
             if name == "base":

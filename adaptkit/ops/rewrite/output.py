@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from adaptkit import __version__
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
+from adaptkit.files.tensors import packed_float32
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import DIFFUSERS_CONFIG, FLAT_ALPHA
 from adaptkit.names import BIAS
@@ -43,7 +43,9 @@ class Output:
         ready = [item for task in kept for item in task.ready or ()]
         self.copied = [item for item in (*ready, *plan.carried) if isinstance(item, Copied)]
         self.scalars = {
-            item.key: struct.pack("<f", item.value) for item in ready if isinstance(item, Written)
+            item.key: packed_float32(item.value, item.key, plan.output)
+            for item in ready
+            if isinstance(item, Written)
         }
 
     def size(self) -> int:

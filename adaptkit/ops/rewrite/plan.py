@@ -9,23 +9,26 @@ from pathlib import Path  # noqa: TC003 - the types of options are read at run t
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.adapter import Adapter
+from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import formats
 from adaptkit.errors import AdaptkitError, ShapeMismatch
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.ranks.options import Ranked
 from adaptkit.ops.shared import Closing, chosen_by
 from adaptkit.steps import Step, peak_memory
+from adaptkit.unknown import joint
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from adaptkit.algorithms.contract import Weights
-    from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.checkpoint import Piece
     from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
-    from adaptkit.keymap import KeyMap
+    from adaptkit.keymap import Dialect, KeyMap
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
+    from adaptkit.ops.selecting import Selection
     from adaptkit.ops.shared import LeftOut, Unused
     from adaptkit.respelling import Assembly
 
@@ -63,9 +66,11 @@ class RecastOptions(Ranked):
 
     `algo` is the algorithm to change to, `factor` the small factor of a LoKr. `base` is the
     checkpoint that kinds like DoRA need for a difference. `alpha_in` is the alpha of every input
-    module, whatever the file says: a number, or `as-rank`.
+    module, whatever the file says: a number, or `as-rank`. `blocks` are rules for the weight of
+    modules (see adaptkit.ops.block_weights); those of weight 0 are left out.
     """
 
+    blocks: tuple[str, ...] = ()
     algo: str | None = None
     factor: int = 8
     base: Path | None = None
@@ -157,10 +162,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Into:
-    """The format to write, and whether to fold alpha into the weights in any case."""
+    """The format to write, how, and whether to fold alpha into the weights in any case."""
 
     format: str
     fold: bool
+    dialect: Dialect | None = None
 
     @property
     def config(self) -> bool:
@@ -281,14 +287,37 @@ def open_all(paths: Sequence[Path], options: RecastOptions) -> tuple[Adapter, ..
             adapter = Adapter.open(
                 path, family=options.family, format=options.format, alpha=options.alpha_in
             )
-            if found and adapter.family is not found[0].family:
+            if found and adapter.family.name != found[0].family.name:
                 adapter = _alike(found[0], adapter, options.alpha_in)
             found.append(adapter)
     except AdaptkitError:
         for adapter in found:
             adapter.close()
         raise
-    return tuple(found)
+    if options.base is not None and not any(adapter.known for adapter in found):
+        return _named_by(options.base, found, options)
+    family = joint([adapter.family for adapter in found])
+    return tuple(adapter.with_dots(family) for adapter in found)
+
+
+def _named_by(
+    path: Path, adapters: Sequence[Adapter], options: RecastOptions
+) -> tuple[Adapter, ...]:
+    """Adapters of an unknown family, with the module names of their base."""
+    paths = [adapter.source.path for adapter in adapters]
+    for adapter in adapters:
+        adapter.close()
+    with Checkpoint.open(path, strangers=True) as base:
+        if base.known:
+            raise ShapeMismatch(
+                f"the base is {base.family.title}, the adapter is for an unknown family",
+                hint=f"--family {base.family.name} reads its names as those of {base.family.title}",
+                file=paths[0],
+            )
+        return tuple(
+            Adapter.open_as(one, base.family, format=options.format, alpha=options.alpha_in)
+            for one in paths
+        )
 
 
 def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:
@@ -305,6 +334,11 @@ def _alike(first: Adapter, other: Adapter, alpha: str | None) -> Adapter:
         hint="only adapters of one family can be put together; see `adaptkit inspect`",
         file=path,
     )
+
+
+def chosen_entries(adapter: Adapter, selection: Selection) -> Mapping[Slot, Entry]:
+    """The modules that `--only` and `--skip` leave."""
+    return {s: e for s, e in adapter.entries.items() if selection(s, adapter.label(s))}
 
 
 def product_rank(term: Term) -> int:

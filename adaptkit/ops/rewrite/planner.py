@@ -21,6 +21,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import KeyMap, algorithms
 from adaptkit.keymap.kinds import dense_kind, low_rank_kind, wrapped_like
 from adaptkit.ops.adapter_file.writer import check_adapter_output
+from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.rewrite.checks import (
     check_base,
     check_biases,
@@ -39,16 +40,17 @@ from adaptkit.ops.rewrite.plan import (
     Task,
     Term,
     Written,
+    chosen_entries,
     product_rank,
 )
 from adaptkit.ops.rewrite.stacking import likeness_of, step_of
 from adaptkit.ops.selecting import Selection
 from adaptkit.ops.shared import FLOATS, Unused, refuse_unused, stored_dtype
-from adaptkit.respelling import Assembly, Respelling
+from adaptkit.respelling import Assembly, Respelling, placed
 from adaptkit.steps import check_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from adaptkit.adapter import Adapter
@@ -85,8 +87,10 @@ def recast(
         chosen("algorithm", algorithms(), options.algo)
     check_adapter_output(output, folder=into.config, overwrite=options.overwrite)
     first, path = adapters[0], adapters[0].source.path
-    keys = keys_of(first, into.format)
     base = None if options.base is None else _base(options.base, first)
+    if base is not None:
+        adapters = tuple(adapter.with_dots(base.family) for adapter in adapters)
+    keys = keys_of(adapters, into.format, into.dialect)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
     planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
@@ -122,8 +126,9 @@ def recast(
 
 
 def _base(path: Path, adapter: Adapter) -> Checkpoint:
-    found = Checkpoint.open(path, family=adapter.family.name if adapter.known else None)
-    if adapter.known and found.family is not adapter.family:
+    family = adapter.family.name if adapter.known else None
+    found = Checkpoint.open(path, family=family, strangers=not adapter.known)
+    if adapter.known and found.family.name != adapter.family.name:
         found.close()
         raise ShapeMismatch(
             f"the base is {found.family.title}, the adapter is for {adapter.family.title}",
@@ -154,6 +159,7 @@ class _Planner:
         self.adapters, self.weights, self.keys = adapters, weights, keys
         self.into = replace(into, fold=into.fold or scales_biases(adapters, keys))
         self.options, self.policy, self.mixing, self.base = options, policy, mixing, base
+        self.blocks = Blocks(options.blocks, keys.family)
         self.held = {} if base is None else base.targets()
         self.selection = Selection(options.only, options.skip, adapters[0].family)
         self.notes: list[str] = []
@@ -184,18 +190,16 @@ class _Planner:
         terms: dict[Slot, list[Term]] = {}
         for number, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
             respelling = Respelling(adapter, self.keys)
-            for job in respelling.jobs(self._entries(adapter)):
-                terms.setdefault(job.slot, []).append(Term(job, weight, number))
+            for job in respelling.jobs(placed(chosen_entries(adapter, self.selection), self.keys)):
+                factor = self.blocks.weight(job.slot)
+                if factor != 0.0:
+                    terms.setdefault(job.slot, []).append(Term(job, weight * factor, number))
             self.unused += [Unused(key, why) for key, why in respelling.lost.items()]
             self.dropped += [Dropped(adapter, entry, weight) for entry in respelling.dropped]
+        self.blocks.check()
+        self.notes += self.blocks.notes()
         numbered = enumerate(terms.items())
         return tuple(self._task(n, slot, tuple(found)) for n, (slot, found) in numbered)
-
-    def _entries(self, adapter: Adapter) -> Mapping[Slot, Entry]:
-        if not (self.options.only or self.options.skip):
-            return adapter.entries
-        label = adapter.label
-        return {s: e for s, e in adapter.entries.items() if self.selection(s, label(s))}
 
     def _task(self, number: int, slot: Slot, terms: tuple[Term, ...]) -> Task:
         task = Task(slot, terms, terms[0].job.entries[0].kind, None, number=number)
@@ -390,6 +394,7 @@ class _Planner:
                 info = job.adapter.source.infos[key]
                 shape = self._shape(job, entry, role, info.shape)
                 name = spell(job.slot, kind.name, kind.stored_as(role, peft=self.keys.format.peft))
+                shape = self.keys.flat(name, shape)
                 found.append(Copied(name, key, TensorSpec(name, info.dtype, shape), term.number))
         alpha = self._alpha(term, entry)
         return tuple(found) if alpha is None else (*found, alpha)
@@ -435,7 +440,5 @@ def _turned(kind: type[Weights], into: type[Weights]) -> bool:
 
 def _why(adapter: Adapter, key: str, reason: str) -> str:
     """The reason with the nearest name that the tables know."""
-    from adaptkit.suggest import nearest
-
-    near = nearest(adapter.keys, key) if reason.startswith("no such") else None
+    near = adapter.nearest(key)
     return reason if near is None else f"{reason}; the nearest known name is {near}"

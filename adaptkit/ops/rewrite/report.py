@@ -195,7 +195,7 @@ def _detail(state: State, task: Task, lost: tuple[float, float] | None) -> dict[
         None
         if lost is None and task.number in state.stored
         else (lost[1] / lost[0]) ** 0.5
-        if lost and lost[1]
+        if lost and lost[0] and lost[1]
         else 0.0
     )
     if stored is None:

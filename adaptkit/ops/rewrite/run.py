@@ -11,7 +11,7 @@ from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
-from adaptkit.ops.adapter_file.peft_config import peft_config
+from adaptkit.ops.adapter_file.peft_config import check_window, peft_config
 from adaptkit.ops.adapter_file.verdict import loading
 from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.output import Output
@@ -40,10 +40,18 @@ CORES = 200_000_000  # bytes of decompositions held until ranks are cut; others 
 def check_peft(plan: Recast) -> None:
     """Refuse what PEFT cannot hold before anything is computed."""
     if plan.keys.format.alpha is Alpha.CONFIG:
+        path = plan.adapter.source.path
+        for task in plan.tasks:
+            first = task.entries[0]
+            kept = first.kind is task.kind and not task.ranked
+            try:
+                check_window(task.kind, task.kernel, first.keys if kept else task.kind.forms[0])
+            except NotRepresentable as error:
+                raise error.at(file=path, tensor=task.label) from None
         try:
             peft_config(State(plan).modules())
         except NotRepresentable as error:
-            raise error.at(file=plan.adapter.source.path) from None
+            raise error.at(file=path) from None
 
 
 def run(plan: Recast, progress: Progress | None = None) -> Report:
@@ -61,7 +69,8 @@ def run(plan: Recast, progress: Progress | None = None) -> Report:
     measured = None if verifier is None else verifier.measured
     seconds = time.perf_counter() - started
     told = loading(plan.output, plan.adapter.family.name if plan.adapter.known else None)
-    return replace(report_of(plan, state, size, seconds, measured), **told)
+    found = report_of(plan, state, size, seconds, measured)
+    return replace(found, notes=(*found.notes, *computing.notes), **told)
 
 
 def _spool(plan: Recast) -> Any:
@@ -89,6 +98,7 @@ class _Computing:
         self.plan, self.state, self.progress = plan, state, progress
         self.worker, self.put = Rewriter(plan, state), spool.append
         self.held = 0
+        self.notes: dict[str, None] = {}
         self.cut: list[engine.Step[Task]] = []  # the steps of the second pass
         twice = plan.policy is not None and not plan.policy.local
         self.total = len(plan.steps) + (sum(task.ranked for task in plan.tasks) if twice else 0)
@@ -119,9 +129,8 @@ class _Computing:
         work: engine.Work[Task, Any] = engine.Work(
             self.worker.load, kernel, self._store, _held, STACK
         )
-        engine.run(
-            steps, work, resources, None if report is None else lambda n: report(done + n, total)
-        )
+        told = None if report is None else lambda n: report(done + n, total)
+        self.notes |= dict.fromkeys(engine.run(steps, work, resources, told))
 
     def _store(self, task: Task, result: Stored | Decomposition | Cut) -> None:
         if isinstance(result, Cut):

@@ -43,5 +43,6 @@ def likeness_of(task: Task, swapped: bool) -> Hashable:
     if not (task.kind.stacks and whole.kind.stacks and thin):
         return None
     infos = task.terms[0].job.adapter.source.infos
-    tensors = tuple((role, infos[key].shape, infos[key].dtype) for role, key in whole.tensors())
-    return task.kind, whole.kind, whole.facts, whole.swapped, swapped, task.changes, tensors
+    term = task.terms[0]
+    place = term.number, term.weight, swapped
+    return task.kind, task.changes, place, whole.likeness(infos)

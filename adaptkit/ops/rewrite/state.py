@@ -145,7 +145,8 @@ def named(
     facts = kind.facts(shapes)
     for role, shape in shapes.items():
         name = plan.keys.spell(task.slot, kind.name, kind.stored_as(role, peft=peft))
-        yield role, name, kind.laid_out(role, shape, facts, peft=peft)
+        laid_out = kind.laid_out(role, shape, facts, peft=peft)
+        yield role, name, plan.keys.flat(name, laid_out)
 
 
 def dtype_of(plan: Recast, task: Task) -> str:

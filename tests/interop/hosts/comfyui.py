@@ -44,6 +44,8 @@ TENCENT = (
     (r"_in\.mlp\.0$", "_in.in_layer"),
     (r"_in\.mlp\.2$", "_in.out_layer"),
 )
+# layers of Wan's kin (SkyReels V2, AnyFlow, Helios), which its Wan has not
+KIN = r"^(fps_|condition_embedder\.delta|far_patch|patch_(short|mid|long)|norm_out)"
 TENCENTS = ("hunyuan-video", "hunyuan-video-15", "hunyuan-image")
 # the text encoders of each family, in the order of our components, as ComfyUI names them
 TEXT = {
@@ -88,6 +90,8 @@ def memory(family: str) -> tuple[Names, Names]:
         if prefix is None:
             continue
         for row, indices in _rows(part):
+            if family == "wan" and re.search(KIN, row.target):
+                continue
             names = row.names.get("native") or row.names["diffusers"]
             for name in row.names["diffusers"] if not main else names:
                 module = fill(name.module, indices)

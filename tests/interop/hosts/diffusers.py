@@ -44,6 +44,23 @@ MIXINS = {
     "auraflow": "AuraFlow",
     "ltx": "LTXVideo",
     "ltx2": "LTX2",
+    "ltx-13b": "LTXVideo",
+    "minimax-h3": "MiniMaxH3",
+    "qwen-image-21": "QwenImage",
+    "ernie-image": "ErnieImage",
+    "hidream": "HiDreamImage",
+    "ace-step": "AceStep",
+    "kandinsky5": "Kandinsky",
+    "cogvideox": "CogVideoX",
+    "cogview4": "CogView4",
+    "mochi": "Mochi1",
+    "sana": "Sana",
+    "flux3": "Flux3",
+    "bria-fibo": "Flux",
+    "bria-fibo2": "BriaFibo2",
+    "cosmos": "Cosmos",
+    "cosmos-14b": "Cosmos",
+    "wan-animate2": "Wan",
 }
 LOKR = ("z-image", "flux2")  # whose check of the keys lets LoKr pass
 
@@ -72,13 +89,22 @@ def skeleton_class() -> Any:
     return Skeleton
 
 
+def folder(family: str, component: str) -> str:
+    """The name that diffusers has for a component; the connectors of LTX-2 are two with us."""
+    return families()[family].component(component).tags["diffusers"][0]
+
+
 def skeleton(family: str, component: str, blocks: int | None) -> torch.nn.Module:
     """The layers of a component in diffusers' names."""
-    model = skeleton_class()()
-    part = families()[family].component(component)
-    for row in part.rows:
-        if row.kind is not Kind.MATRIX:
-            continue
+    model, name = skeleton_class()(), folder(family, component)
+    rows = [
+        (part, row)
+        for part in families()[family].components
+        if name in part.tags.get("diffusers", ())
+        for row in part.rows
+        if row.kind is Kind.MATRIX
+    ]
+    for part, row in rows:
         shape = _shape(family, part, row)
         for indices in expand(row):
             if blocks is not None and any(index >= blocks for index in indices.values()):
@@ -301,11 +327,11 @@ def _loaded(
     cls = mixin(file.family)
     for component in sorted({part.slot.component for part in file.parts}):
         result = Result(file.family, component)
-        if is_denoiser(component) or component == "text_conditioner":
+        if is_denoiser(component) or not component.startswith("text_encoder"):
             model = skeleton(file.family, component, blocks)
             model.load_lora_adapter(  # type: ignore[operator]
                 state,
-                prefix=component,
+                prefix=folder(file.family, component),
                 network_alphas=alphas or None,
                 metadata=metadata,
                 low_cpu_mem_usage=True,

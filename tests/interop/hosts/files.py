@@ -149,6 +149,11 @@ def _lokr(s: Shape) -> dict[str, Shape]:
     return {"lokr_w1": (a, b), "lokr_w2": (s[0] // a, s[1] // b, *s[2:])}
 
 
+def _lokr_flat(s: Shape) -> dict[str, Shape]:
+    tensors = _lokr(s)
+    return {role: (shape[0], _inputs(shape)) for role, shape in tensors.items()}
+
+
 def _lokr_factored(s: Shape) -> dict[str, Shape]:
     a, b = _cut(s[0]), _cut(s[1])
     return {
@@ -234,6 +239,7 @@ FORMS = {
             kernels=True,
         ),
         Form("lokr, conv", "lokr", _lokr, 1.0, kernels=True),
+        Form("lokr, flat", "lokr", _lokr_flat, 1.0, kernels=True),
     )
 }  # fmt: skip
 
@@ -270,19 +276,22 @@ def _shape(family: str, part: Component, row: Row) -> Shape:
 
 
 def is_denoiser(component: str) -> bool:
-    return component in {"transformer", "transformer_2", "unet"}
+    return component in {"transformer", "transformer_2", "transformer_ref", "unet"}
 
 
-def parts(family: str, format: str, naming: str, blocks: int | None = None) -> Iterator[Part]:
+def parts(
+    family: str, format: str, naming: str, blocks: int | None = None, wanted: str = ""
+) -> Iterator[Part]:
     """Every matrix of a family that a format's prefix can stand before, under the names of one naming.
 
-    `blocks` cuts every run of blocks to the first ones.
+    `blocks` cuts every run of blocks to the first ones. `wanted` is the prefix of a component that has it.
     """
     spelling, taken = formats()[format], set[str]()
     for part in families()[family].components:
-        prefix = prefixes(part, spelling)[:1]
+        known = prefixes(part, spelling)
+        prefix = (wanted,) if wanted and wanted in known else known[:1]
         # of two components with one prefix, the second has no names of its own
-        if not prefix or prefix[0] in taken:
+        if not prefix or (prefix[0] in taken and not part.apart):
             continue
         taken.add(prefix[0])
         for row in part.rows:
@@ -349,12 +358,18 @@ CHOICES: Mapping[str, Callable[[Part], bool]] = {
 
 
 def make(
-    family: str, format: str, naming: str, form: str, choice: str, blocks: int | None = None
+    family: str,
+    format: str,
+    naming: str,
+    form: str,
+    choice: str,
+    blocks: int | None = None,
+    wanted: str = "",
 ) -> File | None:
     """A file, or None where the spelling has no place for such modules."""
     made = FORMS[form]
     kept: dict[str, Part] = {}
-    for part in parts(family, format, naming, blocks):
+    for part in parts(family, format, naming, blocks, wanted):
         if CHOICES[choice](part) and (not made.kernels or torch.Size(part.shape[2:]).numel() > 1):
             kept.setdefault(part.stem, part)
     if not kept or (made.kernels and choice != "denoiser"):

@@ -109,8 +109,8 @@ def right(part: Part, layer: Mapping[str, Shape], meant: Mapping[str, Shape]) ->
         return False
     magnitude = meant.get("dora_scale", meant.get("lora_magnitude_vector"))
     if magnitude is not None:
-        # its norm is that of the input axis
-        return form == "dora" and len(magnitude) > 1 and magnitude[0] == 1
+        # its norm is that of the input axis: one number per column
+        return form == "dora" and len(magnitude) > 1 and magnitude[:2] == (1, part.shape[1])
     if {"lora_mid.weight", "hada_t1", "lokr_t2"} & set(meant) and window != 2:
         return False
     return len(meant.get("lokr_w2", ())) in (0, 2, 4)

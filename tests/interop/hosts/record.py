@@ -17,6 +17,7 @@ from adaptkit.detect import families, formats
 from adaptkit.hosts import hosts
 from adaptkit.hosts._measured import FOLDER
 from adaptkit.hosts.contract import UNETS
+from adaptkit.keymap import prefixes
 from tests.interop.hosts import comfyui, diffusers, invokeai, kohya
 from tests.interop.hosts.files import CHOICES as CHOSEN
 from tests.interop.hosts.files import File, Part, make, namings
@@ -60,6 +61,14 @@ def spellings(format: str) -> tuple[str, ...]:
     return ("lora_B", "lora_up, alpha", "lora_up", "lora.up")
 
 
+def wanted_prefixes(host: str, family: str, format: str) -> tuple[str, ...]:
+    """None, and those that a host reads for a component besides the one that the format writes."""
+    dialect = hosts()[host].dialect
+    known = [prefixes(part, formats()[format]) for part in families()[family].components]
+    other = {prefix for found in known for prefix in found[1:]} - {p for f in known for p in f[:1]}
+    return ("", *(other & set(dialect.prefixes if dialect else ())))
+
+
 def outcome(host: str, file: File, blocks: int | None) -> frozenset[str]:
     """The stems that a host loads right; none of a file that it refuses."""
     try:
@@ -75,6 +84,8 @@ def names(host: str, family: str) -> dict[str, Any]:
         found: dict[str, dict[str, dict[str, bool]]] = defaultdict(lambda: defaultdict(dict))
         for naming in (*namings(family), "flat"):
             for part, right in _tried(host, family, format, naming):
+                if part.slot.component in UNTRIED.get((host, family), ()):
+                    continue
                 known = found[part.slot.component][part.naming]
                 known[part.name] = known.get(part.name, False) or right
         if found:
@@ -87,10 +98,17 @@ def names(host: str, family: str) -> dict[str, Any]:
 
 def _tried(host: str, family: str, format: str, naming: str) -> Iterator[tuple[Part, bool]]:
     """Every module under one naming, and whether some file with it was loaded, it in its place."""
+    for wanted in wanted_prefixes(host, family, format):
+        yield from _tried_under(wanted, host, family, format, naming)
+
+
+def _tried_under(
+    wanted: str, host: str, family: str, format: str, naming: str
+) -> Iterator[tuple[Part, bool]]:
     # a loader may want all the blocks of the real model
     for blocks in (BLOCKS, None) if (format, family) in COMPLETE else (BLOCKS,):
         for form in spellings(format):
-            whole = make(family, format, naming, form, "everything", blocks)
+            whole = make(family, format, naming, form, "everything", blocks, wanted)
             if whole is None:
                 return
             yield from ((part, False) for part in whole.parts)
@@ -137,6 +155,8 @@ def _taken(host: str, whole: File, blocks: int | None) -> File | None:
     return None
 
 
+# parts of a model of which the code that was read does not tell how they are adapted
+UNTRIED = {("comfyui", "ltx2"): ("connectors", "text_projection")}
 # converters that go over the blocks of the real model
 COMPLETE = {("peft", "flux"), ("peft", "chroma"), ("xlabs", "flux")}
 # converters that know other names when the factors are called otherwise

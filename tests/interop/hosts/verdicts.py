@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from adaptkit.adapter import Adapter
@@ -13,7 +14,7 @@ from adaptkit.hosts import hosts, judge, losses
 from adaptkit.names import Slot
 from tests.interop.hosts.files import FORMS, File, make, namings
 from tests.interop.hosts.loaded import RefusedError
-from tests.interop.hosts.record import BLOCKS, CHOICES, LOADERS, spellings
+from tests.interop.hosts.record import BLOCKS, CHOICES, LOADERS, spellings, wanted_prefixes
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def natural(format: str, form: str) -> bool:
     return form != "lora.up" or format == "diffusers"
 
 
-def files(family: str, forms: tuple[str, ...] | None = None) -> Iterator[File]:
+def files(host: str, family: str, forms: tuple[str, ...] | None = None) -> Iterator[File]:
     """All files of a family: a plain LoRA in every spelling and choice of modules, other algorithms on the denoiser."""
     for format in formats():
         for naming in namings(family):
@@ -61,9 +62,9 @@ def files(family: str, forms: tuple[str, ...] | None = None) -> Iterator[File]:
                 # text encoders in the usual spellings only: others are read or not as they come
                 usual = form in spellings(format)[:2]
                 choices = CHOICES if usual else CHOICES[1:] if plain else ("denoiser", "layers")
-                for choice in choices:
-                    file = make(family, format, naming, form, choice, BLOCKS)
-                    if file is not None:
+                for choice, wanted in product(choices, wanted_prefixes(host, family, format)):
+                    file = make(family, format, naming, form, choice, BLOCKS, wanted)
+                    if file is not None and (not wanted or wanted in str(file.listing)):
                         yield file
 
 
@@ -96,7 +97,7 @@ def compare(
     for family in chosen or list(families()):
         if family in hosts()[host].unsupported:
             continue
-        for file in files(family, forms):
+        for file in files(host, family, forms):
             found = cell(host, file, folder)
             if found is not None:
                 yield found

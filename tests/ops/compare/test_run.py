@@ -818,7 +818,7 @@ def test_keys_that_nobody_understands_are_named_and_keep_no_tolerance(tmp_path: 
     stored, _ = lora((16, 12), draw(0))
     a = file(tmp_path / "a.safetensors", {LINEAR: stored, OTHER: stored})
     b = file(
-        tmp_path / "b.safetensors", {LINEAR: stored, OTHER: stored, "lora_unet_nowhere": stored}
+        tmp_path / "b.safetensors", {LINEAR: stored, OTHER: stored, "lora_te7_nowhere": stored}
     )
     report = run(a, b, family="sd1", tolerance=0.5)
     assert (report.relative_error, len(report.unused)) == (0.0, 3)

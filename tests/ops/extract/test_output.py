@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from adaptkit.errors import NotRepresentable
 from adaptkit.ops import extract
 from tests.ops.models import changed, lora_delta, matrices, noise_delta, save, tiny_base
 
@@ -93,3 +94,33 @@ def test_a_merged_lora_comes_back_at_its_own_rank(tmp_path: Path) -> None:
     report, metadata, _ = written(pair, error=1e-4)
     assert {item["rank"] for item in report.details} == {3}
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("3", "3")
+
+
+def test_what_peft_cannot_hold_beside_a_lora_is_listed_before_anything_is_computed(
+    tmp_path: Path,
+) -> None:
+    """Norms have no place there, biases only beside a LoRA; of a whole adapter of those, nothing is made."""
+    base = tiny_base()
+    block = "middle_block.1.transformer_blocks.0."
+    norms = [key for key in base if f"{block}norm1." in key]
+    biases = [key for key in base if key.endswith(f"{block}attn1.to_out.0.bias")]
+    weights = matrices(base, f"{block}attn1.to_q")
+    tuned, _ = changed(base, [*norms, *biases, *weights], noise_delta())
+    pair = save(tmp_path / "base.safetensors", base), save(tmp_path / "tuned.safetensors", tuned)
+    only = ("unet*",)
+    for number, (algo, lost) in enumerate((("lora", norms), ("lokr", [*norms, *biases]))):
+        options = extract.Options(
+            algo=algo, rank=2, vectors=True, to="peft", only=only, output=tmp_path / str(number)
+        )
+        plan = extract.plan(*pair, options)
+        said = [job for job in plan.jobs if "PEFT holds no norms" in job.why]
+        assert not any(job.algorithm for job in said)
+        report = extract.run(plan)
+        assert sum("PEFT holds" in item.reason for item in report.unused) == len(lost) > 0
+        assert report.relative_error > 0
+    for algo in ("full", "auto"):
+        rule = {"size": 10_000} if algo == "auto" else {}
+        options = extract.Options(algo=algo, to="peft", output=tmp_path / algo, **rule)
+        with pytest.raises(NotRepresentable, match="PEFT cannot hold full") as caught:
+            extract.plan(*pair, options)
+        assert "--algo lora" in (caught.value.hint or "")

@@ -13,9 +13,8 @@ from adaptkit.detect import families
 from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.keymap import compile_keys
 from adaptkit.names import Slot
-from adaptkit.ops import merge, selecting
-from adaptkit.ops.merge import block_weights
-from adaptkit.ops.merge.block_weights import Blocks
+from adaptkit.ops import block_weights, merge, selecting
+from adaptkit.ops.block_weights import Blocks
 
 NAMES = {  # kohya stem -> block of the extension, per family
     "sd1": {

@@ -170,6 +170,13 @@ class Blocks:
                 hint=f"pass the longer vector, or add {names[0]}=0 (as the web UI does) or =1",
             )
 
+    def notes(self) -> Iterator[str]:
+        """Yield what the rules did, one sentence each."""
+        for rule in self.records():
+            if rule["modules"] and rule["weight"] != 1.0:
+                what = "left out" if rule["weight"] == 0.0 else f"multiplied by {rule['weight']:g}"
+                yield f"--blocks {rule['rule']}: {rule['modules']} modules {what}."
+
     def records(self) -> list[dict[str, Any]]:
         """Return name, weight and number of modules of each rule, then of no rule."""
         found: list[dict[str, Any]] = [

@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from adaptkit.errors import AdaptkitError, CorruptFile
-from adaptkit.files.header import TensorInfo, itemsize, unreadable
-from adaptkit.files.pickle_globals import CONVERT, Storage, StoredTensor
-from adaptkit.files.unpickler import CATALOGUE_LIMIT, unpickle
+from adaptkit.files.header import TensorInfo, check_names, itemsize, unreadable
+from adaptkit.files.limits import LIMITS, lifted, within
+from adaptkit.files.pickled.stand_ins import CONVERT, Storage, StoredTensor
+from adaptkit.files.pickled.unpickler import unpickle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["Catalogue", "Packed", "looks_like_pickle", "packed_bytes", "read_catalogue"]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-# bytes by which an expanded (stride 0) view may exceed its storage; bounds a hostile file
-_EXPANSION_LIMIT = 1 << 30
 
 
 class Packed(NamedTuple):
@@ -163,6 +162,7 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
             raise CorruptFile(
                 "a TorchScript archive, not a state dict", hint="save model.state_dict() instead"
             )
+        _check_packed(entries[catalogues[0]], entries.values(), size)
         _check_byteorder(archive, entries.get(root_name + "byteorder"))
         root, _, _ = unpickle(_small_entry(archive, entries[catalogues[0]]))
         prefix = root_name + "data/"
@@ -174,13 +174,21 @@ def _open_zip(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
     return root, blobs
 
 
+def _check_packed(
+    catalogue: zipfile.ZipInfo, entries: Iterable[zipfile.ZipInfo], size: int
+) -> None:
+    """Bound what compressed entries take when unpacked: a few kilobytes may claim gigabytes."""
+    packed = [info for info in entries if info.compress_type != zipfile.ZIP_STORED]
+    if catalogue in packed:
+        within("packed pickle", catalogue.file_size, beyond=size // 4)
+        packed.remove(catalogue)
+    within("packed weights", sum(info.file_size for info in packed), beyond=20 * size)
+
+
 def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    if info.file_size > CATALOGUE_LIMIT:
-        raise CorruptFile(
-            f"{info.filename} takes {info.file_size} bytes (limit: {CATALOGUE_LIMIT})"
-        )
+    within("pickle size", info.file_size)
     with archive.open(info) as entry:
-        return entry.read(CATALOGUE_LIMIT)
+        return entry.read(-1 if lifted() else LIMITS["pickle size"].most)
 
 
 def _check_byteorder(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> None:
@@ -217,14 +225,15 @@ def _open_legacy(file: BinaryIO, size: int) -> tuple[object, _Blobs]:
 
     Five pickles (magic number, protocol, system, object, storage keys), then the storages.
     """
-    head = file.read(CATALOGUE_LIMIT)
+    head = file.read(-1 if lifted() else LIMITS["pickle size"].most)
     magic, at, _ = unpickle(head)
     if magic != _LEGACY_MAGIC:
         raise CorruptFile("a pickle, but not one that torch.save wrote", hint=CONVERT)
     protocol, at, _ = unpickle(head, at)
     system, at, _ = unpickle(head, at)
     if protocol != _LEGACY_PROTOCOL:
-        raise CorruptFile(f"unknown version {str(protocol)[:20]} of torch's legacy format")
+        shown = protocol if type(protocol) is int and abs(protocol) < 2**31 else "?"
+        raise CorruptFile(f"unknown version {shown} of torch's legacy format")
     if isinstance(system, dict) and not system.get("little_endian", True):
         raise CorruptFile("written on a big-endian machine, only little-endian is supported")
     root, at, storages = unpickle(head, at)
@@ -265,11 +274,15 @@ class _Draft:
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
     packed: dict[str, Packed] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    # bytes that views claim beyond their storages
+    expanded: int = 0
 
 
 def _catalogue(root: object, blobs: Mapping[str, _Blob], size: int) -> Catalogue:
     draft = _Draft()
-    for key, value in _state_dict(root, draft.ignored).items():
+    table = _state_dict(root, draft.ignored)
+    _check_text([key for key in table if isinstance(key, str)])
+    for key, value in table.items():
         if isinstance(key, str) and isinstance(value, StoredTensor):
             _place(draft, key, value, blobs)
         else:
@@ -277,6 +290,15 @@ def _catalogue(root: object, blobs: Mapping[str, _Blob], size: int) -> Catalogue
     draft.infos.sort(key=lambda info: (info.start, info.stop))
     infos = {info.name: info for info in draft.infos}
     return Catalogue(infos, draft.strides, draft.packed, tuple(draft.ignored), size)
+
+
+def _check_text(names: Sequence[str]) -> None:
+    """Refuse names beyond the limits, or with half of a surrogate pair, which nothing can print."""
+    check_names(names)
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        raise CorruptFile(f"damaged pickle: a name is not Unicode text: {error.reason}") from None
 
 
 def _label(key: object) -> str:
@@ -341,9 +363,8 @@ def _place(draft: _Draft, name: str, tensor: StoredTensor, blobs: Mapping[str, _
             f"it ends at byte {stop} of a storage of {blob.nbytes} bytes", tensor=name
         )
     # a stride of 0 makes a few bytes claim any shape: refuse what memory could not hold
-    if math.prod(tensor.shape) * unit > max(blob.nbytes, _EXPANSION_LIMIT):
-        message = f"a storage of {blob.nbytes} bytes is expanded to shape {list(tensor.shape)}"
-        raise CorruptFile(message, tensor=name)
+    draft.expanded += max(0, math.prod(tensor.shape) * unit - blob.nbytes)
+    within("expanded views", draft.expanded, tensor=name)
     if not _is_contiguous(tensor.shape, tensor.stride):
         draft.strides[name] = tensor.stride
     if blob.entry is not None:

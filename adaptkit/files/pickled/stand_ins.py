@@ -98,9 +98,19 @@ def _table(*args: object) -> _Table:
     match args:
         case ():
             return _Table()
-        case (list() as pairs,):
+        case (list() as pairs,) if all(_is_pair(pair) for pair in pairs):
             return _Table(pairs)
     _malformed("OrderedDict")
+
+
+def _is_pair(pair: object) -> bool:
+    """Whether a dict may take this as a name and its value: no other name is hashed."""
+    match pair:
+        case (str(), _) | [str(), _]:
+            return True
+        case (int() as number, _) | [int() as number, _]:
+            return abs(number) < 2**61  # its own hash
+    return False
 
 
 def _sizes(value: object) -> tuple[int, ...]:

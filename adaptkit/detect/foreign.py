@@ -1,0 +1,94 @@
+"""Kinds of adapters that adaptkit does not read, told by name.
+
+Names of tensors and of `peft_type` are those of PEFT 0.21 (`peft.mapping`), T-LoRA's those of its
+authors (ControlGenAI/T-LoRA).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["foreign"]
+
+# the beginning of a tensor's name within its module → the kind
+TENSORS: Mapping[str, str] = MappingProxyType(
+    {
+        "vera_lambda_": "VeRA",
+        "vera_A": "VeRA",
+        "vera_B": "VeRA",
+        "pvera_lambda_": "PVeRA",
+        "lora_E": "AdaLoRA",
+        "fourierft_": "FourierFT",
+        "hra_": "HRA",
+        "hira_": "HiRA",
+        "miss_": "MiSS",
+        "bone_": "Bone",
+        "delora_": "DeLoRA",
+        "gralora_": "GraLoRA",
+        "randlora_": "RandLoRA",
+        "c3a_": "C3A",
+        "road_": "RoAd",
+        "shira_": "SHiRA",
+        "waveft_": "WaveFT",
+        "vblora_": "VB-LoRA",
+        "psoft_": "PSOFT",
+        "osf_": "OSF",
+        "tinylora_": "TinyLoRA",
+        "unilora_": "UniLoRA",
+        "adamss_": "AdaMSS",
+        "beft_": "BEFT",
+        "deft_": "DEFT",
+        "frod_": "FRoD",
+        "glora_": "GLoRA of PEFT",
+        "lily_": "Lily",
+        "peanut_": "PEANuT",
+        "supertuning_": "SuperTuning",
+        "ln_tuning_": "layer norm tuning",
+        "trainable_tokens_": "trainable tokens",
+        "xlora_": "X-LoRA",
+        "poly_": "Poly",
+        "prompt_embeddings": "prompt tuning",
+        "adaption_prompt": "adaption prompts",
+        "adaption_gate": "adaption prompts",
+        "lambda_layer": "T-LoRA",
+    }
+)
+# the `peft_type` of kinds that adaptkit reads
+READ = frozenset({"LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3"})
+NAMES = MappingProxyType(
+    {
+        "PROMPT_TUNING": "prompt tuning",
+        "MULTITASK_PROMPT_TUNING": "prompt tuning",
+        "P_TUNING": "p-tuning",
+        "PREFIX_TUNING": "prefix tuning",
+        "ADAPTION_PROMPT": "adaption prompts",
+    }
+)
+_STARTS = tuple(TENSORS)
+
+
+def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) -> str | None:
+    """The kind of an adapter that adaptkit does not read (`VeRA`), or None.
+
+    `config` is PEFT's adapter_config.json, whose `peft_type` counts before the names of tensors.
+    """
+    stated = config.get("peft_type") if config else None
+    if isinstance(stated, str) and stated.upper() not in READ:
+        kind = stated.upper()
+        prefixes = {"VERA": "vera_lambda_", "PVERA": "pvera_lambda_", "ADALORA": "lora_E"}
+        known = TENSORS.get(prefixes.get(kind, f"{kind.lower()}_"))
+        return known or NAMES.get(kind, stated)
+    found = Counter(kind for name in names if (kind := _kind(name)) is not None)
+    return found.most_common(1)[0][0] if found else None
+
+
+def _kind(name: str) -> str | None:
+    for part in name.split(".")[-3:]:  # PEFT's own name of an adapter may follow
+        if part.startswith(_STARTS):
+            return next(kind for start, kind in TENSORS.items() if part.startswith(start))
+    return None

@@ -1,0 +1,1 @@
+"""Pickles of torch, read without running their code."""
