@@ -2,10 +2,14 @@
 
 The public API is imported on first use, so that ``import adaptkit`` is fast and never loads torch::
 
-    from adaptkit import Adapter, Checkpoint, ops
-    adapter = Adapter.open("style.safetensors")
-    options = ops.extract.Options(algo="lokr", factor=8)
-    report = ops.extract.run(ops.extract.plan(base, tuned, options))
+    import adaptkit as ak
+    style = ak.open("style.safetensors")  # or a state dict
+    style.modules["unet.mid_block.attentions.0.proj_in"].delta()
+    style.convert(host="comfyui").save("for-comfyui.safetensors")
+    merged = ak.merge(unet_state_dict, [(style, 0.8)])
+    lora = ak.extract(base_state_dict, tuned_state_dict, rank=32)
+
+`adaptkit.ops` has the verbs of the command line, each with Options, plan and run.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ __version__ = "0.7.0"
 if TYPE_CHECKING:
     from adaptkit import ops
     from adaptkit.adapter import Adapter
+    from adaptkit.api import AdapterFile, Inspected, combine, extract, inspect, merge, open
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.entries import Entry
     from adaptkit.errors import AdaptkitError
@@ -24,13 +29,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "AdapterFile",
     "AdaptkitError",
     "Checkpoint",
     "Entry",
+    "Inspected",
     "Rows",
     "Slot",
     "Target",
     "__version__",
+    "combine",
+    "extract",
+    "inspect",
+    "merge",
+    "open",
     "ops",
 ]
 
@@ -42,6 +54,10 @@ _HOMES = {
     "Rows": "adaptkit.names",
     "Slot": "adaptkit.names",
     "Target": "adaptkit.names",
+    **dict.fromkeys(
+        ("AdapterFile", "Inspected", "combine", "extract", "inspect", "merge", "open"),
+        "adaptkit.api",
+    ),
 }
 
 

@@ -35,6 +35,7 @@ FLOORS = (
     ),
     ("steps", "engine", "hosts"),
     ("ops",),
+    ("api",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -50,6 +51,7 @@ CHAINS = {
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),
+    "api": ("inputs", "adapters", "*"),
     "cli": ("show", "options", "*"),
 }  # fmt: skip
 TABLES = ("families", "formats", "algorithms", "hosts")  # one file for each member

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--to",
-    default="kohya",
-    show_default=True,
     metavar="FORMAT",
-    help="Key format of the adapter; `adaptkit formats` lists them.",
+    help="Key format of the adapter; `adaptkit formats` lists them.  [default: that of extract]",
 )
 @picture("the tables")
 @click.option("--family", metavar="NAME", help="Override the detected model family.")
@@ -60,7 +58,8 @@ def advise(
     For a range of file sizes, the first table gives the error of a LoRA of one rank
     (extract --rank), of a LoRA of the same size with chosen ranks (--size), and of the best
     algorithm for each layer (--algo auto). The second table gives the error of a LoKr for each
-    factor, next to a LoRA of the same size.
+    factor, next to a LoRA of the same size. The last lines recommend a command, and say what it
+    will lose.
 
     \b
     adaptkit advise base.safetensors tuned.safetensors

@@ -52,6 +52,9 @@ SORTS = ("name", "family", "rank", "size", "date")
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print the table of files as CSV.")
 @picture("the statistics")
+@click.option(
+    "--card", type=PATH, metavar="FILE.md", help="Write a model card of one adapter in Markdown."
+)
 @click.option("--hash", is_flag=True, help="Add the SHA-256 of each file.")
 @inputs
 @ALPHA_IN
@@ -65,6 +68,7 @@ def inspect(
     where: tuple[str, ...],
     as_csv: bool,
     plot: Path | None,
+    card: Path | None,
     overwrite: bool,
     hash: bool,
     family: str | None,
@@ -99,6 +103,9 @@ def inspect(
     stats = stats or plot is not None
     if plot is not None:
         _can_plot(plot, paths, overwrite)
+    if card is not None:
+        _can_write(card, paths, overwrite)
+    hash = hash or card is not None
     options = op.Options(family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats)
     modules = modules or verbose or (stats and as_json)
     table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats))
@@ -111,15 +118,33 @@ def inspect(
             reports = op.survey(paths, op.shortened(options) if table else options, bar)
     reports = op.ordered(op.where(reports, where), sort)
     twice = Counter(found.values())
+    text = None if card is None or reports[0].error else op.card(reports[0])
     names = {str(p): name if twice[name] == 1 else str(p) for p, name in found.items()}
     if as_csv:
         from adaptkit.cli.show.inspect import listed
 
         listed(reports, names)
     inspected(reports, names, keys=keys, modules=modules, as_json=as_json, quiet=quiet or as_csv)
+    if card is not None and text is not None:
+        _carded(text, card, quiet)
     if plot is not None and reports[0].error is None:
         _plotted(reports[0], plot, overwrite, quiet)
     return 1 if any(report.broken for report in reports) else 0
+
+
+def _can_write(path: Path, files: Sequence[Path], overwrite: bool) -> None:
+    """Refuse an impossible card before any file is read."""
+    from adaptkit.ops.shared import check_output
+
+    if len(files) != 1:
+        raise click.UsageError(f"--card describes one file, not {len(files)}")
+    check_output(path, overwrite)
+
+
+def _carded(text: str, path: Path, quiet: bool) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)
 
 
 def _plotted(report: Report, path: Path, overwrite: bool, quiet: bool) -> None:

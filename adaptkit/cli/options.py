@@ -325,7 +325,9 @@ def picture(what: str) -> Callable[[F], F]:
                     callback=checked_picture,
                     help=f"Draw {what} as a .png, .svg or .html file (needs adaptkit[plot]).",
                 ),
-                click.option("--overwrite", is_flag=True, help="Replace an existing picture."),
+                click.option(
+                    "--overwrite", is_flag=True, help="Replace an existing picture or card."
+                ),
             ],
         )
 

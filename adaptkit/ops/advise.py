@@ -16,8 +16,10 @@ from adaptkit import engine
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
+from adaptkit.hosts import usual_format
 from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.ops.adapter_file.size import module_size
+from adaptkit.ops.difference.advice import Advice, Point, recommend
 from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
 from adaptkit.ops.difference.probe import (
     Look,
@@ -60,10 +62,13 @@ USUAL = (
 
 @dataclass(frozen=True)
 class Options:
-    """The curves to measure: ranks up to `max_rank`, in the key format `to`, as `dtype`."""
+    """The curves to measure: ranks up to `max_rank`, in the key format `to`, as `dtype`.
+
+    Without `to` it is the format that `extract` would write.
+    """
 
     max_rank: int = MAX_RANK
-    to: str = "kohya"
+    to: str | None = None
     family: str | None = None
     dtype: str = "keep"
     device: str = "auto"
@@ -101,25 +106,6 @@ class Plan(Closing):
         self.tuned.close()
 
 
-@dataclass(frozen=True)
-class Point:
-    """One way to store the difference: about `bytes`, losing `relative_error` of ‖ΔW‖.
-
-    The error is that before stored numbers are rounded. `mix` counts the layers by kind. `gap` is
-    the share of the error by which a better choice might exist.
-    """
-
-    bytes: int
-    relative_error: float
-    mix: Mapping[str, int] = field(default_factory=dict)
-    gap: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        found: dict[str, Any] = {"bytes": self.bytes, "relative_error": self.relative_error}
-        return found | ({"mix": dict(self.mix), "gap": self.gap} if self.mix else {})
-
-
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Report(Brief):
     """The curves.
@@ -150,6 +136,11 @@ class Report(Brief):
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
+    @property
+    def recommended(self) -> Advice | None:
+        """What to extract."""
+        return recommend(self.rank, self.size, self.auto, self.lokr, self.made_by)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: one record per rank, and one per factor."""
         ranks = [
@@ -174,6 +165,7 @@ class Report(Brief):
             "noise_floor": self.noise_floor,
             "left_out": self.left_out,
             "made_by": None if self.made_by is None else dict(self.made_by),
+            "recommended": None if self.recommended is None else self.recommended.to_dict(),
             "lora": ranks,
             "lokr": factors,
             "unused": [item.to_dict() for item in self.unused],
@@ -189,10 +181,11 @@ def plan(base: str | PathLike[str], tuned: str | PathLike[str], options: Options
     """Pair the checkpoints. Reads headers only; anything that can fail fails here."""
     if options.max_rank < 1:
         raise WrongUsage(f"--max-rank must be at least 1, not {options.max_rank}")
-    chosen("format", formats(), options.to)
+    if options.to is not None:
+        chosen("format", formats(), options.to)
     base, tuned = Path(base), Path(tuned)
     first, second = open_pair(base, tuned, options.family, ema=options.ema)
-    keys = first.keys(formats()[options.to])
+    keys = first.keys(formats()[options.to or usual_format(first.family.name)])
     pairing = Pairing(first, second, keys, Wanted(low_rank_kind().name, False, options.shared))
     jobs = pairing.pairs()
     pairing.selection.check("these checkpoints")

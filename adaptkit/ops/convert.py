@@ -57,7 +57,19 @@ def plan(path: str | PathLike[str], options: Options) -> Recast:
     except AdaptkitError:
         adapter.close()
         raise
-    return made
+    return _with_hint(made, options)
+
+
+def _with_hint(made: Recast, options: Options) -> Recast:
+    """The plan, with a note if the host loads the file as it is."""
+    if options.host is None or made.notes or made.counts().keys() != {"unchanged"}:
+        return made
+    from adaptkit.hosts import named
+
+    title, keys = named(options.host).title, made.keys.format.name
+    return replace(
+        made, notes=(f"{title} loads {keys} keys as they are: nothing was to be renamed.",)
+    )
 
 
 def _said(options: Options, into: Into, adapter: Adapter) -> str:
@@ -76,17 +88,13 @@ def _target(adapter: Adapter, options: Options) -> tuple[Into, tuple[str, ...]]:
         return Into.plain(options.to), ()
     if options.host is None:
         return Into.plain(adapter.format.name), ()
-    from adaptkit.hosts import named, recipe
+    from adaptkit.hosts import recipe
 
     selection = Selection(options.only, options.skip, adapter.family)
     written = replace(adapter, entries=chosen_entries(adapter, selection))
     found = recipe(options.host, written if written.entries else adapter, options.algo)
     fold = found.fold_alpha or formats()[found.format].alpha is Alpha.NONE
-    into, notes = Into(found.format, fold, found.dialect), found.warnings
-    if into == Into.plain(adapter.format.name) and not notes:
-        title = named(options.host).title
-        notes = (f"{title} loads {into.format} keys as they are: nothing was to be renamed.",)
-    return into, notes
+    return Into(found.format, fold, found.dialect), found.warnings
 
 
 VERB = Verb("convert", ("adapter",), Options, plan, run)

@@ -21,14 +21,17 @@ def found_in(paths: Iterable[str | PathLike[str]]) -> Iterator[tuple[Path, str]]
     """Every file of files, folders and globs, with its name as a table shows it.
 
     A folder that is one model or adapter (diffusers, PEFT, shards) is one item wherever it stands;
-    names of what lies in any other folder are relative to that folder.
+    names of what lies in any other folder are relative to that folder, and begin with its name if
+    there are several.
     """
-    for given in map(Path, paths):
+    arguments = list(map(Path, paths))
+    for given in arguments:
         base, matched = _matched(given)
         for path in matched:
             if path.is_dir() and not is_one(path):
                 inside = list(_inside(path))
-                start = path if path == given else base
+                several = path.parent if len(arguments) > 1 else path
+                start = several if path == given else base
                 yield from ((one, one.relative_to(start).as_posix()) for one in inside)
                 if not inside:
                     yield path, path.name

@@ -92,7 +92,7 @@ class TestConvert:
             "exclude each other",
             code=2,
         )
-        refused(adaptkit("convert", source, "--for", "a1111"), "a1111", code=2)
+        refused(adaptkit("convert", source, "--for", "a1112"), "Did you mean a1111?", code=2)
         refused(adaptkit("convert", source, "--to", "komfy"), "unknown format 'komfy'", "comfy")
 
     def test_refusals_name_the_file_and_what_would_work(self, tiny: Path, tmp_path: Path) -> None:

@@ -140,6 +140,23 @@ def test_a_merged_adapter_is_recognised(
     assert best.relative_error <= 1.3 * report.noise_floor
 
 
+@pytest.mark.parametrize("delta", [lora_delta(3), lokr_delta(4), noise_delta()])
+def test_the_command_that_is_recommended_loses_what_was_said(tmp_path: Path, delta: object) -> None:
+    base = tiny_base(torch.float16)
+    tuned, _ = changed(base, matrices(base, *LAYERS), delta)  # type: ignore[arg-type]
+    said = advice(tmp_path, base, tuned).recommended
+    assert said is not None
+    output = tmp_path / "o.safetensors"
+    paths = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    done = adaptkit("extract", *paths, *said.options, "-o", output, "--json")
+    found = json.loads(done.stdout)
+    # the error before rounding, and in float16
+    assert found["relative_error"] <= 1.02 * said.point.relative_error + 2e-3
+    if said.exact:
+        assert found["relative_error"] >= 0.9 * said.point.relative_error
+        assert output.stat().st_size == pytest.approx(said.point.bytes, rel=0.05)
+
+
 def test_nothing_differs(tmp_path: Path) -> None:
     base = tiny_base()
     with pytest.raises(NothingToDo, match="differs"):

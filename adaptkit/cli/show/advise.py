@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from adaptkit.cli.show.page import facts, page, table
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adaptkit.cli.show.talk import Talk
-    from adaptkit.ops.advise import Point, Report
+    from adaptkit.ops.advise import Report
+    from adaptkit.ops.difference.advice import Advice, Point
 
 __all__ = ["advised"]
 
@@ -33,6 +35,9 @@ def advised(talk: Talk, report: Report, base: Path, tuned: Path) -> None:
         out.print()
         names = ["factor", "size", "lokr", "lora --size"]
         out.print(table(names, _factors(report), right=names))
+    if report.recommended is not None:
+        out.print()
+        out.print(facts(_advice(report.recommended, base, tuned)))
     for note in report.notes:
         err.print(f"note: {note}", style="yellow")
     if report.unused:
@@ -40,6 +45,14 @@ def advised(talk: Talk, report: Report, base: Path, tuned: Path) -> None:
             f"{len(report.unused)} layers have no counterpart, the first is {report.unused[0].key}",
             style="yellow",
         )
+
+
+def _advice(advice: Advice, base: Path, tuned: Path) -> Iterator[tuple[str, str]]:
+    """The command to run, and what it will lose."""
+    yield "recommended", shlex.join(["adaptkit", "extract", str(base), str(tuned), *advice.options])
+    most = "" if advice.exact else "at most "
+    error, size = _percent(advice.point.relative_error), human(advice.point.bytes)
+    yield "loses", f"{most}{error} of ‖ΔW‖" + (f", in {size}" if advice.exact else "")
 
 
 def _lines(report: Report, base: Path, tuned: Path) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from adaptkit.ops.advise import Point, Report
+    from adaptkit.ops.advise import Report
+    from adaptkit.ops.difference.advice import Point
 
 __all__ = ["draw"]
 

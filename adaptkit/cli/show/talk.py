@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.show.page import console, facts, page, table
-from adaptkit.cli.show.text import MANY, cell, document, human, last, loads_in, named, safe, trouble
+from adaptkit.cli.show.text import (
+    MANY,
+    cell,
+    document,
+    human,
+    last,
+    loading,
+    named,
+    safe,
+    trouble,
+)
 from adaptkit.ops.shared import LeftOut, Unused, by_reason
 
 if TYPE_CHECKING:
@@ -90,7 +100,8 @@ class Talk:
         if not self.quiet:
             rows = [_row(one) for one in done if one.report is not None]
             columns = ("size", "modules", "error", "loads in", "file")
-            page(stderr=True).print(table(columns, rows, right=columns[:3]))
+            if rows:
+                page(stderr=True).print(table(columns, rows, right=columns[:3]))
             good = len(rows)
             click.echo(f"{good} of {len(done)} written, {sum_of(done)}", err=True)
         for one in done:
@@ -121,7 +132,7 @@ class Talk:
             where = next(n for n, row in enumerate(rows) if row[0] in ("modules", "adapters"))
             rows[where] = (rows[where][0], f"{rows[where][1]}\n{report.selection}")
         if report.loads_in is not None:
-            rows.append(("loads in", loads_in(report.to_dict())))
+            rows.append(("loads in", loading(report.to_dict())))
         err.print(facts([row for row in rows if row[1]]))
         _unused(err, [item.to_dict() for item in report.unused])
         for note in notes:

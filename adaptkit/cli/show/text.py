@@ -25,6 +25,7 @@ __all__ = [
     "human",
     "json_safe",
     "last",
+    "loading",
     "loads_in",
     "lossy",
     "named",
@@ -103,6 +104,19 @@ def lossy(error: float | None, unread: int = 0) -> str:
     if error is None:
         return "error unknown without --base"
     return "exact" if error == 0 else f"relative error {error:.3g}"
+
+
+def loading(record: Mapping[str, Any]) -> str:
+    """The hosts that load a file in one line, then one for each that does not, with the reason."""
+    found, why = record.get("loads_in") or {}, record.get("why", {})
+    loads = ", ".join(host for host, loads in found.items() if loads)
+    words = {False: "not", None: "?"}
+    others = [
+        f"{words[loads]} {host}{f' – {why[host]}' if host in why else ''}"
+        for host, loads in found.items()
+        if not loads
+    ]
+    return "\n".join([loads or "no host that was measured", *others])
 
 
 def loads_in(record: Mapping[str, Any]) -> str:

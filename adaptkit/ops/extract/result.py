@@ -305,7 +305,8 @@ def _notes(
     if any(job.slot and keys.beside_lora(job.slot) for job, _, _ in result.stored()):
         yield BIASED
     yield from _about_random(result)
-    if result.relative_error > POOR:
+    told = same_size is not None and same_size[1] > same_size[0]
+    if result.relative_error > POOR and not told:
         yield (
             f"relative error {result.relative_error:.2g}: `adaptkit advise` shows what more ranks "
             "or another algorithm would hold."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adaptkit.ops.finding import expand, found_in
+from adaptkit.ops.inspect.card import card
 from adaptkit.ops.inspect.folder import FIELDS, SORTS, ordered, shortened, survey, where
 from adaptkit.ops.inspect.run import Options, Report, run
 
@@ -11,6 +12,7 @@ __all__ = [
     "SORTS",
     "Options",
     "Report",
+    "card",
     "expand",
     "found_in",
     "ordered",

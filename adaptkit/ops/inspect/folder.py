@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = ["FIELDS", "SORTS", "ordered", "shortened", "survey", "where"]
 
 # processes pay from about so many files on: starting one takes as long as reading a hundred
 _PARALLEL, _CHUNK = 400, 50
+_WORKERS = min(os.cpu_count() or 1, 8)
 
 
 def survey(
@@ -34,16 +36,13 @@ def survey(
 
 
 def _reports(paths: Sequence[Path], options: Options) -> Iterator[Report]:
-    import os
-
-    workers = min(os.cpu_count() or 1, 8)
-    if len(paths) < _PARALLEL or workers < 2 or options.stats or options.hash:
+    if len(paths) < _PARALLEL or _WORKERS < 2 or options.stats or options.hash:
         yield from (run(path, options) for path in paths)
         return
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(_WORKERS, get_context("spawn")) as pool:
         jobs = [(str(path), options) for path in paths]
         yield from pool.map(_run, jobs, chunksize=_CHUNK)
 

@@ -207,13 +207,15 @@ class Recast(Closing):
 
     def counts(self) -> dict[str, int]:
         """How many slots are renamed, split, fused, folded, …"""
-        found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly}))
+        found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly(task)}))
         return {name: found[name] for name in (*CHANGES, "unchanged") if found[name]}
 
-    @property
-    def plainly(self) -> str:
+    @staticmethod
+    def plainly(task: Task) -> str:
         """What becomes of a module that no other change applies to."""
-        return "unchanged" if self.keys.format is self.adapter.format else "renamed"
+        ready = task.ready or ()
+        same = all(isinstance(item, Copied) and item.key == item.source for item in ready)
+        return "unchanged" if ready and same else "renamed"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `--dry-run` prints it; `bytes_out_copied` counts copied tensors only."""

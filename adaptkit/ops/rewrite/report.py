@@ -90,7 +90,7 @@ def _changes(plan: Recast, state: State) -> dict[str, int]:
     """
     found: Counter[str] = Counter()
     for task in plan.tasks:
-        changes = task.changes or {plan.plainly}
+        changes = task.changes or {plan.plainly(task)}
         if state.dropped(task):
             changes = {"left out"}
         elif task.ranked and task.number not in state.stored:
