@@ -293,7 +293,7 @@ def test_the_base_tells_the_dots_of_an_unknown_family(tmp_path: Path) -> None:
     path = stranger(tmp_path / "a.safetensors", "lora_unet_", "_")
     base, output = tmp_path / "base.safetensors", tmp_path / "b.safetensors"
     save_file({f"{module}.weight": torch.zeros(24, 40) for module in STRANGE}, base)
-    with pytest.raises(AdaptkitError, match="no place"):
+    with pytest.raises(AdaptkitError, match="family is unknown"):
         ops.convert.plan(path, ops.convert.Options(to="comfy", output=output))
     options = ops.convert.Options(to="comfy", output=output, base=base)
     ops.convert.run(ops.convert.plan(path, options))
