@@ -29,7 +29,9 @@ from tests.fuzz.files import (
 
 ADAPTERS = [file.bytes() for file in (*adapters().values(), checkpoint())]
 PICKLES = [torch_zip(), torch_zip(packed=True), torch_legacy(), torch_pickle()]
-INDEX = json.dumps({"weight_map": dict.fromkeys(list(lora().tensors)[:2], "a.safetensors")})
+INDEX = json.dumps(
+    {"metadata": {"note": "x" * 600}, "weight_map": {next(iter(lora().tensors)): "a.safetensors"}}
+)
 CONFIG = json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 2, "use_rslora": False,
                      "rank_pattern": {"^unet.a": 2}, "alpha_pattern": {"to_q": 4, r".*\.to_k": 2}})  # fmt: skip
 RECIPE = """[defaults.convert]
