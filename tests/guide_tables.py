@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptkit.files.limits import LIMITS
 from adaptkit.hosts import hosts
 from adaptkit.hosts._measured import measurement
 from tests.examples import run
@@ -39,6 +40,14 @@ def listed(kind: str) -> list[dict[str, Any]]:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+
+def limits() -> str:
+    rows = [
+        (name, f"{limit.most:,}", limit.unit + (f" ({limit.note})" if limit.note else ""))
+        for name, limit in LIMITS.items()
+    ]
+    return table(("limit", "at most", "of"), rows)
 
 
 def families() -> str:
@@ -105,5 +114,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "host-names": host_names,
     "keys": keys,
+    "limits": limits,
     "loads": loads,
 }

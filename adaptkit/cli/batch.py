@@ -42,6 +42,17 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also replace existing outputs that this recipe did not write.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="End a job that takes longer; it fails, and the others go on with --keep-going.",
+)
+@click.option(
+    "--allow-outside",
+    is_flag=True,
+    help="Let outputs lie outside the folder of the recipe.",
+)
 @NO_LIMITS
 @talk
 def batch(

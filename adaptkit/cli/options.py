@@ -168,7 +168,7 @@ NO_LIMITS = click.option(
     is_flag=True,
     expose_value=False,
     callback=_lift,
-    help="Read files beyond the limits that `adaptkit help limits` lists.",
+    help="Read files beyond the limits that `adaptkit help untrusted-files` lists.",
 )
 
 

@@ -135,7 +135,9 @@ def _stored_grams(
     cut: (..., k, r)   gram = factorᵀ · factor: (..., r, r)
     change: (..., k, m)   factor: (..., m, r)
     """
-    moved = product(change, factor).to(gram.dtype)
+    # one of two factors may be stored in float64
+    wide = torch.promote_types(change.dtype, factor.dtype)
+    moved = product(change.to(wide), factor.to(wide)).to(gram.dtype)
     half = product(moved, cut.mT)
     exact = product(cut, gram)
     own = product(exact, cut.mT) + half + half.mT + product(change, change.mT).to(gram.dtype)

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.show.page import Words, console, facts, page, table
 from adaptkit.cli.show.talk import fault
-from adaptkit.cli.show.text import MANY, cell, clean, counts, document, human, last, loads_in, some
+from adaptkit.cli.show.text import (
+    MANY,
+    cell,
+    clean,
+    counts,
+    document,
+    human,
+    last,
+    loads_in,
+    safe,
+    some,
+)
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
@@ -46,7 +57,7 @@ def inspected(
     if as_json:
         document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
     elif not quiet:
-        _show([_cleaned(report) for report in reports], names, keys, modules)
+        _show([_cleaned(report) for report in reports], clean(names), keys, modules)
     for report in reports:
         if report.error is not None:
             fault(report.error)
@@ -115,9 +126,9 @@ def listed(reports: Sequence[inspect.Report], names: Mapping[str, str]) -> None:
     out.writerow((*columns, "error"))
     for report in reports:
         r = report.record
-        name = names.get(r["path"], r["path"])
+        name = safe(names.get(r["path"], r["path"]))
         if report.error is not None:
-            out.writerow((name, *([""] * (len(columns) - 1)), report.error.message))
+            out.writerow((name, *([""] * (len(columns) - 1)), safe(report.error.message)))
             continue
         kinds = " ".join(f"{kind}:{count}" for kind, count in r["algorithms"].items())
         cells = (r["kind"], r["family"], r["format"], kinds, " ".join(r["ranks"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from datetime import UTC, datetime
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__
-from adaptkit.errors import CannotWrite, UnreadableFile
+from adaptkit.errors import AdaptkitError, CannotWrite, UnreadableFile
 from adaptkit.files.header import unreadable
-from adaptkit.files.provenance import sha256
+from adaptkit.files.open import open_source
+from adaptkit.files.provenance import history, sha256
 from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Ledger"]
 
 LOG, HASHES = ".log.jsonl", ".hashes.jsonl"
+# how a line of either file begins
+_RECORD = re.compile(rb'\{"(event|path)": "')
 # seconds: a younger file may change again without a new time
 FRESH = 2.0
 # options that do not change the contents of the output
@@ -73,10 +77,13 @@ class Ledger:
         """Return the absolute paths of all outputs that earlier runs wrote or began."""
         return frozenset(_absolute(self.root / name) for name in (*self._done, *self._open))
 
-    def ours(self, output: Path) -> bool:
-        """Return whether this recipe wrote or began an output and may replace it."""
-        name = self.spelled(output)
-        return name in self._done or name in self._open
+    def ours(self, job: Job) -> bool:
+        """Return whether this recipe wrote or began an output and may replace it.
+
+        If the log lost its line, the output itself tells that it was made of the same inputs.
+        """
+        name = self.spelled(job.output)
+        return name in self._done or name in self._open or _made_by(job)
 
     def finished(self, job: Job) -> bool:
         """Return whether the output is intact and from the same inputs and options."""
@@ -176,6 +183,20 @@ class Ledger:
         return (whole.relative_to(root) if whole.is_relative_to(root) else whole).as_posix()
 
 
+def _made_by(job: Job) -> bool:
+    """Whether the last record in an output's metadata is of this command and these inputs."""
+    try:
+        with open_source(job.output) as source:
+            record = (history(source.metadata) or [None])[-1]
+    except AdaptkitError:
+        return False
+    if not isinstance(record, dict) or record.get("command") != job.command:
+        return False
+    told = json.dumps(record, ensure_ascii=False)
+    names = [json.dumps(item.path.name, ensure_ascii=False) for item in job.inputs]
+    return all(name in told for name in names)
+
+
 def _absolute(path: Path) -> Path:
     # does not follow symbolic links
     return Path(os.path.abspath(path))  # noqa: PTH100
@@ -190,12 +211,19 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     except OSError as error:
         raise unreadable(path, error) from error
     for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            yield record
+        for part in _apart(line):
+            try:
+                record = json.loads(part)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _apart(line: bytes) -> list[bytes]:
+    """The records of a line: several if one was cut and the next written behind it."""
+    starts = [found.start() for found in _RECORD.finditer(line)] or [0]
+    return [line[a:b] for a, b in zip(starts, [*starts[1:], len(line)], strict=True)]
 
 
 def _append(path: Path, record: Mapping[str, Any], *, sync: bool = False) -> None:

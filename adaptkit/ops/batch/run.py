@@ -8,6 +8,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import AdaptkitError, NoSuchName, WouldOverwrite, WrongUsage
@@ -18,7 +19,6 @@ from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from adaptkit.ops.batch.recipe import Job
     from adaptkit.ops.shared import Progress
@@ -37,7 +37,8 @@ class Options:
 
     `jobs` is the number of worker processes, 0 to work in this process; None is one, or one per CPU
     of a Ray cluster. `overwrite` also replaces outputs that this recipe did not write. `engine` is
-    `local`, or `ray` with the `address` of the cluster.
+    `local`, or `ray` with the `address` of the cluster. A job that takes longer than `timeout`
+    seconds fails. Outputs outside the recipe's folder need `allow_outside`.
     """
 
     jobs: int | None = None
@@ -45,6 +46,8 @@ class Options:
     overwrite: bool = False
     engine: str = "local"
     address: str | None = None
+    timeout: float | None = None
+    allow_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,26 @@ def plan(recipe: Path, options: Options) -> Plan:
         raise WrongUsage(f"--jobs must be >= 0, got {options.jobs}")
     if options.engine not in ENGINES:
         raise NoSuchName.among("engine", options.engine, ENGINES)
+    if options.timeout is not None and (options.jobs == 0 or options.engine != "local"):
+        raise WrongUsage("--timeout needs worker processes on this machine", hint="use --jobs 1")
     ledger = Ledger(recipe)
-    return Plan(recipe, options, _by_base(load(recipe, ledger.made())), ledger)
+    jobs = load(recipe, ledger.made())
+    if not options.allow_outside:
+        _check_inside(recipe, jobs)
+    return Plan(recipe, options, _by_base(jobs), ledger)
+
+
+def _check_inside(recipe: Path, jobs: Iterable[Job]) -> None:
+    """Refuse outputs outside the folder of a recipe, which a stranger may have written."""
+    # does not follow symbolic links
+    root = Path(os.path.abspath(recipe.parent))  # noqa: PTH100
+    for job in jobs:
+        if not Path(os.path.abspath(job.output)).is_relative_to(root):  # noqa: PTH100
+            raise WrongUsage(
+                f"{job.place} writes outside the folder of the recipe: {job.output}",
+                hint="--allow-outside permits it",
+                file=recipe,
+            )
 
 
 def _by_base(jobs: Iterable[Job]) -> tuple[tuple[Job, ...], ...]:
@@ -240,7 +261,7 @@ def _claimed(plan: Plan, job: Job) -> Job:
     allowed = (
         plan.options.overwrite
         or job.options.get("overwrite", False)
-        or plan.ledger.ours(job.output)
+        or (job.output.exists() and plan.ledger.ours(job))
     )
     if job.output.exists() and not allowed:
         hint = "pass --overwrite to replace it, or change the output in the recipe"
@@ -283,7 +304,7 @@ def _engine(options: Options) -> Engine:
         from adaptkit.ops.batch.ray_engine import Ray
 
         return Ray(options.jobs, options.address)
-    return Here() if options.jobs == 0 else Processes(options.jobs or 1)
+    return Here() if options.jobs == 0 else Processes(options.jobs or 1, options.timeout)
 
 
 class _Key:

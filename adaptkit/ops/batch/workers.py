@@ -204,6 +204,8 @@ class Processes:
     """
 
     workers: int = 1
+    # seconds for each job of a bundle
+    timeout: float | None = None
 
     def run(self, bundles: Iterable[Bundle]) -> Generator[tuple[Job, Outcome]]:
         """See `Engine`."""
@@ -217,6 +219,7 @@ class Processes:
                     worker = idle.pop() if idle else WorkerProcess(replies, self.workers)
                     busy[worker] = bundle
                     worker.send(bundle)
+                self._end_late(busy)
                 if busy and (answer := _next(replies)) is not None:
                     worker, line = answer
                     if worker in busy:
@@ -237,6 +240,16 @@ class Processes:
             for worker, bundle in busy.items():
                 worker.clean(bundle)
 
+    def _end_late(self, busy: Mapping[WorkerProcess, Bundle]) -> None:
+        """Kill the workers that take too long; they answer as those that died."""
+        for worker, bundle in busy.items():
+            late = self.timeout is not None and time.monotonic() - worker.began > (
+                self.timeout * len(bundle)
+            )
+            if late and not worker.late:
+                worker.late = True
+                worker.process.kill()
+
 
 def _next(
     replies: queue.SimpleQueue[tuple[WorkerProcess, bytes]],
@@ -251,6 +264,7 @@ class WorkerProcess:
     """A process that answers bundles as JSON lines; it sends an empty line when it ends."""
 
     def __init__(self, replies: queue.SimpleQueue[tuple[WorkerProcess, bytes]], count: int) -> None:
+        self.began, self.late = time.monotonic(), False
         # its stderr, open as long as the process
         self.said = tempfile.TemporaryFile()  # noqa: SIM115
         # only the parent receives ^C and decides
@@ -276,6 +290,7 @@ class WorkerProcess:
 
     def send(self, bundle: Bundle) -> None:
         """Send jobs; a dead process is reported by its empty line."""
+        self.began = time.monotonic()
         with contextlib.suppress(OSError):
             pipe = _pipe(self.process.stdin)
             pipe.write((json.dumps([job.to_dict() for job in bundle]) + "\n").encode())
@@ -285,6 +300,8 @@ class WorkerProcess:
         """Return the outcome of the job that was running when the process ended."""
         code = self.process.wait()
         self.clean(bundle)
+        if self.late:
+            return Outcome(error="it took longer than --timeout", hint="give it more seconds")
         hint = "memory may have run out: use fewer --jobs, or set memory in the recipe"
         if code < 0:
             return Outcome(error=f"its worker process was killed ({_signal(-code)})", hint=hint)

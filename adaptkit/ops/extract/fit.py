@@ -152,6 +152,8 @@ class Fitter:
                 # the last form may use up the difference
                 own = delta[place] if number + 1 == len(fits) else delta[place].clone()
                 form = self._form(job, recipe, weights.member(place), own)
+                if not all(map(math.isfinite, form.errors)):
+                    raise self._non_finite(job)
                 form.edge = _edge(form, found.noise / own.numel())
                 found.forms.append(form)
 

@@ -90,7 +90,8 @@ class _Target:
         """Round and write rows (b, k, n) from row `start`; return them as rounded."""
         rounded = self.out[:, : rows.shape[-2]].copy_(rows)
         for pieces, tensor in zip(self.pieces, rounded, strict=True):
-            pieces.put(tensor, start * rows.shape[-1])
+            # `_checked` sees what is not finite in the sums of all blocks, before anything appears
+            pieces.put(tensor, start * rows.shape[-1], copied=True)
         return rounded
 
 
