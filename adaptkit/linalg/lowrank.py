@@ -100,7 +100,7 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
     auto: a float64 Gram matrix if the smaller side N is at most 128 or 4k + 32 > N/2, where it is
     exact and cheaper. Otherwise seeded adaptive block Lanczos (Musco and Musco 2015; Halko,
     Martinsson and Tropp 2011) with a polish step: at most 0.1 % above the Eckart–Young optimum in
-    69 of 70 measured cases. exact: LAPACK in float64.
+    353 of 354 measured cases, 0.108 % in the other. exact: LAPACK in float64.
 
     Equal input gives equal bits, whatever its position in a batch. Inputs must be finite.
     """

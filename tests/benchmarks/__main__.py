@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import finetuning, inspecting, linalg, measure, renaming, resizing, sd15
+from tests.benchmarks import finetuning, inspecting, linalg, measure, peer, renaming, resizing, sd15
 
 PAGE = Path(__file__).parents[2] / "adaptkit" / "guide" / "reference" / "performance.md"
 WIDTH = 78  # of a recorded table: the guide is read on terminals of 80 columns
@@ -34,6 +34,10 @@ BENCHMARKS = {
         "how near the fits of a real fine-tune come to the optimum; needs the extra `bench`",
     ),
     "linalg": (linalg.run, "truncated_svd and nearest_kron against LAPACK"),
+    "peer": (
+        peer.run,
+        "extract from full-size SD 1.5 checkpoints against a script; needs 5 GB of disk",
+    ),
     "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 27 GB of disk"),
 }
 

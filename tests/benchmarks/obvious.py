@@ -1,4 +1,4 @@
-"""What a plain script does, to compare with: `python -m tests.benchmarks.obvious extract|merge|subtract …`. Written for this purpose.
+"""What a plain script does, to compare with: `python -m tests.benchmarks.obvious extract|stream|lost|merge|subtract …`. Written for this purpose.
 
 Both state dicts whole in memory in float32, a full SVD of every difference, cut to the rank. `extract` decomposes one layer
 of every shape and multiplies its time by the number of such layers (the whole takes minutes). Both files are loaded as a
@@ -55,6 +55,35 @@ def extract(base: Path, tuned: Path, rank: int, square: bool) -> dict[str, float
     }
 
 
+def stream(base: Path, tuned: Path, output: Path, rank: int) -> dict[str, float]:
+    """What a capable user writes: one difference at a time through torch's randomized SVD."""
+    held = {}
+    with safe_open(base, "pt") as first, safe_open(tuned, "pt") as second:
+        for name in list(second.keys()):
+            if not is_tuned_matrix(name, tuple(second.get_slice(name).get_shape())):
+                continue
+            delta = (second.get_tensor(name).float() - first.get_tensor(name).float()).flatten(1)
+            u, s, v = torch.svd_lowrank(delta, q=min(rank + 8, *delta.shape), niter=2)
+            root = s[:rank].sqrt()
+            held[f"{name}.up"] = (u[:, :rank] * root).half().contiguous()
+            held[f"{name}.down"] = (v[:, :rank] * root).mT.half().contiguous()
+    save_file(held, output)
+    return {"layers": len(held) / 2}
+
+
+def lost(base: Path, tuned: Path, output: Path) -> dict[str, float]:
+    """The relative error of what `stream` wrote, over the layers in it."""
+    norm = rest = 0.0
+    with safe_open(base, "pt") as first, safe_open(tuned, "pt") as second:
+        held = load_file(output)
+        for name in {key.rpartition(".")[0] for key in held}:
+            delta = (second.get_tensor(name).float() - first.get_tensor(name).float()).flatten(1)
+            norm += float(delta.norm()) ** 2
+            up, down = held[f"{name}.up"].float(), held[f"{name}.down"].float()
+            rest += float(delta.addmm_(up, down, alpha=-1.0).norm()) ** 2
+    return {"error": (rest / norm) ** 0.5}
+
+
 def merge(base: Path, adapter: Path, output: Path) -> dict[str, float]:
     """Every layer of the adapter (kohya's names) added in float32; the whole of it, nothing extrapolated."""
     from adaptkit.adapter import Adapter
@@ -93,15 +122,17 @@ def subtract(base: Path, tuned: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["extract", "merge", "subtract"])
+    parser.add_argument("what", choices=["extract", "stream", "lost", "merge", "subtract"])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--square", action="store_true")
     options = parser.parse_args()
     if options.what == "extract":
         found = extract(*options.files, options.rank, options.square)
+    elif options.what == "stream":
+        found = stream(*options.files, options.rank)
     else:
-        found = {"merge": merge, "subtract": subtract}[options.what](*options.files)
+        found = {"lost": lost, "merge": merge, "subtract": subtract}[options.what](*options.files)
     print(json.dumps(found))
 
 

@@ -31,6 +31,7 @@ def test_small(tmp_path: Path) -> None:
         "truncated_svd 320 × 320",
         "within 1.0 GB",
         "obvious merge",
+        "torch.svd_lowrank, streamed",
         "at 8 strengths",
     ):
         assert words in done.stdout, done.stdout
