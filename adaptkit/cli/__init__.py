@@ -14,7 +14,7 @@ import click
 
 from adaptkit import __version__
 from adaptkit.errors import AdaptkitError
-from adaptkit.process import explained
+from adaptkit.process import explained, give_back
 
 __all__ = ["cli", "main", "run"]
 
@@ -82,6 +82,7 @@ def main() -> NoReturn:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # headers are many small objects that live to the end: searching them for cycles cost 10 %
     gc.set_threshold(200_000, 20, 20)
+    give_back()
     try:
         code = cli.main(prog_name="adaptkit", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
