@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HUGE",
     "explained",
+    "give_back",
     "huge",
     "one_thread_here",
     "out_of_memory",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 HUGE = 1 << 22  # bytes: smaller blocks gain nothing
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 # seconds of sys.setswitchinterval: with Python's 5e-3 s, two workers took a tenth longer
 _TURN = 1e-4
 
@@ -119,6 +121,21 @@ def one_thread_here() -> None:
         finally:
             done.set()
             other.join()
+
+
+def give_back() -> None:
+    """Let the C library return large blocks to the system as soon as they are freed.
+
+    For programs that own their process. glibc would keep blocks of up to 32 MB for later, in every
+    thread: an extraction of a layer of 2560 × 5120 as a LoKr took 147 MB instead of the 113 that
+    its plan tells.
+    """
+    import ctypes
+
+    with suppress(OSError, AttributeError, TypeError):  # other libraries have no such setting
+        library = ctypes.CDLL(None)
+        for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            library.mallopt(parameter, HUGE)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -156,11 +156,13 @@ class Lora(Weights):
         return replace(self, up=up, down=down, scale=1.0, mid=None)
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        left, right = self.factors()
-        left, right = left.to(base.dtype) * strength, right.to(base.dtype)
+        up, right = self.up.to(base.dtype), self._right().to(base.dtype)
+        alpha = self.scale * strength
         if base.ndim == 2:
-            return base.addmm_(left, right)
-        return base.add_(left @ right) if base.ndim != 3 else base.baddbmm_(left, right)
+            return base.addmm_(up, right, alpha=alpha)
+        if base.ndim == 3:
+            return base.baddbmm_(up, right, alpha=alpha)
+        return base.add_(up @ right, alpha=alpha)
 
     @classmethod
     def applying(cls, numbers: int) -> int:

@@ -18,7 +18,7 @@ import click
 from adaptkit import __version__
 from adaptkit.cli.show.text import json_safe, safe, trouble
 from adaptkit.errors import InternalError
-from adaptkit.process import explained
+from adaptkit.process import explained, give_back
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,6 +141,7 @@ def main() -> NoReturn:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # headers are many small objects that live to the end: searching them for cycles cost 10 %
     gc.set_threshold(200_000, 20, 20)
+    give_back()
     try:
         code = cli.main(prog_name="adaptkit", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

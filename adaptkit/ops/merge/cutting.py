@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
 from adaptkit.keymap.kinds import dense_kind, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from torch import Tensor
 
@@ -17,9 +18,36 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.ops.merge.plan import Contribution
 
-__all__ = ["WHOLE", "part_of", "whole_slot"]
+__all__ = ["WHOLE", "Part", "part_of", "whole_slot"]
 
 WHOLE = "slot"  # beside the roles of a module: all rows of its layer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights that are added to rows [start, stop) of a tensor; equal `origin`, equal weights."""
+
+    weights: Weights
+    start: int
+    stop: int
+    origin: Hashable
+
+    def add(self, whole: Tensor, strength: float) -> None:
+        """Add to the whole tensor (..., m, n)."""
+        view = whole[..., self.start : self.stop, :]
+        applied = self.weights.apply(view, strength)
+        if applied is not view:
+            view.copy_(applied)
+
+    def within(self, first: int, last: int) -> tuple[int, int]:
+        """Return the rows within [first, last) that are added to, possibly an empty range."""
+        return max(first, self.start), min(last, self.stop)
+
+    def delta(self, first: int, last: int) -> Tensor:
+        """Return ΔW (..., last - first, n) of these rows of the tensor."""
+        if (first, last) == (self.start, self.stop):
+            return self.weights.delta()
+        return self.weights.some_rows(first - self.start, last - self.start)
 
 
 def whole_slot(base: Checkpoint, c: Contribution) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.cutting import WHOLE, part_of, whole_slot
+from adaptkit.ops.merge.cutting import Part as _Part
 from adaptkit.ops.merge.requantise import quantised, widened
 from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
 from adaptkit.ops.shared import torch_dtype
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.algorithms.contract import Weights
     from adaptkit.files.sink import Pieces
     from adaptkit.ops.merge.output import Output, Scattered
     from adaptkit.ops.merge.plan import Plan, TensorMerge
@@ -43,33 +43,6 @@ class Merged:
     weight: float
     delta: float
     rounding: float
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Weights that are added to rows [start, stop) of a tensor; equal `origin`, equal weights."""
-
-    weights: Weights
-    start: int
-    stop: int
-    origin: Hashable
-
-    def add(self, whole: Tensor, strength: float) -> None:
-        """Add to the whole tensor (..., m, n)."""
-        view = whole[..., self.start : self.stop, :]
-        applied = self.weights.apply(view, strength)
-        if applied is not view:
-            view.copy_(applied)
-
-    def within(self, first: int, last: int) -> tuple[int, int]:
-        """Return the rows within [first, last) that are added to, possibly an empty range."""
-        return max(first, self.start), min(last, self.stop)
-
-    def delta(self, first: int, last: int) -> Tensor:
-        """Return ΔW (..., last - first, n) of these rows of the tensor."""
-        if (first, last) == (self.start, self.stop):
-            return self.weights.delta()
-        return self.weights.some_rows(first - self.start, last - self.start)
 
 
 @dataclass(frozen=True)
@@ -149,6 +122,8 @@ class Blender:
         The joints have equal shapes and contributions, and their tensors are stacked. Return, for
         each joint, the result of each output.
         """
+        from adaptkit.linalg.precision import works_on_stacks
+
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
         found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
         whole: list[int] = []
@@ -161,9 +136,8 @@ class Blender:
             for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
                 found[n][number] = merged
         if rows:
-            for number, of_each in zip(
-                rows, self._by_rows(rows, joints, tensors, stored), strict=True
-            ):
+            merge_all = self._at_once if works_on_stacks(stored.device) else self._by_rows
+            for number, of_each in zip(rows, merge_all(rows, joints, tensors, stored), strict=True):
                 for n, merged in enumerate(of_each):
                     found[n][number] = merged
         return found
@@ -262,14 +236,58 @@ class Blender:
     def _checked(
         self, number: int, joint: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
     ) -> Merged:
-        weight, delta, rounding = (float(value) for value in sums)
-        merge = _present(joint.merges[number])
+        found = self._merged(
+            number, _present(joint.merges[number]), None, *(float(value) for value in sums)
+        )
+        pieces.close()
+        return found
+
+    # stacks on a device
+
+    def _at_once(
+        self,
+        numbers: Sequence[int],
+        joints: Sequence[JointMerge],
+        tensors: Mapping[str, Tensor],
+        stored: Tensor,
+    ) -> list[list[Merged]]:
+        """Merge a whole stack in few launches; nothing waits for the device before the results."""
+        flat = stored.reshape(*stored.shape[:2], math.prod(stored.shape[2:]))
+        return [self._one_output(number, joints, tensors, flat) for number in numbers]
+
+    def _one_output(
+        self,
+        number: int,
+        joints: Sequence[JointMerge],
+        tensors: Mapping[str, Tensor],
+        flat: Tensor,
+    ) -> list[Merged]:
+        import torch
+
+        from adaptkit.linalg.precision import compute_dtype
+
+        merged = flat.to(compute_dtype(flat), copy=True)
+        for part, strength in self._parts(number, joints[0], tensors, flat.shape[1]):
+            part.add(merged, strength)
+        out = merged.to(torch_dtype(_present(joints[0].merges[number]).dtype))
+        norms = [_norm(flat), _norm(merged - flat), _norm(merged - out)]
+        squares = torch.stack(norms).cpu().double().square()
+        shape = self.base.source.infos[joints[0].name].shape
+        host = out.cpu().reshape(len(joints), *shape)
+        return [
+            self._merged(number, _present(joint.merges[number]), host[n], *squares[:, n].tolist())
+            for n, joint in enumerate(joints)
+        ]
+
+    def _merged(
+        self, number: int, merge: TensorMerge, out: Tensor | None, *squares: float
+    ) -> Merged:
+        weight, delta, rounding = squares
         if not (math.isfinite(weight) and math.isfinite(delta)):
             raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
             raise self._too_large(number, merge)
-        pieces.close()
-        return Merged(None, None, weight, delta, rounding)
+        return Merged(out, None, weight, delta, rounding)
 
     # tensors as a whole
 
@@ -399,6 +417,13 @@ def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
 def _present(merge: TensorMerge | None) -> TensorMerge:
     assert merge is not None
     return merge
+
+
+def _norm(x: Tensor) -> Tensor:
+    """‖x‖ of each of a stack (b, m, n), in one launch."""
+    import torch
+
+    return torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
 
 
 def _square(x: Tensor) -> float:

@@ -60,7 +60,8 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
     started = time.perf_counter()
     options = plans[0].options
     found: list[dict[str, Merged]] = [{} for _ in plans]
-    steps = combined(plans)
+    resources = engine.Resources.choose(options.device, options.memory)
+    steps = combined(plans, at_once=not resources.on_cpu)
     with ExitStack() as last, ExitStack() as stack:
         hashes: dict[Path, str] = {}
         outputs = [stack.enter_context(_output(plan, hashes)) for plan in plans]
@@ -81,7 +82,6 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
                         output.put(merge.scale, result.scale)
                     records[merge.name] = replace(result, tensor=None, scale=None)
 
-        resources = engine.Resources.choose(options.device, options.memory)
         told = None if progress is None else lambda done: progress(done, len(steps))
         work = engine.Work(blender.load, blender.blend, store, held=_held)
         notes = engine.run(steps, work, resources, told)

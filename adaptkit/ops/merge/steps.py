@@ -49,27 +49,35 @@ def step_of(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -
     )
 
 
-def combined(plans: Sequence[Plan]) -> tuple[Step[JointMerge], ...]:
-    """Return one step per tensor that at least one output computes."""
+def combined(plans: Sequence[Plan], *, at_once: bool = False) -> tuple[Step[JointMerge], ...]:
+    """Return one step per tensor that at least one output computes.
+
+    `at_once` on devices that get whole tensors, not blocks of rows.
+    """
     base = plans[0].base
     found: dict[str, list[tuple[int, Step[TensorMerge]]]] = {}
     for number, plan in enumerate(plans):
         for step in plan.steps:
             found.setdefault(step.payload.name, []).append((number, step))
     return tuple(
-        _combined(name, steps, plans) for name in base.source.infos if (steps := found.get(name))
+        _combined(name, steps, plans, at_once)
+        for name in base.source.infos
+        if (steps := found.get(name))
     )
 
 
 def _combined(
-    name: str, steps: Sequence[tuple[int, Step[TensorMerge]]], plans: Sequence[Plan]
+    name: str,
+    steps: Sequence[tuple[int, Step[TensorMerge]]],
+    plans: Sequence[Plan],
+    at_once: bool,
 ) -> Step[JointMerge]:
     merges: list[TensorMerge | None] = [None] * len(plans)
     own, shared = 0, 0
     factors: dict[tuple[Path, Slot], int] = {}
     for number, step in steps:
         plan = plans[number]
-        sizes = _sizes(step.payload, plan.base)
+        sizes = _sizes(step.payload, plan.base, at_once=at_once)
         shared, own = max(shared, sizes[0]), own + sizes[1]
         factors |= _factors(step.payload, plan.adapters)
         merges[number] = step.payload
@@ -96,7 +104,7 @@ def _sources(
     )
 
 
-def _sizes(merge: TensorMerge, base: Checkpoint) -> tuple[int, int]:
+def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tuple[int, int]:
     """Return the bytes that all outputs of a tensor share, and the bytes of each output.
 
     A tensor in blocks of rows needs W as stored and four shared blocks, and one block per output.
@@ -105,6 +113,8 @@ def _sizes(merge: TensorMerge, base: Checkpoint) -> tuple[int, int]:
     """
     info = base.source.infos[merge.name]
     own = nbytes(merge.dtype, info.shape)
+    if by_rows(merge, base) and at_once:
+        return info.nbytes + 12 * info.numel, own  # W', ΔW of kinds without factors, W' - W
     if by_rows(merge, base):
         rows, columns = _matrix(info.shape)
         block = 4 * block_rows(rows, columns) * columns
