@@ -239,7 +239,7 @@ def test_inspect_says_unknown_and_promises_no_host(name: str, tmp_path: Path) ->
 
 def test_the_nearest_family_is_said() -> None:
     near = {
-        "JoyImageEditTransformer3DModel": "hunyuan-video",
+        "CogView3PlusTransformer2DModel": "glm-image",
         "OvisImageTransformer2DModel": "flux",
     }
     for name, family in near.items():
