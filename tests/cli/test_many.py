@@ -222,3 +222,21 @@ def test_a_reader_that_has_ended_is_no_failure(tiny: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.read().strip() == "code 0"
     process.wait()
+
+
+def test_progress_off_a_terminal_is_a_plain_line_now_and_then(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (
+        "resize",
+        tiny / LORA,
+        "--rank",
+        "1",
+        "--overwrite",
+        "-o",
+        tmp_path / "o.safetensors",
+    )
+    assert "resizing:" not in adaptkit(*arguments).stderr  # too short to say anything
+    monkeypatch.setattr("adaptkit.cli.show.talk._SECONDS", 0.0)
+    assert "resizing: 104 of 104" in adaptkit(*arguments).stderr
+    assert "resizing:" not in adaptkit(*arguments, "-q").stderr

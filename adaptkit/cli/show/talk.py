@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ __all__ = ["Talk", "fault", "write", "write_each"]
 
 # keys named per reason
 _FEW = 2
+_SECONDS = 10.0  # between lines of progress
 
 
 def fault(error: AdaptkitError) -> None:
@@ -43,8 +45,11 @@ class Talk:
     @contextmanager
     def progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
         """Show a bar on stderr, on a terminal only."""
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet:
             yield None
+            return
+        if not sys.stderr.isatty():
+            yield _Plainly(what)
             return
         from rich.progress import (
             BarColumn,
@@ -182,6 +187,19 @@ def write_each(
 
 def _summary(name: str, value: object) -> bool:
     return name not in ("details", "unused", "output") and value not in ("", None, [])
+
+
+class _Plainly:
+    """Progress off a terminal: a plain line every ten seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.said = what, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.said >= _SECONDS:
+            self.said = now
+            click.echo(f"{self.what}: {done} of {total}", err=True)
 
 
 def _row(one: Done) -> tuple[str, ...]:
