@@ -24,6 +24,7 @@ from adaptkit.entries import (
     Entry,
     alike,
     as_part,
+    per_head,
     read_entries,
     without_carried,
 )
@@ -166,7 +167,7 @@ class Adapter:
     ) -> Adapter:
         meaning = Meaning.of(source.metadata, config, alpha)
         reader, entries = read_entries(source, keys, meaning, infos)
-        reader.problems += meaning.problems()
+        reader.problems += (*meaning.problems(), *per_head(keys, infos))
         return cls(
             source,
             keys.family,
@@ -323,12 +324,7 @@ def _unknown(
 
     Raises `UnknownAdapter` if no format fits either.
     """
-    made = fallback(infos, format) if is_adapter(infos) else None
-    if made is not None and family is not None:
-        # none of its names is in the table that the user names: all are its own
-        keys = _with_own(compile_keys(family, made[1].name), infos)
-        if any(keys.parse(key) is not None for key in infos):
-            return keys, replace(found, family=family, format=keys.format.name)
+    made = fallback(infos, format) if not family and is_adapter(infos) else None
     whole = detect_checkpoint(infos, {}) if made is None else None
     if whole is not None and whole.family is not None and whole.claimed > FEW:
         raise UnknownAdapter(
@@ -337,7 +333,7 @@ def _unknown(
             hint="`adaptkit extract BASE TUNED` makes an adapter of two checkpoints; "
             "`merge BASE ADAPTER` takes the checkpoint first",
         )
-    if made is None or family is not None:
+    if made is None:
         first = next(iter(infos), "nothing")
         raise UnknownAdapter(
             "no known family and key format claims these keys",

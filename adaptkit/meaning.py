@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIFFUSERS_CONFIG",
-    "FLAT_ALPHA",
     "PEFT_CONFIG",
     "SAY",
     "AsRead",
@@ -39,6 +38,7 @@ __all__ = [
     "as_read",
     "otherwise",
     "refuse_errors",
+    "states_alpha",
 ]
 
 PEFT_CONFIG = "adapter_config.json"
@@ -56,6 +56,9 @@ OFT_COMPUTED: Mapping[str, object] = MappingProxyType(
 # not kohya's `ss_network_alpha`, which outlives every change of a file
 FLAT_ALPHA = ("lora_alpha", "alpha", "network_alpha")
 FLAT_RANK = ("rank", "lora_rank", "r", "network_dim", "ss_network_dim")
+# they may stand behind the name of a component, or in a configuration as JSON
+_SETTING = re.compile(r"(?:(?:unet|transformer|text_encoder)(?:_\d)?\.)?(\w+)")
+PACKED = ("lora_config", "adapter_config")
 AS_RANK = "as-rank"
 SAY = "say which counts: --alpha-in VALUE, or --alpha-in as-rank"
 _FLOAT32 = 1e-6  # alpha is stored as float32
@@ -173,7 +176,8 @@ class Meaning:
         `ranks` are those of its modules. It counts if the metadata states their rank too;
         otherwise nothing tells whether it was multiplied into the weights long ago.
         """
-        stated = {key: self.metadata[key] for key in FLAT_ALPHA if key in self.metadata}
+        settings = list(_flat(self.metadata))
+        stated = {key: value for key, name, value in settings if name in FLAT_ALPHA}
         if self.given is not None:
             return None, None
         if not stated:
@@ -184,8 +188,9 @@ class Meaning:
             what = f"the metadata contradicts itself: {shown}"
             return None, Problem("error", None, what, SAY)
         (alpha,) = alphas
-        known = {_number(self.metadata[key]) for key in FLAT_RANK if key in self.metadata}
-        if alpha is not None and known == set(ranks):
+        known = {_number(value) for _, name, value in settings if name in FLAT_RANK}
+        rooted = any(name == "use_rslora" and value == "True" for _, name, value in settings)
+        if alpha is not None and known == set(ranks) and not rooted:
             what = f"alpha is {alpha:g} as the metadata says, which most hosts ignore"
             return alpha, Problem("warning", None, what)
         what = f"the metadata states {shown} without the rank of these modules; alpha = rank counts"
@@ -245,6 +250,26 @@ def otherwise(kind: type[Weights], role: str, window: int) -> str:
         f"PEFT multiplies {kind.roles[role].spelling} of a {window}-dimensional convolution "
         "otherwise than all other readers"
     )
+
+
+def states_alpha(key: str) -> bool:
+    """Whether a metadata key may state an alpha for a whole file, see `flat_alpha`."""
+    found = _SETTING.fullmatch(key)
+    return key in PACKED or (found is not None and found[1] in FLAT_ALPHA)
+
+
+def _flat(metadata: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """(key, setting, value) of the settings that metadata state, not for single modules."""
+    for key, value in metadata.items():
+        if key in PACKED:
+            try:
+                packed = read_json(value, key)
+            except ValueError:
+                continue
+            for name, setting in packed.items() if isinstance(packed, dict) else ():
+                yield f"{key}: {name}", name, str(setting)
+        elif found := _SETTING.fullmatch(key):
+            yield key, found[1], value
 
 
 def _check_alpha(given: str | None) -> None:

@@ -44,7 +44,7 @@ CHAINS = {
     "": (*FLOORS[0], *FLOORS[3], *FLOORS[4]),
     "files": (
         "limits", "header", "provenance", "pickled", "tensors", "source", "open",
-        "quantized", "_exchange", "publish", "output_file", "sink", "spool",
+        "quantized", "_exchange", "leftovers", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
         "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",

@@ -296,10 +296,50 @@ def test_an_alpha_beside_its_rank_in_the_metadata_counts(tmp_path: Path, key: st
     assert scale_of(folded) == 1.0
 
 
+RANKED = {"lora_alpha": 1, "r": RANK}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "diffusers"),
+    [
+        ({"lora_alpha": "1", "r": str(RANK)}, False),
+        ({"transformer.lora_alpha": "1", "transformer.r": str(RANK)}, False),
+        ({"lora_config": json.dumps(RANKED)}, False),
+        ({"adapter_config": json.dumps(RANKED | {"peft_type": "LORA"})}, False),
+        ({"lora_adapter_metadata": json.dumps(RANKED)}, False),
+        (
+            {
+                "lora_adapter_metadata": json.dumps(
+                    {f"transformer.{k}": v for k, v in RANKED.items()}
+                )
+            },
+            True,
+        ),
+    ],
+)
+def test_wherever_the_metadata_state_alpha_it_counts_once(
+    tmp_path: Path, metadata: dict[str, str], diffusers: bool
+) -> None:
+    """diffusers reads it under the component's name in its own metadata only, which its loader shows."""
+    path = flat(tmp_path / "a.safetensors", metadata)
+    assert scale_of(path) == 1 / RANK
+    record = inspect.run(path, inspect.Options(family="flux")).record
+    assert record["alpha_source"] == "metadata"
+    assert record["loads_in"]["diffusers"] is diffusers, record["why"]
+    assert diffusers or "in metadata that it does not read" in record["why"]["diffusers"]
+    for to in ("kohya", "diffusers", "comfy"):
+        out = tmp_path / f"{to}.safetensors"
+        options = convert.Options(to=to, family="flux", dtype="fp32", output=out)
+        convert.run(convert.plan(path, options))
+        report = compare.run(compare.plan(path, out, compare.Options(family="flux")))
+        assert report.relative_error < 1e-6
+
+
 @pytest.mark.parametrize(
     ("metadata", "scale"),
     [
         ({"alpha": "1"}, 1.0),  # nothing tells whether it was folded
+        ({"lora_config": json.dumps(RANKED | {"use_rslora": True})}, 1.0),
         ({"alpha": "1", "rank": "77"}, 1.0),
         ({"ss_network_alpha": "1", "ss_network_dim": str(RANK)}, 1.0),  # outlives every change
         ({"alpha": "many", "rank": str(RANK)}, 1.0),

@@ -229,10 +229,7 @@ def test_vectors_of_a_layer_that_no_table_names(tmp_path: Path) -> None:
     extra = {f"{FLUX_OWN}.weight": OWN_SHAPE, f"{FLUX_OWN}.bias": (24,), "new_norm.weight": (40,)}
     base = checkpoint(tmp_path / "base.safetensors", extra)
     tensors = {k: v.float() for k, v in load_file(base).items()}
-    changed = {
-        k: v + 1.0 if k in (f"{FLUX_OWN}.bias", "new_norm.weight") else v
-        for k, v in tensors.items()
-    }
+    changed = {k: v if k == f"{FLUX_OWN}.weight" else v + 1.0 for k, v in tensors.items()}
     save_file(changed, tmp_path / "tuned.safetensors")
     output, merged = tmp_path / "out.safetensors", tmp_path / "merged.safetensors"
     options = ops.extract.Options(

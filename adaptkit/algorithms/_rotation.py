@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["Rotation", "cayley", "toward"]
 
 
+COLUMNS = 1 << 20  # entries of a weight turned at a time
+
+
 @dataclass(frozen=True, eq=False)
 class Rotation(Weights):
     """Output rows turned by stored blocks, then perhaps rescaled (OFT and BOFT of LyCORIS).
@@ -32,6 +35,7 @@ class Rotation(Weights):
 
     additive: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
+    turn_copies: ClassVar[float] = 1.5  # float32 copies of the columns that are turned at a time
     dims: ClassVar[int]  # dimensions of the stored blocks; they differ between the kinds
     roles: ClassVar[Mapping[str, Role]] = roles(
         blocks=Role("oft_blocks"), rescale=Role("rescale"), alpha=Role(ALPHA)
@@ -79,24 +83,32 @@ class Rotation(Weights):
             "what a rotation changes depends on the weight", hint="merge it into its checkpoint"
         )
 
-    def turned(self, blocks: Tensor, weight: Tensor, bound: float) -> Tensor:
-        """One weight (rows, columns) with its rows turned by its blocks."""
+    def turned(self, turns: Tensor, weight: Tensor) -> Tensor:
+        """Columns (rows, k) of one weight with their rows turned, by R of its blocks."""
         raise NotImplementedError
 
+    @classmethod
+    def applying(cls, numbers: int) -> int:
+        return int(4 * cls.turn_copies * min(numbers, COLUMNS))
+
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        import torch
 
         # the bound on the norm of all generators together; alpha 0 means none
         bound = self.bound * self.rows if self.bound > 0 else math.inf
         many = self.blocks.reshape(-1, *self.blocks.shape[-self.dims :])
-        weights = base.reshape(-1, *base.shape[-2:])
-        merged = torch.stack(
-            [self.turned(one, weight, bound) for one, weight in zip(many, weights, strict=True)]
-        )
-        merged = merged.reshape(base.shape)
-        if self.rescale is not None:
-            merged = merged * self.rescale.to(base.dtype)
-        return toward(base, merged, strength)
+        scales = None if self.rescale is None else self.rescale.reshape(len(many), -1, 1)
+        whole = base if base.ndim == 3 else base.reshape(-1, *base.shape[-2:])
+        # columns turn by themselves: a part at a time takes no copy of the weight
+        step = max(1, COLUMNS // max(1, base.shape[-2]))
+        for n, weight in enumerate(whole):
+            turns = cayley(many[n], bound).to(base.dtype)
+            for start in range(0, base.shape[-1], step):
+                part = weight[:, start : start + step]
+                turned = self.turned(turns, part)
+                if scales is not None:
+                    turned = turned * scales[n].to(base.dtype)
+                part.copy_(toward(part, turned, strength))
+        return whole.reshape(base.shape)
 
     def folded(self) -> Self:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptkit.algorithms._rotation import Rotation, cayley
+from adaptkit.algorithms._rotation import Rotation
 from adaptkit.algorithms._stored import Facts, Shapes, Stated, matched
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Boft(Rotation):
 
     name: ClassVar[str] = "boft"
     title: ClassVar[str] = "BOFT"
+    turn_copies: ClassVar[float] = 3.2
     dims: ClassVar[int] = 4
 
     @classmethod
@@ -34,9 +35,9 @@ class Boft(Rotation):
         matched(whole, "blocks", shapes)
         return found
 
-    def turned(self, blocks: Tensor, weight: Tensor, bound: float) -> Tensor:
-        b, columns = blocks.shape[-1], weight.shape[-1]
-        for stage, turn in enumerate(cayley(blocks, bound).to(weight.dtype)):
+    def turned(self, turns: Tensor, weight: Tensor) -> Tensor:
+        b, columns = turns.shape[-1], weight.shape[-1]
+        for stage, turn in enumerate(turns):
             apart = 2**stage * (b // 2)
             grouped = weight.reshape(-1, 2, apart, columns).transpose(1, 2).reshape(-1, b, columns)
             turned = (turn @ grouped).reshape(-1, apart, 2, columns)

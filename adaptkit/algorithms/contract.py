@@ -62,7 +62,6 @@ class Weights(Truncation):
     # what it holds exactly
     dense: ClassVar[bool] = False  # stores ΔW itself: holds any difference, has no rank
     low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
-    applies_in_place: ClassVar[bool] = False  # `apply` never forms ΔW
     by_rows: ClassVar[bool] = False  # some rows of what `computed` gives cost their share of ΔW
     cores: ClassVar[frozenset[str]] = frozenset()  # roles that `unrolled` multiplies out
 
@@ -79,7 +78,7 @@ class Weights(Truncation):
     extractable: ClassVar[bool] = False
     fit_options: ClassVar[frozenset[str]] = frozenset()  # options of `extract` for this kind alone
     default_rank: ClassVar[int | None] = None  # without a rank rule; None: the fullest form
-    fit_copies: ClassVar[int] = 2  # float32 copies of ΔW that are alive while it is fitted
+    fit_copies: ClassVar[float] = 2  # float32 copies of ΔW that are alive while it is fitted
     refits: ClassVar[bool] = False  # fitting again at the chosen rank beats cutting the ladder
     against_low_rank: ClassVar[bool] = False  # report what a LoRA of as many numbers would keep
 
@@ -159,6 +158,11 @@ class Weights(Truncation):
         May overwrite `base` and return it.
         """
         return base.add_(self.delta(), alpha=strength)
+
+    @classmethod
+    def applying(cls, numbers: int) -> int:
+        """Bytes that `apply` takes beside a float32 W of so many numbers."""
+        return 6 * numbers
 
     @property
     def rows(self) -> int:

@@ -231,7 +231,8 @@ def _axis(shapes: Shapes, facts: Facts) -> str:
     """The axis of the stored magnitudes; ShapeMismatch if they fit neither."""
     role = next(role for role in STORED if role in shapes)
     shape = shapes[role]
-    inputs = facts.columns // math.prod(facts.kernel or ())
+    matched(math.prod(shape) > 0 and bool(shape), role, shapes)
+    inputs = facts.columns // max(1, math.prod(facts.kernel or ()))
     if role == "vector" or len(shape) == 1:
         matched(math.prod(shape) == facts.rows, role, shapes)
         return OUTPUT

@@ -28,6 +28,7 @@ class Full(Weights):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full difference"
     dense: ClassVar[bool] = True
+    fit_copies: ClassVar[float] = 3.5
     by_rows: ClassVar[bool] = True
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"

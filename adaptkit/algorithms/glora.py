@@ -77,6 +77,10 @@ class Glora(Weights):
             "what a GLoRA adds depends on the weight", hint="merge it into its checkpoint"
         )
 
+    @classmethod
+    def applying(cls, numbers: int) -> int:
+        return 10 * numbers
+
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """W + strength · ΔW, linear in the strength as in LyCORIS."""
         a1, a2, b1, b2 = (tensor.to(base.dtype) for tensor in (self.a1, self.a2, self.b1, self.b2))

@@ -42,7 +42,6 @@ class Lora(Weights):
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA / LoCon"
     low_rank: ClassVar[bool] = True
-    applies_in_place: ClassVar[bool] = True
     by_rows: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
@@ -50,7 +49,7 @@ class Lora(Weights):
     extractable: ClassVar[bool] = True
     fit_options: ClassVar[frozenset[str]] = frozenset({"alpha", "clamp_quantile"})
     default_rank: ClassVar[int | None] = 32
-    fit_copies: ClassVar[int] = 1
+    fit_copies: ClassVar[float] = 1
     network_module: ClassVar[str] = "networks.lora"
     peft_type: ClassVar[str] = "LORA"
     peft_alpha: ClassVar[str] = "lora_alpha"
@@ -162,6 +161,10 @@ class Lora(Weights):
         if base.ndim == 2:
             return base.addmm_(left, right)
         return base.add_(left @ right) if base.ndim != 3 else base.baddbmm_(left, right)
+
+    @classmethod
+    def applying(cls, numbers: int) -> int:
+        return 0
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])

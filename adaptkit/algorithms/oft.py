@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._rotation import Rotation, cayley
+from adaptkit.algorithms._rotation import Rotation
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ class Oft(Rotation):
     title: ClassVar[str] = "OFT (DiagOFT)"
     dims: ClassVar[int] = 3
 
-    def turned(self, blocks: Tensor, weight: Tensor, bound: float) -> Tensor:
-        cut = weight.reshape(*blocks.shape[:2], weight.shape[-1])
-        return (cayley(blocks, bound).to(weight.dtype).mT @ cut).reshape(weight.shape)
+    def turned(self, turns: Tensor, weight: Tensor) -> Tensor:
+        cut = weight.reshape(*turns.shape[:2], weight.shape[-1])
+        return (turns.mT @ cut).reshape(weight.shape)
 
     def part(self, start: int, stop: int) -> Self:
         """Exact if the cut falls between blocks and no bound ties them together."""

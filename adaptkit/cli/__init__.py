@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 from contextlib import suppress
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from adaptkit import __version__
+from adaptkit.cli.show.text import json_safe, safe, trouble
 from adaptkit.errors import InternalError
 from adaptkit.process import explained
 
@@ -36,6 +38,7 @@ _ORDER = (
     "compare",
     "metadata",
     "batch",
+    "clean",
     "formats",
     "families",
     "algorithms",
@@ -126,8 +129,12 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line; exit with 0 (done), 1 (failed), 2 (usage) or 130 (interrupted)."""
+    """Run the command line; exit with 0 (done), 1 (failed), 2 (usage) or 130 (interrupted).
+
+    A termination cleans up as an interrupt does: SIGTERM exits with 143, SIGHUP with 129.
+    """
     _utf8()
+    _catch_signals()
     # torch's threads spin while they wait: next to one busy process, an SVD took 13 times longer
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # NumPy multiplies no matrix here, and its threads spin at the start
@@ -140,12 +147,15 @@ def main() -> NoReturn:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as usage:
+        usage.message = safe(usage.message)
         _document(type(usage).__name__, usage.format_message())
         usage.show()
         sys.exit(usage.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(_INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        # Click turns either into an Abort
+        told = stop.__cause__ or stop
+        click.echo("terminated" if isinstance(told, Terminated) else "interrupted", err=True)
+        sys.exit(getattr(told, "code", _INTERRUPTED))
     except (_ReaderGoneError, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -162,10 +172,35 @@ def run() -> NoReturn:
         main()
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt as stop:
+        # a second signal, while the first was told
+        code = getattr(stop, "code", _INTERRUPTED)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code if isinstance(code, int) else 0)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal to end; handled wherever ^C is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+
+
+def _catch_signals() -> None:
+    """Let SIGTERM and SIGHUP clean up; a signal that the parent ignores (nohup) stays ignored."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise Terminated(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # outside the main thread, handlers cannot be set
+        with suppress(ValueError):
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, stop)
 
 
 def _document(kind: str, message: str, facts: Mapping[str, str | None] | None = None) -> None:
@@ -174,7 +209,8 @@ def _document(kind: str, message: str, facts: Mapping[str, str | None] | None = 
         return
     told = {"hint": None, "file": None, "tensor": None, **(facts or {})}
     error = {**told, "type": kind, "message": message}
-    click.echo(json.dumps({"adaptkit": __version__, "error": error}, ensure_ascii=False, indent=2))
+    text = json.dumps({"adaptkit": __version__, "error": error}, ensure_ascii=False, indent=2)
+    click.echo(json_safe(text))
 
 
 def _utf8() -> None:
@@ -192,7 +228,5 @@ def _fail(message: str, hint: str | None, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    click.echo(click.style("error:", fg="red", bold=True) + f" {message}", err=True)
-    if hint:
-        click.echo(click.style("hint:", fg="cyan", bold=True) + f" {hint}", err=True)
+    trouble(message, hint)
     sys.exit(code)

@@ -6,7 +6,7 @@ Gemma 2 2B. Source: diffusers' `convert_sana_transformer_to_diffusers`.
 from __future__ import annotations
 
 from adaptkit.families._plain import matrices, norms, parameters
-from adaptkit.families.contract import Mark, ModelFamily, pair, sizes, split, transformer
+from adaptkit.families.contract import Kind, Mark, ModelFamily, pair, sizes, split, transformer
 
 OURS, THEIRS = "blocks.{i:60}.", "transformer_blocks.{i:60}."
 WORDS = (
@@ -44,7 +44,11 @@ ROWS = (
     *matrices(f"{THEIRS}attn2.to_q", f"{THEIRS}attn(1|2).to_out.0", words=WORDS),
     *norms(f"{THEIRS}attn(1|2).norm_(q|k)", words=WORDS),
     *matrices(f"{THEIRS}ff.conv_(inverted|point)", words=WORDS, kernel=(1, 1)),
-    *matrices(f"{THEIRS}ff.conv_depth", words=WORDS, kernel=(3, 3)),
+    # each channel by itself, of which a low-rank product is no change
+    *(
+        one._replace(kind=Kind.EMBEDDING)
+        for one in matrices(f"{THEIRS}ff.conv_depth", words=WORDS, kernel=(3, 3))
+    ),
     *matrices(f"{THEIRS}ff.conv_temp", words=WORDS, kernel=(3, 1)),  # Sana-Video
     *parameters(f"{THEIRS}scale_shift_table", words=WORDS),
     *parameters("scale_shift_table", words=(("scale", "final_layer.scale"),)),
@@ -52,9 +56,7 @@ ROWS = (
 )
 
 # the MLP's gate and value are five widths together
-SIZES = sizes("dxd 3dxd 2dxd 6dxd 5dxd dx2304", 1152, 2240) | sizes(
-    "2240x5600 1152x2880 11200x1 5760x1"
-)
+SIZES = sizes("dxd 3dxd 2dxd 6dxd 5dxd dx2304", 1152, 2240) | sizes("2240x5600 1152x2880")
 
 FAMILY = ModelFamily(
     name="sana",

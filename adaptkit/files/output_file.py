@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import CorruptFile
+from adaptkit.files._exchange import rename_new
 from adaptkit.files.header import unreadable
-from adaptkit.files.publish import cannot_write, check_target, refuse_existing, sync_folder
+from adaptkit.files.leftovers import forget, hidden, lock, remove_dead
+from adaptkit.files.publish import cannot_write, check_target, sync_folder
 
 if TYPE_CHECKING:
     import io
@@ -98,12 +100,12 @@ class OutputFile:
         self._cause: BaseException | None = None  # the failure that closed the file
         self._flusher = _Flusher(size)
         check_target(self.path, size, overwrite)
-        self._temporary = self.path.with_name(
-            f".{self.path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part"
-        )
+        remove_dead(self.path)
+        self._temporary = hidden(self.path)
         try:
             with self._os_errors():
                 self._file = self._temporary.open("x+b", buffering=0)  # mode 0666 less the umask
+                lock(self._file)
                 # the final size first: writes come in any order
                 self._file.truncate(size)
         except BaseException:
@@ -121,14 +123,16 @@ class OutputFile:
                 if sync:
                     # data must be on the disk before the rename is, or a power failure leaves zeros
                     os.fsync(file.fileno())
-            # again: another process may have created it meanwhile
-            if not self.overwrite:
-                refuse_existing(self.path)
             with self._os_errors():
-                self._temporary.replace(self.path)
+                if self.overwrite:
+                    self._temporary.replace(self.path)
+                else:
+                    # another process may have created it meanwhile: neither is lost
+                    rename_new(self._temporary, self.path)
         except BaseException:
             self.abort()
             raise
+        forget(self._temporary)
         if sync:
             sync_folder(self.path.parent)
 
@@ -140,6 +144,7 @@ class OutputFile:
                 file.close()
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
+            forget(self._temporary)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import CannotWrite, WouldOverwrite
-from adaptkit.files._exchange import exchange
+from adaptkit.files._exchange import exchange, rename_new
+from adaptkit.files.leftovers import forget, hidden, remove_dead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Set
@@ -18,14 +19,17 @@ __all__ = [
     "cannot_write",
     "check_folder",
     "check_target",
+    "exists",
     "publish_folder",
     "refuse_existing",
     "sync_folder",
 ]
 
 
-def cannot_write(path: Path, error: OSError, needed: int) -> CannotWrite:
+def cannot_write(path: Path, error: OSError, needed: int) -> CannotWrite | WouldOverwrite:
     """Turn an `OSError` into a `CannotWrite` with the system's message and a hint."""
+    if isinstance(error, FileExistsError):
+        return exists(path)
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return CannotWrite(
             f"the disk is full: {needed} bytes are needed", file=path, hint="free space or use -o"
@@ -45,9 +49,14 @@ def cannot_write(path: Path, error: OSError, needed: int) -> CannotWrite:
 def refuse_existing(path: Path) -> None:
     """Raise `WouldOverwrite` if the path exists."""
     if path.exists():
-        raise WouldOverwrite(
-            "the output exists", file=path, hint="use --overwrite, or another name with -o"
-        )
+        raise exists(path)
+
+
+def exists(path: Path) -> WouldOverwrite:
+    """The error for an output that exists."""
+    return WouldOverwrite(
+        "the output exists", file=path, hint="use --overwrite, or another name with -o"
+    )
 
 
 def check_target(path: Path, needed: int, overwrite: bool) -> None:
@@ -103,8 +112,9 @@ def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> I
     between them leaves only the hidden `.old` folder.
     """
     check_folder(path, known, overwrite)
-    token = f"{os.getpid()}-{os.urandom(4).hex()}"
-    made, old = (path.with_name(f".{path.name[:48]}.{token}.{end}") for end in ("part", "old"))
+    remove_dead(path)
+    made = hidden(path)
+    old = made.with_suffix(".old")
     try:
         made.mkdir()
         yield made
@@ -113,11 +123,12 @@ def publish_folder(path: Path, known: Set[str], *, overwrite: bool = False) -> I
         if not (path.exists() and exchange(made, path)):
             if path.exists():
                 path.rename(old)
-            made.rename(path)
+            rename_new(made, path)
     except OSError as error:
         raise cannot_write(path, error, 0) from error
     finally:
         _remove_folder(made)
+        forget(made)
         # the second rename failed: put the old folder back
         if old.exists() and not path.exists():
             old.rename(path)

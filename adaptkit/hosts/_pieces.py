@@ -19,6 +19,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.hosts.contract import Piece
 from adaptkit.keymap import algorithms, compile_keys, keys_for
 from adaptkit.keymap.kinds import low_rank_kind
+from adaptkit.meaning import Meaning, states_alpha
 from adaptkit.names import WEIGHT, Slot, Target
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
     parsed = [adapter.keys.parse(key) for _, key in entry.tensors()]
     modules = [found.module for found in parsed if found is not None]
     scaled = entry.facts.scale != 1.0 and not entry.kind.bounded
+    stated = scaled and entry.alpha_source == "metadata"
     rank = entry.facts.rank
     return Piece(
         slot=entry.slot,
@@ -61,9 +63,16 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
         suffixes=tuple(found.spelled for found in parsed if found is not None),
         alpha=entry.alpha if entry.alpha is not None or rank is None else float(rank),
         told=ALPHA in entry.keys and not entry.kind.bounded,
-        stated=scaled and entry.alpha_source == "metadata",
+        stated=stated,
+        loose=stated and _loose(adapter, entry.slot.component),
         axis=_axis(adapter, entry),
     )
+
+
+def _loose(adapter: Adapter, component: str) -> bool:
+    """Whether the metadata state an alpha where neither PEFT nor diffusers reads it."""
+    parts = Meaning.of(adapter.metadata, None).configs
+    return component not in parts and ("" in parts or any(map(states_alpha, adapter.metadata)))
 
 
 def _stem(entry: Entry, suffix: str) -> str:

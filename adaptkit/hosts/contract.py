@@ -68,7 +68,8 @@ class Piece:
     `stem` is a key without its suffix. `names` are the (naming, name) pairs of the family's table
     under which the module has the file's name, `suffixes` the ends of its tensors' keys, `kernel`
     the dimensions of its window, `columns` the width of its input. `alpha` is the number that a
-    host takes for alpha; `told`: a tensor states it, `stated`: only metadata does. `axis` is that
+    host takes for alpha; `told`: a tensor states it, `stated`: only metadata does, `loose`: only
+    metadata that are neither PEFT's configuration nor diffusers' for the component. `axis` is that
     of DoRA's norm.
     """
 
@@ -83,6 +84,7 @@ class Piece:
     alpha: float | None = None
     told: bool = False
     stated: bool = False
+    loose: bool = False
     axis: str = ""
 
     @property
@@ -101,9 +103,10 @@ class Loss:
     after those of biases). `algorithms`: one of these; `besides`: none of these. `named`: the name
     is of this naming; `unnamed`: it is not (only denoisers, as text encoders have Hugging Face
     names everywhere). `suffix`: a tensor's suffix matches from its start. `kernel`: the window has
-    this many dimensions. `told`: a tensor states alpha; `untold`: none does;
-    `stated`: only metadata does; `odd`: alpha is not the component's most common one. `axis`: that
-    of DoRA. `whole`: one such module makes the host refuse the file or load nothing.
+    this many dimensions. `told`: a tensor states alpha; `untold`: none does; `stated`: only
+    metadata does, `loose`: only such as are neither PEFT's nor diffusers'; `odd`: alpha is not the
+    component's most common one. `axis`: that of DoRA. `whole`: one such module makes the host
+    refuse the file or load nothing.
     """
 
     what: str
@@ -117,6 +120,7 @@ class Loss:
     told: bool = False
     untold: bool = False
     stated: bool = False
+    loose: bool = False
     odd: bool = False
     axis: str = ""
     whole: bool = False
@@ -138,6 +142,7 @@ class Loss:
             and (not self.told or piece.told)
             and (not self.untold or not piece.told)
             and (not self.stated or piece.stated)
+            and (not self.loose or piece.loose)
             and (not self.odd or (piece.told and piece.alpha != common.get(piece.slot.component)))
             and (not self.axis or piece.axis == self.axis)
         )

@@ -64,6 +64,8 @@ NO_ALPHA = Loss(
 SINGLE = Loss(
     "lose their DoRA magnitudes", algorithms=DORA, modules=r"single_blocks\.\d+\.linear2$"
 )
+# a layer of this name that is a layer itself
+OUT = replace(SINGLE, modules=r"\.to_out$", suffix="lora_magnitude_vector")
 TWO_SPELLINGS = Loss(
     "are called lora.down and lora.up beside others called lora_A and lora_B: they are dropped "
     "without a message",
@@ -181,7 +183,12 @@ HOST = Host(
                 *OF_LORA,
             ),
         ),
-        Cell("kohya", ("flux2", "qwen-image", "qwen-image-21", "z-image"), OF_LORA),
+        Cell(
+            "kohya",
+            ("qwen-image-21",),
+            (replace(STRANGE, modules=r"^transformer\.(txt_in|modulation)"), *OF_LORA),
+        ),
+        Cell("kohya", ("flux2", "qwen-image", "z-image"), OF_LORA),
         Cell(
             "kohya",
             ("wan",),
@@ -219,7 +226,7 @@ HOST = Host(
         Cell(
             "comfy",
             ("anima", "ltx", "ltx2", "ltx-13b", "ernie-image", "hidream", "flux3"),
-            (ALPHA, DOWN, ONLY_LORA, NO_SCALE),
+            (ALPHA, DOWN, ONLY_LORA, NO_SCALE, OUT),
         ),
         Cell("comfy", ("ideogram4",), (MAGNITUDE, *OF_LORA), unread=STRANGE),
         *(
@@ -273,7 +280,7 @@ HOST = Host(
         # alpha beside lora_A is read here, under the other names of the factors it is not
         Cell(
             "diffusers",
-            ("flux",),
+            ("flux", "bria-fibo"),
             (replace(ALPHA, suffix="lora_down|lora_up"), ONLY_LORA),
             none=NO_TARGET,
         ),
@@ -305,6 +312,23 @@ HOST = Host(
                 ONLY_LORA,
             ),
         ),
+        Cell(
+            "diffusers",
+            ("ace-step",),
+            (
+                replace(STRANGE, modules=r"_attn\.[qk]_proj", unnamed="diffusers"),
+                ALPHA,
+                DOWN,
+                ONLY_LORA,
+            ),
+            none=NO_TARGET,
+        ),
+        Cell(
+            "diffusers",
+            ("mochi", "hidream", "cogvideox", "sana"),
+            (ALPHA, DOWN, ONLY_LORA, NO_SCALE, OUT),
+            none=NO_TARGET,
+        ),
         Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA), none=NO_TARGET),
         Cell("diffusers-old", (*SD, "sdxl"), OF_LORA),
         Cell(
@@ -330,7 +354,7 @@ HOST = Host(
         ),
         Cell(
             "onetrainer",
-            ("flux", "chroma"),
+            ("flux", "chroma", "bria-fibo"),
             (
                 Loss(
                     "get one name for different modules, so the last one wins, or it stops",
@@ -372,6 +396,7 @@ HOST = Host(
     unread=Loss(DROPPED),
     writes={"": ("diffusers", "comfy")},
     always=(
+        Loss("have their alpha in metadata that it does not read", loose=True),
         Loss("have Tucker cores, which it does not load", suffix="lora_mid", whole=True),
         Loss("have DoRA magnitudes on the input axis, which it has no form of", axis="input"),
     ),

@@ -150,8 +150,8 @@ def factored_core(left: Tensor, right: Tensor) -> Core:
 
     Gram matrices and their decompositions in float64: rank-revealing, as accurate as float64 QR
     down to σ/σ₁ of about 1e-7, and as fast as float32 QR. How a term left[:, i] · right[i] is
-    shared between the factors makes no difference: both get equal norms first, by powers of two. By
-    QR in float32 on devices without float64 (MPS). Raises `NonFinite` for NaN and infinity. On a
+    shared between the factors makes no difference: both get equal norms first, by powers of two.
+    By QR in float32 on devices without float64 (MPS). Raises `NonFinite` for NaN and infinity. On a
     CPU equal factors give equal bits, whatever else is in the stack.
     """
     device = left.device

@@ -140,7 +140,11 @@ def zero_share(delta: Tensor) -> Tensor:
 
     Above `WEAK` the difference is too close to the grid for any judgement.
     """
-    count = torch.count_nonzero(delta, dim=(-2, -1)).to(accumulate_dtype(delta.device))
+    count = torch.zeros(delta.shape[:-2], dtype=accumulate_dtype(delta.device), device=delta.device)
+    # torch counts in int64 numbers of the size of what it counts: by blocks of rows
+    step = max(1, SCRATCH // max(1, delta.shape[-1]))
+    for start in range(0, delta.shape[-2], step):
+        count += torch.count_nonzero(delta[..., start : start + step, :], dim=(-2, -1))
     return 1.0 - count / max(1, delta.shape[-2] * delta.shape[-1])
 
 
@@ -179,7 +183,12 @@ class _Spikes(NamedTuple):
 
 
 def rank_above_noise(
-    delta: Tensor, noise: RoundingNoise, margin: float = 1.02, least: float = 0.0
+    delta: Tensor,
+    noise: RoundingNoise,
+    margin: float = 1.02,
+    least: float = 0.0,
+    *,
+    overwrite: bool = False,
 ) -> NoiseRank:
     """Count the singular values of delta (..., m, n) above its rounding noise.
 
@@ -194,10 +203,11 @@ def rank_above_noise(
 
     Directions of at most `least` times the noise energy of an entry are structured noise. They
     belong to neither rank nor residual. A zero delta has rank 0 and is low rank. Only leading
-    singular values are computed, by Lanczos, until r is among them. delta must be finite.
+    singular values are computed, by Lanczos, until r is among them. delta must be finite; with
+    `overwrite` its memory is used.
     """
     *batch, m, n = delta.shape
-    white = _whitened(delta, noise)
+    white = _whitened(delta, noise, overwrite=overwrite)
     found = [
         _spikes(one, _Bar(noise_edge(m, n, margin), least))
         for one in white.reshape(math.prod(batch), m, n)
@@ -227,11 +237,12 @@ def _limit(m: int, n: int) -> int:
     return min(MAX_RANK, m * n // max(1, m + n))
 
 
-def _whitened(delta: Tensor, noise: RoundingNoise) -> Tensor:
+def _whitened(delta: Tensor, noise: RoundingNoise, *, overwrite: bool = False) -> Tensor:
     """Scale rows and columns of delta (..., m, n) to noise of variance 1, in its compute dtype."""
     x = upcast(delta)
     rows, columns = (scale.reciprocal().to(x.dtype) for scale in _scales(noise))
-    return (x * rows.unsqueeze(-1)).mul_(columns.unsqueeze(-2))
+    x = x.mul_(rows.unsqueeze(-1)) if overwrite else x * rows.unsqueeze(-1)
+    return x.mul_(columns.unsqueeze(-2))
 
 
 def _scales(noise: RoundingNoise) -> tuple[Tensor, Tensor]:
@@ -340,9 +351,9 @@ def _squares(white: Tensor, k: int, most: int) -> list[float]:
 
 
 def _deflated(white: Tensor, rank: int) -> Tensor:
-    """white (m, n) without its `rank` leading directions."""
+    """white (m, n) without its `rank` leading directions, in its own memory."""
     top = truncated_svd(white, SvdSpec(rank))
-    return torch.addmm(white, top.u * top.s, top.vh, alpha=-1.0)
+    return white.addmm_(top.u * top.s, top.vh, alpha=-1.0)
 
 
 def _crowd(white: Tensor, limit: int) -> tuple[float, int]:

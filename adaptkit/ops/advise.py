@@ -21,7 +21,16 @@ from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.ops.adapter_file.size import module_size
 from adaptkit.ops.difference.advice import Advice, Point, recommend
 from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
-from adaptkit.ops.difference.probe import Look, Probe, as_rounded, look, made_by
+from adaptkit.ops.difference.probe import (
+    Look,
+    Probe,
+    look,
+    looking_bytes,
+    made_by,
+    read_difference,
+    reading_bytes,
+)
+from adaptkit.ops.difference.working import energies_bytes
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
 from adaptkit.ops.ranks.rules.size import Size
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
 
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.keymap import KeyMap
+    from adaptkit.linalg.noise import RoundingNoise
     from adaptkit.ops.difference.pairing import Pair
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
@@ -48,7 +58,6 @@ USUAL = (
     16,
     32,
 )  # the factors of LoKr that are always shown
-BASIS = 3  # of Lanczos: columns kept, as a multiple of the rank
 
 
 @dataclass(frozen=True)
@@ -190,10 +199,9 @@ def plan(base: str | PathLike[str], tuned: str | PathLike[str], options: Options
 
 def _step(job: Pair, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Pair]:
     rows, columns = job.matrix
-    stored = base.nbytes(job.base) + tuned.nbytes(job.tuned)
-    # in float32: ΔW, ΔW whitened or rearranged, squares of ulps; the Krylov basis and its images
-    working = 4 * 4 * rows * columns + 8 * BASIS * min(rank, rows, columns) * (rows + columns)
-    return Step(job, job.number, stored + working, tuned.source.order(job.tuned[0].name))
+    kept = 4 * rows * columns + energies_bytes(rows, columns, rank)
+    size = max(reading_bytes(base, tuned, job), looking_bytes(job), kept)
+    return Step(job, job.number, size, tuned.source.order(job.tuned[0].name))
 
 
 # --- measuring -------------------------------------------------------------------------------
@@ -237,19 +245,19 @@ class _Measurer:
         self.plan = plan
 
     def load(self, job: Pair) -> dict[str, Tensor]:
-        return {"base": self.plan.base.read(job.base), "tuned": self.plan.tuned.read(job.tuned)}
+        return read_difference(self.plan.base, self.plan.tuned, job)
 
     def work(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[_Layer]:
-        (job,) = jobs
-        return [self._layer(job, tensors["base"][0], tensors["tuned"][0])]
+        from adaptkit.linalg.noise import RoundingNoise
 
-    def _layer(self, job: Pair, base: Tensor, tuned: Tensor) -> _Layer:
+        (job,) = jobs
+        noise = RoundingNoise(tensors["rows"][0], tensors["columns"][0])
+        return [self._layer(job, tensors.pop("delta")[0], float(tensors["norm"]), noise)]
+
+    def _layer(self, job: Pair, delta: Tensor, norm: float, noise: RoundingNoise) -> _Layer:
         from adaptkit.linalg.kronscan import FACTORS, scan_kron
         from adaptkit.linalg.lowrank import SvdSpec, energies
-        from adaptkit.linalg.precision import difference, norm_squared
 
-        delta = difference(tuned, base)
-        norm = float(norm_squared(delta))
         if not math.isfinite(norm):
             raise NonFinite(
                 "holds NaN or infinity", file=self.plan.tuned.source.path, tensor=job.tuned[0].name
@@ -266,8 +274,7 @@ class _Measurer:
             for split, energy in zip(scan.splits, scan.captured.tolist(), strict=True)
             for factor in split.factors
         }
-        seen = look(job, delta, norm, as_rounded(self.plan.tuned, job, tuned), scan)
-        return _Layer(job, norm, kept, captured, seen)
+        return _Layer(job, norm, kept, captured, look(job, delta, norm, noise, scan))
 
 
 # --- choosing --------------------------------------------------------------------------------

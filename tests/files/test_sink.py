@@ -543,12 +543,13 @@ def test_places_where_nothing_can_be_written(tmp_path):
     [(errno.EACCES, "permission denied"), (errno.EROFS, "read-only"), (errno.ENOSPC, r"disk is full: 65 bytes are needed"),
      (errno.EIO, "cannot be written")],
 )  # fmt: skip
-@pytest.mark.parametrize("call", ["open", "_some", "replace"])
+@pytest.mark.parametrize("call", ["open", "_some", "rename_new"])
 def test_faults_of_the_disk(tmp_path, monkeypatch, fault, reason, call):
     def faulty(*args, **kwargs):
         raise OSError(fault, os.strerror(fault))
 
-    monkeypatch.setattr(TensorSink if call == "_some" else Path, call, faulty)
+    places = {"_some": TensorSink, "rename_new": module, "open": Path}
+    monkeypatch.setattr(places[call], call, faulty)
     with pytest.raises(CannotWrite, match=reason) as caught:
         write(tmp_path / "a", {"x": torch.tensor(1, dtype=torch.uint8)})
     assert caught.value.file == str(tmp_path / "a")

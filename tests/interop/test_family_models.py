@@ -88,13 +88,93 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
              num_layers=1, caption_channels=16),
     ),
+    "ltx2": (
+        "LTX2VideoTransformer3DModel",
+        dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+             audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+             audio_cross_attention_dim=8, num_layers=1, caption_channels=16, gated_attn=True, cross_attn_mod=True,
+             audio_gated_attn=True, audio_cross_attn_mod=True),
+    ),
+    "minimax-h3": (
+        "MiniMaxH3Transformer3DModel",
+        dict(hidden_size=24, num_layers=1, num_refiner_layers=1, ffn_dim=32, in_channels=2, audio_in_channels=2, text_dim=16,
+             freq_dim=16, time_embed_hidden_dim=24, time_embed_dim=8, rope_freq_dim=2, **HEADS),
+    ),
+    "qwen-image-21": (
+        "QwenImage21Transformer2DModel",
+        dict(patch_size=1, in_channels=4, out_channels=4, num_layers=1, context_in_dim=16, mlp_ratio=2,
+             axes_dims_rope=(8, 4, 4), **HEADS),
+    ),
+    "ernie-image": (
+        "ErnieImageTransformer2DModel",
+        dict(hidden_size=32, num_attention_heads=2, num_layers=1, ffn_hidden_size=48, in_channels=4, out_channels=4,
+             text_in_dim=16, rope_axes_dim=(8, 4, 4)),
+    ),
+    "hidream": (
+        "HiDreamImageTransformer2DModel",
+        dict(patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+             num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64, num_routed_experts=4,
+             num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(32, 32), llama_layers=(0, 1)),
+    ),
+    "ace-step": (
+        "AceStepTransformer1DModel",
+        dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+             head_dim=16, in_channels=12, audio_acoustic_hidden_dim=4),
+    ),
+    "kandinsky5": (
+        "Kandinsky5Transformer3DModel",
+        dict(in_visual_dim=4, in_text_dim=12, in_text_dim2=14, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2),
+             model_dim=16, ff_dim=32, num_text_blocks=1, num_visual_blocks=1, axes_dims=(2, 2, 4)),
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=8,
+             num_layers=1, sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=8),
+    ),
+    "cogview4": (
+        "CogView4Transformer2DModel",
+        dict(patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+             text_embed_dim=8, time_embed_dim=8, condition_dim=4),
+    ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        dict(patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=48, pooled_projection_dim=16,
+             in_channels=4, text_embed_dim=16, time_embed_dim=4, max_sequence_length=16),
+    ),
+    "flux3": (
+        "Flux3Transformer2DModel",
+        dict(in_channels=4, cond_in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=16,
+             timestep_channels=16, mlp_ratio=2.0, axes_dims_rope=(4, 4, 4, 4), **HEADS),
+    ),
+    "bria-fibo": (
+        "BriaFiboTransformer2DModel",
+        dict(patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=32, text_encoder_dim=16,
+             axes_dims_rope=[4, 4, 8], **HEADS),
+    ),
+    "bria-fibo2": (
+        "BriaFibo2Transformer2DModel",
+        dict(in_channels=4, patch_size=1, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=16,
+             injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=4, max_num_gist_tokens=8, gist_step=4,
+             axes_dims=(8, 4, 4), axes_lens=(16, 16, 16)),
+    ),
+    "cosmos": (
+        "CosmosTransformer3DModel",
+        dict(in_channels=4, out_channels=4, num_layers=1, text_embed_dim=16, adaln_lora_dim=4, max_size=(4, 32, 32),
+             extra_pos_embed_type=None, **HEADS),
+    ),
 }  # fmt: skip
 FIRST = {"auraflow": "comfy", "ltx": "comfy"}  # what no kohya trainer knows
+# whose PEFT files are the original's, not those of diffusers' class
+ORIGINALS = {"ace-step"}
 RANK = 2
 PIPELINES = {
     "flux": "FluxPipeline", "chroma": "ChromaPipeline", "flux2": "Flux2Pipeline", "sd3": "StableDiffusion3Pipeline",
     "qwen-image": "QwenImagePipeline", "wan": "WanPipeline", "hunyuan-video": "HunyuanVideoPipeline",
     "z-image": "ZImagePipeline", "lumina2": "Lumina2Pipeline", "auraflow": "AuraFlowPipeline", "ltx": "LTXPipeline",
+    "ltx2": "LTX2Pipeline", "qwen-image-21": "QwenImage21Pipeline", "ernie-image": "ErnieImagePipeline",
+    "hidream": "HiDreamImagePipeline", "ace-step": "AceStepPipeline", "kandinsky5": "Kandinsky5T2VPipeline",
+    "cogvideox": "CogVideoXPipeline", "cogview4": "CogView4Pipeline", "mochi": "MochiPipeline",
+    "bria-fibo": "BriaFiboPipeline", "bria-fibo2": "BriaFibo2Pipeline", "cosmos": "Cosmos2_5_PredictBasePipeline",
 }  # fmt: skip
 
 
@@ -283,7 +363,7 @@ def start(rows: str) -> int:
     return int(rows.partition("start=")[2].partition(",")[0])
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [family for family in MODELS if family not in ORIGINALS])
 def test_peft_loads_what_convert_writes(family: str, tmp_path: Path) -> None:
     path = source(family, tmp_path / "a.safetensors")
     report = converted(path, tmp_path / "made", family, "peft", FIRST.get(family, "kohya"))
@@ -320,6 +400,8 @@ def test_what_diffusers_and_peft_save_is_read(family: str, tmp_path: Path) -> No
     }
     save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(told)})
     compare(family, tmp_path / "a.safetensors", "diffusers", expected)
+    if family in ORIGINALS:
+        return
     wrapped = peft.get_peft_model(model(family), config)
     wrapped.save_pretrained(tmp_path / "peft")
     compare(family, tmp_path / "peft", "peft", loaded(wrapped, "base_model.model."))

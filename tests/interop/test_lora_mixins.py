@@ -172,7 +172,11 @@ def built(number: int) -> torch.nn.Module:
 
 def layers(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    return {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, kinds)}
+    return {
+        n: tuple(m.weight.shape)
+        for n, m in model.named_modules()
+        if isinstance(m, kinds) and getattr(m, "groups", 1) == 1
+    }
 
 
 def lora(found: dict[str, tuple[int, ...]], prefix: str) -> Listing:

@@ -243,3 +243,24 @@ def test_errors_of_all_truncations_whatever_the_factors(m: int, n: int, rank: in
         for k in range(rank + 1):
             true = float((a.double() - stored[0][:, :k] @ stored[1][:k]).square().sum())
             assert float(found[k]) == pytest.approx(true, rel=2e-5)
+
+
+def test_loose_energies_come_from_eigenvalues_of_a_float32_gram_matrix_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The LoRA of the same size as a LoKr of factor 2: 29 of 32 s went into unused eigenvectors."""
+    draw = np.random.default_rng(0)
+    u, v = (np.linalg.qr(draw.standard_normal((side, 200)))[0] for side in (300, 200))
+    sigma = np.hypot(1 / np.arange(1.0, 201), 0.02)
+    a = torch.from_numpy((u * sigma) @ v.T).float()
+
+    def never(*_: object) -> None:
+        raise AssertionError("eigenvectors, or a Gram matrix in float64")
+
+    monkeypatch.setattr(lowrank, "eigh", never)
+    exact = energies(a, 60)
+    monkeypatch.setattr(lowrank, "gram_columns", never)
+    rough = energies(a, 60, SvdSpec(60, tol=5e-3))
+    assert rough.dtype == exact.dtype == torch.float64
+    np.testing.assert_allclose(exact.numpy(), sigma[:60] ** 2, rtol=2e-6)
+    np.testing.assert_allclose(rough.numpy(), sigma[:60] ** 2, atol=1e-6 * (sigma**2).sum())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.show.page import facts, page, table
-from adaptkit.cli.show.text import document, human
+from adaptkit.cli.show.text import document, human, named, safe, trouble
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ class Batched:
         """Print the output of a job that has ended."""
         self.ended += 1
         if result.status == "done" and not self.talk.as_json:
-            print(result.job.output, file=self.out, flush=True)
+            print(named(result.job.output), file=self.out, flush=True)
 
     def interrupted(self, total: int) -> None:
         """Print the progress of an interrupted batch."""
@@ -119,16 +119,12 @@ def _failures(failures: Sequence[Result], fine: int, left: int) -> int:
     if not failures:
         return 0
     for result in failures:
-        click.echo(f"{result.job.place}, {result.job.output}: {result.outcome.error}", err=True)
+        shown = f"{result.job.place}, {result.job.output}: {result.outcome.error}"
+        click.echo(safe(shown), err=True)
         if result.outcome.hint:
-            click.echo(f"  {result.outcome.hint}", err=True)
+            click.echo(f"  {safe(result.outcome.hint)}", err=True)
     several = "1 job" if len(failures) == 1 else f"{len(failures)} jobs"
     rest = f", {left} were not started" if left else ""
-    click.echo(
-        click.style("error:", fg="red", bold=True) + f" {several} failed, {fine} succeeded{rest}",
-        err=True,
-    )
-    if left:
-        hint = "pass --keep-going to run the others; finished jobs are not repeated"
-        click.echo(click.style("hint:", fg="cyan", bold=True) + f" {hint}", err=True)
+    hint = "pass --keep-going to run the others; finished jobs are not repeated"
+    trouble(f"{several} failed, {fine} succeeded{rest}", hint if left else None)
     return 1

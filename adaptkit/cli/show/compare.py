@@ -6,10 +6,8 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from adaptkit.cli.show.page import LABEL, facts, page, table
-from adaptkit.cli.show.text import document
+from adaptkit.cli.show.text import document, trouble
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +33,7 @@ def compared(talk: Talk, report: compare.Report) -> None:
         _modules(out, report, talk.verbose)
         _print_notes(report)
     if report.exceeded:
-        click.echo(click.style("error:", fg="red", bold=True) + f" {report.exceeded}", err=True)
+        trouble(str(report.exceeded))
 
 
 def _lines(report: compare.Report) -> Iterator[tuple[str, str]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.show.page import Words, console, facts, page, table
 from adaptkit.cli.show.talk import fault
-from adaptkit.cli.show.text import MANY, cell, counts, document, human, last, loads_in, some
+from adaptkit.cli.show.text import MANY, cell, clean, counts, document, human, last, loads_in, some
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
@@ -45,10 +46,16 @@ def inspected(
     if as_json:
         document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
     elif not quiet:
-        _show(reports, names, keys, modules)
+        _show([_cleaned(report) for report in reports], names, keys, modules)
     for report in reports:
         if report.error is not None:
             fault(report.error)
+
+
+def _cleaned(report: inspect.Report) -> inspect.Report:
+    """The report with every text of the file escaped, for a terminal."""
+    lists = {"keys": clean(report.keys), "modules": clean(report.modules)}
+    return replace(report, record=clean(report.record), **lists)
 
 
 def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, Any]:

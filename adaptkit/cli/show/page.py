@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adaptkit.cli.show.text import document
+from adaptkit.cli.show.text import document, safe, safe_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +42,7 @@ class Words(NamedTuple):
     def __rich__(self) -> Text:
         from rich.text import Text
 
-        return Text(self.text, style=self.style)
+        return Text(safe(self.text), style=self.style)
 
 
 class Facts(NamedTuple):
@@ -94,14 +94,14 @@ class Table(NamedTuple):
 
 def facts(rows: Iterable[tuple[str, str]]) -> Facts:
     """Make a grid of labels and values."""
-    return Facts(list(rows))
+    return Facts([(safe(name), safe_lines(value)) for name, value in rows])
 
 
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()
 ) -> Table:
     """Make a table without its empty columns."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["" if cell is None else safe_lines(str(cell)) for cell in row] for row in rows]
     used = [n for n in range(len(columns)) if any(row[n] for row in cells)]
     return Table(
         [columns[n] for n in used], [[row[n] for n in used] for row in cells if used], right
@@ -122,7 +122,7 @@ class Plain:
             if isinstance(part, Facts | Table):
                 lines += [line.rstrip() for line in part.lines()]
             else:
-                beside.append(part if isinstance(part, str) else part.text)
+                beside.append(safe(part if isinstance(part, str) else part.text))
         if beside or not parts:
             lines.insert(0, " ".join(beside))
         if lines:
@@ -136,11 +136,15 @@ def page(stderr: bool = False) -> Console | Plain:
 
 
 def console(stderr: bool = False) -> Console:
-    """Make a rich console that takes no markup or emoji from key names."""
+    """Make a rich console that takes no markup, emoji or control characters from key names."""
     from rich.console import Console
 
+    class Shown(Console):
+        def print(self, *parts: Any, **style: Any) -> None:
+            super().print(*(safe(p) if isinstance(p, str) else p for p in parts), **style)
+
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(
+    return Shown(
         stderr=stderr,
         highlight=False,
         markup=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import warnings
 from contextlib import contextmanager, suppress
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adaptkit.cli.show.text import safe
 from adaptkit.errors import AdaptkitError, CannotWrite, WouldOverwrite
+from adaptkit.files.leftovers import hidden, remove_dead
 from adaptkit.ops.shared import check_output
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def publish(path: Path, data: bytes, overwrite: bool) -> None:
     """Write a picture completely or not at all."""
     # the file may have appeared in the meantime
     _check_output(path, overwrite)
-    temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.part")
+    remove_dead(path)
+    temporary = hidden(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
@@ -143,14 +145,14 @@ def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
         svg = svg.replace(colour, f"var(--{name})")
     svg = re.sub(
         r'<g id="(cell\d+)">',
-        lambda found: f"{found[0]}<title>{html.escape(tips[found[1]])}</title>",
+        lambda found: f"{found[0]}<title>{html.escape(safe(tips[found[1]]))}</title>",
         svg,
     )
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{html.escape(safe(title))}</title>
 <style>
 :root {{ color-scheme: light dark; --ink: {INK}; --muted: {MUTED}; --paper: {PAPER}; }}
 @media (prefers-color-scheme: dark) {{

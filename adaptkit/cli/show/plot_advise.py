@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.show.picture import INK, LINE, MUTED, SMALL, TINY, publish, rendered, settings
+from adaptkit.cli.show.text import safe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,7 @@ def draw(report: Report, title: str, path: Path, overwrite: bool) -> None:
 
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.add_axes((0.09, 0.12, 0.87, 0.72))
-        figure.text(0.02, 0.94, title.replace("$", r"\$"), fontsize=12, fontweight="bold")
+        figure.text(0.02, 0.94, safe(title).replace("$", r"\$"), fontsize=12, fontweight="bold")
         figure.text(0.02, 0.895, _subtitle(report), color=MUTED, fontsize=8.5)
         _fill(axes, report)
         data = rendered(figure, path.suffix.lower(), title, {})

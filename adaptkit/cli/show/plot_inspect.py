@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.show.heat_map import grouped, percent, short
 from adaptkit.cli.show.picture import LINE, MUTED, PAPER, SMALL, TINY, publish, rendered, settings
+from adaptkit.cli.show.text import safe
 from adaptkit.errors import NothingToDo
 from adaptkit.ops.blocks import KINDS
 
@@ -103,7 +104,7 @@ class _Page:
             + bool(groups) * (SPECTRUM + 2 * GAP)
         )
         height = TOP + BOTTOM + max(len(rows) * ROW, len(groups) * LEAST)
-        name = _printable(PurePath(report.record["path"]).name)
+        name = safe(PurePath(report.record["path"]).name)
         return cls(name, rows, kinds, groups, Figure(figsize=(width, height)))
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
@@ -124,7 +125,9 @@ class _Page:
     def write(self, left: float, top: float, text: str, **style: Any) -> None:
         """Write text at a place; a $ starts no formula."""
         w, h = self.figure.get_size_inches()
-        self.figure.text(left / w, 1 - top / h, text, parse_math=False, va="baseline", **style)
+        self.figure.text(
+            left / w, 1 - top / h, safe(text), parse_math=False, va="baseline", **style
+        )
 
     def fill(self, report: Report) -> None:
         """Draw everything."""
@@ -173,14 +176,14 @@ def _subtitle(report: Report) -> str:
         algorithms,
         f"‖ΔW‖ = {record['norm']:.3g}",
     )
-    return _printable(" · ".join(parts) + without)
+    return safe(" · ".join(parts) + without)
 
 
 def _names(page: _Page) -> None:
     for n, row in enumerate(page.rows):
         style: dict[str, Any] = {"fontweight": "bold"} if row.bold else {"ha": "right"}
         left = SIDE if row.bold else SIDE + NAMES - 0.1
-        page.write(left, TOP + (n + 0.68) * ROW, _printable(row.name), fontsize=SMALL, **style)
+        page.write(left, TOP + (n + 0.68) * ROW, safe(row.name), fontsize=SMALL, **style)
 
 
 def _cells(page: _Page, left: float) -> None:
@@ -305,7 +308,7 @@ def _spectra(page: _Page, left: float, report: Report) -> None:
         count = len(page.groups[name])
         layers = "1 layer" if count == 1 else f"{count} layers"
         drawn.set_title(
-            f"{_printable(name)}  ·  {layers}", fontsize=SMALL, loc="left", pad=3, parse_math=False
+            f"{safe(name)}  ·  {layers}", fontsize=SMALL, loc="left", pad=3, parse_math=False
         )
     drawn.set_xlabel("i", fontsize=SMALL, labelpad=1)
 
@@ -336,8 +339,3 @@ def _band(spectra: Sequence[Sequence[float]]) -> NDArray[Any]:
     for row, sigma in zip(found, spectra, strict=True):
         row[: len(sigma)] = np.asarray(sigma) / sigma[0]
     return np.quantile(found, (0.1, 0.5, 0.9), axis=0)
-
-
-def _printable(text: str) -> str:
-    """Replace characters that fonts or XML cannot represent."""
-    return "".join(one if one.isprintable() else "\ufffd" for one in text)

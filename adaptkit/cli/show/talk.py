@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.show.page import console, facts, page, table
-from adaptkit.cli.show.text import MANY, cell, document, human, last, loading
+from adaptkit.cli.show.text import MANY, cell, document, human, last, loading, named, safe, trouble
 from adaptkit.ops.shared import LeftOut, Unused, by_reason
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ _SECONDS = 10.0  # between lines of progress
 
 def fault(error: AdaptkitError) -> None:
     """Print an error and its hint on stderr."""
-    click.echo(click.style("error:", fg="red", bold=True) + f" {error}", err=True)
-    if error.hint:
-        click.echo(click.style("hint:", fg="cyan", bold=True) + f" {error.hint}", err=True)
+    trouble(str(error), error.hint)
 
 
 class Talk:
@@ -115,7 +113,7 @@ class Talk:
         """Print the summary `rows` on stderr and the path of the output on stdout."""
         if self.as_json:
             return document(self.command, report.to_dict())
-        click.echo(str(report.output))
+        click.echo(named(report.output))
         if self.quiet:
             return
         err = page(stderr=True)
@@ -222,7 +220,7 @@ def _shown(name: str, value: object) -> str:
     if isinstance(value, int) and ("bytes" in name or "memory" in name):
         return human(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "\n".join(value)
+        return "\n".join(map(safe, value))
     if isinstance(value, list):
         return "\n".join(
             f"{item['path']} × {item['strength']:g}: {item['modules']} modules" for item in value

@@ -1,9 +1,12 @@
-"""Text for numbers: sizes, counts, shares and table cells."""
+"""Text for numbers (sizes, counts, shares, table cells), and texts of files made safe to show."""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,21 +14,27 @@ import click
 from adaptkit import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "MANY",
     "cell",
+    "clean",
     "counts",
     "document",
     "human",
+    "json_safe",
     "last",
     "loading",
     "loads_in",
     "lossy",
+    "named",
     "percent",
     "ranks",
+    "safe",
+    "safe_lines",
     "some",
+    "trouble",
 ]
 
 # items listed before "and n more"
@@ -36,11 +45,8 @@ FEW = 5
 
 def document(command: str, body: Mapping[str, Any]) -> None:
     """Print exactly one JSON document on stdout."""
-    click.echo(
-        json.dumps(
-            {"adaptkit": __version__, "command": command, **body}, ensure_ascii=False, indent=2
-        )
-    )
+    whole = {"adaptkit": __version__, "command": command, **body}
+    click.echo(json_safe(json.dumps(whole, ensure_ascii=False, indent=2)))
 
 
 def human(count: float) -> str:
@@ -125,3 +131,63 @@ def loads_in(record: Mapping[str, Any]) -> str:
         measured = ", ".join(f"{host} {version}" for host, version in with_.items())
         lines.append(f"(measured with {measured})")
     return "\n".join(lines)
+
+
+# texts of files: names, metadata and messages may hold control characters ----------------
+
+# control, bidi and invisible characters that JSON may hold as they are
+_HIDDEN = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def safe(text: str) -> str:
+    """Escape what a terminal may obey or hide: control, bidi and zero-width characters.
+
+    Every text of a file passes here before it is shown. The result has one line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else _escaped(ord(one)) for one in text)
+
+
+def _escaped(code: int) -> str:
+    return (
+        f"\\x{code:02x}"
+        if code < 0x100
+        else f"\\u{code:04x}"
+        if code < 0x10000
+        else f"\\U{code:08x}"
+    )
+
+
+def safe_lines(text: str) -> str:
+    """Escape a text whose line breaks are adaptkit's own."""
+    return text if text.isprintable() else "\n".join(map(safe, text.split("\n")))
+
+
+def clean(value: Any) -> Any:
+    """Escape every text in a record."""
+    if isinstance(value, str):
+        return safe(value)
+    if isinstance(value, Mapping):
+        return {clean(name): clean(item) for name, item in value.items()}
+    return type(value)(map(clean, value)) if type(value) in (list, tuple) else value
+
+
+def json_safe(text: str) -> str:
+    """Escape the characters in a JSON document that a terminal may obey or hide."""
+    return _HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def named(path: object) -> str:
+    """A path as printed on stdout: as it is for a script, escaped for a terminal."""
+    return safe(str(path)) if sys.stdout.isatty() else str(path)
+
+
+def trouble(message: str, hint: str | None = None) -> None:
+    """Print an error and its hint on stderr, each on one line."""
+    click.echo(click.style("error:", fg="red", bold=True) + f" {safe(message)}", err=True)
+    if hint:
+        click.echo(click.style("hint:", fg="cyan", bold=True) + f" {safe(hint)}", err=True)

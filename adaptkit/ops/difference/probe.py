@@ -19,9 +19,23 @@ if TYPE_CHECKING:
 
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.linalg.kronscan import KronScan, Split
+    from adaptkit.linalg.noise import RoundingNoise
     from adaptkit.ops.difference.pairing import Pair
 
-__all__ = ["Look", "Probe", "as_rounded", "look", "made_by", "probe", "sample"]
+__all__ = [
+    "BLOCKS",
+    "Look",
+    "Probe",
+    "as_rounded",
+    "look",
+    "looking_bytes",
+    "made_by",
+    "probe",
+    "read_difference",
+    "reading_bytes",
+    "sample",
+    "steps_of",
+]
 
 # layers in the sample; twice as many are tried, as some may be unchanged
 SAMPLE = 12
@@ -29,6 +43,8 @@ SAMPLE = 12
 HANDY = 1 << 21
 # share of the layers that must agree on a merged adapter
 MOST = 0.5
+BLOCKS = 6_000_000  # bytes that reading a weight in blocks of rows takes
+KRYLOV = 448  # directions of a space in which ranks up to 64 are counted
 
 
 @dataclass(frozen=True)
@@ -86,20 +102,46 @@ def as_rounded(tuned: Checkpoint, pair: Pair, tensor: Tensor) -> Tensor:
     return tensor.to(torch_dtype(min(dtypes))) if dtypes <= set(FP8) and not scaled else tensor
 
 
-def look(
-    pair: Pair, delta: Tensor, norm: float, rounded: Tensor, scan: KronScan | None = None
-) -> Look:
-    """Examine a difference (m, n) with norm² > 0; `rounded` is the tuned weight as stored."""
-    from adaptkit.linalg.kronscan import FACTORS, scan_kron
-    from adaptkit.linalg.noise import WEAK, rank_above_noise, rounding_noise, zero_share
+def read_difference(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> dict[str, Tensor]:
+    """Read Δ and ‖Δ‖² of a layer, and the noise (`rows`, `columns`) of the tuned one's rounding.
 
-    noise = rounding_noise(rounded)
+    The base is never in memory as a whole, and the tuned weight only meanwhile.
+    """
+    from adaptkit.linalg.noise import rounding_noise
+    from adaptkit.linalg.precision import STREAM, streamed_difference
+
+    step = max(1, STREAM // max(1, pair.matrix[1]))
+    whole = tuned.read(pair.tuned)
+    noise = rounding_noise(as_rounded(tuned, pair, whole))
+    theirs = (whole[start : start + step] for start in range(0, len(whole), step))
+    delta, norm = streamed_difference(
+        zip(theirs, base.blocks(pair.base, step), strict=True), pair.matrix
+    )
+    return {"delta": delta, "norm": norm, "rows": noise.rows, "columns": noise.columns}
+
+
+def reading_bytes(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> int:
+    """Return the memory that `read_difference` takes, Δ included."""
+    rows, columns = pair.matrix
+    whole = base.nbytes(pair.base)
+    ours = min(whole, BLOCKS) if base.streams(pair.base) else whole
+    scratch = min(4 * rows * columns, BLOCKS // 2)
+    return 4 * rows * columns + tuned.nbytes(pair.tuned) + ours + scratch
+
+
+def look(
+    pair: Pair, delta: Tensor, norm: float, noise: RoundingNoise, scan: KronScan | None = None
+) -> Look:
+    """Examine a difference (m, n) with norm² > 0, whose memory is used; `noise` is its rounding."""
+    from adaptkit.linalg.kronscan import FACTORS, scan_kron
+    from adaptkit.linalg.noise import WEAK, rank_above_noise, zero_share
+
     scan = scan or scan_kron(
         delta, math.prod(pair.shape[2:]), [factor for factor in FACTORS if factor > 0]
     )
     which = int(scan.recognised(noise.floor))
     told = float(zero_share(delta)) < WEAK
-    found = rank_above_noise(delta, noise) if told else None
+    found = rank_above_noise(delta, noise, overwrite=True) if told else None
     low = found is not None and bool(found.low_rank)
     return Look(
         norm,
@@ -108,6 +150,13 @@ def look(
         scan.splits[which] if which >= 0 else None,
         float(noise.floor) if told else 0.0,
     )
+
+
+def looking_bytes(pair: Pair) -> int:
+    """Return the memory that `look` takes: Δ, its blocks rearranged, or a Krylov space."""
+    rows, columns = pair.matrix
+    space = 4 * (rows + columns + min(rows, columns)) * min(rows, columns, KRYLOV)
+    return 4 * rows * columns + max(4 * rows * columns, space)
 
 
 def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
@@ -151,47 +200,48 @@ def probe(
 ) -> Probe:
     """Examine a sample of the layers."""
     looks: list[Look] = []
-    steps = [_step(pair, base, tuned) for pair in sample(pairs)]
 
     def load(pair: Pair) -> dict[str, Tensor]:
-        return {"base": base.read(pair.base), "tuned": tuned.read(pair.tuned)}
+        return {} if len(looks) >= SAMPLE else read_difference(base, tuned, pair)
 
-    def kernel(payloads: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Look | None]:
-        return [
-            _one(tuned, pair, tensors["base"][n], tensors["tuned"][n], enough=len(looks) >= SAMPLE)
-            for n, pair in enumerate(payloads)
-        ]
+    def kernel(pairs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Look | None]:
+        return [_one(pairs[0], tensors)]
 
     def store(pair: Pair, found: Look | None) -> None:  # noqa: ARG001
         if found is not None and len(looks) < SAMPLE:
             looks.append(found)
 
-    engine.run(steps, engine.Work(load, kernel, store, held=lambda _: 0), resources)
+    on_cpu = resources.on_cpu
+    announce = (lambda pair: tuned.announce(pair.tuned)) if on_cpu else None
+    work = engine.Work(load, kernel, store, held=lambda _: 0, announce=announce)
+    engine.run(steps_of(base, tuned, pairs), work, resources)
     whole = sum(one.norm for one in looks)
     floor = math.sqrt(sum(one.floor for one in looks) / whole) if whole else 0.0
     return Probe(floor, made_by(looks))
 
 
-def _one(
-    tuned: Checkpoint, pair: Pair, ours: Tensor, theirs: Tensor, *, enough: bool
-) -> Look | None:
+def _one(pair: Pair, tensors: dict[str, Tensor]) -> Look | None:
+    """What is seen of one layer; None of those beyond the sample, and of those without a norm."""
     from torch.linalg import LinAlgError
 
-    from adaptkit.linalg.precision import difference, norm_squared
+    from adaptkit.linalg.noise import RoundingNoise
 
-    if enough:
+    if not tensors:
         return None
-    delta = difference(theirs, ours)
-    norm = float(norm_squared(delta))
+    norm, delta = float(tensors["norm"]), tensors.pop("delta")[0]
+    # fitting reports a difference that is not finite, or whose squares are not
     if not 0 < norm < math.inf:
         return None
-    # fitting reports a difference that is not finite, or whose squares are not
     with suppress(LinAlgError):
-        return look(pair, delta, norm, as_rounded(tuned, pair, theirs))
+        return look(pair, delta, norm, RoundingNoise(tensors["rows"][0], tensors["columns"][0]))
     return None
 
 
 def _step(pair: Pair, base: Checkpoint, tuned: Checkpoint) -> Step[Pair]:
-    rows, columns = pair.matrix
-    size = base.nbytes(pair.base) + tuned.nbytes(pair.tuned) + 5 * 4 * rows * columns
+    size = max(reading_bytes(base, tuned, pair), looking_bytes(pair))
     return Step(pair, pair.number, size, tuned.source.order(pair.tuned[0].name))
+
+
+def steps_of(base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair]) -> list[Step[Pair]]:
+    """Return the steps of a probe, which a plan counts too."""
+    return [_step(pair, base, tuned) for pair in sample(pairs)]

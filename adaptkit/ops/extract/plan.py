@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.algorithms.contract import FitSpec, Weights
+from adaptkit.algorithms.contract import FitSpec
 from adaptkit.detect import chosen, formats
 from adaptkit.errors import AdaptkitError, NoSuchName, NothingToDo, NotRepresentable, WrongUsage
 from adaptkit.formats.contract import Alpha
@@ -14,6 +14,8 @@ from adaptkit.keymap.kinds import extractable, taking
 from adaptkit.ops.adapter_file.peft_config import only_kind
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
+from adaptkit.ops.difference.probe import BLOCKS, steps_of
+from adaptkit.ops.difference.working import energies_bytes, svd_bytes
 from adaptkit.ops.extract.fit import FitRecipe
 from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
@@ -41,7 +43,7 @@ __all__ = ["MAX_RANK", "Options", "Plan", "plan"]
 
 AUTO = "auto"  # instead of an algorithm: the best one for each layer
 DEFAULT_FACTOR = 8
-BLOCKS = 6_000_000  # bytes that reading a weight in blocks of rows takes
+DEFAULT_RANK = 32
 MAX_RANK = 128  # the end of the ladder from which a rule chooses, unless --max-rank is given
 
 
@@ -84,6 +86,7 @@ class Plan(Closing):
     policy: Policy | None = None
     notes: tuple[str, ...] = ()
     selection: LeftOut | None = None
+    probing: tuple[Step[Pair], ...] = ()  # the layers that are looked at first
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `--dry-run` prints it.
@@ -102,7 +105,10 @@ class Plan(Closing):
                 self.base.stored_bytes(j.base) + self.tuned.stored_bytes(j.tuned) for j in self.jobs
             ),
             "bytes_out_at_most": sum(_stored_bytes(job, self.options) for job in fitted),
-            "peak_memory": peak_memory(self.steps, self.options.memory),
+            "peak_memory": max(
+                peak_memory(self.steps, self.options.memory),
+                peak_memory(self.probing, self.options.memory),
+            ),
             "device": self.options.device,
             "unused": [item.to_dict() for item in self.unused],
             "details": [
@@ -128,7 +134,10 @@ def plan(base: str | PathLike[str], tuned: str | PathLike[str], options: Options
     Reads headers only. Anything that can fail fails here.
     """
     base, tuned = Path(base), Path(tuned)
-    rule = _check(options)
+    try:
+        rule = _check(options)
+    except AdaptkitError as error:
+        raise error.at(file=tuned) from None
     first, second = open_pair(base, tuned, options.family, ema=options.ema)
     try:
         return _planned(first, second, tuned, _with_format(options, first), rule)
@@ -171,7 +180,8 @@ def _planned(
         raise _nothing(jobs, options)
     refuse_unused(pairing.lost, options.allow_unused, tuned)
     steps = tuple(step_of(job, first, second, options, streamed=True) for job in jobs)
-    check_memory(steps, options.memory)
+    probing = tuple(steps_of(first, second, jobs))
+    check_memory((*steps, *probing), options.memory)
     return Plan(
         first,
         second,
@@ -184,6 +194,7 @@ def _planned(
         rule,
         pairing.notes,
         pairing.selection.left_out,
+        probing,
     )
 
 
@@ -314,29 +325,38 @@ def _stored_bytes(job: Pair, options: Options) -> int:
     return kind.fitted_numbers(rows, columns, _rank(job, options)) * size + 4
 
 
-def _copies(job: Pair) -> int:
-    """Float32 matrices of the size of ΔW that are alive at once; `auto` keeps ΔW beside them."""
-    if job.algorithm == AUTO:
-        return 2 + sum(kind.fit_copies - 1 for kind in extractable().values())
-    kind = extractable().get(job.algorithm or "")
-    return Weights.fit_copies if kind is None else kind.fit_copies
+def _working(job: Pair, options: Options) -> int:
+    """Bytes that fitting takes, ΔW and its copies included; `auto` keeps ΔW beside the others."""
+    (rows, columns), rank = job.matrix, _rank(job, options)
+    kinds = [k for k in extractable().values() if job.algorithm in (AUTO, k.name)]
+    several = len(kinds) > 1
+    copies = 1.0 + several + sum(kind.fit_copies - 1 for kind in kinds)
+    factor = options.factor or DEFAULT_FACTOR
+    beside = [0]
+    for kind in kinds:
+        if kind.low_rank or (has_ladder(options) and not kind.dense):
+            beside.append(svd_bytes(rows, columns, rank or DEFAULT_RANK, options.svd))
+        elif kind.against_low_rank:  # a LoRA of as many numbers
+            numbers = rows * columns // factor**2 + factor**2
+            beside.append(energies_bytes(rows, columns, numbers // (rows + columns)))
+    dense = 4 * rows * columns
+    if several:  # the forms of all are kept, but each is fitted by itself
+        return int(max(dense * (copies + job.swapped), 2 * dense + max(beside)))
+    return int(dense * (copies + job.swapped)) + max(beside)
 
 
 def step_of(
     job: Pair, base: Checkpoint, tuned: Checkpoint, options: Options, *, streamed: bool
 ) -> Step[Pair]:
     """The step of one layer. `streamed` on a CPU, which subtracts weights as it reads them."""
-    rows, columns = job.matrix
-    dense, rank = 4 * rows * columns, _rank(job, options) or DEFAULT_FACTOR
-    # ΔW and its copies in float32, and the Krylov space
-    working = (
-        dense * (_copies(job) + job.swapped) + 4 * (rows + columns + min(rows, columns)) * 8 * rank
-    )
+    dense = 4 * job.matrix[0] * job.matrix[1]
     sides = (base, job.base, not streamed), (tuned, job.tuned, not streamed or has_ladder(options))
     stored = sum(
         c.nbytes(p) if whole or not c.streams(p) else min(c.nbytes(p), BLOCKS)
         for c, p, whole in sides
     )
+    # what is read goes once ΔW is known, but on a device both are there
+    needed = max(stored + dense, _working(job, options)) + (0 if streamed else stored)
     shape = (
         job.shape,
         job.dtype,
@@ -346,4 +366,4 @@ def step_of(
         base.likeness(job.base),
         tuned.likeness(job.tuned),
     )
-    return Step(job, shape, stored + working, tuned.source.order(job.tuned[0].name))
+    return Step(job, shape, needed, tuned.source.order(job.tuned[0].name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -189,6 +188,7 @@ def opened(
 
     If `hidden`, a single file keeps a temporary name until the block ends, to be verified.
     """
+    from adaptkit.files.leftovers import hidden as hidden_name
     from adaptkit.files.publish import publish_folder
     from adaptkit.files.sink import TensorSink
 
@@ -205,11 +205,7 @@ def opened(
             yield Output(layout, sinks, lambda name: made / name)
         return
     (volume,) = layout.volumes
-    target = (
-        path.with_name(f".{path.name[:48]}.{os.getpid()}-{os.urandom(4).hex()}.checked.part")
-        if hidden
-        else path
-    )
+    target = hidden_name(path, "checked.part") if hidden else path
     try:
         with TensorSink(target, volume.specs, metadata(volume), overwrite=overwrite) as sink:
             yield Output(layout, {"": sink}, lambda _: target)

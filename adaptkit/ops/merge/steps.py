@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "JointMerge", "block_rows", "by_rows", "combined", "step_of"]
 
 
+WIDE = ("F32", "F64")  # dtypes that are computed with as they are stored
 # entries merged at a time: three such blocks of float32 stay in the cache
 BLOCK = 1 << 19
 
@@ -111,19 +112,21 @@ def _sizes(merge: TensorMerge, base: Checkpoint) -> tuple[int, int]:
     kinds = (c.entry.kind for c in merge.contributions if c.strength)
     # a layer that is applied to as a whole: read, wide, and changed
     own += sum(9 * base.nbytes(c.slot) for c in merge.contributions if c.slot)
-    dense = max((0 if kind.applies_in_place else 4 * info.numel for kind in kinds), default=0)
+    dense = max((kind.applying(info.numel) for kind in kinds), default=0)
     scaled = 8 * info.numel if base.quantization.widens(info) else 0
     return info.nbytes + 4 * info.numel + dense + scaled, own
 
 
 def _factors(merge: TensorMerge, adapters: Sequence[Adapter]) -> dict[tuple[Path, Slot], int]:
-    """Return the bytes of each added entry, as stored and widened."""
+    """Return the bytes of each added entry, as stored, widened, and scaled unless it is dense."""
     found = {}
     for c in merge.contributions:
         if c.strength:
             source = adapters[c.adapter].source
-            found[source.path, c.entry.slot] = 5 * sum(
-                source.infos[key].nbytes for _, key in c.entry.tensors()
+            infos = [source.infos[key] for _, key in c.entry.tensors()]
+            found[source.path, c.entry.slot] = sum(
+                info.nbytes + 4 * info.numel * ((info.dtype not in WIDE) + (not c.entry.kind.dense))
+                for info in infos
             )
     return found
 

@@ -162,7 +162,7 @@ class _Verifier:
         """Return the step with the memory of float64: twice the factors, blocks, whole ΔW."""
         merge, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
         kinds = [c.entry.kind for c in merge.contributions if c.strength]
-        whole = 8 * numel * (0 if all(kind.applies_in_place for kind in kinds) else 1)
+        whole = 8 * numel * any(kind.applying(numel) for kind in kinds)
         whole += (
             40
             * numel

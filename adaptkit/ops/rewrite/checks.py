@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
 from adaptkit.detect import formats
-from adaptkit.errors import AmbiguousAdapter, NotRepresentable, ShapeMismatch
+from adaptkit.errors import AmbiguousAdapter, NotRepresentable, ShapeMismatch, Unclaimed
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import Dialect, keys_for
 from adaptkit.names import BIAS
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint, Piece
     from adaptkit.keymap import KeyMap
     from adaptkit.ops.rewrite.plan import RecastOptions, Task
+    from adaptkit.ops.shared import Unused
     from adaptkit.respelling import Assembly
 
 __all__ = [
     "check_base",
     "check_biases",
     "check_family",
+    "check_names",
     "check_sizes",
     "keys_of",
     "scales_biases",
@@ -97,6 +99,23 @@ def check_family(
                 hint=f"say which: --family {adapter.family.name} or --family {name}",
                 file=adapter.source.path,
             )
+
+
+def check_names(adapter: Adapter, unused: Sequence[Unused], keys: KeyMap) -> None:
+    """Unclaimed if a format has no name for any module because the family is unknown.
+
+    What helps then is to tell the family, not to allow the loss of everything.
+    """
+    if adapter.known or not unused:
+        return
+    nearest = adapter.detection.nearest
+    family = f"--family {nearest.family}" if nearest else "--family"
+    raise Unclaimed(
+        f"the model family is unknown, and the {keys.format.name} format has no name for any of "
+        f"its {len(unused)} keys, the first of which is {unused[0].key}",
+        hint=f"{family} tells the names of its modules, --base CHECKPOINT the dots in them",
+        file=adapter.source.path,
+    )
 
 
 def check_biases(keys: KeyMap, tasks: Sequence[Task]) -> None:

@@ -12,7 +12,7 @@ from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
 from adaptkit.files.tensors import packed_float32
 from adaptkit.formats.contract import Alpha
-from adaptkit.meaning import DIFFUSERS_CONFIG, FLAT_ALPHA
+from adaptkit.meaning import DIFFUSERS_CONFIG, states_alpha
 from adaptkit.names import BIAS
 from adaptkit.ops.adapter_file.peft_config import PeftModule, diffusers_metadata
 from adaptkit.ops.adapter_file.size import exact_size
@@ -115,8 +115,11 @@ class Output:
         from adaptkit.files.provenance import sshs_places, updated
 
         plan = self.plan
-        stale = {DIFFUSERS_CONFIG, *FLAT_ALPHA}
-        kept = {name: value for name, value in _common(plan).items() if name not in stale}
+        kept = {
+            name: value
+            for name, value in _common(plan).items()
+            if name != DIFFUSERS_CONFIG and not states_alpha(name)
+        }
         said = restated(plan, self.state)
         kept = {name: value for name, value in kept.items() if said.get(name, value) is not None}
         changed = {name: value for name, value in said.items() if value is not None}

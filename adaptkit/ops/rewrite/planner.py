@@ -26,6 +26,7 @@ from adaptkit.ops.rewrite.checks import (
     check_base,
     check_biases,
     check_family,
+    check_names,
     check_sizes,
     keys_of,
     scales_biases,
@@ -94,6 +95,8 @@ def recast(
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
     planner.selection.check("this adapter" if len(adapters) == 1 else "these adapters")
+    if not tasks:
+        check_names(first, planner.unused, keys)
     refuse_unused(planner.unused, options.allow_unused, path, planner.held_parts(tasks))
     if not tasks:
         raise NothingToDo(

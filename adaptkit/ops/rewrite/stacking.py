@@ -28,7 +28,9 @@ def step_of(task: Task) -> Step[Task]:
     whole = "changed" in task.changes or task.kind.dense or task.base is not None
     order = adapter.source.order(next(task.entries[0].tensors())[1])
     shape = task.number if task.likeness is None else task.likeness
-    return Step(task, shape, 16 * elements + (16 * dense if whole else 0), order)
+    # in float64: ΔW of one, or those of several, and their sum
+    copies = 30 if len(task.terms) > 1 else 16
+    return Step(task, shape, 16 * elements + (copies * dense if whole else 0), order)
 
 
 def likeness_of(task: Task, swapped: bool) -> Hashable:

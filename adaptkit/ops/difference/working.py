@@ -1,0 +1,33 @@
+"""The working memory of decompositions, from shapes alone, as measured (tests/ops/peaks.py)."""
+
+from __future__ import annotations
+
+__all__ = ["eigen_bytes", "energies_bytes", "svd_bytes"]
+
+SMALL = 128  # the smaller side up to which a Gram matrix is decomposed, as in linalg.lowrank
+STEPS = 5  # directions of a Krylov space for each that is asked for
+
+
+def eigen_bytes(side: int) -> int:
+    """Bytes of a Gram matrix in float64, its eigenvectors, and the workspace of LAPACK."""
+    return 36 * side**2
+
+
+def energies_bytes(rows: int, columns: int, rank: int) -> int:
+    """Bytes that the leading `rank` singular values of a matrix take beside the matrix itself."""
+    smaller = min(rows, columns)
+    rank = min(rank, smaller)
+    if smaller <= SMALL or 4 * rank + 32 > smaller / 2:
+        return eigen_bytes(smaller)
+    space = min(smaller, STEPS * rank + 32)
+    return 4 * (rows + columns + smaller) * space + eigen_bytes(space)
+
+
+def svd_bytes(rows: int, columns: int, rank: int, method: str = "auto") -> int:
+    """Bytes that the leading `rank` triplets of a matrix take beside the matrix itself."""
+    smaller = min(rows, columns)
+    if method == "exact":  # a copy, both sides and the workspace of LAPACK, in float64
+        return 28 * rows * columns + 32 * smaller**2
+    thin = 24 * max(rows, columns) * min(rank, smaller)  # one side, its QR and the result
+    first = eigen_bytes(smaller) if method == "gram" else energies_bytes(rows, columns, rank)
+    return first + thin
