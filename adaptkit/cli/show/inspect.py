@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.show.page import Words, console, facts, page, table
 from adaptkit.cli.show.talk import fault
-from adaptkit.cli.show.text import MANY, cell, clean, counts, document, human, last, loads_in, some
+from adaptkit.cli.show.text import (
+    MANY,
+    cell,
+    clean,
+    counts,
+    document,
+    human,
+    last,
+    loads_in,
+    safe,
+    some,
+)
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
@@ -117,11 +128,12 @@ def listed(reports: Sequence[inspect.Report], names: Mapping[str, str]) -> None:
         r = report.record
         name = names.get(r["path"], r["path"])
         if report.error is not None:
-            out.writerow((name, *([""] * (len(columns) - 1)), report.error.message))
+            empty = [""] * (len(columns) - 1)
+            out.writerow((safe(name), *empty, safe(report.error.message)))
             continue
         kinds = " ".join(f"{kind}:{count}" for kind, count in r["algorithms"].items())
         cells = (r["kind"], r["family"], r["format"], kinds, " ".join(r["ranks"]))
-        out.writerow((name, r["bytes"], *cells, len(r["problems"]), ""))
+        out.writerow((safe(name), r["bytes"], *cells, len(r["problems"]), ""))
 
 
 def _file(report: inspect.Report) -> None:

@@ -91,7 +91,7 @@ class Talk:
             return document(self.command, {"files": [one.to_dict() for one in done]})
         for one in done:
             if one.report is not None:
-                click.echo(str(one.report.output))
+                click.echo(named(one.report.output))
         if not self.quiet:
             rows = [_row(one) for one in done if one.report is not None]
             columns = ("size", "modules", "error", "loads in", "file")
