@@ -81,7 +81,7 @@ def metadata(
     adaptkit metadata small.safetensors --copy-from style.safetensors
     """
     from adaptkit.cli.show.page import facts, page
-    from adaptkit.cli.show.text import document
+    from adaptkit.cli.show.text import document, named
     from adaptkit.ops import metadata as op
 
     options = op.Options(set=dict(entries), **chosen)
@@ -91,7 +91,7 @@ def metadata(
     if as_json:
         return document("metadata", report.to_dict())
     if options.changes:
-        click.echo(str(report.path))
+        click.echo(named(report.path))
     if not quiet:
         out = page(stderr=options.changes)
         out.print(PurePath(report.path).name, style="bold")
@@ -100,19 +100,22 @@ def metadata(
 
 
 def _lines(report: Report, *, whole: bool) -> Iterator[tuple[str, str]]:
+    from adaptkit.cli.show.text import safe
+
     hidden = {"ss_tag_frequency"} if report.tags else set()
     hidden |= {"modelspec.thumbnail"} if report.thumbnail else set()
     for name, value in report.metadata.items():
         if name not in hidden:
             long = len(value) > _LONG and not whole
-            yield name, f"{value[:_LONG]} … ({len(value):,} characters; -v)" if long else value
+            shown = safe(value[:_LONG] if long else value)
+            yield safe(name), f"{shown} … ({len(value):,} characters; -v)" if long else shown
     if report.thumbnail:
         kind, size = report.thumbnail
-        yield "thumbnail", f"{kind}, {size:,} bytes"
+        yield "thumbnail", f"{safe(kind)}, {size:,} bytes"
     if report.tags:
         tags = report.tags if whole else report.tags[:_TAGS]
         more = len(report.tags) - len(tags)
-        shown = ", ".join(f"{tag} {count}" for tag, count in tags)
+        shown = ", ".join(f"{safe(tag)} {count}" for tag, count in tags)
         yield "tags", shown + (f" and {more} more (-v)" if more else "")
     yield "AutoV2", report.hashes["autov2"]
     yield "AutoV3", report.hashes["autov3"]

@@ -198,6 +198,22 @@ def test_a_card_says_what_the_file_says(tiny: Path, tmp_path: Path) -> None:
 # --- failures as JSON, closed pipes ---------------------------------------------------------------
 
 
+def test_what_a_file_says_moves_no_cursor_and_forges_no_line(tiny: Path, tmp_path: Path) -> None:
+    path, card = tmp_path / "a.safetensors", tmp_path / "card.md"
+    tensors = load_file(tiny / LORA)
+    tensors["evil\x1b[31mkey.lora_up.weight"] = next(iter(tensors.values())).clone()
+    evil = "nice\x1b]0;pwned\x07\n  loads in    comfyui: yes"
+    tags = json.dumps({"a": {"tag\x1b[2J\nAutoV2 1": 3}})
+    save_file(tensors, path, metadata={"modelspec.title": evil, "ss_tag_frequency": tags})
+    for arguments in (("metadata", path), ("metadata", path, "-v"), ("inspect", path, "--csv")):
+        shown = adaptkit(*arguments).stdout
+        assert "\x1b" not in shown
+        assert not [line for line in shown.splitlines() if line.strip().startswith("loads in")]
+        assert sum(line.strip().startswith("AutoV2") for line in shown.splitlines()) <= 1
+    adaptkit("inspect", path, "--card", card)
+    assert "\x1b" not in card.read_text(encoding="utf-8")
+
+
 def test_failures_are_one_json_document(tiny: Path, tmp_path: Path) -> None:
     done = adaptkit("convert", tmp_path / "none.safetensors", "--to", "comfy", "--json")
     assert done.returncode == 1
@@ -222,3 +238,21 @@ def test_a_reader_that_has_ended_is_no_failure(tiny: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.read().strip() == "code 0"
     process.wait()
+
+
+def test_progress_off_a_terminal_is_a_plain_line_now_and_then(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (
+        "resize",
+        tiny / LORA,
+        "--rank",
+        "1",
+        "--overwrite",
+        "-o",
+        tmp_path / "o.safetensors",
+    )
+    assert "resizing:" not in adaptkit(*arguments).stderr  # too short to say anything
+    monkeypatch.setattr("adaptkit.cli.show.talk._SECONDS", 0.0)
+    assert "resizing: 104 of 104" in adaptkit(*arguments).stderr
+    assert "resizing:" not in adaptkit(*arguments, "-q").stderr

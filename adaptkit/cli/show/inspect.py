@@ -128,11 +128,12 @@ def listed(reports: Sequence[inspect.Report], names: Mapping[str, str]) -> None:
         r = report.record
         name = safe(names.get(r["path"], r["path"]))
         if report.error is not None:
-            out.writerow((name, *([""] * (len(columns) - 1)), safe(report.error.message)))
+            empty = [""] * (len(columns) - 1)
+            out.writerow((name, *empty, safe(report.error.message)))
             continue
         kinds = " ".join(f"{kind}:{count}" for kind, count in r["algorithms"].items())
         cells = (r["kind"], r["family"], r["format"], kinds, " ".join(r["ranks"]))
-        out.writerow((name, r["bytes"], *cells, len(r["problems"]), ""))
+        out.writerow((safe(name), r["bytes"], *cells, len(r["problems"]), ""))
 
 
 def _file(report: inspect.Report) -> None:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptkit.cli.show.page import console, facts, page, table
-from adaptkit.cli.show.text import (
-    MANY,
-    cell,
-    document,
-    human,
-    last,
-    loading,
-    named,
-    safe,
-    trouble,
-)
+from adaptkit.cli.show.text import MANY, cell, document, human, last, loading, named, safe, trouble
 from adaptkit.ops.shared import LeftOut, Unused, by_reason
 
 if TYPE_CHECKING:
@@ -35,6 +26,7 @@ __all__ = ["Talk", "fault", "write", "write_each"]
 
 # keys named per reason
 _FEW = 2
+_SECONDS = 10.0  # between lines of progress
 
 
 def fault(error: AdaptkitError) -> None:
@@ -51,8 +43,11 @@ class Talk:
     @contextmanager
     def progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
         """Show a bar on stderr, on a terminal only."""
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet:
             yield None
+            return
+        if not sys.stderr.isatty():
+            yield _Plainly(what)
             return
         from rich.progress import (
             BarColumn,
@@ -96,7 +91,7 @@ class Talk:
             return document(self.command, {"files": [one.to_dict() for one in done]})
         for one in done:
             if one.report is not None:
-                click.echo(str(one.report.output))
+                click.echo(named(one.report.output))
         if not self.quiet:
             rows = [_row(one) for one in done if one.report is not None]
             columns = ("size", "modules", "error", "loads in", "file")
@@ -190,6 +185,19 @@ def write_each(
 
 def _summary(name: str, value: object) -> bool:
     return name not in ("details", "unused", "output") and value not in ("", None, [])
+
+
+class _Plainly:
+    """Progress off a terminal: a plain line every ten seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.said = what, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.said >= _SECONDS:
+            self.said = now
+            click.echo(f"{self.what}: {done} of {total}", err=True)
 
 
 def _row(one: Done) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ def _hosts(record: Mapping[str, Any]) -> Iterator[str]:
     words = {True: "yes", False: "no", None: "not measured"}
     yield from ("## Loads in", "", "| host | loads | |", "| --- | --- | --- |")
     for host, loads in record["loads_in"].items():
-        yield f"| {host} | {words[loads]} | {record['why'].get(host, '')} |"
+        yield f"| {host} | {words[loads]} | {_plain(record['why'].get(host, ''))} |"
     yield ""
 
 
