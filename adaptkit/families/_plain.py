@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from adaptkit.families.contract import Kind, Row, named, pair, row
@@ -15,8 +14,6 @@ __all__ = ["Words", "matrices", "norms", "parameters", "spread"]
 # parts of diffusers' names and what the original has for them, replaced in this order
 Words = tuple[tuple[str, str], ...]
 
-_CHOICE = re.compile(r"\(([^()]*)\)")
-
 
 def spread(*templates: str) -> Iterator[str]:
     """Every name that templates with choices stand for.
@@ -25,12 +22,13 @@ def spread(*templates: str) -> Iterator[str]:
     ['attn.to_q', 'attn.to_k', 'a.1', 'a.2', 'b.1', 'b.2']
     """
     for template in templates:
-        found = _CHOICE.search(template)
-        if found is None:
+        head, opened, rest = template.partition("(")
+        choices, _, tail = rest.partition(")")
+        if not opened:
             yield template
             continue
-        for choice in found[1].split("|"):
-            yield from spread(template[: found.start()] + choice + template[found.end() :])
+        for choice in choices.split("|"):
+            yield from spread(head + choice + tail)
 
 
 def matrices(*templates: str, words: Words = (), kernel: tuple[int, ...] = ()) -> Iterator[Row]:

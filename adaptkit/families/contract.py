@@ -8,7 +8,6 @@ namings of a row.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
@@ -147,9 +146,6 @@ def _names(value: str | Name | tuple[Name, ...]) -> tuple[Name, ...]:
     return (value,) if isinstance(value, Name) else value
 
 
-_TERM = re.compile(r"(\d*)(d?)")
-
-
 def sizes(text: str, *widths: int) -> frozenset[tuple[int, int]]:
     """Read the sizes of a component's matrices, `rows x columns` each, `d` being each width.
 
@@ -164,8 +160,8 @@ def sizes(text: str, *widths: int) -> frozenset[tuple[int, int]]:
 
 
 def _length(term: str, width: int) -> int:
-    number, unit = _TERM.fullmatch(term).groups()  # type: ignore[union-attr]
-    return int(number or 1) * (width if unit else 1)
+    number = term.removesuffix("d")
+    return int(number or 1) * (width if number != term else 1)
 
 
 def _frozen() -> Mapping[str, tuple[str, ...]]:

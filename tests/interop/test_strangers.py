@@ -240,7 +240,7 @@ def test_inspect_says_unknown_and_promises_no_host(name: str, tmp_path: Path) ->
 def test_the_nearest_family_is_said() -> None:
     near = {
         "CogView3PlusTransformer2DModel": "glm-image",
-        "OvisImageTransformer2DModel": "flux",
+        "OvisImageTransformer2DModel": "hunyuan-video",
     }
     for name, family in near.items():
         result = detect_adapter(infos(lora(built(*STRANGERS[name])[0], "diffusers")), {})
