@@ -135,7 +135,7 @@ def give_back() -> None:
     with suppress(OSError, AttributeError, TypeError):  # other libraries have no such setting
         library = ctypes.CDLL(None)
         for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            library.mallopt(parameter, HUGE)
+            library.mallopt(parameter, 3 << 20)
 
 
 def out_of_memory(error: BaseException) -> bool:
