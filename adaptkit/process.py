@@ -165,6 +165,6 @@ def release(device: str) -> None:
     """Give back the memory that torch keeps for a device."""
     import torch
 
-    kind = getattr(torch, device.partition(":")[0], None)
-    if hasattr(kind, "empty_cache"):
-        kind.empty_cache()
+    empty = getattr(getattr(torch, device.partition(":")[0], None), "empty_cache", None)
+    if empty is not None:
+        empty()
