@@ -135,7 +135,7 @@ def give_back() -> None:
     with suppress(OSError, AttributeError, TypeError):  # other libraries have no such setting
         library = ctypes.CDLL(None)
         for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            library.mallopt(parameter, HUGE)
+            library.mallopt(parameter, 3 << 20)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -163,6 +163,6 @@ def release(device: str) -> None:
     """Give back the memory that torch keeps for a device."""
     import torch
 
-    kind = getattr(torch, device.partition(":")[0], None)
-    if hasattr(kind, "empty_cache"):
-        kind.empty_cache()
+    empty = getattr(getattr(torch, device.partition(":")[0], None), "empty_cache", None)
+    if empty is not None:
+        empty()

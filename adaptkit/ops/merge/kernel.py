@@ -423,7 +423,8 @@ def _norm(x: Tensor) -> Tensor:
     """‖x‖ of each of a stack (b, m, n), in one launch."""
     import torch
 
-    return torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
+    found: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
+    return found
 
 
 def _square(x: Tensor) -> float:

@@ -1,0 +1,143 @@
+"""Launches, waits and copies of a stack of eight layers on a device: upper limits, counted on an emulated one.
+
+`python -m pytest tests/ops/on_device_counts.py -s` prints them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from adaptkit import engine
+from adaptkit.ops import extract, merge, resize
+from tests import emulated
+from tests.ops.on_device import run
+
+LAYERS, SIDE = 8, 256
+# what only looks at a tensor otherwise, or allocates
+VIEWS = (
+    "view", "_unsafe_view", "reshape", "slice", "select", "transpose", "t.default", "expand",
+    "unsqueeze", "squeeze", "as_strided", "detach", "alias", "split", "unbind", "permute",
+    "diagonal", "empty", "flatten", "lift_fresh", "new_empty", "_reshape_alias", "tensor_split",
+    "is_pinned",
+)  # fmt: skip
+
+
+class Counted:
+    """What the device sees while the engine computes."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+        self.passes: list[Counter[str]] = []
+
+    def __enter__(self) -> Counted:
+        dispatch, tolist = emulated._Device.__torch_dispatch__, emulated.OnDevice.tolist
+        run_all = engine.run
+
+        def counting(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = dispatch(mode, func, types, args, kwargs)
+            self.count(str(func).removeprefix("aten."), func, (args, kwargs or {}), found)
+            return found
+
+        def waiting(tensor: Any) -> Any:
+            self.seen["back"] += 1
+            return tolist(tensor)
+
+        def each(*args: Any) -> Any:
+            self.seen.clear()
+            notes = run_all(*args)
+            self.passes.append(Counter(self.seen))
+            return notes
+
+        self.patches = [
+            mock.patch.object(emulated._Device, "__torch_dispatch__", counting),
+            mock.patch.object(emulated.OnDevice, "tolist", waiting),
+            mock.patch.object(engine, "run", each),
+        ]
+        for patch in self.patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+    def count(self, name: str, func: Any, given: Any, found: Any) -> None:
+        def there(tree: Any) -> bool:
+            return any(isinstance(leaf, emulated.OnDevice) for leaf in emulated._leaves(tree))
+
+        ours, theirs = there(given), there(found)
+        if not (ours or theirs):
+            return
+        if name.startswith(("_local_scalar_dense", "item", "is_nonzero", "equal")):
+            self.seen["waits"] += 1
+        elif (func in emulated.MOVES or name.startswith(("to.", "cpu"))) and ours != theirs:
+            self.seen["back" if ours else "sent"] += 1
+        elif not name.startswith(VIEWS):
+            self.seen["launches"] += 1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, draw = tmp_path_factory.mktemp("counts"), torch.Generator().manual_seed(0)
+    base, tuned, lora, lokr = {}, {}, {}, {}
+    for n in range(LAYERS):
+        key, name = f"blocks.{n}.layer.weight", f"transformer.blocks.{n}.layer"
+        base[key] = (torch.randn(SIDE, SIDE, generator=draw) / SIDE**0.5).half()
+        noise = torch.randn(SIDE, SIDE, generator=draw) * 0.02 / SIDE**0.5
+        tuned[key] = (base[key].float() + noise).half()
+        lora[f"{name}.lora_up.weight"] = torch.randn(SIDE, 8, generator=draw).half()
+        lora[f"{name}.lora_down.weight"] = torch.randn(8, SIDE, generator=draw).half()
+        lokr[f"{name}.lokr_w1"] = torch.randn(8, 8, generator=draw).half()
+        lokr[f"{name}.lokr_w2"] = torch.randn(SIDE // 8, SIDE // 8, generator=draw).half()
+    states = {"base": base, "tuned": tuned, "lora": lora, "lokr": lokr}
+    for name, state in states.items():
+        save_file(state, folder / f"{name}.safetensors", {"format": "pt"})
+    return {name: folder / f"{name}.safetensors" for name in states}
+
+
+@pytest.fixture
+def device() -> Iterator[str]:
+    if torch.cuda.is_available():
+        pytest.skip("counts are those of the emulated device")
+    with emulated.emulated() as name:
+        yield name
+
+
+# launches and waits of all eight, and copies to the device and back, of the main pass
+LIMITS = {
+    "merge lora": (14, 0, 3, 2),
+    "merge lokr": (14, 0, 3, 2),
+    "extract lora": (850, 70, 12, 22),
+    "extract lokr": (720, 70, 14, 23),
+    "resize": (120, 8, 8, 21),
+}
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_upper_limits(what: str, files: dict[str, Path], device: str, tmp_path: Path) -> None:
+    verb, _, kind = what.partition(" ")
+    op = {"merge": merge, "extract": extract, "resize": resize}[verb]
+    inputs: dict[str, Any] = {
+        "merge": (files["base"], [(files[kind or "lora"], 0.8)]),
+        "extract": (files["base"], files["tuned"]),
+        "resize": (files["lora"],),
+    }
+    options: dict[str, Any] = {
+        "merge": {}, "extract": {"rank": 8} if kind == "lora" else {"algo": "lokr"},
+        "resize": {"rank": 4},
+    }  # fmt: skip
+    with Counted() as counted:
+        run(op, inputs[verb], options[verb], device=device, output=tmp_path / "o.safetensors")
+    seen = counted.passes[-1]
+    found = tuple(seen[name] for name in ("launches", "waits", "sent", "back"))
+    print(what, found)
+    assert all(number <= most for number, most in zip(found, LIMITS[what], strict=True)), found
+    assert found[0] > 0
