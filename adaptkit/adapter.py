@@ -104,8 +104,8 @@ class Adapter:
             return found
         except Exception as error:
             source.close()
-            found = InternalError.of(error).at(file=path)
-            raise found from found.__cause__
+            told = InternalError.of(error).at(file=path)
+            raise told from told.__cause__
 
     @classmethod
     def open_as(
@@ -130,8 +130,8 @@ class Adapter:
             return found
         except Exception as error:
             source.close()
-            found = InternalError.of(error).at(file=path)
-            raise found from found.__cause__
+            told = InternalError.of(error).at(file=path)
+            raise told from told.__cause__
 
     @classmethod
     def understand(

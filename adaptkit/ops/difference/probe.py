@@ -175,7 +175,7 @@ def probe(
 def _one(
     tuned: Checkpoint, pair: Pair, ours: Tensor, theirs: Tensor, *, enough: bool
 ) -> Look | None:
-    from torch.linalg import LinAlgError
+    from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
     from adaptkit.linalg.precision import difference, norm_squared
 
