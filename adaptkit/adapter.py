@@ -105,8 +105,8 @@ class Adapter:
             return found
         except Exception as error:
             source.close()
-            found = InternalError.of(error).at(file=path)
-            raise found from found.__cause__
+            told = InternalError.of(error).at(file=path)
+            raise told from told.__cause__
 
     @classmethod
     def open_as(
@@ -131,8 +131,8 @@ class Adapter:
             return found
         except Exception as error:
             source.close()
-            found = InternalError.of(error).at(file=path)
-            raise found from found.__cause__
+            told = InternalError.of(error).at(file=path)
+            raise told from told.__cause__
 
     @classmethod
     def understand(

@@ -351,10 +351,10 @@ class Lokr(Weights):
         from adaptkit.linalg.precision import norm_squared
 
         assert isinstance(self.w2, Product)
-        w1, size = self.w1.dense(), float(norm_squared(self.w1.dense()))
-        if not size:
+        w1 = self.w1.dense().to(delta.dtype)  # stored in fp64, the difference may be fp32
+        if not (size := float(norm_squared(w1))):
             return (float(norm_squared(delta)),)
-        left, right = self.w2.left, self.w2.right
+        left, right = self.w2.left.to(delta.dtype), self.w2.right.to(delta.dtype)
         r = rearrange(delta, *w1.shape[-2:])
         best = (w1.reshape(1, -1) @ r / size).reshape(left.shape[-2], right.shape[-1])
         rest = float(norm_squared(r.sub_(w1.reshape(-1, 1) * best.reshape(1, -1))))

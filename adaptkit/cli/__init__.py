@@ -148,7 +148,7 @@ def main() -> NoReturn:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as usage:
-        usage.message = safe(usage.message)
+        usage.message = safe(usage.message)  # type: ignore[misc]
         _document(type(usage).__name__, usage.format_message())
         usage.show()
         sys.exit(usage.exit_code)

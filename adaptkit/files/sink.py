@@ -199,7 +199,8 @@ class TensorSink(OutputFile):
         loose: list[
             tuple[str, TensorSource, str]
         ] = []  # strided or compressed: no raw bytes to copy
-        for name, source, source_name in items:
+        copied = list(items)
+        for name, source, source_name in copied:
             info, span, given = (
                 self._info(name),
                 source.span(source_name),
@@ -215,6 +216,9 @@ class TensorSink(OutputFile):
                 runs.append(Run(span[0], span[1], info.nbytes, info.start, name))
         # raw copies first: only strided or compressed tensors need torch
         self._copy_runs(coalesce(runs))
+        # copies open their files by name: each must still be the one whose header was read
+        for source in {id(source): source for _, source, _ in copied}.values():
+            source.check_unchanged()
         self._written.update(claimed)
         for name, source, source_name in loose:
             found = source.read(source_name).reshape(self.infos[name].shape)

@@ -7,17 +7,15 @@ own memory, from any thread. Memory maps are avoided: their pages count as resid
 from __future__ import annotations
 
 import os
-import threading
 from abc import ABC, abstractmethod
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from adaptkit.errors import AdaptkitError, CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
-from adaptkit.files.header import TensorInfo, itemsize, nbytes, read_header, unreadable
+from adaptkit.errors import CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
+from adaptkit.files.header import TensorInfo, itemsize, nbytes, read_header
+from adaptkit.files.reader import Reader, Stamp, stamp
 from adaptkit.files.tensors import bytes_of, decode_scalar, empty_bytes, row_range, torch_dtype
 
 if TYPE_CHECKING:
-    import io
     from collections.abc import Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
@@ -29,72 +27,6 @@ if TYPE_CHECKING:
     from adaptkit.files.pickled.catalogue import Catalogue
 
 __all__ = ["TensorSource", "join", "open_file"]
-
-HAS_PREADV = hasattr(os, "preadv")
-HAS_FADVISE = hasattr(os, "posix_fadvise")
-_CHUNK = 1 << 30  # bytes per system call; macOS and Linux refuse or truncate reads of 2 GiB
-
-
-class _Reader:
-    """Positioned reads from one file, opened at the first read."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        self.size = size
-        self._file: io.FileIO | None = None
-        self._lock = threading.Lock()
-
-    def into(self, view: memoryview, start: int, tensor: str) -> None:
-        """Fill `view` with the bytes from `start` on; `CorruptFile` at a premature end."""
-        file = self._opened()
-        done = 0
-        while done < len(view):
-            try:
-                count = self._some(file, view[done : done + _CHUNK], start + done)
-            except (OSError, ValueError) as error:  # ValueError: closed in another thread
-                reason = error if isinstance(error, OSError) else OSError(str(error))
-                raise unreadable(self.path, reason).at(tensor=tensor) from error
-            if count == 0:
-                message = f"truncated: {len(view)} bytes expected at {start}, {done} found"
-                raise CorruptFile(
-                    message, file=self.path, tensor=tensor, hint="did the file change meanwhile?"
-                )
-            done += count
-
-    def _some(self, file: io.FileIO, view: memoryview, start: int) -> int:
-        if HAS_PREADV:
-            return os.preadv(file.fileno(), [view], start)
-        with self._lock:
-            # no positioned reads (Windows): the file offset is shared, hence the lock
-            file.seek(start)
-            return file.readinto(view) or 0
-
-    def ahead(self, start: int, length: int) -> None:
-        """Prefetch bytes from the disk, on systems with posix_fadvise."""
-        if HAS_FADVISE:
-            with suppress(OSError, AdaptkitError):  # the read itself will report it
-                os.posix_fadvise(self._opened().fileno(), start, length, os.POSIX_FADV_WILLNEED)
-
-    def _opened(self) -> io.FileIO:
-        with self._lock:
-            if self._file is None:
-                try:
-                    file = self.path.open("rb", buffering=0)
-                except OSError as error:
-                    raise unreadable(self.path, error) from error
-                # offsets come from the header read earlier; another size means another file
-                if (now := os.fstat(file.fileno()).st_size) != self.size:
-                    file.close()
-                    message = f"changed after opening: it had {self.size} bytes, now {now}"
-                    raise CorruptFile(message, file=self.path)
-                self._file = file
-            return self._file
-
-    def close(self) -> None:
-        with self._lock:
-            file, self._file = self._file, None
-        if file is not None:
-            file.close()
 
 
 class TensorSource(ABC):
@@ -139,6 +71,9 @@ class TensorSource(ABC):
     def order(self, name: str) -> tuple[int, int]:
         """(file index, offset); reading in this order reads every file forwards."""
 
+    def check_unchanged(self) -> None:  # noqa: B027 optional
+        """Raise `CorruptFile` if a file is another than when its header was read."""
+
     @abstractmethod
     def close(self) -> None:
         """Free the file handles."""
@@ -162,13 +97,13 @@ class TensorSource(ABC):
 class _FileSource(TensorSource):
     """One file with tensors at byte spans."""
 
-    def __init__(self, path: Path, found: Header | Catalogue) -> None:
+    def __init__(self, path: Path, found: Header | Catalogue, at: Stamp) -> None:
         self.path = path
         self.files = (path,)
         self.infos = found.infos
         self.metadata = {}
         self.size = found.size
-        self._reader = _Reader(path, found.size)
+        self._reader = Reader(path, found.size, at)
 
     def info(self, name: str) -> TensorInfo:
         try:
@@ -222,6 +157,9 @@ class _FileSource(TensorSource):
     def order(self, name: str) -> tuple[int, int]:
         return 0, self.info(name).start
 
+    def check_unchanged(self) -> None:
+        self._reader.check_unchanged()
+
     def close(self) -> None:
         self._reader.close()
 
@@ -229,16 +167,16 @@ class _FileSource(TensorSource):
 class _SafetensorsSource(_FileSource):
     """One `.safetensors` file."""
 
-    def __init__(self, path: Path, header: Header) -> None:
-        super().__init__(path, header)
+    def __init__(self, path: Path, header: Header, at: Stamp) -> None:
+        super().__init__(path, header, at)
         self.metadata = header.metadata
 
 
 class _PickleSource(_FileSource):
     """One torch pickle, with strided views and compressed entries."""
 
-    def __init__(self, path: Path, catalogue: Catalogue) -> None:
-        super().__init__(path, catalogue)
+    def __init__(self, path: Path, catalogue: Catalogue, at: Stamp) -> None:
+        super().__init__(path, catalogue, at)
         self.ignored = catalogue.ignored
         self._strides = catalogue.strides
         self._packed = catalogue.packed
@@ -343,6 +281,10 @@ class _JoinedSource(TensorSource):
         file, offset = part.order(inner)
         return index + file, offset
 
+    def check_unchanged(self) -> None:
+        for part in self._parts:
+            part.check_unchanged()
+
     def close(self) -> None:
         for part in self._parts:
             part.close()
@@ -354,12 +296,13 @@ def open_file(path: Path) -> TensorSource:
         raise UnreadableFile("not a regular file", file=path)
     with path.open("rb") as file:
         head = file.read(512)
+        at = stamp(os.fstat(file.fileno()))
     if head[8:9] != b"{":
         from adaptkit.files.pickled.catalogue import looks_like_pickle, read_catalogue
 
         if looks_like_pickle(head):
-            return _PickleSource(path, read_catalogue(path))
-    return _SafetensorsSource(path, read_header(path))
+            return _PickleSource(path, read_catalogue(path), at)
+    return _SafetensorsSource(path, read_header(path), at)
 
 
 def join(path: Path, parts: Sequence[tuple[str, TensorSource]]) -> TensorSource:

@@ -12,6 +12,7 @@ flags are refused, which no file was seen to use.
 from __future__ import annotations
 
 import re
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import CorruptFile
@@ -300,7 +301,9 @@ class _Parser:
 
     def _compiled(self, text: str) -> Callable[[str], object]:
         try:
-            return re.compile(text).fullmatch
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a later Python may mean by [[
+                return re.compile(text).fullmatch
         except (re.error, OverflowError, RecursionError) as error:
             raise self._wrong(str(error)) from None
 

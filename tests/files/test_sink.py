@@ -28,8 +28,8 @@ from adaptkit.errors import (
     WouldOverwrite,
 )
 from adaptkit.files import output_file as module
+from adaptkit.files import reader as source_module
 from adaptkit.files import sink as sink_module
-from adaptkit.files import source as source_module
 from adaptkit.files.header import TensorSpec
 from adaptkit.files.open import open_source
 from adaptkit.files.sink import TensorSink

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from adaptkit.errors import AdaptkitError, CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
-from adaptkit.files import source as module
+from adaptkit.files import reader as module
 from adaptkit.files import tensors
-from adaptkit.files.header import TensorSpec, build_header
+from adaptkit.files.header import TensorInfo, TensorSpec, build_header
 from adaptkit.files.open import open_source
 
 DTYPES = [
@@ -98,13 +98,13 @@ def test_rows_are_slices(tmp_path_factory, start, stop, count):
 def test_rows_read_only_their_bytes(tmp_path, monkeypatch, way):
     path = write(tmp_path / "a.safetensors", a=torch.arange(4000.0).reshape(1000, 4))
     asked = []
-    some = module._Reader._some
+    some = module.Reader._some
 
     def spy(self, file, view, at):
         asked.append(len(view))
         return some(self, file, view, at)
 
-    monkeypatch.setattr(module._Reader, "_some", spy)
+    monkeypatch.setattr(module.Reader, "_some", spy)
     with open_source(path) as source:
         assert source.read("a", slice(10, 12)).tolist() == [[40, 41, 42, 43], [44, 45, 46, 47]]
     assert asked == [32]
@@ -170,7 +170,7 @@ def test_every_small_float_decodes_as_torch_does(tmp_path, dtype):
         .view(dtype)
     )
     spelling = {v: k for k, v in tensors.TORCH_NAMES.items()}[str(dtype).removeprefix("torch.")]
-    info = module.TensorInfo("x", spelling, (), 0, dtype.itemsize)
+    info = TensorInfo("x", spelling, (), 0, dtype.itemsize)
     found = [
         tensors.decode_scalar(bytes(b.reshape(1).view(torch.uint8).tolist()), info, Path())
         for b in bits
@@ -270,7 +270,7 @@ def test_an_unreadable_sector(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     with open_source(write(tmp_path / "a.safetensors", a=ones())) as source:
-        monkeypatch.setattr(module._Reader, "_some", broken)
+        monkeypatch.setattr(module.Reader, "_some", broken)
         with pytest.raises(UnreadableFile, match="Input/output error") as caught:
             source.read("a")
         assert caught.value.tensor == "a"
@@ -452,3 +452,67 @@ def test_reading_does_not_keep_the_file_resident(tmp_path):
         [sys.executable, "-c", code, str(path)], check=True, capture_output=True, timeout=60
     )
     assert int(done.stdout) < 100_000_000
+
+
+# --- a file that changes while it is read ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["replaced", "written", "truncated"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_file_that_changes_while_it_is_read_fails_the_run(tmp_path, how, opened):
+    from safetensors.torch import save_file
+
+    from adaptkit.files.header import TensorSpec
+    from adaptkit.files.sink import TensorSink
+
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({"x": torch.zeros(8), "y": torch.zeros(8)}, path)
+    save_file({"x": torch.ones(8), "y": torch.ones(8)}, other)
+    os.utime(path, ns=(1, 1))
+    with open_source(path) as source:
+        if opened:
+            source.read("x")
+        if how == "replaced":
+            if opened and os.name == "nt":
+                pytest.skip("Windows replaces no open file")
+            other.replace(path)
+        elif how == "written":
+            path.write_bytes(other.read_bytes())
+        else:
+            os.truncate(path, path.stat().st_size - 4)
+        specs = [TensorSpec(name, "F32", (8,)) for name in "xy"]
+
+        def copy() -> None:
+            with TensorSink(tmp_path / "out", specs) as sink:
+                sink.copy_many((name, source, name) for name in "xy")
+                sink.commit()
+
+        with pytest.raises(CorruptFile, match="while it was read|changed|truncated"):
+            copy()
+        assert not (tmp_path / "out").exists()
+        if not (how == "replaced" and opened):  # the old file is still what is read
+            with pytest.raises(CorruptFile, match="while it was read|changed|truncated"):
+                source.read("y")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_more_shards_than_a_process_may_open(tmp_path):
+    import subprocess
+
+    from safetensors.torch import save_file
+
+    names = {}
+    for n in range(60):
+        name = f"model-{n + 1:05}-of-00060.safetensors"
+        save_file({f"t{n}": torch.full((4,), float(n))}, tmp_path / name)
+        names[f"t{n}"] = name
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    code = (
+        "import resource, sys, torch; from adaptkit.files.open import open_source\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "with open_source(sys.argv[1]) as source:\n"
+        "    for again in range(2):\n"
+        "        for n in range(60): assert source.read(f't{n}').tolist() == [n] * 4\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(index)], check=True, timeout=120)

@@ -222,7 +222,7 @@ def probe(
 
 def _one(pair: Pair, tensors: dict[str, Tensor]) -> Look | None:
     """What is seen of one layer; None of those beyond the sample, and of those without a norm."""
-    from torch.linalg import LinAlgError
+    from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
     from adaptkit.linalg.noise import RoundingNoise
 

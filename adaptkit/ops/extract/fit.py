@@ -106,7 +106,7 @@ class Fitter:
 
     def fit(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
         """Subtract a stack of equal layers and fit every form of the differences."""
-        from torch.linalg import LinAlgError
+        from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
         delta, norms = self._difference(tensors, jobs[0].swapped)
         for job, norm in zip(jobs, norms, strict=True):

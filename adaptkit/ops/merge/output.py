@@ -103,6 +103,7 @@ class Output:
                 found[m.path].append(stretch)
         for path, items in found.items():
             self._sinks[path].copy_parts(items)
+        source.check_unchanged()
 
     def restate(self, metadata: Callable[[Volume], Mapping[str, str]]) -> None:
         """Replace the metadata of every written file by values of the same length."""

@@ -74,7 +74,7 @@ class Rewriter:
 
         Only that names the task at fault.
         """
-        from torch.linalg import LinAlgError
+        from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
         if tasks[0].likeness is None or not all(map(finite, tensors.values())):
             return None
@@ -84,7 +84,7 @@ class Rewriter:
             return None
 
     def _guarded(self, work: Any, task: Task, tensors: Mapping[str, Tensor], n: int) -> Any:
-        from torch.linalg import LinAlgError
+        from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
         own = {name: tensor[n] for name, tensor in tensors.items()}
         path = task.terms[0].job.adapter.source.path
