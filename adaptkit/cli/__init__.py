@@ -147,7 +147,7 @@ def main() -> NoReturn:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as usage:
-        usage.message = safe(usage.message)
+        usage.message = safe(usage.message)  # type: ignore[misc]
         _document(type(usage).__name__, usage.format_message())
         usage.show()
         sys.exit(usage.exit_code)
@@ -160,7 +160,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        found = InternalError.of(explained(error))
+        found = InternalError.of(explained(error))  # type: ignore[arg-type]
         _document(type(found).__name__, found.message, found.to_dict())
         _fail(str(found), found.hint, found.exit_code)
 
