@@ -239,10 +239,13 @@ def _made(
 ) -> AdapterFile:
     """What a verb makes, at its output or in a temporary file."""
     options = {"alpha_in": options.pop("alpha", None), **options}
-    folder = Temporary() if output is None else None
-    # PEFT's folder has no suffix; every other output is one file
-    name = "made" if _is_peft(given, options) else _MADE
-    path = Path(output) if folder is None and output is not None else folder.path / name  # type: ignore[union-attr]
+    folder: Temporary | None = None
+    if output is not None:
+        path = Path(output)
+    else:
+        folder = Temporary()
+        # PEFT's folder has no suffix; every other output is one file
+        path = folder.path / ("made" if _is_peft(given, options) else _MADE)
     try:
         report = run(verb, given, progress=progress, options=options | {"output": path})
         return AdapterFile(report.output, folder, report)

@@ -89,11 +89,13 @@ def extract(
     """The adapter that turns one checkpoint into another (`adaptkit extract`)."""
     from adaptkit.ops.extract import VERB
 
-    inputs, folder = Temporary(), None if output is not None else Temporary()
+    inputs, folder = Temporary(), None
+    if output is None:
+        folder = Temporary()
+        output = folder.path / "made.safetensors"
     try:
         first, second = stored(base, inputs, "base"), stored(tuned, inputs, "tuned")
-        path = Path(output) if output is not None else folder.path / "made.safetensors"  # type: ignore[union-attr]
-        options |= {"output": path}
+        options |= {"output": Path(output)}
         report = run(VERB, first, second, progress=progress, options=options)
         return AdapterFile(report.output, folder, report)
     except BaseException:

@@ -161,7 +161,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        found = InternalError.of(explained(error))
+        found = InternalError.of(explained(error))  # type: ignore[arg-type]
         _document(type(found).__name__, found.message, found.to_dict())
         _fail(str(found), found.hint, found.exit_code)
 

@@ -50,7 +50,7 @@ def convert(adapters: tuple[Path, ...], **chosen: Any) -> int:
 
     if chosen["to"] and chosen["host"]:
         raise click.UsageError("--to and --for exclude each other")
-    asked = ("to", "host", "algo", "only", "skip", "alpha_in", *RULES)
+    asked = ("to", "host", "algo", "only", "skip", "blocks", "alpha_in", *RULES)
     if chosen["dtype"] == "keep" and not any(chosen[name] for name in asked):
         raise click.UsageError("missing --to FORMAT or --for HOST")
     return write_each(VERB, "converting", converted, adapters, **chosen)
