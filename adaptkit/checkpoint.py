@@ -127,9 +127,9 @@ class Checkpoint:
                 hint=f"{near}known families: {', '.join(families())}",
             )
         keys = compile_checkpoint(found.family)
-        family = with_own(keys.family, own_weights(keys, infos))
-        if family is not keys.family:
-            keys = CheckpointMap(family)
+        grown = with_own(keys.family, own_weights(keys, infos))
+        if grown is not keys.family:
+            keys = CheckpointMap(grown)
         return cls._placed(source, stored, keys, found, ema)
 
     @classmethod

@@ -302,14 +302,14 @@ def own_weights(keys: CheckpointMap, infos: Mapping[str, TensorInfo]) -> Iterato
     starts = sorted(held, key=len, reverse=True)
     shapes = {info.name: info.shape for info in strange}
     for info in strange:
-        prefix = next((p for p in starts if info.name.startswith(p)), None)
-        module, _, param = info.name[len(prefix or "") :].rpartition(".")
+        start = next((p for p in starts if info.name.startswith(p)), None)
+        module, _, param = info.name[len(start or "") :].rpartition(".")
         float_ = info.dtype in (*FLOATS, *FP8)
-        if prefix is None or not module or not float_ or "{" in module or not info.shape:
+        if start is None or not module or not float_ or "{" in module or not info.shape:
             continue
-        if param == BIAS and f"{prefix}{module}.{WEIGHT}" in shapes:
+        if param == BIAS and f"{start}{module}.{WEIGHT}" in shapes:
             continue  # its weight tells more
-        component, naming = held[prefix].most_common(1)[0][0]
+        component, naming = held[start].most_common(1)[0][0]
         made = _row(module, info.shape if param == WEIGHT else (1, 1))
         yield Own(component, module, naming, kind=made.kind, kernel=made.kernel)
 

@@ -83,7 +83,7 @@ def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) ->
         prefixes = {"VERA": "vera_lambda_", "PVERA": "pvera_lambda_", "ADALORA": "lora_E"}
         known = TENSORS.get(prefixes.get(kind, f"{kind.lower()}_"))
         return known or NAMES.get(kind, stated)
-    found = Counter(kind for name in names if (kind := _kind(name)) is not None)
+    found = Counter(filter(None, map(_kind, names)))
     return found.most_common(1)[0][0] if found else None
 
 

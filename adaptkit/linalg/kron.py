@@ -144,8 +144,8 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     left = _leading(r)[..., 0, :]
     right = (left.unsqueeze(-2) @ r).squeeze(-2)
     captured = norm_squared(right.unsqueeze(-2))
-    factors = _gauged(_folded(left, a, b), _folded(right, c, d))
-    return Kron(*_rescaled(factors, unit), captured if unit is None else captured * unit.square())
+    w1, w2 = _rescaled(_gauged(_folded(left, a, b), _folded(right, c, d)), unit)
+    return Kron(w1, w2, captured if unit is None else captured * unit.square())
 
 
 def _rescaled(factors: tuple[Tensor, ...], unit: Tensor | None) -> tuple[Tensor, ...]:
@@ -210,10 +210,9 @@ def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = SWE
     x, unit = scaled(x)
     r = rearrange(x, a, b)
     w1, low, captured = _alternate(r, _leading(r, STARTS), (c, d), SvdSpec(min(rank, c, d)), sweeps)
-    factors = _evened(_folded(w1, a, b), *low.balanced())
-    return KronLowRank(
-        *_rescaled(factors, unit), captured if unit is None else captured * unit.square()
-    )
+    first, left, right = _rescaled(_evened(_folded(w1, a, b), *low.balanced()), unit)
+    whole = captured if unit is None else captured * unit.square()
+    return KronLowRank(first, left, right, whole)
 
 
 # starts (..., k, p), their second factors (..., k, ·, ·), and the captured energies (..., k)
@@ -233,7 +232,7 @@ def _alternate(
         tries = _climbed(r, total, (starts, *_second(r, starts, shape, spec)), near, spec, sweeps)
     else:  # one by one, so that none waits for another
         each = []
-        for start in starts[near].split(1):
+        for start in starts[near].unsqueeze(1):
             one = start, *_second(r, start, shape, spec)
             each.append(_climbed(r, total, one, one[2] >= 0, spec, sweeps))
         tries = max(each, key=lambda one: float(one[2]))
