@@ -36,6 +36,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 VARIES = (
     (re.compile(r"(seconds\s+)[\d.]+"), r"\1…"),
     (re.compile(r"[ \t]+$", re.MULTILINE), ""),
+    # a line of progress every ten seconds, on a slow machine
+    (re.compile(r"^\w+: \d+ of \d+\n", re.MULTILINE), ""),
 )
 
 

@@ -312,10 +312,7 @@ class Weights(Truncation):
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
 
     def some_rows(self, start: int, stop: int) -> Tensor:
-        """Output rows [start, stop) of ΔW, in float32 or wider; for kinds that are made `by_rows`.
-
-        Each row has the bits that it has in any other cut.
-        """
+        """Rows [start, stop) of ΔW, if it is made `by_rows`; each has its bits of any other cut."""
         from adaptkit.linalg.kron import kron_rows
 
         if (pair := self.kron_factors()) is not None:
