@@ -205,7 +205,8 @@ def test_the_video_part_of_ltx2_could_be_ltx_video_13b(module: str) -> None:
     stem = f"diffusion_model.transformer_blocks.0.{module}"
     found = detect_adapter(module_of(stem, 4096, 4096), {})
     assert found.family == "ltx2"
-    assert {"ltx-13b"} <= set(found.alternatives) <= {"ltx-13b", "cogview4", "cosmos"}
+    kin = {"ltx-13b", "cogview4", "glm-image", "cosmos-14b"}
+    assert {"ltx-13b"} <= set(found.alternatives) <= kin
     assert detect_adapter(module_of(stem, 4096, 4096), {"ss_base_model_version": "ltx2"}).family == "ltx2"  # fmt: skip
     said = {"modelspec.architecture": "ltx-video-13b/lora"}
     assert detect_adapter(module_of(stem, 4096, 4096), said).family == "ltx-13b"
