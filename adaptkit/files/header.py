@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "GGML",
     "TORCH_NAMES",
     "Header",
     "TensorInfo",
@@ -53,6 +54,12 @@ DTYPES: Mapping[str, int] = {  # bits per element
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
     "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+# block-quantised types of GGUF: bits per element, scales included (gguf.GGML_QUANT_SIZES)
+GGML: Mapping[str, float] = {
+    "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q2_K": 2.625, "Q3_K": 3.4375,
+    "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.25,
 }  # fmt: skip
 
 # safetensors dtype -> attribute of torch; tensors of any other dtype can only be copied
@@ -91,10 +98,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed elements.
-
-        A strided view in a pickle may span more or fewer.
-        """
+        """Bytes of the packed elements; a strided view in a pickle may span more or fewer."""
         return nbytes(self.dtype, self.shape)
 
 
@@ -117,7 +121,8 @@ def itemsize(dtype: str) -> int:
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a packed tensor."""
-    return math.prod(shape) * DTYPES[dtype] // 8
+    bits = DTYPES.get(dtype) or GGML[dtype]
+    return int(math.prod(shape) * bits) // 8
 
 
 def unreadable(path: object, error: OSError) -> UnreadableFile:
@@ -216,7 +221,6 @@ _SIGNATURES = (
         "rename it to .ckpt or .pt",
     ),
     (b"\x80\x02\x8a\x0a", "a torch pickle, not safetensors", "rename it to .ckpt or .pt"),
-    (b"GGUF", "a GGUF file, not safetensors", "adaptkit reads safetensors and torch pickles"),
     (b"\x1f\x8b", "gzip data, not safetensors", "unpack it first"),
 )
 

@@ -6,12 +6,13 @@ own memory, from any thread. Memory maps are avoided: their pages count as resid
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
-from adaptkit.files.header import TensorInfo, itemsize, nbytes, read_header
+from adaptkit.files.header import GGML, TensorInfo, itemsize, nbytes, read_header
 from adaptkit.files.reader import Reader, Stamp, stamp
 from adaptkit.files.tensors import bytes_of, decode_scalar, empty_bytes, row_range, torch_dtype
 
@@ -172,6 +173,34 @@ class _SafetensorsSource(_FileSource):
         self.metadata = header.metadata
 
 
+class _GgufSource(_FileSource):
+    """One `.gguf` file; block-quantised tensors are read as float32."""
+
+    def __init__(self, path: Path, header: Header, at: Stamp) -> None:
+        super().__init__(path, header, at)
+        self.metadata = header.metadata
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        info = self.info(name)
+        if info.dtype not in GGML:
+            return super().read(name, rows)
+        import torch
+
+        from adaptkit.files.gguf import LONGEST_BLOCK, dequantised
+
+        first, count = row_range(info, rows)
+        if rows is not None and math.prod(info.shape[1:]) % LONGEST_BLOCK:
+            return self.read(name)[first : first + count].clone()  # blocks span rows
+        shape = info.shape if rows is None else (count, *info.shape[1:])
+        row = nbytes(info.dtype, info.shape[1:]) if rows is not None else 0
+        raw = memoryview(bytearray(nbytes(info.dtype, shape)))
+        self._fill(info, raw, first * row)
+        return torch.from_numpy(dequantised(raw, info.dtype)).reshape(shape)
+
+    def span(self, name: str) -> tuple[Path, int, int] | None:
+        return None if self.info(name).dtype in GGML else super().span(name)
+
+
 class _PickleSource(_FileSource):
     """One torch pickle, with strided views and compressed entries."""
 
@@ -297,6 +326,10 @@ def open_file(path: Path) -> TensorSource:
     with path.open("rb") as file:
         head = file.read(512)
         at = stamp(os.fstat(file.fileno()))
+    if head.startswith(b"GGUF"):
+        from adaptkit.files.gguf import catalogue
+
+        return _GgufSource(path, catalogue(path), at)
     if head[8:9] != b"{":
         from adaptkit.files.pickled.catalogue import looks_like_pickle, read_catalogue
 

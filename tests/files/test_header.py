@@ -212,7 +212,6 @@ FOREIGN = {
     "html": (b"\n<!DOCTYPE html><html>", "a web page"),
     "zip": (b"PK\x03\x04" + bytes(40), "a zip archive"),
     "pickle": (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "a torch pickle"),
-    "gguf": (b"GGUF\3\0\0\0" + bytes(30), "a GGUF file"),
     "json": (b'{"weight_map": {}}', "plain JSON"),
     "zeros": (bytes(100), "zero bytes"),
     "gzip": (b"\x1f\x8b\x08" + bytes(30), "gzip"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adaptkit.adapter import Adapter
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
-from adaptkit.files.header import TensorSpec
+from adaptkit.files.header import GGML, TensorSpec
 from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.merge.layout import as_single, plan_layout
 from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge
@@ -66,6 +66,12 @@ def _planned(
     strengths: tuple[float, ...],
     options: Options,
 ) -> Plan:
+    if options.dtype == "keep" and any(info.dtype in GGML for info in base.source.infos.values()):
+        raise NotRepresentable(
+            "the types of a GGUF file are read, not written",
+            hint="--dtype bf16 writes a safetensors file of plain numbers",
+            file=path,
+        )
     single = as_single(base.source, options.output, options.shard_size, options.layout)
     renamed = wanted(base, options.layout)
     output = options.output or default_output(path, "merged", folder=not single)
