@@ -288,7 +288,7 @@ def test_a_merge_of_two_doras_says_that_their_order_counts(tmp_path: Path, tiny:
             "applied to the result of those before it"
         ]
     for order in ((plain, plain), (dora,)):
-        assert not merged(base, *order)[0].notes
+        assert not [note for note in merged(base, *order)[0].notes if "order" in note]
 
 
 def merged(base: Path, *paths: Path) -> tuple[merge.Report, np.ndarray]:

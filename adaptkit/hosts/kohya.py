@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adaptkit.hosts.contract import Cell, Host, Loss
 
 # sd-scripts trains these; musubi-tuner the others, and FLUX.1 Kontext
@@ -12,6 +14,7 @@ FOREIGN = Loss(
     whole=True,
 )
 PLAIN = Loss("are {kinds}, which sd-scripts does not load", besides=("lora", "kohya-oft"))
+ONLY_LORA = Loss("are convolutions, of which it merges plain LoRAs only", besides=("lora",))
 CORES = Loss("have Tucker cores, which its tools do not load", suffix="lora_mid|hada_t|lokr_t2")
 FACTORS = Loss(
     "have factors of other names than lora_down and lora_up, which its tools do not read",
@@ -40,11 +43,9 @@ HOST = Host(
             ),
             (
                 Loss("are convolutions of three dimensions, which it cannot merge", kernel=3),
-                Loss(
-                    "are convolutions, of which it merges plain LoRAs only",
-                    besides=("lora",),
-                    kernel=3,
-                ),
+                replace(ONLY_LORA, kernel=3),
+                # flat factors do not show that they are convolutions
+                replace(ONLY_LORA, modules=r"face_encoder\.conv"),
             ),
         ),
     ),

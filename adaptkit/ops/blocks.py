@@ -43,7 +43,7 @@ PATTERNS = {
     "k": r"(^|[._])(to_|add_|w)?k(ey)?(_proj|_img)?$",
     "v": r"(^|[._])(to_|add_|w)?v(alue)?(_proj|_img)?$",
     "out": (
-        r"(to_(add_)?out|(^|[._])wo|att\w*[._](proj|out|o|out_proj|o_proj|output_proj))"
+        r"(to_(add_)?out|(^|[._])wo|att\w*[._](proj|out|o|out_proj|o_proj|output_proj|out_layer))"
         r"([._]\d+)?$"
     ),
     "proj": r"proj",

@@ -289,7 +289,7 @@ class TestPlot:
             element.text for element in ElementTree.parse(tmp_path / "a.svg").iter(f"{SVG}text")
         ]
         assert (
-            "script> $x$ \ufffd模型.safetensors" in texts
+            r"script> $x$ \x07模型.safetensors" in texts
         )  # the name of a path: what follows its last slash
         assert "<script" not in (tmp_path / "a.html").read_text(encoding="utf-8")
 

@@ -97,7 +97,8 @@ def main(folder: Path) -> None:
         "--json",
     )
     run("extract rule", "extract", *both, "--toy", "0.0625", "-o", "c.safetensors", "--json")
-    run("extract lora", "extract", *both, "--rank", "4", "-o", "d.safetensors", "--json")
+    kohya = ("--to", "kohya")
+    run("extract lora", "extract", *both, "--rank", "4", *kohya, "-o", "d.safetensors", "--json")
     run("inspect lora", "inspect", "d.safetensors", "--json")
     run("convert", "convert", "a.safetensors", "--to", "kohya", "-o", "e.safetensors", "--json")
     run("convert for", "convert", "e.safetensors", "--for", "toy", "-o", "f.safetensors", "--json")

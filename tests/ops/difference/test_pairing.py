@@ -219,7 +219,7 @@ def test_every_family_reads_the_same_weights_from_a_folder(tmp_path: Path, famil
     found = pairing(first, second, skip=("text_conditioner",))  # Anima's: no folder that is read
     pairs = list(found.pairs())
     assert (found.lost, found.left) == ([], [])
-    assert len(pairs) > 30
+    assert len(pairs) > 20
     for pair in pairs:
         assert torch.equal(first.read(pair.base), second.read(pair.tuned)), pair.label
 
@@ -372,17 +372,13 @@ def test_the_plan_of_an_fp8_pair_counts_the_widened_weights(tmp_path: Path) -> N
     narrow, truth = quantised(base, torch.float8_e4m3fn, scaled=True)
     paths = save(tmp_path / "a.safetensors", base), save(tmp_path / "b.safetensors", narrow)
     options = extract.Options(output=tmp_path / "o.safetensors")
-    sizes = {}
-    for name, pair in (("plain", (paths[0], paths[0])), ("fp8", (paths[1], paths[1]))):
-        steps = extract.plan(*pair, options).steps
-        sizes[name] = {
-            s.payload.tuned[0].name: s.bytes for s in steps if s.payload.tuned[0].name in truth
-        }
-    for (
-        key,
-        weight,
-    ) in truth.items():  # 2 bytes a number in float16; 1 in fp8 and 4 widened: on both sides
-        assert sizes["fp8"][key] - sizes["plain"][key] == 2 * (1 + 4 - 2) * weight.size
+    steps = {s.payload.tuned[0].name: s for s in extract.plan(paths[1], paths[1], options).steps}
+    with Checkpoint.open(paths[0]) as plain, Checkpoint.open(paths[1]) as fp8:
+        for key, weight in truth.items():
+            pieces = steps[key].payload.tuned
+            # 2 bytes a number in float16; 1 in fp8 and 4 widened
+            assert fp8.nbytes(pieces) - plain.nbytes(pieces) == (1 + 4 - 2) * weight.size
+            assert steps[key].bytes >= 2 * fp8.nbytes(pieces)
 
 
 def test_a_scheme_that_is_not_read_is_named(tmp_path: Path) -> None:

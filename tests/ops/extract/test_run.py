@@ -42,13 +42,15 @@ def run(
         save(folder / "base.safetensors", base),
         save(folder / "tuned.safetensors", tuned),
     )
-    chosen = extract.Options(output=folder / "out.safetensors", overwrite=True, **options)
+    options.setdefault("output", folder / "out.safetensors")
+    chosen = extract.Options(overwrite=True, **options)
     return extract.run(extract.plan(first, second, chosen))
 
 
-def merged(folder: Path) -> dict[str, torch.Tensor]:
+def merged(folder: Path, adapter: Path | None = None) -> dict[str, torch.Tensor]:
     target = merge.Options(output=folder / "merged.safetensors", overwrite=True)
-    merge.run(merge.plan(folder / "base.safetensors", [(folder / "out.safetensors", 1.0)], target))
+    adapter = adapter or folder / "out.safetensors"
+    merge.run(merge.plan(folder / "base.safetensors", [(adapter, 1.0)], target))
     return load_file(folder / "merged.safetensors")
 
 
@@ -358,11 +360,12 @@ def test_sdxl_with_its_fused_text_encoder(tmp_path: Path) -> None:
 def test_every_format_is_read_back_as_the_same_weights(tmp_path: Path, format: str) -> None:
     base = tiny_base()
     tuned, _ = changed(base, matrices(base, "attn1.to_q", "in_layers.2"), noise_delta())
-    run(tmp_path, base, tuned, rank=64, to=format, only=("unet",))
-    with Adapter.open(tmp_path / "out.safetensors") as adapter:
+    output = tmp_path / ("out" if format == "peft" else "out.safetensors")
+    run(tmp_path, base, tuned, rank=64, to=format, only=("unet",), output=output)
+    with Adapter.open(output) as adapter:
         assert adapter.format.name == format
         assert not adapter.unclaimed
-    assert distance(merged(tmp_path), tuned) < 1e-5 * distance(base, tuned)
+    assert distance(merged(tmp_path, output), tuned) < 1e-5 * distance(base, tuned)
 
 
 def test_a_diffusers_folder_pairs_with_a_single_file(tmp_path: Path) -> None:

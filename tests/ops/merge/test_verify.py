@@ -133,11 +133,11 @@ def test_a_weight_that_is_off_by_two_steps_is_named_and_the_old_output_stays(
     (tmp_path / "out.safetensors").write_bytes(b"old")
     key, honest = PLACES[made.WIDE], Pieces.put
 
-    def put(self: Pieces, tensor: torch.Tensor, first: int) -> None:
+    def put(self: Pieces, tensor: torch.Tensor, first: int, *, copied: bool) -> None:
         if self._info.name == key and first <= 77 < first + tensor.numel():
             tensor = tensor.clone()
             tensor.view(torch.int16).view(-1)[77 - first] += 2
-        honest(self, tensor, first)
+        honest(self, tensor, first, copied=copied)
 
     monkeypatch.setattr(Pieces, "put", put)
     with pytest.raises(CorruptFile, match=r"differs from base \+ ΔW") as caught:
@@ -171,7 +171,9 @@ def test_numbers_that_are_none_are_caught(
     monkeypatch.setattr(
         Pieces,
         "put",
-        lambda self, tensor, at: honest(self, tensor.index_fill(0, torch.tensor([0]), value), at),
+        lambda self, tensor, at, copied: honest(
+            self, tensor.index_fill(0, torch.tensor([0]), value), at, copied=copied
+        ),
     )
     with pytest.raises(CorruptFile, match="--verify"):
         run(base_file(tmp_path), (made.adapter(tmp_path / "a.safetensors"), 1.0))
