@@ -31,13 +31,34 @@ STRANGERS: dict[str, tuple[str, dict[str, Any]]] = {
     for name in (
         "AllegroTransformer3DModel", "CogView3PlusTransformer2DModel", "Cosmos3OmniTransformer", "DiTTransformer2DModel",
         "DreamLiteUNetModel", "I2VGenXLUNet", "JoyImageEditTransformer3DModel", "Kandinsky3UNet",
+        "JoyImageEditPlusTransformer3DModel", "Kandinsky6Transformer3DModel", "MotionAdapter", "T2IAdapter",
         "Kandinsky6SRTransformer3DModel", "LongCatAudioDiTTransformer", "MiniMaxMusic3Transformer1DModel",
         "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel", "PriorTransformer", "RFD4ProteinaTransformer",
-        "SanaWMTransformer3DModel", "StableAudio3DiTModel", "StableAudioDiTModel", "StableCascadeUNet", "UNet2DModel",
+        "SanaWMTransformer3DModel", "StableAudio3DiTModel", "StableAudioDiTModel", "StableCascadeUNet", "UNet1DModel",
+        "UNet2DModel", "UNetControlNetXSModel",
         "UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel", "UVit2DModel",
     )
 } | {
     "Motif-Video-2B": ("MotifVideoTransformer3DModel", dict(num_attention_heads=12)),
+    "Latte": (
+        "LatteTransformer3DModel",
+        dict(
+            in_channels=4, out_channels=8, num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=64,
+            patch_size=2, caption_channels=4096, cross_attention_dim=1152, norm_type="ada_norm_single",
+            activation_fn="gelu-approximate", attention_bias=True,
+        ),
+    ),
+    "Lumina-Next": (
+        "LuminaNextDiT2DModel",
+        dict(
+            in_channels=4, hidden_size=2304, num_layers=24, num_attention_heads=32, num_kv_heads=8, patch_size=2,
+            multiple_of=256, cross_attention_dim=2048,
+        ),
+    ),
+    "AudioLDM-2": (
+        "AudioLDM2UNet2DConditionModel",
+        dict(block_out_channels=(128, 256, 384, 640), cross_attention_dim=((None, 1024, 768),) * 4),
+    ),
 }  # fmt: skip
 
 # names and sizes are those of a family with a table
