@@ -92,7 +92,6 @@ class Rotation(Weights):
         return int(4 * cls.turn_copies * min(numbers, COLUMNS))
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-
         # the bound on the norm of all generators together; alpha 0 means none
         bound = self.bound * self.rows if self.bound > 0 else math.inf
         many = self.blocks.reshape(-1, *self.blocks.shape[-self.dims :])
@@ -108,7 +107,7 @@ class Rotation(Weights):
                 if scales is not None:
                     turned = turned * scales[n].to(base.dtype)
                 part.copy_(toward(part, turned, strength))
-        return whole.reshape(base.shape)
+        return base if whole is base else whole.reshape(base.shape)
 
     def folded(self) -> Self:
         return self

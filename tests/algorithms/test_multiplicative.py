@@ -12,6 +12,7 @@ import torch
 from adaptkit.algorithms.contract import Facts, Stated, Weights
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import algorithms
+from adaptkit.ops.merge.cutting import Part
 from tests import oracle
 
 ROWS, INPUTS = 16, 8
@@ -315,6 +316,24 @@ def test_a5_a_batch_is_its_members(case: Case) -> None:
         torch.testing.assert_close(member.apply(flat(base(case)), 1.0), one)
         for role, tensor in member.encode().items():
             assert role == "alpha" or tensor.shape == opened(case).encode()[role].shape
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_some_rows_of_a_tensor_are_changed_in_place(
+    case: Case, batch: int, strength: float
+) -> None:
+    """A fused layer holds the rows of several: a slice of a stack, perhaps of one tensor."""
+    members = {role: torch.stack([tensor] * batch) for role, tensor in case.tensors.items()}
+    weight = flat(base(case))
+    whole = torch.zeros(batch, ROWS + 7, weight.shape[-1], dtype=weight.dtype)
+    whole[:, 3 : 3 + ROWS] = weight
+    Part(opened(case, members), 3, 3 + ROWS, None).add(whole, strength)
+    expected = opened(case).apply(weight, strength)
+    for member in whole:
+        torch.testing.assert_close(member[3 : 3 + ROWS], expected)
+        assert not member[:3].any()
+        assert not member[3 + ROWS :].any()
 
 
 def test_strength_goes_from_the_base_to_the_merged_weight(case: Case) -> None:
