@@ -39,7 +39,7 @@ from adaptkit.files.limits import read_json
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
 from adaptkit.meaning import PEFT_CONFIG, Meaning, Problem, refuse_errors
-from adaptkit.suggest import nearest
+from adaptkit.suggest import CUTOFF, nearest
 from adaptkit.unknown import fallback, own_modules, own_of, with_dots, with_own
 
 if TYPE_CHECKING:
@@ -198,10 +198,10 @@ class Adapter:
         named = {(one.component, one.module) for one in own_of(self.family)}
         return tuple(s for s in self.entries if (s.component, s.target.module) in named)
 
-    def nearest(self, key: str) -> str | None:
+    def nearest(self, key: str, cutoff: float = CUTOFF) -> str | None:
         """The name in the table that is most like that of a key, if the table has not the key's."""
         keys = compile_keys(self.family.name, self.format.name) if self.known else self.keys
-        return nearest(keys, key)
+        return nearest(keys, key, cutoff)
 
     def as_part(self, part: str) -> Adapter:
         """This adapter as one of another expert of its model, such as `transformer_2` of Wan.

@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
     from adaptkit.keymap import KeyMap
 
-__all__ = ["nearest"]
+__all__ = ["CUTOFF", "MISSPELT", "nearest"]
 
 SMALL = (0, 1, 2)  # text encoders count from 1, blocks from 0
 TRIED = 1000  # fillings of a shape, at most
 CUTOFF = 0.75  # difflib ratio; names below this have little in common
+MISSPELT = 0.92  # names above this differ in a letter or two
 
 
-def nearest(keys: KeyMap, key: str) -> str | None:
+def nearest(keys: KeyMap, key: str, cutoff: float = CUTOFF) -> str | None:
     """The most similar known key with the numbers of `key`, or None: never one that is not known.
 
-    Names are compared without their numbers. A known module with a strange suffix has no nearer
-    name.
+    `cutoff` is the least difflib ratio of their stems. Names are compared without their numbers. A
+    known module with a strange suffix has no nearer name.
     """
     if any(keys.claims(key[:at]) for at, letter in enumerate(key) if letter == "."):
         return None
@@ -35,7 +36,7 @@ def nearest(keys: KeyMap, key: str) -> str | None:
         (found[0], found[1]) if found else (key.rpartition(".")[0], key.rpartition(".")[2])
     )
     shape, numbers = tokenise(stem)
-    match = get_close_matches(shape, _shapes(keys), n=1, cutoff=CUTOFF)
+    match = get_close_matches(shape, _shapes(keys), n=1, cutoff=cutoff)
     # an equal shape means that only a number is out of range: no other name to suggest
     if not match or match[0] == shape:
         return None

@@ -94,7 +94,15 @@ def test_inspect_names_what_is_in_no_table(spelled: str, tmp_path: Path) -> None
     (problem,) = (p for p in record["problems"] if "not in the table" in p["what"])
     assert problem["severity"] == "warning"
     assert own in problem["what"]
+    assert "nearest" not in problem["what"], "it is like no other name"
     assert True not in record["loads_in"].values(), "no host was tried with it"
+
+
+def test_a_misspelt_name_is_told_what_it_may_be(tmp_path: Path) -> None:
+    path = adapter(tmp_path / "a.safetensors", "wan-comfy", own="blocks.3.self_atn.q")
+    record = ops.inspect.run(path).record
+    (problem,) = (p for p in record["problems"] if "not in the table" in p["what"])
+    assert "nearest known name is diffusion_model.blocks.3.self_attn.q" in problem["what"]
 
 
 @pytest.mark.parametrize(("spelled", "to"), sorted(ALIKE))

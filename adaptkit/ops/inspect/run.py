@@ -16,6 +16,7 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import Problem
 from adaptkit.ops.adapter_file.verdict import verdicts
 from adaptkit.ops.shared import settle
+from adaptkit.suggest import MISSPELT
 from adaptkit.unknown import own_of
 
 if TYPE_CHECKING:
@@ -253,7 +254,8 @@ def _problems(adapter: Adapter) -> Iterator[Problem]:
         yield Problem("error", None, f"{foreign[0]}{_more(len(foreign))}: {what}")
     if adapter.own:
         first, n = adapter.label(adapter.own[0]), len(adapter.own)
-        near = adapter.nearest(next(iter(adapter.entries[adapter.own[0]].keys.values())))
+        key = next(iter(adapter.entries[adapter.own[0]].keys.values()))
+        near = adapter.nearest(key, MISSPELT)
         tail = "" if near is None else f"; the nearest known name is {near}"
         what = f"{n} module{'s are' if n > 1 else ' is'} not in the table of {adapter.family.title}"
         yield Problem(
