@@ -6,7 +6,7 @@ from adaptkit.hosts.contract import DORA, UNETS, Cell, Host, Loss
 from adaptkit.keymap import Dialect
 
 READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
-MISREAD = "are stored with a full `lokr_w2` of five dimensions, which it takes for another product"
+MISREAD = "are stored with a full `lokr_w2` of {n} dimensions, which it takes for another product"
 FAILS = "have Tucker cores, for which its product fails: they are left out with an error in the log"
 
 HOST = Host(
@@ -51,7 +51,9 @@ HOST = Host(
             axis="input",
         ),
         Loss("are differences named `diff_m`, which it does not read", suffix=r"diff_m$"),
-        Loss(MISREAD, suffix=r"lokr_w2$", kernel=3),
+        Loss(MISREAD.replace("{n}", "three"), suffix=r"lokr_w2$", kernel=1),
+        Loss(MISREAD.replace("{n}", "five"), suffix=r"lokr_w2$", kernel=3),
+        Loss(FAILS, suffix=r"lora_mid|hada_t", kernel=1),
         Loss(FAILS, suffix=r"lora_mid|hada_t", kernel=3),
         Loss(FAILS, suffix=r"lokr_t2"),
     ),

@@ -64,6 +64,8 @@ NO_ALPHA = Loss(
 SINGLE = Loss(
     "lose their DoRA magnitudes", algorithms=DORA, modules=r"single_blocks\.\d+\.linear2$"
 )
+# of Wan Animate
+FUSER = replace(SINGLE, modules=r"fuser_blocks\.\d+\.linear2$", suffix="lora_magnitude_vector")
 # a layer of this name that is a layer itself
 OUT = replace(SINGLE, modules=r"\.to_out$", suffix="lora_magnitude_vector")
 TWO_SPELLINGS = Loss(
@@ -329,6 +331,7 @@ HOST = Host(
             (ALPHA, DOWN, ONLY_LORA, NO_SCALE, OUT),
             none=NO_TARGET,
         ),
+        Cell("diffusers", ("wan",), (ALPHA, DOWN, ONLY_LORA, FUSER), none=NO_TARGET),
         Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA), none=NO_TARGET),
         Cell("diffusers-old", (*SD, "sdxl"), OF_LORA),
         Cell(
