@@ -265,7 +265,7 @@ class KeyMap:
 
 
 # bounded, because files bring tables of their own (see adaptkit.unknown)
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=384)
 def module_names(part: Component, joiner: str, own: str = "") -> Templates[Reading]:
     """All module names of a component, joined by `joiner` (cached).
 

@@ -34,7 +34,7 @@ class Reading:
 
 
 # bounded, because files bring tables of their own (see adaptkit.unknown)
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=96)
 def _rows(family: ModelFamily) -> Mapping[str, Templates[Row]]:
     """The rows of each component, by target name."""
     found: dict[str, Templates[Row]] = {part.name: Templates() for part in family.components}
