@@ -13,9 +13,9 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--record"]:
         record.record(*arguments[1:])
         return 0
-    wrong = 0
+    total = 0
     for host in arguments[:1] or list(record.LOADERS):
-        cells = unknown = 0
+        cells = unknown = wrong = 0
         with tempfile.TemporaryDirectory() as folder:
             for cell in verdicts.compare(host, arguments[1:], Path(folder)):
                 cells += 1
@@ -23,8 +23,9 @@ def main(arguments: list[str]) -> int:
                 if not cell.agrees:
                     wrong += 1
                     print(cell, flush=True)
-        print(f"{host}: {cells} files, {unknown} not measured, {wrong} wrong")
-    return wrong > 0
+        print(f"{host}: {cells} files, {unknown} not measured, {wrong} wrong", flush=True)
+        total += wrong
+    return total > 0
 
 
 if __name__ == "__main__":
