@@ -91,15 +91,16 @@ class Checkpoint:
         """
         source = open_source(path)
         try:
-            return cls.understand(source, family=family, ema=ema)
-        except UnknownAdapter as error:
-            # an adapter given as the base must stay an error, not become a family of its own
-            if strangers and family is None and not is_adapter(source.infos):
+            try:
+                return cls.understand(source, family=family, ema=ema)
+            except UnknownAdapter:
+                # an adapter given as the base must stay an error, not become a family of its own
+                if not strangers or family is not None or is_adapter(source.infos):
+                    raise
                 made = family_of_weights({name: info.shape for name, info in source.infos.items()})
-                if made.components:
-                    return cls.under_own_names(source, made, ema=ema)
-            source.close()
-            raise error.at(file=path) from None
+                if not made.components:
+                    raise
+                return cls.under_own_names(source, made, ema=ema)
         except Exception as error:
             source.close()
             found = InternalError.of(error).at(file=path)

@@ -349,10 +349,11 @@ def _told_apart(part: Component, rows: tuple[Row, ...]) -> Iterator[Row]:
         flat = row.target.replace(".", "_")
         if taken[flat] == 1 and known.match(flat) is None:
             yield row
-        elif names := {
-            naming: tuple(name._replace(joiners=".") for name in names if "." in name.joiners)
-            for naming, names in row.names.items()
-        }:
+        else:
+            names = {
+                naming: tuple(name._replace(joiners=".") for name in names if "." in name.joiners)
+                for naming, names in row.names.items()
+            }
             yield row._replace(names=MappingProxyType(names))
 
 

@@ -308,3 +308,13 @@ def test_the_base_tells_the_dots_of_an_unknown_family(tmp_path: Path) -> None:
     stems = {key.partition(".lora")[0] for key in load_file(output)}
     assert stems == {f"diffusion_model.{module}" for module in STRANGE}
     assert close(delta(output, "stages.0.mix.to_in_0"), delta(path, "stages_0_mix_to_in_0"))
+
+
+def test_a_fault_in_a_checkpoint_of_an_unknown_family_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    tensors = {f"model.diffusion_model.{module}.weight": torch.zeros(24, 40) for module in STRANGE}
+    flat = f"diffusion_model{STRANGE[0]}weight".replace(".", "")
+    save_file({**tensors, f"model_ema.{flat}": torch.zeros(3, 40)}, path)
+    with pytest.raises(AdaptkitError, match="shape of this average") as refused:
+        Checkpoint.open(path, strangers=True, ema=True)
+    assert str(refused.value.file) == str(path)
