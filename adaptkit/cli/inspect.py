@@ -40,6 +40,11 @@ SORTS = ("name", "family", "rank", "size", "date")
     help="Also read the weights: norms and ranks by block; zeros, NaN, overflow.",
 )
 @click.option(
+    "--safety",
+    is_flag=True,
+    help="Also say whether loading it elsewhere could run code, limits, NaN, odd metadata.",
+)
+@click.option(
     "--sort",
     type=click.Choice(SORTS, case_sensitive=False),
     help="Order of several files.",
@@ -64,6 +69,7 @@ def inspect(
     keys: bool,
     modules: bool,
     stats: bool,
+    safety: bool,
     sort: str | None,
     where: tuple[str, ...],
     as_csv: bool,
@@ -90,6 +96,9 @@ def inspect(
     heat map of ‖ΔW‖ per kind of layer and the ranks that hold 90 and 99 % of it. --plot also
     draws the spectra.
 
+    --safety reads the file as bytes and says whether loading it in another program could run code,
+    and which globals a pickle names; which limits are near; NaN and infinity; odd metadata.
+
     Exits with 1 if a file cannot be read or has an error (a missing half, NaN under --stats), after
     reporting the others.
     """
@@ -106,9 +115,11 @@ def inspect(
     if card is not None:
         _can_write(card, paths, overwrite)
     hash = hash or card is not None
-    options = op.Options(family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats)
+    options = op.Options(
+        family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats, safety=safety
+    )
     modules = modules or verbose or (stats and as_json)
-    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats))
+    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats or safety))
     with Talk("inspect", as_json, quiet, verbose).progress(
         "reading weights" if stats else "reading"
     ) as bar:
