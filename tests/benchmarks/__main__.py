@@ -1,7 +1,7 @@
 """Time and memory: `python -m tests.benchmarks [NAME...]`.
 
 Not tests: timings depend on the machine and on what else it does, so compare ratios of one run. Exit status 1 where
-a bound of `sd15`, `inspect`, `convert`, `resize` or `finetune` is missed.
+a bound of `sd15`, `inspect`, `hostile`, `convert`, `resize` or `finetune` is missed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import finetuning, inspecting, linalg, measure, peer, renaming, resizing, sd15
+from tests.benchmarks import (
+    finetuning,
+    hostile,
+    inspecting,
+    linalg,
+    measure,
+    peer,
+    renaming,
+    resizing,
+    sd15,
+)
 
 PAGE = Path(__file__).parents[2] / "adaptkit" / "guide" / "reference" / "performance.md"
 WIDTH = 78  # of a recorded table: the guide is read on terminals of 80 columns
 
 BENCHMARKS = {
     "inspect": (inspecting.run, "a 2,000-key file against the start of torch"),
+    "hostile": (hostile.run, "inspect on files made to cost as much as they can"),
     "convert": (renaming.run, "renaming a 340 MB LoRA against cp"),
     "resize": (
         resizing.run,
