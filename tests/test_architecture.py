@@ -47,7 +47,7 @@ CHAINS = {
         "quantized", "_exchange", "leftovers", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
-        "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
+        "precision", "krylov", "lowrank", "factored", "kron", "products", "noise", "kronscan", "mixing",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),
