@@ -232,7 +232,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         notes = engine.run(
             plan.steps,
             engine.Work(worker.load, worker.work, store, held=lambda _: 0),
-            engine.Resources.choose(plan.options.device, plan.options.memory),
+            engine.Resources.choose(plan.options.device, plan.options.memory, gains=False),
             None if progress is None else lambda done: progress(done, total),
         )
     finally:

@@ -125,7 +125,8 @@ class _Computing:
         if not steps:
             return
         report, total = self.progress, self.total
-        resources = engine.Resources.choose(self.plan.options.device, self.plan.options.memory)
+        options = self.plan.options
+        resources = engine.Resources.choose(options.device, options.memory, gains=False)
         work: engine.Work[Task, Any] = engine.Work(
             self.worker.load, kernel, self._store, _held, STACK
         )
