@@ -341,7 +341,7 @@ def picture(what: str) -> Callable[[F], F]:
                     help=f"Draw {what} as a .png, .svg or .html file (needs adaptkit[plot]).",
                 ),
                 click.option(
-                    "--overwrite", is_flag=True, help="Replace an existing picture or card."
+                    "--overwrite", is_flag=True, help="Replace an existing picture, page or card."
                 ),
             ],
         )

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from adaptkit.ops import inspect
 
-__all__ = ["inspected", "listed"]
+__all__ = ["MEASURED", "alike", "facts_of", "inspected", "listed"]
 
-_MEASURED = {
+MEASURED = {
     "algorithm": "algorithm",
     "rank": "rank",
     "norm": "‖ΔW‖",
@@ -143,8 +143,8 @@ def _file(report: inspect.Report) -> None:
         Words(PurePath(record["path"]).name, "bold"),
         Words(f"{record['kind']}, {human(record['bytes'])}"),
     )
-    out.print(facts((name, value) for name, value in _lines(record) if value))
-    groups = list(_alike(record["problems"]))
+    out.print(facts((name, value) for name, value in facts_of(record) if value))
+    groups = list(alike(record["problems"]))
     for severity, what in groups[:MANY]:
         style = "red" if severity == "error" else "yellow"
         out.print(Words(f"  {severity}:", style), Words(what))
@@ -152,7 +152,7 @@ def _file(report: inspect.Report) -> None:
         out.print(f"  and {len(groups) - MANY} more problems (see --json)", style="yellow")
 
 
-def _alike(problems: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def alike(problems: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """The severity and the text of every kind of problem, with the first modules that have it."""
     groups: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
@@ -165,7 +165,8 @@ def _alike(problems: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
             yield severity, f"{len(modules)} modules: {what}: {some(modules)}"
 
 
-def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def facts_of(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The names and values of what is said of a file; a value may be empty or have lines."""
     evidence = record["evidence"]
     beside = ""
     if evidence["alternatives"]:
@@ -238,10 +239,8 @@ def _modules(report: inspect.Report) -> None:
 
 
 def _measured(modules: Sequence[Mapping[str, Any]]) -> None:
-    rows = [
-        [f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in _MEASURED] for m in modules
-    ]
-    columns = list(_MEASURED.values())
+    rows = [[f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in MEASURED] for m in modules]
+    columns = list(MEASURED.values())
     out = page()
     out.print()
     out.print(table(columns, rows, right=columns[1:-1]))
