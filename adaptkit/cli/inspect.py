@@ -113,6 +113,7 @@ def inspect(
     from adaptkit.cli.show.inspect import inspected
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import inspect as op
+    from adaptkit.ops.stages import logged
 
     found = dict(op.found_in(files))
     paths = list(found)
@@ -131,9 +132,12 @@ def inspect(
     modules = modules or verbose
     listed_too = modules or (stats and as_json)
     table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats or safety))
-    with Talk("inspect", as_json, quiet, verbose).progress(
-        "reading weights" if stats else "reading"
-    ) as bar:
+    with (
+        Talk("inspect", as_json, quiet, verbose).progress(
+            "reading weights" if stats else "reading"
+        ) as progress,
+        logged("inspect", progress) as bar,
+    ):
         if len(paths) == 1 or stats:
             reports = [op.run(path, options, bar) for path in paths]
         else:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Options", "Report", "run"]
 
@@ -93,7 +93,7 @@ def run(
 ) -> Report:
     """Inspect one file; an unreadable or unknown file gives a report with an error.
 
-    `progress` is called with the numbers of modules read and in total if `options.stats` is set.
+    `progress` counts the modules read if `options.stats` is set.
     """
     options, path = options or Options(), Path(path)
     if not options.safety:
