@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from adaptkit.algorithms._factor import Factor
 from adaptkit.algorithms._ladder import FitSpec, Ladder, Truncation
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._settings import Configured
 from adaptkit.algorithms._stored import ALPHA, Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
 
@@ -48,7 +49,7 @@ THIN = 0.5  # of the smaller side: factors of a higher rank cost more than ΔW i
 NETWORK = "lycoris.kohya"  # the `ss_network_module` that loads every algorithm
 
 
-class Weights(Truncation):
+class Weights(Truncation, Configured):
     """One adapted weight, or a batch of equally shaped ones (leading dimensions)."""
 
     name: ClassVar[str]

@@ -64,8 +64,6 @@ class Lora(Weights):
             ("lora_A.weight", "lora_A", "lora.down.weight", "lora_linear_layer.down.weight"),
         ),
         mid=Role("lora_mid.weight"),
-        # AdaLoRA's, in none of the forms: the factors mean something else beside it
-        singular=Role("lora_E"),
         alpha=Role(ALPHA, ("lora_alpha",)),  # FastVideo, SimpleTuner
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = (

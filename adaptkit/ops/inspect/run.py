@@ -16,7 +16,7 @@ from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import Problem
 from adaptkit.ops.adapter_file.verdict import verdicts
-from adaptkit.ops.shared import settle
+from adaptkit.ops.shared import biased, settle
 from adaptkit.suggest import MISSPELT
 from adaptkit.unknown import own_of
 
@@ -222,6 +222,7 @@ def _traps(adapter: Adapter) -> Iterator[Problem]:
         yield Problem(
             "warning", None, f"{len(silent)} modules have no alpha; hosts assume alpha = rank"
         )
+    yield from map(_note, biased(adapter.entries.values()))
     for what, found in (
         ("alpha is 0, which disables them", [e for e in ranked if e.facts.scale == 0]),
         ("alpha is negative, which inverts them", [e for e in ranked if e.facts.scale < 0]),
@@ -232,6 +233,10 @@ def _traps(adapter: Adapter) -> Iterator[Problem]:
     ):
         if found:
             yield Problem("warning", adapter.label(found[0].slot), f"{len(found)} modules: {what}")
+
+
+def _note(what: str) -> Problem:
+    return Problem("warning", None, what)
 
 
 def _with_stats(adapter: Adapter, report: Report, progress: Progress | None) -> Report:

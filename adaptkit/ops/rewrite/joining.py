@@ -63,10 +63,12 @@ def differences(
             continue
         if part.cut is not None:
             raise NotRepresentable("a part of it depends on the rest of its base weight")
-        weight = base[at : at + weights.rows]
+        # tensors of some kinds do not tell the rows; the base did
+        rows = (part.entry.facts.rows if part.entry else 0) or weights.rows
+        weight = base[at : at + rows]
         change = weights.apply(weight.clone(), 1.0) - weight
         found.append(dense_kind().holding(change, ()))
-        at += weights.rows
+        at += rows
     return found
 
 
