@@ -68,7 +68,7 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
     with ExitStack() as last, ExitStack() as stack:
         hashes: dict[Path, str] = {}
         outputs = [stack.enter_context(_output(plan, hashes)) for plan in plans]
-        blender = Blender(plans, outputs)
+        blender = Blender(plans, outputs, at_once=not resources.on_cpu)
         copying = _Background(lambda: _copy_untouched(plans, outputs))
         # after the outputs are aborted, which ends the copying
         last.callback(copying.join)
