@@ -241,8 +241,7 @@ class Weights(Truncation, Configured):
     def spectrum(self) -> Tensor:
         """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS).
 
-        Computed from thin factors, else from the Gram matrix of ΔW. NotRepresentable if ΔW depends
-        on the weight.
+        From thin factors, else the Gram matrix of ΔW. NotRepresentable if ΔW depends on the weight.
         """
         from adaptkit.linalg.factored import factored_core
         from adaptkit.linalg.lowrank import energies
