@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from adaptkit.algorithms._factor import Factor
 from adaptkit.algorithms._ladder import FitSpec, Ladder, Truncation
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._settings import Configured
 from adaptkit.algorithms._stored import ALPHA, Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
 
@@ -48,7 +49,7 @@ THIN = 0.5  # of the smaller side: factors of a higher rank cost more than ΔW i
 NETWORK = "lycoris.kohya"  # the `ss_network_module` that loads every algorithm
 
 
-class Weights(Truncation):
+class Weights(Truncation, Configured):
     """One adapted weight, or a batch of equally shaped ones (leading dimensions)."""
 
     name: ClassVar[str]
@@ -240,14 +241,12 @@ class Weights(Truncation):
     def spectrum(self) -> Tensor:
         """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS).
 
-        Computed from thin factors, else from the Gram matrix of ΔW. NotRepresentable if ΔW depends
-        on the weight.
+        From thin factors, else the Gram matrix of ΔW. NotRepresentable if ΔW depends on the weight.
         """
         from adaptkit.linalg.factored import factored_core
         from adaptkit.linalg.lowrank import energies
 
-        thin = self.thin_factors()
-        if thin is not None:
+        if (thin := self.thin_factors()) is not None:
             return factored_core(*thin).s
         delta = self.delta()
         return energies(delta, min(delta.shape[-2:])).sqrt()
@@ -257,8 +256,7 @@ class Weights(Truncation):
         from adaptkit.linalg.factored import factored_svd
         from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 
-        thin = self.thin_factors()
-        if thin is not None:
+        if (thin := self.thin_factors()) is not None:
             return factored_svd(*thin).head(rank)
         return truncated_svd(self.delta(), SvdSpec(rank, method=method))  # type: ignore[arg-type]
 
@@ -310,6 +308,10 @@ class Weights(Truncation):
     def part(self, start: int, stop: int) -> Self:
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
+
+    def own_part(self, start: int, stop: int) -> Self:
+        """The part of these rows without what serves other rows alone: a layer at its own rank."""
+        return self.part(start, stop)
 
     def some_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of ΔW, if it is made `by_rows`; each has its bits of any other cut."""

@@ -159,6 +159,9 @@ class Dora(Wrapping):
             self, inner=self.inner.part(start, stop), magnitude=self.magnitude[..., start:stop, :]
         )
 
+    def own_part(self, start: int, stop: int) -> Self:
+        return replace(self.part(start, stop), inner=self.inner.own_part(start, stop))
+
     def swapped(self) -> Self:
         if self.axis == INPUT:  # the norm of a column does not depend on the order of rows
             return replace(self, inner=self.inner.swapped())

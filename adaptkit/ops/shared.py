@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -13,16 +13,20 @@ from adaptkit.errors import CannotWrite, NoSuchName, Unclaimed, WouldOverwrite, 
 from adaptkit.files.quantized import FLOATS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
+
+    from adaptkit.entries import Entry
 
 __all__ = [
     "DTYPES",
     "FLOATS",
     "Brief",
     "Closing",
-    "Progress",
     "Shared",
     "Unused",
+    "biased",
     "check_output",
     "default_output",
     "parse_size",
@@ -73,9 +77,6 @@ class Closing(Brief):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-
-# called with (steps done, steps in total)
-Progress = Callable[[int, int], None]
 
 # a size of each unit: of 1000 and, with an `i`, of 1024
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -322,3 +323,10 @@ def torch_dtype(name: str) -> torch.dtype:
         "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2,
     }[name]
+
+
+def biased(entries: Iterable[Entry]) -> list[str]:
+    """A note about modules that change the bias beside the weight, if there are any."""
+    number = sum(entry.kind.changes_bias(entry.facts) for entry in entries)
+    modules = "1 module changes" if number == 1 else f"{number} modules change"
+    return [f"{modules} the bias of the layer too, which only merge adds"] if number else []
