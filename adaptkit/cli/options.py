@@ -238,8 +238,9 @@ def computing(function: F) -> F:
                 "--memory",
                 type=SIZE,
                 metavar="SIZE",
-                help="Limit working memory, not counting torch itself.  [default: 560MB, or the "
-                "need of the largest layer]",
+                help="Limit working memory, not counting torch itself.  [default: 280MB for each "
+                "core, at most a quarter of what is free and at least 560MB; more if the largest "
+                "layer needs it]",
             ),
         ],
     )
