@@ -48,11 +48,13 @@ class Rooted(str):
 
 def inside(root: Path, text: str) -> Path:
     """Resolve a path of a recipe relative to its folder; expand `~`."""
-    return (
-        Path(text)
-        if isinstance(text, Rooted)
-        else Path(os.path.normpath(root / Path(text).expanduser()))
-    )
+    if isinstance(text, Rooted):
+        return Path(text)
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError:
+        raise WrongUsage(f"{text!r} is in no known home folder", hint="write it in full") from None
+    return Path(os.path.normpath(root / expanded))
 
 
 @dataclass(frozen=True)
