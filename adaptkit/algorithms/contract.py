@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from adaptkit.algorithms._factor import Factor
 from adaptkit.algorithms._ladder import FitSpec, Ladder, Truncation
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._settings import Configured
 from adaptkit.algorithms._stored import ALPHA, Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
 
@@ -48,7 +49,7 @@ THIN = 0.5  # of the smaller side: factors of a higher rank cost more than ΔW i
 NETWORK = "lycoris.kohya"  # the `ss_network_module` that loads every algorithm
 
 
-class Weights(Truncation):
+class Weights(Truncation, Configured):
     """One adapted weight, or a batch of equally shaped ones (leading dimensions)."""
 
     name: ClassVar[str]
@@ -240,8 +241,7 @@ class Weights(Truncation):
     def spectrum(self) -> Tensor:
         """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS).
 
-        Computed from thin factors, else from the Gram matrix of ΔW. NotRepresentable if ΔW depends
-        on the weight.
+        From thin factors, else the Gram matrix of ΔW. NotRepresentable if ΔW depends on the weight.
         """
         from adaptkit.linalg.factored import factored_core
         from adaptkit.linalg.lowrank import energies
@@ -309,7 +309,7 @@ class Weights(Truncation):
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
 
-    def block(self, start: int, stop: int) -> Self:
+    def own_part(self, start: int, stop: int) -> Self:
         """The part of these rows without what serves other rows alone: a layer at its own rank."""
         return self.part(start, stop)
 

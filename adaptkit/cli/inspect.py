@@ -40,6 +40,11 @@ SORTS = ("name", "family", "rank", "size", "date")
     help="Also read the weights: norms and ranks by block; zeros, NaN, overflow.",
 )
 @click.option(
+    "--safety",
+    is_flag=True,
+    help="Also say whether loading it elsewhere could run code, limits, NaN, odd metadata.",
+)
+@click.option(
     "--sort",
     type=click.Choice(SORTS, case_sensitive=False),
     help="Order of several files.",
@@ -70,6 +75,7 @@ def inspect(
     keys: bool,
     modules: bool,
     stats: bool,
+    safety: bool,
     sort: str | None,
     where: tuple[str, ...],
     as_csv: bool,
@@ -98,6 +104,9 @@ def inspect(
     draws the spectra. --html measures the same of all files and writes one page: a table to sort
     and search, and for each file its metadata, map and spectra, and with --modules its modules.
 
+    --safety reads the file as bytes and says whether loading it in another program could run code,
+    and which globals a pickle names; which limits are near; NaN and infinity; odd metadata.
+
     Exits with 1 if a file cannot be read or has an error (a missing half, NaN under --stats), after
     reporting the others.
     """
@@ -117,10 +126,12 @@ def inspect(
     if html is not None:
         _can_write_page(html, overwrite)
     hash = hash or card is not None
-    options = op.Options(family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats)
+    options = op.Options(
+        family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats, safety=safety
+    )
     modules = modules or verbose
     listed_too = modules or (stats and as_json)
-    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats))
+    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats or safety))
     with (
         Talk("inspect", as_json, quiet, verbose).progress(
             "reading weights" if stats else "reading"

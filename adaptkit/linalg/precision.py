@@ -31,9 +31,12 @@ __all__ = [
     "streamed_difference",
     "supports_float64",
     "upcast",
+    "upcast_all",
     "works_on_stacks",
 ]
 
+# devices without float64 and without most decompositions (pytorch#177370)
+NARROW = frozenset({"mps"})
 STREAM = 1 << 19  # elements of a block that is widened and subtracted as it is read
 SCRATCH = 1 << 18  # elements of a scratch block that fits the cache
 ALIGNED = 64  # bytes: torch aligns every tensor on a CPU to this
@@ -56,14 +59,22 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
+def upcast_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors in float32, in one launch."""
+    found = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    if found:
+        torch._foreach_copy_(found, list(tensors))
+    return found
+
+
 def supports_float64(device: torch.device | str) -> bool:
     """Whether the device has float64 (Apple's MPS does not)."""
-    return torch.device(device).type != "mps"
+    return torch.device(device).type not in NARROW
 
 
 def works_on_stacks(device: torch.device | str) -> bool:
-    """Whether stacks are faster than single matrices: on accelerators, except MPS (unmeasured)."""
-    return torch.device(device).type not in ("cpu", "mps")
+    """Whether stacks are faster than single matrices: on accelerators."""
+    return torch.device(device).type != "cpu"
 
 
 def one_by_one(x: Tensor) -> bool:

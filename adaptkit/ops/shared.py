@@ -14,7 +14,11 @@ from adaptkit.files.hub import from_hub, is_address, local
 from adaptkit.files.quantized import FLOATS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
+
+    from adaptkit.entries import Entry
 
 __all__ = [
     "DTYPES",
@@ -23,6 +27,7 @@ __all__ = [
     "Closing",
     "Shared",
     "Unused",
+    "biased",
     "check_output",
     "default_output",
     "parse_size",
@@ -329,3 +334,10 @@ def torch_dtype(name: str) -> torch.dtype:
         "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2,
     }[name]
+
+
+def biased(entries: Iterable[Entry]) -> list[str]:
+    """A note about modules that change the bias beside the weight, if there are any."""
+    number = sum(entry.kind.changes_bias(entry.facts) for entry in entries)
+    modules = "1 module changes" if number == 1 else f"{number} modules change"
+    return [f"{modules} the bias of the layer too, which only merge adds"] if number else []

@@ -26,10 +26,10 @@ from adaptkit.files.pickled.unpickler import unpickle
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Catalogue", "Packed", "looks_like_pickle", "packed_bytes", "read_catalogue"]
+__all__ = ["DAMAGED", "Catalogue", "Packed", "looks_like_pickle", "packed_bytes", "read_catalogue"]
 
 # what zipfile raises for a damaged archive; names that are no text are ValueErrors
-_DAMAGED = (
+DAMAGED = (
     zipfile.BadZipFile,
     NotImplementedError,
     RuntimeError,
@@ -101,7 +101,7 @@ def read_catalogue(path: str | Path) -> Catalogue:
         raise error.at(file=path) from error.__cause__
     except OSError as error:
         raise unreadable(path, error) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise CorruptFile(
             f"damaged or truncated: {error}", file=path, hint="fetch the file again"
         ) from error
@@ -115,7 +115,7 @@ def packed_bytes(path: Path, packed: Packed) -> bytes:
             return entry.read(packed.stop - packed.start)
     except OSError as error:
         raise unreadable(path, error) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise CorruptFile(f"damaged entry {packed.entry!r}: {error}", file=path) from error
 
 

@@ -14,7 +14,7 @@ from adaptkit.ops.compare.distance import Numbers
 from adaptkit.ops.compare.inputs import Argument, Given, Inputs, open_inputs
 from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
 from adaptkit.ops.compare.measure import Measurer, needs_base
-from adaptkit.ops.shared import Brief, Closing, Shared, Unused, settle
+from adaptkit.ops.shared import Brief, Closing, Shared, Unused, biased, settle
 from adaptkit.ops.stages import Progress, counting, logged
 from adaptkit.steps import Step, check_memory
 
@@ -245,7 +245,7 @@ def run(plan: Plan | checkpoints.Plan, progress: Progress | None = None) -> Repo
             notes = engine.run(
                 plan.steps,
                 engine.Work(worker.load, worker.work, store, held=lambda _: 0),
-                engine.Resources.choose(plan.options.device, plan.options.memory),
+                engine.Resources.choose(plan.options.device, plan.options.memory, gains=False),
                 counting(told, "comparing", len(plan.steps), "modules"),
             )
     finally:
@@ -317,7 +317,7 @@ def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) 
         tolerance=plan.options.tolerance,
         unclaimed=sum(len(given.adapter.unclaimed) for given in (inputs.a, inputs.b) if given),
         unused=plan.unused,
-        notes=tuple(_notes(total, both, against)),
+        notes=(*_notes(total, both, against), *_biases(both)),
         seconds=seconds,
     )
 
@@ -348,6 +348,10 @@ def _strength(numbers: Numbers, inputs: Inputs) -> float | None:
     if inputs.tuned is None or numbers.fitted is None:
         return None
     return inputs.a.strength * numbers.fitted
+
+
+def _biases(both: Sequence[tuple[Match, Numbers]]) -> list[str]:
+    return biased(side.entry for match, _ in both for side in match.sides if side.entry)
 
 
 def _notes(total: Numbers, both: Sequence[tuple[Match, Numbers]], against: bool) -> Iterator[str]:

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from adaptkit import engine
@@ -62,7 +63,9 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
     started = time.perf_counter()
     options = plans[0].options
     found: list[dict[str, Merged]] = [{} for _ in plans]
-    resources = engine.Resources.choose(options.device, options.memory)
+    resources = engine.Resources.choose(
+        options.device, options.memory, gains=False, wide=any(map(_wide, plans))
+    )
     steps = combined(plans, at_once=not resources.on_cpu)
     with ExitStack() as last, ExitStack() as stack:
         hashes: dict[Path, str] = {}
@@ -70,7 +73,7 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         tally = Tally(progress, "merging", sum(output.size for output in outputs), "bytes")
         for output in outputs:
             output.tell(tally.add)
-        blender = Blender(plans, outputs)
+        blender = Blender(plans, outputs, at_once=not resources.on_cpu)
         copying = _Background(lambda: _copy_untouched(plans, outputs))
         # after the outputs are aborted, which ends the copying
         last.callback(copying.join)
@@ -102,6 +105,21 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
     seconds = (time.perf_counter() - started) / len(plans)
     reports = (report_of(*each, seconds) for each in zip(plans, found, verified, strict=True))
     return [replace(report, notes=(*report.notes, *notes)) for report in reports]
+
+
+def _wide(plan: Plan) -> bool:
+    """Whether a merge needs float64, or decompositions, as rotations do."""
+    added = [
+        (c.entry, plan.adapters[c.adapter].source.infos)
+        for merge in plan.computed
+        for c in merge.contributions
+        if c.strength
+    ]
+    stored = (infos[key] for entry, infos in added for _, key in entry.tensors())
+    weights = (plan.base.source.infos[merge.name] for merge in plan.computed)
+    wide = "F64" in {merge.dtype for merge in plan.computed}
+    wide |= any(info.dtype == "F64" for info in chain(stored, weights))
+    return wide or any(not entry.kind.additive for entry, _ in added)
 
 
 def _output(

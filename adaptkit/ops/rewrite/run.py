@@ -126,7 +126,8 @@ class _Computing:
     def _pass(self, steps: Sequence[engine.Step[Task]], kernel: Any, stage: str) -> None:
         if not steps:
             return
-        resources = engine.Resources.choose(self.plan.options.device, self.plan.options.memory)
+        options = self.plan.options
+        resources = engine.Resources.choose(options.device, options.memory, gains=False)
         work: engine.Work[Task, Any] = engine.Work(
             self.worker.load, kernel, self._store, _held, STACK
         )
