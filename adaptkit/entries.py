@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.algorithms.contract import Facts, Weights
+    from adaptkit.algorithms.contract import Facts, Shapes, Weights
     from adaptkit.files.header import TensorInfo
 
 __all__ = [
@@ -159,6 +159,8 @@ class _Reader:
         self.unclaimed: dict[str, str] = {}
         self.problems: list[Problem] = []
         self.contradicts = False
+        # a file has many modules of few shapes
+        self._facts: dict[object, Facts] = {}
 
     def entries(self, names: Iterable[str]) -> dict[Slot, Entry]:
         groups: dict[Slot, dict[str, Parsed]] = {}
@@ -191,7 +193,7 @@ class _Reader:
                 role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA
             }
             try:
-                facts = self._with_kernel(slot, kind.facts(shapes, alpha))
+                facts = self._with_kernel(slot, self._facts_of(kind, shapes, alpha))
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
                 window = len(facts.kernel or ())
                 if wrong := self.meaning.misread(slot.component, kind, shapes, window):
@@ -236,6 +238,12 @@ class _Reader:
             elif not info.numel or not info.shape:
                 return f"{key} has the shape {list(info.shape)}, which is no matrix or vector"
         return None
+
+    def _facts_of(self, kind: type[Weights], shapes: Shapes, alpha: Stated | None) -> Facts:
+        known = (kind, *shapes.items(), alpha)
+        if known not in self._facts:
+            self._facts[known] = kind.facts(shapes, alpha)
+        return self._facts[known]
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Add the table's kernel if flat factors do not determine it."""
