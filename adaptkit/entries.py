@@ -213,6 +213,8 @@ class _Reader:
                 # shapes are a stranger's: those that no check foresaw fit no algorithm either
                 failures.append(f"{plain.name} has no tensors of shapes {list(shapes.values())}")
             else:
+                if kind.caveat:
+                    self._note(Problem("warning", None, kind.caveat))
                 value = alpha.value if alpha else None
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
@@ -267,10 +269,13 @@ class _Reader:
         try:
             return kind.settled(facts, Wanted(config, shapes, listed))
         except Unsettled as error:
-            problem = Problem("error", None, error.message, error.hint or CONFIG_HINT)
-            if problem not in self.problems:
-                self.problems.append(problem)
+            self._note(Problem("error", None, error.message, error.hint or CONFIG_HINT))
             raise
+
+    def _note(self, problem: Problem) -> None:
+        """Add a problem of the whole file, once."""
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Add the table's kernel if flat factors do not determine it."""
