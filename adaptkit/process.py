@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HUGE",
     "explained",
+    "free_on",
     "give_back",
     "huge",
     "one_thread_here",
@@ -166,3 +167,11 @@ def release(device: str) -> None:
     empty = getattr(getattr(torch, device.partition(":")[0], None), "empty_cache", None)
     if empty is not None:
         empty()
+
+
+def free_on(device: str) -> int | None:
+    """The free bytes of a device's memory; None if it does not tell."""
+    import torch
+
+    ask = getattr(getattr(torch, device.partition(":")[0], None), "mem_get_info", None)
+    return None if ask is None else int(ask(device)[0])

@@ -241,14 +241,12 @@ class Weights(Truncation, Configured):
     def spectrum(self) -> Tensor:
         """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS).
 
-        Computed from thin factors, else from the Gram matrix of ΔW. NotRepresentable if ΔW depends
-        on the weight.
+        From thin factors, else the Gram matrix of ΔW. NotRepresentable if ΔW depends on the weight.
         """
         from adaptkit.linalg.factored import factored_core
         from adaptkit.linalg.lowrank import energies
 
-        thin = self.thin_factors()
-        if thin is not None:
+        if (thin := self.thin_factors()) is not None:
             return factored_core(*thin).s
         delta = self.delta()
         return energies(delta, min(delta.shape[-2:])).sqrt()
@@ -258,8 +256,7 @@ class Weights(Truncation, Configured):
         from adaptkit.linalg.factored import factored_svd
         from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 
-        thin = self.thin_factors()
-        if thin is not None:
+        if (thin := self.thin_factors()) is not None:
             return factored_svd(*thin).head(rank)
         return truncated_svd(self.delta(), SvdSpec(rank, method=method))  # type: ignore[arg-type]
 
@@ -311,6 +308,10 @@ class Weights(Truncation, Configured):
     def part(self, start: int, stop: int) -> Self:
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
+
+    def block(self, start: int, stop: int) -> Self:
+        """The part of these rows without what serves other rows alone: a layer at its own rank."""
+        return self.part(start, stop)
 
     def some_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of ΔW, if it is made `by_rows`; each has its bits of any other cut."""

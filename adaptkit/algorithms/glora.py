@@ -45,7 +45,8 @@ class Glora(Weights):
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
         a1, a2, b1, b2 = (shapes[role] for role in ("a1", "a2", "b1", "b2"))
-        matched(all(len(shape) >= 2 for shape in (a1, a2, b1, b2)), "a1 a2 b1 b2", shapes)
+        alike = all(len(shape) == len(b2) for shape in (a1, a2, b1))
+        matched(len(b2) >= 2 and alike, "a1 a2 b1 b2", shapes)
         rank = b2[0]
         fits = rank > 0 and b1[1] == rank and a1[1] == a2[0] and a1[0] == a2[1] == b2[1]
         matched(

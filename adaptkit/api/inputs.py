@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,16 +15,13 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adaptkit.ops.shared import Progress as Counter
+    from adaptkit.ops.stages import Progress
     from adaptkit.ops.verb import Verb
 
-__all__ = ["LOG", "PathOrState", "Progress", "State", "Temporary", "run", "stored", "told"]
+__all__ = ["PathOrState", "State", "Temporary", "run", "stored"]
 
-LOG = logging.getLogger("adaptkit")
 State: TypeAlias = "Mapping[str, torch.Tensor]"
 PathOrState: TypeAlias = "str | PathLike[str] | State"
-# (stage, done, total, unit)
-Progress = Callable[[str, int, int, str], None]
 _NAME = "adapter.safetensors"
 _PEFT = "adapter_model.safetensors"
 
@@ -66,19 +62,7 @@ def stored(
     return home
 
 
-def told(progress: Progress | None, stage: str, unit: str) -> Counter | None:
-    """A callback of a verb that tells its stage and unit too."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(stage, done, total, unit)
-
-
 def run(verb: Verb, *inputs: Any, progress: Progress | None, options: dict[str, Any]) -> Any:
     """Plan and run a verb, and close its files."""
-    LOG.info("%s: planning", verb.name)
     with verb.plan(*inputs, verb.options(**options)) as plan:
-        report = verb.run(plan, told(progress, verb.name, "modules"))
-    LOG.info("%s: wrote %s, %d bytes", verb.name, report.output, report.bytes)
-    if progress is not None:
-        progress(verb.name, report.modules, report.modules, "modules")
-    return report
+        return verb.perform(plan, progress)

@@ -172,8 +172,16 @@ NO_LIMITS = click.option(
 )
 
 
+def _logged(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
+    """Log until the program ends, so that its error is in the log too."""
+    if path is not None:
+        from adaptkit.cli.show.live.log import logging_to
+
+        context.find_root().with_resource(logging_to(path))
+
+
 def talk(function: F) -> F:
-    """Add --json, -q and -v."""
+    """Add --json, -q, -v and --log-file."""
     return _apply(
         function,
         [
@@ -182,6 +190,13 @@ def talk(function: F) -> F:
             ),
             click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
             click.option("-v", "--verbose", is_flag=True, help="Also print one line per module."),
+            click.option(
+                "--log-file",
+                type=PATH,
+                expose_value=False,
+                callback=_logged,
+                help="Append what is done, with the time of every stage, to a file.",
+            ),
         ],
     )
 
@@ -326,7 +341,7 @@ def picture(what: str) -> Callable[[F], F]:
                     help=f"Draw {what} as a .png, .svg or .html file (needs adaptkit[plot]).",
                 ),
                 click.option(
-                    "--overwrite", is_flag=True, help="Replace an existing picture or card."
+                    "--overwrite", is_flag=True, help="Replace an existing picture, page or card."
                 ),
             ],
         )

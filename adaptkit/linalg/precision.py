@@ -34,6 +34,8 @@ __all__ = [
     "works_on_stacks",
 ]
 
+# devices without float64 and without most decompositions (pytorch#177370)
+NARROW = frozenset({"mps"})
 STREAM = 1 << 19  # elements of a block that is widened and subtracted as it is read
 SCRATCH = 1 << 18  # elements of a scratch block that fits the cache
 ALIGNED = 64  # bytes: torch aligns every tensor on a CPU to this
@@ -58,12 +60,12 @@ def upcast(tensor: Tensor) -> Tensor:
 
 def supports_float64(device: torch.device | str) -> bool:
     """Whether the device has float64 (Apple's MPS does not)."""
-    return torch.device(device).type != "mps"
+    return torch.device(device).type not in NARROW
 
 
 def works_on_stacks(device: torch.device | str) -> bool:
-    """Whether stacks are faster than single matrices: on accelerators, except MPS (unmeasured)."""
-    return torch.device(device).type not in ("cpu", "mps")
+    """Whether stacks are faster than single matrices: on accelerators."""
+    return torch.device(device).type != "cpu"
 
 
 def one_by_one(x: Tensor) -> bool:

@@ -30,6 +30,7 @@ __all__ = [
     "product_inner",
     "product_norm",
     "rearranged",
+    "row_energies",
 ]
 
 Factors = tuple[Tensor, Tensor]
@@ -102,6 +103,20 @@ def kron_product_inner(kron: Factors, product: Factors) -> float:
     u = left.mT.reshape(-1, one.shape[0], two.shape[0])
     v = right.reshape(-1, one.shape[1], two.shape[1])
     return float(((u @ two @ v.mT) * one).sum())
+
+
+def row_energies(dense: Tensor | None, product: Factors | None, kron: Factors | None) -> Tensor:
+    """The squared norms of the rows of a matrix, (m,), from the one form that is given.
+
+    Of a product: the diagonal of left (right rightᵀ) leftᵀ.
+    """
+    if kron is not None:
+        return torch.kron(*(one.double().square().sum(-1) for one in kron))
+    if product is not None:
+        left, right = (one.double() for one in product)
+        return ((left @ (right @ right.mT)) * left).sum(-1).clamp_min(0.0)
+    assert dense is not None
+    return dense.double().square().sum(-1)
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

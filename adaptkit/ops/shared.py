@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -24,7 +24,6 @@ __all__ = [
     "FLOATS",
     "Brief",
     "Closing",
-    "Progress",
     "Shared",
     "Unused",
     "biased",
@@ -78,9 +77,6 @@ class Closing(Brief):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-
-# called with (steps done, steps in total)
-Progress = Callable[[int, int], None]
 
 # a size of each unit: of 1000 and, with an `i`, of 1024
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}

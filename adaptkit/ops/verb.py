@@ -11,10 +11,13 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from adaptkit.errors import NoSuchName
+from adaptkit.ops.stages import log, logged
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["STRENGTH", "Verb", "verb", "verbs"]
 
@@ -36,6 +39,13 @@ class Verb:
     plan: Callable[..., Any]
     run: Callable[..., Any]
     together: Callable[..., Any] | None = None
+
+    def perform(self, plan: Any, progress: Progress | None = None) -> Any:
+        """Run a plan; what is done is logged at INFO."""
+        with logged(self.name, progress) as told:
+            report = self.run(plan, told)
+        log().info("%s: wrote %s, %d bytes", self.name, report.output, report.bytes)
+        return report
 
     @property
     def weighs(self) -> bool:

@@ -476,12 +476,13 @@ def test_options_are_the_fields_of_the_library(name: str, options: type) -> None
         "keys",
         "modules",
         "no_limits",
+        "log_file",
         "suffix",
     }
     if name in ("extract", "merge"):
         terminal.add("base")  # an argument there
     if name == "inspect":
-        terminal |= {"plot", "overwrite", "card", "sort", "where", "as_csv"}
+        terminal |= {"plot", "overwrite", "card", "html", "sort", "where", "as_csv"}
         terminal.add("overview")  # what a table needs, which the command decides
     parameters = {parameter.name for parameter in command.params} - terminal
     assert parameters == {field.name for field in dataclasses.fields(options)} - terminal

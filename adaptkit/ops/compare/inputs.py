@@ -118,7 +118,7 @@ def open_inputs(
         if not first.is_adapter:
             raise UnknownAdapter(
                 f"neither {first.path.name} nor {second.path.name} is an adapter",
-                hint="`adaptkit extract BASE TUNED` extracts the difference of two checkpoints",
+                hint="omit --base to compare two checkpoints",
             )
         inputs = (
             _adapters(first, second, base, opened)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.ops.inspect.run import Options, Report, run
+from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["FIELDS", "SORTS", "ordered", "shortened", "survey", "where"]
 
@@ -28,10 +29,11 @@ def survey(
 ) -> list[Report]:
     """Inspect files, many of them in several processes; `progress` counts files."""
     done: list[Report] = []
+    told = counting(progress, "reading", len(paths), "files")
     for report in _reports(paths, options):
         done.append(report)
-        if progress is not None:
-            progress(len(done), len(paths))
+        if told is not None:
+            told(len(done))
     return done
 
 

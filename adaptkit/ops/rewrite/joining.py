@@ -86,13 +86,13 @@ def _forms(
 
 
 def _stacked(parts: Sequence[Part], whole: Sequence[Weights | None]) -> Weights:
+    if len(parts) == 1 and whole[0] is not None and parts[0].cut is not None:
+        return whole[0].block(*parts[0].cut)
     cut = [
         weights if weights is None or part.cut is None else weights.part(*part.cut)
         for part, weights in zip(parts, whole, strict=True)
     ]
     like = next(weights for weights in cut if weights is not None)
-    if len(cut) == 1:
-        return like
     filled = [
         like.zeros(like, part.rows) if weights is None else weights
         for weights, part in zip(cut, parts, strict=True)
