@@ -2,8 +2,8 @@
 
 Supported: fp8 (e4m3, e5m2), plain or with a scale tensor, as ComfyUI writes them (`scale_weight`,
 since 2025-11 `weight_scale`; ComfyUI QUANTIZATION.md), musubi-tuner and diffusers. A scale is one
-number, one per row, or one per block of a row. The blocks of GGUF files, see adaptkit.files.gguf.
-Any other scheme is named and refused.
+number, one per row, or one per block of a row. The blocks of GGUF files, see adaptkit.files.gguf;
+packed weights, see adaptkit.files.packed. Any other scheme is named and refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.files.header import GGML, nbytes
+from adaptkit.files.dtypes import PACKED
+from adaptkit.files.header import BLOCKED, nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,16 +86,17 @@ class Quantization:
         """The unsupported scheme of this tensor; None if it can be read."""
         if info.name in self.refused:
             return self.refused[info.name]
-        read = info.dtype in FLOATS + FP8 or info.dtype in GGML
+        read = info.dtype in FLOATS + FP8 or info.dtype in BLOCKED
         return None if read else _INTEGERS.get(info.dtype, info.dtype)
 
     def widens(self, info: TensorInfo) -> bool:
         """Whether a tensor is read in a wider dtype than it is stored."""
-        return info.dtype in FP8 or info.dtype in GGML or info.name in self.scales
+        return info.dtype in FP8 or info.dtype in BLOCKED or info.name in self.scales
 
     def wide_bytes(self, info: TensorInfo) -> int:
         """Bytes of a tensor that `widens`, after reading."""
-        return nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
+        wide = nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
+        return 3 * wide if info.dtype in PACKED else wide  # places, scales and numbers
 
 
 def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:

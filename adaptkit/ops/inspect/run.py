@@ -12,6 +12,7 @@ from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
 from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
 from adaptkit.files.limits import watched
+from adaptkit.files.packed import unpacked
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import Problem
@@ -343,6 +344,7 @@ def _plain(source: TensorSource, kind: str, found: Detection) -> dict[str, Any]:
 
 
 def _checkpoint(source: TensorSource, options: Options) -> Report:
+    source = unpacked(source)
     try:
         checkpoint = Checkpoint.understand(source, family=options.family)
     except UnknownAdapter:
