@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
 from adaptkit.errors import InternalError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
-from adaptkit.files.packed import packed_weights, unpacked
+from adaptkit.files.packed import packed_weights, scaled_integers, unpacked
 from adaptkit.files.quantized import Quantization, read_widened
 from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint, keys_for, label
 from adaptkit.names import Slot
@@ -116,7 +116,7 @@ class Checkpoint:
         cls, source: TensorSource, *, family: str | None = None, ema: bool = False
     ) -> Checkpoint:
         """Parse the checkpoint in an open source."""
-        stored = Quantization.of(source.infos)
+        stored = Quantization.of(source.infos, scaled_integers(source))
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
         found = detect_checkpoint(infos, source.metadata, family=family)
         if found.family is None and is_adapter(source.infos):
@@ -143,7 +143,7 @@ class Checkpoint:
         cls, source: TensorSource, family: ModelFamily, *, ema: bool = False
     ) -> Checkpoint:
         """Parse a checkpoint as a family made of its own names (see adaptkit.unknown)."""
-        stored, keys = Quantization.of(source.infos), CheckpointMap(family)
+        stored, keys = Quantization.of(source.infos, scaled_integers(source)), CheckpointMap(family)
         claimed = sum(keys.parse(name) is not None for name in source.infos)
         return cls._placed(
             source, stored, keys, Detection(None, None, claimed, len(source.infos)), ema

@@ -219,9 +219,33 @@ def test_a_merge_writes_plain_numbers(base: Base, tmp_path: Path) -> None:
     assert float((torch.from_numpy(halves) - exact).norm()) < 2.0**-8 * float(exact.norm())
 
 
-def test_a_merge_in_its_own_scheme_is_refused_with_what_works(base: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8-rows", "int8-one"])
+def test_int8_is_written_again(kind: str, tmp_path: Path) -> None:
+    """With fresh scales: every number is within half a step, and the loss is what is reported."""
+    base, out = Base(kind, tmp_path), tmp_path / "out.safetensors"
+    given = ops.merge.Options(output=out, family="flux", verify=True)
+    report = ops.merge.run(ops.merge.plan(base.path, [(base.adapter, 0.5)], given))
+    found = load_file(out)
+    assert found.keys() == base.state.keys()
+    codes, scale = found[f"{KEY}.weight"], found[f"{KEY}.weight_scale"].double().numpy()
+    assert codes.dtype == torch.int8
+    assert int(codes.abs().max()) == 127
+    exact = base.exact + 0.5 * base.delta
+    error = codes.double().numpy() * scale - exact
+    assert np.abs(error / scale).max() < 0.5001
+    assert report.quantised == 1
+    lost = np.linalg.norm(error) / np.linalg.norm(0.5 * base.delta)
+    assert report.relative_error == pytest.approx(lost, rel=1e-4)
+    state = base.state | {f"{KEY}.weight": codes + (codes < 127)}
+    save_file(found | state, tmp_path / "spoilt.safetensors")
+    spoilt = load_file(tmp_path / "spoilt.safetensors")[f"{KEY}.weight"].double().numpy()
+    assert np.abs((spoilt * scale - exact) / scale).max() > 0.6  # the check can fail
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("int8-rows", "int8-one")])
+def test_a_merge_in_its_own_scheme_is_refused_with_what_works(kind: str, tmp_path: Path) -> None:
     with pytest.raises(NotRepresentable, match="stored as") as refused:
-        base.merged(tmp_path)
+        Base(kind, tmp_path).merged(tmp_path)
     assert "--dtype bf16" in (refused.value.hint or "")
 
 

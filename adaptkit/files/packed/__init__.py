@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from adaptkit.files.packed.contract import Packed
 
-__all__ = ["packed_weights", "unpacked"]
+__all__ = ["packed_weights", "scaled_integers", "unpacked"]
 
 
 def packed_weights(source: TensorSource) -> dict[str, Packed]:
@@ -32,6 +32,13 @@ def unpacked(source: TensorSource) -> TensorSource:
     """A source of the numbers that packed weights stand for; itself if there are none."""
     found = packed_weights(source)
     return _Unpacked(source, found) if found else source
+
+
+def scaled_integers(source: TensorSource) -> frozenset[str]:
+    """Integer weights of a file that are plain numbers but for a scale, and so can be written."""
+    if isinstance(source, _Unpacked) or not any(i.dtype == "I8" for i in source.infos.values()):
+        return frozenset()
+    return frozenset(name for name, one in packed_weights(source).items() if one.scaled)
 
 
 class _Unpacked(TensorSource):

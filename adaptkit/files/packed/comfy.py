@@ -140,7 +140,7 @@ def _int8(
     group = said.get("convrot_groupsize", GROUP) if said.get("convrot") else 1
     if not isinstance(group, int) or group < 1 or columns % group or not _power_of_four(group):
         return None
-    return Packed("INT8", weight.shape, parts, partial(_decode_int8, group=group))
+    return Packed("INT8", weight.shape, parts, partial(_decode_int8, group=group), group == 1)
 
 
 def _power_of_four(number: int) -> bool:

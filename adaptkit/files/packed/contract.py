@@ -21,13 +21,15 @@ class Packed(NamedTuple):
     """A packed weight: the name and shape that it is shown with, its tensors, and its numbers.
 
     `parts` are the keys of all its tensors by part, `weight` among them. `decode` takes them as
-    stored and gives float32 numbers in the order of `shape`.
+    stored and gives float32 numbers in the order of `shape`. `scaled`: these are the stored numbers
+    times their scale.
     """
 
     dtype: str
     shape: tuple[int, ...]
     parts: Mapping[str, str]
     decode: Callable[[Mapping[str, Tensor]], Tensor]
+    scaled: bool = False
 
 
 def described(source: TensorSource, key: str) -> dict[str, Any]:
