@@ -31,6 +31,7 @@ __all__ = [
     "streamed_difference",
     "supports_float64",
     "upcast",
+    "upcast_all",
     "works_on_stacks",
 ]
 
@@ -56,6 +57,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def upcast(tensor: Tensor) -> Tensor:
     """The tensor in its compute dtype, copied only if needed."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
+
+
+def upcast_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors in float32, in one launch."""
+    found = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    if found:
+        torch._foreach_copy_(found, list(tensors))
+    return found
 
 
 def supports_float64(device: torch.device | str) -> bool:

@@ -73,7 +73,7 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
         tally = Tally(progress, "merging", sum(output.size for output in outputs), "bytes")
         for output in outputs:
             output.tell(tally.add)
-        blender = Blender(plans, outputs)
+        blender = Blender(plans, outputs, at_once=not resources.on_cpu)
         copying = _Background(lambda: _copy_untouched(plans, outputs))
         # after the outputs are aborted, which ends the copying
         last.callback(copying.join)
