@@ -216,6 +216,8 @@ class _Reader:
                 # shapes are a stranger's: those that no check foresaw fit no algorithm either
                 failures.append(f"{plain.name} has no tensors of shapes {list(shapes.values())}")
             else:
+                if kind.caveat:
+                    self._note(Problem("warning", None, kind.caveat))
                 value = alpha.value if alpha else None
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
@@ -270,9 +272,7 @@ class _Reader:
         try:
             return kind.settled(facts, Wanted(config, shapes, listed))
         except Unsettled as error:
-            problem = Problem("error", None, error.message, error.hint or CONFIG_HINT)
-            if problem not in self.problems:
-                self.problems.append(problem)
+            self._note(Problem("error", None, error.message, error.hint or CONFIG_HINT))
             raise
 
     def _facts_of(self, kind: type[Weights], shapes: Shapes, alpha: Stated | None) -> Facts:
@@ -280,6 +280,11 @@ class _Reader:
         if known not in self._facts:
             self._facts[known] = kind.facts(shapes, alpha)
         return self._facts[known]
+
+    def _note(self, problem: Problem) -> None:
+        """Add a problem of the whole file, once."""
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Add the table's kernel if flat factors do not determine it."""
