@@ -26,6 +26,7 @@ __all__ = [
     "out_of_memory",
     "release",
     "short_turns",
+    "synchronize",
     "torch_threads",
 ]
 
@@ -175,3 +176,12 @@ def free_on(device: str) -> int | None:
 
     ask = getattr(getattr(torch, device.partition(":")[0], None), "mem_get_info", None)
     return None if ask is None else int(ask(device)[0])
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what the calling thread has asked of it."""
+    import torch
+
+    wait = getattr(getattr(torch, device.partition(":")[0], None), "synchronize", None)
+    if wait is not None:
+        wait()
