@@ -309,7 +309,7 @@ class Weights(Truncation, Configured):
         """The weights of output rows [start, stop), exactly."""
         raise NotRepresentable(f"rows {start} to {stop} of a {self.name} are no {self.name}")
 
-    def block(self, start: int, stop: int) -> Self:
+    def own_part(self, start: int, stop: int) -> Self:
         """The part of these rows without what serves other rows alone: a layer at its own rank."""
         return self.part(start, stop)
 

@@ -130,8 +130,8 @@ class Dora(Wrapping):
             self, inner=self.inner.part(start, stop), magnitude=self.magnitude[..., start:stop, :]
         )
 
-    def block(self, start: int, stop: int) -> Self:
-        return replace(self.part(start, stop), inner=self.inner.block(start, stop))
+    def own_part(self, start: int, stop: int) -> Self:
+        return replace(self.part(start, stop), inner=self.inner.own_part(start, stop))
 
     def swapped(self) -> Self:
         if self.axis == INPUT:  # the norm of a column does not depend on the order of rows

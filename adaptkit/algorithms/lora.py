@@ -169,7 +169,7 @@ class Lora(Weights):
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
 
-    def block(self, start: int, stop: int) -> Self:
+    def own_part(self, start: int, stop: int) -> Self:
         """A block of a block-diagonal `up`, as `fuse` stacks layers whose `down` differ."""
         import torch
 

@@ -87,7 +87,7 @@ def _forms(
 
 def _stacked(parts: Sequence[Part], whole: Sequence[Weights | None]) -> Weights:
     if len(parts) == 1 and whole[0] is not None and parts[0].cut is not None:
-        return whole[0].block(*parts[0].cut)
+        return whole[0].own_part(*parts[0].cut)
     cut = [
         weights if weights is None or part.cut is None else weights.part(*part.cut)
         for part, weights in zip(parts, whole, strict=True)
