@@ -33,7 +33,7 @@ FLOORS = (
         "respelling",
         "checkpoint",
     ),
-    ("steps", "engine", "hosts"),
+    ("steps", "staging", "engine", "hosts"),
     ("ops",),
     ("api",),
     ("cli",),
