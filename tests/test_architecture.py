@@ -47,7 +47,8 @@ CHAINS = {
         "quantized", "_exchange", "leftovers", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
-        "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
+        "precision", "split", "krylov", "hosted", "stacks", "lowrank", "factored", "products", "kron",
+        "noise", "kronscan", "looks", "mixing",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Factor
-from adaptkit.algorithms._ladder import FitSpec, Ladder, Truncation
+from adaptkit.algorithms._ladder import FitSpec, KeptStack, Ladder, Truncation
 from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._stored import ALPHA, Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
@@ -396,10 +396,6 @@ class Weights(Truncation):
         """A sentence about readers of weights fitted so; empty if there is none."""
         return ""
 
-    def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
-        """‖delta − ΔW‖² truncated to ranks 0, 1, …; may overwrite `delta`."""
-        raise NotRepresentable(f"a {self.name} has no ladder of ranks")
-
 
 class Decomposition(Ladder):
     """ΔW by rank. `energies` are the gains of each further rank in ‖ΔW‖² = `norm`.
@@ -421,22 +417,6 @@ class Decomposition(Ladder):
     def lighter(self) -> Decomposition:
         """The same without what only saves time."""
         return self
-
-
-class KeptStack:
-    """A stack of weights cut to ranks, padded with zeros up to the highest rank."""
-
-    @property
-    def weights(self) -> Weights:
-        """The weights that were kept, not rounded yet."""
-        raise NotImplementedError
-
-    def distances(self, stored: Weights) -> list[float]:
-        """‖ΔW − ΔW'‖²_F of every member in float64.
-
-        ΔW is that of the whole weights, ΔW' that of `stored`, which are `weights` rounded.
-        """
-        raise NotImplementedError
 
 
 def _pick(value: object, index: int) -> object:

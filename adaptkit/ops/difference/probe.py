@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.linalg.kronscan import KronScan, Split
     from adaptkit.linalg.noise import RoundingNoise
+    from adaptkit.ops.difference.looking import Seen
     from adaptkit.ops.difference.pairing import Pair
 
 __all__ = [
@@ -199,6 +200,19 @@ def probe(
     base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], resources: engine.Resources
 ) -> Probe:
     """Examine a sample of the layers."""
+    from adaptkit.linalg.precision import works_on_stacks
+
+    seen = _seen_in_stacks if works_on_stacks(resources.device) else _seen_singly
+    looks = seen(base, tuned, pairs, resources)
+    whole = sum(one.norm for one in looks)
+    floor = math.sqrt(sum(one.floor for one in looks) / whole) if whole else 0.0
+    return Probe(floor, made_by(looks))
+
+
+def _seen_singly(
+    base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], resources: engine.Resources
+) -> list[Look]:
+    """The looks of the sample. No more than needed are read."""
     looks: list[Look] = []
 
     def load(pair: Pair) -> dict[str, Tensor]:
@@ -215,9 +229,26 @@ def probe(
     announce = (lambda pair: tuned.announce(pair.tuned)) if on_cpu else None
     work = engine.Work(load, kernel, store, held=lambda _: 0, announce=announce)
     engine.run(steps_of(base, tuned, pairs), work, resources)
-    whole = sum(one.norm for one in looks)
-    floor = math.sqrt(sum(one.floor for one in looks) / whole) if whole else 0.0
-    return Probe(floor, made_by(looks))
+    return looks
+
+
+def _seen_in_stacks(
+    base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], resources: engine.Resources
+) -> list[Look]:
+    """The looks of the sample on an accelerator, which takes equal layers together."""
+    from adaptkit.ops.difference.looking import Looker
+
+    looker, found = Looker(base, tuned), {}
+    steps = sorted(map(looker.step, sample(pairs)), key=lambda step: step.order)
+
+    def store(pair: Pair, one: Seen) -> None:
+        found[pair.number] = one.look
+
+    work = engine.Work(looker.load, looker.looks, store, held=lambda _: 0)
+    engine.run(steps, work, resources)
+    # in the order of the file, as a CPU takes them
+    looks = [found[step.payload.number] for step in steps]
+    return [look for look in looks if look is not None][:SAMPLE]
 
 
 def _one(pair: Pair, tensors: dict[str, Tensor]) -> Look | None:

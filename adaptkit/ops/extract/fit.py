@@ -12,6 +12,7 @@ from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.meaning import as_read
 from adaptkit.ops.difference.probe import as_rounded
+from adaptkit.ops.extract.stacked import Stack, edge, fit_stack
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
 
@@ -106,6 +107,34 @@ class Fitter:
 
     def fit(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
         """Subtract a stack of equal layers and fit every form of the differences."""
+        found = self._at_once(jobs, tensors)
+        return self._with_care(jobs, tensors) if found is None else found
+
+    def _at_once(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted] | None:
+        """On an accelerator, with one look at all numbers; None elsewhere, and if any is odd."""
+        import torch
+        from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+        from adaptkit.linalg.looks import noise_of_stack, zeros_of_stack
+        from adaptkit.linalg.precision import difference, norm_squared, works_on_stacks
+
+        if "delta" in tensors or not works_on_stacks(tensors["base"].device):
+            return None
+        delta = difference(tensors["tuned"], tensors["base"])
+        norm = norm_squared(delta)
+        delta = exchanged(delta, -2) if jobs[0].swapped else delta
+        noise = None
+        if self._ladder(jobs[0]):
+            rounded = as_rounded(self.tuned, jobs[0], tensors["tuned"])
+            noise = torch.stack((noise_of_stack(rounded).floor, zeros_of_stack(delta)), -1)
+        recipes = self.recipes.get(jobs[0].number, ())
+        try:
+            return fit_stack(Stack(jobs, recipes, delta, norm, noise), _lora_of_size)
+        except LinAlgError:
+            return None
+
+    def _with_care(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
+        """With a look after every step, which names the layer and the tensor at fault."""
         from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
         delta, norms = self._difference(tensors, jobs[0].swapped)
@@ -154,7 +183,7 @@ class Fitter:
                 form = self._form(job, recipe, weights.member(place), own)
                 if not all(map(math.isfinite, form.errors)):
                     raise self._non_finite(job)
-                form.edge = _edge(form, found.noise / own.numel())
+                form.edge = edge(form, found.noise / own.numel())
                 found.forms.append(form)
 
     def _form(self, job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor) -> Form:
@@ -205,13 +234,6 @@ def _noise(rounded: Tensor, delta: Tensor) -> list[float]:
         floor if share < WEAK else 0.0
         for floor, share in zip(floors, zero_share(delta).tolist(), strict=True)
     ]
-
-
-def _edge(form: Form, variance: float) -> float:
-    """The energy up to which a rank of this form may be noise of this variance."""
-    from adaptkit.linalg.noise import noise_edge
-
-    return variance * noise_edge(*form.kind.ladder_sides(form.stored)) if form.ladder else 0.0
 
 
 def _left(rounded: Weights, delta: Tensor) -> float:
