@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from adaptkit.algorithms._stored import Shapes
 
-__all__ = ["FitSpec", "KeptStack", "Ladder", "Truncation"]
+__all__ = ["FitSpec", "Ladder", "Truncation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +82,12 @@ class Truncation:
         return left[0], math.prod(right[1:])
 
     def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
-        """‖delta − ΔW‖² truncated to ranks 0, 1, …; may overwrite `delta`."""
+        """‖delta − ΔW‖² truncated to ranks 0, 1, …; leaves `delta` as it is."""
         raise NotRepresentable(f"a {type(self).__name__} has no ladder of ranks")
 
     def ladder_errors_of_stack(self, delta: Tensor) -> Tensor:
         """`ladder_errors` of each member of a stack (one leading dimension), (B, ranks + 1).
 
-        On the device of `delta`, which is not waited for.
+        On the device of `delta`, which is not waited for, and may be overwritten.
         """
         raise NotRepresentable(f"a {type(self).__name__} has no ladder of ranks")
-
-
-class KeptStack:
-    """A stack of weights cut to ranks, padded with zeros up to the highest rank."""
-
-    @property
-    def weights(self) -> Any:
-        """The weights that were kept, not rounded yet."""
-        raise NotImplementedError
-
-    def distances(self, stored: Any) -> list[float]:
-        """‖ΔW − ΔW'‖²_F of every member in float64.
-
-        ΔW is that of the whole weights, ΔW' that of `stored`, which are `weights` rounded.
-        """
-        return self.told(stored, self.changes(stored))
-
-    def changes(self, stored: Any) -> tuple[Tensor, ...]:
-        """The small matrices (B, …) that `told` takes, where the weights are."""
-        raise NotImplementedError
-
-    def told(self, stored: Any, changes: Sequence[Tensor]) -> list[float]:
-        """`distances` from `changes`, which are on the host."""
-        raise NotImplementedError

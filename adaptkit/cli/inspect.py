@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.options import ALPHA_IN, PATH, inputs, picture, talk
+from adaptkit.cli.options import ALPHA_IN, INPUT, PATH, inputs, picture, talk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from adaptkit.ops.inspect import Report
@@ -29,7 +29,7 @@ SORTS = ("name", "family", "rank", "size", "date")
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=INPUT, metavar="FILE...")
 @click.option("--keys", is_flag=True, help="List all tensors: key, dtype, shape.")
 @click.option(
     "--modules", is_flag=True, help="List all adapted modules: algorithm, rank, alpha, shape."
@@ -38,6 +38,11 @@ SORTS = ("name", "family", "rank", "size", "date")
     "--stats",
     is_flag=True,
     help="Also read the weights: norms and ranks by block; zeros, NaN, overflow.",
+)
+@click.option(
+    "--safety",
+    is_flag=True,
+    help="Also say whether loading it elsewhere could run code, limits, NaN, odd metadata.",
 )
 @click.option(
     "--sort",
@@ -55,7 +60,13 @@ SORTS = ("name", "family", "rank", "size", "date")
 @click.option(
     "--card", type=PATH, metavar="FILE.md", help="Write a model card of one adapter in Markdown."
 )
-@click.option("--hash", is_flag=True, help="Add the SHA-256 of each file.")
+@click.option(
+    "--html",
+    type=PATH,
+    metavar="FILE.html",
+    help="Write all of it as one page to look at, search and sort in a browser.",
+)
+@click.option("--hash", is_flag=True, help="Add the SHA-256, AutoV2 and AutoV3 of each file.")
 @inputs
 @ALPHA_IN
 @talk
@@ -64,11 +75,13 @@ def inspect(
     keys: bool,
     modules: bool,
     stats: bool,
+    safety: bool,
     sort: str | None,
     where: tuple[str, ...],
     as_csv: bool,
     plot: Path | None,
     card: Path | None,
+    html: Path | None,
     overwrite: bool,
     hash: bool,
     family: str | None,
@@ -88,7 +101,11 @@ def inspect(
 
     --stats computes ‖ΔW‖ and the singular values of every module. It prints, for every block, a
     heat map of ‖ΔW‖ per kind of layer and the ranks that hold 90 and 99 % of it. --plot also
-    draws the spectra.
+    draws the spectra. --html measures the same of all files and writes one page: a table to sort
+    and search, and for each file its metadata, map and spectra, and with --modules its modules.
+
+    --safety reads the file as bytes and says whether loading it in another program could run code,
+    and which globals a pickle names; which limits are near; NaN and infinity; odd metadata.
 
     Exits with 1 if a file cannot be read or has an error (a missing half, NaN under --stats), after
     reporting the others.
@@ -96,22 +113,31 @@ def inspect(
     from adaptkit.cli.show.inspect import inspected
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import inspect as op
+    from adaptkit.ops.stages import logged
 
     found = dict(op.found_in(files))
     paths = list(found)
     op.where((), where)  # a wrong condition is told before a thousand files are read
-    stats = stats or plot is not None
+    stats = stats or plot is not None or html is not None
     if plot is not None:
         _can_plot(plot, paths, overwrite)
     if card is not None:
         _can_write(card, paths, overwrite)
+    if html is not None:
+        _can_write_page(html, overwrite)
     hash = hash or card is not None
-    options = op.Options(family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats)
-    modules = modules or verbose or (stats and as_json)
-    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats))
-    with Talk("inspect", as_json, quiet, verbose).progress(
-        "reading weights" if stats else "reading"
-    ) as bar:
+    options = op.Options(
+        family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats, safety=safety
+    )
+    modules = modules or verbose
+    listed_too = modules or (stats and as_json)
+    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats or safety))
+    with (
+        Talk("inspect", as_json, quiet, verbose).progress(
+            "reading weights" if stats else "reading"
+        ) as progress,
+        logged("inspect", progress) as bar,
+    ):
         if len(paths) == 1 or stats:
             reports = [op.run(path, options, bar) for path in paths]
         else:
@@ -124,9 +150,12 @@ def inspect(
         from adaptkit.cli.show.inspect import listed
 
         listed(reports, names)
-    inspected(reports, names, keys=keys, modules=modules, as_json=as_json, quiet=quiet or as_csv)
+    silent = quiet or as_csv or html is not None
+    inspected(reports, names, keys=keys, modules=listed_too, as_json=as_json, quiet=silent)
     if card is not None and text is not None:
         _carded(text, card, quiet)
+    if html is not None:
+        _page(reports, names, html, modules=modules, overwrite=overwrite, quiet=quiet)
     if plot is not None and reports[0].error is None:
         _plotted(reports[0], plot, overwrite, quiet)
     return 1 if any(report.broken for report in reports) else 0
@@ -139,6 +168,32 @@ def _can_write(path: Path, files: Sequence[Path], overwrite: bool) -> None:
     if len(files) != 1:
         raise click.UsageError(f"--card describes one file, not {len(files)}")
     check_output(path, overwrite)
+
+
+def _can_write_page(path: Path, overwrite: bool) -> None:
+    """Refuse an impossible page before any file is read."""
+    from adaptkit.cli.show.picture import may_write
+
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise click.UsageError(f"--html writes a .html file, not {path.name!r}")
+    may_write(path, overwrite)
+
+
+def _page(
+    reports: Sequence[Report],
+    names: Mapping[str, str],
+    path: Path,
+    *,
+    modules: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    from adaptkit.cli.show.picture import publish
+    from adaptkit.cli.show.web.document import document
+
+    publish(path, document(reports, names, modules).encode(), overwrite)
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)
 
 
 def _carded(text: str, path: Path, quiet: bool) -> None:

@@ -20,19 +20,16 @@ from adaptkit.hosts import usual_format
 from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.ops.adapter_file.size import module_size
 from adaptkit.ops.difference.advice import Advice, Point, recommend
+from adaptkit.ops.difference.look import looking_bytes, reading_bytes
 from adaptkit.ops.difference.measuring import Layer, Measurer
 from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
-from adaptkit.ops.difference.probe import (
-    Probe,
-    looking_bytes,
-    made_by,
-    reading_bytes,
-)
+from adaptkit.ops.difference.probe import Probe, made_by
 from adaptkit.ops.difference.working import energies_bytes
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
 from adaptkit.ops.ranks.rules.size import Size
-from adaptkit.ops.shared import Brief, Closing, Progress, Shared, Unused, refuse_unused, settle
+from adaptkit.ops.shared import Brief, Closing, Shared, Unused, refuse_unused, settle
+from adaptkit.ops.stages import Progress, counting, logged
 from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
@@ -206,7 +203,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Measure every layer and draw the curves; the only part that reads weights."""
     started = time.perf_counter()
     found: dict[int, Layer] = {}
-    worker, total = Measurer(plan.base, plan.tuned, plan.options.max_rank), len(plan.steps)
+    worker = Measurer(plan.base, plan.tuned, plan.options.max_rank)
 
     def store(job: Pair, layer: Layer) -> None:
         found[job.number] = layer
@@ -216,12 +213,13 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     if steps is None:
         steps, work = plan.steps, worker.single
     try:
-        notes = engine.run(
-            steps,
-            engine.Work(worker.load, work, store, held=lambda _: 0),
-            resources,
-            None if progress is None else lambda done: progress(done, total),
-        )
+        with logged("advise", progress) as told:
+            notes = engine.run(
+                steps,
+                engine.Work(worker.load, work, store, held=lambda _: 0),
+                resources,
+                counting(told, "measuring", len(plan.steps), "layers"),
+            )
     finally:
         plan.close()
     report = _report(plan, [found[job.number] for job in plan.jobs], started)

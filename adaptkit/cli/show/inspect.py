@@ -17,6 +17,7 @@ from adaptkit.cli.show.text import (
     human,
     last,
     loads_in,
+    percent,
     safe,
     some,
 )
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
     from adaptkit.ops import inspect
 
-__all__ = ["inspected", "listed"]
+__all__ = ["MEASURED", "alike", "facts_of", "inspected", "listed"]
 
-_MEASURED = {
+MEASURED = {
     "algorithm": "algorithm",
     "rank": "rank",
     "norm": "‖ΔW‖",
@@ -82,14 +83,24 @@ def _show(
     reports: Sequence[inspect.Report], names: Mapping[str, str], keys: bool, modules: bool
 ) -> None:
     good = [report for report in reports if report.error is None]
+    for report in reports:
+        if report.error is not None and "safety" in report.record:
+            page().print(Words(PurePath(report.record["path"]).name, "bold"))
+            _safety(report.record["safety"])
     if len(names) > 1 and not (
-        keys or modules or any("blocks" in report.record for report in good)
+        keys
+        or modules
+        or any(name in report.record for report in good for name in ("blocks", "safety"))
     ):
         return _overview(good, names)
     for report in good:
         _file(report)
+        if "safety" in report.record:
+            _safety(report.record["safety"])
         if report.record.get("blocks"):
             _blocks(report)
+        if report.record.get("outliers"):
+            _outliers(report.record["outliers"])
         if modules:
             _modules(report)
         if keys:
@@ -143,8 +154,8 @@ def _file(report: inspect.Report) -> None:
         Words(PurePath(record["path"]).name, "bold"),
         Words(f"{record['kind']}, {human(record['bytes'])}"),
     )
-    out.print(facts((name, value) for name, value in _lines(record) if value))
-    groups = list(_alike(record["problems"]))
+    out.print(facts((name, value) for name, value in facts_of(record) if value))
+    groups = list(alike(record["problems"]))
     for severity, what in groups[:MANY]:
         style = "red" if severity == "error" else "yellow"
         out.print(Words(f"  {severity}:", style), Words(what))
@@ -152,7 +163,7 @@ def _file(report: inspect.Report) -> None:
         out.print(f"  and {len(groups) - MANY} more problems (see --json)", style="yellow")
 
 
-def _alike(problems: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def alike(problems: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """The severity and the text of every kind of problem, with the first modules that have it."""
     groups: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
@@ -165,7 +176,8 @@ def _alike(problems: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
             yield severity, f"{len(modules)} modules: {what}: {some(modules)}"
 
 
-def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def facts_of(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The names and values of what is said of a file; a value may be empty or have lines."""
     evidence = record["evidence"]
     beside = ""
     if evidence["alternatives"]:
@@ -195,7 +207,8 @@ def _lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "dtypes", counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
     yield "loads in", loads_in(record)
-    yield "sha256", record.get("sha256", "")
+    for name in ("sha256", "autov2", "autov3"):
+        yield name, record.get(name, "")
     yield "metadata", _metadata(record["metadata"])
 
 
@@ -238,10 +251,8 @@ def _modules(report: inspect.Report) -> None:
 
 
 def _measured(modules: Sequence[Mapping[str, Any]]) -> None:
-    rows = [
-        [f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in _MEASURED] for m in modules
-    ]
-    columns = list(_MEASURED.values())
+    rows = [[f"{m[c]:.3g}" if isinstance(m[c], float) else m[c] for c in MEASURED] for m in modules]
+    columns = list(MEASURED.values())
     out = page()
     out.print()
     out.print(table(columns, rows, right=columns[1:-1]))
@@ -253,3 +264,66 @@ def _keys(report: inspect.Report) -> None:
         for k in report.keys
     )
     page().print(table(("dtype", "shape", "key", "note"), rows))
+
+
+def _safety(found: Mapping[str, Any]) -> None:
+    out = page()
+    out.print()
+    out.print(Words("safety", "bold"))
+    out.print(facts((name, value) for name, value in _safety_lines(found) if value))
+
+
+def _safety_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "format", found["format"]
+    yield "loading", _loading(found)
+    bad = found["non_finite"]
+    if bad is not None:
+        plural = "s" if len(bad) > 1 else ""
+        told = f"NaN or infinity in {len(bad)} tensor{plural}: {some(bad)}" if bad else "all finite"
+        unread = ", ".join(found["not_checked"])
+        yield "numbers", told + (f" (not checked: {unread})" if unread else "")
+    yield (
+        "limits",
+        "\n".join(
+            f"{one['limit']}: {one['found']:,} of {one['most']:,} {one['unit']}"
+            for one in found["limits"]
+        )
+        or "none is near",
+    )
+    odd = [f"{one['name']}: {one['what']}" for one in found["metadata"]]
+    more = [f"and {len(odd) - MANY} more (see --json)"] if len(odd) > MANY else []
+    yield "metadata", "\n".join([*odd[:MANY], *more]) or ("nothing odd" if bad is not None else "")
+
+
+def _loading(found: Mapping[str, Any]) -> str:
+    if found["runs_code"]:
+        named = [*found["globals"], *found["code"]]
+        return f"could run code in other programs: {some(named)}"
+    return "not known" if found["runs_code"] is None else "cannot run code"
+
+
+def _outliers(found: Sequence[Mapping[str, Any]]) -> None:
+    """Print the modules that stand out of their kind, one line a figure."""
+    out = page()
+    out.print()
+    out.print(Words("stand out of their kind", "bold"), Words("(which says not why)"))
+    rows = [
+        (
+            one["kind"],
+            one["figure"],
+            _figure(one, "value"),
+            _figure(one, "median"),
+            f"{one['score']:+.1f}",
+            one["module"],
+        )
+        for one in found[:MANY]
+    ]
+    columns = ("kind", "figure", "value", "median", "score", "module")
+    out.print(table(columns, rows, columns[2:5]))
+    if len(found) > MANY:
+        out.print(f"  and {len(found) - MANY} more (see --json)", style="yellow")
+
+
+def _figure(one: Mapping[str, Any], name: str) -> str:
+    value = one[name]
+    return f"{value:.3g}" if one["figure"] == "strength" else percent(value)

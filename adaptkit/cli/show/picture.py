@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.show.text import safe
+from adaptkit.cli.show.web.colours import INK, LINE, MUTED, PAPER, themed, variables
 from adaptkit.errors import AdaptkitError, CannotWrite, WouldOverwrite
 from adaptkit.files.leftovers import hidden, remove_dead
 from adaptkit.ops.shared import check_output
@@ -30,6 +31,7 @@ __all__ = [
     "SUFFIXES",
     "TINY",
     "check",
+    "may_write",
     "option",
     "publish",
     "rendered",
@@ -37,16 +39,15 @@ __all__ = [
 ]
 
 SUFFIXES = (".png", ".svg", ".html")
-# unique in a drawing, so that HTML can replace them
-INK, MUTED, PAPER = "#1f2329", "#6e7681", "#fefefe"
-LINE = "#3f7fbf"
 # font sizes in points
 SMALL, TINY = 7.5, 6.3
+# a page shows drawings so much larger than they are printed
+LARGER = 1.3
 
 
-def option(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+def option(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
     """Refuse an unsupported suffix (callback of `--plot`)."""
-    if path is not None and path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise click.BadParameter(
             f"{path.name!r} does not end in one of {', '.join(SUFFIXES)}", context, parameter
         )
@@ -55,7 +56,7 @@ def option(context: click.Context, parameter: click.Parameter, path: Path | None
 
 def check(path: Path, overwrite: bool) -> None:
     """Refuse an impossible picture before any weights are read."""
-    _check_output(path, overwrite)
+    may_write(path, overwrite)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -66,9 +67,9 @@ def check(path: Path, overwrite: bool) -> None:
 
 
 def publish(path: Path, data: bytes, overwrite: bool) -> None:
-    """Write a picture completely or not at all."""
+    """Write a picture or page completely or not at all."""
     # the file may have appeared in the meantime
-    _check_output(path, overwrite)
+    may_write(path, overwrite)
     remove_dead(path)
     temporary = hidden(path)
     try:
@@ -81,10 +82,11 @@ def publish(path: Path, data: bytes, overwrite: bool) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _check_output(path: Path, overwrite: bool) -> None:
+def may_write(path: Path, overwrite: bool) -> None:
+    """Refuse a file that exists or cannot be written there, before any weights are read."""
     if path.exists() and not overwrite:
         raise WouldOverwrite(
-            "the picture already exists", hint="pass --overwrite to replace it", file=path
+            "the file already exists", hint="pass --overwrite to replace it", file=path
         )
     check_output(path, overwrite)
 
@@ -101,7 +103,9 @@ def rendered(figure: Figure, suffix: str, title: str, tips: Mapping[str, str]) -
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(out, format="svg", transparent=suffix == ".html", metadata=nothing)
     svg = out.getvalue()
-    return svg if suffix == ".svg" else _html(svg.decode(), title, tips).encode()
+    if suffix == ".svg":
+        return svg
+    return _html(svg.decode(), title, tips, figure.get_figwidth()).encode()
 
 
 @contextmanager
@@ -131,7 +135,7 @@ def settings() -> Iterator[None]:
         yield
 
 
-def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
+def _html(svg: str, title: str, tips: Mapping[str, str], inches: float) -> str:
     """Return a page with the inline drawing, in light or dark colours as the reader prefers."""
     import html
 
@@ -141,26 +145,26 @@ def _html(svg: str, title: str, tips: Mapping[str, str]) -> str:
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
     )
-    for colour, name in ((INK, "ink"), (MUTED, "muted"), (PAPER, "paper")):
-        svg = svg.replace(colour, f"var(--{name})")
     svg = re.sub(
         r'<g id="(cell\d+)">',
         lambda found: f"{found[0]}<title>{html.escape(safe(tips[found[1]]))}</title>",
         svg,
     )
+    # a narrow screen scrolls: scaled down to it, the text could not be read
+    width = round(96 * LARGER * inches)
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(safe(title))}</title>
 <style>
-:root {{ color-scheme: light dark; --ink: {INK}; --muted: {MUTED}; --paper: {PAPER}; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e8eb; --muted: #98a0aa; --paper: #16181d; }}
-}}
-body {{ margin: 1rem auto; max-width: 78rem; padding: 0 1rem; background: var(--paper); }}
-svg {{ width: 100%; height: auto; }}
+{variables()}body {{ background: var(--paper); }}
+body {{ margin: 1rem auto; max-width: 78rem; padding: 0 1rem; }}
+div {{ overflow-x: auto; }}
+svg {{ width: 100%; min-width: {width}px; height: auto; }}
 text {{ pointer-events: none; }}
 </style>
-{svg}</html>
+<div tabindex="0">
+{themed(svg)}</div>
+</html>
 """

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.show.heat_map import grouped, percent, short
-from adaptkit.cli.show.picture import LINE, MUTED, PAPER, SMALL, TINY, publish, rendered, settings
+from adaptkit.cli.show.picture import SMALL, TINY, publish, rendered, settings
 from adaptkit.cli.show.text import safe
+from adaptkit.cli.show.web.colours import LIGHT, LINE, MUTED, PAPER, STEPS
+from adaptkit.cli.show.web.spectra import LONG, Spectra, counted
+from adaptkit.cli.show.web.spectra import groups as spectra_of
 from adaptkit.errors import NothingToDo
 from adaptkit.ops.blocks import KINDS
 
@@ -25,14 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-# red, green, blue; weak cells are transparent, for light and dark paper
-WEAK, STRONG = (0.96, 0.68, 0.28), (0.87, 0.17, 0.15)
 # inches: a row, a cell, the names, the bars, the ranks, a spectrum
 ROW, CELL, NAMES, BARS, RANKS, SPECTRUM = 0.19, 0.42, 1.15, 1.45, 1.2, 3.2
 # inches: the margins, the gap, the least and greatest height of a spectrum
 TOP, BOTTOM, SIDE, GAP, LEAST, MOST = 1.05, 0.62, 0.25, 0.22, 1.25, 2.4
-# least σ/σ₁ drawn, greatest number of spectra, longest spectrum on a linear axis
-FLOOR, MANY, LONG = 1e-6, 8, 64
 
 
 def draw(report: Report, path: Path, overwrite: bool) -> None:
@@ -93,7 +91,7 @@ class _Page:
         blocks = report.record["blocks"]
         rows = tuple(_rows(blocks))
         kinds = tuple(kind for kind in KINDS if any(kind in block["kinds"] for block in blocks))
-        groups = _groups(report)
+        groups = spectra_of(report)
         width = (
             2 * SIDE
             + NAMES
@@ -144,27 +142,6 @@ class _Page:
             _spectra(self, left + RANKS + 2.5 * GAP, report)
 
 
-def _groups(report: Report) -> dict[str, list[Sequence[float]]]:
-    """Return the spectra of the strongest `MANY` lists of blocks, in the order of the model."""
-    lists = {
-        b["block"]: name
-        for name, members in grouped(report.record["blocks"]).items()
-        for b in members
-    }
-    found: dict[str, list[Sequence[float]]] = {name: [] for name in dict.fromkeys(lists.values())}
-    for module, sigma in zip(report.modules, report.spectra, strict=True):
-        if sigma and sigma[0] > 0:
-            found[lists[module["block"]]].append(sigma)
-    energy = {
-        name: sum(value * value for sigma in spectra for value in sigma)
-        for name, spectra in found.items()
-    }
-    strongest = sorted((name for name in found if found[name]), key=lambda name: -energy[name])[
-        :MANY
-    ]
-    return {name: spectra for name, spectra in found.items() if name in strongest}
-
-
 def _subtitle(report: Report) -> str:
     record = report.record
     algorithms = ", ".join(f"{count} {name}" for name, count in record["algorithms"].items())
@@ -205,12 +182,13 @@ def _cells(page: _Page, left: float) -> None:
             share = value / top if top else 0.0
             gid = f"cell{len(page.tips)}"
             page.tips[gid] = f"{row.block['block']}, {kind}: {value:.3g}"
+            step = round(share * (STEPS - 1))
+            fill, ink = LIGHT.shade(step), LIGHT.on_shade(step)
             drawn.add_patch(
-                Rectangle((k - 0.47, n - 0.46), 0.94, 0.92, facecolor=_shade(share), lw=0, gid=gid)
+                Rectangle((k - 0.47, n - 0.46), 0.94, 0.92, facecolor=fill, lw=0, gid=gid)
             )
-            style: dict[str, Any] = {"color": "white", "fontweight": "bold"} if share > 0.6 else {}
             drawn.text(
-                k, n, percent(share), ha="center", va="center_baseline", fontsize=TINY, **style
+                k, n, percent(share), ha="center", va="center_baseline", fontsize=TINY, color=ink
             )
     _scale(page, left, top)
 
@@ -220,22 +198,15 @@ def _scale(page: _Page, left: float, top: float) -> None:
 
     below = TOP + len(page.rows) * ROW + 0.14
     drawn = page.axes(left, below, 1.2, 0.12)
-    drawn.set(xlim=(0, 20), ylim=(0, 1), xticks=[], yticks=[])
-    for n in range(20):
-        drawn.add_patch(
-            Rectangle((n, 0), 1, 1, facecolor=_shade((n + 0.5) / 20), lw=0, antialiased=False)
-        )
+    drawn.set(xlim=(0, STEPS), ylim=(0, 1), xticks=[], yticks=[])
+    for n in range(STEPS):
+        drawn.add_patch(Rectangle((n, 0), 1, 1, facecolor=LIGHT.shade(n), lw=0, antialiased=False))
     page.write(left - 0.06, below + 0.1, "0", ha="right", fontsize=TINY)
     page.write(left + 1.26, below + 0.1, f"100 = {top:.3g}", fontsize=TINY)
     page.write(
         left, below + 0.27, "root mean square of ‖ΔW‖ over the layers,", fontsize=TINY, color=MUTED
     )
     page.write(left, below + 0.38, "in % of the strongest cell", fontsize=TINY, color=MUTED)
-
-
-def _shade(share: float) -> tuple[float, float, float, float]:
-    red, green, blue = (a + (b - a) * share for a, b in zip(WEAK, STRONG, strict=True))
-    return red, green, blue, 0.06 + 0.94 * share
 
 
 def _bars(page: _Page, left: float) -> None:
@@ -287,24 +258,23 @@ def _ranks(page: _Page, left: float) -> None:
 
 def _spectra(page: _Page, left: float, report: Report) -> None:
     """Draw the median σ/σ₁ and its 80 % band for every list of blocks."""
-    bands = {name: _band(spectra) for name, spectra in page.groups.items()}
-    longest = max(band.shape[1] for band in bands.values())
-    shown = [float(value) for band in bands.values() for value in band[1] if value > FLOOR]
-    least = 10.0 ** math.floor(math.log10(min(shown) / 2))
-    height = min(max(len(page.rows) * ROW / len(bands), LEAST), MOST)
+    spectra = Spectra(page.groups)
+    longest = spectra.longest
+    height = min(max(len(page.rows) * ROW / len(spectra.bands), LEAST), MOST)
     page.write(
         left, TOP - 0.3, "singular values σᵢ / σ₁ of a layer", fontsize=SMALL + 1, fontweight="bold"
     )
     page.write(
         left, TOP - 0.14, "line: median · band: 80 % of the layers", fontsize=TINY, color=MUTED
     )
-    for n, (name, band) in enumerate(bands.items()):
+    for n, name in enumerate(spectra.bands):
         drawn = page.axes(left, TOP + n * height + 0.17, SPECTRUM, height - 0.42)
-        _spectrum(drawn, band, least)
+        _spectrum(drawn, spectra.shown(name), spectra.least)
         if longest > LONG:
             drawn.set(xscale="log", xlim=(1, longest))
+            drawn.xaxis.set_major_formatter("{x:g}")
         else:
-            drawn.set(xticks=_counted(longest), xlim=(0.7, longest + 0.3))
+            drawn.set(xticks=counted(longest), xlim=(0.7, longest + 0.3))
         count = len(page.groups[name])
         layers = "1 layer" if count == 1 else f"{count} layers"
         drawn.set_title(
@@ -314,28 +284,14 @@ def _spectra(page: _Page, left: float, report: Report) -> None:
 
 
 def _spectrum(drawn: Axes, band: NDArray[Any], least: float) -> None:
-    low, middle, high = band[:, band[2] > least]
+    low, middle, high = band
     index = range(1, len(middle) + 1)
     drawn.set(yscale="log", ylim=(least, 1.3))
     drawn.grid(color=MUTED, alpha=0.25, lw=0.5)
     drawn.minorticks_off()
+    # exponents would be too small to read
+    drawn.yaxis.set_major_formatter("{x:g}")
     drawn.fill_between(index, low.clip(least / 2), high, color=LINE, alpha=0.25, lw=0)
     drawn.plot(
         index, middle, color=LINE, lw=1.4, marker="o", ms=2.5 if len(middle) <= LONG // 2 else 0
     )
-
-
-def _counted(longest: int) -> list[int]:
-    """Return 1 and round numbers up to the longest."""
-    step = max(1, 2 ** math.ceil(math.log2(longest / 8)))
-    return [1, *range(max(2, step), longest + 1, step)]
-
-
-def _band(spectra: Sequence[Sequence[float]]) -> NDArray[Any]:
-    """Return the 10th, 50th and 90th percentile of σᵢ/σ₁, (3, r); 0 beyond a layer's rank."""
-    import numpy as np
-
-    found = np.zeros((len(spectra), max(map(len, spectra))))
-    for row, sigma in zip(found, spectra, strict=True):
-        row[: len(sigma)] = np.asarray(sigma) / sigma[0]
-    return np.quantile(found, (0.1, 0.5, 0.9), axis=0)

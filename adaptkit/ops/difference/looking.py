@@ -6,7 +6,7 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.ops.difference.probe import Look, as_rounded, look, looking_bytes
+from adaptkit.ops.difference.look import Look, as_rounded, look, looking_bytes
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NonFinite
-from adaptkit.ops.difference.probe import Look, look, read_difference
+from adaptkit.ops.difference.look import Look, look, read_difference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from adaptkit.algorithms.contract import Weights
     from adaptkit.ops.difference.pairing import Pair
-    from adaptkit.ops.extract.fit import FitRecipe
+    from adaptkit.ops.extract.recipe import FitRecipe
 
 __all__ = ["Stack", "edge", "fit_stack"]
 

@@ -1,0 +1,1 @@
+"""The page of `inspect --html`, and the colours and spectra that it shares with pictures."""
