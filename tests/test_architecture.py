@@ -47,7 +47,8 @@ CHAINS = {
         "quantized", "_exchange", "leftovers", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
-        "precision", "krylov", "lowrank", "factored", "kron", "products", "noise", "kronscan", "mixing",
+        "precision", "split", "krylov", "hosted", "stacks", "lowrank", "factored", "kron", "products",
+        "noise", "kronscan", "looks", "mixing",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("stages", "verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),
