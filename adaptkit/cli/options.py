@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from adaptkit.cli.show.picture import option as checked_picture
 from adaptkit.cli.values import (
     EXTRACTABLE,
     FACTOR,
@@ -22,7 +21,6 @@ from adaptkit.cli.values import (
     complete_formats,
 )
 from adaptkit.files.limits import allow
-from adaptkit.ops.ranks.options import rules
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,8 +150,9 @@ def computing(function: F) -> F:
                 "--memory",
                 type=SIZE,
                 metavar="SIZE",
-                help="Limit working memory, not counting torch itself.  [default: 560MB, or the "
-                "need of the largest layer]",
+                help="Limit working memory, not counting torch itself.  [default: 280MB for each "
+                "core, at most a quarter of what is free and at least 560MB; more if the largest "
+                "layer needs it]",
             ),
         ],
     )
@@ -182,6 +181,9 @@ def selecting(function: F) -> F:
 
 def ranks(function: F) -> F:
     """Add the rank rules, of which a user gives one."""
+    # commands without ranks need not read the rules
+    from adaptkit.ops.ranks.options import rules
+
     conv = click.option(
         "--conv-rank",
         type=click.IntRange(1),
@@ -246,6 +248,16 @@ def recasts(function: F) -> F:
     )
 
 
+def _checked_picture(
+    context: click.Context, parameter: click.Parameter, path: Path | None
+) -> Path | None:
+    if path is None:
+        return None
+    from adaptkit.cli.show.picture import option
+
+    return option(context, parameter, path)
+
+
 def picture(what: str) -> Callable[[F], F]:
     """Add --plot and --overwrite; `what` names the content of the picture."""
 
@@ -256,7 +268,7 @@ def picture(what: str) -> Callable[[F], F]:
                 click.option(
                     "--plot",
                     type=PATH,
-                    callback=checked_picture,
+                    callback=_checked_picture,
                     help=f"Draw {what} as a .png, .svg or .html file (needs adaptkit[plot]).",
                 ),
                 click.option(

@@ -52,11 +52,13 @@ def inside(root: Path, text: str) -> Path:
     if is_address(text):
         path, strength = split_strength(text)
         return path if strength == 1.0 else Path(f"{path}:{strength!r}")
-    return (
-        Path(text)
-        if isinstance(text, Rooted)
-        else Path(os.path.normpath(root / Path(text).expanduser()))
-    )
+    if isinstance(text, Rooted):
+        return Path(text)
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError:
+        raise WrongUsage(f"{text!r} is in no known home folder", hint="write it in full") from None
+    return Path(os.path.normpath(root / expanded))
 
 
 @dataclass(frozen=True)
