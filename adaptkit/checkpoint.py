@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from adaptkit.adapter import Adapter
     from adaptkit.families.contract import ModelFamily
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
@@ -251,6 +252,22 @@ class Checkpoint:
                 "see `adaptkit inspect --modules`",
                 file=adapter,
             )
+
+    def adapted(self, adapter: Adapter) -> Adapter:
+        """An adapter for this checkpoint, with what its file leaves for the checkpoint to tell.
+
+        Those are the dots of its own names, numbers of rows, and the sizes of the whole model that
+        random numbers are drawn for.
+        """
+        adapter = adapter.with_dots(self.family)
+        held = self.targets()
+        shapes: dict[Slot, tuple[int, int]] = {}
+        for slot, entry in adapter.entries.items():
+            if not entry.kind.additive:
+                pieces = self.locate(slot, held.get(slot.target, {}))
+                shape = (0,) if pieces is None else self.slot_shape(pieces)
+                shapes[slot] = shape[0] if shape else 0, math.prod(shape[1:])
+        return adapter.sized(shapes) if shapes else adapter
 
     def dtypes(self, pieces: tuple[Piece, ...]) -> frozenset[str]:
         """The stored dtypes of a slot."""

@@ -99,7 +99,8 @@ def run(
     of a long library call. It ends after that, and changes nothing.
     """
     listed = list(steps)
-    room = _Budget(bound(listed, resources.memory), resources.workers + BESIDE)
+    most = bound(listed, resources.memory, away=resources.apart)
+    room = _Budget(most, resources.workers + BESIDE)
     parcels = _parcels(list(buckets(listed, resources, work.stack)), room.bytes, resources.workers)
     pipeline = _Pipeline(work, resources, room, progress or (lambda _: None))
     pipeline.run(list(parcels))
@@ -222,6 +223,7 @@ class _Pipeline(Generic[P, R]):
 
     def notes(self) -> Iterator[str]:
         """What was not computed where it was asked for."""
+        yield from self.resources.notes
         if self.elsewhere:
             first, more = self.elsewhere[0], len(self.elsewhere) - 1
             what = f"{first} and {more} more" if more else first
@@ -323,6 +325,8 @@ class _Pipeline(Generic[P, R]):
             half = len(bucket.steps) // 2
             parts = (Bucket(bucket.steps[:half]), Bucket(bucket.steps[half:]))
             return [result for part in parts for result in self._computed(part, None)]
+        # a device's plan counts what is read and written, and the CPU computes in host memory
+        check_memory(bucket.steps, self.resources.memory)
         self.elsewhere += map(_label, bucket.payloads)
         return self.work.kernel(bucket.payloads, self._load(bucket, pinned=False))
 

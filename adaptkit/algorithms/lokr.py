@@ -64,6 +64,7 @@ class Lokr(Weights):
 
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
+    kron: ClassVar[bool] = True
     by_rows: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lokr"
     ladder_roles: ClassVar[tuple[str, str] | None] = ("w2_a", "w2_b")
@@ -150,13 +151,10 @@ class Lokr(Weights):
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """Block by block in place: ΔW is never formed."""
+        from adaptkit.linalg.kron import kron_added
+
         one, two = self.w1.dense() * (self.scale * strength), self.w2.dense()
-        (a, b), (c, d) = one.shape[-2:], two.shape[-2:]
-        blocks = base.view(*base.shape[:-2], a, c, b, d)
-        blocks.addcmul_(
-            one[..., :, None, :, None].to(base.dtype), two[..., None, :, None, :].to(base.dtype)
-        )
-        return base
+        return kron_added(base, one.to(base.dtype), two.to(base.dtype), 1.0, base)
 
     def part(self, start: int, stop: int) -> Self:
         """Rows of W1; exact if the cut falls between the blocks of W2."""
@@ -257,7 +255,8 @@ class Lokr(Weights):
         return replace(self, w1=w1, scale=self.scale * abs(factor))
 
     def kron_factors(self) -> tuple[Tensor, Tensor]:
-        return self.w1.dense() * self.scale, self.w2.dense()
+        one = self.w1.dense()
+        return one if self.scale == 1.0 else one * self.scale, self.w2.dense()
 
     def spectrum(self) -> Tensor:
         """All products of the singular values of the two factors."""
@@ -305,8 +304,7 @@ class Lokr(Weights):
 
         A w2 of low rank is fitted by alternating least squares. LyCORIS and ComfyUI both load the
         result: one factor for both sides, w2 full from half of its larger side on, `w2_b`
-        two-dimensional, no Tucker core, alpha = rank. Only ComfyUI always loads factors from 32
-        on, see `caution`.
+        two-dimensional, no Tucker core, alpha = rank. For factors from 32 on see `caution`.
         """
         from adaptkit.linalg.kron import factorization, nearest_kron, nearest_kron_lowrank
 

@@ -64,8 +64,6 @@ class Lora(Weights):
             ("lora_A.weight", "lora_A", "lora.down.weight", "lora_linear_layer.down.weight"),
         ),
         mid=Role("lora_mid.weight"),
-        # AdaLoRA's, in none of the forms: the factors mean something else beside it
-        singular=Role("lora_E"),
         alpha=Role(ALPHA, ("lora_alpha",)),  # FastVideo, SimpleTuner
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = (
@@ -170,6 +168,21 @@ class Lora(Weights):
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
+
+    def own_part(self, start: int, stop: int) -> Self:
+        """A block of a block-diagonal `up`, as `fuse` stacks layers whose `down` differ."""
+        import torch
+
+        part, used = self.part(start, stop), self.up != 0
+        if self.mid is not None or self.up.ndim != 2:
+            return part
+        here = used[start:stop].any(0)
+        elsewhere = used[:start].any(0) | used[stop:].any(0)
+        # a column that other rows share stays in all of them: they give the weight back at its rank
+        if not here.any() or here.all() or (here & elsewhere).any():
+            return part
+        keep = torch.nonzero(here).flatten()
+        return replace(part, up=part.up[:, keep], down=self.down[keep])
 
     @property
     def rows(self) -> int:

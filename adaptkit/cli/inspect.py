@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.options import ALPHA_IN, PATH, inputs, picture, talk
+from adaptkit.cli.options import ALPHA_IN, INPUT, PATH, inputs, picture, talk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ SORTS = ("name", "family", "rank", "size", "date")
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=INPUT, metavar="FILE...")
 @click.option("--keys", is_flag=True, help="List all tensors: key, dtype, shape.")
 @click.option(
     "--modules", is_flag=True, help="List all adapted modules: algorithm, rank, alpha, shape."
@@ -38,6 +38,11 @@ SORTS = ("name", "family", "rank", "size", "date")
     "--stats",
     is_flag=True,
     help="Also read the weights: norms and ranks by block; zeros, NaN, overflow.",
+)
+@click.option(
+    "--safety",
+    is_flag=True,
+    help="Also say whether loading it elsewhere could run code, limits, NaN, odd metadata.",
 )
 @click.option(
     "--sort",
@@ -70,6 +75,7 @@ def inspect(
     keys: bool,
     modules: bool,
     stats: bool,
+    safety: bool,
     sort: str | None,
     where: tuple[str, ...],
     as_csv: bool,
@@ -89,14 +95,17 @@ def inspect(
 
     FILE is a .safetensors file, a pickle (.ckpt, .pt, .bin), an index of shards or a folder. A
     diffusers or PEFT folder counts as one file; any other folder is searched for weight files.
-    Without --stats and --plot no weights are read and torch is not loaded. Several files are shown
-    as a table: --sort orders it, and --where selects by family, format, kind, algorithm, part,
-    rank, dtype or problems.
+    Without --stats, --plot and --html no weights are read and torch is not loaded. Several files
+    are shown as a table: --sort orders it, and --where selects by family, format, kind, algorithm,
+    part, rank, dtype or problems.
 
     --stats computes ‖ΔW‖ and the singular values of every module. It prints, for every block, a
     heat map of ‖ΔW‖ per kind of layer and the ranks that hold 90 and 99 % of it. --plot also
     draws the spectra. --html measures the same of all files and writes one page: a table to sort
     and search, and for each file its metadata, map and spectra, and with --modules its modules.
+
+    --safety reads the file as bytes and says whether loading it in another program could run code,
+    and which globals a pickle names; which limits are near; NaN and infinity; odd metadata.
 
     Exits with 1 if a file cannot be read or has an error (a missing half, NaN under --stats), after
     reporting the others.
@@ -104,6 +113,7 @@ def inspect(
     from adaptkit.cli.show.inspect import inspected
     from adaptkit.cli.show.talk import Talk
     from adaptkit.ops import inspect as op
+    from adaptkit.ops.stages import logged
 
     found = dict(op.found_in(files))
     paths = list(found)
@@ -116,13 +126,18 @@ def inspect(
     if html is not None:
         _can_write_page(html, overwrite)
     hash = hash or card is not None
-    options = op.Options(family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats)
+    options = op.Options(
+        family=family, format=format, alpha_in=alpha_in, hash=hash, stats=stats, safety=safety
+    )
     modules = modules or verbose
     listed_too = modules or (stats and as_json)
-    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats))
-    with Talk("inspect", as_json, quiet, verbose).progress(
-        "reading weights" if stats else "reading"
-    ) as bar:
+    table = as_csv or (len(paths) > 1 and not (as_json or keys or modules or stats or safety))
+    with (
+        Talk("inspect", as_json, quiet, verbose).progress(
+            "reading weights" if stats else "reading"
+        ) as progress,
+        logged("inspect", progress) as bar,
+    ):
         if len(paths) == 1 or stats:
             reports = [op.run(path, options, bar) for path in paths]
         else:

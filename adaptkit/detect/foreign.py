@@ -1,7 +1,6 @@
 """Kinds of adapters that adaptkit does not read, told by name.
 
-Names of tensors and of `peft_type` are those of PEFT 0.21 (`peft.mapping`), T-LoRA's those of its
-authors (ControlGenAI/T-LoRA).
+Names of tensors and of `peft_type` are those of PEFT 0.21 (`peft.mapping`).
 """
 
 from __future__ import annotations
@@ -18,17 +17,7 @@ __all__ = ["foreign"]
 # the beginning of a tensor's name within its module → the kind
 TENSORS: Mapping[str, str] = MappingProxyType(
     {
-        "vera_lambda_": "VeRA",
-        "vera_A": "VeRA",
-        "vera_B": "VeRA",
         "pvera_lambda_": "PVeRA",
-        "lora_E": "AdaLoRA",
-        "fourierft_": "FourierFT",
-        "hra_": "HRA",
-        "hira_": "HiRA",
-        "miss_": "MiSS",
-        "bone_": "Bone",
-        "delora_": "DeLoRA",
         "gralora_": "GraLoRA",
         "randlora_": "RandLoRA",
         "c3a_": "C3A",
@@ -44,7 +33,6 @@ TENSORS: Mapping[str, str] = MappingProxyType(
         "beft_": "BEFT",
         "deft_": "DEFT",
         "frod_": "FRoD",
-        "glora_": "GLoRA of PEFT",
         "lily_": "Lily",
         "peanut_": "PEANuT",
         "supertuning_": "SuperTuning",
@@ -55,11 +43,15 @@ TENSORS: Mapping[str, str] = MappingProxyType(
         "prompt_embeddings": "prompt tuning",
         "adaption_prompt": "adaption prompts",
         "adaption_gate": "adaption prompts",
-        "lambda_layer": "T-LoRA",
     }
 )
 # the `peft_type` of kinds that adaptkit reads
-READ = frozenset({"LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3"})
+READ = frozenset(
+    {
+        "LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "ADALORA", "DELORA", "HIRA", "HRA", "MISS",
+        "BONE", "FOURIERFT", "VERA", "GLORA",
+    }
+)  # fmt: skip
 NAMES = MappingProxyType(
     {
         "PROMPT_TUNING": "prompt tuning",
@@ -73,14 +65,14 @@ _STARTS = tuple(TENSORS)
 
 
 def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) -> str | None:
-    """The kind of an adapter that adaptkit does not read (`VeRA`), or None.
+    """The kind of an adapter that adaptkit does not read (`RandLoRA`), or None.
 
     `config` is PEFT's adapter_config.json, whose `peft_type` counts before the names of tensors.
     """
     stated = config.get("peft_type") if config else None
     if isinstance(stated, str) and stated.upper() not in READ:
         kind = stated.upper()
-        prefixes = {"VERA": "vera_lambda_", "PVERA": "pvera_lambda_", "ADALORA": "lora_E"}
+        prefixes = {"PVERA": "pvera_lambda_"}
         known = TENSORS.get(prefixes.get(kind, f"{kind.lower()}_"))
         return known or NAMES.get(kind, stated)
     found = Counter(filter(None, map(_kind, names)))

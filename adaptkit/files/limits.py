@@ -11,6 +11,7 @@ import json
 import os
 import re
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from adaptkit.errors import OverLimit
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["LIMITS", "VARIABLE", "Limit", "allow", "lifted", "read_json", "within"]
+__all__ = ["LIMITS", "VARIABLE", "Limit", "allow", "lifted", "read_json", "watched", "within"]
 
 VARIABLE = "ADAPTKIT_NO_LIMITS"
 HINT = "--no-limits reads a file of your own that is so on purpose"
@@ -75,10 +76,28 @@ def allow(everything: bool = True) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
+_watch: ContextVar[dict[str, tuple[int, int]] | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[Mapping[str, tuple[int, int]]]:
+    """What is asked for inside the block, and the most, by limit: the nearest of each."""
+    found: dict[str, tuple[int, int]] = {}
+    token = _watch.set(found)
+    try:
+        yield found
+    finally:
+        _watch.reset(token)
+
+
 def within(name: str, found: int, *, beyond: int = 0, tensor: str | None = None) -> None:
     """Raise `OverLimit` if `found` exceeds the limit of a name, to which `beyond` is added."""
     limit = LIMITS[name]
     most = limit.most + beyond
+    if (watch := _watch.get()) is not None:
+        held = watch.get(name)
+        if held is None or found * held[1] > held[0] * most:
+            watch[name] = found, most
     if found > most and not lifted():
         what = f"{found:,} {limit.unit} are more than the limit {name!r} of {most:,}"
         raise OverLimit(what, hint=HINT, tensor=tensor)
@@ -95,7 +114,8 @@ def read_json(text: str | bytes, what: str) -> Any:
     within("JSON size", len(text))
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
-    if text.count("[") + text.count("{") > LIMITS["JSON depth"].most:
+    # brackets are counted much faster than they are matched
+    if text.count("[") + text.count("{") > LIMITS["JSON depth"].most // 2:
         within("JSON depth", _depth(text))
     try:
         return json.loads(text, parse_int=_integer)

@@ -25,6 +25,7 @@ __all__ = [
     "KronLowRank",
     "factorization",
     "kron",
+    "kron_added",
     "kron_rows",
     "leading_kron",
     "nearest_kron",
@@ -106,6 +107,18 @@ def kron_rows(w1: Tensor, w2: Tensor, start: int, stop: int) -> Tensor:
     rows = torch.arange(start, stop, device=w1.device)
     one, two = w1[..., rows // w2.shape[-2], :], w2[..., rows % w2.shape[-2], :]
     return (one.unsqueeze(-1) * two.unsqueeze(-2)).flatten(-2)
+
+
+def kron_added(x: Tensor, w1: Tensor, w2: Tensor, strength: float, out: Tensor) -> Tensor:
+    """x + strength · (w1 ⊗ w2) in `out`, both (..., a·c, b·d), in one pass without a product.
+
+    In the widest dtype of x, w1 (..., a, b) and w2 (..., c, d), rounded once to that of `out`.
+    """
+    (a, b), (c, d) = w1.shape[-2:], w2.shape[-2:]
+    blocks, made = (t.view(*t.shape[:-2], a, c, b, d) for t in (x, out))
+    one, two = w1[..., :, None, :, None], w2[..., None, :, None, :]
+    torch.addcmul(blocks, one, two, value=strength, out=made)
+    return out
 
 
 def rearrange(x: Tensor, a: int, b: int) -> Tensor:

@@ -27,13 +27,17 @@ __all__ = [
     "norm_squared",
     "one_by_one",
     "product",
+    "row_blocks",
     "scaled",
     "streamed_difference",
     "supports_float64",
     "upcast",
+    "upcast_all",
     "works_on_stacks",
 ]
 
+# devices without float64 and without most decompositions (pytorch#177370)
+NARROW = frozenset({"mps"})
 STREAM = 1 << 19  # elements of a block that is widened and subtracted as it is read
 SCRATCH = 1 << 18  # elements of a scratch block that fits the cache
 ALIGNED = 64  # bytes: torch aligns every tensor on a CPU to this
@@ -56,14 +60,22 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
+def upcast_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors in float32, in one launch."""
+    found = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    if found:
+        torch._foreach_copy_(found, list(tensors))
+    return found
+
+
 def supports_float64(device: torch.device | str) -> bool:
     """Whether the device has float64 (Apple's MPS does not)."""
-    return torch.device(device).type != "mps"
+    return torch.device(device).type not in NARROW
 
 
 def works_on_stacks(device: torch.device | str) -> bool:
-    """Whether stacks are faster than single matrices: on accelerators, except MPS (unmeasured)."""
-    return torch.device(device).type not in ("cpu", "mps")
+    """Whether stacks are faster than single matrices: on accelerators."""
+    return torch.device(device).type != "cpu"
 
 
 def one_by_one(x: Tensor) -> bool:
@@ -134,6 +146,14 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     for place, (one, other) in zip(places, members(x, y), strict=True):
         torch.mm(one, other, out=place)
     return result
+
+
+def row_blocks(x: Tensor) -> Iterator[slice]:
+    """Rows of x (..., m, n) in blocks that stay in a CPU's cache; all at once on an accelerator."""
+    rows = x.shape[-2]
+    step = rows if works_on_stacks(x.device) else max(1, SCRATCH // max(1, x.shape[-1]))
+    for start in range(0, rows, max(1, step)):
+        yield slice(start, min(rows, start + step))
 
 
 def entry_sum(x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ from adaptkit.ops.difference.working import energies_bytes
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
 from adaptkit.ops.ranks.rules.size import Size
-from adaptkit.ops.shared import Brief, Closing, Progress, Shared, Unused, refuse_unused, settle
+from adaptkit.ops.shared import Brief, Closing, Shared, Unused, refuse_unused, settle
+from adaptkit.ops.stages import Progress, counting, logged
 from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
@@ -222,18 +223,19 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Measure every layer and draw the curves; the only part that reads weights."""
     started = time.perf_counter()
     found: dict[int, _Layer] = {}
-    worker, total = _Measurer(plan), len(plan.steps)
+    worker = _Measurer(plan)
 
     def store(job: Pair, layer: _Layer) -> None:
         found[job.number] = layer
 
     try:
-        notes = engine.run(
-            plan.steps,
-            engine.Work(worker.load, worker.work, store, held=lambda _: 0),
-            engine.Resources.choose(plan.options.device, plan.options.memory),
-            None if progress is None else lambda done: progress(done, total),
-        )
+        with logged("advise", progress) as told:
+            notes = engine.run(
+                plan.steps,
+                engine.Work(worker.load, worker.work, store, held=lambda _: 0),
+                engine.Resources.choose(plan.options.device, plan.options.memory),
+                counting(told, "measuring", len(plan.steps), "layers"),
+            )
     finally:
         plan.close()
     report = _report(plan, [found[job.number] for job in plan.jobs], started)

@@ -125,3 +125,32 @@ def test_spellings_of_its_factors(suffix: str, role: str) -> None:
     assert split is not None
     assert split[0] == "blocks.0.attn1.to_q"
     assert dict(split[2])["lora"] == role
+
+
+def test_a_block_comes_back_at_its_own_rank() -> None:
+    draw = torch.Generator().manual_seed(3)
+    ranks = (2, 3, 1)
+    parts = [
+        Lora(torch.randn(4, r, generator=draw), torch.randn(r, 6, generator=draw), 0.5)
+        for r in ranks
+    ]
+    whole = Lora.fuse(parts)
+    for n, part in enumerate(parts):
+        found = whole.own_part(4 * n, 4 * n + 4)
+        assert torch.equal(found.up, part.up)
+        assert torch.equal(found.down, part.down)
+        assert found.scale == part.scale
+
+
+def test_a_block_keeps_the_columns_that_other_rows_share() -> None:
+    up = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 4.0, 5.0], [0.0, 0.0, 6.0]])
+    whole = Lora(up, torch.arange(12.0).reshape(3, 4), 1.0)
+    for start, stop in ((0, 2), (2, 4)):
+        assert torch.equal(whole.own_part(start, stop).up, up[start:stop])
+    again = Lora.fuse([whole.own_part(0, 2), whole.own_part(2, 4)])
+    assert torch.equal(again.up, up)
+
+
+def test_a_block_of_zeros_is_kept() -> None:
+    whole = Lora(torch.zeros(4, 2).index_fill_(0, torch.tensor([0, 1]), 1.0), torch.ones(2, 3), 1.0)
+    assert whole.own_part(2, 4).up.shape == (2, 2)

@@ -476,6 +476,7 @@ def test_options_are_the_fields_of_the_library(name: str, options: type) -> None
         "keys",
         "modules",
         "no_limits",
+        "log_file",
         "suffix",
     }
     if name in ("extract", "merge"):

@@ -19,14 +19,7 @@ from adaptkit.ops.verb import verb
 from tests.fuzz.files import File, adapters, checkpoint, mutated
 
 OLD = b"the old output"
-FLOATS = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 Options = dict[str, Any]
 
 

@@ -17,6 +17,7 @@ from adaptkit.cli.show.text import (
     human,
     last,
     loads_in,
+    percent,
     safe,
     some,
 )
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
     from adaptkit.ops import inspect
 
-__all__ = ["MEASURED", "alike", "facts_of", "inspected", "listed"]
+__all__ = ["MEASURED", "OUTLYING", "alike", "facts_of", "inspected", "listed", "outlying"]
+
+OUTLYING = ("kind", "figure", "value", "median", "score", "module")
 
 MEASURED = {
     "algorithm": "algorithm",
@@ -82,14 +85,24 @@ def _show(
     reports: Sequence[inspect.Report], names: Mapping[str, str], keys: bool, modules: bool
 ) -> None:
     good = [report for report in reports if report.error is None]
+    for report in reports:
+        if report.error is not None and "safety" in report.record:
+            page().print(Words(PurePath(report.record["path"]).name, "bold"))
+            _safety(report.record["safety"])
     if len(names) > 1 and not (
-        keys or modules or any("blocks" in report.record for report in good)
+        keys
+        or modules
+        or any(name in report.record for report in good for name in ("blocks", "safety"))
     ):
         return _overview(good, names)
     for report in good:
         _file(report)
+        if "safety" in report.record:
+            _safety(report.record["safety"])
         if report.record.get("blocks"):
             _blocks(report)
+        if report.record.get("outliers"):
+            _outliers(report.record["outliers"])
         if modules:
             _modules(report)
         if keys:
@@ -252,3 +265,60 @@ def _keys(report: inspect.Report) -> None:
         for k in report.keys
     )
     page().print(table(("dtype", "shape", "key", "note"), rows))
+
+
+def _safety(found: Mapping[str, Any]) -> None:
+    out = page()
+    out.print()
+    out.print(Words("safety", "bold"))
+    out.print(facts((name, value) for name, value in _safety_lines(found) if value))
+
+
+def _safety_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "format", found["format"]
+    yield "loading", _loading(found)
+    bad = found["non_finite"]
+    if bad is not None:
+        plural = "s" if len(bad) > 1 else ""
+        told = f"NaN or infinity in {len(bad)} tensor{plural}: {some(bad)}" if bad else "all finite"
+        unread = ", ".join(found["not_checked"])
+        yield "numbers", told + (f" (not checked: {unread})" if unread else "")
+    yield (
+        "limits",
+        "\n".join(
+            f"{one['limit']}: {one['found']:,} of {one['most']:,} {one['unit']}"
+            for one in found["limits"]
+        )
+        or "none is near",
+    )
+    odd = [f"{one['name']}: {one['what']}" for one in found["metadata"]]
+    more = [f"and {len(odd) - MANY} more (see --json)"] if len(odd) > MANY else []
+    yield "metadata", "\n".join([*odd[:MANY], *more]) or ("nothing odd" if bad is not None else "")
+
+
+def _loading(found: Mapping[str, Any]) -> str:
+    if found["runs_code"]:
+        named = [*found["globals"], *found["code"]]
+        return f"could run code in other programs: {some(named)}"
+    return "not known" if found["runs_code"] is None else "cannot run code"
+
+
+def outlying(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """A module that stands out as the cells of the columns `OUTLYING`."""
+    figures = (_figure(one, "value"), _figure(one, "median"), f"{one['score']:+.1f}")
+    return one["kind"], one["figure"], *figures, one["module"]
+
+
+def _outliers(found: Sequence[Mapping[str, Any]]) -> None:
+    """Print the modules that stand out of their kind, one line a figure."""
+    out = page()
+    out.print()
+    out.print(Words("stand out of their kind", "bold"), Words("(which says not why)"))
+    out.print(table(OUTLYING, map(outlying, found[:MANY]), OUTLYING[2:5]))
+    if len(found) > MANY:
+        out.print(f"  and {len(found) - MANY} more (see --json)", style="yellow")
+
+
+def _figure(one: Mapping[str, Any], name: str) -> str:
+    value = one[name]
+    return f"{value:.3g}" if one["figure"] == "strength" else percent(value)

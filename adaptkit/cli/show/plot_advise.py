@@ -98,12 +98,15 @@ def _fill(axes: Axes, report: Report) -> None:
 
 def _limits(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     """Limits a little beyond all points, on the logarithmic scales."""
-    for values, limit in zip(
-        zip(*points, strict=True), (axes.set_xlim, axes.set_ylim), strict=True
-    ):
-        low, high = min(values), max(values)
-        beyond = max((high / low) ** 0.08, 1.15)
-        limit(low / beyond, high * beyond)
+    sizes, errors = zip(*points, strict=True)
+    axes.set_xlim(_beyond(sizes))
+    axes.set_ylim(_beyond(errors))
+
+
+def _beyond(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.08, 1.15)
+    return low / room, high * room
 
 
 def _floor(axes: Axes, error: float) -> None:
@@ -127,7 +130,7 @@ class Labels:
 
     def __init__(self, axes: Axes) -> None:
         self.axes = axes
-        self.pixel = axes.get_figure().dpi / 72  # type: ignore[union-attr]
+        self.pixel: float = axes.figure.dpi / 72
         self.taken = [box for line in axes.lines for box in self._along(line.get_xydata())]
 
     def add(self, letter: str, points: Mapping[int, tuple[float, float]], color: str) -> None:
@@ -152,7 +155,7 @@ class Labels:
             a, b = x + beside[0] * self.pixel, y + beside[1] * self.pixel
             box = (a - width / 2, b - height / 2, a + width / 2, b + height / 2)
             outside = box[0] < left or box[1] < low or box[2] > right or box[3] > high
-            return 100 * outside + sum(_overlap(box, other) for other in self.taken)
+            return float(100 * outside + sum(_overlap(box, other) for other in self.taken))
 
         around = [
             (far * math.cos(turn) * (1 + len(text) / 4), far * math.sin(turn))
@@ -162,7 +165,7 @@ class Labels:
         across, up = min(around, key=cost)
         a, b = x + across * self.pixel, y + up * self.pixel
         self.taken.append((a - width / 2, b - height / 2, a + width / 2, b + height / 2))
-        style = {"fontsize": TINY, "color": color, "ha": "center", "va": "center"}
+        style: dict[str, Any] = {"fontsize": TINY, "color": color, "ha": "center", "va": "center"}
         self.axes.annotate(text, point, (across, up), textcoords="offset points", **style)
 
     def _screen(self, point: tuple[float, float]) -> tuple[float, float]:

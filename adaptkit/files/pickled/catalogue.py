@@ -26,8 +26,20 @@ from adaptkit.files.pickled.unpickler import unpickle
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Catalogue", "Packed", "looks_like_pickle", "packed_bytes", "read_catalogue"]
+__all__ = ["DAMAGED", "Catalogue", "Packed", "looks_like_pickle", "packed_bytes", "read_catalogue"]
 
+# what zipfile raises for a damaged archive; names that are no text are ValueErrors
+DAMAGED = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    ValueError,
+    OverflowError,
+    zlib.error,
+    struct.error,
+)
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -89,14 +101,7 @@ def read_catalogue(path: str | Path) -> Catalogue:
         raise error.at(file=path) from error.__cause__
     except OSError as error:
         raise unreadable(path, error) from error
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-        zlib.error,
-        struct.error,
-    ) as error:
+    except DAMAGED as error:
         raise CorruptFile(
             f"damaged or truncated: {error}", file=path, hint="fetch the file again"
         ) from error
@@ -110,14 +115,7 @@ def packed_bytes(path: Path, packed: Packed) -> bytes:
             return entry.read(packed.stop - packed.start)
     except OSError as error:
         raise unreadable(path, error) from error
-    except (
-        zipfile.BadZipFile,
-        KeyError,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-        zlib.error,
-    ) as error:
+    except DAMAGED as error:
         raise CorruptFile(f"damaged entry {packed.entry!r}: {error}", file=path) from error
 
 

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["scan"]
 
-# what an object on the stack is: text, anything else, or what must not become a name in a table
+# what an object on the stack is: anything, what must not become a name in a table, or text, to
+# which the offset of its opcode is added
 _ANY, _NO_KEY, _TEXT, _MARK = 0, 1, 2, -1
 # integers of more digits or bytes: not their own hash, so their table may be slow
 _DIGITS, _BYTES = 18, 8
 # items of a tuple of texts that may be a name; only of texts are the hashes unforeseeable
 _SHORT = 8
+# bytes of a global's name that a report shows
+_LONGEST = 200
 
 
 class _Opcode(NamedTuple):
@@ -53,26 +56,29 @@ def _described(code: pickletools.OpcodeInfo) -> _Opcode:
     before, after = code.stack_before, code.stack_after
     marked = pickletools.markobject in before
     taken = -1 - before.index(pickletools.markobject) if marked else len(before)
-    text = "UNICODE" in code.name or "STRING" in code.name
-    result = _NO_KEY if code.name in _HIDDEN else _TEXT if text else _ANY
+    result = _NO_KEY if code.name in _HIDDEN else _ANY
     return _Opcode(code.name, width, lines, taken, bool(after), result)
 
 
 _HIDDEN = frozenset({"FROZENSET", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"})
+_TEXTS = tuple(c.name for c in pickletools.opcodes if "UNICODE" in c.name or "STRING" in c.name)
 _OPCODES = {ord(code.code): _described(code) for code in pickletools.opcodes}
 
 
-def scan(data: bytes, start: int) -> int:
+def scan(data: bytes, start: int, globals: list[tuple[str, str]] | None = None) -> int:
     """Check a pickle's opcodes; returns the offset of its end.
+
+    `globals` receives the module and the name of every global, as far as the opcodes are followed.
 
     Raises `UnsafePickle` for opcodes that torch never writes, `OverLimit` for too many, and
     `CorruptFile` for damage and for names that would make a table slow.
     """
-    found = _Scan(data)
+    found = _Scan(data, [] if globals is None else globals)
     most = LIMITS["pickle steps"].most
     at = start
     try:
         while (code := _OPCODES[data[at]]).name != "STOP":
+            found.at = at
             begin, at = _argument(code, data, at + 1)
             found.steps += 1
             if found.steps > most and found.steps - most > (at - start) // 2:
@@ -82,6 +88,7 @@ def scan(data: bytes, start: int) -> int:
         raise CorruptFile(f"damaged pickle: no opcode {error.args[0]}") from None
     except IndexError:
         raise CorruptFile("damaged pickle: it ends early, or takes what it does not hold") from None
+    within("pickle steps", found.steps, beyond=(at - start) // 2)
     return at + 1
 
 
@@ -107,8 +114,9 @@ def _argument(code: _Opcode, data: bytes, at: int) -> tuple[int, int]:
 class _Scan:
     """What the unpickler's stack and memo would hold."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.steps = data, 0
+    def __init__(self, data: bytes, globals: list[tuple[str, str]]) -> None:
+        self.data, self.steps, self.globals = data, 0, globals
+        self.at = 0
         self.stack: list[int] = []
         self.memo: dict[int, int] = {}
 
@@ -122,6 +130,29 @@ class _Scan:
             stack.pop()
         if code.left:
             stack.append(code.result)
+
+    def text(self, _code: _Opcode, _begin: int, _end: int) -> None:
+        self.stack.append(_TEXT + self.at)
+
+    def named(self, code: _Opcode, begin: int, end: int) -> None:
+        """Opcodes that hold the name of a global."""
+        module, name, *_ = self.data[begin:end].split(b"\n")
+        self.globals.append((_shown(module), _shown(name)))
+        self.plain(code, begin, end)
+
+    def stacked(self, _code: _Opcode, _begin: int, _end: int) -> None:
+        """The opcode that takes the name of a global from the stack."""
+        name, module = self.stack.pop(), self.stack.pop()
+        self.globals.append((self._text(module), self._text(name)))
+        self.stack.append(_ANY)
+
+    def _text(self, item: int) -> str:
+        if item < _TEXT:
+            return "?"
+        at = item - _TEXT
+        code = _OPCODES[self.data[at]]
+        begin, end = _argument(code, self.data, at + 1)
+        return _shown(self.data[begin : end - code.lines])
 
     def mark(self, _code: _Opcode, _begin: int, _end: int) -> None:
         self.stack.append(_MARK)
@@ -171,7 +202,7 @@ class _Scan:
 
     def tuple(self, code: _Opcode, _begin: int, _end: int) -> None:
         held = self._above() if code.taken < 0 else [self.stack.pop() for _ in range(code.taken)]
-        named = len(held) <= _SHORT and all(one == _TEXT for one in held)
+        named = len(held) <= _SHORT and all(one >= _TEXT for one in held)
         self.stack.append(_ANY if named else _NO_KEY)
 
     def _above(self) -> list[int]:
@@ -193,11 +224,18 @@ class _Scan:
         return int(argument) if argument.isdigit() and len(argument) <= _DIGITS else -1
 
 
+def _shown(raw: bytes) -> str:
+    return raw[:_LONGEST].decode("utf-8", "replace").strip("'\"")
+
+
 _RULES: Mapping[str, Callable[[_Scan, _Opcode, int, int], None]] = {
     "MARK": _Scan.mark,
     "DUP": _Scan.again,
     "MEMOIZE": _Scan.memoize,
     "BYTEARRAY8": _Scan.bytes,
+    "STACK_GLOBAL": _Scan.stacked,
+    **dict.fromkeys(("GLOBAL", "INST"), _Scan.named),
+    **dict.fromkeys(_TEXTS, _Scan.text),
     **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), _Scan.get),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), _Scan.put),
     **dict.fromkeys(("INT", "LONG", "LONG1", "LONG4"), _Scan.number),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit import engine
 from adaptkit.files.quantized import FP8
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.ops.stages import counting
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from adaptkit.linalg.kronscan import KronScan, Split
     from adaptkit.linalg.noise import RoundingNoise
     from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.stages import Progress
 
 __all__ = [
     "BLOCKS",
@@ -196,7 +198,11 @@ def sample(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def probe(
-    base: Checkpoint, tuned: Checkpoint, pairs: Sequence[Pair], resources: engine.Resources
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairs: Sequence[Pair],
+    resources: engine.Resources,
+    progress: Progress | None = None,
 ) -> Probe:
     """Examine a sample of the layers."""
     looks: list[Look] = []
@@ -214,7 +220,8 @@ def probe(
     on_cpu = resources.on_cpu
     announce = (lambda pair: tuned.announce(pair.tuned)) if on_cpu else None
     work = engine.Work(load, kernel, store, held=lambda _: 0, announce=announce)
-    engine.run(steps_of(base, tuned, pairs), work, resources)
+    steps = steps_of(base, tuned, pairs)
+    engine.run(steps, work, resources, counting(progress, "reading", len(steps), "layers"))
     whole = sum(one.norm for one in looks)
     floor = math.sqrt(sum(one.floor for one in looks) / whole) if whole else 0.0
     return Probe(floor, made_by(looks))

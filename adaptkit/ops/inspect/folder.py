@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NoSuchName, WrongUsage
 from adaptkit.ops.inspect.run import Options, Report, run
+from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["FIELDS", "SORTS", "ordered", "shortened", "survey", "where"]
 
@@ -33,10 +34,11 @@ def survey(
 ) -> list[Report]:
     """Inspect files, many of them in several processes; `progress` counts files."""
     done: list[Report] = []
+    told = counting(progress, "reading", len(paths), "files")
 
     def tell(elsewhere: int = 0) -> None:
-        if progress is not None:
-            progress(len(done) + elsewhere, len(paths))
+        if told is not None:
+            told(len(done) + elsewhere)
 
     many = _WORKERS > 1 and not (options.stats or options.hash)
     began = perf_counter()

@@ -11,11 +11,12 @@ from adaptkit.adapter import Adapter, open_adapter_source
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
 from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
+from adaptkit.files.limits import watched
 from adaptkit.files.provenance import sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import Problem
 from adaptkit.ops.adapter_file.verdict import verdicts
-from adaptkit.ops.shared import settle
+from adaptkit.ops.shared import biased, settle
 from adaptkit.suggest import MISSPELT
 from adaptkit.unknown import own_of
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Options", "Report", "run"]
 
@@ -38,6 +39,7 @@ STRONG = 4.0
 class Options:
     """Options of inspect.
 
+    `safety` adds what loading the file elsewhere could do, see `adaptkit.ops.inspect.safety`.
     `overview` leaves out hosts, keys and modules, which a table of files does not show.
     """
 
@@ -47,6 +49,7 @@ class Options:
     hash: bool = False
     stats: bool = False
     overview: bool = False
+    safety: bool = False
 
     def __post_init__(self) -> None:
         settle(self)
@@ -90,9 +93,23 @@ def run(
 ) -> Report:
     """Inspect one file; an unreadable or unknown file gives a report with an error.
 
-    `progress` is called with the numbers of modules read and in total if `options.stats` is set.
+    `progress` counts the modules read if `options.stats` is set.
     """
     options, path = options or Options(), Path(path)
+    if not options.safety:
+        return _told(path, options, progress)
+    from adaptkit.ops.inspect.safety import non_finite_problem, safety
+
+    with watched() as asked:
+        report = _told(path, options, progress)
+    found = safety(path, asked)
+    added: dict[str, Any] = {"safety": found}
+    if report.error is None and not options.stats:
+        added["problems"] = [*report.record["problems"], *non_finite_problem(found)]
+    return replace(report, record={**report.record, **added})
+
+
+def _told(path: Path, options: Options, progress: Progress | None) -> Report:
     try:
         source, config = open_adapter_source(path)
         with source:
@@ -205,6 +222,7 @@ def _traps(adapter: Adapter) -> Iterator[Problem]:
         yield Problem(
             "warning", None, f"{len(silent)} modules have no alpha; hosts assume alpha = rank"
         )
+    yield from map(_note, biased(adapter.entries.values()))
     for what, found in (
         ("alpha is 0, which disables them", [e for e in ranked if e.facts.scale == 0]),
         ("alpha is negative, which inverts them", [e for e in ranked if e.facts.scale < 0]),
@@ -217,14 +235,20 @@ def _traps(adapter: Adapter) -> Iterator[Problem]:
             yield Problem("warning", adapter.label(found[0].slot), f"{len(found)} modules: {what}")
 
 
+def _note(what: str) -> Problem:
+    return Problem("warning", None, what)
+
+
 def _with_stats(adapter: Adapter, report: Report, progress: Progress | None) -> Report:
     """Read every tensor; add statistics of modules and blocks, and their problems."""
     from adaptkit.ops.inspect import stats
+    from adaptkit.ops.inspect.outliers import outliers
 
     found = stats.measure(adapter, progress)
     added = {
         "problems": [*report.record["problems"], *map(_problem, stats.problems(found))],
         "norm": stats.total_norm(found),
+        "outliers": [one._asdict() for one in outliers(found)],
         "blocks": stats.rolled_up(found, [part.name for part in adapter.family.components]),
     }
     modules = tuple(

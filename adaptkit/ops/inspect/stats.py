@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.errors import NotRepresentable
 from adaptkit.meaning import Problem
 from adaptkit.ops.blocks import KINDS, NUMBERED, STAGES, block_of, kind_of
+from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.adapter import Adapter
-    from adaptkit.algorithms.contract import Weights
+    from adaptkit.algorithms.contract import Facts, Weights
     from adaptkit.entries import Entry
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Measured", "measure", "problems", "rolled_up", "total_norm"]
 
@@ -35,6 +36,8 @@ class Measured:
     """Statistics of one module: `norm` is ‖ΔW‖_F, `sigma` its descending singular values.
 
     Without a ΔW that is finite and independent of the base, `norm` is None and `sigma` is empty.
+    `outputs` is the effective number of outputs that ΔW changes: (Σe)² / Σe² of the energies e of
+    its rows. `shape` is that of ΔW as a matrix.
     """
 
     module: str
@@ -48,6 +51,8 @@ class Measured:
     # number of tensors that are zero throughout
     zero: int = 0
     problem: Problem | None = None
+    outputs: float | None = None
+    shape: tuple[int, int] = (0, 0)
     # partial sums of σ²
     energies: Sequence[float] = field(init=False, repr=False)
 
@@ -87,6 +92,7 @@ class Measured:
             "stable_rank": self.stable_rank,
             "rank_90": self.rank(0.9),
             "rank_99": self.rank(0.99),
+            "outputs": self.outputs,
             "non_finite_tensors": len(self.non_finite),
             "zero_tensors": self.zero,
         }
@@ -95,10 +101,11 @@ class Measured:
 def measure(adapter: Adapter, progress: Progress | None = None) -> tuple[Measured, ...]:
     """Measure every module, in file order."""
     found = []
+    told = counting(progress, "reading", len(adapter.entries), "modules")
     for done, entry in enumerate(adapter.entries.values(), 1):
         found.append(_measured(adapter, entry))
-        if progress:
-            progress(done, len(adapter.entries))
+        if told is not None:
+            told(done)
     return tuple(found)
 
 
@@ -112,9 +119,20 @@ def _measured(adapter: Adapter, entry: Entry) -> Measured:
     }
     bad = tuple(key for key, found in extremes.items() if not all(map(math.isfinite, found)))
     zero = sum(found == (0.0, 0.0) for found in extremes.values())
-    norm, sigma = (None, ()) if bad else _sizes(entry.decode(tensors), entry.facts.vector)
-    where = (label, entry.slot.component, block, kind)
-    return Measured(*where, _finite(norm), sigma, bad, zero, _problem(label, norm, bad))
+    norm, sigma, outputs = (None, (), None) if bad else _sizes(entry.decode(tensors), entry.facts)
+    return Measured(
+        label,
+        entry.slot.component,
+        block,
+        kind,
+        _finite(norm),
+        sigma,
+        bad,
+        zero,
+        _problem(label, norm, bad),
+        outputs,
+        (entry.facts.rows, entry.facts.columns),
+    )
 
 
 def _extremes(tensor: Tensor) -> tuple[float, float]:
@@ -130,25 +148,37 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _sizes(weights: Weights, vector: bool) -> tuple[float | None, Sequence[float]]:
-    """Return ‖ΔW‖ and its singular values.
+def _sizes(weights: Weights, facts: Facts) -> tuple[float | None, Sequence[float], float | None]:
+    """Return ‖ΔW‖, its singular values, and the effective number of its outputs.
 
-    A vector has no singular values. The norm is None if ΔW depends on the base, and infinite if
+    A vector has only a norm. The norm is None if ΔW depends on the base, and infinite if
     ΔW is not finite.
     """
     import torch
 
     try:
-        if vector:
-            return math.sqrt(weights.norm_squared()), ()
+        if facts.vector:
+            return math.sqrt(weights.norm_squared()), (), None
         sigma = array("d", weights.spectrum().double().tolist())
     except NotRepresentable:
-        return None, ()
+        return None, (), None
     # decompositions raise this for a ΔW that is not finite
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return math.inf, ()
+        return math.inf, (), None
     norm = math.hypot(*sigma)
-    return (norm, sigma) if math.isfinite(norm) else (math.inf, ())
+    if not math.isfinite(norm):
+        return math.inf, (), None
+    return norm, sigma, _outputs(weights) if norm else None
+
+
+def _outputs(weights: Weights) -> float | None:
+    from adaptkit.linalg.products import row_energies
+
+    pair = weights.kron_factors()
+    thin = None if pair is not None else weights.thin_factors()
+    energies = row_energies(weights.delta() if thin is None and pair is None else None, thin, pair)
+    energies = energies / energies.max()  # whose squares neither overflow nor vanish
+    return _finite(float(energies.sum().square() / energies.square().sum()))
 
 
 def _finite(norm: float | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from adaptkit.adapter import Adapter
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import GGML, TensorSpec
+from adaptkit.names import BIAS, Slot
 from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.merge.layout import as_single, plan_layout
 from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from adaptkit.entries import Entry
-    from adaptkit.names import Slot
     from adaptkit.ops.merge.layout import Layout
 
 __all__ = ["plan"]
@@ -216,7 +217,7 @@ def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
             hint="see `adaptkit inspect` on both",
             file=path,
         )
-    return adapter.with_dots(base.family)
+    return base.adapted(adapter)
 
 
 class _Places:
@@ -303,10 +304,16 @@ class _Places:
             raise
         strength = self.strengths[number] * self.blocks.weight(slot)
         whole = self._whole(entry, pieces)
+        made = Contribution(number, entry, None, None, label, strength, whole, columns)
+        self._place(made, pieces)
+        if entry.kind.changes_bias(entry.facts):
+            bias = Slot(slot.target._replace(param=BIAS), slot.rows)
+            held = self.base.locate(bias, self.held.get(bias.target, {}))
+            self._place(replace(made, slot=pieces, columns=0, bias=True), held or ())
+
+    def _place(self, made: Contribution, pieces: tuple[Piece, ...]) -> None:
         for piece, cut in _cuts(self.base, pieces):
-            self.found.setdefault(piece.name, []).append(
-                Contribution(number, entry, piece.rows, cut, label, strength, whole, columns)
-            )
+            self.found.setdefault(piece.name, []).append(replace(made, rows=piece.rows, cut=cut))
 
 
 def _cuts(

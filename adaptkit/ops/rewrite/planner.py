@@ -23,6 +23,7 @@ from adaptkit.keymap.kinds import dense_kind, low_rank_kind, wrapped_like
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.rewrite.checks import (
+    bias_notes,
     check_base,
     check_biases,
     check_family,
@@ -90,7 +91,7 @@ def recast(
     first, path = adapters[0], adapters[0].source.path
     base = None if options.base is None else _base(options.base, first)
     if base is not None:
-        adapters = tuple(adapter.with_dots(base.family) for adapter in adapters)
+        adapters = tuple(base.adapted(adapter) for adapter in adapters)
     keys = keys_of(adapters, into.format, into.dialect)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
@@ -122,7 +123,7 @@ def recast(
         base,
         policy,
         mixing,
-        (*notes, *planner.notes),
+        (*notes, *planner.notes, *bias_notes(tasks)),
         tuple(planner.dropped),
         planner.selection.left_out,
     )
