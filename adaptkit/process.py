@@ -30,6 +30,7 @@ __all__ = [
     "out_of_memory",
     "release",
     "short_turns",
+    "synchronize",
     "torch_threads",
 ]
 
@@ -225,3 +226,12 @@ def _free_of_windows() -> int | None:
         if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined, unused-ignore]
             return int(status[2])
     return None
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what the calling thread has asked of it."""
+    import torch
+
+    wait = getattr(getattr(torch, device.partition(":")[0], None), "synchronize", None)
+    if wait is not None:
+        wait()

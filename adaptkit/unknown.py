@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from adaptkit.detect import families, formats, spelled_as_adapter
 from adaptkit.errors import NotRepresentable
 from adaptkit.families.contract import Component, Kind, ModelFamily, Row, named
+from adaptkit.files.header import BLOCKED
 from adaptkit.files.open import COMPONENTS
 from adaptkit.files.quantized import FLOATS, FP8
 from adaptkit.keymap import find_row, module_names, prefixes, split_suffix
@@ -311,7 +312,7 @@ def own_weights(keys: CheckpointMap, infos: Mapping[str, TensorInfo]) -> Iterato
     for info in strange:
         start = next((p for p in starts if info.name.startswith(p)), None)
         module, _, param = info.name[len(start or "") :].rpartition(".")
-        float_ = info.dtype in (*FLOATS, *FP8)
+        float_ = info.dtype in (*FLOATS, *FP8, *BLOCKED)
         if start is None or not module or not float_ or "{" in module or not info.shape:
             continue
         if param == BIAS and f"{start}{module}.{WEIGHT}" in shapes:

@@ -11,12 +11,13 @@ os.environ.setdefault(
 
 # hundreds of tests start the command line in a process of its own, which would compile all of it anew
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 
 import pytest
 import torch
 
 from tests.synth import CORPUS, FIXTURES
+
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session", autouse=True)

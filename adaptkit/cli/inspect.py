@@ -66,7 +66,7 @@ SORTS = ("name", "family", "rank", "size", "date")
     metavar="FILE.html",
     help="Write all of it as one page to look at, search and sort in a browser.",
 )
-@click.option("--hash", is_flag=True, help="Add the SHA-256 of each file.")
+@click.option("--hash", is_flag=True, help="Add the SHA-256, AutoV2 and AutoV3 of each file.")
 @inputs
 @ALPHA_IN
 @talk

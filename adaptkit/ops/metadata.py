@@ -20,7 +20,7 @@ from adaptkit.errors import (
 )
 from adaptkit.files.hub import from_hub, local
 from adaptkit.files.open import open_source
-from adaptkit.files.provenance import sha256, sshs_hashes, sshs_places
+from adaptkit.files.provenance import file_hashes, sshs_hashes, sshs_places
 from adaptkit.meaning import DIFFUSERS_CONFIG, FLAT_ALPHA
 from adaptkit.ops.shared import Brief, check_output, settle
 
@@ -121,10 +121,9 @@ def read(path: str | PathLike[str]) -> Report:
     """Read the metadata of a safetensors file or PEFT folder, and hash it."""
     file = _file(local(path))
     with _open(file) as source:
-        model = sshs_hashes(_data(source), 0)["sshs_model_hash"]
+        hashes = file_hashes(file, _data(source))
         metadata = dict(source.metadata)
-    whole = sha256(file)
-    hashes = {"sha256": whole, "autov2": whole[:10].upper(), "autov3": model[:12].upper()}
+    model = hashes.pop("sshs_model_hash")
     stored = metadata.get("sshs_model_hash")
     stale = ("sshs_model_hash",) if stored is not None and stored != model else ()
     return Report(file, metadata, hashes, stale)

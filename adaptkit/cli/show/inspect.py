@@ -209,7 +209,8 @@ def facts_of(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "dtypes", counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
     yield "loads in", loads_in(record)
-    yield "sha256", record.get("sha256", "")
+    for name in ("sha256", "autov2", "autov3"):
+        yield name, record.get(name, "")
     yield "metadata", _metadata(record["metadata"])
 
 

@@ -47,7 +47,9 @@ def plan(
     base = Path(base)
     with ExitStack() as failing:
         checkpoint = failing.enter_context(
-            Checkpoint.open(base, family=options.family, strangers=True)
+            Checkpoint.open(
+                base, family=options.family, strangers=True, unpack=options.dtype != "keep"
+            )
         )
         opened = []
         for path, _ in adapters:
@@ -276,7 +278,7 @@ class _Places:
         if (reason := stored.refusal(info)) is not None:
             raise NotRepresentable(
                 f"stored as {reason}, which adapters cannot be added to",
-                hint="use an fp32, fp16, bf16 or fp8 (e4m3, e5m2) checkpoint of this model",
+                hint=self.base.plain_hint(name),
                 file=self.base.source.path,
                 tensor=name,
             )
