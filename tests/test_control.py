@@ -1,4 +1,4 @@
-"""Control LoRAs: read where they are LoRAs of a Control model, and refused by name where nothing can stand for them."""
+"""Files that look like LoRAs of a model and are none: refused by name, with what works."""
 
 from __future__ import annotations
 
@@ -67,3 +67,17 @@ def test_a_control_lora_of_flux_is_told_what_it_is_for(tmp_path: Path) -> None:
     plan = ops.merge.plan(base, [(path, 1.0)], options)
     assert len(plan.merges) == 1
     plan.close()
+
+
+def test_factors_packed_for_nunchaku_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    names = ("transformer_blocks.0.qkv_proj", "single_transformer_blocks.0.mlp_fc1")
+    tensors = {
+        f"{name}.lora_{end}": torch.ones(SIDE, 16) for name in names for end in ("down", "up")
+    }
+    save_file(tensors, path)
+    record = ops.inspect.run(path).record
+    assert "packed for nunchaku" in record["error"]
+    with pytest.raises(AdaptkitError, match="packed for nunchaku") as refused:
+        ops.convert.plan(path, ops.convert.Options(to="kohya", output=tmp_path / "o.safetensors"))
+    assert "made from" in (refused.value.hint or "")

@@ -16,6 +16,8 @@ __all__ = ["foreign", "hint_for"]
 
 # a network beside the model, stored as differences from it (Stability AI's control-lora)
 CONTROL = "Control LoRA"
+# factors in the order of a kernel's tiles, named without `.weight` (nunchaku before 0.2)
+PACKED = "LoRA packed for nunchaku"
 # the beginning of a tensor's name within its module → the kind
 TENSORS: Mapping[str, str] = MappingProxyType(
     {
@@ -52,7 +54,9 @@ TENSORS: Mapping[str, str] = MappingProxyType(
 HINTS: Mapping[str, str] = MappingProxyType(
     {
         CONTROL: "it is a ControlNet, made of the model and of these factors, and changes no "
-        "weight of the model: ComfyUI loads it with Load ControlNet Model; no LoRA can stand for it"
+        "weight of the model: ComfyUI loads it with Load ControlNet Model; no LoRA can stand for "
+        "it",
+        PACKED: "use the file that it was made from: nunchaku 0.2 and newer packs any LoRA itself",
     }
 )
 MERGED = (
@@ -89,6 +93,9 @@ def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) ->
         prefixes = {"PVERA": "pvera_lambda_"}
         known = TENSORS.get(prefixes.get(kind, f"{kind.lower()}_"))
         return known or NAMES.get(kind, stated)
+    names = list(names)
+    if any(name.endswith((".lora_down", ".lora_up")) for name in names):
+        return PACKED
     found = Counter(filter(None, map(_kind, names)))
     if CONTROL in found:  # one tensor marks the file
         return CONTROL
