@@ -64,6 +64,7 @@ class Lokr(Weights):
 
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
+    kron: ClassVar[bool] = True
     by_rows: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lokr"
     ladder_roles: ClassVar[tuple[str, str] | None] = ("w2_a", "w2_b")
@@ -303,8 +304,7 @@ class Lokr(Weights):
 
         A w2 of low rank is fitted by alternating least squares. LyCORIS and ComfyUI both load the
         result: one factor for both sides, w2 full from half of its larger side on, `w2_b`
-        two-dimensional, no Tucker core, alpha = rank. Only ComfyUI always loads factors from 32
-        on, see `caution`.
+        two-dimensional, no Tucker core, alpha = rank. For factors from 32 on see `caution`.
         """
         from adaptkit.linalg.kron import factorization, nearest_kron, nearest_kron_lowrank
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from adaptkit.adapter import Adapter
 from adaptkit.api.inputs import PathOrState, Temporary, run, stored
+from adaptkit.files.hub import local
 from adaptkit.ops.shared import check_output
 from adaptkit.ops.stages import Tally, log
 
@@ -206,7 +207,7 @@ def open(
     """
     reading = {"family": family, "format": format, "alpha": alpha_in}
     if not isinstance(adapter, Mapping):
-        return AdapterFile(Path(adapter), reading=reading)
+        return AdapterFile(local(adapter), reading=reading)
     folder = Temporary()
     return AdapterFile(stored(adapter, folder, "opened", config), folder, reading=reading)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.options import ALPHA_IN, PATH, inputs, picture, talk
+from adaptkit.cli.options import ALPHA_IN, INPUT, PATH, inputs, picture, talk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ SORTS = ("name", "family", "rank", "size", "date")
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=INPUT, metavar="FILE...")
 @click.option("--keys", is_flag=True, help="List all tensors: key, dtype, shape.")
 @click.option(
     "--modules", is_flag=True, help="List all adapted modules: algorithm, rank, alpha, shape."

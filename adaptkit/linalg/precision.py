@@ -27,6 +27,7 @@ __all__ = [
     "norm_squared",
     "one_by_one",
     "product",
+    "row_blocks",
     "scaled",
     "streamed_difference",
     "supports_float64",
@@ -145,6 +146,14 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     for place, (one, other) in zip(places, members(x, y), strict=True):
         torch.mm(one, other, out=place)
     return result
+
+
+def row_blocks(x: Tensor) -> Iterator[slice]:
+    """Rows of x (..., m, n) in blocks that stay in a CPU's cache; all at once on an accelerator."""
+    rows = x.shape[-2]
+    step = rows if works_on_stacks(x.device) else max(1, SCRATCH // max(1, x.shape[-1]))
+    for start in range(0, rows, max(1, step)):
+        yield slice(start, min(rows, start + step))
 
 
 def entry_sum(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.adapter import open_adapter_source
 from adaptkit.detect import is_adapter
 from adaptkit.errors import AdaptkitError, CannotWrite, NothingToDo, WouldOverwrite
+from adaptkit.files.hub import from_hub
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.finding import found_in
@@ -158,7 +159,8 @@ def _planned(verb: Verb, path: Path, name: str, options: Any, suffix: str) -> An
     folder: Path | None = options.output
     if folder is None and not suffix:
         return verb.plan(path, options)
-    home = path.parent if folder is None else folder / Path(name).parent
+    beside = Path() if from_hub(path) else path.parent
+    home = beside if folder is None else folder / Path(name).parent
     stem = Path(name).stem if not path.is_dir() else Path(name).name
     stem = f"{stem}-{suffix}" if suffix else stem
     # the folder need not exist yet; whether the output is one depends on the format that is chosen

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import PEFT_WEIGHTS, Adapter
 from adaptkit.detect import is_adapter
-from adaptkit.errors import AdaptkitError, NothingToDo, NotRepresentable, UnreadableFile
+from adaptkit.errors import (
+    AdaptkitError,
+    CannotWrite,
+    NothingToDo,
+    NotRepresentable,
+    UnreadableFile,
+)
+from adaptkit.files.hub import from_hub, local
 from adaptkit.files.open import open_source
 from adaptkit.files.provenance import file_hashes, sshs_hashes, sshs_places
 from adaptkit.meaning import DIFFUSERS_CONFIG, FLAT_ALPHA
@@ -112,7 +119,7 @@ def _json(text: str) -> object:
 
 def read(path: str | PathLike[str]) -> Report:
     """Read the metadata of a safetensors file or PEFT folder, and hash it."""
-    file = _file(Path(path))
+    file = _file(local(path))
     with _open(file) as source:
         hashes = file_hashes(file, _data(source))
         metadata = dict(source.metadata)
@@ -130,7 +137,11 @@ def edit(path: str | PathLike[str], options: Options) -> Report:
     """
     from adaptkit.files.sink import TensorSink
 
-    file = _file(Path(path))
+    file = _file(local(path))
+    if options.output is None and from_hub(file):
+        raise CannotWrite(
+            "a file in the cache of the hub stays as it is", hint="give -o FILE", file=file
+        )
     output = options.output or file
     if options.output is not None:
         check_output(output, options.overwrite)

@@ -113,8 +113,8 @@ def device() -> Iterator[str]:
 
 # launches and waits of all eight, and copies to the device and back, of the main pass
 LIMITS = {
-    "merge lora": (7, 0, 3, 2),
-    "merge lokr": (6, 0, 3, 2),
+    "merge lora": (7, 0, 1, 2),
+    "merge lokr": (6, 0, 1, 2),
     "extract lora": (850, 70, 12, 22),
     "extract lokr": (720, 70, 14, 23),
     # the factors are looked at before a decomposition: LAPACK differs over what NaN gives

@@ -45,9 +45,9 @@ SMALL, TINY = 7.5, 6.3
 LARGER = 1.3
 
 
-def option(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+def option(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
     """Refuse an unsupported suffix (callback of `--plot`)."""
-    if path is not None and path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise click.BadParameter(
             f"{path.name!r} does not end in one of {', '.join(SUFFIXES)}", context, parameter
         )

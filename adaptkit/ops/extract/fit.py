@@ -142,23 +142,21 @@ class Fitter:
                 delta, replace(recipe.spec, kernel=kernel), ladder=recipe.ladder
             )
         ]
-        for number, (recipe, weights) in enumerate(fits):
+        for recipe, weights in fits:
             if recipe.compared:
                 for found, energy in zip(
                     results, _lora_of_size(jobs[0], delta, weights.member(0)), strict=True
                 ):
                     found.lora = float(energy)
             for place, (job, found) in enumerate(zip(jobs, results, strict=True)):
-                # the last form may use up the difference
-                own = delta[place] if number + 1 == len(fits) else delta[place].clone()
-                form = self._form(job, recipe, weights.member(place), own)
+                form = self._form(job, recipe, weights.member(place), delta[place])
                 if not all(map(math.isfinite, form.errors)):
                     raise self._non_finite(job)
-                form.edge = _edge(form, found.noise / own.numel())
+                form.edge = _edge(form, found.noise / delta[place].numel())
                 found.forms.append(form)
 
     def _form(self, job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor) -> Form:
-        """Round to what is written and measure the error against `delta`, which it overwrites."""
+        """Round to what is written and measure the error against `delta`."""
         weights = weights.placed(job.role, vector=len(job.shape) == 1)
         encoded = self._encoded(job, weights)
         rounded, _, shapes, alpha = as_read(recipe.kind, encoded)
@@ -215,10 +213,15 @@ def _edge(form: Form, variance: float) -> float:
 
 
 def _left(rounded: Weights, delta: Tensor) -> float:
-    """‖Δ − stored‖²; overwrites Δ."""
-    from adaptkit.linalg.precision import norm_squared
+    """‖Δ − stored‖² of a kind that is made by rows, without a second Δ."""
+    from adaptkit.linalg.precision import norm_squared, row_blocks
 
-    return float(norm_squared(rounded.apply(delta, -1.0)))
+    made = rounded.computed()
+    each = [
+        norm_squared(delta[rows] - made.some_rows(rows.start, rows.stop))
+        for rows in row_blocks(delta)
+    ]
+    return float(sum(each)) if each else 0.0
 
 
 def _lora_of_size(job: Pair, delta: Tensor, weights: Weights) -> Tensor:
