@@ -17,13 +17,14 @@ from adaptkit.detect import (
     families,
     foreign,
     formats,
+    hint_for,
     is_adapter,
 )
 from adaptkit.entries import (
-    REDUNDANT,
     Entry,
     alike,
     as_part,
+    is_carried,
     per_head,
     read_entries,
     without_carried,
@@ -178,7 +179,7 @@ class Adapter:
             found,
             keys,
             source.metadata,
-            tuple(n for n in source.infos if n not in infos and not n.endswith(REDUNDANT)),
+            tuple(name for name in source.infos if name not in infos and is_carried(name)),
         )
 
     def __repr__(self) -> str:
@@ -235,6 +236,19 @@ class Adapter:
             moved = slot._replace(target=slot.target._replace(module=name))
             entries[moved] = entry._replace(slot=moved)
         return replace(self, family=named, entries=entries, keys=keys_for(named, self.format))
+
+    def sized(self, shapes: Mapping[Slot, tuple[int, int]]) -> Adapter:
+        """This adapter with the (rows, columns) of its layers where its tensors do not tell them.
+
+        0 stands for a number that is not known.
+        """
+        most = max(rows for rows, _ in shapes.values()), max(n for _, n in shapes.values())
+        entries = dict(self.entries)
+        for slot, (rows, _) in shapes.items():
+            entry = entries[slot]
+            facts = entry.kind.beside(entry.facts, *most)
+            entries[slot] = entry._replace(facts=replace(facts, rows=facts.rows or rows))
+        return replace(self, entries=entries)
 
     @cached_property
     def alpha_source(self) -> str:
@@ -312,8 +326,7 @@ def _refuse_foreign(infos: Mapping[str, TensorInfo], config: Mapping[str, object
     if kind is not None:
         raise UnknownAdapter(
             f"an adapter of a kind that adaptkit does not read: {kind}",
-            hint="what trained it can merge it into its base model (PEFT: merge_and_unload); then "
-            "`adaptkit extract BASE MERGED` makes a LoRA or LoKr of the difference",
+            hint=hint_for(kind),
         )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from adaptkit.algorithms._settings import CONFIG_HINT, Unsettled, Wanted
 from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.errors import AdaptkitError, NotRepresentable
 from adaptkit.files.quantized import FLOATS, FP8
@@ -19,18 +20,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.algorithms.contract import Facts, Weights
+    from adaptkit.algorithms.contract import Facts, Shapes, Weights
     from adaptkit.files.header import TensorInfo
 
 __all__ = [
-    "REDUNDANT",
     "Entry",
     "Header",
     "alike",
     "as_part",
     "entries_of",
+    "is_carried",
     "per_head",
     "read_entries",
+    "shared_as",
     "weights_of",
     "without_carried",
 ]
@@ -139,8 +141,13 @@ def without_carried(source: Header) -> dict[str, TensorInfo]:
     return {
         name: info
         for name, info in source.infos.items()
-        if not name.startswith(CARRIED) and not name.endswith(BESIDE)
+        if not name.startswith(CARRIED) and not name.endswith(BESIDE) and not shared_as(name)
     }
+
+
+def is_carried(name: str) -> bool:
+    """Whether a tensor without weights is worth a copy."""
+    return not name.endswith(REDUNDANT) and shared_as(name) is None
 
 
 def as_part(entries: Mapping[Slot, Entry], part: str) -> dict[Slot, Entry]:
@@ -159,6 +166,8 @@ class _Reader:
         self.unclaimed: dict[str, str] = {}
         self.problems: list[Problem] = []
         self.contradicts = False
+        # a file has many modules of few shapes
+        self._facts: dict[object, Facts] = {}
 
     def entries(self, names: Iterable[str]) -> dict[Slot, Entry]:
         groups: dict[Slot, dict[str, Parsed]] = {}
@@ -178,7 +187,7 @@ class _Reader:
         for plain, places in _whole(tuple(parsed.roles for parsed in group.values())):
             rebased = self.meaning.rebased(slot.component, plain)
             kind = algorithms()[rebased] if rebased else plain
-            keys = {role: names[n] for role, n in places.items()}
+            keys = {role: names[n] for role, n in places.items()} | self._shared(kind)
             if odd := self._odd(keys):
                 failures.append(odd)
                 continue
@@ -191,17 +200,24 @@ class _Reader:
                 role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA
             }
             try:
-                facts = self._with_kernel(slot, kind.facts(shapes, alpha))
+                known = self._facts_of(kind, shapes, alpha)
+                facts = self._settled(slot, known, kind, shapes, first.module)
+                facts = self._with_kernel(slot, facts)
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
                 window = len(facts.kernel or ())
                 if wrong := self.meaning.misread(slot.component, kind, shapes, window):
                     raise NotRepresentable(wrong)
+            except Unsettled as error:  # told once, of the whole file
+                self.unclaimed |= dict.fromkeys(group, error.message)
+                return None
             except AdaptkitError as error:
                 failures.append(error.message)
             except (ArithmeticError, LookupError, TypeError, ValueError):
                 # shapes are a stranger's: those that no check foresaw fit no algorithm either
                 failures.append(f"{plain.name} has no tensors of shapes {list(shapes.values())}")
             else:
+                if kind.caveat:
+                    self._note(Problem("warning", None, kind.caveat))
                 value = alpha.value if alpha else None
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
@@ -237,6 +253,39 @@ class _Reader:
                 return f"{key} has the shape {list(info.shape)}, which is no matrix or vector"
         return None
 
+    @cached_property
+    def _ends(self) -> dict[str | None, str]:
+        """The tensors that all modules share, by their names in the model."""
+        return {shared_as(name): name for name in self.source.infos}
+
+    def _shared(self, kind: type[Weights]) -> dict[str, str]:
+        """The tensors that all modules of a kind share, by role."""
+        shared = kind.shared.items()
+        return {role: self._ends[end] for role, end in shared if end in self._ends}
+
+    def _settled(
+        self, slot: Slot, facts: Facts, kind: type[Weights], shapes: Shapes, module: str
+    ) -> Facts:
+        """The facts of a module with what the configuration says beside its tensors."""
+        config = self.meaning.settings(slot.component)
+        listed = partial(self.meaning.listed, slot.component, module=module)
+        try:
+            return kind.settled(facts, Wanted(config, shapes, listed))
+        except Unsettled as error:
+            self._note(Problem("error", None, error.message, error.hint or CONFIG_HINT))
+            raise
+
+    def _facts_of(self, kind: type[Weights], shapes: Shapes, alpha: Stated | None) -> Facts:
+        known = (kind, *shapes.items(), alpha)
+        if known not in self._facts:
+            self._facts[known] = kind.facts(shapes, alpha)
+        return self._facts[known]
+
+    def _note(self, problem: Problem) -> None:
+        """Add a problem of the whole file, once."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Add the table's kernel if flat factors do not determine it."""
         if facts.kernel is not None:
@@ -271,6 +320,22 @@ class _Reader:
     def _refuse(self, slot: Slot, group: Mapping[str, object], what: str) -> None:
         self.problems.append(Problem("error", label(self.keys.family, slot), what))
         self.unclaimed |= dict.fromkeys(group, what)
+
+
+@cache
+def _shared_names() -> frozenset[str]:
+    return frozenset(end for kind in algorithms().values() for end in kind.shared.values())
+
+
+def shared_as(name: str) -> str | None:
+    """The name in the model of a tensor that all modules share; None if it is of one module.
+
+    `base_model.vera_A`, perhaps followed by PEFT's name of the adapter.
+    """
+    parts = name.split(".", 3)
+    if not 1 < len(parts) < 4 or parts[0] != "base_model":
+        return None
+    return parts[1] if parts[1] in _shared_names() else None
 
 
 def alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -162,6 +162,20 @@ class Meaning:
         taken = kind.low_rank and isinstance(init, str) and init.lower() in TAKEN
         return f"{kind.name}+{str(init).lower()}" if taken else ""
 
+    def settings(self, component: str) -> Mapping[str, object] | None:
+        """PEFT's configuration of a component; None without one."""
+        return self.configs.get(component) or self.configs.get("")
+
+    def listed(self, component: str, field: str, module: str) -> bool:
+        """Whether a field names a module as PEFT's `feedforward_modules` does: by its end, or a
+        pattern for the whole of it (`tuners/ia3/model.py`).
+        """
+        named = (self.settings(component) or {}).get(field)
+        if isinstance(named, str):
+            return Patterns([f"^({named})"]).first(module) is not None
+        ends = named if isinstance(named, list) else ()
+        return any(isinstance(end, str) and module.endswith(end) for end in ends)
+
     def contradicts(self, component: str, module: str, stored: float, rank: int) -> bool:
         """Whether a tensor and the configuration give a module two scales."""
         found = None if self.given is not None else self._configured(component, module)

@@ -136,7 +136,7 @@ class Respelling:
             raise NotRepresentable(
                 f"the tensors of a {entry.kind.name} do not determine its rows, "
                 "so it cannot be split or fused",
-                hint="merge it into a checkpoint instead",
+                hint="--algo lora with --base CHECKPOINT can; or merge it into that checkpoint",
                 tensor=self.adapter.label(entry.slot),
             )
         return entry.facts.rows / (span[1] - span[0])

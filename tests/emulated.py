@@ -6,6 +6,9 @@ does not show is a GPU's own rounding, speed and memory.
 
     with emulated() as device:
         assert torch.ones(3, device=device).sum().item() == 3
+
+With `narrow` it is such a device as Apple's MPS: it has no float64 and no decomposition, and a copy to it may only be
+asynchronous from page-locked memory.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from adaptkit import engine
+from adaptkit.linalg import precision
 
 NAME = "emulated"
 aten = torch.ops.aten
@@ -30,6 +34,17 @@ MOVES = (
     aten._to_copy.default,
     aten.copy_.default,
 )  # between devices, as `tensor.to` and `tensor.copy_` do
+SUMS = ("linalg_vector_norm",)  # of what is called linalg, no decomposition
+DECOMPOSITIONS = (
+    "linalg_",
+    "_linalg_",
+    "cholesky",
+    "geqrf",
+    "orgqr",
+    "ormqr",
+    "triangular_solve",
+    "lu_",
+)
 
 
 class OnDevice(torch.Tensor):
@@ -70,8 +85,18 @@ class OnDevice(torch.Tensor):
 
 
 class _Device(TorchDispatchMode):
+    def __init__(self, *, narrow: bool = False) -> None:
+        super().__init__()
+        self.narrow = narrow
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        found = self._done(func, args, dict(kwargs))
+        if self.narrow:
+            _refuse(func, args, kwargs, found)
+        return found
+
+    def _done(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in given if isinstance(tensor, OnDevice)]
         asked = kwargs.get("device")
@@ -90,12 +115,30 @@ class _Device(TorchDispatchMode):
         if asked is not None:
             kwargs["device"] = torch.device("cpu")
         found = func(*tree_map(_host, args), **tree_map(_host, kwargs))
+        if there != bool(ours) and isinstance(found, torch.Tensor):
+            # in inference mode `to` copies nothing here, and a device shares no memory with its host
+            given = [_host(tensor).untyped_storage().data_ptr() for tensor in given]
+            found = found.clone() if found.untyped_storage().data_ptr() in given else found
         if not there:
             return found
         written = {
             id(tensor.host): tensor for tensor in ours
         }  # in place: the same tensor comes back
         return tree_map(lambda leaf: written.get(id(leaf), _wrapped(leaf)), found)
+
+
+def _refuse(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> None:
+    """What a device without float64 and decompositions refuses."""
+    given = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    ours = [leaf for leaf in [*given, *_leaves(found)] if isinstance(leaf, OnDevice)]
+    name = str(func).removeprefix("aten.")
+    if any(tensor.dtype in (torch.float64, torch.complex128) for tensor in ours):
+        raise TypeError(f"the device has no float64 ({name})")
+    if ours and name.startswith(DECOMPOSITIONS) and not name.startswith(SUMS):
+        raise NotImplementedError(f"the device has no {name}")
+    hosts = [tensor for tensor in given if not isinstance(tensor, OnDevice)]
+    if ours and func in MOVES and hosts and (kwargs.get("non_blocking") or True in args[2:]):
+        raise RuntimeError("an asynchronous copy of memory that is not page-locked")
 
 
 class _Made(TorchFunctionMode):
@@ -140,7 +183,7 @@ def _register() -> None:
 
 
 @contextmanager
-def emulated() -> Iterator[str]:
+def emulated(*, narrow: bool = False) -> Iterator[str]:
     """The name of the device, which there is in this block and in the engine's threads.
 
     PyTorch keeps a device that it once had (`torch.accelerator` names it ever after): for processes of their own.
@@ -149,8 +192,14 @@ def emulated() -> Iterator[str]:
     compute: Callable[[Any], None] = engine._Pipeline._compute
 
     def within(pipeline: Any) -> None:
-        with _Device(), _Made():
+        with _Device(narrow=narrow), _Made():
             compute(pipeline)
 
-    with mock.patch.object(engine._Pipeline, "_compute", within), _Device(), _Made():
+    lacking = precision.NARROW | ({NAME} if narrow else set())
+    with (
+        mock.patch.object(engine._Pipeline, "_compute", within),
+        mock.patch.object(precision, "NARROW", lacking),
+        _Device(narrow=narrow),
+        _Made(),
+    ):
         yield f"{NAME}:0"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NonFinite, ShapeMismatch
 from adaptkit.names import WEIGHT
@@ -55,7 +55,8 @@ class Facts:
 
     `rows` × `columns` is the size of the adapted matrix, 0 if the shapes do not tell it. `kernel`
     is its kernel size: `()` for a linear layer, None if the shapes do not tell it. `rank` is None
-    for dense kinds. `scale` multiplies the product.
+    for dense kinds. `scale` multiplies the product. `settings` are what the file says beside its
+    tensors, see `Configured`.
     """
 
     rows: int
@@ -64,6 +65,7 @@ class Facts:
     rank: int | None
     scale: float
     vector: bool = False
+    settings: tuple[Any, ...] = ()  # hashable
 
 
 def roles(**named: Role) -> Mapping[str, Role]:

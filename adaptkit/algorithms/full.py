@@ -28,7 +28,7 @@ class Full(Weights):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full difference"
     dense: ClassVar[bool] = True
-    fit_copies: ClassVar[float] = 3.5
+    fit_copies: ClassVar[float] = 1
     by_rows: ClassVar[bool] = True
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
@@ -131,8 +131,8 @@ class Full(Weights):
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """A copy of the difference: the caller may overwrite `delta`."""
-        return cls(delta.clone(), spec.kernel)
+        """The difference itself, not a copy."""
+        return cls(delta, spec.kernel)
 
 
 ALGORITHM = Full

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from adaptkit.algorithms._settings import Wanted
+
 
 @dataclass(frozen=True, eq=False)
 class Ia3(Weights):
@@ -24,7 +27,8 @@ class Ia3(Weights):
     weight: (..., n), n the rows or the inputs. LyCORIS stores the number that is added to 1
     (`modules/ia3.py`: `weight` `[n]` or `[1, n, 1, 1]`, and the flag `on_input`). PEFT stores the
     factor itself (`ia3_l`: `[1, in]` for the input, `[out, 1]` for the output), and it is kept as
-    such. PEFT also multiplies the bias by an output factor, which adaptkit does not.
+    such. Of a convolution it is `[1, n, 1, 1]` for either: the field `feedforward_modules` of the
+    configuration tells. PEFT also multiplies the bias by an output factor.
     """
 
     name: ClassVar[str] = "ia3"
@@ -33,6 +37,7 @@ class Ia3(Weights):
     roles: ClassVar[Mapping[str, Role]] = roles(
         weight=Role("weight"), on_input=Role("on_input"), factor=Role("ia3_l")
     )
+    settings: ClassVar[Mapping[str, object]] = MappingProxyType({"feedforward_modules": ()})
     forms: ClassVar[tuple[frozenset[str], ...]] = (
         frozenset({"weight", "on_input"}),
         frozenset({"factor"}),
@@ -51,19 +56,37 @@ class Ia3(Weights):
             matched(math.prod(shape) == max(shape, default=0), role, shapes)
             matched(not shapes["on_input"], "on_input", shapes)
             return Facts(0, 0, None, None, 1.0)
-        if len(shape) > 2:  # [1, n, 1, 1] for either side (`tuners/ia3/layer.py`)
-            raise NotRepresentable(
-                "PEFT's IA³ of a convolution does not tell whether it multiplies inputs or outputs"
-            )
+        if len(shape) > 2:  # `settled` tells which side (`tuners/ia3/layer.py: _ConvNd`)
+            matched(shape[0] == 1 == math.prod(shape[2:]), role, shapes)
+            return Facts(0, 0, None, None, 1.0)
         matched(len(shape) == 2 and 1 in shape, role, shapes)
         side = (0, shape[1]) if shape[0] == 1 else (shape[0], 0)
-        return Facts(*side, None, None, 1.0)
+        return Facts(*side, None, None, 1.0, settings=(shape[0] == 1, 2))
+
+    @classmethod
+    def settled(cls, facts: Facts, wanted: Wanted) -> Facts:
+        shape = wanted.shapes.get("factor", ())
+        if len(shape) < 3:
+            return facts
+        cls.stated(wanted)
+        inputs = wanted.listed("feedforward_modules")
+        rows = 0 if inputs else shape[1]
+        return replace(facts, rows=rows, settings=(inputs, len(shape)))
+
+    @classmethod
+    def changes_bias(cls, facts: Facts) -> bool:
+        """PEFT multiplies it by an output factor; LyCORIS does not."""
+        return facts.settings[:1] == (False,)
+
+    def on_bias(self, weight: Tensor) -> Weights:
+        return self
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         if "factor" in tensors:
             factor = tensors["factor"]
-            return cls(factor.flatten(-2), None, tuple(factor.shape[-2:]), facts.columns > 0)
+            on_input, own = facts.settings
+            return cls(factor.flatten(-own), None, tuple(factor.shape[-own:]), on_input)
         stored, flag = tensors["weight"], tensors["on_input"]
         return cls(stored.reshape(*flag.shape, -1), flag, tuple(stored.shape[flag.ndim :]))
 

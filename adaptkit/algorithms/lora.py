@@ -64,8 +64,6 @@ class Lora(Weights):
             ("lora_A.weight", "lora_A", "lora.down.weight", "lora_linear_layer.down.weight"),
         ),
         mid=Role("lora_mid.weight"),
-        # AdaLoRA's, in none of the forms: the factors mean something else beside it
-        singular=Role("lora_E"),
         alpha=Role(ALPHA, ("lora_alpha",)),  # FastVideo, SimpleTuner
     )
     forms: ClassVar[tuple[frozenset[str], ...]] = (
@@ -171,7 +169,7 @@ class Lora(Weights):
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
 
-    def block(self, start: int, stop: int) -> Self:
+    def own_part(self, start: int, stop: int) -> Self:
         """A block of a block-diagonal `up`, as `fuse` stacks layers whose `down` differ."""
         import torch
 
@@ -315,6 +313,11 @@ class Lora(Weights):
 
         up, down = self.factors()
         return tuple(truncation_errors(delta, up, down).tolist())
+
+    def ladder_errors_of_stack(self, delta: Tensor) -> Tensor:
+        from adaptkit.linalg.lowrank import truncation_errors_of_stack
+
+        return truncation_errors_of_stack(delta, *self.factors())
 
     @classmethod
     def too_wide(cls, shapes: Shapes) -> bool:

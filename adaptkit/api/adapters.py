@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from adaptkit.adapter import Adapter
-from adaptkit.api.inputs import PathOrState, Progress, Temporary, run, stored
+from adaptkit.api.inputs import PathOrState, Temporary, run, stored
+from adaptkit.files.hub import local
 from adaptkit.ops.shared import check_output
+from adaptkit.ops.stages import Tally, log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from adaptkit.entries import Entry
     from adaptkit.ops.shared import WriterReport
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["AdapterFile", "AnyAdapter", "Module", "combine", "open", "weighed"]
 
@@ -42,6 +45,11 @@ class Module:
     def __repr__(self) -> str:
         rank = "" if self.rank is None else f", rank {self.rank}"
         return f"Module({self.name!r}: {self.algorithm}{rank}, scale {self.scale:g})"
+
+    @property
+    def parameter(self) -> str:
+        """The parameter it changes as the file's format spells it, such as `….to_q.weight`."""
+        return f"{self._adapter.keys.stem(self._entry.slot)}.{self._entry.slot.param}"
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by role (`up`, `down`, `w1`, …), without alpha."""
@@ -143,7 +151,13 @@ class AdapterFile:
 
         return _made(VERB, self.path, output, progress, self._reading | options)
 
-    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> Path:
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Path:
         """Copy the file, or PEFT's folder, to a path."""
         target = Path(path)
         if self.path.is_dir():
@@ -155,8 +169,12 @@ class AdapterFile:
         source = self._adapter.source
         infos = sorted(source.infos.values(), key=lambda info: source.order(info.name))
         with TensorSink(target, infos, source.metadata, overwrite=overwrite) as sink:
+            tally = Tally(progress, "writing", sink.size, "bytes")
+            tally.add(sink.header)
+            sink.wrote = tally.add
             sink.copy_many((info.name, source, info.name) for info in infos)
             sink.commit()
+        log().info("save: wrote %s, %d bytes", target, sink.size)
         return target
 
     def close(self) -> None:
@@ -194,7 +212,7 @@ def open(
     """
     reading = {"family": family, "format": format, "alpha": alpha_in}
     if not isinstance(adapter, Mapping):
-        return AdapterFile(Path(adapter), reading=reading)
+        return AdapterFile(local(adapter), reading=reading)
     folder = Temporary()
     return AdapterFile(stored(adapter, folder, "opened", config), folder, reading=reading)
 

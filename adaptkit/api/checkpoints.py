@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from adaptkit.api.adapters import AdapterFile, AnyAdapter, weighed
-from adaptkit.api.inputs import PathOrState, Progress, State, Temporary, run, stored
+from adaptkit.api.inputs import PathOrState, State, Temporary, run, stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaptkit.ops.merge import Report
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["extract", "merge"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from adaptkit.files.hub import local
 from adaptkit.meaning import PEFT_CONFIG
 
 if TYPE_CHECKING:
@@ -16,16 +16,13 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adaptkit.ops.shared import Progress as Counter
+    from adaptkit.ops.stages import Progress
     from adaptkit.ops.verb import Verb
 
-__all__ = ["LOG", "PathOrState", "Progress", "State", "Temporary", "run", "stored", "told"]
+__all__ = ["PathOrState", "State", "Temporary", "run", "stored"]
 
-LOG = logging.getLogger("adaptkit")
 State: TypeAlias = "Mapping[str, torch.Tensor]"
 PathOrState: TypeAlias = "str | PathLike[str] | State"
-# (stage, done, total, unit)
-Progress = Callable[[str, int, int, str], None]
 _NAME = "adapter.safetensors"
 _PEFT = "adapter_model.safetensors"
 
@@ -51,7 +48,7 @@ def stored(
 ) -> Path:
     """The file of an input; a state dict is written to the folder."""
     if not isinstance(given, Mapping):
-        return Path(given)
+        return local(given)
     from safetensors.torch import save_file
 
     home = folder.path / name
@@ -66,19 +63,7 @@ def stored(
     return home
 
 
-def told(progress: Progress | None, stage: str, unit: str) -> Counter | None:
-    """A callback of a verb that tells its stage and unit too."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(stage, done, total, unit)
-
-
 def run(verb: Verb, *inputs: Any, progress: Progress | None, options: dict[str, Any]) -> Any:
     """Plan and run a verb, and close its files."""
-    LOG.info("%s: planning", verb.name)
     with verb.plan(*inputs, verb.options(**options)) as plan:
-        report = verb.run(plan, told(progress, verb.name, "modules"))
-    LOG.info("%s: wrote %s, %d bytes", verb.name, report.output, report.bytes)
-    if progress is not None:
-        progress(verb.name, report.modules, report.modules, "modules")
-    return report
+        return verb.perform(plan, progress)

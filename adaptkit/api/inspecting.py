@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from adaptkit.api.inputs import Progress, told
 from adaptkit.ops import inspect as op
+from adaptkit.ops.stages import logged
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from adaptkit.ops.inspect import Report
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Inspected", "inspect"]
 
@@ -46,4 +47,5 @@ def inspect(
 ) -> Inspected:
     """Identify the files of paths, folders and globs (`adaptkit inspect`)."""
     files = list(op.expand(paths))
-    return Inspected(op.survey(files, op.Options(**options), told(progress, "reading", "files")))
+    with logged("inspect", progress) as told:
+        return Inspected(op.survey(files, op.Options(**options), told))

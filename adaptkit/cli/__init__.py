@@ -63,7 +63,7 @@ _CALLED = {
     "rename": "convert",
 }
 # modules of this package that are not commands
-_SHARED = ("options", "show", "tables")
+_SHARED = ("options", "show", "tables", "values")
 # commands that share a module
 _TABLES = ("formats", "families", "algorithms")
 
@@ -93,6 +93,9 @@ class _Lazy(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise _ReaderGoneError from None
+        except Exception as error:
+            _log(error)
+            raise
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -202,6 +205,15 @@ def _catch_signals() -> None:
         with suppress(ValueError):
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, stop)
+
+
+def _log(error: Exception) -> None:
+    """Tell a log file, if there is one, why the command ends."""
+    if "logging" in sys.modules and not isinstance(error, click.exceptions.Exit):
+        from adaptkit.ops.stages import log
+
+        told = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        log().info("error: %s", told)
 
 
 def _document(kind: str, message: str, facts: Mapping[str, str | None] | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ALPHA_IN, PATH, STRENGTH, computing, inputs, selecting, talk
+from adaptkit.cli.options import ALPHA_IN, INPUT, STRENGTH, computing, inputs, selecting, talk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("b", type=STRENGTH, metavar="B[:STRENGTH]")
 @click.option(
     "--base",
-    type=PATH,
+    type=INPUT,
     help="Checkpoint of the adapters, or the one that checkpoint B was made from.",
 )
 @click.option(
@@ -39,13 +39,16 @@ def compare(
     verbose: bool,
     **chosen: Any,
 ) -> int:
-    """Compare two adapters, or an adapter with a checkpoint.
+    """Compare two adapters, two checkpoints, or an adapter with a checkpoint.
 
     Two adapters may differ in format and algorithm. Their relative error is ‖A − B‖ / ‖B‖,
     computed in float64; a module of only one adapter counts in full. DoRA, OFT and other
     algorithms that depend on the weights need --base, unless the tensors are equal.
 
-    If B is a checkpoint, --base must be the checkpoint that it was made from. The report gives
+    Two checkpoints of one family may differ in layout and number format; a layer of only one counts
+    in full.
+
+    If only B is a checkpoint, --base must be the checkpoint that it was made from. The report gives
     the strength of the adapter in their difference D, and its share of D.
 
     --only and --skip take module names as A spells them.
@@ -53,6 +56,7 @@ def compare(
     \b
     adaptkit compare style.safetensors style-lokr.safetensors --tolerance 0.1
     adaptkit compare style.safetensors:0.8 other.safetensors
+    adaptkit compare tuned.safetensors base.safetensors
     adaptkit compare style.safetensors merged.safetensors --base base.safetensors
     """
     from adaptkit.cli.show.compare import compared

@@ -1,7 +1,6 @@
 """Kinds of adapters that adaptkit does not read, told by name.
 
-Names of tensors and of `peft_type` are those of PEFT 0.21 (`peft.mapping`), T-LoRA's those of its
-authors (ControlGenAI/T-LoRA).
+Names of tensors and of `peft_type` are those of PEFT 0.21 (`peft.mapping`).
 """
 
 from __future__ import annotations
@@ -13,22 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["foreign"]
+__all__ = ["foreign", "hint_for"]
 
+# a network beside the model, stored as differences from it (Stability AI's control-lora)
+CONTROL = "Control LoRA"
+# factors in the order of a kernel's tiles, named without `.weight` (nunchaku before 0.2)
+PACKED = "LoRA packed for nunchaku"
 # the beginning of a tensor's name within its module → the kind
 TENSORS: Mapping[str, str] = MappingProxyType(
     {
-        "vera_lambda_": "VeRA",
-        "vera_A": "VeRA",
-        "vera_B": "VeRA",
         "pvera_lambda_": "PVeRA",
-        "lora_E": "AdaLoRA",
-        "fourierft_": "FourierFT",
-        "hra_": "HRA",
-        "hira_": "HiRA",
-        "miss_": "MiSS",
-        "bone_": "Bone",
-        "delora_": "DeLoRA",
         "gralora_": "GraLoRA",
         "randlora_": "RandLoRA",
         "c3a_": "C3A",
@@ -44,22 +37,39 @@ TENSORS: Mapping[str, str] = MappingProxyType(
         "beft_": "BEFT",
         "deft_": "DEFT",
         "frod_": "FRoD",
-        "glora_": "GLoRA of PEFT",
         "lily_": "Lily",
         "peanut_": "PEANuT",
         "supertuning_": "SuperTuning",
         "ln_tuning_": "layer norm tuning",
         "trainable_tokens_": "trainable tokens",
+        "lora_controlnet": CONTROL,
         "xlora_": "X-LoRA",
         "poly_": "Poly",
         "prompt_embeddings": "prompt tuning",
         "adaption_prompt": "adaption prompts",
         "adaption_gate": "adaption prompts",
-        "lambda_layer": "T-LoRA",
     }
 )
+# what works for a kind; of all others, what trained it can merge it
+HINTS: Mapping[str, str] = MappingProxyType(
+    {
+        CONTROL: "it is a ControlNet, made of the model and of these factors, and changes no "
+        "weight of the model: ComfyUI loads it with Load ControlNet Model; no LoRA can stand for "
+        "it",
+        PACKED: "use the file that it was made from: nunchaku 0.2 and newer packs any LoRA itself",
+    }
+)
+MERGED = (
+    "what trained it can merge it into its base model (PEFT: merge_and_unload); then "
+    "`adaptkit extract BASE MERGED` makes a LoRA or LoKr of the difference"
+)
 # the `peft_type` of kinds that adaptkit reads
-READ = frozenset({"LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3"})
+READ = frozenset(
+    {
+        "LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "ADALORA", "DELORA", "HIRA", "HRA", "MISS",
+        "BONE", "FOURIERFT", "VERA", "GLORA",
+    }
+)  # fmt: skip
 NAMES = MappingProxyType(
     {
         "PROMPT_TUNING": "prompt tuning",
@@ -73,18 +83,28 @@ _STARTS = tuple(TENSORS)
 
 
 def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) -> str | None:
-    """The kind of an adapter that adaptkit does not read (`VeRA`), or None.
+    """The kind of an adapter that adaptkit does not read (`RandLoRA`), or None.
 
     `config` is PEFT's adapter_config.json, whose `peft_type` counts before the names of tensors.
     """
     stated = config.get("peft_type") if config else None
     if isinstance(stated, str) and stated.upper() not in READ:
         kind = stated.upper()
-        prefixes = {"VERA": "vera_lambda_", "PVERA": "pvera_lambda_", "ADALORA": "lora_E"}
+        prefixes = {"PVERA": "pvera_lambda_"}
         known = TENSORS.get(prefixes.get(kind, f"{kind.lower()}_"))
         return known or NAMES.get(kind, stated)
+    names = list(names)
+    if any(name.endswith((".lora_down", ".lora_up")) for name in names):
+        return PACKED
     found = Counter(filter(None, map(_kind, names)))
+    if CONTROL in found:  # one tensor marks the file
+        return CONTROL
     return found.most_common(1)[0][0] if found else None
+
+
+def hint_for(kind: str) -> str:
+    """What works for an adapter of a kind that is not read."""
+    return HINTS.get(kind, MERGED)
 
 
 def _kind(name: str) -> str | None:

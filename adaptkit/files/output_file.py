@@ -17,7 +17,7 @@ from adaptkit.files.publish import cannot_write, check_target, sync_folder
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -94,6 +94,8 @@ class OutputFile:
         self.path = Path(path)
         self.size = size
         self.overwrite = overwrite
+        # told how many bytes more are written, from any thread
+        self.wrote: Callable[[int], None] = lambda _: None
         self._state = threading.Condition()
         self._writing = 0
         self._file: io.FileIO | None = None
@@ -217,6 +219,7 @@ class OutputFile:
         while done < len(data):
             count = self._some(file, data[done : done + _CHUNK], at + done)
             self._flusher.wrote(file, at + done, count)
+            self.wrote(count)
             done += count
 
     def _some(self, file: io.FileIO, data: memoryview, at: int) -> int:
@@ -295,6 +298,7 @@ class OutputFile:
                 if copied == 0:
                     break
                 self._flusher.wrote(file, run.at + done, copied)
+                self.wrote(copied)
                 done += copied
         return done
 

@@ -102,7 +102,7 @@ class TensorSink(OutputFile):
         overwrite: bool = False,
     ) -> None:
         header, self.infos = build_header(specs, metadata)
-        self._header = len(header)
+        self.header = len(header)  # bytes of the header, which is written at once
         self._claimed: set[str] = set()
         self._written: set[str] = set()
         size = max((info.stop for info in self.infos.values()), default=len(header))
@@ -184,7 +184,7 @@ class TensorSink(OutputFile):
         Used for hashes that are known only at the end.
         """
         header, _ = build_header(self.infos.values(), metadata)
-        if len(header) != self._header:
+        if len(header) != self.header:
             raise RuntimeError("the header would change in length")
         self._write(memoryview(header), 0)
 

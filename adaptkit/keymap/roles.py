@@ -18,7 +18,10 @@ __all__ = ["RoleName", "algorithms", "param_of", "split_suffix"]
 
 
 # prefixes of suffixes into which PEFT writes the adapter's name
-_PEFT = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_")
+_PEFT = (
+    "lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_", "hira_", "hra_", "miss_", "bone_", "vera_",
+    "fourierft_", "delora_", "glora_",
+)  # fmt: skip
 
 
 RoleName = tuple[str, str]  # (algorithm, role)

@@ -10,11 +10,14 @@ from functools import cached_property
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from adaptkit.errors import NoSuchName
+from adaptkit.errors import InternalError, NoSuchName
+from adaptkit.ops.stages import log, logged
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["STRENGTH", "Verb", "verb", "verbs"]
 
@@ -36,6 +39,18 @@ class Verb:
     plan: Callable[..., Any]
     run: Callable[..., Any]
     together: Callable[..., Any] | None = None
+
+    def perform(self, plan: Any, progress: Progress | None = None) -> Any:
+        """Run a plan; what is done is logged at INFO."""
+        try:
+            with logged(self.name, progress) as told:
+                report = self.run(plan, told)
+        except Exception as error:
+            if (fault := InternalError.of_torch(error)) is not None:
+                raise fault from error
+            raise
+        log().info("%s: wrote %s, %d bytes", self.name, report.output, report.bytes)
+        return report
 
     @property
     def weighs(self) -> bool:

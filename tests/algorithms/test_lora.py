@@ -136,7 +136,7 @@ def test_a_block_comes_back_at_its_own_rank() -> None:
     ]
     whole = Lora.fuse(parts)
     for n, part in enumerate(parts):
-        found = whole.block(4 * n, 4 * n + 4)
+        found = whole.own_part(4 * n, 4 * n + 4)
         assert torch.equal(found.up, part.up)
         assert torch.equal(found.down, part.down)
         assert found.scale == part.scale
@@ -146,11 +146,11 @@ def test_a_block_keeps_the_columns_that_other_rows_share() -> None:
     up = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 4.0, 5.0], [0.0, 0.0, 6.0]])
     whole = Lora(up, torch.arange(12.0).reshape(3, 4), 1.0)
     for start, stop in ((0, 2), (2, 4)):
-        assert torch.equal(whole.block(start, stop).up, up[start:stop])
-    again = Lora.fuse([whole.block(0, 2), whole.block(2, 4)])
+        assert torch.equal(whole.own_part(start, stop).up, up[start:stop])
+    again = Lora.fuse([whole.own_part(0, 2), whole.own_part(2, 4)])
     assert torch.equal(again.up, up)
 
 
 def test_a_block_of_zeros_is_kept() -> None:
     whole = Lora(torch.zeros(4, 2).index_fill_(0, torch.tensor([0, 1]), 1.0), torch.ones(2, 3), 1.0)
-    assert whole.block(2, 4).up.shape == (2, 2)
+    assert whole.own_part(2, 4).up.shape == (2, 2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from adaptkit.algorithms._settings import Wanted
 from adaptkit.algorithms.contract import Facts, Stated, Weights
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import algorithms
@@ -515,9 +516,10 @@ def test_a_batch_may_hold_factors_of_rows_and_of_columns() -> None:
     torch.testing.assert_close(two[1], square * (1 + 0.5 * weight[1]))
 
 
-def test_a_peft_factor_of_a_convolution_is_refused() -> None:
-    with pytest.raises(NotRepresentable, match="inputs or outputs"):
-        algorithms()["ia3"].facts({"factor": (1, 8, 1, 1)})
+def test_a_peft_factor_of_a_convolution_needs_its_configuration() -> None:
+    kind, shapes = algorithms()["ia3"], {"factor": (1, 8, 1, 1)}
+    with pytest.raises(NotRepresentable, match="feedforward_modules"):
+        kind.settled(kind.facts(shapes), Wanted(None, shapes, lambda _: False))
 
 
 @pytest.mark.parametrize("count", [1, 2])

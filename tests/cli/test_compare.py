@@ -142,7 +142,9 @@ def test_refusals(tiny: Path, tmp_path: Path) -> None:
         "Stable Diffusion XL",
     )
     refused(
-        adaptkit("compare", tiny / "base.ckpt", tiny / "tuned.ckpt"), "neither", "adaptkit extract"
+        adaptkit("compare", tiny / "base.ckpt", tiny / "tuned.ckpt", "--base", tiny / "base.ckpt"),
+        "neither",
+        "omit --base",
     )
     refused(adaptkit("compare", lora, tmp_path / "none.safetensors"), "none.safetensors")
     refused(adaptkit("compare", lora, lora, "--only", "nowhere"), "matches no module", "--only")

@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,6 @@ def test_without_a_folder_outputs_lie_beside_their_inputs(folder: Path) -> None:
     done = adaptkit("convert", folder / "nothing here", folder / "run1", "--to", "comfy")
     assert done.returncode == 1
     assert (folder / "run1" / "last-comfy.safetensors").is_file()
-    refused(adaptkit("convert", folder, "--to", "comfy", "--dry-run"), "--dry-run", code=2)
     file = folder / "run1" / "last.safetensors"
     refused(adaptkit("convert", folder, "--to", "comfy", "-o", file), "this is a file")
 
@@ -142,16 +143,35 @@ def test_broken_files_are_found(folder: Path) -> None:
     assert done.returncode == 1
 
 
+def seen(log: list[str], some: list[str], options: ops.inspect.Options) -> list[ops.inspect.Report]:
+    time.sleep(0.05)  # so that the last job is still waiting when the first file is reached
+    log += some
+    return [ops.inspect.run(path, options) for path in some]
+
+
 def test_many_files_are_read_in_processes_with_the_same_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = list(ops.inspect.expand([folder]))
     options = ops.inspect.Options(overview=True)
     counts: list[int] = []
-    alone = ops.inspect.survey(paths, options, lambda done, _: counts.append(done))
-    assert counts == [1, 2, 3, 4, 5]
-    monkeypatch.setattr(folders, "_PARALLEL", 2)
-    monkeypatch.setattr(folders, "_WORKERS", 2)
+    alone = ops.inspect.survey(paths, options, lambda _, done, *__: counts.append(done))
+    assert counts == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(folders, "_TRIED", 2)
+    monkeypatch.setattr(folders, "_PAYS", 0.0)
+    monkeypatch.setattr(folders, "_WORKERS", 3)
+    elsewhere: list[str] = []
+    with ThreadPoolExecutor(1) as pool:  # as a process would, and seen from here
+        monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_: pool)
+        monkeypatch.setattr(folders, "_run", lambda some, with_: seen(elsewhere, some, with_))
+        shared = ops.inspect.survey(paths, options, lambda _, done, *__: counts.append(done))
+    assert elsewhere
+    assert counts[6:] == sorted(counts[6:])
+    assert counts[-1] == 5
+    assert [report.record for report in shared] == [report.record for report in alone]
+    monkeypatch.undo()
+    monkeypatch.setattr(folders, "_TRIED", 2)
+    monkeypatch.setattr(folders, "_PAYS", 0.0)
     together = ops.inspect.survey(paths, options)
     assert [report.record for report in together] == [report.record for report in alone]
     assert [report.error and report.error.hint for report in together] == [
@@ -252,7 +272,28 @@ def test_progress_off_a_terminal_is_a_plain_line_now_and_then(
         "-o",
         tmp_path / "o.safetensors",
     )
-    assert "resizing:" not in adaptkit(*arguments).stderr  # too short to say anything
-    monkeypatch.setattr("adaptkit.cli.show.talk._SECONDS", 0.0)
-    assert "resizing: 104 of 104" in adaptkit(*arguments).stderr
-    assert "resizing:" not in adaptkit(*arguments, "-q").stderr
+    assert "fitting:" not in adaptkit(*arguments).stderr  # too short to say anything
+    monkeypatch.setattr("adaptkit.cli.show.live.stages.SECONDS", 0.001)
+    assert " of 104 modules" in adaptkit(*arguments).stderr
+    assert "fitting:" not in adaptkit(*arguments, "-q").stderr
+
+
+def test_a_dry_run_of_many_plans_each_and_writes_nothing(folder: Path) -> None:
+    output = folder.parent / "small" / "deep"
+    command = ("resize", folder, "--size", "30KB", "-o", output)
+    planned = adaptkit(*command, "--dry-run")
+    assert planned.returncode == 1  # a file is broken
+    assert "3 of 4 would be written" in planned.stdout
+    assert "broken.safetensors" in planned.stderr
+    assert not output.parent.exists()
+    document = json.loads(adaptkit(*command, "--dry-run", "--json").stdout)
+    promised = {one["output"] for one in document["files"] if "output" in one}
+    written = adaptkit(*command)
+    assert promised == set(written.stdout.split())
+    assert "would be written" not in written.stdout + written.stderr
+    again = adaptkit(*command, "--dry-run")
+    assert "already exists" in again.stderr
+    files = [folder / run / "last.safetensors" for run in ("run1", "run2")]
+    twice = adaptkit("resize", *files, "--rank", "1", "-o", folder.parent / "one", "--dry-run")
+    assert twice.returncode == 1
+    assert "two inputs would be written to it" in twice.stderr

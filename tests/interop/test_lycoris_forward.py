@@ -23,6 +23,7 @@ from lycoris.modules.ia3 import IA3Module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
+from lycoris.modules.tlora import TLoraModule
 
 IN, OUT = 8, 16
 ROTATIONS: list[tuple[str, type, dict[str, Any]]] = [
@@ -40,6 +41,30 @@ OTHERS: list[tuple[str, type, dict[str, Any]]] = [
     ("glora", GLoRAModule, {"lora_dim": 3, "alpha": 2}),
     *(("ia3", IA3Module, {"train_on_input": on_input}) for on_input in (False, True)),
 ]
+
+
+@pytest.mark.parametrize("rank", [1, 3, IN])
+@pytest.mark.parametrize("alpha", [2, 0])
+@torch.no_grad()
+def test_the_difference_of_a_t_lora_is_that_of_the_factors_it_started_with(
+    rank: int, alpha: float
+) -> None:
+    """As LyCORIS rebuilds it from a file: the start is not in it, but comes from the weight."""
+    torch.manual_seed(1)
+    adapted = layer(conv=False)
+    base = adapted.weight.clone()
+    made = TLoraModule("x", adapted, 1.0, lora_dim=rank, alpha=alpha)
+    for parameter in made.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    state = {name: tensor.clone() for name, tensor in made.custom_state_dict().items()}
+    theirs = TLoraModule.make_module_from_state_dict("x", adapted, *state.values())
+    theirs.apply_to()
+    x, plain = torch.randn(3, IN), layer(conv=False)
+    expected = adapted(x)
+    plain.weight.copy_(merged("tlora", state, base))
+    torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
+    plain.weight.copy_(base)
+    assert not torch.allclose(plain(x), expected, atol=1e-2)
 
 
 def layer(conv: bool) -> torch.nn.Module:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from adaptkit.algorithms.contract import Stated
-from adaptkit.errors import NotRepresentable
 from adaptkit.keymap import algorithms, split_suffix
 
 peft = pytest.importorskip("peft")
@@ -148,12 +147,6 @@ def test_butterfly_stages(monkeypatch: pytest.MonkeyPatch, factors: int, conv: b
         merged("peft-boft", model, None),
         torch.randn(2, IN, 5, 5) if conv else torch.randn(3, IN),
     )
-
-
-def test_ia3_of_a_convolution_is_refused() -> None:
-    model = trained(peft.IA3Config(target_modules=["layer"], feedforward_modules=[]), conv=True)
-    with pytest.raises(NotRepresentable, match="inputs or outputs"):
-        merged("ia3", model, None)
 
 
 def test_the_bias_of_a_lora_is_a_difference_of_its_own() -> None:

@@ -27,23 +27,20 @@ def test_every_kind_of_peft_is_read_or_has_a_name() -> None:
         name = getattr(kind, "value", kind)
         told = foreign([], {"peft_type": name})
         assert (told is None) == (name in READ), name
-        # tensors alone: prompts are no weights of layers, and AdaLoRA shares LoRA's prefix
+        # tensors alone: prompts are no weights of layers
         if name not in READ and "PROMPT" not in name and name not in UNTOLD:
             assert foreign([f"base_model.model.layer.{prefix}x.weight"]) is not None, name
 
 
 # stored under names that say nothing, or only with a configuration
-UNTOLD = {"ADALORA", "CARTRIDGE", "CPT", "P_TUNING", "PREFIX_TUNING", "SHADOW"}
+UNTOLD = {"CARTRIDGE", "CPT", "P_TUNING", "PREFIX_TUNING", "SHADOW"}
 
 
 def configs() -> dict[str, Callable[[], Any]]:
     linear = dict(target_modules=["to_q"])
     return {
-        "VeRA": lambda: peft.VeraConfig(r=4, **linear),
-        "FourierFT": lambda: peft.FourierFTConfig(n_frequency=20, **linear),
-        "HRA": lambda: peft.HRAConfig(r=4, **linear),
-        "MiSS": lambda: peft.MissConfig(r=4, **linear),
-        "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, **linear),
+        "GraLoRA": lambda: peft.GraloraConfig(r=4, gralora_k=2, **linear),
+        "WaveFT": lambda: peft.WaveFTConfig(n_frequency=20, **linear),
         "C3A": lambda: peft.C3AConfig(block_size=8, **linear),
         "RandLoRA": lambda: peft.RandLoraConfig(r=4, **linear),
     }

@@ -63,7 +63,10 @@ def _lines(report: compare.Report) -> Iterator[tuple[str, str]]:
         yield "relative error", _number(report.relative_error) + same + _common(report)
         yield "cosine", _number(report.cosine)
         yield "norms", f"‖A‖ = {_number(report.norm_a)}, ‖B‖ = {_number(report.norm_b)}"
-    yield "modules", f"{len(report.modules)} in both"
+    if report.differ is None:
+        yield "modules", f"{len(report.modules)} in both"
+    else:
+        yield "layers", f"{len(report.modules)} in both, {report.differ} of them differ"
     yield "only in A", _names(report.only_a)
     yield (
         ("elsewhere", _elsewhere(report))
@@ -75,6 +78,8 @@ def _lines(report: compare.Report) -> Iterator[tuple[str, str]]:
 
 
 def _file(side: Mapping[str, Any]) -> str:
+    if "strength" not in side:
+        return f"{PurePath(side['path']).name}: checkpoint"
     strength = "" if side["strength"] == 1.0 else f" × {side['strength']:g}"
     algorithms = ", ".join(side["algorithms"])
     return f"{PurePath(side['path']).name}{strength}: {algorithms}, {side['format']} keys"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.show.page import console, facts, page, table
+from adaptkit.cli.show.page import facts, page, table
 from adaptkit.cli.show.text import MANY, cell, document, human, last, loading, named, safe, trouble
 from adaptkit.ops.shared import LeftOut, Unused, by_reason
 
@@ -18,15 +16,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adaptkit.errors import AdaptkitError
-    from adaptkit.ops.many import Done
+    from adaptkit.ops.many import Done, Foreseen
     from adaptkit.ops.shared import WriterReport
+    from adaptkit.ops.stages import Progress
     from adaptkit.ops.verb import Verb
 
 __all__ = ["Talk", "fault", "write", "write_each"]
 
 # keys named per reason
 _FEW = 2
-_SECONDS = 10.0  # between lines of progress
 
 
 def fault(error: AdaptkitError) -> None:
@@ -41,31 +39,15 @@ class Talk:
         self.command, self.as_json, self.quiet, self.verbose = command, as_json, quiet, verbose
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
-        """Show a bar on stderr, on a terminal only."""
+    def progress(self, what: str) -> Iterator[Progress | None]:
+        """Show the stages of the work on stderr; `what` names it before the first one."""
         if self.quiet:
             yield None
             return
-        if not sys.stderr.isatty():
-            yield _Plainly(what)
-            return
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from adaptkit.cli.show.live.stages import shown
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with shown(what) as progress:
+            yield progress
 
     def plan(self, plan: Mapping[str, Any]) -> None:
         """Print the plan of a dry run on stdout, as it is the result."""
@@ -100,6 +82,21 @@ class Talk:
             good = len(rows)
             click.echo(f"{good} of {len(done)} written, {sum_of(done)}", err=True)
         for one in done:
+            if one.error is not None:
+                fault(one.error)
+
+    def foreseen(self, found: Sequence[Foreseen]) -> None:
+        """Print the plans of a dry run over many inputs on stdout."""
+        if self.as_json:
+            return document(
+                self.command, {"dry_run": True, "files": [one.to_dict() for one in found]}
+            )
+        out, good = page(), [one for one in found if one.plan is not None]
+        columns = ("size now", "modules", "peak memory", "would write")
+        if good:
+            out.print(table(columns, map(_planned_row, good), right=columns[:3]))
+        out.print(f"{len(good)} of {len(found)} would be written")
+        for one in found:
             if one.error is not None:
                 fault(one.error)
 
@@ -154,7 +151,7 @@ def write(
     if dry_run:
         return talk.plan(plan.to_dict())
     with talk.progress(doing) as progress:
-        report = verb.run(plan, progress)
+        report = verb.perform(plan, progress)
     return show(talk, report)
 
 
@@ -168,15 +165,18 @@ def write_each(
     **chosen: Any,
 ) -> int:
     """Run a command of one adapter, or on each of several; return the exit code."""
-    from adaptkit.ops.many import is_many, run_many
+    from adaptkit.ops.many import is_many, plan_many, run_many
 
     if not is_many(adapters):
         write(verb, doing, show, adapters[0], **chosen)
         return 0
     talk = Talk(verb.name, *(chosen.pop(name) for name in ("as_json", "quiet", "verbose")))
-    if chosen.pop("dry_run"):
-        raise click.UsageError("--dry-run plans one input; `adaptkit batch` plans many")
-    options = verb.options(**chosen)
+    dry_run, options = chosen.pop("dry_run"), verb.options(**chosen)
+    if dry_run:
+        with talk.progress("planning") as progress:
+            found = plan_many(verb, adapters, options, suffix, progress)
+        talk.foreseen(found)
+        return 1 if any(one.error for one in found) else 0
     with talk.progress(doing) as progress:
         done = run_many(verb, adapters, options, suffix, progress)
     talk.each(done)
@@ -187,19 +187,6 @@ def _summary(name: str, value: object) -> bool:
     return name not in ("details", "unused", "output") and value not in ("", None, [])
 
 
-class _Plainly:
-    """Progress off a terminal: a plain line every ten seconds."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.said = what, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.said >= _SECONDS:
-            self.said = now
-            click.echo(f"{self.what}: {done} of {total}", err=True)
-
-
 def _row(one: Done) -> tuple[str, ...]:
     report = one.report
     assert report is not None
@@ -207,6 +194,13 @@ def _row(one: Done) -> tuple[str, ...]:
     hosts = [host for host, loads in (report.loads_in or {}).items() if loads]
     told = ", ".join(hosts) or "no host known"
     return human(report.bytes), str(report.modules), lost, told, one.name
+
+
+def _planned_row(one: Foreseen) -> tuple[str, ...]:
+    plan = one.plan
+    assert plan is not None
+    sizes = human(plan["bytes_in"]), str(plan["modules"]), human(plan["peak_memory"])
+    return (*sizes, str(plan["output"]))
 
 
 def sum_of(done: Sequence[Done]) -> str:

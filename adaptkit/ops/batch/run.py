@@ -15,13 +15,16 @@ from adaptkit.errors import AdaptkitError, NoSuchName, WouldOverwrite, WrongUsag
 from adaptkit.ops.batch.log import Ledger
 from adaptkit.ops.batch.recipe import load
 from adaptkit.ops.batch.workers import Engine, Here, Outcome, Processes, planned
+from adaptkit.ops.shared import Brief
+from adaptkit.ops.stages import counting, log
 from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from os import PathLike
 
     from adaptkit.ops.batch.recipe import Job
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Options", "Plan", "Preview", "Report", "Result", "plan", "preview", "run"]
 
@@ -50,8 +53,8 @@ class Options:
     allow_outside: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Brief):
     """All jobs of a recipe.
 
     `groups` holds them in the order of execution. Jobs on one base are consecutive, and merges
@@ -69,8 +72,8 @@ class Plan:
         return tuple(job for group in self.groups for job in group)
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Brief):
     """Result of one job: `status` is done, skipped (done before) or failed."""
 
     job: Job
@@ -92,8 +95,8 @@ class Result:
         return found
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Brief):
     """Results in the order of the recipe; `not_run` counts the jobs after the first failure."""
 
     recipe: Path
@@ -126,8 +129,8 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
-class Preview:
+@dataclass(frozen=True, repr=False)
+class Preview(Brief):
     """Plans of the unfinished jobs, or the errors they would fail with.
 
     `peak_memory` is that of as many concurrent jobs as there are workers.
@@ -182,8 +185,9 @@ def _name(job: Job) -> dict[str, Any]:
     }
 
 
-def plan(recipe: Path, options: Options) -> Plan:
+def plan(recipe: str | PathLike[str], options: Options) -> Plan:
     """Read the recipe and its log; open no input."""
+    recipe = Path(recipe)
     if options.jobs is not None and options.jobs < 0:
         raise WrongUsage(f"--jobs must be >= 0, got {options.jobs}")
     if options.engine not in ENGINES:
@@ -230,6 +234,7 @@ def preview(plan: Plan, progress: Progress | None = None) -> Preview:
     """Plan every unfinished job; write nothing and do not import torch."""
     plan = replace(plan, ledger=Ledger(plan.recipe, keep=False))
     plans, failures, skipped = [], [], 0
+    told = counting(progress, "planning", len(plan.jobs), "jobs")
     for n, job in enumerate(plan.jobs, 1):
         try:
             if plan.ledger.finished(job):
@@ -238,8 +243,8 @@ def preview(plan: Plan, progress: Progress | None = None) -> Preview:
                 plans.append({**_name(job), **_foreseen(_claimed(plan, job))})
         except AdaptkitError as error:
             failures.append(Result(job, "failed", Outcome(error=str(error), hint=error.hint)))
-        if progress is not None:
-            progress(n, len(plan.jobs))
+        if told is not None:
+            told(n)
     peak = sum(nlargest(plan.options.jobs or 1, (found["peak_memory"] for found in plans)))
     plans.sort(key=lambda found: found["job"])
     return Preview(plan.recipe, len(plan.jobs), skipped, tuple(plans), tuple(failures), peak)
@@ -283,7 +288,7 @@ def run(
     an interrupt at any moment, the next run resumes from the log.
     """
     started = time.perf_counter()
-    found = _Run(plan, progress, tell)
+    found = _Run(plan, counting(progress, "running", len(plan.jobs), "jobs"), tell)
     workers = engine or _engine(plan.options)
     # closing stops the workers as soon as the loop is left
     with closing(workers.run(found.pending(workers.workers))) as outcomes:
@@ -339,7 +344,7 @@ class _Run:
     """The state of a run: keys of running jobs, and results."""
 
     plan: Plan
-    progress: Progress | None
+    counted: Callable[[int], None] | None
     tell: Callable[[Result], None] | None
     results: list[Result] = field(default_factory=list)
     keys: dict[int, tuple[_Key, Sequence[Any]]] = field(default_factory=dict)
@@ -408,5 +413,6 @@ class _Run:
         self.results.append(result)
         if self.tell is not None:
             self.tell(result)
-        if self.progress is not None:
-            self.progress(len(self.results), len(self.plan.jobs))
+        log().info("%s: %s %s", result.status, result.job.command, result.job.output)
+        if self.counted is not None:
+            self.counted(len(self.results))

@@ -118,7 +118,7 @@ def open_inputs(
         if not first.is_adapter:
             raise UnknownAdapter(
                 f"neither {first.path.name} nor {second.path.name} is an adapter",
-                hint="`adaptkit extract BASE TUNED` extracts the difference of two checkpoints",
+                hint="omit --base to compare two checkpoints",
             )
         inputs = (
             _adapters(first, second, base, opened)
@@ -139,7 +139,7 @@ def _adapters(first: _File, second: _File, path: Path | None, opened: ExitStack)
     _check_family(b, a)
     if base is not None:
         _check_family(a, base)
-        a, b = a.with_dots(base.family), b.with_dots(base.family)
+        a, b = base.adapted(a), base.adapted(b)
     a, b = a.with_dots(b.family), b.with_dots(a.family)
     return Inputs(Given(a, first.strength), Given(b, second.strength), base)
 
@@ -170,7 +170,7 @@ def _merged(adapter: _File, checkpoint: _File, path: Path | None, opened: ExitSt
     opened.callback(tuned.close)
     a = adapter.followed(adapter.read(), base.family.name) if base.known else adapter.named_by(base)
     _check_family(a, base)
-    a = a.with_dots(base.family)
+    a = base.adapted(a)
     return Inputs(Given(a, adapter.strength), None, base, tuned)
 
 

@@ -58,7 +58,8 @@ class Measurer:
 
     def step(self, match: Match) -> Step[Match]:
         """Return the step of a match, with the working memory it needs."""
-        size = 4 * WIDE * BLOCK + sum(self._bytes(side) for side in match.sides)
+        size = 4 * WIDE * BLOCK * _in_blocks(match)
+        size += sum(self._bytes(side) for side in match.sides)
         size += sum(checkpoint.nbytes(pieces) for _, checkpoint, pieces in self._pieces(match))
         first = next((side for side in match.sides if side.entry), None)
         if match.change is not None and self.tuned is not None:
@@ -129,6 +130,14 @@ class Measurer:
             if not _finite(stored[name]):
                 return NonFinite(what, file=checkpoint.source.path, tensor=pieces[0].name)
         return NonFinite("ΔW overflows", tensor=match.label)
+
+
+def _in_blocks(match: Match) -> bool:
+    """Whether ΔW is formed in blocks of rows, not compared by thin factors and one w1 ⊗ w2."""
+    sides = [side for side in match.sides if side.entry is not None and side.rank is None]
+    kron = [side.entry is not None and side.entry.kind.kron for side in sides]
+    based = match.change is not None or any(side.base is not None for side in match.sides)
+    return based or not all(kron) or len(kron) > 1
 
 
 def _name(pieces: tuple[Piece, ...]) -> str:

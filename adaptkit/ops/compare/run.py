@@ -1,4 +1,4 @@
-"""compare: distance of two adapters, or the share of an adapter in a checkpoint."""
+"""compare: distance of two adapters or checkpoints, or the share of an adapter in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
 from adaptkit.errors import AdaptkitError, NothingToDo
+from adaptkit.ops.compare import checkpoints
 from adaptkit.ops.compare.distance import Numbers
 from adaptkit.ops.compare.inputs import Argument, Given, Inputs, open_inputs
 from adaptkit.ops.compare.matching import Base, Match, of_adapters, of_checkpoint
 from adaptkit.ops.compare.measure import Measurer, needs_base
-from adaptkit.ops.shared import Brief, Closing, Progress, Shared, Unused, settle
+from adaptkit.ops.shared import Brief, Closing, Shared, Unused, biased, settle
+from adaptkit.ops.stages import Progress, counting, logged
 from adaptkit.steps import Step, check_memory
 
 if TYPE_CHECKING:
@@ -75,8 +77,9 @@ class Report(Brief):
     Two adapters A and B have the relative error ‖A − B‖ / ‖B‖. An adapter and a checkpoint have
     ‖D − ΔW‖ / ‖ΔW‖ with D = tuned − base, in total over the modules of the adapter; norm_b is
     ‖D‖. `strength` is ⟨D, ΔW⟩ / ‖ΔW‖² with ΔW at strength 1. `outside` is the share of ‖D‖² in
-    layers that are not in the adapter; `only_b` names the changed ones among them. A number is
-    None if it is undefined or depends on weights that were not given.
+    layers that are not in the adapter; `only_b` names the changed ones among them. Two checkpoints
+    have ‖A − B‖ / ‖B‖ of their weights, and `differ` counts the layers that are not equal. A number
+    is None if it is undefined or depends on weights that were not given.
     """
 
     a: Mapping[str, Any]
@@ -94,6 +97,7 @@ class Report(Brief):
     checkpoint: bool = False
     strength: float | None = None
     outside: float | None = None
+    differ: int | None = None
     tolerance: float | None = None
     unclaimed: int = 0
     unused: tuple[Unused, ...] = ()
@@ -122,9 +126,11 @@ class Report(Brief):
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON document: finite numbers or null.
 
-        Only a comparison with a checkpoint has `strength` and `outside`.
+        Only a comparison with a checkpoint has `strength` and `outside`, and only that of two
+        checkpoints `differ`.
         """
         against = {"strength": self.strength, "outside": self.outside} if self.checkpoint else {}
+        against |= {} if self.differ is None else {"differ": self.differ}
         return {
             "a": dict(self.a),
             "b": dict(self.b),
@@ -161,10 +167,14 @@ class Report(Brief):
 # planning
 
 
-def plan(a: Argument, b: Argument, options: Options) -> Plan:
+def plan(a: Argument, b: Argument, options: Options) -> Plan | checkpoints.Plan:
     """Match the modules of both sides; read headers only, and report all errors here."""
     if options.tolerance is not None and not 0.0 <= options.tolerance < math.inf:
         raise AdaptkitError(f"tolerance must be >= 0, got {options.tolerance:g}")
+    if options.base is None and checkpoints.both_checkpoints(a, b):
+        names = ("family", "memory", "only", "skip")
+        chosen = Shared(**{name: getattr(options, name) for name in names})
+        return checkpoints.plan(a, b, chosen, options.tolerance)
     inputs = open_inputs(
         a,
         b,
@@ -219,27 +229,59 @@ def _check_base(match: Match) -> None:
 # running
 
 
-def run(plan: Plan, progress: Progress | None = None) -> Report:
+def run(plan: Plan | checkpoints.Plan, progress: Progress | None = None) -> Report:
     """Read the weights and measure every module."""
     started = time.perf_counter()
+    if isinstance(plan, checkpoints.Plan):
+        return _of_checkpoints(plan, progress, started)
     found: dict[int, Numbers] = {}
-    worker, total = Measurer(plan.inputs.base, plan.inputs.tuned), len(plan.steps)
+    worker = Measurer(plan.inputs.base, plan.inputs.tuned)
 
     def store(match: Match, numbers: Numbers) -> None:
         found[match.number] = numbers
 
     try:
-        notes = engine.run(
-            plan.steps,
-            engine.Work(worker.load, worker.work, store, held=lambda _: 0),
-            engine.Resources.choose(plan.options.device, plan.options.memory),
-            None if progress is None else lambda done: progress(done, total),
-        )
+        with logged("compare", progress) as told:
+            notes = engine.run(
+                plan.steps,
+                engine.Work(worker.load, worker.work, store, held=lambda _: 0),
+                engine.Resources.choose(plan.options.device, plan.options.memory, gains=False),
+                counting(told, "comparing", len(plan.steps), "modules"),
+            )
     finally:
         plan.close()
     both = [(match, found[match.number]) for match in plan.matches]
     report = _report(plan, both, time.perf_counter() - started)
     return replace(report, notes=(*report.notes, *notes))
+
+
+def _of_checkpoints(plan: checkpoints.Plan, progress: Progress | None, started: float) -> Report:
+    every, notes = checkpoints.measured(plan, progress)
+    total = _sum(numbers for _, numbers in every)
+    both = [(layer.label, n) for layer, n in every if layer.a and layer.b]
+    common = _sum(n for _, n in both)
+    a, b = plan.described()
+    return Report(
+        a=a,
+        b=b,
+        family=plan.b.family.name,
+        relative_error=total.over_b,
+        relative_error_common=common.over_b,
+        cosine=total.cosine,
+        norm_a=total.norm_a,
+        norm_b=total.norm_b,
+        modules=tuple(
+            ModuleDistance(label, n.over_b, n.norm_a, n.norm_b, n.cosine) for label, n in both
+        ),
+        only_a=tuple(layer.label for layer, _ in every if not layer.b),
+        only_b=tuple(layer.label for layer, _ in every if not layer.a),
+        differ=sum(n.error > 0.0 for _, n in both),
+        tolerance=plan.tolerance,
+        unclaimed=len(plan.unused),
+        unused=plan.unused,
+        notes=notes,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) -> Report:
@@ -275,7 +317,7 @@ def _report(plan: Plan, found: Sequence[tuple[Match, Numbers]], seconds: float) 
         tolerance=plan.options.tolerance,
         unclaimed=sum(len(given.adapter.unclaimed) for given in (inputs.a, inputs.b) if given),
         unused=plan.unused,
-        notes=tuple(_notes(total, both, against)),
+        notes=(*_notes(total, both, against), *_biases(both)),
         seconds=seconds,
     )
 
@@ -306,6 +348,10 @@ def _strength(numbers: Numbers, inputs: Inputs) -> float | None:
     if inputs.tuned is None or numbers.fitted is None:
         return None
     return inputs.a.strength * numbers.fitted
+
+
+def _biases(both: Sequence[tuple[Match, Numbers]]) -> list[str]:
+    return biased(side.entry for match, _ in both for side in match.sides if side.entry)
 
 
 def _notes(total: Numbers, both: Sequence[tuple[Match, Numbers]], against: bool) -> Iterator[str]:

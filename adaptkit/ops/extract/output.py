@@ -17,6 +17,7 @@ from adaptkit.ops.adapter_file.writer import AdapterWriter, Meant
 from adaptkit.ops.extract.plan import AUTO, takes_factor
 from adaptkit.ops.ranks.options import RULES
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.ops.stages import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.extract.plan import Plan
     from adaptkit.ops.ranks.forms import Pick
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Output", "Stored", "spool_key"]
 
@@ -65,7 +67,9 @@ class Output:
         """Every tensor, in the order of the checkpoint's layers."""
         return [TensorSpec(name, dtype, shape) for name, dtype, shape, _, _ in self._named()]
 
-    def write(self, spool: Spool, verify: Verify | None = None) -> int:
+    def write(
+        self, spool: Spool, verify: Verify | None = None, progress: Progress | None = None
+    ) -> int:
         """Publish the output; return its bytes. `verify` sees the file before that."""
         plan = self.plan
         try:
@@ -81,7 +85,7 @@ class Output:
             )
         except NotRepresentable as error:
             raise error.at(file=plan.tuned.source.path) from None
-        return writer.write(lambda sink: self._fill(sink, spool), before=plan.close)
+        return writer.write(lambda sink: self._fill(sink, spool, progress), before=plan.close)
 
     def _meant(self) -> dict[Slot, Meant]:
         return {
@@ -107,9 +111,12 @@ class Output:
             return False
         return place is Alpha.TENSOR or pick.scale != 1.0
 
-    def _fill(self, sink: TensorSink, spool: Spool) -> None:
+    def _fill(self, sink: TensorSink, spool: Spool, progress: Progress | None) -> None:
         import torch
 
+        tally = Tally(progress, "writing", sink.size, "bytes")
+        tally.add(sink.header)
+        sink.wrote = tally.add
         specs = {spec.name: spec for spec in spool.specs()}
         for name, dtype, _, pick, key in self._named():
             if not key:

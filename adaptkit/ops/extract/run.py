@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 from adaptkit import engine
 from adaptkit.ops.adapter_file.verdict import loading
 from adaptkit.ops.difference.probe import Probe, probe
-from adaptkit.ops.extract.fit import FitRecipe, Fitter
+from adaptkit.ops.extract.fit import Fitter
 from adaptkit.ops.extract.output import spool_key
 from adaptkit.ops.extract.plan import Plan, recipes_of, step_of
+from adaptkit.ops.extract.recipe import FitRecipe
 from adaptkit.ops.extract.result import Report, Result
 from adaptkit.ops.extract.verify import Verifier
 from adaptkit.ops.ranks.forms import Fitted, Form, Pick
+from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adaptkit.files.spool import Spool
     from adaptkit.ops.difference.pairing import Pair
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
     from adaptkit.steps import Step
 
 __all__ = ["run"]
@@ -38,23 +40,28 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
 
     started = time.perf_counter()
     resources = engine.Resources.choose(plan.options.device, plan.options.memory)
-    looked = probe(plan.base, plan.tuned, plan.jobs, resources)
+    looked = probe(plan.base, plan.tuned, plan.jobs, resources, progress)
     with Spool(SPOOL, plan.output.parent) as spool:
         fitting = _Fitting(plan, looked, spool, resources)
         fitting.run(progress)
         result = Result(plan, looked, [(job, fitting.found[job.number]) for job in plan.jobs])
+        told = counting(progress, "choosing", len(plan.jobs), "layers")
         result.choose()
+        if told is not None:
+            told(len(plan.jobs))
         fitting.finish(result, progress)
         draft = result.report()
         stored = frozenset(job.number for job, _, _ in result.stored())
-        verifier = Verifier(plan, stored, result.relative_error) if plan.options.verify else None
-        size = result.output().write(spool, verifier)
+        verifier = None
+        if plan.options.verify:
+            verifier = Verifier(plan, stored, result.relative_error, progress)
+        size = result.output().write(spool, verifier, progress)
     measured = None if verifier is None else verifier.measured
     seconds = time.perf_counter() - started
     family = plan.base.family.name if plan.base.known else None
-    told = loading(plan.output, family)
+    verdict = loading(plan.output, family)
     notes = (*draft.notes, *dict.fromkeys(fitting.notes))
-    return replace(draft, bytes=size, seconds=seconds, measured=measured, notes=notes, **told)
+    return replace(draft, bytes=size, seconds=seconds, measured=measured, notes=notes, **verdict)
 
 
 class _Fitting:
@@ -75,8 +82,7 @@ class _Fitting:
             ]
 
     def run(self, progress: Progress | None) -> None:
-        total = len(self.steps)
-        told = None if progress is None else lambda done: progress(done, total)
+        told = counting(progress, "fitting", len(self.steps), "layers")
         self._run(self.steps, self.recipes, self._keep, told)
 
     def finish(self, result: Result, progress: Progress | None) -> None:
@@ -87,9 +93,8 @@ class _Fitting:
             if pick and (again := self._again(job, pick))
         }
         steps = [step for step in self.steps if step.payload.number in recipes]
-        total = len(steps)
         if steps:
-            told = None if progress is None else lambda done: progress(done, total)
+            told = counting(progress, "refitting", len(steps), "layers")
             self._run(steps, recipes, lambda job, fitted: self._complete(result, job, fitted), told)
 
     def _again(self, job: Pair, pick: Pick) -> tuple[FitRecipe, ...]:

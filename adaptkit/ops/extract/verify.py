@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptkit.ops.adapter_file.verified import agreed, row_blocks, rows_of
+from adaptkit.ops.stages import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.extract.plan import Plan
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Verifier"]
 
@@ -23,14 +25,23 @@ __all__ = ["Verifier"]
 class Verifier:
     """Subtract every module in the file from tuned − base, block by block, in float64."""
 
-    def __init__(self, plan: Plan, stored: frozenset[int], reported: float) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stored: frozenset[int],
+        reported: float,
+        progress: Progress | None = None,
+    ) -> None:
         self.plan, self.stored, self.reported = plan, stored, reported
         self.measured: float | None = None
+        self.progress = progress
 
     def __call__(self, weights: Callable[[Slot], Weights]) -> None:
         """Measure the file. CorruptFile if its error is not the one to report."""
         norm = rest = 0.0
+        tally = Tally(self.progress, "verifying", len(self.plan.jobs), "layers")
         for job in self.plan.jobs:
+            tally.add(1)
             stored = None
             if job.number in self.stored:
                 assert job.slot is not None

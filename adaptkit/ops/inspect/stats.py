@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.errors import NotRepresentable
 from adaptkit.meaning import Problem
 from adaptkit.ops.blocks import KINDS, NUMBERED, STAGES, block_of, kind_of
+from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from adaptkit.adapter import Adapter
     from adaptkit.algorithms.contract import Facts, Weights
     from adaptkit.entries import Entry
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Measured", "measure", "problems", "rolled_up", "total_norm"]
 
@@ -100,10 +101,11 @@ class Measured:
 def measure(adapter: Adapter, progress: Progress | None = None) -> tuple[Measured, ...]:
     """Measure every module, in file order."""
     found = []
+    told = counting(progress, "reading", len(adapter.entries), "modules")
     for done, entry in enumerate(adapter.entries.values(), 1):
         found.append(_measured(adapter, entry))
-        if progress:
-            progress(done, len(adapter.entries))
+        if told is not None:
+            told(done)
     return tuple(found)
 
 

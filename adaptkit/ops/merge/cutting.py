@@ -64,6 +64,10 @@ def part_of(
     applied to `whole`, the layer's weight in float32 or wider. Raises NotRepresentable without it:
     another adapter changes the layer first.
     """
+    if c.bias:
+        assert whole is not None
+        weights = weights.on_bias(whole)
+        return rows_of(weights, *c.cut) if c.cut else weights
     if c.columns:
         import torch
 

@@ -95,9 +95,14 @@ class _Deltas:
 class Blender:
     """Read and merge tensors of one base; a single plan is a batch of one."""
 
-    def __init__(self, plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
+    def __init__(
+        self, plans: Sequence[Plan], outputs: Sequence[Output], *, at_once: bool = False
+    ) -> None:
+        self.at_once = at_once
         self.plans, self.outputs = plans, outputs
         self.base = plans[0].base
+        # ‖ΔW‖² of the Kronecker products by tensor and source, on devices
+        self.norms: dict[tuple[str, int], float] = {}
 
     def load(self, joint: JointMerge) -> dict[str, Tensor]:
         """Read the weight, its scale, and the factors of every output."""
@@ -109,6 +114,10 @@ class Blender:
             for c, source in zip(merge.contributions if merge else (), sources, strict=True):
                 if c.strength and source not in read:
                     stored = plan.adapters[c.adapter].read(c.entry)
+                    if self.at_once and not (c.cut or c.rows or c.columns):
+                        weights = c.entry.decode(stored)
+                        if weights.kron_factors() is not None:
+                            self.norms[joint.name, source] = weights.norm_squared()
                     stored |= whole_slot(self.base, c)
                     loaded |= {f"{source}/{role}": tensor for role, tensor in stored.items()}
                     read.add(source)
@@ -122,8 +131,6 @@ class Blender:
         The joints have equal shapes and contributions, and their tensors are stacked. Return, for
         each joint, the result of each output.
         """
-        from adaptkit.linalg.precision import works_on_stacks
-
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
         found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
         whole: list[int] = []
@@ -136,7 +143,7 @@ class Blender:
             for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
                 found[n][number] = merged
         if rows:
-            merge_all = self._at_once if works_on_stacks(stored.device) else self._by_rows
+            merge_all = self._at_once if self.at_once else self._by_rows
             for number, of_each in zip(rows, merge_all(rows, joints, tensors, stored), strict=True):
                 for n, merged in enumerate(of_each):
                     found[n][number] = merged
@@ -252,6 +259,9 @@ class Blender:
         stored: Tensor,
     ) -> list[list[Merged]]:
         """Merge a whole stack in few launches; nothing waits for the device before the results."""
+        from adaptkit.ops.merge.at_once import widened_factors
+
+        tensors = widened_factors(tensors)
         flat = stored.reshape(*stored.shape[:2], math.prod(stored.shape[2:]))
         return [self._one_output(number, joints, tensors, flat) for number in numbers]
 
@@ -262,22 +272,28 @@ class Blender:
         tensors: Mapping[str, Tensor],
         flat: Tensor,
     ) -> list[Merged]:
-        import torch
+        from adaptkit.ops.merge.at_once import merged
 
-        from adaptkit.linalg.precision import compute_dtype
-
-        merged = flat.to(compute_dtype(flat), copy=True)
-        for part, strength in self._parts(number, joints[0], tensors, flat.shape[1]):
-            part.add(merged, strength)
-        out = merged.to(torch_dtype(_present(joints[0].merges[number]).dtype))
-        norms = [_norm(flat), _norm(merged - flat), _norm(merged - out)]
-        squares = torch.stack(norms).cpu().double().square()
+        parts = list(self._parts(number, joints[0], tensors, flat.shape[1]))
+        deltas = [self._known(number, joint) for joint in joints]
+        dtype = torch_dtype(_present(joints[0].merges[number]).dtype)
+        made = merged(flat, parts, dtype, known=None not in deltas)
+        weight, rounding, *rest = made.norms.cpu().double().square().tolist()
+        units = [known * parts[0][1] ** 2 for known in deltas if known is not None]
+        delta = [found * made.unit**2 for found in rest[0]] if rest else units
         shape = self.base.source.infos[joints[0].name].shape
-        host = out.cpu().reshape(len(joints), *shape)
+        host = made.out.cpu().reshape(len(joints), *shape)
         return [
-            self._merged(number, _present(joint.merges[number]), host[n], *squares[:, n].tolist())
+            self._merged(
+                number, _present(joint.merges[number]), host[n], weight[n], delta[n], rounding[n]
+            )
             for n, joint in enumerate(joints)
         ]
+
+    def _known(self, number: int, joint: JointMerge) -> float | None:
+        """‖ΔW‖² of the only module that is added, if it was told when that was read."""
+        sources = joint.sources[number]
+        return self.norms.get((joint.name, sources[0])) if len(sources) == 1 else None
 
     def _merged(
         self, number: int, merge: TensorMerge, out: Tensor | None, *squares: float
@@ -417,14 +433,6 @@ def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
 def _present(merge: TensorMerge | None) -> TensorMerge:
     assert merge is not None
     return merge
-
-
-def _norm(x: Tensor) -> Tensor:
-    """‖x‖ of each of a stack (b, m, n), in one launch."""
-    import torch
-
-    found: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
-    return found
 
 
 def _square(x: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.errors import CannotWrite, CorruptFile
 from adaptkit.files.header import nbytes
+from adaptkit.ops.stages import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from adaptkit.files.sink import Pieces, TensorSink
     from adaptkit.files.source import TensorSource
     from adaptkit.ops.merge.layout import Layout, Move, Volume
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Output", "gathered", "opened"]
 
@@ -35,6 +37,7 @@ class Output:
     ) -> None:
         self.layout, self.at = layout, at
         self._sinks = sinks
+        self.size = sum(sink.size for sink in sinks.values())
         self._parts: dict[tuple[str, str], Pieces] = {}
         if layout.moves:
             stored = (
@@ -47,6 +50,12 @@ class Output:
             if volume.copied is None
             for name, stored in volume.names.items()
         }
+
+    def tell(self, wrote: Callable[[int], None]) -> None:
+        """Have the bytes counted that are written from now on; their headers are by now."""
+        for sink in self._sinks.values():
+            wrote(sink.header)
+            sink.wrote = wrote
 
     def put(self, name: str, tensor: Tensor, *, copied: bool = False) -> None:
         """Write one tensor, named as in the checkpoint; `NonFinite` unless it is `copied`."""
@@ -184,6 +193,7 @@ def opened(
     *,
     overwrite: bool,
     hidden: bool,
+    progress: Progress | None = None,
 ) -> Iterator[Output]:
     """Open the output, which appears as `path` if the block succeeds.
 
@@ -195,7 +205,7 @@ def opened(
 
     if layout.folder:
         with publish_folder(path, layout.top, overwrite=overwrite) as made, ExitStack() as stack:
-            _write_others(layout, made)
+            _write_others(layout, made, progress)
             sinks = {
                 volume.path: stack.enter_context(
                     TensorSink(made / volume.path, volume.specs, metadata(volume))
@@ -224,16 +234,30 @@ def _rename(made: Path, path: Path) -> None:
         raise CannotWrite(f"cannot be written: {error.strerror or error}", file=path) from error
 
 
-def _write_others(layout: Layout, made: Path) -> None:
+def _write_others(layout: Layout, made: Path, progress: Progress | None) -> None:
     """Write indices and copy other files and unchanged weights files."""
     copies = {**layout.others, **{v.path: v.copied for v in layout.volumes if v.copied is not None}}
     folders = {(made / path).parent for path in (*copies, *layout.indices, *layout.files())}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
+    sizes = {path: _bytes_of(source) for path, source in copies.items()}
+    tally = Tally(progress, "copying", sum(sizes.values()), "bytes")
     for path, source in copies.items():
         try:
             shutil.copyfile(source, made / path)
         except FileNotFoundError as error:
-            raise CorruptFile("the file was removed after planning", file=source) from error
+            raise _gone(source) from error
+        tally.add(sizes[path])
     for path, text in layout.indices.items():
         (made / path).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _bytes_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError as error:
+        raise _gone(path) from error
+
+
+def _gone(path: Path) -> CorruptFile:
+    return CorruptFile("the file was removed after planning", file=path)

@@ -50,6 +50,7 @@ class Contribution:
     `cut` selects rows of the entry. `strength` is the adapter's times the block weight. `slot` are
     all tensors of the layer if what these rows become depends on the others too. `columns` are
     those of the tensor if the entry has fewer and zeros take the place of the others, else 0.
+    `bias`: the tensor is the bias of the layer whose weight is `slot`.
     """
 
     adapter: int
@@ -60,6 +61,7 @@ class Contribution:
     strength: float
     slot: tuple[Piece, ...] = ()
     columns: int = 0
+    bias: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from adaptkit.adapter import Adapter
 from adaptkit.checkpoint import Checkpoint, Piece
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.files.header import GGML, TensorSpec
+from adaptkit.names import BIAS, Slot
 from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.merge.layout import as_single, plan_layout
 from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from adaptkit.entries import Entry
-    from adaptkit.names import Slot
     from adaptkit.ops.merge.layout import Layout
 
 __all__ = ["plan"]
@@ -46,7 +47,9 @@ def plan(
     base = Path(base)
     with ExitStack() as failing:
         checkpoint = failing.enter_context(
-            Checkpoint.open(base, family=options.family, strangers=True)
+            Checkpoint.open(
+                base, family=options.family, strangers=True, unpack=options.dtype != "keep"
+            )
         )
         opened = []
         for path, _ in adapters:
@@ -216,7 +219,7 @@ def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
             hint="see `adaptkit inspect` on both",
             file=path,
         )
-    return adapter.with_dots(base.family)
+    return base.adapted(adapter)
 
 
 class _Places:
@@ -257,6 +260,11 @@ class _Places:
         wider = 0 < own < columns and own % window == 0 and entry.facts.rows == rows
         return columns if wider else 0
 
+    def _narrower(self, entry: Entry, pieces: tuple[Piece, ...]) -> bool:
+        """Whether a layer has as many rows and half the inputs, as FLUX.1 beside its Control."""
+        rows, *inputs = self.base.slot_shape(pieces)
+        return (entry.facts.rows, entry.facts.columns) == (rows, 2 * math.prod(inputs))
+
     def _whole(self, entry: Entry, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
         """The pieces of a slot if one of them depends on all and none is changed before."""
         apart = entry.kind.additive or len(pieces) == 1
@@ -275,7 +283,7 @@ class _Places:
         if (reason := stored.refusal(info)) is not None:
             raise NotRepresentable(
                 f"stored as {reason}, which adapters cannot be added to",
-                hint="use an fp32, fp16, bf16 or fp8 (e4m3, e5m2) checkpoint of this model",
+                hint=self.base.plain_hint(name),
                 file=self.base.source.path,
                 tensor=name,
             )
@@ -300,13 +308,24 @@ class _Places:
                     "if the checkpoint is a Fill, Control or inpainting model, --pad-inputs leaves "
                     "the last inputs of this layer as they are"
                 )
+            elif self._narrower(entry, pieces):
+                error.hint = (
+                    "a Control LoRA reads more inputs than the plain model has: merge it into the "
+                    "Control or Fill model; no plain LoRA can stand for it"
+                )
             raise
         strength = self.strengths[number] * self.blocks.weight(slot)
         whole = self._whole(entry, pieces)
+        made = Contribution(number, entry, None, None, label, strength, whole, columns)
+        self._place(made, pieces)
+        if entry.kind.changes_bias(entry.facts):
+            bias = Slot(slot.target._replace(param=BIAS), slot.rows)
+            held = self.base.locate(bias, self.held.get(bias.target, {}))
+            self._place(replace(made, slot=pieces, columns=0, bias=True), held or ())
+
+    def _place(self, made: Contribution, pieces: tuple[Piece, ...]) -> None:
         for piece, cut in _cuts(self.base, pieces):
-            self.found.setdefault(piece.name, []).append(
-                Contribution(number, entry, piece.rows, cut, label, strength, whole, columns)
-            )
+            self.found.setdefault(piece.name, []).append(replace(made, rows=piece.rows, cut=cut))
 
 
 def _cuts(

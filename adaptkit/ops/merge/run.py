@@ -7,15 +7,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from adaptkit import engine
+from adaptkit.files.header import nbytes
 from adaptkit.ops.merge.kernel import Blender, Merged
 from adaptkit.ops.merge.output import opened
 from adaptkit.ops.merge.plan import Options, Plan
 from adaptkit.ops.merge.provenance import Provenance
 from adaptkit.ops.merge.report import Report, report_of
 from adaptkit.ops.merge.steps import JointMerge, combined
+from adaptkit.ops.stages import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from adaptkit.ops.merge.output import Output
     from adaptkit.ops.merge.verify import Verified
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Options", "Plan", "run"]
 
@@ -60,12 +63,17 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
     started = time.perf_counter()
     options = plans[0].options
     found: list[dict[str, Merged]] = [{} for _ in plans]
-    resources = engine.Resources.choose(options.device, options.memory)
+    resources = engine.Resources.choose(
+        options.device, options.memory, gains=False, wide=any(map(_wide, plans))
+    )
     steps = combined(plans, at_once=not resources.on_cpu)
     with ExitStack() as last, ExitStack() as stack:
         hashes: dict[Path, str] = {}
-        outputs = [stack.enter_context(_output(plan, hashes)) for plan in plans]
-        blender = Blender(plans, outputs)
+        outputs = [stack.enter_context(_output(plan, hashes, progress)) for plan in plans]
+        tally = Tally(progress, "merging", sum(output.size for output in outputs), "bytes")
+        for output in outputs:
+            output.tell(tally.add)
+        blender = Blender(plans, outputs, at_once=not resources.on_cpu)
         copying = _Background(lambda: _copy_untouched(plans, outputs))
         # after the outputs are aborted, which ends the copying
         last.callback(copying.join)
@@ -82,9 +90,8 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
                         output.put(merge.scale, result.scale)
                     records[merge.name] = replace(result, tensor=None, scale=None)
 
-        told = None if progress is None else lambda done: progress(done, len(steps))
         work = engine.Work(blender.load, blender.blend, store, held=_held)
-        notes = engine.run(steps, work, resources, told)
+        notes = engine.run(steps, work, resources)
         copying.wait()
         for plan in plans:
             if not plan.options.verify:
@@ -92,13 +99,32 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
                 plan.close()
         # each output waits for the disk, which syncs them all at once
         with ThreadPoolExecutor(len(plans)) as disk:
-            verified = list(disk.map(_finished, plans, outputs))
+            saved = Tally(progress, "syncing", len(plans), "outputs")
+            list(disk.map(lambda output: _saved(output, saved), outputs))
+            verified = _verified(plans, outputs, progress)
     seconds = (time.perf_counter() - started) / len(plans)
     reports = (report_of(*each, seconds) for each in zip(plans, found, verified, strict=True))
     return [replace(report, notes=(*report.notes, *notes)) for report in reports]
 
 
-def _output(plan: Plan, hashes: dict[Path, str]) -> AbstractContextManager[Output]:
+def _wide(plan: Plan) -> bool:
+    """Whether a merge needs float64, or decompositions, as rotations do."""
+    added = [
+        (c.entry, plan.adapters[c.adapter].source.infos)
+        for merge in plan.computed
+        for c in merge.contributions
+        if c.strength
+    ]
+    stored = (infos[key] for entry, infos in added for _, key in entry.tensors())
+    weights = (plan.base.source.infos[merge.name] for merge in plan.computed)
+    wide = "F64" in {merge.dtype for merge in plan.computed}
+    wide |= any(info.dtype == "F64" for info in chain(stored, weights))
+    return wide or any(not entry.kind.additive for entry, _ in added)
+
+
+def _output(
+    plan: Plan, hashes: dict[Path, str], progress: Progress | None
+) -> AbstractContextManager[Output]:
     records = Provenance(plan, hashes)
     options = plan.options
     return opened(
@@ -107,17 +133,28 @@ def _output(plan: Plan, hashes: dict[Path, str]) -> AbstractContextManager[Outpu
         records.metadata,
         overwrite=options.overwrite,
         hidden=options.verify,
+        progress=progress,
     )
 
 
-def _finished(plan: Plan, output: Output) -> Verified | None:
+def _saved(output: Output, tally: Tally) -> None:
+    output.finish()
+    tally.add(1)
+
+
+def _verified(
+    plans: Sequence[Plan], outputs: Sequence[Output], progress: Progress | None
+) -> list[Verified | None]:
+    """Read back the outputs of the plans that ask for it."""
     from adaptkit.ops.merge.verify import verify
 
-    output.finish()
-    if not plan.options.verify:
-        return None
-    found = verify(plan, output.at)
-    plan.close()
+    asked = [plan for plan in plans if plan.options.verify]
+    size = sum(nbytes(spec.dtype, spec.shape) for plan in asked for spec in plan.specs)
+    tally = Tally(progress, "verifying", size, "bytes")
+    found: list[Verified | None] = []
+    for plan, output in zip(plans, outputs, strict=True):
+        found.append(verify(plan, output.at, tally.add) if plan.options.verify else None)
+        plan.close()
     return found
 
 

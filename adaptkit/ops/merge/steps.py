@@ -83,11 +83,14 @@ def _combined(
         merges[number] = step.payload
     sources = _sources(merges, plans)
     shape = sources, tuple((number, step.shape) for number, step in steps)
+    size = shared + own + sum(factors.values())
+    read = plans[0].base.source.infos[name].nbytes + sum(factors.values())
     return Step(
         JointMerge(name, tuple(merges), sources),
         shape,
-        shared + own + sum(factors.values()),
+        size,
         steps[0][1].order,
+        read + own if at_once else size,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit import engine
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import AdaptkitError, CorruptFile, NotRepresentable
+from adaptkit.files.header import nbytes
 from adaptkit.files.tensors import tensor_bytes
 from adaptkit.ops.merge.cutting import WHOLE, part_of, whole_slot
 from adaptkit.ops.merge.output import gathered
@@ -60,15 +61,18 @@ class Verified:
         }
 
 
-def verify(plan: Plan, at: Callable[[str], Path]) -> Verified:
-    """Read every file of the output; raise CorruptFile for the first wrong tensor."""
+def verify(plan: Plan, at: Callable[[str], Path], tell: Callable[[int], None]) -> Verified:
+    """Read every file of the output; raise CorruptFile for the first wrong tensor.
+
+    `tell` is called with the bytes of every tensor compared.
+    """
     from adaptkit.files.open import open_source
 
     opened: list[tuple[Volume, TensorSource]] = []
     try:
         for volume in plan.layout.volumes:
             opened.append((volume, open_source(at(volume.path))))
-        return _Verifier(plan, opened).run()
+        return _Verifier(plan, opened, tell).run()
     except AdaptkitError as error:
         if error.file is not None and error.file in {str(source.path) for _, source in opened}:
             error.file = str(plan.output)
@@ -79,8 +83,14 @@ def verify(plan: Plan, at: Callable[[str], Path]) -> Verified:
 
 
 class _Verifier:
-    def __init__(self, plan: Plan, opened: Sequence[tuple[Volume, TensorSource]]) -> None:
-        self.plan, self.opened = plan, opened
+    def __init__(
+        self,
+        plan: Plan,
+        opened: Sequence[tuple[Volume, TensorSource]],
+        tell: Callable[[int], None],
+    ) -> None:
+        self.plan, self.opened, self.tell = plan, opened, tell
+        self.sizes = {spec.name: nbytes(spec.dtype, spec.shape) for spec in plan.specs}
         self.place = {
             name: (source, stored)
             for volume, source in opened
@@ -97,6 +107,7 @@ class _Verifier:
         copied = [spec.name for spec in self.plan.specs if spec.name not in made]
         for name in copied:
             self._same_bytes(name)
+            self.tell(self.sizes[name])
         steps = [self._step(step) for step in self.plan.steps]
         engine.run(
             steps,
@@ -240,7 +251,8 @@ class _Verifier:
         whole = tensors.get(f"{n}/{WHOLE}")
         return part_of(weights, c, None if whole is None else whole[0].double(), self.plan.adapters)
 
-    def _keep(self, _: TensorMerge, worst: float) -> None:
+    def _keep(self, merge: TensorMerge, worst: float) -> None:
+        self.tell(sum(self.sizes[name] for name in merge.writes()))
         self.largest = max(self.largest, worst)
 
 
@@ -366,6 +378,9 @@ def _excess(expected: Tensor, found: Tensor, unit: Tensor, dtype: Any, slack: fl
 
     if not expected.numel():
         return 0.0
+    if not dtype.is_floating_point:  # integers times their unit: half a step everywhere
+        allowed = expected.abs().mul_(2.0**-20).add_(0.5 * unit + slack)
+        return float((found - expected).abs_().div_(allowed).max())
     info = torch.finfo(dtype)
     # half a step is eps/2 of the magnitude at most, and half the least subnormal at the bottom
     least = info.smallest_normal * info.eps / 2

@@ -10,6 +10,7 @@ from adaptkit.errors import AmbiguousAdapter, NotRepresentable, ShapeMismatch, U
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import Dialect, keys_for
 from adaptkit.names import BIAS
+from adaptkit.ops.shared import biased
 from adaptkit.respelling import Respelling
 from adaptkit.unknown import joint
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from adaptkit.respelling import Assembly
 
 __all__ = [
+    "bias_notes",
     "check_base",
     "check_biases",
     "check_family",
@@ -131,6 +133,12 @@ def check_biases(keys: KeyMap, tasks: Sequence[Task]) -> None:
             file=bias.terms[0].job.adapter.source.path,
             tensor=bias.label,
         )
+
+
+def bias_notes(tasks: Sequence[Task]) -> list[str]:
+    """What is lost of kinds that change the bias of a layer beside its weight."""
+    changed = [task for task in tasks if task.ready is None]
+    return biased(e for task in changed for e in task.entries if e.kind is not task.kind)
 
 
 def scales_biases(adapters: Sequence[Adapter], keys: KeyMap) -> bool:

@@ -63,10 +63,12 @@ def differences(
             continue
         if part.cut is not None:
             raise NotRepresentable("a part of it depends on the rest of its base weight")
-        weight = base[at : at + weights.rows]
+        # tensors of some kinds do not tell the rows; the base did
+        rows = (part.entry.facts.rows if part.entry else 0) or weights.rows
+        weight = base[at : at + rows]
         change = weights.apply(weight.clone(), 1.0) - weight
         found.append(dense_kind().holding(change, ()))
-        at += weights.rows
+        at += rows
     return found
 
 
@@ -85,7 +87,7 @@ def _forms(
 
 def _stacked(parts: Sequence[Part], whole: Sequence[Weights | None]) -> Weights:
     if len(parts) == 1 and whole[0] is not None and parts[0].cut is not None:
-        return whole[0].block(*parts[0].cut)
+        return whole[0].own_part(*parts[0].cut)
     cut = [
         weights if weights is None or part.cut is None else weights.part(*part.cut)
         for part, weights in zip(parts, whole, strict=True)

@@ -19,6 +19,7 @@ from adaptkit.ops.adapter_file.size import exact_size
 from adaptkit.ops.adapter_file.writer import AdapterWriter, Meant
 from adaptkit.ops.rewrite.plan import Copied, Recast, Written
 from adaptkit.ops.rewrite.training import restated
+from adaptkit.ops.stages import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
     from adaptkit.ops.adapter_file.writer import Verify
     from adaptkit.ops.rewrite.state import State
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Output"]
 
@@ -52,7 +54,12 @@ class Output:
         """The exact bytes of the file; nothing is computed for it."""
         return exact_size(self.specs(), self.metadata())
 
-    def write(self, fill: Callable[[TensorSink], None], verify: Verify | None = None) -> int:
+    def write(
+        self,
+        fill: Callable[[TensorSink], None],
+        verify: Verify | None = None,
+        progress: Progress | None = None,
+    ) -> int:
         """Publish the output; return its bytes.
 
         `fill` puts the tensors that are neither copied nor in the spool. `verify` sees the file
@@ -75,16 +82,26 @@ class Output:
             raise error.at(file=plan.adapter.source.path) from None
         # a lost output can be made again: wait for the disk only if it replaces a file
         sync = plan.output.exists()
-        return writer.write(lambda sink: self._fill(sink, metadata, fill), sync=sync)
+        return writer.write(lambda sink: self._fill(sink, metadata, fill, progress), sync=sync)
 
     def _meant(self) -> dict[Slot, Meant]:
         found = ((task.slot, self.state.outcome(task)) for task in self.plan.tasks)
         return {slot: Meant(one.kind, one.rank, one.scale) for slot, one in found if one}
 
     def _fill(
-        self, sink: TensorSink, metadata: Mapping[str, str], fill: Callable[[TensorSink], None]
+        self,
+        sink: TensorSink,
+        metadata: Mapping[str, str],
+        fill: Callable[[TensorSink], None],
+        progress: Progress | None,
     ) -> None:
+        # the second pass is a stage of its own, of modules; its bytes are written all the same
+        before = [sink.header]
+        sink.wrote = before.append
         fill(sink)
+        tally = Tally(progress, "writing", sink.size, "bytes")
+        tally.add(sum(before))
+        sink.wrote = tally.add
         hashing = _Hashing(self, sink, metadata)
         for number, adapter in enumerate(self.plan.adapters):
             mine = [item for item in self.copied if item.number == number]

@@ -23,6 +23,7 @@ from adaptkit.keymap.kinds import dense_kind, low_rank_kind, wrapped_like
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.rewrite.checks import (
+    bias_notes,
     check_base,
     check_biases,
     check_family,
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
 
-__all__ = ["recast"]
+__all__ = ["open_base", "recast"]
 
 
 SANE = 1e4  # a larger alpha that scales nothing is a placeholder: ai-toolkit writes 9999999999
@@ -88,9 +89,9 @@ def recast(
         chosen("algorithm", algorithms(), options.algo)
     check_adapter_output(output, folder=into.config, overwrite=options.overwrite)
     first, path = adapters[0], adapters[0].source.path
-    base = None if options.base is None else _base(options.base, first)
+    base = None if options.base is None else open_base(options.base, first)
     if base is not None:
-        adapters = tuple(adapter.with_dots(base.family) for adapter in adapters)
+        adapters = tuple(base.adapted(adapter) for adapter in adapters)
     keys = keys_of(adapters, into.format, into.dialect)
     planner = _Planner(adapters, weights, keys, into, options, policy, mixing, base)
     tasks = planner.tasks()
@@ -122,13 +123,14 @@ def recast(
         base,
         policy,
         mixing,
-        (*notes, *planner.notes),
+        (*notes, *planner.notes, *bias_notes(tasks)),
         tuple(planner.dropped),
         planner.selection.left_out,
     )
 
 
-def _base(path: Path, adapter: Adapter) -> Checkpoint:
+def open_base(path: Path, adapter: Adapter) -> Checkpoint:
+    """Open the checkpoint that an adapter is for; ShapeMismatch if it is of another family."""
     family = adapter.family.name if adapter.known else None
     found = Checkpoint.open(path, family=family, strangers=not adapter.known)
     if adapter.known and found.family.name != adapter.family.name:

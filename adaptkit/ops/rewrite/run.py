@@ -13,11 +13,13 @@ from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.peft_config import check_window, peft_config
 from adaptkit.ops.adapter_file.verdict import loading
+from adaptkit.ops.ranks.weighing import weighed
 from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.output import Output
 from adaptkit.ops.rewrite.report import Report, report_of
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 from adaptkit.ops.rewrite.verify import Verifier
+from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from adaptkit.files.sink import TensorSink
     from adaptkit.files.spool import Spool
     from adaptkit.ops.rewrite.plan import Recast, Task
-    from adaptkit.ops.shared import Progress
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["check_peft", "run"]
 
@@ -64,8 +66,8 @@ def run(plan: Recast, progress: Progress | None = None) -> Report:
     with _spool(plan) as spool:
         computing = _Computing(plan, state, spool, progress)
         computing.first()
-        verifier = Verifier(plan, state) if plan.options.verify else None
-        size = Output(plan, state, spool).write(computing.second, verifier)
+        verifier = Verifier(plan, state, progress) if plan.options.verify else None
+        size = Output(plan, state, spool).write(computing.second, verifier, progress)
     measured = None if verifier is None else verifier.measured
     seconds = time.perf_counter() - started
     told = loading(plan.output, plan.adapter.family.name if plan.adapter.known else None)
@@ -100,36 +102,37 @@ class _Computing:
         self.held = 0
         self.notes: dict[str, None] = {}
         self.cut: list[engine.Step[Task]] = []  # the steps of the second pass
-        twice = plan.policy is not None and not plan.policy.local
-        self.total = len(plan.steps) + (sum(task.ranked for task in plan.tasks) if twice else 0)
 
     def first(self) -> None:
         """Fill `state` with every tensor of the output; the spool has those computed so far."""
-        self._pass(self.plan.steps, self.worker.first, 0)
+        self._pass(self.plan.steps, self.worker.first, "fitting")
         ranked = [
             task
             for task in self.plan.tasks
             if task.number in self.state.decomposed.keys() - self.state.ranks.keys()
         ]
         if ranked:
+            told = counting(self.progress, "choosing", len(ranked), "modules")
             self._choose(ranked)
+            if told is not None:
+                told(len(ranked))
             cut = {task.number for task in ranked if self._cuts(task)}
             self.cut = [step for step in self.plan.steps if step.payload.number in cut]
 
     def second(self, sink: TensorSink) -> None:
         """Cut to the ranks that were chosen, straight into the output."""
         self.put = sink.put
-        self._pass(self.cut, self.worker.second, len(self.plan.steps))
+        self._pass(self.cut, self.worker.second, "cutting")
 
-    def _pass(self, steps: Sequence[engine.Step[Task]], kernel: Any, done: int) -> None:
+    def _pass(self, steps: Sequence[engine.Step[Task]], kernel: Any, stage: str) -> None:
         if not steps:
             return
-        report, total = self.progress, self.total
-        resources = engine.Resources.choose(self.plan.options.device, self.plan.options.memory)
+        options = self.plan.options
+        resources = engine.Resources.choose(options.device, options.memory, gains=False)
         work: engine.Work[Task, Any] = engine.Work(
             self.worker.load, kernel, self._store, _held, STACK
         )
-        told = None if report is None else lambda n: report(done + n, total)
+        told = counting(self.progress, stage, len(steps), "modules")
         self.notes |= dict.fromkeys(engine.run(steps, work, resources, told))
 
     def _store(self, task: Task, result: Stored | Decomposition | Cut) -> None:
@@ -155,7 +158,13 @@ class _Computing:
         assert self.plan.policy is not None
         choices = [curve_of(self.plan, task, self.state.decomposed[task.number]) for task in ranked]
         measure = _Measure(self.plan, self.state, ranked)
-        for task, rank in zip(ranked, self.plan.policy.choose(choices, measure), strict=True):
+        if self.plan.norms is None:
+            ranks = self.plan.policy.choose(choices, measure)
+        else:
+            found = weighed(self.plan.policy, choices, self.plan.norms(ranked), measure)
+            ranks = found.ranks
+            self.notes[found.note()] = None
+        for task, rank in zip(ranked, ranks, strict=True):
             self.state.ranks[task.number] = rank
             if rank and (stored := measure.at(task, rank)) is not None:
                 self.state.stored[task.number] = stored

@@ -10,6 +10,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.ops.adapter_file.verified import BLOCK, agreed, distance
 from adaptkit.ops.rewrite.compute import Rewriter, lost
 from adaptkit.ops.rewrite.report import dropped_norm, losses, total_error
+from adaptkit.ops.stages import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
     from adaptkit.ops.rewrite.plan import Recast, Task
     from adaptkit.ops.rewrite.state import State
+    from adaptkit.ops.stages import Progress
 
 __all__ = ["Verifier"]
 
@@ -30,8 +32,8 @@ class Verifier:
     What is compared beside the tensors of a module is a block of rows, or factors.
     """
 
-    def __init__(self, plan: Recast, state: State) -> None:
-        self.plan, self.state = plan, state
+    def __init__(self, plan: Recast, state: State, progress: Progress | None = None) -> None:
+        self.plan, self.state, self.progress = plan, state, progress
         self.measured: float | None = None  # None if it depends on a base that is not given
 
     def __call__(self, stored: Callable[[Slot], Weights]) -> None:
@@ -42,7 +44,9 @@ class Verifier:
             return
         worker = Rewriter(plan, state)
         norm = error = dropped_norm(plan) or 0.0
+        tally = Tally(self.progress, "verifying", len(plan.tasks), "modules")
         for task in plan.tasks:
+            tally.add(1)
             tensors = worker.load(task)
             meant = worker.meant(task, tensors).widened()
             if state.dropped(task):

@@ -730,8 +730,8 @@ def test_files_that_do_not_go_together(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(ShapeMismatch, match="Stable Diffusion XL"):
         run(tiny / "sdxl.safetensors", tiny / "tuned.safetensors", base=base)
     with pytest.raises(UnknownAdapter, match="neither") as caught:
-        run(base, tiny / "tuned.safetensors")
-    assert "extract" in (caught.value.hint or "")
+        run(base, tiny / "tuned.safetensors", base=base)
+    assert "--base" in (caught.value.hint or "")
     with pytest.raises(AdaptkitError, match="tuned.safetensors: a checkpoint") as caught:
         run(lora1, tiny / "tuned.safetensors")
     assert "--base" in (caught.value.hint or "")

@@ -1,0 +1,60 @@
+"""Kinds that are read, applied and converted, and never written: PEFT alone reads most of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptkit.algorithms.contract import Weights
+from adaptkit.errors import NotRepresentable, ShapeMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptkit.algorithms._stored import Facts
+
+__all__ = ["Applied", "Unwritten", "number"]
+
+
+class Unwritten(Weights):
+    """A kind that is not written, since its file means nothing without its configuration."""
+
+    def encode(self) -> dict[str, Tensor]:
+        raise self._unwritten()
+
+    @classmethod
+    def laid_out(
+        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
+    ) -> tuple[int, ...]:
+        raise cls._unwritten()
+
+    @classmethod
+    def _unwritten(cls) -> NotRepresentable:
+        base = "" if cls.additive else " with --base CHECKPOINT"
+        return NotRepresentable(
+            f"{cls.title} is read, not written: hosts of image models do not load it",
+            hint=f"--algo lora{base} writes what it changes",
+        )
+
+
+class Applied(Unwritten):
+    """One that needs the weight that it changes, or only its size, which the file does not tell."""
+
+    additive: ClassVar[bool] = False
+
+    def delta(self) -> Tensor:
+        raise NotRepresentable(
+            f"what {self.title} changes depends on the weight", hint="merge it into its checkpoint"
+        )
+
+    @classmethod
+    def _fitting(cls, holds: bool, base: Tensor) -> None:
+        """ShapeMismatch unless these tensors fit the weight."""
+        if not holds:
+            raise ShapeMismatch(f"its {cls.title} does not fit a weight {list(base.shape[-2:])}")
+
+
+def number(value: object, name: str) -> float:
+    """A number of a configuration; NotRepresentable if it is something else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise NotRepresentable(f"adapter_config.json: {name} is {value!r}, not a number")
+    return float(value)

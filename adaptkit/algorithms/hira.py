@@ -1,0 +1,62 @@
+"""HiRA: the weight is multiplied, entry by entry, by a low-rank product."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._foreign import Applied
+from adaptkit.algorithms._stored import flat, matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Hira(Applied):
+    """W' = W + W ⊙ (up · down).   up: (..., m, r)   down: (..., r, i·K)
+
+    There is no scale (Huang et al., ICLR 2025, `openreview TwJrTz9cRS`; huggingface/peft
+    `tuners/hira/layer.py`, checked with 0.21.2). ⊙ multiplies entry by entry.
+    """
+
+    name: ClassVar[str] = "hira"
+    title: ClassVar[str] = "HiRA"
+    roles: ClassVar[Mapping[str, Role]] = roles(up=Role("hira_B"), down=Role("hira_A"))
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"up", "down"}),)
+
+    up: Tensor
+    down: Tensor
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        up, down = shapes["up"], shapes["down"]
+        fits = len(up) == len(down) >= 2 and up[1] == down[0] > 0 and math.prod(up[2:]) == 1
+        matched(fits, "up down", shapes)
+        return Facts(up[0], math.prod(down[1:]), down[2:], down[0], 1.0)
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        own = 2 + len(facts.kernel or ())
+        return cls(flat(tensors["up"], own), flat(tensors["down"], own))
+
+    @property
+    def rows(self) -> int:
+        return int(self.up.shape[-2])
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        product = self.up.to(base.dtype) @ self.down.to(base.dtype)
+        return base.mul_(product.mul_(strength).add_(1.0))
+
+    def part(self, start: int, stop: int) -> Self:
+        return replace(self, up=self.up[..., start:stop, :])
+
+    def swapped(self) -> Self:
+        return replace(self, up=self.up.roll(self.rows // 2, -2))
+
+
+ALGORITHM = Hira

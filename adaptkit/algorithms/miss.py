@@ -1,0 +1,81 @@
+"""MiSS and Bone: one block of numbers, repeated along the inputs of the weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptkit.algorithms._foreign import Applied
+from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from adaptkit.algorithms._settings import Wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Miss(Applied):
+    """W'[o, i] = W[o, i] + block[i mod r, o].   block: (..., r, m)
+
+    A block of fewer columns than the weight has rows is repeated along them (`mini`). A block
+    (..., m/r, r, r) is of the kind `bat`: W'_[o, i] = W_[o, i] (I + block_[o]) + block_[o] for the
+    r × r pieces of W (Kang and Yin, arXiv:2409.15371; huggingface/peft `tuners/miss/layer.py`,
+    checked with 0.21.2). PEFT called it Bone before. Of linear layers only. The file does not tell
+    the number of inputs, so it is applied to the weight.
+    """
+
+    name: ClassVar[str] = "miss"
+    title: ClassVar[str] = "MiSS"
+    roles: ClassVar[Mapping[str, Role]] = roles(block=Role("miss_block", ("bone_block",)))
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"block"}),)
+
+    repeated: Tensor
+    bat: bool = False
+
+    @classmethod
+    def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
+        shape = shapes["block"]
+        bat = len(shape) == 3 and shape[1] == shape[2]
+        matched((len(shape) == 2 or bat) and 0 not in shape, "block", shapes)
+        rows, rank = (shape[0] * shape[1], shape[2]) if bat else (0, shape[0])
+        return Facts(rows, 0, (), rank, 1.0, settings=(bat,))
+
+    @classmethod
+    def settled(cls, facts: Facts, wanted: Wanted) -> Facts:
+        whole = wanted.config is not None and wanted.config.get("init_weights") != "mini"
+        return replace(facts, rows=wanted.shapes["block"][1]) if whole and not facts.rows else facts
+
+    @classmethod
+    def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
+        return cls(tensors["block"], bool(facts.settings[0]))
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        rank, rows, columns = self.repeated.shape[-2], *base.shape[-2:]
+        block = self.repeated.to(base.dtype)
+        if self.bat:
+            self._fitting(columns % rank == 0 and rows == rank * self.repeated.shape[-3], base)
+            cut = base.reshape(*base.shape[:-2], rows // rank, rank, columns // rank, rank)
+            pieces = cut.transpose(-2, -3)  # (..., m/r, n/r, r, r)
+            added = pieces @ block.unsqueeze(-3) + block.unsqueeze(-3)
+            return base.add_(added.transpose(-2, -3).reshape(base.shape), alpha=strength)
+        self._fitting(rows % block.shape[-1] == 0, base)
+        plain = block.mT.repeat(*(1,) * (block.ndim - 2), rows // block.shape[-1], 1)
+        for start in range(0, columns, rank):
+            piece = base[..., start : start + rank]
+            piece.add_(plain[..., : piece.shape[-1]], alpha=strength)
+        return base
+
+    def part(self, start: int, stop: int) -> Self:
+        size = self.repeated.shape[-1]
+        if not self.bat and stop <= size:
+            return replace(self, repeated=self.repeated[..., start:stop])
+        if self.bat and start % size == 0 and stop % size == 0:
+            return replace(self, repeated=self.repeated[..., start // size : stop // size, :, :])
+        return super().part(start, stop)
+
+
+ALGORITHM = Miss

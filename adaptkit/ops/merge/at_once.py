@@ -1,0 +1,137 @@
+"""A stack of equal tensors merged in few launches, for devices: nothing waits for a result.
+
+W is read in its stored dtype, the sum is taken in float32 (float64 beside float64) and rounded
+once. A Kronecker product is added block by block, so that its ΔW is never formed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from adaptkit.algorithms.contract import Weights
+    from adaptkit.ops.merge.cutting import Part
+
+__all__ = ["Merged", "merged", "widened_factors"]
+
+
+class Merged(NamedTuple):
+    """W' (b, m, n) as stored, and ‖W‖, ‖rounding‖ and ‖ΔW‖ / `unit`, (3, b).
+
+    Without the last, (2, b), if ‖ΔW‖ is known.
+    """
+
+    out: Tensor
+    norms: Tensor
+    unit: float = 1.0
+
+
+def widened_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors of modules in float32 or wider, in one launch; flags as they are."""
+    from adaptkit.linalg.precision import upcast_all
+
+    narrow = {key: t for key, t in tensors.items() if t.is_floating_point() and t.itemsize < 4}
+    return {**tensors, **dict(zip(narrow, upcast_all(list(narrow.values())), strict=True))}
+
+
+def merged(
+    stored: Tensor, parts: Sequence[tuple[Part, float]], dtype: torch.dtype, *, known: bool
+) -> Merged:
+    """W + Σ strength·ΔW of W (b, m, n), rounded once to `dtype`, and its norms.
+
+    With `known`, the caller has ‖ΔW‖ of the only part.
+    """
+    if len(parts) == 1:
+        part, strength = parts[0]
+        if (part.start, part.stop) == (0, stored.shape[-2]):
+            pair = part.weights.kron_factors() if known else None
+            if pair is not None:
+                return _kron(stored, pair, strength, dtype)
+            return _alone(stored, part.weights, strength, dtype)
+    return _several(stored, parts, dtype)
+
+
+def _kron(
+    stored: Tensor, pair: tuple[Tensor, Tensor], strength: float, dtype: torch.dtype
+) -> Merged:
+    """One pass over W writes W', another measures the rounding."""
+    import torch
+
+    from adaptkit.linalg.kron import kron_added
+    from adaptkit.linalg.precision import compute_dtype
+
+    wide = compute_dtype(stored, *pair)
+    norms = _norms(stored, wide, 2)
+    out = kron_added(stored, *pair, strength, torch.empty_like(stored, dtype=dtype))
+    if dtype == wide:
+        norms[1].zero_()
+    else:
+        exact = kron_added(stored, *pair, strength, torch.empty_like(stored, dtype=wide))
+        _norm(exact.sub_(out), norms[1])
+    return Merged(out, norms)
+
+
+def _alone(stored: Tensor, weights: Weights, strength: float, dtype: torch.dtype) -> Merged:
+    """One ΔW over all rows, formed in the buffer of what is measured."""
+    import torch
+
+    from adaptkit.linalg.precision import compute_dtype
+
+    wide = compute_dtype(stored)
+    both = torch.empty((2, *stored.shape), dtype=wide, device=stored.device)
+    exact, delta = both
+    pair = weights.factors() if weights.low_rank else None
+    if pair is not None and compute_dtype(*pair) == wide:
+        torch.matmul(*pair, out=delta)
+    else:
+        delta.copy_(weights.delta())
+    torch.add(stored, delta, alpha=strength, out=exact)
+    norms = _norms(stored, wide, 3)
+    if dtype == wide:
+        norms[1].zero_()
+        _norm(delta, norms[2])
+        out = exact
+    else:
+        out = exact.to(dtype)
+        exact.sub_(out)
+        _norm(both, norms[1:])
+    return Merged(out, norms, strength)
+
+
+def _several(stored: Tensor, parts: Sequence[tuple[Part, float]], dtype: torch.dtype) -> Merged:
+    """Several ΔW, or one of some rows, added to W in the compute dtype."""
+    from adaptkit.linalg.precision import compute_dtype
+
+    wide = compute_dtype(stored)
+    exact = stored.to(wide, copy=True)
+    for part, strength in parts:
+        part.add(exact, strength)
+    norms = _norms(stored, wide, 3)
+    _norm(exact - stored, norms[2])
+    out = exact.to(dtype)
+    if dtype == wide:
+        norms[1].zero_()
+    else:
+        _norm(exact.sub_(out), norms[1])
+    return Merged(out, norms)
+
+
+def _norms(stored: Tensor, wide: torch.dtype, count: int) -> Tensor:
+    """A buffer of norms (count, b), the first of them ‖W‖."""
+    import torch
+
+    found = torch.empty((count, len(stored)), dtype=wide, device=stored.device)
+    _norm(stored, found[0])
+    return found
+
+
+def _norm(x: Tensor, out: Tensor) -> None:
+    """‖x‖ of each of a stack (..., m, n), in one launch."""
+    import torch
+
+    torch.linalg.vector_norm(x, dim=(-2, -1), dtype=out.dtype, out=out)
