@@ -223,7 +223,8 @@ def _free_of_windows() -> int | None:
     status = (ctypes.c_uint64 * 8)()
     status[0] = ctypes.sizeof(status)
     with suppress(OSError, AttributeError):
-        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined, unused-ignore]
+        ask = getattr(ctypes, "windll").kernel32.GlobalMemoryStatusEx  # noqa: B009
+        if ask(ctypes.byref(status)):
             return int(status[2])
     return None
 

@@ -46,6 +46,11 @@ class Module:
         rank = "" if self.rank is None else f", rank {self.rank}"
         return f"Module({self.name!r}: {self.algorithm}{rank}, scale {self.scale:g})"
 
+    @property
+    def parameter(self) -> str:
+        """The parameter it changes as the file's format spells it, such as `….to_q.weight`."""
+        return f"{self._adapter.keys.stem(self._entry.slot)}.{self._entry.slot.param}"
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by role (`up`, `down`, `w1`, …), without alpha."""
         return self._adapter.read(self._entry)

@@ -95,9 +95,9 @@ def inspect(
 
     FILE is a .safetensors file, a pickle (.ckpt, .pt, .bin), an index of shards or a folder. A
     diffusers or PEFT folder counts as one file; any other folder is searched for weight files.
-    Without --stats and --plot no weights are read and torch is not loaded. Several files are shown
-    as a table: --sort orders it, and --where selects by family, format, kind, algorithm, part,
-    rank, dtype or problems.
+    Without --stats, --plot and --html no weights are read and torch is not loaded. Several files
+    are shown as a table: --sort orders it, and --where selects by family, format, kind, algorithm,
+    part, rank, dtype or problems.
 
     --stats computes ‖ΔW‖ and the singular values of every module. It prints, for every block, a
     heat map of ‖ΔW‖ per kind of layer and the ranks that hold 90 and 99 % of it. --plot also

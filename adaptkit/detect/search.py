@@ -288,10 +288,10 @@ def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> Iter
     same: dict[tuple[str, ...], tuple[Mapping[str, int], int]] = {}
     for name in names:
         mine = tuple(like.get(name, ()))
-        if sum(sampled[start] for start in mine) >= enough:
-            if mine not in same:
-                near = {stem: stems[stem] for start in mine for stem in groups[start]}
-                same[mine] = near, sum(near.values())
+        if mine not in same:
+            near = {stem: stems[stem] for start in mine for stem in groups[start]}
+            same[mine] = near, sum(near.values())
+        if sum(map(sampled.__getitem__, mine)) >= enough:
             yield _Pair(name, format, *same[mine], sample, total)
 
 

@@ -238,12 +238,14 @@ def _report(plan: Plan, layers: Sequence[Layer], started: float) -> Report:
             file=plan.tuned.source.path,
         )
     curves = _Curves(plan, fitted, sum(layer.norm for layer in layers))
-    ranks = [k for k in (2**n for n in range(20)) if k < plan.options.max_rank] + [
-        plan.options.max_rank
-    ]
-    same = {k: curves.lora([min(k, len(layer.energies)) for layer in fitted]) for k in ranks}
     looks = [layer.seen for layer in fitted if layer.seen]
     probe = Probe(math.sqrt(sum(one.floor for one in looks) / curves.total), made_by(looks))
+    most = plan.options.max_rank
+    ranks = [*(k for k in (2**n for n in range(20)) if k < most), most]
+    if probe.rank is not None and probe.rank < most:
+        # the rank to recommend, with what it loses
+        ranks = sorted({*ranks, probe.rank})
+    same = {k: curves.lora([min(k, len(layer.energies)) for layer in fitted]) for k in ranks}
     factors = sorted({*USUAL, *([probe.factor] if probe.factor else [])})
     lokr = _distinct({factor: curves.lokr(factor) for factor in factors})
     left = sum(layer.norm for layer in layers if not layer.energies)

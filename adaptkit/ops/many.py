@@ -13,6 +13,7 @@ from adaptkit.files.hub import from_hub
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.finding import found_in
+from adaptkit.ops.shared import Brief
 from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ _SUFFIX = ".safetensors"
 MANY = {"convert": "converting", "resize": "resizing"}
 
 
-@dataclass(frozen=True)
-class Done:
+@dataclass(frozen=True, repr=False)
+class Done(Brief):
     """What became of one input: the report of its output, or the error."""
 
     path: Path
@@ -47,8 +48,8 @@ class Done:
         return {"path": str(self.path), "error": self.error.to_dict()}
 
 
-@dataclass(frozen=True)
-class Foreseen:
+@dataclass(frozen=True, repr=False)
+class Foreseen(Brief):
     """What would become of one input: the plan of its output, or the error."""
 
     path: Path

@@ -113,7 +113,7 @@ class Shared:
 
 
 # options by the type of their values, whatever verb they belong to
-_BYTES = ("memory", "size", "shard_size")
+_INPUTS, _BYTES = ("base", "weigh"), ("memory", "size", "shard_size")
 _PATTERNS, _NAMES = ("only", "skip", "blocks"), ("family", "format", "to", "host", "algo")
 
 
@@ -127,7 +127,7 @@ def settle(options: Any) -> None:
         value = getattr(options, one.name)
         if value is None:
             continue
-        if one.name == "base":
+        if one.name in _INPUTS:
             value = local(value)
         elif one.name == "output":
             value = _target(value)
