@@ -11,7 +11,7 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NotEnoughMemory
 
@@ -222,6 +222,7 @@ def _free_of_windows() -> int | None:
     status = (ctypes.c_uint64 * 8)()
     status[0] = ctypes.sizeof(status)
     with suppress(OSError, AttributeError):
-        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined, unused-ignore]
+        system: Any = ctypes
+        if system.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
             return int(status[2])
     return None
