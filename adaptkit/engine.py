@@ -13,9 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from adaptkit.process import explained, one_thread_here, out_of_memory, release, short_turns
+from adaptkit.process import (
+    explained,
+    one_thread_here,
+    out_of_memory,
+    release,
+    short_turns,
+    synchronize,
+)
+from adaptkit.staging.slabs import Ring, Slab, Staged, alike
 from adaptkit.steps import (
     BESIDE,
     DEFAULT_MEMORY,
@@ -55,6 +64,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
+READERS = 3  # of a device's data: one thread reads slower than a bus takes
 _PATIENCE = 1.0  # seconds that an interrupt waits for threads to end
 _POLL = 0.2  # seconds between checks of the stop flag while a queue is full or empty
 
@@ -101,9 +111,12 @@ def run(
     listed = list(steps)
     most = bound(listed, resources.memory, away=resources.apart)
     room = _Budget(most, resources.workers + BESIDE)
-    parcels = _parcels(list(buckets(listed, resources, work.stack)), room.bytes, resources.workers)
+    found = list(buckets(listed, resources, work.stack))
+    parcels = list(_parcels(found, room.bytes, resources.workers))
     pipeline = _Pipeline(work, resources, room, progress or (lambda _: None))
-    pipeline.run(list(parcels))
+    if not resources.on_cpu and parcels:
+        pipeline.stage(max(parcel.bytes for parcel in parcels))
+    pipeline.run(parcels)
     return tuple(pipeline.notes())
 
 
@@ -179,7 +192,8 @@ def _parcels(buckets: Sequence[Bucket[P]], room: int, workers: int) -> Iterator[
         number, start = number + 1, end
 
 
-Loaded = tuple["_Parcel[P]", list[dict[str, "Tensor"] | None]]  # None: not loaded yet
+Host = dict[str, "Tensor"] | Staged | None  # None: not loaded yet
+Loaded = tuple["_Parcel[P]", list[Host], Slab | None]
 Done = tuple["_Parcel[P]", Sequence[Sequence[R]], int]
 
 
@@ -195,9 +209,22 @@ class _Pipeline(Generic[P, R]):
         self.working = resources.workers
         self.elsewhere: list[str] = []  # steps that the device had no room for
         self.lock = threading.Lock()
+        self.turn = threading.Lock()  # of the readers, so that parcels are admitted in order
+        self.ring: Ring | None = None
+        self.reading = 1
+
+    def stage(self, size: int) -> None:
+        """Let parcels of at most `size` bytes be read into slabs, by several readers."""
+        # what is left of the bound is for results
+        count = max(1, min(1 + BESIDE, self.room.bytes // size - 1))
+        self.ring = Ring(size, count, pinned=self.pins)
+        self.reading = min(READERS, count)
 
     def run(self, todo: Sequence[_Parcel[P]]) -> None:
-        bodies = [("read", self._read, (todo,)), ("write", self._write, ())]
+        bodies: list[tuple[str, Callable[..., None], tuple[object, ...]]]
+        left = iter(todo)
+        bodies = [(f"read-{n}", self._read, (left,)) for n in range(self.reading)]
+        bodies += [("write", self._write, ())]
         bodies += [(f"compute-{n}", self._compute, ()) for n in range(self.resources.workers)]
         threads = [
             threading.Thread(
@@ -248,38 +275,54 @@ class _Pipeline(Generic[P, R]):
             except queue.Empty:
                 continue
 
-    def _read(self, todo: Sequence[_Parcel[P]]) -> None:
-        announce = self.work.announce
-        for parcel in todo:
-            self.room.enter(parcel.bytes, self.stop)
-            loaded: list[dict[str, Tensor] | None] = []
-            for bucket in parcel.buckets:
-                if self.stop.is_set():
-                    raise _Stopped
-                if announce is None:
-                    loaded.append(self._load(bucket))
-                    continue
-                for payload in bucket.payloads:
-                    announce(payload)
-                loaded.append(None)
-            self.loaded.put((parcel, loaded))
-            del loaded
-        for _ in range(self.resources.workers):
+    def _read(self, todo: Iterator[_Parcel[P]]) -> None:
+        while (parcel := self._admitted(todo)) is not None:
+            slab = self._slab()
+            self.loaded.put(
+                (parcel, [self._ahead(bucket, slab) for bucket in parcel.buckets], slab)
+            )
+            del slab
+        with self.lock:
+            self.reading -= 1
+            last = not self.reading
+        for _ in range(self.resources.workers if last else 0):
             # one end marker per worker
             self.loaded.put(None)
 
-    def _load(self, bucket: Bucket[P], *, pinned: bool = True) -> dict[str, Tensor]:
+    def _admitted(self, todo: Iterator[_Parcel[P]]) -> _Parcel[P] | None:
+        """The next parcel, as soon as there is room for it."""
+        with self.turn:
+            parcel = next(todo, None)
+            if parcel is not None:
+                self.room.enter(parcel.bytes, self.stop)
+            return parcel
+
+    def _slab(self) -> Slab | None:
+        if self.ring is None:
+            return None
+        slab = self.ring.take(lambda: not self.stop.is_set())
+        if slab is None:
+            raise _Stopped
+        return slab
+
+    def _ahead(self, bucket: Bucket[P], slab: Slab | None) -> Host:
+        if self.stop.is_set():
+            raise _Stopped
+        if self.work.announce is None:
+            return self._load(bucket, slab)
+        for payload in bucket.payloads:
+            self.work.announce(payload)
+        return None
+
+    def _load(self, bucket: Bucket[P], slab: Slab | None = None) -> dict[str, Tensor] | Staged:
+        if slab is not None:
+            return slab.stack([partial(self.work.load, payload) for payload in bucket.payloads])
         loaded = [self.work.load(payload) for payload in bucket.payloads]
         if len(loaded) == 1:
-            found = {key: tensor.unsqueeze(0) for key, tensor in loaded[0].items()}
-        else:
-            import torch
+            return {key: tensor.unsqueeze(0) for key, tensor in loaded[0].items()}
+        import torch
 
-            found = {key: torch.stack(_alike(key, loaded)) for key in loaded[0]}
-        if not (pinned and self.pins):
-            return found
-        # only page-locked memory is copied to a GPU asynchronously
-        return {key: tensor.pin_memory() for key, tensor in found.items()}
+        return {key: torch.stack(alike(key, loaded)) for key in loaded[0]}
 
     @property
     def pins(self) -> bool:
@@ -293,7 +336,7 @@ class _Pipeline(Generic[P, R]):
             one_thread_here()
         # every `del` below drops the last reference, so that the memory counted as free is free
         while (item := self._get(self.loaded)) is not None:
-            parcel, host = item
+            parcel, host, slab = item
             results: list[Sequence[R]] = []
             del item
             with torch.inference_mode():
@@ -302,6 +345,10 @@ class _Pipeline(Generic[P, R]):
                     results.append(self._computed(bucket, tensors))
                     del tensors
             del host
+            if slab is not None and self.ring is not None:
+                synchronize(self.resources.device)  # a copy may still read the slab
+                self.ring.give(slab)
+            del slab
             held = self._held(parcel, results)
             self.room.computed(parcel.bytes, held)
             self.done.put((parcel, results, held))
@@ -311,7 +358,7 @@ class _Pipeline(Generic[P, R]):
             if not self.working:
                 self.done.put(None)
 
-    def _computed(self, bucket: Bucket[P], host: dict[str, Tensor] | None) -> Sequence[R]:
+    def _computed(self, bucket: Bucket[P], host: Host) -> Sequence[R]:
         """The results of a bucket, from its tensors, or from those of half of it at a time."""
         try:
             tensors = self._load(bucket) if host is None else host
@@ -328,10 +375,14 @@ class _Pipeline(Generic[P, R]):
         # a device's plan counts what is read and written, and the CPU computes in host memory
         check_memory(bucket.steps, self.resources.memory)
         self.elsewhere += map(_label, bucket.payloads)
-        return self.work.kernel(bucket.payloads, self._load(bucket, pinned=False))
+        here = self._load(bucket)
+        assert not isinstance(here, Staged)
+        return self.work.kernel(bucket.payloads, here)
 
-    def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _moved(self, tensors: dict[str, Tensor] | Staged) -> dict[str, Tensor]:
         """Move a bucket's tensors to the device, each original dropped as it is moved."""
+        if isinstance(tensors, Staged):
+            return tensors.sent(self._sent)
         if self.resources.on_cpu:
             return tensors
         return {key: self._sent(tensors.pop(key)) for key in list(tensors)}
@@ -371,14 +422,6 @@ class _Pipeline(Generic[P, R]):
                         self.progress(finished)
                 del results, some, result
                 self.room.leave(held)
-
-
-def _alike(key: str, loaded: Sequence[Tensors]) -> list[Tensor]:
-    """The tensors of a stack, which torch would promote to one dtype without a word."""
-    found = [tensors[key] for tensors in loaded]
-    if any((tensor.dtype, tensor.shape) != (found[0].dtype, found[0].shape) for tensor in found):
-        raise RuntimeError(f"{key!r} differs within a stack")
-    return found
 
 
 def _label(payload: object) -> str:

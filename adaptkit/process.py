@@ -11,7 +11,7 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotEnoughMemory
 
@@ -30,6 +30,7 @@ __all__ = [
     "out_of_memory",
     "release",
     "short_turns",
+    "synchronize",
     "torch_threads",
 ]
 
@@ -222,7 +223,16 @@ def _free_of_windows() -> int | None:
     status = (ctypes.c_uint64 * 8)()
     status[0] = ctypes.sizeof(status)
     with suppress(OSError, AttributeError):
-        system: Any = ctypes
-        if system.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        ask = getattr(ctypes, "windll").kernel32.GlobalMemoryStatusEx  # noqa: B009
+        if ask(ctypes.byref(status)):
             return int(status[2])
     return None
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what the calling thread has asked of it."""
+    import torch
+
+    wait = getattr(getattr(torch, device.partition(":")[0], None), "synchronize", None)
+    if wait is not None:
+        wait()

@@ -398,16 +398,9 @@ class Weights(Truncation, Configured):
         """A sentence about readers of weights fitted so; empty if there is none."""
         return ""
 
-    def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
-        """‖delta − ΔW‖² truncated to ranks 0, 1, …; leaves `delta` as it is."""
-        raise NotRepresentable(f"a {self.name} has no ladder of ranks")
-
 
 class Decomposition(Ladder):
-    """ΔW by rank. `energies` are the gains of each further rank in ‖ΔW‖² = `norm`.
-
-    It is small: it does not hold the weights. `keep` gets them again.
-    """
+    """ΔW by rank, without the weights. `energies` are what each rank gains of ‖ΔW‖² = `norm`."""
 
     energies: tuple[float, ...]
     norm: float
@@ -434,10 +427,15 @@ class KeptStack:
         raise NotImplementedError
 
     def distances(self, stored: Weights) -> list[float]:
-        """‖ΔW − ΔW'‖²_F of every member in float64.
+        """‖ΔW − ΔW'‖²_F in float64, ΔW of the whole weights, ΔW' of `stored`: `weights` rounded."""
+        return self.told(stored, self.changes(stored))
 
-        ΔW is that of the whole weights, ΔW' that of `stored`, which are `weights` rounded.
-        """
+    def changes(self, stored: Weights) -> tuple[Tensor, ...]:
+        """The small matrices (B, …) that `told` takes, where the weights are."""
+        raise NotImplementedError
+
+    def told(self, stored: Weights, changes: Sequence[Tensor]) -> list[float]:
+        """`distances` from `changes`, which are on the host."""
         raise NotImplementedError
 
 

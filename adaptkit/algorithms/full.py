@@ -48,8 +48,10 @@ class Full(Weights):
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
-        ((_, shape),) = shapes.items()
-        matched(len(shape) >= 1, " ".join(shapes), shapes)
+        ((role, shape),) = shapes.items()
+        # a bias is a vector; all else may be one
+        fits = len(shape) == 1 or (len(shape) > 1 and cls.roles[role].param != BIAS)
+        matched(fits, role, shapes)
         return Facts(shape[0], math.prod(shape[1:]), shape[2:], None, 1.0, vector=len(shape) == 1)
 
     @classmethod

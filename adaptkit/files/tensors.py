@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NonFinite, ShapeMismatch, UnreadableFile
@@ -11,6 +13,7 @@ from adaptkit.files.header import TORCH_NAMES, TensorInfo, TensorSpec
 from adaptkit.process import huge
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
@@ -25,6 +28,7 @@ __all__ = [
     "empty_bytes",
     "finite",
     "packed_float32",
+    "reading_into",
     "row_range",
     "spec_of",
     "tensor_bytes",
@@ -49,11 +53,35 @@ def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
     return start, max(stop - start, 0)
 
 
+class _Reading(threading.local):
+    """Where the calling thread reads to; None: to memory of each tensor's own."""
+
+    take: Callable[[int], torch.Tensor | None] | None = None
+
+
+_reading = _Reading()
+
+
+@contextmanager
+def reading_into(take: Callable[[int], torch.Tensor | None]) -> Iterator[None]:
+    """Read tensors to where `take` says, in this thread and block.
+
+    `take` gets a number of bytes and gives so many, uint8, or None for memory of the tensor's own.
+    """
+    before, _reading.take = _reading.take, take
+    try:
+        yield
+    finally:
+        _reading.take = before
+
+
 def empty_bytes(info: TensorInfo, path: Path, size: int) -> torch.Tensor:
-    """Uninitialised bytes for a tensor, in huge pages if large."""
+    """Uninitialised bytes for a tensor, in huge pages if large, or where `reading_into` says."""
     import torch
 
     torch_dtype(info, path)
+    if _reading.take is not None and (place := _reading.take(size)) is not None:
+        return place
     block = huge(size)
     return (
         torch.empty(size, dtype=torch.uint8)

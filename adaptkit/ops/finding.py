@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adaptkit.files.hub import local
 from adaptkit.meaning import PEFT_CONFIG
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def found_in(paths: Iterable[str | PathLike[str]]) -> Iterator[tuple[Path, str]]
     names of what lies in any other folder are relative to that folder, and begin with its name if
     there are several.
     """
-    arguments = list(map(Path, paths))
+    arguments = list(map(local, paths))
     for given in arguments:
         base, matched = _matched(given)
         for path in matched:

@@ -17,13 +17,26 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import finetuning, inspecting, linalg, measure, peer, renaming, resizing, sd15
+from tests.benchmarks import (
+    finetuning,
+    gpu,
+    inspecting,
+    linalg,
+    measure,
+    peer,
+    renaming,
+    resizing,
+    sd15,
+)
 
 PAGE = Path(__file__).parents[2] / "adaptkit" / "guide" / "reference" / "performance.md"
 WIDTH = 78  # of a recorded table: the guide is read on terminals of 80 columns
 
 BENCHMARKS = {
-    "inspect": (inspecting.run, "a 2,000-key file against the start of torch"),
+    "inspect": (
+        inspecting.run,
+        "a 2,000-key file, 2,000 small files and 50 large ones against the start of torch",
+    ),
     "convert": (renaming.run, "renaming a 340 MB LoRA against cp"),
     "resize": (
         resizing.run,
@@ -37,6 +50,10 @@ BENCHMARKS = {
     "peer": (
         peer.run,
         "extract from full-size SD 1.5 checkpoints against a script; needs 5 GB of disk",
+    ),
+    "gpu": (
+        gpu.run,
+        "a device: its kernels, and an SDXL-sized pair against transfers; needs 24 GB of disk",
     ),
     "sd15": (sd15.run, "extract and merge of full-size SD 1.5 checkpoints; needs 27 GB of disk"),
 }
@@ -57,6 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--small", action="store_true", help="small inputs, single runs: does everything work?"
     )
+    parser.add_argument("--device", default="", help="the device of `gpu` (default: torch's own)")
     parser.add_argument(
         "--record", action="store_true", help=f"write the figures into the guide ({PAGE.name})"
     )
@@ -103,7 +121,8 @@ def main() -> int:
             console.print()
             if options.record:
                 console.export_text()  # forget what other benchmarks printed
-            missed += BENCHMARKS[name][0](scratch, console, options.small)
+            more = {"device": options.device} if name == "gpu" else {}
+            missed += BENCHMARKS[name][0](scratch, console, options.small, **more)
             if options.record and not options.small:
                 record(name, console.export_text())
     finally:

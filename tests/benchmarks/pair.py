@@ -1,6 +1,6 @@
-"""A synthetic pair of checkpoints in bounded memory: `python -m tests.benchmarks.pair FOLDER [--small]`.
+"""A synthetic pair of checkpoints in bounded memory: `python -m tests.benchmarks.pair FOLDER [--small] [--family sdxl]`.
 
-Headers from fixtures/checkpoints/sd1.tsv, fp16. The base is normal / √fan-in. The tuned one differs by 3 % of ‖W‖ in every
+Headers from fixtures/checkpoints/<family>.tsv, fp16. The base is normal / √fan-in. The tuned one differs by 3 % of ‖W‖ in every
 matrix of UNet and text encoder but the embeddings: half the energy of rank 64 with singular values ~ i^-0.7, half white
 noise (what a real fine-tune leaves outside any small rank); and in every fourth bias and norm. The VAE is equal. Normal
 numbers come from one pool, larger than any of the matrices, read from a random place on for each tensor.
@@ -26,12 +26,12 @@ RANK = 64
 POWER = 0.7
 SHARE = 0.5  # of ‖ΔW‖² in the low-rank part
 VECTOR = 0.01
-ADAPTED = ("model.diffusion_model.", "cond_stage_model.")
+ADAPTED = ("model.diffusion_model.", "cond_stage_model.", "conditioner.")
 BLOCK = 1 << 21  # numbers made, rounded and written at a time
 
 
-def sd1(small: bool) -> Listing:
-    listing = load_listing(FIXTURES / "checkpoints" / "sd1.tsv")
+def listing_of(family: str, small: bool) -> Listing:
+    listing = load_listing(FIXTURES / "checkpoints" / f"{family}.tsv")
     return shrink(listing, 16) if small else listing
 
 
@@ -62,8 +62,8 @@ class Numbers:
         ).reshape(k, n)
 
 
-def write_pair(folder: Path, small: bool = False) -> tuple[Path, Path]:
-    listing = sd1(small)
+def write_pair(folder: Path, small: bool = False, family: str = "sd1") -> tuple[Path, Path]:
+    listing = listing_of(family, small)
     specs = [TensorSpec(name, dtype, shape) for name, (dtype, shape) in listing.items()]
     numbers = Numbers(1 << 20 if small else POOL)
     paths = folder / "base.safetensors", folder / "tuned.safetensors"
@@ -115,9 +115,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--family", default="sd1")
     options = parser.parse_args()
     started = time.perf_counter()
-    sizes = [path.stat().st_size for path in write_pair(options.folder, options.small)]
+    made = write_pair(options.folder, options.small, options.family)
+    sizes = [path.stat().st_size for path in made]
     print(json.dumps({"sizes": sizes, "seconds": time.perf_counter() - started}))
 
 

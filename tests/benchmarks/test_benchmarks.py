@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.synth import ROOT
 
 
@@ -33,6 +35,23 @@ def test_small(tmp_path: Path) -> None:
         "obvious merge",
         "torch.svd_lowrank, streamed",
         "at 8 strengths",
+    ):
+        assert words in done.stdout, done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_device(tmp_path: Path) -> None:
+    """On the CPU: every figure is printed, and nothing stays."""
+    done = benchmarks("gpu", "--small", "--device", "cpu", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in (
+        "LoKr added",
+        "100 %",
+        "back",
+        "looped",
+        "truncated_svd, rank 32",
+        "merge of that LoKr",
     ):
         assert words in done.stdout, done.stdout
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,6 @@ from adaptkit.linalg.krylov import (
     eigenvalues,
     eigh,
     explored,
-    fixed_basis,
     gram_columns,
     power_of_two,
 )
@@ -162,17 +161,6 @@ def test_eigenvalues_of_what_does_not_converge(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(eigenvalues(gram).numpy(), exact, atol=1e-12)
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     np.testing.assert_allclose(eigenvalues(gram).numpy(), exact, atol=1e-12)
-
-
-def test_a_fixed_basis_holds_the_leading_directions_of_every_member() -> None:
-    members = [matrix(120, 100, falloff, seed) for seed, falloff in enumerate((0.5, 1.0, 2.0))]
-    found = fixed_basis(torch.from_numpy(np.stack(members)), 6, 0).numpy()
-    assert found.shape == (3, 120, 6)
-    for basis, a in zip(found, members, strict=True):
-        np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=1e-8)
-        exact = np.linalg.svd(a, compute_uv=False)
-        lost = (a**2).sum() - ((basis.T @ a) ** 2).sum()
-        assert lost <= (exact[6:] ** 2).sum() * 1.001
 
 
 def test_wider_blocks_go_with_higher_ranks() -> None:

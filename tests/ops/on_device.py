@@ -248,3 +248,13 @@ def test_the_device_refuses_what_a_real_one_refuses(device: str) -> None:
     for mixed in (lambda: ours + other, lambda: torch.cat([ours, other]), ours.numpy):
         with pytest.raises((RuntimeError, TypeError)):
             mixed()
+
+
+def test_a_device_shares_no_memory_with_its_host(device: str) -> None:
+    with torch.inference_mode():
+        here = torch.ones(3)
+        there = here.to(device)
+        here.zero_()
+        back = there.cpu()
+        there.add_(1)
+    assert (float(there.sum()), float(back.sum())) == (6.0, 3.0)

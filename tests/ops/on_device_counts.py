@@ -21,13 +21,7 @@ from tests import emulated
 from tests.ops.on_device import run
 
 LAYERS, SIDE = 8, 256
-# what only looks at a tensor otherwise, or allocates
-VIEWS = (
-    "view", "_unsafe_view", "reshape", "slice", "select", "transpose", "t.default", "expand",
-    "unsqueeze", "squeeze", "as_strided", "detach", "alias", "split", "unbind", "permute",
-    "diagonal", "empty", "flatten", "lift_fresh", "new_empty", "_reshape_alias", "tensor_split",
-    "is_pinned",
-)  # fmt: skip
+ALLOCATES = ("empty", "new_empty", "is_pinned")
 
 
 class Counted:
@@ -80,8 +74,18 @@ class Counted:
             self.seen["waits"] += 1
         elif (func in emulated.MOVES or name.startswith(("to.", "cpu"))) and ours != theirs:
             self.seen["back" if ours else "sent"] += 1
-        elif not name.startswith(VIEWS):
+        elif not name.startswith(ALLOCATES) and not looks_otherwise(func, given, found):
             self.seen["launches"] += 1
+
+
+def looks_otherwise(func: Any, given: Any, found: Any) -> bool:
+    """Whether the result only looks at the memory of an operand: a view, or a cast that changes nothing."""
+
+    def memories(tree: Any) -> set[int]:
+        leaves = [leaf for leaf in emulated._leaves(tree) if isinstance(leaf, emulated.OnDevice)]
+        return {leaf.host.untyped_storage().data_ptr() for leaf in leaves}
+
+    return not func._schema.is_mutable and memories(found) <= memories(given)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +117,8 @@ def device() -> Iterator[str]:
 
 # launches and waits of all eight, and copies to the device and back, of the main pass
 LIMITS = {
-    "merge lora": (7, 0, 3, 2),
-    "merge lokr": (6, 0, 3, 2),
+    "merge lora": (7, 0, 1, 2),
+    "merge lokr": (6, 0, 1, 2),
     "extract lora": (850, 70, 12, 22),
     "extract lokr": (720, 70, 14, 23),
     # the factors are looked at before a decomposition: LAPACK differs over what NaN gives

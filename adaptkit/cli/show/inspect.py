@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from adaptkit.ops import inspect
 
-__all__ = ["MEASURED", "alike", "facts_of", "inspected", "listed"]
+__all__ = ["MEASURED", "OUTLYING", "alike", "facts_of", "inspected", "listed", "outlying"]
+
+OUTLYING = ("kind", "figure", "value", "median", "score", "module")
 
 MEASURED = {
     "algorithm": "algorithm",
@@ -207,7 +209,8 @@ def facts_of(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "dtypes", counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
     yield "loads in", loads_in(record)
-    yield "sha256", record.get("sha256", "")
+    for name in ("sha256", "autov2", "autov3"):
+        yield name, record.get(name, "")
     yield "metadata", _metadata(record["metadata"])
 
 
@@ -301,24 +304,18 @@ def _loading(found: Mapping[str, Any]) -> str:
     return "not known" if found["runs_code"] is None else "cannot run code"
 
 
+def outlying(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """A module that stands out as the cells of the columns `OUTLYING`."""
+    figures = (_figure(one, "value"), _figure(one, "median"), f"{one['score']:+.1f}")
+    return one["kind"], one["figure"], *figures, one["module"]
+
+
 def _outliers(found: Sequence[Mapping[str, Any]]) -> None:
     """Print the modules that stand out of their kind, one line a figure."""
     out = page()
     out.print()
     out.print(Words("stand out of their kind", "bold"), Words("(which says not why)"))
-    rows = [
-        (
-            one["kind"],
-            one["figure"],
-            _figure(one, "value"),
-            _figure(one, "median"),
-            f"{one['score']:+.1f}",
-            one["module"],
-        )
-        for one in found[:MANY]
-    ]
-    columns = ("kind", "figure", "value", "median", "score", "module")
-    out.print(table(columns, rows, columns[2:5]))
+    out.print(table(OUTLYING, map(outlying, found[:MANY]), OUTLYING[2:5]))
     if len(found) > MANY:
         out.print(f"  and {len(found) - MANY} more (see --json)", style="yellow")
 

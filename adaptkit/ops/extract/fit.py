@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptkit.algorithms.contract import ALPHA, FitSpec
+from adaptkit.algorithms.contract import ALPHA
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.meaning import as_read
-from adaptkit.ops.difference.probe import as_rounded
+from adaptkit.ops.difference.look import as_rounded
+from adaptkit.ops.extract.stacked import Stack, edge, fit_stack
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
 
@@ -24,27 +25,11 @@ if TYPE_CHECKING:
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.extract.recipe import FitRecipe
 
-__all__ = ["FitRecipe", "Fitter"]
+__all__ = ["Fitter"]
 
 ROUGH = 5e-3  # of the error of a LoRA that is only compared: three digits are shown
-
-
-@dataclass(frozen=True)
-class FitRecipe:
-    """How to fit one layer: by weights of `kind`.
-
-    With `ladder`, any lower rank may be chosen afterwards.
-    """
-
-    kind: type[Weights]
-    spec: FitSpec
-    ladder: bool = False
-
-    @property
-    def compared(self) -> bool:
-        """Whether to report what a LoRA of as many numbers would keep."""
-        return self.kind.against_low_rank and not self.ladder
 
 
 class Fitter:
@@ -106,6 +91,34 @@ class Fitter:
 
     def fit(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
         """Subtract a stack of equal layers and fit every form of the differences."""
+        found = self._at_once(jobs, tensors)
+        return self._with_care(jobs, tensors) if found is None else found
+
+    def _at_once(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted] | None:
+        """On an accelerator, with one look at all numbers; None elsewhere, and if any is odd."""
+        import torch
+        from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+        from adaptkit.linalg.looks import noise_of_stack, zeros_of_stack
+        from adaptkit.linalg.precision import difference, norm_squared, works_on_stacks
+
+        if "delta" in tensors or not works_on_stacks(tensors["base"].device):
+            return None
+        delta = difference(tensors["tuned"], tensors["base"])
+        norm = norm_squared(delta)
+        delta = exchanged(delta, -2) if jobs[0].swapped else delta
+        noise = None
+        if self._ladder(jobs[0]):
+            rounded = as_rounded(self.tuned, jobs[0], tensors["tuned"])
+            noise = torch.stack((noise_of_stack(rounded).floor, zeros_of_stack(delta)), -1)
+        recipes = self.recipes.get(jobs[0].number, ())
+        try:
+            return fit_stack(Stack(jobs, recipes, delta, norm, noise), _lora_of_size)
+        except LinAlgError:
+            return None
+
+    def _with_care(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
+        """With a look after every step, which names the layer and the tensor at fault."""
         from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
         delta, norms = self._difference(tensors, jobs[0].swapped)
@@ -153,7 +166,7 @@ class Fitter:
                 form = self._form(job, recipe, weights.member(place), own, found.norm)
                 if not all(map(math.isfinite, form.errors)):
                     raise self._non_finite(job)
-                form.edge = _edge(form, found.noise / own.numel())
+                form.edge = edge(form, found.noise / own.numel())
                 found.forms.append(form)
 
     def _form(
@@ -206,13 +219,6 @@ def _noise(rounded: Tensor, delta: Tensor) -> list[float]:
         floor if share < WEAK else 0.0
         for floor, share in zip(floors, zero_share(delta).tolist(), strict=True)
     ]
-
-
-def _edge(form: Form, variance: float) -> float:
-    """The energy up to which a rank of this form may be noise of this variance."""
-    from adaptkit.linalg.noise import noise_edge
-
-    return variance * noise_edge(*form.kind.ladder_sides(form.stored)) if form.ladder else 0.0
 
 
 def _left(rounded: Weights, delta: Tensor, norm: float) -> float:

@@ -13,10 +13,11 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import extractable, taking
 from adaptkit.ops.adapter_file.peft_config import only_kind
 from adaptkit.ops.adapter_file.writer import check_adapter_output
+from adaptkit.ops.difference.look import BLOCKS
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
-from adaptkit.ops.difference.probe import BLOCKS, steps_of
+from adaptkit.ops.difference.probe import steps_of
 from adaptkit.ops.difference.working import energies_bytes, svd_bytes
-from adaptkit.ops.extract.fit import FitRecipe
+from adaptkit.ops.extract.recipe import FitRecipe
 from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
     Closing,

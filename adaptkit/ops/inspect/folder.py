@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NoSuchName, WrongUsage
@@ -13,14 +14,18 @@ from adaptkit.ops.inspect.run import Options, Report, run
 from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from adaptkit.ops.stages import Progress
 
 __all__ = ["FIELDS", "SORTS", "ordered", "shortened", "survey", "where"]
 
-# processes pay from about so many files on: starting one takes as long as reading a hundred
-_PARALLEL, _CHUNK = 400, 50
+# files read before the rest is estimated: the first compiles the tables of its family
+_TRIED = 4
+# seconds of work from which on processes pay: one starts in a third of it
+_PAYS = 0.6
+# files handed to a process at once, at most
+_CHUNK = 50
 _WORKERS = min(os.cpu_count() or 1, 8)
 
 
@@ -30,27 +35,48 @@ def survey(
     """Inspect files, many of them in several processes; `progress` counts files."""
     done: list[Report] = []
     told = counting(progress, "reading", len(paths), "files")
-    for report in _reports(paths, options):
-        done.append(report)
+
+    def tell(elsewhere: int = 0) -> None:
         if told is not None:
-            told(len(done))
+            told(len(done) + elsewhere)
+
+    many = _WORKERS > 1 and not (options.stats or options.hash)
+    began = perf_counter()
+    while len(done) < len(paths):
+        done.append(run(paths[len(done)], options))
+        tell()
+        if len(done) == 1:
+            began = perf_counter()
+        elif many and len(done) >= _TRIED:
+            each = (perf_counter() - began) / (len(done) - 1)
+            if each * (len(paths) - len(done)) > _PAYS:
+                _spread(paths[len(done) :], options, done, tell)
     return done
 
 
-def _reports(paths: Sequence[Path], options: Options) -> Iterator[Report]:
-    if len(paths) < _PARALLEL or _WORKERS < 2 or options.stats or options.hash:
-        yield from (run(path, options) for path in paths)
-        return
+def _spread(
+    paths: Sequence[Path], options: Options, done: list[Report], tell: Callable[[int], None]
+) -> None:
+    """Inspect files here from the first on, and in other processes from the last on."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(_WORKERS, get_context("spawn")) as pool:
-        jobs = [(str(path), options) for path in paths]
-        yield from pool.map(_run, jobs, chunksize=_CHUNK)
+    size = min(_CHUNK, max(1, len(paths) // (4 * _WORKERS)))
+    chunks = [paths[n : n + size] for n in range(0, len(paths), size)]
+    with ProcessPoolExecutor(_WORKERS - 1, get_context("spawn")) as pool:
+        jobs = [pool.submit(_run, list(map(str, chunk)), options) for chunk in reversed(chunks)]
+        for chunk, job in zip(chunks, reversed(jobs), strict=True):
+            if not job.cancel():
+                done += job.result()
+                tell(0)
+                continue
+            for path in chunk:
+                done.append(run(path, options))
+                tell(size * sum(one.done() and not one.cancelled() for one in jobs))
 
 
-def _run(job: tuple[str, Options]) -> Report:
-    return run(*job)
+def _run(paths: Sequence[str], options: Options) -> list[Report]:
+    return [run(path, options) for path in paths]
 
 
 def _problems(record: Mapping[str, Any]) -> list[str]:

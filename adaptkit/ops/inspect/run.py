@@ -12,7 +12,8 @@ from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
 from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
 from adaptkit.files.limits import watched
-from adaptkit.files.provenance import sha256
+from adaptkit.files.packed import unpacked
+from adaptkit.files.provenance import file_hashes, sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import Problem
 from adaptkit.ops.adapter_file.verdict import verdicts
@@ -109,6 +110,14 @@ def run(
     return replace(report, record={**report.record, **added})
 
 
+def _hashes(path: Path, source: TensorSource) -> dict[str, str]:
+    """The hashes of a file; those of its tensors only if it is a safetensors file."""
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        found = sha256(path)
+        return {"sha256": found, "autov2": found[:10].upper()}
+    return file_hashes(path, map(source.raw, sorted(source.infos, key=source.order)))
+
+
 def _told(path: Path, options: Options, progress: Progress | None) -> Report:
     try:
         source, config = open_adapter_source(path)
@@ -118,7 +127,7 @@ def _told(path: Path, options: Options, progress: Progress | None) -> Report:
                 if config is not None or is_adapter(source.infos)
                 else _checkpoint(source, options)
             )
-        hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+            hashed = _hashes(path, source) if options.hash and path.is_file() else {}
     except Exception as error:
         # whatever happens in one file is that file's report: the others follow
         return _failed(path, InternalError.of(error))
@@ -343,6 +352,7 @@ def _plain(source: TensorSource, kind: str, found: Detection) -> dict[str, Any]:
 
 
 def _checkpoint(source: TensorSource, options: Options) -> Report:
+    source = unpacked(source)
     try:
         checkpoint = Checkpoint.understand(source, family=options.family)
     except UnknownAdapter:

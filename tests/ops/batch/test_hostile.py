@@ -51,6 +51,12 @@ def test_an_output_leaves_the_folder_only_if_allowed(tmp_path: Path, output: str
     assert batch.plan(path, batch.Options(jobs=0, allow_outside=True)).jobs
 
 
+def test_a_home_that_nobody_has(tmp_path: Path) -> None:
+    path = recipe(tmp_path, ("~no-such-user-x/a.safetensors", "b.safetensors"))
+    with pytest.raises(WrongUsage, match="in no known home folder"):
+        batch.plan(path, batch.Options(jobs=0))
+
+
 def test_a_log_cut_in_half_or_interleaved_is_repaired(tmp_path: Path) -> None:
     """No job refuses an output of its own; those whose line is whole are skipped."""
     names = [f"{n}.safetensors" for n in range(4)]

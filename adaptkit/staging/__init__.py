@@ -1,0 +1,1 @@
+"""Memory of the host that a device's data is read into."""
