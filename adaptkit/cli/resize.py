@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @recasts
 @click.option(
     "--weigh",
-    type=PATH,
+    type=INPUT,
     metavar="CHECKPOINT",
     help="With --size: spend ranks by ‖ΔW‖ relative to each layer's own ‖W‖.",
 )
