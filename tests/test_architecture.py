@@ -48,6 +48,7 @@ CHAINS = {
     ),
     "linalg": (
         "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
+        "triton_kernels", "fused",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("stages", "verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),
