@@ -17,6 +17,7 @@ from adaptkit.detect import (
     families,
     foreign,
     formats,
+    hint_for,
     is_adapter,
 )
 from adaptkit.entries import (
@@ -325,8 +326,7 @@ def _refuse_foreign(infos: Mapping[str, TensorInfo], config: Mapping[str, object
     if kind is not None:
         raise UnknownAdapter(
             f"an adapter of a kind that adaptkit does not read: {kind}",
-            hint="what trained it can merge it into its base model (PEFT: merge_and_unload); then "
-            "`adaptkit extract BASE MERGED` makes a LoRA or LoKr of the difference",
+            hint=hint_for(kind),
         )
 
 

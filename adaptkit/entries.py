@@ -166,6 +166,8 @@ class _Reader:
         self.unclaimed: dict[str, str] = {}
         self.problems: list[Problem] = []
         self.contradicts = False
+        # a file has many modules of few shapes
+        self._facts: dict[object, Facts] = {}
 
     def entries(self, names: Iterable[str]) -> dict[Slot, Entry]:
         groups: dict[Slot, dict[str, Parsed]] = {}
@@ -198,7 +200,8 @@ class _Reader:
                 role: self.source.infos[key].shape for role, key in keys.items() if role != ALPHA
             }
             try:
-                facts = self._settled(slot, kind.facts(shapes, alpha), kind, shapes, first.module)
+                known = self._facts_of(kind, shapes, alpha)
+                facts = self._settled(slot, known, kind, shapes, first.module)
                 facts = self._with_kernel(slot, facts)
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
                 window = len(facts.kernel or ())
@@ -213,6 +216,8 @@ class _Reader:
                 # shapes are a stranger's: those that no check foresaw fit no algorithm either
                 failures.append(f"{plain.name} has no tensors of shapes {list(shapes.values())}")
             else:
+                if kind.caveat:
+                    self._note(Problem("warning", None, kind.caveat))
                 value = alpha.value if alpha else None
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
@@ -267,10 +272,19 @@ class _Reader:
         try:
             return kind.settled(facts, Wanted(config, shapes, listed))
         except Unsettled as error:
-            problem = Problem("error", None, error.message, error.hint or CONFIG_HINT)
-            if problem not in self.problems:
-                self.problems.append(problem)
+            self._note(Problem("error", None, error.message, error.hint or CONFIG_HINT))
             raise
+
+    def _facts_of(self, kind: type[Weights], shapes: Shapes, alpha: Stated | None) -> Facts:
+        known = (kind, *shapes.items(), alpha)
+        if known not in self._facts:
+            self._facts[known] = kind.facts(shapes, alpha)
+        return self._facts[known]
+
+    def _note(self, problem: Problem) -> None:
+        """Add a problem of the whole file, once."""
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def _with_kernel(self, slot: Slot, facts: Facts) -> Facts:
         """Add the table's kernel if flat factors do not determine it."""

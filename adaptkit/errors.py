@@ -59,6 +59,7 @@ __all__ = [
 BUG = "this is a bug in adaptkit; set ADAPTKIT_DEBUG=1 to see the traceback"
 # characters of an exception's own words: they may quote a file
 LONGEST = 500
+_INSTALL = "`adaptkit help install` has the lines for each system"
 
 
 class AdaptkitError(Exception):
@@ -187,12 +188,35 @@ class InternalError(AdaptkitError):
             return error
         words = str(error)[:LONGEST]
         found: AdaptkitError
+        if (fault := cls.of_torch(error)) is not None:
+            return fault
         if isinstance(error, MemoryError) or "allocate memory" in words:
             found = NotEnoughMemory("out of memory", hint="free memory, or set a lower --memory")
         elif isinstance(error, OSError):
             found = UnreadableFile(error.strerror or words, file=error.filename)
         else:
             found = cls(f"unexpected {type(error).__name__}: {words}", hint=BUG)
+        found.__cause__ = error
+        return found
+
+    @staticmethod
+    def of_torch(error: BaseException) -> AdaptkitError | None:
+        """The error to report if torch is missing, or importing it raised this exception."""
+        name = getattr(error, "name", None) if isinstance(error, ImportError) else None
+        missing = isinstance(error, ModuleNotFoundError) and name == "torch"
+        trace, broken = error.__traceback__, name is not None and name.partition(".")[0] == "torch"
+        while trace is not None and not broken:
+            home = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+            broken = home == "torch" and trace.tb_frame.f_code.co_name == "<module>"
+            trace = trace.tb_next
+        if missing:
+            found = AdaptkitError("PyTorch is not installed", hint=f"pip install torch; {_INSTALL}")
+        elif broken:
+            what = (str(error).strip() or type(error).__name__).partition("\n")[0][:LONGEST]
+            hint = f"pip install --force-reinstall torch; {_INSTALL}"
+            found = AdaptkitError(f"PyTorch cannot be imported: {what}", hint=hint)
+        else:
+            return None
         found.__cause__ = error
         return found
 

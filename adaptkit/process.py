@@ -6,9 +6,11 @@ Several runs, and the program that they are part of, share the process: none lea
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotEnoughMemory
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HUGE",
+    "cores",
     "explained",
+    "free_memory",
     "free_on",
     "give_back",
     "huge",
@@ -176,6 +180,53 @@ def free_on(device: str) -> int | None:
 
     ask = getattr(getattr(torch, device.partition(":")[0], None), "mem_get_info", None)
     return None if ask is None else int(ask(device)[0])
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return max(1, len(allowed(0)) if allowed is not None else os.cpu_count() or 1)
+
+
+def free_memory() -> int | None:
+    """Bytes that programs may still take, within the limit of a container; None if not told."""
+    if sys.platform == "win32":
+        return _free_of_windows()
+    found = [_free_of_linux(), _left_in_group()]
+    if found[0] is None:  # macOS tells what there is: half of it may be in use
+        with suppress(OSError, ValueError, AttributeError):
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return min((size for size in found if size is not None), default=None)
+
+
+def _free_of_linux() -> int | None:
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    return None
+
+
+def _left_in_group() -> int | None:
+    """What the limit of a control group leaves; None without a limit."""
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # ValueError: "max"
+        whole = int((group / "memory.max").read_text(encoding="ascii"))
+        return max(0, whole - int((group / "memory.current").read_text(encoding="ascii")))
+    return None
+
+
+def _free_of_windows() -> int | None:
+    import ctypes
+
+    # MEMORYSTATUSEX: its own length, the load, total and available bytes, and five more
+    status = (ctypes.c_uint64 * 8)()
+    status[0] = ctypes.sizeof(status)
+    with suppress(OSError, AttributeError):
+        ask = getattr(ctypes, "windll").kernel32.GlobalMemoryStatusEx  # noqa: B009
+        if ask(ctypes.byref(status)):
+            return int(status[2])
+    return None
 
 
 def synchronize(device: str) -> None:

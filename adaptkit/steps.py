@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from adaptkit.errors import AdaptkitError, NotEnoughMemory
-from adaptkit.process import free_on, torch_threads
+from adaptkit.process import cores, free_memory, free_on, torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -23,13 +24,16 @@ __all__ = [
     "bound",
     "buckets",
     "check_memory",
+    "default_memory",
     "peak_memory",
 ]
 
 P = TypeVar("P")
 
-# bytes of working memory, without torch itself (about 250 MB); raised if one step needs more
+# bytes of working memory, without torch itself (about 250 MB), of a machine of two cores; raised
+# if one step needs more
 DEFAULT_MEMORY = 560_000_000
+OURS = 4  # one in so many of the bytes that are free may be taken by default
 PARCEL = 16_000_000  # bytes of working memory: smaller buckets are handed over together
 NEAR = 128  # steps: equal shapes within this distance may be stacked on a CPU
 BESIDE = 2  # parcels read ahead of the computed ones
@@ -156,7 +160,18 @@ def check_memory(steps: Iterable[Step[P]], memory: int | None, *, away: bool = F
 def bound(steps: Iterable[Step[P]], memory: int | None, *, away: bool = False) -> int:
     """The bound in bytes: requested, else default or largest step; `away` as in `check_memory`."""
     sizes = map(_on_host if away else _in_all, steps)
-    return max([DEFAULT_MEMORY, *sizes]) if memory is None else memory
+    return max([default_memory(), *sizes]) if memory is None else memory
+
+
+@cache
+def default_memory() -> int:
+    """The bound without `--memory`: so much for each core, as far as what is free allows.
+
+    Asked once per process, so that a run keeps to what its plan tells.
+    """
+    wanted = DEFAULT_MEMORY * cores() // 2
+    free = free_memory()
+    return max(DEFAULT_MEMORY, min(wanted, (free or 0) // OURS))
 
 
 def peak_memory(steps: Iterable[Step[P]], memory: int | None = None) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from adaptkit.detect import families, formats, spelled_as_adapter
 from adaptkit.errors import NotRepresentable
 from adaptkit.families.contract import Component, Kind, ModelFamily, Row, named
+from adaptkit.files.header import BLOCKED
 from adaptkit.files.open import COMPONENTS
 from adaptkit.files.quantized import FLOATS, FP8
 from adaptkit.keymap import find_row, module_names, prefixes, split_suffix
@@ -240,26 +241,33 @@ class Own(NamedTuple):
 def own_modules(keys: KeyMap, infos: Mapping[str, TensorInfo]) -> Iterator[Own]:
     """The modules of an adapter file that are spelled as adapters are, but in no table."""
     found: dict[str, dict[str, bool]] = {}  # component → module → whether all it has are vectors
-    known: dict[str, dict[str, None]] = {}
     gates = {name.removesuffix("on_input") for name in infos if name.endswith(".on_input")}
-    for key, info in infos.items():
-        split, place = split_suffix(key), None
-        if split is not None and keys.roles(split[2]):
-            place = keys.place(split[0])
-        if split is None or place is None or not place[1]:
-            continue
-        part, module = place
-        if keys.claims(split[0]):
-            known.setdefault(part.name, {})[split[0]] = None
-        elif "{" not in module and spelled_as_adapter(key, gates):
-            vector = len(info.shape) < 2
+    for key, _, part, module in _placed(keys, infos, claimed=False):
+        if "{" not in module and spelled_as_adapter(key, gates):
             held = found.setdefault(part.name, {})
-            held[module] = held.get(module, True) and vector
+            held[module] = held.get(module, True) and len(infos[key].shape) < 2
+    if not found:
+        return
+    known: dict[str, dict[str, None]] = {}
+    for _, stem, part, _ in _placed(keys, infos, claimed=True):
+        known.setdefault(part.name, {})[stem] = None
     for component, modules in found.items():
         naming = _naming(keys, component, known.get(component, ()))
         for module, vector in modules.items():
             kind = Kind.NORM if vector else Kind.MATRIX
             yield Own(component, module, naming, keys.format.joiner == "_", kind)
+
+
+def _placed(
+    keys: KeyMap, infos: Iterable[str], *, claimed: bool
+) -> Iterator[tuple[str, str, Component, str]]:
+    """The keys that a table claims, or does not: with their stem, component and module."""
+    for key in infos:
+        split = split_suffix(key)
+        if split is not None and keys.claims(split[0]) is claimed and keys.roles(split[2]):
+            place = keys.place(split[0])
+            if place is not None and place[1]:
+                yield key, split[0], *place
 
 
 def _naming(keys: KeyMap, component: str, stems: Iterable[str]) -> str:
@@ -304,7 +312,7 @@ def own_weights(keys: CheckpointMap, infos: Mapping[str, TensorInfo]) -> Iterato
     for info in strange:
         start = next((p for p in starts if info.name.startswith(p)), None)
         module, _, param = info.name[len(start or "") :].rpartition(".")
-        float_ = info.dtype in (*FLOATS, *FP8)
+        float_ = info.dtype in (*FLOATS, *FP8, *BLOCKED)
         if start is None or not module or not float_ or "{" in module or not info.shape:
             continue
         if param == BIAS and f"{start}{module}.{WEIGHT}" in shapes:

@@ -2,16 +2,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault(
     "OPENBLAS_NUM_THREADS", "1"
 )  # as the command line does: test processes wait for one another
 
+# hundreds of tests start the command line in a process of its own, which would compile all of it anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import pytest
 import torch
 
 from tests.synth import CORPUS, FIXTURES
+
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,8 @@ A document is run from top to bottom in a folder of its own: the README next to 
 - ```python: the block is executed.
 - ```toml: the block is a recipe. One that begins with `# NAME` is written to that file for the
   examples after it; any other is a file of `fixtures/tiny`.
-- ```sh and ```text are not run.
+- ```sh, ```text and ```py are not run: other programs are needed. tests/test_jobs.py and
+  tests/test_node.py run what is marked there.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from tests.synth import FIXTURES, ROOT
 
 README = ROOT / "README.md"
 GUIDE = ROOT / "adaptkit" / "guide"
-LANGUAGES = ("console", "python", "toml", "sh", "text")
+LANGUAGES = ("console", "python", "toml", "sh", "text", "py")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 VARIES = (
     (re.compile(r"(seconds\s+)[\d.]+"), r"\1…"),
     (re.compile(r"[ \t]+$", re.MULTILINE), ""),
     # a line of progress every ten seconds, on a slow machine
-    (re.compile(r"^[\w ]+(, pass \d+)?: ([\d.]+ \w* ?of .*|begins)\n", re.MULTILINE), ""),
+    (re.compile(r"^(?!note:)[\w ]+(, pass \d+)?: ([\d.]+ \w* ?of .*|begins)\n", re.MULTILINE), ""),
 )
 
 

@@ -43,17 +43,18 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 CHAINS = {
     "": (*FLOORS[0], *FLOORS[3], *FLOORS[4]),
     "files": (
-        "limits", "header", "provenance", "pickled", "gguf", "tensors", "reader", "source", "open",
+        "limits", "dtypes", "header", "provenance", "pickled", "gguf", "tensors", "reader", "source", "packed", "open", "hub",
         "quantized", "_exchange", "leftovers", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
-        "precision", "krylov", "lowrank", "factored", "products", "kron", "noise", "kronscan", "mixing",
-        "triton_kernels", "fused",
+        "precision", "split", "krylov", "hosted", "stacks", "lowrank", "factored", "kron", "products",
+        "noise", "kronscan", "looks", "mixing", "triton_kernels",
+        "fused",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("stages", "verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),
     "api": ("inputs", "adapters", "*"),
-    "cli": ("show", "options", "*"),
+    "cli": ("show", "values", "options", "*"),
 }  # fmt: skip
 TABLES = ("families", "formats", "algorithms", "hosts")  # one file for each member
 MOST_FILES, MOST_LINES, WIDEST, P90 = 15, 450, 100, 20

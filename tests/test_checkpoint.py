@@ -208,7 +208,7 @@ BYTES = torch.zeros(8, 4, dtype=torch.uint8)
         (BYTES, {"weight_scale": torch.ones(2), "weight_scale_2": torch.ones(())}, "nvfp4"),
         (BYTES, {}, "packed integers"),
         (BYTES.to(torch.int8), {"weight_scale": torch.ones(())}, "int8"),
-        (BYTES.to(torch.int8), {"SCB": torch.ones(8)}, "int8 (bitsandbytes)"),
+        (BYTES.to(torch.int8), {"SCB": torch.ones(7)}, "int8 (bitsandbytes)"),
         (
             BYTES.to(torch.float8_e4m3fn),
             {"weight_scale": torch.ones(8, 1).to(torch.float8_e8m0fnu)},

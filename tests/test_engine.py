@@ -279,7 +279,8 @@ def test_an_error_of_an_announced_step_ends_the_run(where: str) -> None:
         )  # type: ignore[arg-type]
 
 
-def test_the_default_bound_grows_with_the_largest_step() -> None:
+def test_the_default_bound_grows_with_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptkit.steps.default_memory", lambda: engine.DEFAULT_MEMORY)
     big = Step(0, (), 3 * engine.DEFAULT_MEMORY)
     assert engine.bound([big], None) == big.bytes
     assert engine.bound(steps(3), None) == engine.DEFAULT_MEMORY

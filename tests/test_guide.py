@@ -17,7 +17,7 @@ from rich.text import Text
 from adaptkit.cli import cli
 from adaptkit.cli import help as guide
 from tests.cli.test_cli import adaptkit, refused
-from tests.examples import GUIDE, blocks, check, documents, named
+from tests.examples import BLOCK, GUIDE, Block, blocks, check, documents, named
 from tests.guide_tables import SECTION, TABLES, generate, generated
 
 COMMANDS = cli.list_commands(click.Context(cli))
@@ -124,6 +124,15 @@ def test_every_generated_section_has_a_generator() -> None:
     for path in GUIDE.rglob("*.md"):
         assert generated(path).keys() <= TABLES.keys()
         assert len(SECTION.findall(path.read_text(encoding="utf-8"))) == len(generated(path))
+
+
+def test_the_five_scripts_of_a_service_have_at_most_ten_lines() -> None:
+    """`test_examples_print_what_is_shown` runs them."""
+    page = (GUIDE / "reference" / "python.md").read_text(encoding="utf-8")
+    section = page.partition("## Five scripts")[2].partition("\n## ")[0]
+    scripts = [block.body for block in (Block(*found) for found in BLOCK.findall(section))]
+    assert len(scripts) == 5
+    assert [script for script in scripts if len(script.splitlines()) > 10] == []
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
+from adaptkit import process, steps
 from adaptkit.errors import NotEnoughMemory
 from adaptkit.linalg import precision
 from adaptkit.ops import advise, combine, compare, convert, extract, merge, resize
@@ -102,3 +105,31 @@ def test_a_layer_that_the_host_cannot_hold_is_refused() -> None:
     with pytest.raises(NotEnoughMemory, match="0.0 MB"):
         list(buckets([Step(0, (), 500, (0, 0), 70)], Resources("cuda", 60, room=1000)))
     assert peak_memory([Step(0, (), 500, (0, 0), 50)]) == 500
+
+
+@pytest.mark.parametrize(
+    ("cores", "free", "expected"),
+    [
+        (1, 64_000, 560),
+        (2, 64_000, 560),
+        (16, 64_000, 4480),
+        (16, 8_000, 2000),
+        (16, 1_000, 560),
+        (16, None, 560),
+    ],
+)
+def test_the_default_bound_follows_the_machine(
+    cores: int, free: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In MB; never below what two cores have."""
+    monkeypatch.setattr(steps, "cores", lambda: cores)
+    monkeypatch.setattr(steps, "free_memory", lambda: free and free * 10**6)
+    assert steps.default_memory.__wrapped__() == expected * 10**6
+
+
+def test_what_is_free_is_asked_of_the_system() -> None:
+    free = process.free_memory()
+    assert free is None or 1e6 < free < 1e14
+    if sys.platform in ("linux", "win32", "darwin"):
+        assert free is not None
+    assert 1 <= process.cores() <= (os.cpu_count() or 1)

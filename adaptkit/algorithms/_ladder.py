@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from adaptkit.errors import NotRepresentable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -78,3 +80,14 @@ class Truncation:
         """(rows, columns) of the matrix whose singular values the ladder keeps."""
         left, right = (shapes[role] for role in cls.ladder_roles or ())
         return left[0], math.prod(right[1:])
+
+    def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
+        """‖delta − ΔW‖² truncated to ranks 0, 1, …; leaves `delta` as it is."""
+        raise NotRepresentable(f"a {type(self).__name__} has no ladder of ranks")
+
+    def ladder_errors_of_stack(self, delta: Tensor) -> Tensor:
+        """`ladder_errors` of each member of a stack (one leading dimension), (B, ranks + 1).
+
+        On the device of `delta`, which is not waited for, and may be overwritten.
+        """
+        raise NotRepresentable(f"a {type(self).__name__} has no ladder of ranks")

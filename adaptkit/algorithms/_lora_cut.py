@@ -99,15 +99,18 @@ class _KeptLoras(KeptStack):
     def weights(self) -> Weights:
         return self.make(*self.kept, self.kernel)
 
-    def distances(self, stored: Weights) -> list[float]:
+    def changes(self, stored: Weights) -> tuple[Tensor, ...]:
+        return self.core.changes(self.factors, self.kept, stored.factors())
+
+    def told(self, stored: Weights, changes: Sequence[Tensor]) -> list[float]:
         import torch
 
         from adaptkit.linalg.precision import one_by_one
         from adaptkit.linalg.products import product_distance
 
-        found = self.core.distances(self.factors, self.kept, stored.factors())
+        found = self.core.told(changes)
         if not bool(torch.isfinite(found).all()):
-            if one_by_one(found[..., None, None]):
+            if one_by_one(self.factors[0]):
                 return [
                     one if math.isfinite(one) else self._distance(n, stored)
                     for n, one in enumerate(found.tolist())

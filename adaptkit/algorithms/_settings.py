@@ -48,6 +48,7 @@ class Configured:
     # field → what PEFT takes for it where an older configuration does not have it
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({})
     shared: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    caveat: ClassVar[str] = ""  # what no file of this kind tells
 
     @classmethod
     def settled(cls, facts: Facts, wanted: Wanted) -> Facts:

@@ -22,7 +22,7 @@ from adaptkit.algorithms._stored import ALPHA, Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -63,6 +63,7 @@ class Weights(Truncation, Configured):
     # what it holds exactly
     dense: ClassVar[bool] = False  # stores ΔW itself: holds any difference, has no rank
     low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
+    kron: ClassVar[bool] = False  # `kron_factors` are known
     by_rows: ClassVar[bool] = False  # some rows of what `computed` gives cost their share of ΔW
     cores: ClassVar[frozenset[str]] = frozenset()  # roles that `unrolled` multiplies out
 
@@ -176,10 +177,9 @@ class Weights(Truncation, Configured):
 
     def thin_factors(self) -> tuple[Tensor, Tensor] | None:
         """`factors` if their rank is so small that they cost less than ΔW itself."""
-        try:
-            left, right = self.factors()
-        except NotRepresentable:
+        if (pair := self._exact_factors()) is None:
             return None
+        left, right = pair
         most = min(left.shape[-2], right.shape[-1]) * THIN
         return (left, right) if left.shape[-1] <= most else None
 
@@ -199,7 +199,7 @@ class Weights(Truncation, Configured):
         try:
             left, right = self.factors()
         except NotRepresentable:
-            return float(self.delta().double().square().sum())
+            return sum(float(block.square().sum()) for block in self._wide_blocks())
         return float(product_norm_squared(left.double(), right.double()).sum())
 
     def inner_product(self, other: Weights) -> float:
@@ -225,18 +225,18 @@ class Weights(Truncation, Configured):
         kron = self.kron_factors()
         thin = None if kron is not None else self.thin_factors()
         one, two = (pair and (pair[0].double(), pair[1].double()) for pair in (kron, thin))
-        return Operand(one, two, self._wide_delta, self.norm_squared)
+        return Operand(one, two, self._wide_blocks, self.norm_squared)
 
-    def _wide_delta(self) -> Tensor:
-        from adaptkit.linalg.kron import kron
+    def _wide_blocks(self) -> Iterator[Tensor]:
+        from adaptkit.linalg.products import wide_blocks
 
-        if (pair := self.kron_factors()) is not None:
-            return kron(pair[0].double(), pair[1].double())
+        return wide_blocks(self.rows, self.kron_factors(), self._exact_factors, self.delta)
+
+    def _exact_factors(self) -> tuple[Tensor, Tensor] | None:
         try:
-            left, right = self.factors()
+            return self.factors()
         except NotRepresentable:
-            return self.delta().double()
-        return left.double() @ right.double()
+            return None
 
     def spectrum(self) -> Tensor:
         """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS).
@@ -376,7 +376,7 @@ class Weights(Truncation, Configured):
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
         """The nearest weights of this kind to `delta` (..., rows, columns), in Frobenius norm.
 
-        Shares no memory with `delta`.
+        Dense kinds share its memory.
         """
         raise NotRepresentable(f"{cls.name} cannot be fitted to a difference")
 
@@ -398,16 +398,9 @@ class Weights(Truncation, Configured):
         """A sentence about readers of weights fitted so; empty if there is none."""
         return ""
 
-    def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
-        """‖delta − ΔW‖² truncated to ranks 0, 1, …; may overwrite `delta`."""
-        raise NotRepresentable(f"a {self.name} has no ladder of ranks")
-
 
 class Decomposition(Ladder):
-    """ΔW by rank. `energies` are the gains of each further rank in ‖ΔW‖² = `norm`.
-
-    It is small: it does not hold the weights. `keep` gets them again.
-    """
+    """ΔW by rank, without the weights. `energies` are what each rank gains of ‖ΔW‖² = `norm`."""
 
     energies: tuple[float, ...]
     norm: float
@@ -434,10 +427,15 @@ class KeptStack:
         raise NotImplementedError
 
     def distances(self, stored: Weights) -> list[float]:
-        """‖ΔW − ΔW'‖²_F of every member in float64.
+        """‖ΔW − ΔW'‖²_F in float64, ΔW of the whole weights, ΔW' of `stored`: `weights` rounded."""
+        return self.told(stored, self.changes(stored))
 
-        ΔW is that of the whole weights, ΔW' that of `stored`, which are `weights` rounded.
-        """
+    def changes(self, stored: Weights) -> tuple[Tensor, ...]:
+        """The small matrices (B, …) that `told` takes, where the weights are."""
+        raise NotImplementedError
+
+    def told(self, stored: Weights, changes: Sequence[Tensor]) -> list[float]:
+        """`distances` from `changes`, which are on the host."""
         raise NotImplementedError
 
 

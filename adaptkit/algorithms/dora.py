@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Dense, Product, Tucker
+from adaptkit.algorithms._rotation import toward
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms._wrapping import Wrapping
 from adaptkit.algorithms.contract import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 OUTPUT, INPUT = "output", "input"
 STORED = ("magnitude", "vector")
+BLOCK = 1 << 18  # entries of a block of rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,18 +104,45 @@ class Dora(Wrapping):
         )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        """W + strength · (W' − W): at strength 1 exactly W'."""
+        """W + strength · (W' − W): at strength 1 exactly W'.
+
+        In blocks of rows: ΔW is never formed, and made twice for magnitudes on the input axis.
+        """
+        from adaptkit.linalg.precision import row_blocks
+
+        inner = self.inner.widened() if base.dtype.itemsize > 4 else self.inner.computed()
+        # the columns of one input, one per position of the kernel, share its magnitude
+        inputs = base.shape[-1] if self.axis == OUTPUT else self.magnitude.shape[-1]
+        magnitude = self.magnitude.to(base.dtype).unsqueeze(-1)
+        factor = None if self.axis == OUTPUT else magnitude / self._norms(base, inner, inputs)
+        for rows in row_blocks(base):
+            part = base[..., rows, :]
+            merged = _added(part, inner, rows)
+            wide = _by_inputs(merged, inputs)
+            if factor is None:
+                wide.mul_(magnitude[..., rows, :, :] / _norm(wide, (-2, -1)))
+            else:
+                wide.mul_(factor)
+            toward(part, merged, strength)
+        return base
+
+    def _norms(self, base: Tensor, inner: Weights, inputs: int) -> Tensor:
+        """‖·‖ of the columns of each input of W + ΔW, (..., 1, inputs, 1)."""
         import torch
 
-        merged = self.inner.apply(base.clone(), 1.0)
-        # the columns of one input, one per position of the kernel, share its magnitude
-        inputs = merged.shape[-1] if self.axis == OUTPUT else self.magnitude.shape[-1]
-        wide = merged.reshape(*merged.shape[:-1], inputs, -1)  # (..., rows, inputs, K)
-        over = (-2, -1) if self.axis == OUTPUT else (-3, -1)
-        norm = torch.linalg.vector_norm(wide, dim=over, keepdim=True) + torch.finfo(base.dtype).eps
-        factor = self.magnitude.to(base.dtype).unsqueeze(-1) / norm
-        merged = (wide * factor).reshape(merged.shape)
-        return base.lerp_(merged, strength) if strength != 1.0 else base.copy_(merged)
+        from adaptkit.linalg.precision import row_blocks
+
+        total: Tensor | None = None
+        for rows in row_blocks(base):
+            wide = _by_inputs(_added(base[..., rows, :], inner, rows), inputs)
+            square = torch.linalg.vector_norm(wide, dim=(-3, -1), keepdim=True).square()
+            total = square if total is None else total.add_(square)
+        assert total is not None
+        return total.sqrt_().add_(torch.finfo(base.dtype).eps)
+
+    @classmethod
+    def applying(cls, numbers: int) -> int:
+        return 16 * min(numbers, BLOCK)
 
     @classmethod
     def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
@@ -219,6 +248,24 @@ class _Direction(Decomposition):
 
     def lighter(self) -> Decomposition:
         return _Direction(self.inner.lighter(), self.magnitude)
+
+
+def _added(base: Tensor, inner: Weights, rows: slice) -> Tensor:
+    """W + ΔW of these rows, as a new tensor."""
+    return inner.some_rows(rows.start, rows.stop).to(base.dtype).add_(base)
+
+
+def _by_inputs(x: Tensor, inputs: int) -> Tensor:
+    """A view of (..., rows, inputs·K) as (..., rows, inputs, K)."""
+    return x.view(*x.shape[:-1], inputs, x.shape[-1] // inputs)
+
+
+def _norm(x: Tensor, over: tuple[int, ...]) -> Tensor:
+    import torch
+
+    eps = torch.finfo(x.dtype).eps
+    found: Tensor = torch.linalg.vector_norm(x, dim=over, keepdim=True).add_(eps)
+    return found
 
 
 def _leading(weights: Weights) -> int:

@@ -28,7 +28,7 @@ class Full(Weights):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full difference"
     dense: ClassVar[bool] = True
-    fit_copies: ClassVar[float] = 3.5
+    fit_copies: ClassVar[float] = 1
     by_rows: ClassVar[bool] = True
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"
@@ -48,8 +48,10 @@ class Full(Weights):
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
-        ((_, shape),) = shapes.items()
-        matched(len(shape) >= 1, " ".join(shapes), shapes)
+        ((role, shape),) = shapes.items()
+        # a bias is a vector; all else may be one
+        fits = len(shape) == 1 or (len(shape) > 1 and cls.roles[role].param != BIAS)
+        matched(fits, role, shapes)
         return Facts(shape[0], math.prod(shape[1:]), shape[2:], None, 1.0, vector=len(shape) == 1)
 
     @classmethod
@@ -129,8 +131,8 @@ class Full(Weights):
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """A copy of the difference: the caller may overwrite `delta`."""
-        return cls(delta.clone(), spec.kernel)
+        """The difference itself, not a copy."""
+        return cls(delta, spec.kernel)
 
 
 ALGORITHM = Full

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+BLOCK = 1 << 18  # entries of a block of rows
+
 
 @dataclass(frozen=True, eq=False)
 class Glora(Weights):
@@ -80,17 +82,21 @@ class Glora(Weights):
 
     @classmethod
     def applying(cls, numbers: int) -> int:
-        return 10 * numbers
+        return 16 * min(numbers, BLOCK)
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        """W + strength · ΔW, linear in the strength as in LyCORIS."""
+        """W + strength · ΔW, linear in the strength as in LyCORIS; a block of rows at a time."""
+        from adaptkit.linalg.precision import row_blocks
+
         a1, a2, b1, b2 = (tensor.to(base.dtype) for tensor in (self.a1, self.a2, self.b1, self.b2))
         window = math.prod(self.kernel)
-        wide = base.reshape(*base.shape[:-1], -1, window).transpose(-1, -2)  # (..., m, K, i)
-        through = (
-            ((wide @ a1.unsqueeze(-3)) @ a2.unsqueeze(-3)).transpose(-1, -2).reshape(base.shape)
-        )
-        return base.add_(b1 @ b2 + through, alpha=strength * self.scale)
+        for rows in row_blocks(base):
+            part = base[..., rows, :]
+            wide = part.reshape(*part.shape[:-1], -1, window).transpose(-1, -2)  # (..., m, K, i)
+            through = (wide @ a1.unsqueeze(-3)) @ a2.unsqueeze(-3)
+            added = through.transpose(-1, -2).reshape(part.shape) + b1[..., rows, :] @ b2
+            part.add_(added, alpha=strength * self.scale)
+        return base
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, b1=self.b1[..., start:stop, :])

@@ -18,6 +18,7 @@ from adaptkit.algorithms._factor import (
     same_factor,
     tucker_field,
 )
+from adaptkit.algorithms._kron_ladder import ladder_errors, ladder_errors_of_stack
 from adaptkit.algorithms._kron_shapes import first_shape, full_from, second_factor, second_shape
 from adaptkit.algorithms._parts import grouped
 from adaptkit.algorithms._stored import roles, scaling
@@ -64,6 +65,7 @@ class Lokr(Weights):
 
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
+    kron: ClassVar[bool] = True
     by_rows: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lokr"
     ladder_roles: ClassVar[tuple[str, str] | None] = ("w2_a", "w2_b")
@@ -303,8 +305,7 @@ class Lokr(Weights):
 
         A w2 of low rank is fitted by alternating least squares. LyCORIS and ComfyUI both load the
         result: one factor for both sides, w2 full from half of its larger side on, `w2_b`
-        two-dimensional, no Tucker core, alpha = rank. Only ComfyUI always loads factors from 32
-        on, see `caution`.
+        two-dimensional, no Tucker core, alpha = rank. For factors from 32 on see `caution`.
         """
         from adaptkit.linalg.kron import factorization, nearest_kron, nearest_kron_lowrank
 
@@ -343,21 +344,12 @@ class Lokr(Weights):
         return [replace(self, w2=Product(*truncated_svd(dense, SvdSpec(most)).balanced()))]
 
     def ladder_errors(self, delta: Tensor) -> tuple[float, ...]:
-        """With M the best w2 for this w1, what M leaves of delta is orthogonal to all its ranks."""
-        from adaptkit.linalg.kron import rearrange
-        from adaptkit.linalg.lowrank import truncation_errors
-        from adaptkit.linalg.precision import norm_squared
-
         assert isinstance(self.w2, Product)
-        w1 = self.w1.dense().to(delta.dtype)  # stored in fp64, the difference may be fp32
-        if not (size := float(norm_squared(w1))):
-            return (float(norm_squared(delta)),)
-        left, right = self.w2.left.to(delta.dtype), self.w2.right.to(delta.dtype)
-        r = rearrange(delta, *w1.shape[-2:])
-        best = (w1.reshape(1, -1) @ r / size).reshape(left.shape[-2], right.shape[-1])
-        rest = float(norm_squared(r.sub_(w1.reshape(-1, 1) * best.reshape(1, -1))))
-        errors = truncation_errors(best, left * self.scale, right)
-        return tuple((rest + size * errors).tolist())
+        return ladder_errors(delta, self.w1.dense(), self.w2, self.scale)
+
+    def ladder_errors_of_stack(self, delta: Tensor) -> Tensor:
+        assert isinstance(self.w2, Product)
+        return ladder_errors_of_stack(delta, self.w1.dense(), self.w2, self.scale)
 
     @classmethod
     def caution(cls, spec: FitSpec) -> str:

@@ -314,6 +314,11 @@ class Lora(Weights):
         up, down = self.factors()
         return tuple(truncation_errors(delta, up, down).tolist())
 
+    def ladder_errors_of_stack(self, delta: Tensor) -> Tensor:
+        from adaptkit.linalg.lowrank import truncation_errors_of_stack
+
+        return truncation_errors_of_stack(delta, *self.factors())
+
     @classmethod
     def too_wide(cls, shapes: Shapes) -> bool:
         up, down = shapes["up"], shapes["down"]

@@ -33,7 +33,7 @@ class Miss(Applied):
     roles: ClassVar[Mapping[str, Role]] = roles(block=Role("miss_block", ("bone_block",)))
     forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"block"}),)
 
-    block: Tensor
+    repeated: Tensor
     bat: bool = False
 
     @classmethod
@@ -54,10 +54,10 @@ class Miss(Applied):
         return cls(tensors["block"], bool(facts.settings[0]))
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        rank, rows, columns = self.block.shape[-2], *base.shape[-2:]
-        block = self.block.to(base.dtype)
+        rank, rows, columns = self.repeated.shape[-2], *base.shape[-2:]
+        block = self.repeated.to(base.dtype)
         if self.bat:
-            self._fitting(columns % rank == 0 and rows == rank * self.block.shape[-3], base)
+            self._fitting(columns % rank == 0 and rows == rank * self.repeated.shape[-3], base)
             cut = base.reshape(*base.shape[:-2], rows // rank, rank, columns // rank, rank)
             pieces = cut.transpose(-2, -3)  # (..., m/r, n/r, r, r)
             added = pieces @ block.unsqueeze(-3) + block.unsqueeze(-3)
@@ -70,11 +70,11 @@ class Miss(Applied):
         return base
 
     def part(self, start: int, stop: int) -> Self:
-        size = self.block.shape[-1]
+        size = self.repeated.shape[-1]
         if not self.bat and stop <= size:
-            return replace(self, block=self.block[..., start:stop])
+            return replace(self, repeated=self.repeated[..., start:stop])
         if self.bat and start % size == 0 and stop % size == 0:
-            return replace(self, block=self.block[..., start // size : stop // size, :, :])
+            return replace(self, repeated=self.repeated[..., start // size : stop // size, :, :])
         return super().part(start, stop)
 
 

@@ -30,6 +30,10 @@ class Tlora(Applied):
 
     name: ClassVar[str] = "tlora"
     title: ClassVar[str] = "T-LoRA"
+    caveat: ClassVar[str] = (
+        "a T-LoRA is taken to have started from the leading singular vectors of the weight, as "
+        "LyCORIS takes it; the file does not tell another start (sig_type, use_data_init)"
+    )
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role("p_layer.weight"),
         down=Role("q_layer.weight"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from adaptkit.adapter import Adapter
 from adaptkit.api.inputs import PathOrState, Temporary, run, stored
+from adaptkit.files.hub import local
 from adaptkit.ops.shared import check_output
 from adaptkit.ops.stages import Tally, log
 
@@ -44,6 +45,11 @@ class Module:
     def __repr__(self) -> str:
         rank = "" if self.rank is None else f", rank {self.rank}"
         return f"Module({self.name!r}: {self.algorithm}{rank}, scale {self.scale:g})"
+
+    @property
+    def parameter(self) -> str:
+        """The parameter it changes as the file's format spells it, such as `….to_q.weight`."""
+        return f"{self._adapter.keys.stem(self._entry.slot)}.{self._entry.slot.param}"
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by role (`up`, `down`, `w1`, …), without alpha."""
@@ -206,7 +212,7 @@ def open(
     """
     reading = {"family": family, "format": format, "alpha": alpha_in}
     if not isinstance(adapter, Mapping):
-        return AdapterFile(Path(adapter), reading=reading)
+        return AdapterFile(local(adapter), reading=reading)
     folder = Temporary()
     return AdapterFile(stored(adapter, folder, "opened", config), folder, reading=reading)
 

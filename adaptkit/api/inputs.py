@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from adaptkit.files.hub import local
 from adaptkit.meaning import PEFT_CONFIG
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def stored(
 ) -> Path:
     """The file of an input; a state dict is written to the folder."""
     if not isinstance(given, Mapping):
-        return Path(given)
+        return local(given)
     from safetensors.torch import save_file
 
     home = folder.path / name

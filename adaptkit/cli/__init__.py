@@ -63,7 +63,7 @@ _CALLED = {
     "rename": "convert",
 }
 # modules of this package that are not commands
-_SHARED = ("options", "show", "tables")
+_SHARED = ("options", "show", "tables", "values")
 # commands that share a module
 _TABLES = ("formats", "families", "algorithms")
 

@@ -6,15 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import DTYPE, NO_LIMITS, PATH, computing, picture, selecting, talk
+from adaptkit.cli.options import (
+    DTYPE,
+    FAMILY,
+    INPUT,
+    NO_LIMITS,
+    complete_formats,
+    computing,
+    picture,
+    selecting,
+    talk,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @click.command()
-@click.argument("base", type=PATH)
-@click.argument("tuned", type=PATH)
+@click.argument("base", type=INPUT)
+@click.argument("tuned", type=INPUT)
 @click.option(
     "--max-rank",
     type=click.IntRange(1),
@@ -25,10 +35,11 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     metavar="FORMAT",
+    shell_complete=complete_formats,
     help="Key format of the adapter; `adaptkit formats` lists them.  [default: that of extract]",
 )
 @picture("the tables")
-@click.option("--family", metavar="NAME", help="Override the detected model family.")
+@FAMILY
 @DTYPE
 @computing
 @selecting

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import STRENGTH, ranks, recasts, writer
+from adaptkit.cli.options import STRENGTH, complete_formats, ranks, recasts, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,10 @@ METHODS = ("sum", "mean", "ties", "dare", "dare-ties", "magnitude")
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, type=STRENGTH, metavar="ADAPTER[:WEIGHT]...")
 @click.option(
-    "--to", metavar="FORMAT", help="Key format to write.  [default: that of the first adapter]"
+    "--to",
+    metavar="FORMAT",
+    shell_complete=complete_formats,
+    help="Key format to write.  [default: that of the first adapter]",
 )
 @click.option(
     "--method",

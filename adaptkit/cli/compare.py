@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ALPHA_IN, PATH, STRENGTH, computing, inputs, selecting, talk
+from adaptkit.cli.options import ALPHA_IN, INPUT, STRENGTH, computing, inputs, selecting, talk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("b", type=STRENGTH, metavar="B[:STRENGTH]")
 @click.option(
     "--base",
-    type=PATH,
+    type=INPUT,
     help="Checkpoint of the adapters, or the one that checkpoint B was made from.",
 )
 @click.option(

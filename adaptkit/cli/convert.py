@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import HOST, PATH, SUFFIX, ranks, recasts, writer
+from adaptkit.cli.options import HOST, INPUT, SUFFIX, complete_formats, ranks, recasts, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")
-@click.option("--to", metavar="FORMAT", help="Key format to write; `adaptkit formats` lists them.")
+@click.argument("adapters", nargs=-1, required=True, type=INPUT, metavar="ADAPTER...")
+@click.option(
+    "--to",
+    metavar="FORMAT",
+    shell_complete=complete_formats,
+    help="Key format to write; `adaptkit formats` lists them.",
+)
 @click.option("--for", "host", type=HOST, help="Write the format that this host loads.")
 @recasts
 @ranks

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import EXTRACTABLE, FACTOR, HOST, PATH, ranks, writer
+from adaptkit.cli.options import EXTRACTABLE, FACTOR, HOST, INPUT, complete_formats, ranks, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @click.command()
-@click.argument("base", type=PATH)
-@click.argument("tuned", type=PATH)
+@click.argument("base", type=INPUT)
+@click.argument("tuned", type=INPUT)
 @click.option(
     "--algo",
     default="lora",
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     metavar="FORMAT",
+    shell_complete=complete_formats,
     help="Key format to write; `adaptkit formats` lists them.  [default: the one that most hosts "
     "load completely]",
 )

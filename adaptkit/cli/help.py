@@ -130,8 +130,13 @@ def _listed(known: Iterable[Page]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _topics(_: click.Context, __: click.Parameter, start: str) -> list[str]:
+    """The topics that begin so, for a shell."""
+    return [topic for topic in pages() if topic.startswith(start.lower())]
+
+
 @click.command()
-@click.argument("topic", required=False)
+@click.argument("topic", required=False, shell_complete=_topics)
 @click.pass_context
 def help(ctx: click.Context, topic: str | None) -> None:
     """Show a page of the guide, or list the pages.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.options import ALPHA_IN, PATH, inputs, picture, talk
+from adaptkit.cli.options import ALPHA_IN, INPUT, PATH, inputs, picture, talk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ SORTS = ("name", "family", "rank", "size", "date")
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=INPUT, metavar="FILE...")
 @click.option("--keys", is_flag=True, help="List all tensors: key, dtype, shape.")
 @click.option(
     "--modules", is_flag=True, help="List all adapted modules: algorithm, rank, alpha, shape."
@@ -66,7 +66,7 @@ SORTS = ("name", "family", "rank", "size", "date")
     metavar="FILE.html",
     help="Write all of it as one page to look at, search and sort in a browser.",
 )
-@click.option("--hash", is_flag=True, help="Add the SHA-256 of each file.")
+@click.option("--hash", is_flag=True, help="Add the SHA-256, AutoV2 and AutoV3 of each file.")
 @inputs
 @ALPHA_IN
 @talk
@@ -95,9 +95,9 @@ def inspect(
 
     FILE is a .safetensors file, a pickle (.ckpt, .pt, .bin), an index of shards or a folder. A
     diffusers or PEFT folder counts as one file; any other folder is searched for weight files.
-    Without --stats and --plot no weights are read and torch is not loaded. Several files are shown
-    as a table: --sort orders it, and --where selects by family, format, kind, algorithm, part,
-    rank, dtype or problems.
+    Without --stats, --plot and --html no weights are read and torch is not loaded. Several files
+    are shown as a table: --sort orders it, and --where selects by family, format, kind, algorithm,
+    part, rank, dtype or problems.
 
     --stats computes ‖ΔW‖ and the singular values of every module. It prints, for every block, a
     heat map of ‖ΔW‖ per kind of layer and the ranks that hold 90 and 99 % of it. --plot also
@@ -138,6 +138,12 @@ def inspect(
         ) as progress,
         logged("inspect", progress) as bar,
     ):
+        if as_json and len(paths) > 1 and not (stats or sort):
+            from adaptkit.cli.show.inspect import streamed
+
+            one_by_one = op.stream(paths, options, bar)
+            broken = streamed(one_by_one, lambda one: bool(op.where([one], where)), keys, modules)
+            return int(broken)
         if len(paths) == 1 or stats:
             reports = [op.run(path, options, bar) for path in paths]
         else:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ALPHA_IN, BLOCKS, PATH, SIZE, STRENGTH, writer
+from adaptkit.cli.options import ALPHA_IN, BLOCKS, INPUT, SIZE, STRENGTH, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @click.command()
-@click.argument("base", type=PATH)
+@click.argument("base", type=INPUT)
 @click.argument("adapters", nargs=-1, required=True, type=STRENGTH, metavar="ADAPTER[:STRENGTH]...")
 @BLOCKS
 @click.option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, talk
+from adaptkit.cli.options import INPUT, PATH, talk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ class _Entry(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command()
-@click.argument("file", type=PATH)
+@click.argument("file", type=INPUT)
 @click.option(
     "--set",
     "entries",
@@ -52,7 +52,10 @@ class _Entry(click.ParamType):  # type: ignore[type-arg]
     help="Remove kohya's entries about the training, or all that readers do not need.",
 )
 @click.option(
-    "--copy-from", type=PATH, metavar="FILE", help="Add the entries of another file, but no hashes."
+    "--copy-from",
+    type=INPUT,
+    metavar="FILE",
+    help="Add the entries of another file, but no hashes.",
 )
 @click.option("-o", "--output", type=PATH, help="File to write.  [default: FILE itself]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")

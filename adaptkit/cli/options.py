@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from adaptkit.cli.show.picture import option as checked_picture
+from adaptkit.cli.values import (
+    EXTRACTABLE,
+    FACTOR,
+    HOST,
+    INPUT,
+    PATH,
+    SIZE,
+    STRENGTH,
+    Size,
+    complete_algorithms,
+    complete_families,
+    complete_formats,
+)
 from adaptkit.files.limits import allow
-from adaptkit.ops.ranks.options import rules
-from adaptkit.ops.shared import SIZES, parse_size, split_strength
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from adaptkit.ops.ranks.rules.contract import Rule
 
@@ -23,13 +31,16 @@ __all__ = [
     "DTYPE",
     "EXTRACTABLE",
     "FACTOR",
+    "FAMILY",
     "HOST",
+    "INPUT",
     "NO_LIMITS",
     "PATH",
     "SIZE",
     "STRENGTH",
     "SUFFIX",
     "Size",
+    "complete_formats",
     "computing",
     "inputs",
     "picture",
@@ -41,114 +52,6 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-PATH = click.Path(path_type=Path)
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """A size in bytes: `500KB`, `64MB`, `1.5GB` (powers of 1000) or `64MiB` (of 1024)."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        size = parse_size(value)
-        if size is None:
-            self.fail(f"invalid size {value!r}; expected a size such as {SIZES}", param, ctx)
-        return size
-
-
-class Strength(click.ParamType):  # type: ignore[type-arg]
-    """`style.safetensors:0.8`: a path and the strength of the adapter in it."""
-
-    name = "adapter[:strength]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Path, float]:
-        return value if isinstance(value, tuple) else split_strength(value)
-
-
-class Factor(click.ParamType):  # type: ignore[type-arg]
-    """An integer of at least 1, or `auto` (None)."""
-
-    name = "factor"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        if value is None or isinstance(value, int) or value == "auto":
-            return value if isinstance(value, int) else None
-        if not value.isdecimal() or int(value) < 1:
-            self.fail(
-                f"invalid factor {value!r}; expected an integer of at least 1, or auto", param, ctx
-            )
-        return int(value)
-
-
-class Registered(click.ParamType):  # type: ignore[type-arg]
-    """A name from a registry, which is read when the option is used or shown."""
-
-    def __init__(
-        self,
-        name: str,
-        names: Callable[[], Iterable[str]],
-        also: Callable[[], Mapping[str, str]] = dict,
-    ) -> None:
-        self.name, self.names, self.also = name, names, also
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(self.names())}]"
-
-    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"Choose from {', '.join(self.names())}."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        names = list(self.names())
-        wanted = str(value).strip().lower()
-        found = wanted if wanted in names else self.also().get(wanted)
-        if found is None:
-            near = get_close_matches(wanted, [*names, *self.also()], n=1, cutoff=0.6)
-            listed = ", ".join(map(repr, names))
-            more = f" Did you mean {near[0]}?" if near else ""
-            self.fail(f"{value!r} is not one of {listed}.{more}", param, ctx)
-        return found
-
-
-class Algorithm(Registered):
-    """A name that the command itself checks, with the nearest names in its message."""
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return "|".join(self.names())
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)
-
-
-def _hosts() -> Iterable[str]:
-    from adaptkit.hosts import hosts
-
-    return hosts()
-
-
-def _called() -> Mapping[str, str]:
-    from adaptkit.hosts import hosts
-
-    return {other: name for name, host in hosts().items() for other in host.also}
-
-
-def _extractable() -> Iterable[str]:
-    from adaptkit.keymap.kinds import extractable
-
-    return (*extractable(), "auto")
-
-
-HOST = Registered("host", _hosts, _called)
-EXTRACTABLE = Algorithm("algorithm", _extractable)
-FACTOR = Factor()
-SIZE = Size()
-STRENGTH = Strength()
 
 
 def _apply(function: F, options: list[Callable[[F], F]]) -> F:
@@ -163,6 +66,12 @@ def _lift(context: click.Context, _parameter: click.Parameter, given: bool) -> N
         context.with_resource(allow())
 
 
+FAMILY = click.option(
+    "--family",
+    metavar="NAME",
+    shell_complete=complete_families,
+    help="Override the detected model family.",
+)
 NO_LIMITS = click.option(
     "--no-limits",
     is_flag=True,
@@ -206,9 +115,12 @@ def inputs(function: F) -> F:
     return _apply(
         function,
         [
-            click.option("--family", metavar="NAME", help="Override the detected model family."),
+            FAMILY,
             click.option(
-                "--format", metavar="NAME", help="Override the detected key format of the input."
+                "--format",
+                metavar="NAME",
+                shell_complete=complete_formats,
+                help="Override the detected key format of the input.",
             ),
             NO_LIMITS,
         ],
@@ -238,8 +150,9 @@ def computing(function: F) -> F:
                 "--memory",
                 type=SIZE,
                 metavar="SIZE",
-                help="Limit working memory, not counting torch itself.  [default: 560MB, or the "
-                "need of the largest layer]",
+                help="Limit working memory, not counting torch itself.  [default: 280MB for each "
+                "core, at most a quarter of what is free and at least 560MB; more if the largest "
+                "layer needs it]",
             ),
         ],
     )
@@ -268,6 +181,9 @@ def selecting(function: F) -> F:
 
 def ranks(function: F) -> F:
     """Add the rank rules, of which a user gives one."""
+    # commands without ranks need not read the rules
+    from adaptkit.ops.ranks.options import rules
+
     conv = click.option(
         "--conv-rank",
         type=click.IntRange(1),
@@ -309,7 +225,12 @@ def recasts(function: F) -> F:
         [
             ALPHA_IN,
             BLOCKS,
-            click.option("--algo", metavar="NAME", help="Change the algorithm: lora, lokr, full."),
+            click.option(
+                "--algo",
+                metavar="NAME",
+                shell_complete=complete_algorithms,
+                help="Change the algorithm: lora, lokr, full.",
+            ),
             click.option(
                 "--factor",
                 type=click.IntRange(1),
@@ -319,12 +240,22 @@ def recasts(function: F) -> F:
             ),
             click.option(
                 "--base",
-                type=PATH,
+                type=INPUT,
                 metavar="CHECKPOINT",
                 help="Checkpoint of the adapter; DoRA, OFT and others depend on its weights.",
             ),
         ],
     )
+
+
+def _checked_picture(
+    context: click.Context, parameter: click.Parameter, path: Path | None
+) -> Path | None:
+    if path is None:
+        return None
+    from adaptkit.cli.show.picture import option
+
+    return option(context, parameter, path)
 
 
 def picture(what: str) -> Callable[[F], F]:
@@ -337,7 +268,7 @@ def picture(what: str) -> Callable[[F], F]:
                 click.option(
                     "--plot",
                     type=PATH,
-                    callback=checked_picture,
+                    callback=_checked_picture,
                     help=f"Draw {what} as a .png, .svg or .html file (needs adaptkit[plot]).",
                 ),
                 click.option(

@@ -6,16 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import PATH, SUFFIX, ranks, recasts, writer
+from adaptkit.cli.options import INPUT, SUFFIX, ranks, recasts, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...")
+@click.argument("adapters", nargs=-1, required=True, type=INPUT, metavar="ADAPTER...")
 @ranks
 @recasts
+@click.option(
+    "--weigh",
+    type=INPUT,
+    metavar="CHECKPOINT",
+    help="With --size: spend ranks by ‖ΔW‖ relative to each layer's own ‖W‖.",
+)
 @writer
 @SUFFIX
 def resize(adapters: tuple[Path, ...], **chosen: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.detect.foreign import foreign
+from adaptkit.detect.foreign import foreign, hint_for
 from adaptkit.detect.search import (
     ENOUGH,
     Detection,
@@ -26,6 +26,7 @@ __all__ = [
     "families",
     "foreign",
     "formats",
+    "hint_for",
     "is_adapter",
     "spelled_as_adapter",
 ]

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["foreign"]
+__all__ = ["foreign", "hint_for"]
 
+# a network beside the model, stored as differences from it (Stability AI's control-lora)
+CONTROL = "Control LoRA"
+# factors in the order of a kernel's tiles, named without `.weight` (nunchaku before 0.2)
+PACKED = "LoRA packed for nunchaku"
 # the beginning of a tensor's name within its module → the kind
 TENSORS: Mapping[str, str] = MappingProxyType(
     {
@@ -38,12 +42,26 @@ TENSORS: Mapping[str, str] = MappingProxyType(
         "supertuning_": "SuperTuning",
         "ln_tuning_": "layer norm tuning",
         "trainable_tokens_": "trainable tokens",
+        "lora_controlnet": CONTROL,
         "xlora_": "X-LoRA",
         "poly_": "Poly",
         "prompt_embeddings": "prompt tuning",
         "adaption_prompt": "adaption prompts",
         "adaption_gate": "adaption prompts",
     }
+)
+# what works for a kind; of all others, what trained it can merge it
+HINTS: Mapping[str, str] = MappingProxyType(
+    {
+        CONTROL: "it is a ControlNet, made of the model and of these factors, and changes no "
+        "weight of the model: ComfyUI loads it with Load ControlNet Model; no LoRA can stand for "
+        "it",
+        PACKED: "use the file that it was made from: nunchaku 0.2 and newer packs any LoRA itself",
+    }
+)
+MERGED = (
+    "what trained it can merge it into its base model (PEFT: merge_and_unload); then "
+    "`adaptkit extract BASE MERGED` makes a LoRA or LoKr of the difference"
 )
 # the `peft_type` of kinds that adaptkit reads
 READ = frozenset(
@@ -75,8 +93,18 @@ def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) ->
         prefixes = {"PVERA": "pvera_lambda_"}
         known = TENSORS.get(prefixes.get(kind, f"{kind.lower()}_"))
         return known or NAMES.get(kind, stated)
+    names = list(names)
+    if any(name.endswith((".lora_down", ".lora_up")) for name in names):
+        return PACKED
     found = Counter(filter(None, map(_kind, names)))
+    if CONTROL in found:  # one tensor marks the file
+        return CONTROL
     return found.most_common(1)[0][0] if found else None
+
+
+def hint_for(kind: str) -> str:
+    """What works for an adapter of a kind that is not read."""
+    return HINTS.get(kind, MERGED)
 
 
 def _kind(name: str) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +25,7 @@ from adaptkit.keymap import (
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
     from adaptkit.detect.evidence import File
     from adaptkit.families.contract import Component, ModelFamily
@@ -51,9 +51,11 @@ _FOREIGN = re.compile(
 )
 
 _HEAD = re.compile(r"[^{\d]*")
+_NUMBER = re.compile(r"\d+")
 # suffixes that checkpoints have too
 _PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})
 
+FEW = 1 / 16  # share of a sample, far from ENOUGH of a file
 ENOUGH = 0.5  # share of the keys; another family that shares a few names claims fewer
 
 
@@ -216,7 +218,7 @@ def _detected(
         # `most` bounds what a pair can claim, and pairs come in descending order of it
         if pair.most < second:
             break  # neither this pair nor a later one can be winner or runner-up
-        if len(names) > 1 and pair.estimate() < ENOUGH / 2 * first:
+        if len(names) > 1 and pair.estimate() < max(ENOUGH / 2 * first, FEW * pair.total):
             continue
         scores[pair] = score = pair.score()
         if score.claimed > first and not (family or file.fit(score.family, score.format).good):
@@ -271,13 +273,45 @@ def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> Iter
     found = [stem for stem in stems if stem.startswith(starts)]
     if not found:
         return
-    sample, total = found[:: max(1, len(found) // SAMPLE)], sum(stems[stem] for stem in found)
+    groups: dict[str, list[str]] = {}
+    beginnings = list(map(_beginning(format), found))
+    for start, stem in zip(beginnings, found, strict=True):
+        groups.setdefault(start, []).append(stem)
+    like: dict[str, list[str]] = {}
+    for start in groups:
+        for name in _begun(start, format):
+            like.setdefault(name, []).append(start)
+    every = max(1, len(found) // SAMPLE)
+    sample, sampled = found[::every], Counter(beginnings[::every])
+    total = sum(stems[stem] for stem in found)
     enough = ENOUGH / 2 * len(sample) if len(names) > 1 else 0
+    # many families begin alike
+    same: dict[tuple[str, ...], tuple[Mapping[str, int], int]] = {}
     for name in names:
-        heads = _heads(name, format)
-        if sum(stem.startswith(heads) for stem in sample) >= enough:
-            near = {stem: stems[stem] for stem in found if stem.startswith(heads)}
-            yield _Pair(name, format, near, sum(near.values()), sample, total)
+        mine = tuple(like.get(name, ()))
+        if mine not in same:
+            near = {stem: stems[stem] for start in mine for stem in groups[start]}
+            same[mine] = near, sum(near.values())
+        if sum(map(sampled.__getitem__, mine)) >= enough:
+            yield _Pair(name, format, *same[mine], sample, total)
+
+
+# files of a folder begin alike; bounded, as a stranger's file may begin in any way
+@lru_cache(maxsize=4096)
+def _begun(beginning: str, format: str) -> tuple[str, ...]:
+    """The families that have names with this beginning in a format."""
+    return tuple(name for name in families() if beginning.startswith(_heads(name, format)))
+
+
+@cache
+def _beginning(format: str) -> Callable[[str], str]:
+    """The part of a stem that holds every head it may have: it has as many numbers as any head."""
+    numbers = max(
+        (len(_NUMBER.findall(head)) for name in families() for head in _heads(name, format)),
+        default=0,
+    )
+    pattern = re.compile(rf"(?:\D*\d+){{0,{numbers}}}\D*")
+    return lambda stem: pattern.match(stem)[0]  # type: ignore[index]
 
 
 @cache
@@ -322,6 +356,7 @@ def detect_checkpoint(
         if len(names) > 1:
             # half of ENOUGH leaves room for an unrepresentative sample
             least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
+            least = max(least, FEW * len(sample))
             if near[name] < least or sum(map(keys.claims, sample)) < least:
                 continue
         counts[name] = sum(map(keys.claims, infos))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.algorithms.contract import ALPHA
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from adaptkit.families.contract import Mark, ModelFamily, Row
     from adaptkit.files.header import TensorInfo
-    from adaptkit.keymap import Reading
+    from adaptkit.keymap import Reading, RoleName
     from adaptkit.names import Slot
 
 __all__ = ["Fit", "Module", "Size", "Sizes", "fit"]
@@ -80,12 +81,19 @@ class Sizes:
 
 
 def _size(infos: Iterable[TensorInfo]) -> Size | None:
-    """The size that the tensors of one module have in the first algorithm that reads them all."""
+    """The size that the tensors of one module have."""
+    found = ((split_suffix(info.name), info.shape) for info in infos)
+    return _size_of(tuple((split[2], shape) for split, shape in found if split))
+
+
+# modules have few sizes; bounded, as a stranger's may have any
+@lru_cache(maxsize=4096)
+def _size_of(tensors: tuple[tuple[tuple[RoleName, ...], tuple[int, ...]], ...]) -> Size | None:
+    """The size in the first algorithm that reads tensors of these roles and shapes."""
     by_algorithm: dict[str, dict[str, tuple[int, ...]]] = {}
-    for info in infos:
-        found = split_suffix(info.name)
-        for algorithm, role in found[2] if found else ():
-            by_algorithm.setdefault(algorithm, {})[role] = info.shape
+    for roles, shape in tensors:
+        for algorithm, role in roles:
+            by_algorithm.setdefault(algorithm, {})[role] = shape
     size: Size | None = None
     for algorithm, shapes in by_algorithm.items():
         kind = algorithms()[algorithm]

@@ -15,21 +15,19 @@ from adaptkit.families.contract import (
     Row,
     named,
     pair,
+    row,
     scaled,
     sizes,
+    split,
     transformer,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ATTENTION = (
-    ("wq", "to_q"),
-    ("wk", "to_k"),
-    ("wv", "to_v"),
-    ("wo", "to_out.0"),
-    ("gate", "to_gate"),
-)
+ATTENTION = (("wo", "to_out.0"), ("gate", "to_gate"))
+# 48 heads of queries share 12 of keys and values; the text fusion has 20 of each
+SHARES, ALIKE = (4, 1, 1), (1, 1, 1)
 NORMS = (
     ("prenorm", "norm1"),
     ("postnorm", "norm2"),
@@ -38,7 +36,14 @@ NORMS = (
 )
 
 
-def _block(ours: str, theirs: str) -> Iterator[Row]:
+def _block(ours: str, theirs: str, shares: tuple[int, ...]) -> Iterator[Row]:
+    yield row(
+        f"{ours}attn.qkv",
+        native=split(f"{ours}attn.", "wq", "wk", "wv", ratio=shares),
+        diffusers=split(f"{theirs}attn.", "to_q", "to_k", "to_v", ratio=shares),
+        # SimpleTuner's `fused_qkv_projections`
+        fused=f"{theirs}attn.to_qkv",
+    )
     for native, diffusers in ATTENTION:
         yield pair(f"{ours}attn.{native}", f"{theirs}attn.{diffusers}")
     for name in ("gate", "up", "down"):
@@ -64,11 +69,11 @@ ROWS = (
         made
         for part in ("layerwise", "refiner")
         for made in _block(
-            f"txtfusion.{part}_blocks.{{i:2}}.", f"text_fusion.{part}_blocks.{{i:2}}."
+            f"txtfusion.{part}_blocks.{{i:2}}.", f"text_fusion.{part}_blocks.{{i:2}}.", ALIKE
         )
     ),
     pair("txtfusion.projector", "text_fusion.projector"),
-    *_block("blocks.{i:28}.", "transformer_blocks.{i:28}."),
+    *_block("blocks.{i:28}.", "transformer_blocks.{i:28}.", SHARES),
     _modulation("blocks.{i:28}.mod.lin", "transformer_blocks.{i:28}.scale_shift_table"),
     pair(scaled("last.norm"), "final_layer.norm", kind=Kind.NORM),
     pair("last.linear", "final_layer.linear"),
@@ -76,8 +81,8 @@ ROWS = (
 )
 
 SIZES = sizes(
-    "6144x6144 1536x6144 16384x6144 6144x16384 36864x6144 6144x2560 "
-    "2560x2560 6912x2560 2560x6912"  # the text fusion
+    "6144x6144 9216x6144 16384x6144 6144x16384 36864x6144 6144x2560 "
+    "2560x2560 7680x2560 6912x2560 2560x6912"  # the text fusion
 )
 
 FAMILY = ModelFamily(
@@ -85,7 +90,7 @@ FAMILY = ModelFamily(
     title="Krea 2",
     components=(transformer("Krea 2 transformer", ROWS, sizes=SIZES),),
     marks=(
-        Mark("transformer", "attn.wq", columns=(6144, 2560)),  # 2560: the text fusion
+        Mark("transformer", "attn.qkv", columns=(6144, 2560)),  # 2560: the text fusion
         Mark("transformer", "attn.wo", rows=(6144, 2560)),
     ),
     architectures=("krea-2", "krea2", "krea_2"),

@@ -14,7 +14,7 @@ from adaptkit.files.source import join, open_file
 if TYPE_CHECKING:
     from adaptkit.files.source import TensorSource
 
-__all__ = ["COMPONENTS", "open_source"]
+__all__ = ["COMPONENTS", "open_source", "weight_map"]
 
 COMPONENTS = (
     "unet",
@@ -164,14 +164,14 @@ def _contents(folder: Path) -> str:
 
 def _open_index(path: Path) -> TensorSource:
     """Open the shards of an index, checked against their own headers."""
-    weight_map = _weight_map(path)
-    names = sorted(set(weight_map.values()))
+    held = weight_map(path)
+    names = sorted(set(held.values()))
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         message = f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}"
         raise UnreadableFile(message, file=path, hint="download them into the folder of the index")
     shards = {name: open_file(path.parent / name) for name in names}
-    for name, shard in weight_map.items():
+    for name, shard in held.items():
         if name not in shards[shard].infos:
             raise CorruptFile(
                 f"the index lists it in {shard}, which does not hold it", file=path, tensor=name
@@ -179,7 +179,8 @@ def _open_index(path: Path) -> TensorSource:
     return join(path, [("", shard) for shard in shards.values()])
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def weight_map(path: Path) -> dict[str, str]:
+    """The shard that holds each tensor, as an index says. Raises `CorruptFile` for a bad index."""
     try:
         within("JSON size", path.stat().st_size)
         table = read_json(path.read_bytes(), "the index")
@@ -187,18 +188,18 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise error.at(file=path) from None
     except ValueError as error:
         raise CorruptFile(f"not valid JSON: {error}", file=path) from error
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    found = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(found, dict) or not found:
         hint = "a shard index holds a table 'weight_map'"
         raise UnreadableFile("neither weights nor a shard index", file=path, hint=hint)
-    for name, shard in weight_map.items():
+    for name, shard in found.items():
         if not isinstance(shard, str) or not _is_inside(shard):
             raise CorruptFile(
                 f"the index lists it in {shard!r}, outside its own folder",
                 file=path,
                 tensor=name,
             )
-    return weight_map
+    return found
 
 
 def _is_inside(name: str) -> bool:

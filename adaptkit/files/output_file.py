@@ -146,7 +146,8 @@ class OutputFile:
                 file.close()
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
-            forget(self._temporary)
+        # also if it is still there: a later run of this process may remove it
+        forget(self._temporary)
 
     def __enter__(self) -> Self:
         return self

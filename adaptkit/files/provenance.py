@@ -11,7 +11,17 @@ from adaptkit.files.header import unreadable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["KEY", "STALE", "history", "kept", "sha256", "sshs_hashes", "sshs_places", "updated"]
+__all__ = [
+    "KEY",
+    "STALE",
+    "file_hashes",
+    "history",
+    "kept",
+    "sha256",
+    "sshs_hashes",
+    "sshs_places",
+    "updated",
+]
 
 KEY = "adaptkit"
 STALE = frozenset({"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
@@ -33,6 +43,22 @@ def sha256(path: str | Path, chunk: int = 8 << 20) -> str:
     except OSError as error:
         raise unreadable(path, error) from error
     return digest.hexdigest()
+
+
+def file_hashes(path: Path, data: Iterable[memoryview]) -> dict[str, str]:
+    """The hashes by which model sites and tools know a safetensors file.
+
+    `data` are the bytes of its tensors, in the order of the file. AutoV2 is the beginning of the
+    hash of the whole file, AutoV3 of that of its tensors, which sd-scripts writes as
+    `sshs_model_hash`.
+    """
+    whole, model = sha256(path), sshs_hashes(data, 0)["sshs_model_hash"]
+    return {
+        "sha256": whole,
+        "autov2": whole[:10].upper(),
+        "autov3": model[:12].upper(),
+        "sshs_model_hash": model,
+    }
 
 
 def sshs_places(metadata: Mapping[str, str]) -> dict[str, str]:

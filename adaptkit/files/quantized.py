@@ -1,9 +1,10 @@
 """Read quantized weights: find their scales, and widen them.
 
 Supported: fp8 (e4m3, e5m2), plain or with a scale tensor, as ComfyUI writes them (`scale_weight`,
-since 2025-11 `weight_scale`; ComfyUI QUANTIZATION.md), musubi-tuner and diffusers. A scale is one
-number, one per row, or one per block of a row. The blocks of GGUF files, see adaptkit.files.gguf.
-Any other scheme is named and refused.
+since 2025-11 `weight_scale`; ComfyUI QUANTIZATION.md), musubi-tuner and diffusers, and int8 in the
+same form. A scale is one number, one per row, or one per block of a row. The blocks of GGUF files,
+see adaptkit.files.gguf; packed weights, see adaptkit.files.packed. Any other scheme is named and
+refused.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.files.header import GGML, nbytes
+from adaptkit.files.dtypes import PACKED
+from adaptkit.files.header import BLOCKED, nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
@@ -62,8 +64,11 @@ class Quantization:
     extras: frozenset[str]
 
     @classmethod
-    def of(cls, infos: Mapping[str, TensorInfo]) -> Quantization:
-        """Detect quantization from a header."""
+    def of(cls, infos: Mapping[str, TensorInfo], integers: Collection[str] = ()) -> Quantization:
+        """Detect quantization from a header.
+
+        `integers` are weights of int8 that their scale turns into numbers, and nothing else does.
+        """
         beside: dict[str, dict[str, str]] = {}
         extras = {name for name in infos if name.rpartition(".")[2] == _MARK}
         for name in infos:
@@ -74,7 +79,10 @@ class Quantization:
         refused: dict[str, str] = {}
         for weight, parts in beside.items():
             scale = [parts[kind] for kind in _SCALES if kind in parts]
-            reason = _scheme(infos[weight], [infos[key] for key in scale], parts)
+            info = infos[weight]
+            if weight in integers:
+                info = info._replace(dtype="F8_E4M3")  # scaled in the same way
+            reason = _scheme(info, [infos[key] for key in scale], parts)
             if reason is not None:
                 refused[weight] = reason
             elif scale:
@@ -85,16 +93,17 @@ class Quantization:
         """The unsupported scheme of this tensor; None if it can be read."""
         if info.name in self.refused:
             return self.refused[info.name]
-        read = info.dtype in FLOATS + FP8 or info.dtype in GGML
+        read = info.dtype in FLOATS + FP8 or info.dtype in BLOCKED or info.name in self.scales
         return None if read else _INTEGERS.get(info.dtype, info.dtype)
 
     def widens(self, info: TensorInfo) -> bool:
         """Whether a tensor is read in a wider dtype than it is stored."""
-        return info.dtype in FP8 or info.dtype in GGML or info.name in self.scales
+        return info.dtype in FP8 or info.dtype in BLOCKED or info.name in self.scales
 
     def wide_bytes(self, info: TensorInfo) -> int:
         """Bytes of a tensor that `widens`, after reading."""
-        return nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
+        wide = nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
+        return 3 * wide if info.dtype in PACKED else wide  # places, scales and numbers
 
 
 def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:

@@ -45,8 +45,9 @@ class Core:
     u = left · `left`, vh = `right` · right.
     left: (..., r, r)   s: (..., r), descending   right: (..., r, r)
 
-    In float64 (float32 on MPS). Dead directions have s = 0 and no vectors. The largest entry of
-    each column of `left` is positive. A core is small, so that the factors need not stay in memory.
+    In float64 on the host (float32, where the factors are, on devices without float64). Dead
+    directions have s = 0 and no vectors. The largest entry of each column of `left` is positive. A
+    core is small, so that the factors need not stay in memory.
     `grams`, (..., 2, r, r), are leftᵀ·left and right·rightᵀ of the factors in float64, or None.
     """
 
@@ -95,7 +96,7 @@ class Core:
 
         Computed in the dtype of the given factors.
         """
-        ours, theirs = self.coefficients(left.dtype)
+        ours, theirs = (t.to(left.device) for t in self.coefficients(left.dtype))
         return product(left, ours[..., :rank]), product(theirs[..., :rank, :], right)
 
     def distances(self, factors: Factors, kept: Factors, stored: Factors) -> Tensor:
@@ -106,12 +107,25 @@ class Core:
         of the time of `product_distance`. NaN if the result would have fewer than six digits:
         almost nothing is lost, or a product of the factors cancels.
         """
+        return self.told(self.changes(factors, kept, stored))
+
+    def changes(self, factors: Factors, kept: Factors, stored: Factors) -> tuple[Tensor, ...]:
+        """Four small matrices of `distances` on the device of the factors, for `told`.
+
+        Of each side the product of its rounding errors with the factor (..., k, r), and with
+        themselves (..., k, k).
+        """
+        ours = _changed((stored[0] - kept[0]).mT, factors[0])
+        return *ours, *_changed(stored[1] - kept[1], factors[1].mT)
+
+    def told(self, changes: Sequence[Tensor]) -> Tensor:
+        """The `distances` (...,), from `changes` where the core is."""
         if self.grams is None:
             return torch.full_like(self.s[..., 0], math.nan)
-        ours, theirs = (t.to(self.grams.dtype) for t in self.coefficients(kept[0].dtype))
+        ours, theirs = (t.to(self.grams.dtype) for t in self.coefficients(torch.float32))
         both = (
-            (ours.mT, self.grams[..., 0, :, :], (stored[0] - kept[0]).mT, factors[0]),
-            (theirs, self.grams[..., 1, :, :], stored[1] - kept[1], factors[1].mT),
+            (ours.mT, self.grams[..., 0, :, :], *changes[:2]),
+            (theirs, self.grams[..., 1, :, :], *changes[2:]),
         )
         (cross, own, clear), (other, second, clean) = (_stored_grams(*side) for side in both)
         total = self.energy
@@ -125,22 +139,27 @@ class Core:
         return entry_sum(self.grams[..., 0, :, :] * self.grams[..., 1, :, :])
 
 
+def _changed(change: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """change · factor (..., k, r) and change · changeᵀ (..., k, k), for change (..., k, m)."""
+    # one of two factors may be stored in float64
+    wide = torch.promote_types(change.dtype, factor.dtype)
+    return product(change.to(wide), factor.to(wide)), product(change, change.mT)
+
+
 def _stored_grams(
-    cut: Tensor, gram: Tensor, change: Tensor, factor: Tensor
+    cut: Tensor, gram: Tensor, moved: Tensor, square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Products of one side of a stored product, s = cut · factorᵀ + change (k, m).
 
     Returns s · factor, s · sᵀ, and whether no digits cancel.
 
     cut: (..., k, r)   gram = factorᵀ · factor: (..., r, r)
-    change: (..., k, m)   factor: (..., m, r)
+    moved = change · factor: (..., k, r)   square = change · changeᵀ: (..., k, k)
     """
-    # one of two factors may be stored in float64
-    wide = torch.promote_types(change.dtype, factor.dtype)
-    moved = product(change.to(wide), factor.to(wide)).to(gram.dtype)
+    moved = moved.to(gram.dtype)
     half = product(moved, cut.mT)
     exact = product(cut, gram)
-    own = product(exact, cut.mT) + half + half.mT + product(change, change.mT).to(gram.dtype)
+    own = product(exact, cut.mT) + half + half.mT + square.to(gram.dtype)
     # of the sum of cut[:, i] · factor[:, i], however the columns of the factor are graded
     terms = cut.abs() @ gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)
     clear = terms.squeeze(-1) <= CLEAR * own.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -173,7 +192,7 @@ def factored_core(left: Tensor, right: Tensor) -> Core:
         even.unsqueeze(-1) * solved(y) * kept.unsqueeze(-2),
         product(root, y) * _inverse(s, kept).unsqueeze(-2) / even.unsqueeze(-1),
     )
-    return Core(*(t.to(device) for t in (ours, s, theirs.mT, grams)))
+    return Core(ours, s, theirs.mT, grams)
 
 
 def _evening(one: Tensor, two: Tensor) -> Tensor:
@@ -249,6 +268,7 @@ def factored_svd(left: Tensor, right: Tensor) -> LowRank:
     """
     dtype, wide = compute_dtype(left, right), accumulate_dtype(left.device)
     core = factored_core(left, right)
-    u, v = signed(left.to(wide) @ core.left, (core.right @ right.to(wide)).mT)
-    zero = torch.zeros(core.s.shape[:-1], dtype=core.s.dtype, device=core.s.device)
-    return LowRank(u.to(dtype), core.s.to(dtype), v.mT.to(dtype), zero)
+    ours, s, theirs = (t.to(left.device) for t in (core.left, core.s, core.right))
+    u, v = signed(left.to(wide) @ ours, (theirs @ right.to(wide)).mT)
+    zero = torch.zeros(s.shape[:-1], dtype=s.dtype, device=s.device)
+    return LowRank(u.to(dtype), s.to(dtype), v.mT.to(dtype), zero)

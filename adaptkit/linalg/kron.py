@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import ShapeMismatch
+from adaptkit.linalg.hosted import fetched, on_host, stacked
 from adaptkit.linalg.krylov import eigh, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, energies, truncated_svd
 from adaptkit.linalg.precision import empty, members, norm_squared, one_by_one, scaled, upcast
@@ -152,6 +153,8 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     if one_by_one(x):
         return _each(x, lambda member: nearest_kron(member, a, b))
     c, d = x.shape[-2] // a, x.shape[-1] // b
+    if x.ndim > 2 and a * b <= min(c * d, GRAM_SIDE) and x.numel():
+        return _at_once(x, a, b)
     x, unit = scaled(x)
     r = rearrange(x, a, b)
     left = _leading(r)[..., 0, :]
@@ -159,6 +162,31 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     captured = norm_squared(right.unsqueeze(-2))
     w1, w2 = _rescaled(_gauged(_folded(left, a, b), _folded(right, c, d)), unit)
     return Kron(w1, w2, captured if unit is None else captured * unit.square())
+
+
+def _at_once(x: Tensor, a: int, b: int) -> Kron:
+    """`nearest_kron` of stacks with few blocks, on accelerators: one look, at small Gram matrices.
+
+    The host gives w1 its unit length and its sign, so that only the size of w2 is left to see.
+    """
+    r = rearrange(x, a, b)
+    (gram,) = fetched(gram_columns(r.reshape(-1, *r.shape[-2:]).mT))
+    (left,) = stacked(on_host(lambda one: (_signed_top(one),), gram))
+    left = left.to(r.dtype).to(r.device).reshape(*r.shape[:-1])
+    right = (left.unsqueeze(-2) @ r).squeeze(-2)
+    captured = norm_squared(right.unsqueeze(-2))
+    # w1 has rms² 1/ab, and w2 captured/cd
+    ratio = (captured * (a * b / r.shape[-1])).pow(0.25)
+    ratio = torch.where(ratio > 0, ratio, 1.0).to(r.dtype).unsqueeze(-1)
+    w1, w2 = left * ratio, right / ratio
+    return Kron(_folded(w1, a, b), _folded(w2, x.shape[-2] // a, x.shape[-1] // b), captured)
+
+
+def _signed_top(gram: Tensor) -> Tensor:
+    """The leading eigenvector (p,) of a Gram matrix, its largest entry positive; e₁ without one."""
+    finite = torch.nan_to_num(gram, 0.0, 0.0, 0.0)
+    vector = torch.linalg.eigh(finite)[1][:, -1] if finite.any() else torch.eye(len(gram))[0]
+    return (vector * vector[vector.abs().argmax()].sign()).to(gram.dtype)
 
 
 def _rescaled(factors: tuple[Tensor, ...], unit: Tensor | None) -> tuple[Tensor, ...]:

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FACTORS",
+    "GRAM_SIDE",
     "RECOGNISED",
+    "RUN",
     "KronScan",
     "Split",
+    "coarser",
     "scan_kron",
+    "scored",
     "second_noise",
     "second_rank",
     "splits",
@@ -144,13 +148,19 @@ def scan_kron(x: Tensor, window: int = 1, factors: Sequence[int] = FACTORS) -> K
     captured, block = total.new_zeros(2, total.numel(), len(ways))
     for at, (member,) in enumerate(members(x)):
         captured[at], block[at] = _leading(member, ways)
+    shape = (*batch, len(ways))
+    return scored(tuple(ways), captured.reshape(shape), block.reshape(shape), total)
+
+
+def scored(ways: tuple[Split, ...], captured: Tensor, block: Tensor, total: Tensor) -> KronScan:
+    """The scan with these λ₁ and energies of the largest block, both (..., k)."""
     # rounding may exceed ‖X‖² by 1e-7: clamp, so that scores stay at most 1
-    captured = captured.reshape(*batch, len(ways)).minimum(total.unsqueeze(-1))
-    block = block.reshape(captured.shape).minimum(captured)
-    return KronScan(tuple(ways), captured, _scores(captured, block, total, ways), total)
+    captured = captured.minimum(total.unsqueeze(-1))
+    block = block.minimum(captured)
+    return KronScan(ways, captured, _scores(captured, block, total, ways), total)
 
 
-def _scores(captured: Tensor, block: Tensor, total: Tensor, ways: list[Split]) -> Tensor:
+def _scores(captured: Tensor, block: Tensor, total: Tensor, ways: Sequence[Split]) -> Tensor:
     noise = [((w.a * w.b) ** 0.5 + (w.c * w.d) ** 0.5) ** 2 / (w.a * w.b * w.c * w.d) for w in ways]
     chance = captured.new_tensor(noise).clamp_max(1.0)
     whole = torch.where(total > 0, total, 1.0).unsqueeze(-1)
@@ -179,7 +189,7 @@ def _leading(x: Tensor, ways: list[Split]) -> tuple[Tensor, Tensor]:
         gram = _gram(x, way.a, way.b)
         for other in ways:
             if way.a % other.a == 0 and way.b % other.b == 0:
-                coarse = _coarser(gram, way, other)
+                coarse = coarser(gram, way, other)
                 values[other] = float(eigenvalues(coarse)[0]), float(coarse.diagonal().max())
     found = torch.tensor(
         [values[way] for way in ways], dtype=accumulate_dtype(x.device), device=x.device
@@ -200,7 +210,7 @@ def _gram(x: Tensor, a: int, b: int) -> Tensor:
     return total
 
 
-def _coarser(gram: Tensor, fine: Split, coarse: Split) -> Tensor:
+def coarser(gram: Tensor, fine: Split, coarse: Split) -> Tensor:
     """Coarsen a Gram matrix: G'[ij, kl] = Σ_pq G[(ip)(jq), (kp)(lq)]."""
     a, b = coarse.a, coarse.b
     shape = (a, fine.a // a, b, fine.b // b)

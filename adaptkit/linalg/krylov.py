@@ -1,6 +1,6 @@
-"""Krylov subspaces of the leading singular vectors.
+"""Krylov subspaces of the leading singular vectors of one matrix.
 
-Adaptive for one matrix, of fixed size for stacks.
+Adaptive: it is looked at after every block. Stacks on accelerators are those of `stacks`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,31 @@ import math
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.precision import ALIGNED, accumulate_dtype, each, empty, norm_squared
+from adaptkit.linalg.precision import (
+    ALIGNED,
+    accumulate_dtype,
+    each,
+    empty,
+    norm_squared,
+    works_on_stacks,
+)
+from adaptkit.linalg.split import gram_of_stack
 
-__all__ = ["BLOCK", "Krylov", "eigenvalues", "eigh", "explored", "fixed_basis", "gram_columns"]
+__all__ = [
+    "BLOCK",
+    "Krylov",
+    "eigenvalues",
+    "eigh",
+    "explored",
+    "gram_columns",
+    "start_block",
+]
 
 # rows of A at a time, if A is larger than the cache: a step multiplies twice by each cached block
-ROWS = 512
+ROWS = 256
 LARGE = 1 << 22  # elements
+# columns per block there, where reading A takes most of the time: four blocks do as six of 16 do
+WIDE = 24
 BLOCK = 1 << 18  # elements of A widened to float64 at a time: 2 MB, which stay in the cache
 STALL = 1e-5  # of ‖A‖: stop if the error would change by less, whatever its relative change
 PACES = 0.1, 0.9  # the ratio of two gains in a row, as far as it is believed
@@ -73,7 +91,12 @@ def eigenvalues(gram: Tensor) -> Tensor:
 
 
 def gram_columns(a: Tensor) -> Tensor:
-    """AᵀA (..., N, N) of a (..., M, N) in float64 (float32 on MPS), widened in blocks of rows."""
+    """AᵀA (..., N, N) of a (..., M, N) in float64 (float32 on MPS), widened in blocks of rows.
+
+    On other accelerators large ones are made of exact float32 products, see `split`.
+    """
+    if works_on_stacks(a.device):
+        return gram_of_stack(a)
     wide = accumulate_dtype(a.device)
     total = torch.zeros(*a.shape[:-2], a.shape[-1], a.shape[-1], dtype=wide, device=a.device)
     step = max(1, BLOCK // max(1, a.shape[-1]))
@@ -106,7 +129,8 @@ class Krylov:
     def __init__(self, a: Tensor, rank: int, seed: int, total: Tensor) -> None:
         m, n = a.shape
         self.a, self.rank = a, rank
-        self.width = block_width(n, rank)
+        self.large = a.numel() > LARGE and a.device.type == "cpu"
+        self.width = max(block_width(n, rank), WIDE if self.large and rank > WIDE else 0)
         # bounds memory for spectra that barely decay; other matrices converge earlier
         self.limit = min(n, 6 * rank + 64)
         self._v = empty((self.limit, n), a.dtype, a.device)
@@ -149,7 +173,7 @@ class Krylov:
         self._v[new] = x
         y, self._next = self._w[new], self._back[new].zero_()
         m = self.a.shape[0]
-        step = ROWS if self.a.numel() > LARGE and self.a.device.type == "cpu" else m
+        step = ROWS if self.large else m
         for start in range(0, m, step):
             rows = self.a[start : start + step]
             part = x @ rows.mT
@@ -294,63 +318,3 @@ def _settled(errors: list[float], total: float, tol: float) -> bool:
     rho = min(PACES[1], max(PACES[0], last / before if before > 0 else PACES[1]))
     gain = MARGIN * last * rho / (1 - rho) / 2
     return gain < tol * error or gain / math.sqrt(error) < STALL * math.sqrt(total)
-
-
-def fixed_basis(a: Tensor, rank: int, seed: int) -> Tensor:
-    """Orthonormal (B, M, k) that holds the leading left singular vectors of a (B, M, N), M ≥ N.
-
-    Block Lanczos of fixed dimension 4k + 32, with matrix products and Cholesky factors only, which
-    accelerators batch. At most 0.02 % above the optimum at k = 32 (measured). On a CPU it takes 1.8
-    to 2.9 times as long as `Krylov`, which stops at 80 to 112 columns where this takes 160, and
-    which would have to wait for the device after every block. A member gets a
-    random block if its space is invariant, or if it finds a repeated σ as often as a block can.
-    Members do not influence each other.
-    """
-    m, n = a.shape[-2:]
-    width, limit = block_width(n, rank), min(n, 4 * rank + 32)
-    v, w = a.new_zeros(*a.shape[:-2], n, limit), a.new_zeros(*a.shape[:-2], m, limit)
-    following = a.mT @ start_block(m, width, seed).to(a)
-    scale = power_of_two(norm_squared(a)).to(a.dtype)[..., None, None]
-    size = looked = 0
-    while size < limit:
-        x = stacked_orthonormal(following[..., : limit - size], v[..., :size])
-        y = a @ x
-        new = slice(size, size + x.shape[-1])
-        v[..., new], w[..., new] = x, y
-        size = new.stop
-        following = a.mT @ (y * scale)
-        spent = x.abs().amax((-2, -1)) == 0
-        if size - looked >= limit // 3:
-            looked = size
-            spent = spent | _repeated(eigh(gram_columns(w[..., :size]))[0][..., :rank], width)
-        if bool(spent.any()):
-            fresh = start_block(n, following.shape[-1], seed + size).to(a)
-            following = torch.where(spent[..., None, None], fresh, following)
-    _, vectors = eigh(gram_columns(w))
-    left = w @ vectors[..., :rank].to(a.dtype)
-    return stacked_orthonormal(left, left[..., :0])
-
-
-def stacked_orthonormal(x: Tensor, space: Tensor) -> Tensor:
-    """Orthonormalise x (B, n, b) against `space` (B, n, s); dependent directions become zero.
-
-    Done twice: project, scale columns, then Cholesky-QR with the b × b Gram matrix in float64
-    (`qr` runs one by one on CUDA).
-    """
-    # in the second pass lengths are 1, or those of rounding noise
-    for dead in (DEAD, 0.1):
-        before = x.norm(dim=-2, keepdim=True).amax(-1, keepdim=True)
-        x = x - space @ (space.mT @ x)
-        size = x.norm(dim=-2, keepdim=True)
-        alive = size > dead * before
-        x = torch.where(alive, x / torch.where(alive, size, 1.0), 0.0)
-        gram = gram_columns(x)
-        # keeps the Gram matrix of dropped (zero) columns positive definite
-        gram = gram + 1e-10 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        solved = torch.linalg.solve_triangular(
-            factor.mT, x.to(gram.dtype), upper=True, left=False
-        ).to(x.dtype)
-        # a failed Cholesky is rare; the slower QR handles any rank
-        x = torch.linalg.qr(x)[0] if bool(failed.any()) else solved
-    return x

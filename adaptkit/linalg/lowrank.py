@@ -15,7 +15,6 @@ from adaptkit.linalg.krylov import (
     eigenvalues,
     eigh,
     explored,
-    fixed_basis,
     gram_columns,
 )
 from adaptkit.linalg.precision import (
@@ -24,19 +23,24 @@ from adaptkit.linalg.precision import (
     members,
     norm_squared,
     scaled,
+    supports_float64,
     upcast,
     works_on_stacks,
 )
+from adaptkit.linalg.stacks import all_energies, leading_energies, leading_triplets, suits
 
 __all__ = [
     "LowRank",
     "Method",
     "SvdSpec",
     "energies",
+    "energies_of_stack",
+    "product_distance",
     "product_norm_squared",
     "signed",
     "truncated_svd",
     "truncation_errors",
+    "truncation_errors_of_stack",
 ]
 
 Method = Literal["auto", "exact", "lanczos", "gram"]
@@ -44,6 +48,7 @@ Method = Literal["auto", "exact", "lanczos", "gram"]
 SMALL = 128  # up to this smaller side, the Gram matrix takes no noticeable time
 # of ‖A‖²: a smaller residual is recomputed, as float32 σ limit the difference to 3e-7‖A‖²
 EXPLICIT = 1e-2
+RITZ = 1e-3  # a tolerance that the Ritz values of a stack keep without the polish
 LOOSE = 5e-3  # a tolerance that the rounding of a float32 Gram matrix does not show in
 
 
@@ -120,38 +125,32 @@ def truncated_svd(a: Tensor, spec: SvdSpec) -> LowRank:
 
 
 def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
-    """Decompose all members of a (..., m, n) at once (accelerators)."""
+    """Decompose all members of a (..., m, n) at once (accelerators), odd ones by themselves."""
+    if spec.method == "exact":
+        return _each(a, spec)
     flat = a.reshape(-1, *a.shape[-2:])
-    total = norm_squared(flat)
-    flat, unit = scaled(flat, total)
-    if unit is not None:
-        total = total / unit.square()
     rank = min(spec.rank, *a.shape[-2:])
     wide = flat if a.shape[-2] >= a.shape[-1] else flat.mT
-    solver = _solver(spec.method, rank, wide.shape[-1])
-    if solver is _lanczos:
-        v, s, u = _stacked_half_step(wide.mT, fixed_basis(wide, rank, spec.seed))
-    elif solver is _gram:
-        u, s, v = _stacked_half_step(wide, eigh(gram_columns(wide))[1][..., :rank].to(a.dtype))
-    else:
-        return _each(a, spec)
-    found = _finish(flat, *((u, s, v) if wide is flat else (v, s, u)), total).times(unit)
+    found = leading_triplets(wide, rank, spec.seed, whole=_whole(spec.method, rank, wide.shape[-1]))
+    u, v = signed(*((found.u, found.v) if wide is flat else (found.v, found.u)))
+    residual = found.left.to(a.device)
+    # the host knows, so that nothing waits
+    if bool((found.good & (found.left < EXPLICIT * found.total)).any()):
+        residual = _explicit(flat, u * found.s.unsqueeze(-2), v.mT)
+    parts = [u, found.s, v.mT.contiguous(), residual]
+    for n in (~found.good).nonzero().flatten().tolist():
+        one = truncated_svd(flat[n], spec)
+        for whole, own in zip(parts, (one.u, one.s, one.vh, one.residual), strict=True):
+            whole[n] = own
     batch = a.shape[:-2]
-    return LowRank(
-        *(t.reshape(*batch, *t.shape[1:]) for t in (found.u, found.s, found.vh, found.residual))
-    )
+    return LowRank(*(part.reshape(*batch, *part.shape[1:]) for part in parts))
 
 
-def _stacked_half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_half_step` on a stack by the float64 Gram matrix of A·v: zero for σ below 1e-7 σ₁."""
-    thin = a @ v
-    squares, y = eigh(gram_columns(thin))
-    s = squares.sqrt()
-    # a float64 Gram matrix resolves σ down to about 1e-8 σ₁
-    kept = s > 1e-7 * s.amax(-1, keepdim=True)
-    scale = torch.where(kept, 1.0 / torch.where(kept, s, 1.0), 0.0)
-    u = thin.to(y.dtype) @ (y * scale.unsqueeze(-2))
-    return u.to(a.dtype), torch.where(kept, s, 0.0).to(a.dtype), (v.to(y.dtype) @ y).to(a.dtype)
+def _whole(method: Method, rank: int, smaller: int) -> bool:
+    """Whether all eigenvectors of AᵀA are cheaper than a space of a stack, or asked for."""
+    if method not in ("auto", *_SOLVERS):
+        raise ValueError(f"unknown SVD method {method!r}")
+    return method == "gram" or (method == "auto" and smaller <= SMALL) or not suits(rank, smaller)
 
 
 def _each(a: Tensor, spec: SvdSpec) -> LowRank:
@@ -209,7 +208,7 @@ def signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _explicit(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
     total = torch.zeros(a.shape[:-2], dtype=accumulate_dtype(a.device), device=a.device)
-    step = max(1, BLOCK // a.shape[-1])
+    step = a.shape[-2] if works_on_stacks(a.device) else max(1, BLOCK // a.shape[-1])
     for start in range(0, a.shape[-2], step):
         rows = slice(start, start + step)
         total = total + norm_squared(a[..., rows, :] - left[..., rows, :] @ right)
@@ -305,6 +304,17 @@ def truncation_errors(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (rest + steps.flip(0)).clamp_min(0.0)
 
 
+def truncation_errors_of_stack(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`truncation_errors` of each member, (B, r + 1), without a look; overwrites A (B, m, n)."""
+    left, right = left.to(a.dtype), right.to(a.dtype)
+    rest = norm_squared(a.baddbmm_(left, right, alpha=-1.0)).unsqueeze(-1)
+    cross = ((a.mT @ left).mT * right).sum(-1, dtype=rest.dtype)
+    gram = gram_columns(left) * gram_columns(right.mT)
+    tails = gram.flip(-2, -1).cumsum(-2).cumsum(-1).diagonal(dim1=-2, dim2=-1)
+    steps = torch.nn.functional.pad(2.0 * cross.flip(-1).cumsum(-1) + tails, (1, 0))
+    return (rest + steps.flip(-1)).clamp_min(0.0)
+
+
 def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     """The `rank` leading squared singular values of a (..., m, n), (..., k), in float64.
 
@@ -315,8 +325,7 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     """
     a = upcast(a)
     if a.ndim > 2 and works_on_stacks(a.device):
-        svd = truncated_svd(a, spec or SvdSpec(rank))
-        return svd.s.to(svd.residual.dtype).square()
+        return energies_of_stack(a, spec or SvdSpec(rank)).to(a.device)
     if a.ndim > 2 and not a.numel():
         return torch.zeros(
             *a.shape[:-2],
@@ -340,6 +349,22 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     return found if unit is None else found * unit.square()
 
 
+def energies_of_stack(a: Tensor, spec: SvdSpec) -> Tensor:
+    """`energies` of a stack (..., m, n) on an accelerator, their values on the host: one look."""
+    rank, smaller = min(spec.rank, *a.shape[-2:]), min(a.shape[-2:])
+    flat = a.reshape(-1, *a.shape[-2:])
+    wide = flat if a.shape[-2] >= a.shape[-1] else flat.mT
+    whole = _whole(spec.method, rank, smaller)
+    if not a.numel() or spec.method == "exact" or (spec.tol < RITZ and not whole):
+        svd = truncated_svd(a, spec)
+        return svd.s.to(svd.residual.dtype).square().cpu()
+    found = all_energies(wide, rank) if whole else leading_energies(wide, rank, spec.seed)
+    values, good = found
+    for n in (~good).nonzero().flatten().tolist():
+        values[n] = energies(flat[n], rank, spec).cpu()
+    return values.reshape(*a.shape[:-2], rank)
+
+
 def product_norm_squared(left: Tensor, right: Tensor) -> Tensor:
     """‖left · right‖²_F, (...,), as tr(leftᵀleft · right rightᵀ).
 
@@ -348,3 +373,19 @@ def product_norm_squared(left: Tensor, right: Tensor) -> Tensor:
     In the given dtype. float64 keeps a difference of nearly equal products to 1e-8 of their norms.
     """
     return ((left.mT @ left) * (right @ right.mT)).sum((-1, -2)).clamp_min(0)
+
+
+def product_distance(a: Tensor, left: Tensor, right: Tensor, total: float) -> float | None:
+    """‖A − left · right‖² of a (m, n) with ‖A‖² = `total`, in one pass over A.
+
+    left: (m, r)   right: (r, n)
+
+    ‖A‖² − 2⟨A, left · right⟩ + ‖left · right‖². None if that cancels: the products are in float32,
+    and a distance below 1 % of ‖A‖² would be off by more than 1e-5 of itself. None on accelerators.
+    """
+    if works_on_stacks(a.device) or not supports_float64(a.device):
+        return None
+    across = (right.to(a.dtype) @ a.mT).double()
+    left, right = left.double(), right.double()
+    found = total - 2.0 * float((across * left.mT).sum()) + float(product_norm_squared(left, right))
+    return found if found >= EXPLICIT * total else None

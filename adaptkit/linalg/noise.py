@@ -88,28 +88,28 @@ def rounding_noise(*rounded: Tensor) -> RoundingNoise:
     step = max(1, SCRATCH // max(1, n))
     for start in range(0, m, step):
         part = slice(start, start + step)
-        squares = _variances([x[..., part, :] for x in rounded])
+        squares = variances([x[..., part, :] for x in rounded])
         means = squares.mean(-1)
         rows[..., part] = means
         inverse = torch.where(means > 0, 1.0 / (m * means), 0.0)
         columns += (inverse.unsqueeze(-2) @ squares).squeeze(-2)
     mean = columns.mean(-1, keepdim=True)
-    return RoundingNoise(rows * _weight(first.dtype), torch.where(mean > 0, columns / mean, 1.0))
+    return RoundingNoise(rows * weight(first.dtype), torch.where(mean > 0, columns / mean, 1.0))
 
 
-def _variances(rounded: list[Tensor]) -> Tensor:
+def variances(rounded: list[Tensor]) -> Tensor:
     """Σ ulp²/12 in float32, in units of the first dtype's at 1, which avoids underflow."""
-    unit = _weight(rounded[0].dtype)
+    unit = weight(rounded[0].dtype)
     squares = [
         _octaves(x).clamp_min_(torch.finfo(x.dtype).smallest_normal).square_() for x in rounded
     ]
     total = squares[0]
     for x, square in zip(rounded[1:], squares[1:], strict=True):
-        total = total.add_(square, alpha=_weight(x.dtype) / unit)
+        total = total.add_(square, alpha=weight(x.dtype) / unit)
     return total
 
 
-def _weight(dtype: torch.dtype) -> float:
+def weight(dtype: torch.dtype) -> float:
     """The variance of rounding numbers near 1."""
     return torch.finfo(dtype).eps ** 2 / 12
 
@@ -163,7 +163,7 @@ class NoiseRank:
     low_rank: Tensor
 
 
-class _Spikes(NamedTuple):
+class Spikes(NamedTuple):
     """Result for a whitened matrix.
 
     The number of directions, the variance of the residual, its share of the energy, and the step of
@@ -207,9 +207,9 @@ def rank_above_noise(
     `overwrite` its memory is used.
     """
     *batch, m, n = delta.shape
-    white = _whitened(delta, noise, overwrite=overwrite)
+    white = whitened(delta, noise, overwrite=overwrite)
     found = [
-        _spikes(one, _Bar(noise_edge(m, n, margin), least))
+        _spikes(one, Bar(noise_edge(m, n, margin), least))
         for one in white.reshape(math.prod(batch), m, n)
     ]
 
@@ -225,19 +225,19 @@ def rank_above_noise(
     return NoiseRank(rank, (ratio * noise.rows.mean(-1)).sqrt(), ratio, alone)
 
 
-class _Bar(NamedTuple):
+class Bar(NamedTuple):
     """Thresholds of σ² in variances: of the residual (`edge`), and of rounding (`least`)."""
 
     edge: float
     least: float = 0.0
 
 
-def _limit(m: int, n: int) -> int:
+def rank_limit(m: int, n: int) -> int:
     """mn/(m + n), beyond which two factors are no smaller than the matrix."""
     return min(MAX_RANK, m * n // max(1, m + n))
 
 
-def _whitened(delta: Tensor, noise: RoundingNoise, *, overwrite: bool = False) -> Tensor:
+def whitened(delta: Tensor, noise: RoundingNoise, *, overwrite: bool = False) -> Tensor:
     """Scale rows and columns of delta (..., m, n) to noise of variance 1, in its compute dtype."""
     x = upcast(delta)
     rows, columns = (scale.reciprocal().to(x.dtype) for scale in _scales(noise))
@@ -255,10 +255,10 @@ def _scales(noise: RoundingNoise) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
+def _spikes(white: Tensor, bar: Bar) -> Spikes:
     """Count the spikes of one whitened (m, n)."""
     m, n = white.shape
-    limit = _limit(m, n)
+    limit = rank_limit(m, n)
     # `total` shrinks as strong directions are subtracted; `whole` stays for the shares
     whole = total = float(norm_squared(white))
     taken, last, k, asked = 0, 0.0, min(FIRST, limit + 1), False
@@ -273,7 +273,7 @@ def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
             taken, last = taken + strong, squares[strong - 1]
             total, k = float(norm_squared(white)), min(FIRST, limit + 1)
             continue
-        found = _found(squares, (total, whole, last), (m, n, taken), bar)
+        found = found_spikes(squares, (total, whole, last), (m, n, taken), bar)
         if found:
             return found if found.rank <= limit else found._replace(rank=-1)
         k = len(squares)
@@ -282,14 +282,14 @@ def _spikes(white: Tensor, bar: _Bar) -> _Spikes:
         # no low rank: noise well above rounding, or more directions than the limit
         if crowd > UNCOUNTED or k > limit:
             rest = max(0.0, total - sum(squares)) / ((m - k) * (n - k)) if k < min(m, n) else 0.0
-            return _Spikes(-1, max(crowd, rest), 1.0, 0.0)
+            return Spikes(-1, max(crowd, rest), 1.0, 0.0)
         asked, k = True, min(max(likely, k + SPARE), limit + 1)
-    return _Spikes(taken, total / max(1, (m - taken) * (n - taken)), 0.0, math.inf)
+    return Spikes(taken, total / max(1, (m - taken) * (n - taken)), 0.0, math.inf)
 
 
-def _found(
-    squares: list[float], energy: tuple[float, float, float], shape: tuple[int, int, int], bar: _Bar
-) -> _Spikes | None:
+def found_spikes(
+    squares: list[float], energy: tuple[float, float, float], shape: tuple[int, int, int], bar: Bar
+) -> Spikes | None:
     """The fixed point among `squares`, those of an (m, n) less `taken` directions; None if beyond.
 
     energy: (‖·‖² of that, of the whole, σ² of the last direction taken)
@@ -315,7 +315,7 @@ def _found(
             rank = r
             break
     counted = sum(square > bar.least for square in squares[:rank])
-    return _Spikes(counted + taken, variances[rank], left[rank] / whole, steps[counted])
+    return Spikes(counted + taken, variances[rank], left[rank] / whole, steps[counted])
 
 
 def _fixed(squares: list[float], variances: list[float], edge: float) -> int | None:
@@ -356,23 +356,35 @@ def _deflated(white: Tensor, rank: int) -> Tensor:
     return white.addmm_(top.u * top.s, top.vh, alpha=-1.0)
 
 
-def _crowd(white: Tensor, limit: int) -> tuple[float, int]:
-    """Bound the noise variance of white (m, n) from below, for rank at most `limit`; 0 if useless.
-
-    On a random part of twice that size, r directions leave at least the energy beyond its r leading
-    singular values (Eckart and Young 1936), and at most that of noise outside r of its dimensions.
-    This detects finetunes cheaply. Also returns the number of singular values to compute next,
-    judged by those that exceed the noise in the part; weak ones are missed.
-    """
+def part_of(white: Tensor, limit: int) -> Tensor:
+    """A random part of white (..., m, n) of 2 · `limit` rows and columns, no wider than high."""
     # a fixed seed: equal files must give equal reports
     draw = torch.Generator().manual_seed(0)
     rows, columns = (
-        torch.randperm(side, generator=draw)[: 2 * limit].to(white.device) for side in white.shape
+        torch.randperm(side, generator=draw)[: 2 * limit].to(white.device)
+        for side in white.shape[-2:]
     )
-    part = white[rows][:, columns]
-    part = part if part.shape[0] >= part.shape[1] else part.mT
-    p, q = part.shape
+    part = white.index_select(-2, rows).index_select(-1, columns)
+    return part if part.shape[-2] >= part.shape[-1] else part.mT
+
+
+def _crowd(white: Tensor, limit: int) -> tuple[float, int]:
+    """`crowd_of` the random part of one white (m, n)."""
+    part = part_of(white, limit)
     squares: list[float] = eigenvalues(gram_columns(part)).tolist()
+    return crowd_of(squares, (part.shape[0], part.shape[1]), limit)
+
+
+def crowd_of(squares: list[float], sides: tuple[int, int], limit: int) -> tuple[float, int]:
+    """Bound the noise variance from below, for rank at most `limit`; 0 if useless.
+
+    `squares` are the squared singular values of a random part (p, q). Of that, r directions leave
+    at least the energy beyond its r leading singular values (Eckart and Young 1936), and at most
+    that of noise outside r of its dimensions. This detects finetunes cheaply. Also returns the
+    number of singular values to compute next, judged by those that exceed the noise in the part;
+    weak ones are missed.
+    """
+    p, q = sides
     tail = sum(squares[limit:])
     variances = [sum(squares[r:]) / ((p - r) * (q - r)) for r in range(q)]
     stand_out = _fixed(squares, variances, noise_edge(p, q, 1.0))
@@ -389,7 +401,7 @@ def denoised(delta: Tensor, noise: RoundingNoise, rank: int) -> LowRank:
     (Gavish and Donoho 2017, Frobenius loss; Leeb 2021 for the scaling). In the compute dtype of
     delta; residual is ‖delta − estimate‖².
     """
-    white = _whitened(delta, noise)
+    white = whitened(delta, noise)
     m, n = delta.shape[-2:]
     top = truncated_svd(white, SvdSpec(rank))
     variance = top.residual / max(1, (m - rank) * (n - rank))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIGNED",
+    "LEAST",
+    "MOST",
     "accumulate_dtype",
     "cast",
     "compute_dtype",
@@ -26,7 +28,9 @@ __all__ = [
     "members",
     "norm_squared",
     "one_by_one",
+    "overflow",
     "product",
+    "row_blocks",
     "scaled",
     "streamed_difference",
     "supports_float64",
@@ -46,6 +50,7 @@ RUN = 1024  # elements summed in float32 before float64
 FEW = 16 * RUN
 # ‖x‖²: between these, products of four entries stay far from the ends of float32
 LEAST, MOST = 1e-12, 1e12
+PROMOTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not the float8 kinds
 FAINT = 1e-24  # ‖x‖²: below this, squares of float32 entries may have vanished
 
 
@@ -147,6 +152,14 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
+def row_blocks(x: Tensor) -> Iterator[slice]:
+    """Rows of x (..., m, n) in blocks that stay in a CPU's cache; all at once on an accelerator."""
+    rows = x.shape[-2]
+    step = rows if works_on_stacks(x.device) else max(1, SCRATCH // max(1, x.shape[-1]))
+    for start in range(0, rows, max(1, step)):
+        yield slice(start, min(rows, start + step))
+
+
 def entry_sum(x: Tensor) -> Tensor:
     """The sum of all entries of x (..., m, n), (...,), each of a stack by itself on a CPU."""
     return each(torch.sum, x)[0] if one_by_one(x) else x.sum((-1, -2))
@@ -170,11 +183,15 @@ def norm_squared(x: Tensor) -> Tensor:
     Runs of 1024 entries are summed in float32, the runs in float64. This is within 7e-8 of the
     float64 sum from 17,000 entries on, within 6e-9 at a million, and 15 times faster (measured).
     Shorter tensors and tails are summed in float64, and on a CPU also a whole x whose squares
-    leave the range of float32; elsewhere entries of a float32 x below 1e-19 may be lost, and above
-    1e19 the result may be infinite.
+    leave the range of float32. On accelerators rows are summed in float32 and their sums in
+    float64: entries below 1e-19 may be lost there, and above 1e19 the result may be infinite.
     """
     x = x.mT if x.mT.is_contiguous() else x  # read memory in order, without a copy
     wide = accumulate_dtype(x.device)
+    if works_on_stacks(x.device):
+        rows = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x))
+        whole: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
+        return whole.square()
     total = torch.zeros(x.shape[:-2], dtype=wide, device=x.device)
     for piece in _pieces(x):
         full = piece.shape[-1] // RUN * RUN if piece.shape[-1] > FEW else 0
@@ -211,8 +228,11 @@ def difference(x: Tensor, y: Tensor) -> Tensor:
 
     Subtracting bf16 tensors in bf16 changes one entry in nine. y is widened in blocks of rows into
     a scratch that stays in the cache. That takes a quarter of the time of a subtraction of mixed
-    dtypes, and no second full-size copy.
+    dtypes, and no second full-size copy. An accelerator widens in its registers.
     """
+    if works_on_stacks(x.device):
+        dtype = compute_dtype(x, y)
+        return x.to(dtype).sub(y if y.dtype in PROMOTED else y.to(dtype))
     result = empty(x.shape, compute_dtype(x, y), x.device)
     step = max(1, SCRATCH // max(1, x.shape[-1]))
     scratch = torch.empty_like(result[..., :step, :])
@@ -276,7 +296,7 @@ def _narrows(source: torch.dtype, target: torch.dtype) -> bool:
 def _refuse_overflow(wide: Tensor, dtype: torch.dtype) -> None:
     if not _within(wide, torch.finfo(dtype).max):
         # a NaN or infinity of the input hides an overflow from the extremes: check each entry
-        lost = wide[torch.isfinite(wide) & (wide.abs() >= _overflow(dtype))]
+        lost = wide[torch.isfinite(wide) & (wide.abs() >= overflow(dtype))]
         if lost.numel():
             raise NonFinite(
                 f"{float(lost.abs().max()):.4g} does not fit {str(dtype).removeprefix('torch.')}"
@@ -289,7 +309,7 @@ def _within(x: Tensor, bound: float) -> bool:
     return -bound <= float(low) and float(high) <= bound
 
 
-def _overflow(dtype: torch.dtype) -> float:
+def overflow(dtype: torch.dtype) -> float:
     """The least magnitude that rounds beyond the largest finite number (65520 for fp16).
 
     Half a step beyond it. Derived from the format, as torch silently clamps to float8_e4m3fn's 448.

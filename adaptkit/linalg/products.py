@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from adaptkit.linalg.kron import kron_rows
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "Comparison",
@@ -23,6 +25,7 @@ __all__ = [
     "compare_kron",
     "compare_products",
     "distance_squared",
+    "in_blocks",
     "inner",
     "kron_norm",
     "kron_product_inner",
@@ -31,6 +34,7 @@ __all__ = [
     "product_norm",
     "rearranged",
     "row_energies",
+    "wide_blocks",
 ]
 
 Factors = tuple[Tensor, Tensor]
@@ -39,6 +43,7 @@ Factors = tuple[Tensor, Tensor]
 CANCELLED = 1e-10
 # Below this share of the norms, `Comparison.distance` is computed apart from the Gram numbers.
 NEAR = 1e-6
+BLOCK = 1 << 17  # entries of a block of rows: 1 MB in float64
 
 
 def product_inner(one: Factors, two: Factors) -> Tensor:
@@ -165,12 +170,40 @@ def _close_distance(a: Factors, b: Factors) -> float:
 
 @dataclass(frozen=True)
 class Operand:
-    """One matrix: as a Kronecker product, as a product of thin factors, and dense on demand."""
+    """One matrix: as a Kronecker product, as a product of thin factors, and `in_blocks`."""
 
     kron: Factors | None
     product: Factors | None
-    dense: Callable[[], Tensor]
+    blocks: Callable[[], Iterator[Tensor]]
     norm: Callable[[], float]
+
+
+def in_blocks(rows: int, made: Callable[[int, int], Tensor]) -> Iterator[Tensor]:
+    """A matrix in blocks of rows, of which `made` gives any."""
+    step = 1
+    start = 0
+    while start < rows:
+        block = made(start, min(rows, start + step))
+        yield block
+        start += block.shape[-2]
+        step = max(1, BLOCK // max(1, block.shape[-1]))
+
+
+def wide_blocks(
+    rows: int,
+    kron: Factors | None,
+    factors: Callable[[], Factors | None],
+    whole: Callable[[], Tensor],
+) -> Iterator[Tensor]:
+    """A matrix in float64, in blocks of rows, by the first of these forms that it has."""
+    if kron is not None:
+        one, two = kron[0].double(), kron[1].double()
+        return in_blocks(rows, lambda start, stop: kron_rows(one, two, start, stop))
+    if (pair := factors()) is not None:
+        left, right = pair[0].double(), pair[1].double()
+        return in_blocks(rows, lambda start, stop: left[..., start:stop, :] @ right)
+    delta = whole()
+    return in_blocks(rows, lambda start, stop: delta[..., start:stop, :].double())
 
 
 def inner(one: Operand, two: Operand) -> float:
@@ -185,7 +218,7 @@ def inner(one: Operand, two: Operand) -> float:
             return kron_product_inner(kron, product)
     if one.product is not None and two.product is not None:
         return float(product_inner(one.product, two.product))
-    return float((one.dense() * two.dense()).sum())
+    return sum(float((a * b).sum()) for a, b in zip(one.blocks(), two.blocks(), strict=True))
 
 
 def distance_squared(one: Operand, two: Operand, norm: float | None = None) -> float:
@@ -205,7 +238,8 @@ def distance_squared(one: Operand, two: Operand, norm: float | None = None) -> f
             found = total - 2.0 * kron_product_inner(kron, product)
             if found > CANCELLED * total:
                 return found
-    return float((one.dense() - two.dense()).square().sum())
+    pairs = zip(one.blocks(), two.blocks(), strict=True)
+    return sum(float((a - b).square().sum()) for a, b in pairs)
 
 
 def _same_blocks(one: Operand, two: Operand) -> bool:

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
 from adaptkit.detect import chosen, formats
-from adaptkit.errors import NonFinite, NothingToDo, WrongUsage
+from adaptkit.errors import NothingToDo, WrongUsage
 from adaptkit.formats.contract import Alpha
 from adaptkit.hosts import usual_format
 from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.ops.adapter_file.size import module_size
 from adaptkit.ops.difference.advice import Advice, Point, recommend
+from adaptkit.ops.difference.look import looking_bytes, reading_bytes
+from adaptkit.ops.difference.measuring import Layer, Measurer
 from adaptkit.ops.difference.pairing import Pairing, Wanted, open_pair
-from adaptkit.ops.difference.probe import (
-    Look,
-    Probe,
-    look,
-    looking_bytes,
-    made_by,
-    read_difference,
-    reading_bytes,
-)
+from adaptkit.ops.difference.probe import Probe, made_by
 from adaptkit.ops.difference.working import energies_bytes
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
@@ -42,11 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from os import PathLike
 
-    from torch import Tensor
-
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.keymap import KeyMap
-    from adaptkit.linalg.noise import RoundingNoise
     from adaptkit.ops.difference.pairing import Pair
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
@@ -208,32 +199,25 @@ def _step(job: Pair, base: Checkpoint, tuned: Checkpoint, rank: int) -> Step[Pai
 # --- measuring -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One layer as measured. `captured` is (energy, numbers stored) by factor."""
-
-    job: Pair
-    norm: float
-    energies: tuple[float, ...] = ()
-    captured: Mapping[int, tuple[float, int]] = field(default_factory=dict)
-    seen: Look | None = None
-
-
 def run(plan: Plan, progress: Progress | None = None) -> Report:
     """Measure every layer and draw the curves; the only part that reads weights."""
     started = time.perf_counter()
-    found: dict[int, _Layer] = {}
-    worker = _Measurer(plan)
+    found: dict[int, Layer] = {}
+    worker = Measurer(plan.base, plan.tuned, plan.options.max_rank)
 
-    def store(job: Pair, layer: _Layer) -> None:
+    def store(job: Pair, layer: Layer) -> None:
         found[job.number] = layer
 
+    resources = engine.Resources.choose(plan.options.device, plan.options.memory)
+    steps, work = worker.steps(plan.jobs, resources.device), worker.stack
+    if steps is None:
+        steps, work = plan.steps, worker.single
     try:
         with logged("advise", progress) as told:
             notes = engine.run(
-                plan.steps,
-                engine.Work(worker.load, worker.work, store, held=lambda _: 0),
-                engine.Resources.choose(plan.options.device, plan.options.memory),
+                steps,
+                engine.Work(worker.load, work, store, held=lambda _: 0),
+                resources,
                 counting(told, "measuring", len(plan.steps), "layers"),
             )
     finally:
@@ -242,47 +226,10 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     return replace(report, notes=(*report.notes, *notes))
 
 
-class _Measurer:
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def load(self, job: Pair) -> dict[str, Tensor]:
-        return read_difference(self.plan.base, self.plan.tuned, job)
-
-    def work(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[_Layer]:
-        from adaptkit.linalg.noise import RoundingNoise
-
-        (job,) = jobs
-        noise = RoundingNoise(tensors["rows"][0], tensors["columns"][0])
-        return [self._layer(job, tensors.pop("delta")[0], float(tensors["norm"]), noise)]
-
-    def _layer(self, job: Pair, delta: Tensor, norm: float, noise: RoundingNoise) -> _Layer:
-        from adaptkit.linalg.kronscan import FACTORS, scan_kron
-        from adaptkit.linalg.lowrank import SvdSpec, energies
-
-        if not math.isfinite(norm):
-            raise NonFinite(
-                "holds NaN or infinity", file=self.plan.tuned.source.path, tensor=job.tuned[0].name
-            )
-        if norm == 0.0 or job.algorithm is None:
-            return _Layer(job, norm)
-        rank = min(self.plan.options.max_rank, *delta.shape)
-        kept = tuple(energies(delta, rank, SvdSpec(rank)).tolist())
-        scan = scan_kron(
-            delta, math.prod(job.shape[2:]), [factor for factor in FACTORS if factor > 0]
-        )
-        captured = {
-            factor: (energy, split.parameters)
-            for split, energy in zip(scan.splits, scan.captured.tolist(), strict=True)
-            for factor in split.factors
-        }
-        return _Layer(job, norm, kept, captured, look(job, delta, norm, noise, scan))
-
-
 # --- choosing --------------------------------------------------------------------------------
 
 
-def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
+def _report(plan: Plan, layers: Sequence[Layer], started: float) -> Report:
     fitted = [layer for layer in layers if layer.energies]
     if not fitted:
         raise NothingToDo(
@@ -291,12 +238,14 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
             file=plan.tuned.source.path,
         )
     curves = _Curves(plan, fitted, sum(layer.norm for layer in layers))
-    ranks = [k for k in (2**n for n in range(20)) if k < plan.options.max_rank] + [
-        plan.options.max_rank
-    ]
-    same = {k: curves.lora([min(k, len(layer.energies)) for layer in fitted]) for k in ranks}
     looks = [layer.seen for layer in fitted if layer.seen]
     probe = Probe(math.sqrt(sum(one.floor for one in looks) / curves.total), made_by(looks))
+    most = plan.options.max_rank
+    ranks = [*(k for k in (2**n for n in range(20)) if k < most), most]
+    if probe.rank is not None and probe.rank < most:
+        # the rank to recommend, with what it loses
+        ranks = sorted({*ranks, probe.rank})
+    same = {k: curves.lora([min(k, len(layer.energies)) for layer in fitted]) for k in ranks}
     factors = sorted({*USUAL, *([probe.factor] if probe.factor else [])})
     lokr = _distinct({factor: curves.lokr(factor) for factor in factors})
     left = sum(layer.norm for layer in layers if not layer.energies)
@@ -320,7 +269,7 @@ def _report(plan: Plan, layers: Sequence[_Layer], started: float) -> Report:
     )
 
 
-def _signal(layer: _Layer) -> int:
+def _signal(layer: Layer) -> int:
     """How many singular values of a layer stand out of the rounding noise."""
     from adaptkit.linalg.noise import noise_edge
 
@@ -332,7 +281,7 @@ def _signal(layer: _Layer) -> int:
 class _Curves:
     """Bytes and errors of the ways to store the layers that differ."""
 
-    def __init__(self, plan: Plan, layers: Sequence[_Layer], total: float) -> None:
+    def __init__(self, plan: Plan, layers: Sequence[Layer], total: float) -> None:
         self.plan, self.layers, self.total = plan, layers, total
         # ‖·‖² of what no adapter holds
         self.rest = max(0.0, total - sum(layer.norm for layer in layers))
@@ -343,13 +292,13 @@ class _Curves:
         self.signal = signal if any(module.energies for module in signal) else self.modules
         self.options = [list(self._options(n)) for n in range(len(layers))]
 
-    def _module(self, layer: _Layer, energies: Sequence[float]) -> RankCurve:
+    def _module(self, layer: Layer, energies: Sequence[float]) -> RankCurve:
         sizes = [
             k and self._bytes(layer, k * sum(layer.job.matrix), 2) for k in range(len(energies) + 1)
         ]
         return RankCurve(energies, layer.norm, sizes)
 
-    def _bytes(self, layer: _Layer, numbers: int, tensors: int) -> int:
+    def _bytes(self, layer: Layer, numbers: int, tensors: int) -> int:
         """Bytes in the file: the numbers, and an estimate of their header entries."""
         assert layer.job.slot is not None
         stem = self.plan.keys.stem(layer.job.slot)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.adapter import open_adapter_source
 from adaptkit.detect import is_adapter
 from adaptkit.errors import AdaptkitError, CannotWrite, NothingToDo, WouldOverwrite
+from adaptkit.files.hub import from_hub
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.writer import check_adapter_output
 from adaptkit.ops.finding import found_in
+from adaptkit.ops.shared import Brief
 from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ _SUFFIX = ".safetensors"
 MANY = {"convert": "converting", "resize": "resizing"}
 
 
-@dataclass(frozen=True)
-class Done:
+@dataclass(frozen=True, repr=False)
+class Done(Brief):
     """What became of one input: the report of its output, or the error."""
 
     path: Path
@@ -46,8 +48,8 @@ class Done:
         return {"path": str(self.path), "error": self.error.to_dict()}
 
 
-@dataclass(frozen=True)
-class Foreseen:
+@dataclass(frozen=True, repr=False)
+class Foreseen(Brief):
     """What would become of one input: the plan of its output, or the error."""
 
     path: Path
@@ -158,7 +160,8 @@ def _planned(verb: Verb, path: Path, name: str, options: Any, suffix: str) -> An
     folder: Path | None = options.output
     if folder is None and not suffix:
         return verb.plan(path, options)
-    home = path.parent if folder is None else folder / Path(name).parent
+    beside = Path() if from_hub(path) else path.parent
+    home = beside if folder is None else folder / Path(name).parent
     stem = Path(name).stem if not path.is_dir() else Path(name).name
     stem = f"{stem}-{suffix}" if suffix else stem
     # the folder need not exist yet; whether the output is one depends on the format that is chosen

@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.adapter import PEFT_WEIGHTS, Adapter
 from adaptkit.detect import is_adapter
-from adaptkit.errors import AdaptkitError, NothingToDo, NotRepresentable, UnreadableFile
+from adaptkit.errors import (
+    AdaptkitError,
+    CannotWrite,
+    NothingToDo,
+    NotRepresentable,
+    UnreadableFile,
+)
+from adaptkit.files.hub import from_hub, local
 from adaptkit.files.open import open_source
-from adaptkit.files.provenance import sha256, sshs_hashes, sshs_places
+from adaptkit.files.provenance import file_hashes, sshs_hashes, sshs_places
 from adaptkit.meaning import DIFFUSERS_CONFIG, FLAT_ALPHA
 from adaptkit.ops.shared import Brief, check_output, settle
 
@@ -112,12 +119,11 @@ def _json(text: str) -> object:
 
 def read(path: str | PathLike[str]) -> Report:
     """Read the metadata of a safetensors file or PEFT folder, and hash it."""
-    file = _file(Path(path))
+    file = _file(local(path))
     with _open(file) as source:
-        model = sshs_hashes(_data(source), 0)["sshs_model_hash"]
+        hashes = file_hashes(file, _data(source))
         metadata = dict(source.metadata)
-    whole = sha256(file)
-    hashes = {"sha256": whole, "autov2": whole[:10].upper(), "autov3": model[:12].upper()}
+    model = hashes.pop("sshs_model_hash")
     stored = metadata.get("sshs_model_hash")
     stale = ("sshs_model_hash",) if stored is not None and stored != model else ()
     return Report(file, metadata, hashes, stale)
@@ -131,7 +137,11 @@ def edit(path: str | PathLike[str], options: Options) -> Report:
     """
     from adaptkit.files.sink import TensorSink
 
-    file = _file(Path(path))
+    file = _file(local(path))
+    if options.output is None and from_hub(file):
+        raise CannotWrite(
+            "a file in the cache of the hub stays as it is", hint="give -o FILE", file=file
+        )
     output = options.output or file
     if options.output is not None:
         check_output(output, options.overwrite)

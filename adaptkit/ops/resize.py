@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,10 @@ from adaptkit.errors import AdaptkitError, NothingToDo, WrongUsage
 from adaptkit.keymap.kinds import dense_kind
 from adaptkit.ops.ranks.options import asked, policy, spelled
 from adaptkit.ops.rewrite.plan import Into, Recast, RecastOptions, open_all
-from adaptkit.ops.rewrite.planner import recast
+from adaptkit.ops.rewrite.planner import open_base, recast
 from adaptkit.ops.rewrite.report import Report
 from adaptkit.ops.rewrite.run import check_peft, run
+from adaptkit.ops.rewrite.weighing import weighing
 from adaptkit.ops.shared import default_output
 from adaptkit.ops.verb import Verb
 
@@ -26,7 +27,12 @@ Plan = Recast
 
 @dataclass(frozen=True)
 class Options(RecastOptions):
-    """The ranks to keep, by one rule; `algo` changes the algorithm too."""
+    """The ranks to keep, by one rule; `algo` changes the algorithm too.
+
+    `weigh` is a checkpoint: `size` then spends ranks by ‖ΔW‖ relative to each layer's own ‖W‖.
+    """
+
+    weigh: Path | None = None
 
 
 def plan(path: str | PathLike[str], options: Options) -> Recast:
@@ -41,6 +47,11 @@ def plan(path: str | PathLike[str], options: Options) -> Recast:
             f"a {options.algo} difference has no rank",
             hint=f"use `adaptkit convert --algo {options.algo}`",
         )
+    if options.weigh is not None and options.size is None:
+        raise WrongUsage(
+            "--weigh goes with --size",
+            hint="the other rules look at each module alone, or promise an error of ΔW",
+        )
     chosen = policy(options)
     path = Path(path)
     (adapter,) = open_all([path], options)
@@ -52,10 +63,20 @@ def plan(path: str | PathLike[str], options: Options) -> Recast:
             names = ", ".join(sorted({task.kind.name for task in made.tasks}))
             raise NothingToDo(f"none of its modules has a rank to cut: {names}", file=path)
         check_peft(made)
+        return made if options.weigh is None else _weighed(made, options.weigh)
     except AdaptkitError:
         adapter.close()
         raise
-    return made
+
+
+def _weighed(made: Recast, path: Path) -> Recast:
+    """The plan with the layers that its modules are weighed by."""
+    checkpoint = open_base(path, made.adapter)
+    try:
+        return replace(made, norms=weighing(made.tasks, checkpoint).norms, beside=checkpoint)
+    except AdaptkitError:
+        checkpoint.close()
+        raise
 
 
 VERB = Verb("resize", ("adapter",), Options, plan, run)

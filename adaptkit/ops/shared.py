@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from adaptkit.errors import CannotWrite, NoSuchName, Unclaimed, WouldOverwrite, WrongUsage
+from adaptkit.files.hub import from_hub, is_address, local
 from adaptkit.files.quantized import FLOATS
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Shared:
 
 
 # options by the type of their values, whatever verb they belong to
-_PATHS, _BYTES = ("output", "base"), ("memory", "size", "shard_size")
+_INPUTS, _BYTES = ("base", "weigh"), ("memory", "size", "shard_size")
 _PATTERNS, _NAMES = ("only", "skip", "blocks"), ("family", "format", "to", "host", "algo")
 
 
@@ -126,8 +127,10 @@ def settle(options: Any) -> None:
         value = getattr(options, one.name)
         if value is None:
             continue
-        if one.name in _PATHS:
-            value = Path(value)
+        if one.name in _INPUTS:
+            value = local(value)
+        elif one.name == "output":
+            value = _target(value)
         elif one.name in _BYTES and isinstance(value, str):
             size = parse_size(value)
             if size is None:
@@ -140,6 +143,12 @@ def settle(options: Any) -> None:
         elif one.name in _NAMES and isinstance(value, str):
             value = value.strip().lower()
         object.__setattr__(options, one.name, value)
+
+
+def _target(value: Any) -> Path:
+    if is_address(value):
+        raise WrongUsage("an output is a file on this machine", hint="the hub is only read")
+    return Path(value)
 
 
 class LeftOut(NamedTuple):
@@ -225,10 +234,10 @@ def split_strength(argument: str) -> tuple[Path, float]:
         try:
             strength = float(number)
         except ValueError:
-            return Path(argument), 1.0
+            return local(argument), 1.0
         if math.isfinite(strength):
-            return Path(path), strength
-    return Path(argument), 1.0
+            return local(path), strength
+    return local(argument), 1.0
 
 
 def parse_size(text: str) -> int | None:
@@ -241,6 +250,8 @@ def parse_size(text: str) -> int | None:
 
 def default_output(beside: Path, suffix: str, *, folder: bool = False) -> Path:
     """Return `style-<suffix>.safetensors` (or the folder `style-<suffix>`) next to `style.ckpt`."""
+    if from_hub(beside):  # its folder is the cache
+        beside = Path(beside.name)
     # the folder `.` has a name only when resolved
     beside = beside if beside.name else beside.resolve()
     stem = (
@@ -322,6 +333,7 @@ def torch_dtype(name: str) -> torch.dtype:
         "BF16": torch.bfloat16,
         "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2,
+        "I8": torch.int8,  # with a scale
     }[name]
 
 

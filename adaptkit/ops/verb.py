@@ -10,7 +10,7 @@ from functools import cached_property
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from adaptkit.errors import NoSuchName
+from adaptkit.errors import InternalError, NoSuchName
 from adaptkit.ops.stages import log, logged
 from adaptkit.registry import discover
 
@@ -42,8 +42,13 @@ class Verb:
 
     def perform(self, plan: Any, progress: Progress | None = None) -> Any:
         """Run a plan; what is done is logged at INFO."""
-        with logged(self.name, progress) as told:
-            report = self.run(plan, told)
+        try:
+            with logged(self.name, progress) as told:
+                report = self.run(plan, told)
+        except Exception as error:
+            if (fault := InternalError.of_torch(error)) is not None:
+                raise fault from error
+            raise
         log().info("%s: wrote %s, %d bytes", self.name, report.output, report.bytes)
         return report
 

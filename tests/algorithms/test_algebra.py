@@ -111,7 +111,7 @@ def test_a_kronecker_product_with_thin_factors_is_never_made_dense(
     def dense(_: Weights) -> torch.Tensor:
         raise AssertionError("ΔW was formed")
 
-    monkeypatch.setattr(Weights, "_wide_delta", dense)
+    monkeypatch.setattr(Weights, "_wide_blocks", dense)
     for one, two in itertools.product(("lora", "lokr", "low lokr"), repeat=2):
         (first, exact), (second, other) = KINDS[one], KINDS[two]
         assert inner(first, second) == pytest.approx((exact * other).sum(), rel=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import io
 import json
 import os
@@ -414,9 +415,13 @@ class TestInspect:
         )["files"]
         fields = (
             "path bytes kind family format evidence algorithms components modules parameters dtypes ranks scales alpha_source "
-            "unclaimed problems loads_in metadata sha256"
+            "unclaimed problems loads_in metadata sha256 autov2 autov3 sshs_model_hash"
         )
         assert set(fields.split()) <= record.keys()
+        raw = (pair / "lora-kohya.safetensors").read_bytes()
+        tensors = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+        assert record["autov2"] == hashlib.sha256(raw).hexdigest()[:10].upper()
+        assert (record["autov3"], record["sshs_model_hash"]) == (tensors[:12].upper(), tensors)
         assert (record["kind"], record["family"], record["format"]) == ("adapter", "sd1", "kohya")
         assert record["algorithms"] == {"lora": 104}
         assert record["ranks"] == {"2": 104}

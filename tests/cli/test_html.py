@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from adaptkit.cli import cli
 from adaptkit.cli.show.web import colours
+from adaptkit.ops import inspect
 from tests.cli.web import CJK, EVIL, PNG, folder, made
 
 TAGS = {
@@ -144,6 +146,20 @@ def test_it_holds_what_the_record_holds(tiny: Path, tmp_path: Path) -> None:
 ORDER = ("q", "k", "v", "qkv", "out", "fused", "ff", "proj", "conv", "emb", "mod", "norm", "other")
 
 
+def test_modules_that_stand_out_are_in_it(tiny: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny / "lora-kohya.safetensors")
+    key = next(key for key in tensors if key.endswith("attn1_to_q.lora_up.weight"))
+    tensors[key] *= 50
+    save_file(tensors, tmp_path / "a.safetensors")
+    file = [tmp_path / "a.safetensors"]
+    found = Parsed(made(file, tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert any(head.startswith("stand out") for head in found.texts["h3"])
+    record = inspect.run(file[0], inspect.Options(stats=True)).record
+    cells = found.texts["td"]
+    for one in record["outliers"]:
+        assert cells[cells.index(one["module"]) - 1] == f"{one['score']:+.1f}"
+
+
 def test_modules_are_listed_where_they_are_asked_for(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.html"
     file = str(tiny / "lokr-kohya.safetensors")
@@ -159,7 +175,6 @@ def test_modules_are_listed_where_they_are_asked_for(tiny: Path, tmp_path: Path)
 def test_spectra_are_drawn_where_they_are(tiny: Path, tmp_path: Path) -> None:
     """The ends of the median, read back from the drawing, are the medians of the spectra."""
     from adaptkit.cli.show.web.spectra import groups
-    from adaptkit.ops import inspect
 
     file = tiny / "lora-kohya.safetensors"
     report = inspect.run(file, inspect.Options(stats=True))

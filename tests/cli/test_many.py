@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,12 @@ def test_broken_files_are_found(folder: Path) -> None:
     assert done.returncode == 1
 
 
+def seen(log: list[str], some: list[str], options: ops.inspect.Options) -> list[ops.inspect.Report]:
+    time.sleep(0.05)  # so that the last job is still waiting when the first file is reached
+    log += some
+    return [ops.inspect.run(path, options) for path in some]
+
+
 def test_many_files_are_read_in_processes_with_the_same_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,8 +157,21 @@ def test_many_files_are_read_in_processes_with_the_same_result(
     counts: list[int] = []
     alone = ops.inspect.survey(paths, options, lambda _, done, *__: counts.append(done))
     assert counts == [0, 1, 2, 3, 4, 5]
-    monkeypatch.setattr(folders, "_PARALLEL", 2)
-    monkeypatch.setattr(folders, "_WORKERS", 2)
+    monkeypatch.setattr(folders, "_TRIED", 2)
+    monkeypatch.setattr(folders, "_PAYS", 0.0)
+    monkeypatch.setattr(folders, "_WORKERS", 3)
+    elsewhere: list[str] = []
+    with ThreadPoolExecutor(1) as pool:  # as a process would, and seen from here
+        monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_: pool)
+        monkeypatch.setattr(folders, "_run", lambda some, with_: seen(elsewhere, some, with_))
+        shared = ops.inspect.survey(paths, options, lambda _, done, *__: counts.append(done))
+    assert elsewhere
+    assert counts[6:] == sorted(counts[6:])
+    assert counts[-1] == 5
+    assert [report.record for report in shared] == [report.record for report in alone]
+    monkeypatch.undo()
+    monkeypatch.setattr(folders, "_TRIED", 2)
+    monkeypatch.setattr(folders, "_PAYS", 0.0)
     together = ops.inspect.survey(paths, options)
     assert [report.record for report in together] == [report.record for report in alone]
     assert [report.error and report.error.hint for report in together] == [

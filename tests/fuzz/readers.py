@@ -12,6 +12,7 @@ from adaptkit.errors import AdaptkitError, InternalError
 from adaptkit.files.header import parse_header
 from adaptkit.files.open import open_source
 from adaptkit.files.pickled.catalogue import read_catalogue
+from adaptkit.files.pickled.imports import imports
 from adaptkit.keymap.patterns import Patterns
 from adaptkit.ops import inspect
 from adaptkit.ops.batch.recipe import load
@@ -76,32 +77,49 @@ class Readers:
         bad = scrambled(raw[8:end] if draw.random() < 0.8 else raw[:end], draw)
         if draw.random() < 0.8:
             bad = len(bad).to_bytes(8, "little") + bad
-        parse_header(bad + raw[end:], len(bad) + len(raw) - end, "x")
+        self.header_of(bad, raw[end:])
+
+    def header_of(self, raw: bytes, data: bytes = b"") -> None:
+        parse_header(raw + data, len(raw) + len(data), "x")
 
     def pickle(self, draw: random.Random) -> None:
-        path = self.folder / "x.ckpt"
         raw = draw.choice(PICKLES)
-        path.write_bytes(
+        self.pickle_of(
             torch_zip_of(scrambled(raw, draw)) if raw is PICKLES[3] else scrambled(raw, draw)
         )
+
+    def pickle_of(self, raw: bytes) -> None:
+        path = self.folder / "x.ckpt"
+        path.write_bytes(raw)
+        imports(path)
         read_catalogue(path)
 
     def index(self, draw: random.Random) -> None:
+        self.index_of(scrambled(INDEX.encode(), draw))
+
+    def index_of(self, raw: bytes) -> None:
         path = self.folder / "x.index.json"
-        path.write_bytes(scrambled(INDEX.encode(), draw))
+        path.write_bytes(raw)
         open_source(path).close()
 
     def config(self, draw: random.Random) -> None:
-        (self.peft / "adapter_config.json").write_bytes(scrambled(CONFIG.encode(), draw))
+        self.config_of(scrambled(CONFIG.encode(), draw))
+
+    def config_of(self, raw: bytes) -> None:
+        (self.peft / "adapter_config.json").write_bytes(raw)
         open_adapter_source(self.peft)[0].close()
         inspect.run(self.peft)
         self._told(self.peft)
 
     def metadata(self, draw: random.Random) -> None:
+        text = str(lora("diffusers").metadata["lora_adapter_metadata"])
+        self.metadata_of(
+            draw.choice((scrambled(text.encode(), draw), *(one.encode() for one in JSONS)))
+        )
+
+    def metadata_of(self, raw: bytes) -> None:
         file = lora("diffusers")
-        text = str(file.metadata["lora_adapter_metadata"])
-        text = draw.choice((scrambled(text.encode(), draw).decode("utf-8", "replace"), *JSONS))
-        file.metadata = {"lora_adapter_metadata": text}
+        file.metadata = {"lora_adapter_metadata": raw.decode("utf-8", "replace")}
         self._told(file.save(self.folder / "m.safetensors"))
 
     def names(self, draw: random.Random) -> None:
@@ -119,8 +137,11 @@ class Readers:
         Patterns(texts).first("".join(draw.choices("ab._01", k=draw.randint(0, 30))))
 
     def recipe(self, draw: random.Random) -> None:
+        self.recipe_of(scrambled(RECIPE.encode(), draw))
+
+    def recipe_of(self, raw: bytes) -> None:
         path = self.folder / "recipe.toml"
-        path.write_bytes(scrambled(RECIPE.encode(), draw))
+        path.write_bytes(raw)
         load(path)
 
     def _told(self, path: Path) -> None:

@@ -59,6 +59,7 @@ FOUND = {
         .add(f"{q}.b1.weight", 2, 8)
         .add(f"{q}.b2.weight", 8, 2, 2)
     ),
+    "a bias with columns": lambda q: File().add(f"{q}.diff_b", 8, 8),
     "a down without inputs": lambda q: (
         File().add(f"{q}.lora_down.weight", 2, 0).add(f"{q}.lora_up.weight", 4, 2)
     ),

@@ -14,7 +14,6 @@ from adaptkit.linalg.krylov import (
     eigenvalues,
     eigh,
     explored,
-    fixed_basis,
     gram_columns,
     power_of_two,
 )
@@ -164,17 +163,6 @@ def test_eigenvalues_of_what_does_not_converge(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(eigenvalues(gram).numpy(), exact, atol=1e-12)
 
 
-def test_a_fixed_basis_holds_the_leading_directions_of_every_member() -> None:
-    members = [matrix(120, 100, falloff, seed) for seed, falloff in enumerate((0.5, 1.0, 2.0))]
-    found = fixed_basis(torch.from_numpy(np.stack(members)), 6, 0).numpy()
-    assert found.shape == (3, 120, 6)
-    for basis, a in zip(found, members, strict=True):
-        np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=1e-8)
-        exact = np.linalg.svd(a, compute_uv=False)
-        lost = (a**2).sum() - ((basis.T @ a) ** 2).sum()
-        assert lost <= (exact[6:] ** 2).sum() * 1.001
-
-
 def test_wider_blocks_go_with_higher_ranks() -> None:
     assert [krylov.block_width(1000, rank) for rank in (1, 8, 9, 64, 65)] == [8, 8, 16, 16, 32]
     assert krylov.block_width(5, 100) == 5
@@ -267,3 +255,23 @@ def test_what_a_space_lacks_is_told_by_its_residuals(blocks: int) -> None:
     exact = (np.linalg.svd(a, compute_uv=False)[:12] ** 2).sum()
     lacking = exact - float(space.values().sum())
     assert 0.3 * lacking < space.lacking() < 5 * lacking
+
+
+@pytest.mark.parametrize(("rank", "width"), [(8, 8), (16, 16), (32, 24), (80, 32)])
+def test_blocks_of_a_matrix_beyond_the_cache_are_wider(
+    rank: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is multiplied some rows at a time, to the same space."""
+    a = torch.from_numpy(matrix(700, 300, 0.7, 3)).float()
+    small = krylov.Krylov(a, rank, 0, a.double().square().sum())
+    monkeypatch.setattr(krylov, "LARGE", a.numel() - 1)
+    large = krylov.Krylov(a, rank, 0, a.double().square().sum())
+    assert small.width == krylov.block_width(300, rank)
+    assert large.width == width
+    while large.size < 2 * rank:
+        large.grow()
+    v, w = large.v.double(), large.w.double()
+    assert float((v.mT @ v - torch.eye(large.size, dtype=v.dtype)).abs().max()) < 1e-5
+    assert float((a.double() @ v - w).norm() / w.norm()) < 1e-6
+    back = large.scale.double() * (a.double().mT @ w)
+    assert float((large.back.double() - back).norm() / back.norm()) < 1e-6

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.linalg import krylov, lowrank
-from adaptkit.linalg.lowrank import SvdSpec, energies, truncated_svd, truncation_errors
+from adaptkit.linalg import lowrank
+from adaptkit.linalg.lowrank import (
+    SvdSpec,
+    energies,
+    product_distance,
+    truncated_svd,
+    truncation_errors,
+)
 
 Array = np.ndarray
 
@@ -165,16 +171,6 @@ def test_the_stacked_form_of_accelerators_is_as_good(m: int, n: int, k: int) -> 
         assert not found.s[5].any()
 
 
-def test_stacked_orthonormal_survives_dependent_columns() -> None:
-    x = torch.randn(2, 50, 4)
-    x[0, :, 3] = x[0, :, 2]
-    space = torch.linalg.qr(torch.randn(2, 50, 6))[0]
-    found = krylov.stacked_orthonormal(x, space)
-    assert torch.isfinite(found).all()
-    assert float((space.mT @ found).abs().max()) < 1e-5
-    torch.testing.assert_close(found[1].mT @ found[1], torch.eye(4), atol=1e-5, rtol=0)
-
-
 def test_half_precision_is_computed_in_float32() -> None:
     a = torch.from_numpy(family("pl1", 200, 300)).half()
     found = truncated_svd(a, SvdSpec(8))
@@ -264,3 +260,19 @@ def test_loose_energies_come_from_eigenvalues_of_a_float32_gram_matrix_alone(
     assert rough.dtype == exact.dtype == torch.float64
     np.testing.assert_allclose(exact.numpy(), sigma[:60] ** 2, rtol=2e-6)
     np.testing.assert_allclose(rough.numpy(), sigma[:60] ** 2, atol=1e-6 * (sigma**2).sum())
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(300, 200, 8), (40, 700, 3)])
+def test_a_distance_from_a_product_takes_one_pass_unless_it_cancels(m: int, n: int, r: int) -> None:
+    random = np.random.default_rng(5)
+    a = random.standard_normal((m, n)).astype(np.float32)
+    left, right = random.standard_normal((m, r)), random.standard_normal((r, n))
+    exact = a.astype(np.float64) + 0.01 * left @ right
+    far = np.square(a.astype(np.float64) - left @ right).sum()
+    pair = torch.from_numpy(left), torch.from_numpy(right)
+    found = product_distance(
+        torch.from_numpy(a), *pair, float(np.square(a, dtype=np.float64).sum())
+    )
+    assert found == pytest.approx(far, rel=1e-6)
+    near = torch.from_numpy((left @ right + 0.01 * exact).astype(np.float32))
+    assert product_distance(near, *pair, float(near.double().square().sum())) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
@@ -15,6 +15,7 @@ from adaptkit.linalg.products import (
     compare_kron,
     compare_products,
     distance_squared,
+    in_blocks,
     inner,
     kron_norm,
     kron_product_inner,
@@ -166,12 +167,18 @@ def test_operands_meet_without_being_formed(one: str, two: str) -> None:
     assert distance_squared(first, second, float((a**2).sum())) == pytest.approx(expected, rel=1e-9)
 
 
+def cut(matrix: np.ndarray) -> Iterator[torch.Tensor]:
+    whole = torch.from_numpy(matrix)
+    return in_blocks(len(whole), lambda start, stop: whole[start:stop])
+
+
 def test_operands_without_a_common_form_are_formed() -> None:
     matrices = [kron(blocks(3, 4)), kron(blocks(4, 2, seed=1))]
     first, second = (
-        Operand(factors, None, lambda matrix=matrix: torch.from_numpy(matrix), lambda: 0.0)
+        Operand(factors, None, lambda matrix=matrix: cut(matrix), lambda: 0.0)
         for factors, matrix in zip((blocks(3, 4), blocks(4, 2, seed=1)), matrices, strict=True)
     )
     a, b = matrices
+    assert len(list(first.blocks())) > 1
     assert inner(first, second) == pytest.approx((a * b).sum(), rel=1e-12)
     assert distance_squared(first, second) == pytest.approx(((a - b) ** 2).sum(), rel=1e-12)

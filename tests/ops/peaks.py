@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adaptkit.ops import advise, combine, compare, extract, merge, resize
+from adaptkit.ops import advise, combine, compare, convert, extract, merge, resize
 from adaptkit.steps import peak_memory
 
 SIZES = ((1280, 1280), (2560, 1280), (1024, 4096))
@@ -117,6 +117,15 @@ EXTRACTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+CONVERTS = (
+    ("lora", "full"),
+    ("lokr", "full"),
+    ("lokr", "lora"),
+    ("full", "lora"),
+    ("lora", "lokr"),
+)
+
+
 def cases(folder: Path, rows: int, columns: int) -> Iterator[Case]:
     """Every verb on a layer of this size, with the files that it takes."""
     draw = torch.Generator().manual_seed(0)
@@ -141,6 +150,11 @@ def cases(folder: Path, rows: int, columns: int) -> Iterator[Case]:
     yield Case("advise", advise, pair, {})
     yield Case("compare lora lokr", compare, ((at["lora"], 1.0), (at["lokr"], 1.0)), {})
     yield Case("compare lora tuned", compare, ((at["lora"], 1.0), (at["tuned"], 1.0)), {"base": at["base"]})  # fmt: skip
+    yield Case("compare full lora", compare, ((at["full"], 1.0), (at["lora"], 1.0)), {})
+    for kind, algo in CONVERTS:
+        yield Case(f"convert {kind} {algo}", convert, (at[kind],), {"algo": algo})
+    yield Case("convert lora fp16", convert, (at["lora"],), {"dtype": "fp16"})
+    yield Case("resize full", resize, (at["full"],), {"rank": 16})
     yield Case("resize lora", resize, (at["lora"],), {"rank": 4})
     yield Case("resize lokr", resize, (at["lokr"],), {"rank": 4})
     yield Case("combine lora lokr", combine, ([(at["lora"], 0.5), (at["lokr"], 0.5)],), {"rank": 8})

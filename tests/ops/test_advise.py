@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from adaptkit.errors import NothingToDo, WrongUsage
 from adaptkit.ops import advise, extract
-from tests import oracle
+from tests import jobs, oracle
 from tests.cli.test_cli import adaptkit, refused
 from tests.ops.models import changed, lokr_delta, lora_delta, matrices, noise_delta, save, tiny_base
 
@@ -26,6 +28,21 @@ LAYERS = (
     "self_attn.q_proj",
     "fc1",
 )
+
+
+NAMES = [
+    f"lora_unet_{place}_{layer}"
+    for place in (
+        "down_blocks_1_attentions_0",
+        "mid_block_attentions_0",
+        "up_blocks_2_attentions_1",
+    )
+    for layer in (
+        *(f"transformer_blocks_0_attn{n}_to_{part}" for n in (1, 2) for part in "qv"),
+        "transformer_blocks_0_ff_net_0_proj",
+        "proj_in",
+    )
+]
 
 
 def advice(
@@ -155,6 +172,48 @@ def test_the_command_that_is_recommended_loses_what_was_said(tmp_path: Path, del
     if said.exact:
         assert found["relative_error"] >= 0.9 * said.point.relative_error
         assert output.stat().st_size == pytest.approx(said.point.bytes, rel=0.05)
+
+
+def ordinary(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """A fine-tune: every singular value, falling off as those of trained models do."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    count = min(rows, columns)
+    left, right = (np.linalg.qr(random.standard_normal((n, count)))[0] for n in (rows, columns))
+    return 0.05 * ((left * np.arange(1, count + 1) ** -0.8) @ right.T).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    ("made", "delta"), [("--size", ordinary), ("--rank 3", lora_delta(3)), ("lokr", lokr_delta(8))]
+)
+def test_the_last_lines_are_a_command_that_loses_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, delta: object
+) -> None:
+    """The printed command is run as it stands, and NumPy measures the file that it writes."""
+    base = tiny_base(torch.float16)
+    tuned, _ = changed(base, [jobs.original(name) for name in NAMES], delta)  # type: ignore[arg-type]
+    for name, state in (("base", base), ("tuned", tuned)):
+        save(tmp_path / f"{name}.safetensors", state)
+    monkeypatch.chdir(tmp_path)
+    said = adaptkit("advise", "base.safetensors", "tuned.safetensors").stdout
+    command = re.search(r"recommended +adaptkit (.+)", said)
+    loses = re.search(r"loses +([\d.e-]+)(%?) of ‖ΔW‖, in ([\d.]+) kB", said)
+    assert command
+    assert loses, said
+    assert made in command[1]
+    promised = float(loses[1]) * (0.01 if loses[2] else 1)
+    done = adaptkit(*shlex.split(command[1]), "-o", "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    found, rest, norm = jobs.deltas(tmp_path / "out.safetensors"), 0.0, 0.0
+    for name in NAMES:
+        key = jobs.original(name)
+        difference = (tuned[key].double() - base[key].double()).numpy()
+        norm += float((difference**2).sum())
+        held = found.get(jobs.dotted(name), np.zeros(())).reshape(-1)
+        rest += float(((difference.reshape(-1) - held) ** 2).sum())
+    # printed with three digits; the numbers of the file are float16
+    assert (rest / norm) ** 0.5 == pytest.approx(promised, rel=0.03, abs=1.5e-3)
+    size = (tmp_path / "out.safetensors").stat().st_size
+    assert size == pytest.approx(1000 * float(loses[3]), rel=0.15)
 
 
 def test_nothing_differs(tmp_path: Path) -> None:

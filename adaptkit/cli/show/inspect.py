@@ -16,6 +16,7 @@ from adaptkit.cli.show.text import (
     document,
     human,
     last,
+    listing,
     loads_in,
     percent,
     safe,
@@ -24,11 +25,22 @@ from adaptkit.cli.show.text import (
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from adaptkit.ops import inspect
 
-__all__ = ["MEASURED", "alike", "facts_of", "inspected", "listed"]
+__all__ = [
+    "MEASURED",
+    "OUTLYING",
+    "alike",
+    "facts_of",
+    "inspected",
+    "listed",
+    "outlying",
+    "streamed",
+]
+
+OUTLYING = ("kind", "figure", "value", "median", "score", "module")
 
 MEASURED = {
     "algorithm": "algorithm",
@@ -62,6 +74,29 @@ def inspected(
     for report in reports:
         if report.error is not None:
             fault(report.error)
+
+
+def streamed(
+    reports: Iterable[inspect.Report],
+    meant: Callable[[inspect.Report], bool],
+    keys: bool,
+    modules: bool,
+) -> bool:
+    """Print files as JSON while they are read, errors after them; whether one is broken."""
+    errors, broken = [], False
+
+    def records() -> Iterator[dict[str, Any]]:
+        nonlocal broken
+        for report in filter(meant, reports):
+            broken = broken or report.broken
+            if report.error is not None:
+                errors.append(report.error)
+            yield _with_lists(report, keys, modules)
+
+    listing("inspect", "files", records())
+    for error in errors:
+        fault(error)
+    return broken
 
 
 def _cleaned(report: inspect.Report) -> inspect.Report:
@@ -207,7 +242,8 @@ def facts_of(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "dtypes", counts(record["dtypes"], "{0} (×{1})")
     yield "keys", f"{evidence['claimed']} of {evidence['total']} claimed"
     yield "loads in", loads_in(record)
-    yield "sha256", record.get("sha256", "")
+    for name in ("sha256", "autov2", "autov3"):
+        yield name, record.get(name, "")
     yield "metadata", _metadata(record["metadata"])
 
 
@@ -301,24 +337,18 @@ def _loading(found: Mapping[str, Any]) -> str:
     return "not known" if found["runs_code"] is None else "cannot run code"
 
 
+def outlying(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """A module that stands out as the cells of the columns `OUTLYING`."""
+    figures = (_figure(one, "value"), _figure(one, "median"), f"{one['score']:+.1f}")
+    return one["kind"], one["figure"], *figures, one["module"]
+
+
 def _outliers(found: Sequence[Mapping[str, Any]]) -> None:
     """Print the modules that stand out of their kind, one line a figure."""
     out = page()
     out.print()
     out.print(Words("stand out of their kind", "bold"), Words("(which says not why)"))
-    rows = [
-        (
-            one["kind"],
-            one["figure"],
-            _figure(one, "value"),
-            _figure(one, "median"),
-            f"{one['score']:+.1f}",
-            one["module"],
-        )
-        for one in found[:MANY]
-    ]
-    columns = ("kind", "figure", "value", "median", "score", "module")
-    out.print(table(columns, rows, columns[2:5]))
+    out.print(table(OUTLYING, map(outlying, found[:MANY]), OUTLYING[2:5]))
     if len(found) > MANY:
         out.print(f"  and {len(found) - MANY} more (see --json)", style="yellow")
 

@@ -17,7 +17,7 @@ from adaptkit.files.leftovers import hidden, remove_dead
 from adaptkit.ops.shared import check_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from matplotlib.figure import Figure
@@ -41,13 +41,26 @@ __all__ = [
 SUFFIXES = (".png", ".svg", ".html")
 # font sizes in points
 SMALL, TINY = 7.5, 6.3
+# what DejaVu Sans lacks begins here; the fonts of the systems that have it
+FAR_EAST = "\u2e80"
+CJK = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK KR",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+)
 # a page shows drawings so much larger than they are printed
 LARGER = 1.3
 
 
-def option(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+def option(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
     """Refuse an unsupported suffix (callback of `--plot`)."""
-    if path is not None and path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise click.BadParameter(
             f"{path.name!r} does not end in one of {', '.join(SUFFIXES)}", context, parameter
         )
@@ -109,8 +122,11 @@ def rendered(figure: Figure, suffix: str, title: str, tips: Mapping[str, str]) -
 
 
 @contextmanager
-def settings() -> Iterator[None]:
-    """Ignore the user's matplotlibrc and use no random ids."""
+def settings(*texts: str) -> Iterator[None]:
+    """Ignore the user's matplotlibrc and use no random ids.
+
+    `texts` are what may need other fonts than the one that comes with matplotlib.
+    """
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():
@@ -122,6 +138,7 @@ def settings() -> Iterator[None]:
                 "svg.hashsalt": "adaptkit",
                 "svg.fonttype": "none",
                 "font.size": SMALL,
+                "font.family": ["DejaVu Sans", *_fonts(texts)],
                 "text.color": INK,
                 "axes.edgecolor": MUTED,
                 "axes.labelcolor": INK,
@@ -133,6 +150,16 @@ def settings() -> Iterator[None]:
             }
         )
         yield
+
+
+def _fonts(texts: Iterable[str]) -> list[str]:
+    """The installed fonts for scripts of the far east, where a text needs one."""
+    if all(letter < FAR_EAST for text in texts for letter in text):
+        return []
+    from matplotlib.font_manager import fontManager
+
+    installed = set(fontManager.get_font_names())
+    return [name for name in CJK if name in installed]
 
 
 def _html(svg: str, title: str, tips: Mapping[str, str], inches: float) -> str:

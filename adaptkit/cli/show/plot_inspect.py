@@ -43,7 +43,7 @@ def draw(report: Report, path: Path, overwrite: bool) -> None:
         depends = "the ΔW of its modules depends on the weights of the checkpoint"
         why = depends if "blocks" in report.record else kinds[report.record["kind"]]
         raise NothingToDo(f"nothing to plot: {why}", file=report.record["path"])
-    with settings():
+    with settings(PurePath(report.record["path"]).name):
         page = _Page.of(report)
         page.fill(report)
         data = rendered(page.figure, path.suffix.lower(), page.title, page.tips)

@@ -53,7 +53,7 @@ def imports(path: Path) -> Imports:
                         scan(raw, 0, found)
         except AdaptkitError as error:
             stopped = error.message
-        except DAMAGED as error:
+        except (*DAMAGED, OSError) as error:  # an offset before the file is an OSError
             stopped = f"damaged: {error}"
     named = dict.fromkeys(
         f"{module}.{name}" for module, name in found if (module, name) not in GLOBALS

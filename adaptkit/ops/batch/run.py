@@ -15,11 +15,13 @@ from adaptkit.errors import AdaptkitError, NoSuchName, WouldOverwrite, WrongUsag
 from adaptkit.ops.batch.log import Ledger
 from adaptkit.ops.batch.recipe import load
 from adaptkit.ops.batch.workers import Engine, Here, Outcome, Processes, planned
+from adaptkit.ops.shared import Brief
 from adaptkit.ops.stages import counting, log
 from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from os import PathLike
 
     from adaptkit.ops.batch.recipe import Job
     from adaptkit.ops.stages import Progress
@@ -51,8 +53,8 @@ class Options:
     allow_outside: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Brief):
     """All jobs of a recipe.
 
     `groups` holds them in the order of execution. Jobs on one base are consecutive, and merges
@@ -70,8 +72,8 @@ class Plan:
         return tuple(job for group in self.groups for job in group)
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Brief):
     """Result of one job: `status` is done, skipped (done before) or failed."""
 
     job: Job
@@ -93,8 +95,8 @@ class Result:
         return found
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Brief):
     """Results in the order of the recipe; `not_run` counts the jobs after the first failure."""
 
     recipe: Path
@@ -127,8 +129,8 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
-class Preview:
+@dataclass(frozen=True, repr=False)
+class Preview(Brief):
     """Plans of the unfinished jobs, or the errors they would fail with.
 
     `peak_memory` is that of as many concurrent jobs as there are workers.
@@ -183,8 +185,9 @@ def _name(job: Job) -> dict[str, Any]:
     }
 
 
-def plan(recipe: Path, options: Options) -> Plan:
+def plan(recipe: str | PathLike[str], options: Options) -> Plan:
     """Read the recipe and its log; open no input."""
+    recipe = Path(recipe)
     if options.jobs is not None and options.jobs < 0:
         raise WrongUsage(f"--jobs must be >= 0, got {options.jobs}")
     if options.engine not in ENGINES:

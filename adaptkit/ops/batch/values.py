@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NoSuchName, WrongUsage
-from adaptkit.ops.shared import DTYPES, SIZES, parse_size
+from adaptkit.files.hub import is_address
+from adaptkit.ops.shared import DTYPES, SIZES, parse_size, split_strength
 from adaptkit.ops.verb import verb
 
 if TYPE_CHECKING:
@@ -47,12 +48,17 @@ class Rooted(str):
 
 
 def inside(root: Path, text: str) -> Path:
-    """Resolve a path of a recipe relative to its folder; expand `~`."""
-    return (
-        Path(text)
-        if isinstance(text, Rooted)
-        else Path(os.path.normpath(root / Path(text).expanduser()))
-    )
+    """Resolve a path of a recipe relative to its folder; expand `~`, fetch what is on a hub."""
+    if is_address(text):
+        path, strength = split_strength(text)
+        return path if strength == 1.0 else Path(f"{path}:{strength!r}")
+    if isinstance(text, Rooted):
+        return Path(text)
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError:
+        raise WrongUsage(f"{text!r} is in no known home folder", hint="write it in full") from None
+    return Path(os.path.normpath(root / expanded))
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ __all__ = [
 
 Factors = tuple["Tensor", "Tensor"]
 
-# entries of ΔW that are formed at a time: 4 MB in float64, up to four blocks at once
-BLOCK = 1 << 19
+# entries of ΔW that are formed at a time: 1 MB in float64, up to four blocks at once
+BLOCK = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from adaptkit.keymap.kinds import dense_kind
 from adaptkit.names import Rows, Slot
 from adaptkit.ops.difference.pairing import Pairing, Wanted
 from adaptkit.ops.selecting import Selection
-from adaptkit.ops.shared import Shared, Unused
+from adaptkit.ops.shared import Brief, Shared, Unused
 from adaptkit.respelling import Part, Respelling
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Side:
     rank: int | None = None
 
 
-@dataclass(frozen=True)
-class Match:
+@dataclass(frozen=True, repr=False)
+class Match(Brief):
     """One module on both sides.
 
     `mine` is A's side; `theirs` are B's sides in the order of the rows. `change` locates the

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import engine
-from adaptkit.files.quantized import FP8
-from adaptkit.ops.shared import torch_dtype
+from adaptkit.ops.difference.look import (
+    Look,
+    look,
+    looking_bytes,
+    read_difference,
+    reading_bytes,
+)
 from adaptkit.ops.stages import counting
 from adaptkit.steps import Step
 
@@ -19,25 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.checkpoint import Checkpoint
-    from adaptkit.linalg.kronscan import KronScan, Split
-    from adaptkit.linalg.noise import RoundingNoise
+    from adaptkit.ops.difference.looking import Seen
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.stages import Progress
 
-__all__ = [
-    "BLOCKS",
-    "Look",
-    "Probe",
-    "as_rounded",
-    "look",
-    "looking_bytes",
-    "made_by",
-    "probe",
-    "read_difference",
-    "reading_bytes",
-    "sample",
-    "steps_of",
-]
+__all__ = ["Probe", "made_by", "probe", "sample", "steps_of"]
 
 # layers in the sample; twice as many are tried, as some may be unchanged
 SAMPLE = 12
@@ -45,23 +36,6 @@ SAMPLE = 12
 HANDY = 1 << 21
 # share of the layers that must agree on a merged adapter
 MOST = 0.5
-BLOCKS = 6_000_000  # bytes that reading a weight in blocks of rows takes
-KRYLOV = 448  # directions of a space in which ranks up to 64 are counted
-
-
-@dataclass(frozen=True)
-class Look:
-    """Findings on one layer: ‖Δ‖², its rounding noise, its rank, its Kronecker split.
-
-    `rank` is None unless Δ is of low rank up to rounding, `split` unless Δ is a Kronecker product.
-    `noise` equals `floor`, but is 0 if Δ cannot be distinguished from the rounding grid.
-    """
-
-    norm: float
-    floor: float = 0.0
-    rank: int | None = None
-    split: Split | None = None
-    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,70 +69,6 @@ class Probe:
             f"{sampled} are a LoKr of factor {self.factor} and rounding: "
             f"see --algo lokr --factor {self.factor}."
         ]
-
-
-def as_rounded(tuned: Checkpoint, pair: Pair, tensor: Tensor) -> Tensor:
-    """Return a weight in the dtype it was rounded to; scaled fp8 stays float32."""
-    dtypes = tuned.dtypes(pair.tuned)
-    scaled = any(piece.name in tuned.quantization.scales for piece in pair.tuned)
-    return tensor.to(torch_dtype(min(dtypes))) if dtypes <= set(FP8) and not scaled else tensor
-
-
-def read_difference(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> dict[str, Tensor]:
-    """Read Δ and ‖Δ‖² of a layer, and the noise (`rows`, `columns`) of the tuned one's rounding.
-
-    The base is never in memory as a whole, and the tuned weight only meanwhile.
-    """
-    from adaptkit.linalg.noise import rounding_noise
-    from adaptkit.linalg.precision import STREAM, streamed_difference
-
-    step = max(1, STREAM // max(1, pair.matrix[1]))
-    whole = tuned.read(pair.tuned)
-    noise = rounding_noise(as_rounded(tuned, pair, whole))
-    theirs = (whole[start : start + step] for start in range(0, len(whole), step))
-    delta, norm = streamed_difference(
-        zip(theirs, base.blocks(pair.base, step), strict=True), pair.matrix
-    )
-    return {"delta": delta, "norm": norm, "rows": noise.rows, "columns": noise.columns}
-
-
-def reading_bytes(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> int:
-    """Return the memory that `read_difference` takes, Δ included."""
-    rows, columns = pair.matrix
-    whole = base.nbytes(pair.base)
-    ours = min(whole, BLOCKS) if base.streams(pair.base) else whole
-    scratch = min(4 * rows * columns, BLOCKS // 2)
-    return 4 * rows * columns + tuned.nbytes(pair.tuned) + ours + scratch
-
-
-def look(
-    pair: Pair, delta: Tensor, norm: float, noise: RoundingNoise, scan: KronScan | None = None
-) -> Look:
-    """Examine a difference (m, n) with norm² > 0, whose memory is used; `noise` is its rounding."""
-    from adaptkit.linalg.kronscan import FACTORS, scan_kron
-    from adaptkit.linalg.noise import WEAK, rank_above_noise, zero_share
-
-    scan = scan or scan_kron(
-        delta, math.prod(pair.shape[2:]), [factor for factor in FACTORS if factor > 0]
-    )
-    which = int(scan.recognised(noise.floor))
-    told = float(zero_share(delta)) < WEAK
-    found = rank_above_noise(delta, noise, overwrite=True) if told else None
-    low = found is not None and bool(found.low_rank)
-    return Look(
-        norm,
-        min(float(noise.floor), norm),
-        int(found.rank) if found is not None and low else None,
-        scan.splits[which] if which >= 0 else None,
-        float(noise.floor) if told else 0.0,
-    )
-
-
-def looking_bytes(pair: Pair) -> int:
-    """Return the memory that `look` takes: Δ, its blocks rearranged, or a Krylov space."""
-    rows, columns = pair.matrix
-    space = 4 * (rows + columns + min(rows, columns)) * min(rows, columns, KRYLOV)
-    return 4 * rows * columns + max(4 * rows * columns, space)
 
 
 def made_by(looks: Sequence[Look]) -> dict[str, Any] | None:
@@ -205,6 +115,23 @@ def probe(
     progress: Progress | None = None,
 ) -> Probe:
     """Examine a sample of the layers."""
+    from adaptkit.linalg.precision import works_on_stacks
+
+    seen = _seen_in_stacks if works_on_stacks(resources.device) else _seen_singly
+    looks = seen(base, tuned, pairs, resources, progress)
+    whole = sum(one.norm for one in looks)
+    floor = math.sqrt(sum(one.floor for one in looks) / whole) if whole else 0.0
+    return Probe(floor, made_by(looks))
+
+
+def _seen_singly(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairs: Sequence[Pair],
+    resources: engine.Resources,
+    progress: Progress | None,
+) -> list[Look]:
+    """The looks of the sample. No more than needed are read."""
     looks: list[Look] = []
 
     def load(pair: Pair) -> dict[str, Tensor]:
@@ -222,9 +149,30 @@ def probe(
     work = engine.Work(load, kernel, store, held=lambda _: 0, announce=announce)
     steps = steps_of(base, tuned, pairs)
     engine.run(steps, work, resources, counting(progress, "reading", len(steps), "layers"))
-    whole = sum(one.norm for one in looks)
-    floor = math.sqrt(sum(one.floor for one in looks) / whole) if whole else 0.0
-    return Probe(floor, made_by(looks))
+    return looks
+
+
+def _seen_in_stacks(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairs: Sequence[Pair],
+    resources: engine.Resources,
+    progress: Progress | None,
+) -> list[Look]:
+    """The looks of the sample on an accelerator, which takes equal layers together."""
+    from adaptkit.ops.difference.looking import Looker
+
+    looker, found = Looker(base, tuned), {}
+    steps = sorted(map(looker.step, sample(pairs)), key=lambda step: step.order)
+
+    def store(pair: Pair, one: Seen) -> None:
+        found[pair.number] = one.look
+
+    work = engine.Work(looker.load, looker.looks, store, held=lambda _: 0)
+    engine.run(steps, work, resources, counting(progress, "reading", len(steps), "layers"))
+    # in the order of the file, as a CPU takes them
+    looks = [found[step.payload.number] for step in steps]
+    return [look for look in looks if look is not None][:SAMPLE]
 
 
 def _one(pair: Pair, tensors: dict[str, Tensor]) -> Look | None:

@@ -13,12 +13,15 @@ def eigen_bytes(side: int) -> int:
     return 36 * side**2
 
 
-def energies_bytes(rows: int, columns: int, rank: int) -> int:
-    """Bytes that the leading `rank` singular values of a matrix take beside the matrix itself."""
+def energies_bytes(rows: int, columns: int, rank: int, *, rough: bool = False) -> int:
+    """Bytes that the leading `rank` singular values of a matrix take beside the matrix itself.
+
+    A Gram matrix and the copy that LAPACK overwrites are of float64, of float32 if `rough`.
+    """
     smaller = min(rows, columns)
     rank = min(rank, smaller)
-    if smaller <= SMALL or 4 * rank + 32 > smaller / 2:
-        return eigen_bytes(smaller)
+    if _by_gram(smaller, rank):
+        return (10 if rough else 20) * smaller**2
     space = min(smaller, STEPS * rank + 32)
     return 4 * (rows + columns + smaller) * space + eigen_bytes(space)
 
@@ -29,5 +32,11 @@ def svd_bytes(rows: int, columns: int, rank: int, method: str = "auto") -> int:
     if method == "exact":  # a copy, both sides and the workspace of LAPACK, in float64
         return 28 * rows * columns + 32 * smaller**2
     thin = 24 * max(rows, columns) * min(rank, smaller)  # one side, its QR and the result
-    first = eigen_bytes(smaller) if method == "gram" else energies_bytes(rows, columns, rank)
-    return first + thin
+    if method == "gram" or _by_gram(smaller, min(rank, smaller)):
+        return max(eigen_bytes(smaller), 8 * smaller**2 + thin)
+    return energies_bytes(rows, columns, rank) + thin
+
+
+def _by_gram(smaller: int, rank: int) -> bool:
+    """Whether `linalg.lowrank` decomposes a Gram matrix."""
+    return smaller <= SMALL or 4 * rank + 32 > smaller / 2

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptkit.algorithms.contract import ALPHA, FitSpec
+from adaptkit.algorithms.contract import ALPHA
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.meaning import as_read
-from adaptkit.ops.difference.probe import as_rounded
+from adaptkit.ops.difference.look import as_rounded
+from adaptkit.ops.extract.stacked import Stack, edge, fit_stack
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
 
@@ -24,27 +25,11 @@ if TYPE_CHECKING:
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.extract.recipe import FitRecipe
 
-__all__ = ["FitRecipe", "Fitter"]
+__all__ = ["Fitter"]
 
 ROUGH = 5e-3  # of the error of a LoRA that is only compared: three digits are shown
-
-
-@dataclass(frozen=True)
-class FitRecipe:
-    """How to fit one layer: by weights of `kind`.
-
-    With `ladder`, any lower rank may be chosen afterwards.
-    """
-
-    kind: type[Weights]
-    spec: FitSpec
-    ladder: bool = False
-
-    @property
-    def compared(self) -> bool:
-        """Whether to report what a LoRA of as many numbers would keep."""
-        return self.kind.against_low_rank and not self.ladder
 
 
 class Fitter:
@@ -106,6 +91,34 @@ class Fitter:
 
     def fit(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
         """Subtract a stack of equal layers and fit every form of the differences."""
+        found = self._at_once(jobs, tensors)
+        return self._with_care(jobs, tensors) if found is None else found
+
+    def _at_once(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted] | None:
+        """On an accelerator, with one look at all numbers; None elsewhere, and if any is odd."""
+        import torch
+        from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+        from adaptkit.linalg.looks import noise_of_stack, zeros_of_stack
+        from adaptkit.linalg.precision import difference, norm_squared, works_on_stacks
+
+        if "delta" in tensors or not works_on_stacks(tensors["base"].device):
+            return None
+        delta = difference(tensors["tuned"], tensors["base"])
+        norm = norm_squared(delta)
+        delta = exchanged(delta, -2) if jobs[0].swapped else delta
+        noise = None
+        if self._ladder(jobs[0]):
+            rounded = as_rounded(self.tuned, jobs[0], tensors["tuned"])
+            noise = torch.stack((noise_of_stack(rounded).floor, zeros_of_stack(delta)), -1)
+        recipes = self.recipes.get(jobs[0].number, ())
+        try:
+            return fit_stack(Stack(jobs, recipes, delta, norm, noise), _lora_of_size)
+        except LinAlgError:
+            return None
+
+    def _with_care(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
+        """With a look after every step, which names the layer and the tensor at fault."""
         from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
         delta, norms = self._difference(tensors, jobs[0].swapped)
@@ -142,28 +155,29 @@ class Fitter:
                 delta, replace(recipe.spec, kernel=kernel), ladder=recipe.ladder
             )
         ]
-        for number, (recipe, weights) in enumerate(fits):
+        for recipe, weights in fits:
             if recipe.compared:
                 for found, energy in zip(
                     results, _lora_of_size(jobs[0], delta, weights.member(0)), strict=True
                 ):
                     found.lora = float(energy)
             for place, (job, found) in enumerate(zip(jobs, results, strict=True)):
-                # the last form may use up the difference
-                own = delta[place] if number + 1 == len(fits) else delta[place].clone()
-                form = self._form(job, recipe, weights.member(place), own)
+                own = delta[place]
+                form = self._form(job, recipe, weights.member(place), own, found.norm)
                 if not all(map(math.isfinite, form.errors)):
                     raise self._non_finite(job)
-                form.edge = _edge(form, found.noise / own.numel())
+                form.edge = edge(form, found.noise / own.numel())
                 found.forms.append(form)
 
-    def _form(self, job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor) -> Form:
-        """Round to what is written and measure the error against `delta`, which it overwrites."""
+    def _form(
+        self, job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor, norm: float
+    ) -> Form:
+        """Round to what is written and measure the error against `delta`, of ‖·‖² `norm`."""
         weights = weights.placed(job.role, vector=len(job.shape) == 1)
         encoded = self._encoded(job, weights)
         rounded, _, shapes, alpha = as_read(recipe.kind, encoded)
         ladder = recipe.ladder and recipe.kind.laddered(shapes)
-        errors = rounded.ladder_errors(delta) if ladder else (_left(rounded, delta),)
+        errors = rounded.ladder_errors(delta) if ladder else (_left(rounded, delta, norm),)
         later = recipe.kind.dense and recipe.ladder
         tensors = {} if later else {r: encoded[r].cpu().contiguous() for r in shapes}
         return Form(
@@ -207,18 +221,20 @@ def _noise(rounded: Tensor, delta: Tensor) -> list[float]:
     ]
 
 
-def _edge(form: Form, variance: float) -> float:
-    """The energy up to which a rank of this form may be noise of this variance."""
-    from adaptkit.linalg.noise import noise_edge
+def _left(rounded: Weights, delta: Tensor, norm: float) -> float:
+    """‖Δ − stored‖² of a kind that is made by rows, without a second Δ; `norm` is ‖Δ‖²."""
+    from adaptkit.linalg.lowrank import product_distance
+    from adaptkit.linalg.precision import norm_squared, row_blocks
 
-    return variance * noise_edge(*form.kind.ladder_sides(form.stored)) if form.ladder else 0.0
-
-
-def _left(rounded: Weights, delta: Tensor) -> float:
-    """‖Δ − stored‖²; overwrites Δ."""
-    from adaptkit.linalg.precision import norm_squared
-
-    return float(norm_squared(rounded.apply(delta, -1.0)))
+    thin = rounded.thin_factors() if rounded.low_rank else None
+    if thin is not None and (found := product_distance(delta, *thin, norm)) is not None:
+        return found
+    made = rounded.computed()
+    each = [
+        norm_squared(delta[rows] - made.some_rows(rows.start, rows.stop))
+        for rows in row_blocks(delta)
+    ]
+    return float(sum(each)) if each else 0.0
 
 
 def _lora_of_size(job: Pair, delta: Tensor, weights: Weights) -> Tensor:

@@ -13,10 +13,11 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import extractable, taking
 from adaptkit.ops.adapter_file.peft_config import only_kind
 from adaptkit.ops.adapter_file.writer import check_adapter_output
+from adaptkit.ops.difference.look import BLOCKS
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
-from adaptkit.ops.difference.probe import BLOCKS, steps_of
+from adaptkit.ops.difference.probe import steps_of
 from adaptkit.ops.difference.working import energies_bytes, svd_bytes
-from adaptkit.ops.extract.fit import FitRecipe
+from adaptkit.ops.extract.recipe import FitRecipe
 from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
     Closing,
@@ -326,23 +327,23 @@ def _stored_bytes(job: Pair, options: Options) -> int:
 
 
 def _working(job: Pair, options: Options) -> int:
-    """Bytes that fitting takes, ΔW and its copies included; `auto` keeps ΔW beside the others."""
+    """Bytes that fitting takes, ΔW included: forms are fitted one after the other."""
     (rows, columns), rank = job.matrix, _rank(job, options)
-    kinds = [k for k in extractable().values() if job.algorithm in (AUTO, k.name)]
-    several = len(kinds) > 1
-    copies = 1.0 + several + sum(kind.fit_copies - 1 for kind in kinds)
-    factor = options.factor or DEFAULT_FACTOR
-    beside = [0]
-    for kind in kinds:
-        if kind.low_rank or (has_ladder(options) and not kind.dense):
+    dense, half = 4 * rows * columns, job.dtype != "F32"
+    beside = [job.swapped * dense]
+    for kind in (k for k in extractable().values() if job.algorithm in (AUTO, k.name)):
+        if kind.dense:
+            beside.append(2 * rows * columns * half)
+        elif kind.low_rank:
             beside.append(svd_bytes(rows, columns, rank or DEFAULT_RANK, options.svd))
-        elif kind.against_low_rank:  # a LoRA of as many numbers
-            numbers = rows * columns // factor**2 + factor**2
-            beside.append(energies_bytes(rows, columns, numbers // (rows + columns)))
-    dense = 4 * rows * columns
-    if several:  # the forms of all are kept, but each is fitted by itself
-        return int(max(dense * (copies + job.swapped), 2 * dense + max(beside)))
-    return int(dense * (copies + job.swapped)) + max(beside)
+        elif kind.against_low_rank:
+            least = (options.factor or DEFAULT_FACTOR) ** 2
+            most = rows * columns // least + least
+            beside.append(int(dense * (kind.fit_copies - 1)) + 8 * most)
+            if not has_ladder(options):  # a LoRA of as many numbers
+                same = most // (rows + columns)
+                beside.append(energies_bytes(rows, columns, same, rough=True))
+    return dense + max(beside)
 
 
 def step_of(

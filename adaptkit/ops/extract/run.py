@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit import engine
 from adaptkit.ops.adapter_file.verdict import loading
 from adaptkit.ops.difference.probe import Probe, probe
-from adaptkit.ops.extract.fit import FitRecipe, Fitter
+from adaptkit.ops.extract.fit import Fitter
 from adaptkit.ops.extract.output import spool_key
 from adaptkit.ops.extract.plan import Plan, recipes_of, step_of
 from adaptkit.ops.extract.result import Report, Result
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from adaptkit.files.spool import Spool
     from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.extract.recipe import FitRecipe
     from adaptkit.ops.stages import Progress
     from adaptkit.steps import Step
 

@@ -6,10 +6,11 @@ import os
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.errors import NoSuchName, WrongUsage
-from adaptkit.ops.inspect.run import Options, Report, run
+from adaptkit.errors import InternalError, NoSuchName, WrongUsage
+from adaptkit.ops.inspect.run import Options, Report, failed, run
 from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
 
     from adaptkit.ops.stages import Progress
 
-__all__ = ["FIELDS", "SORTS", "ordered", "shortened", "survey", "where"]
+__all__ = ["FIELDS", "SORTS", "ordered", "shortened", "stream", "survey", "where"]
 
-# processes pay from about so many files on: starting one takes as long as reading a hundred
-_PARALLEL, _CHUNK = 400, 50
+# files read before the rest is estimated: the first compiles the tables of its family
+_TRIED = 4
+# seconds of work from which on processes pay: one starts in a third of it
+_PAYS = 0.6
+KILLED = "the system kills what takes too much memory; inspect the file alone"
+# files handed to a process at once, at most
+_CHUNK = 50
 _WORKERS = min(os.cpu_count() or 1, 8)
 
 
@@ -30,27 +36,99 @@ def survey(
     """Inspect files, many of them in several processes; `progress` counts files."""
     done: list[Report] = []
     told = counting(progress, "reading", len(paths), "files")
-    for report in _reports(paths, options):
-        done.append(report)
+
+    def tell(elsewhere: int = 0) -> None:
         if told is not None:
-            told(len(done))
+            told(len(done) + elsewhere)
+
+    read = _slim if options.overview else run
+    many = _WORKERS > 1 and not (options.stats or options.hash)
+    began = perf_counter()
+    while len(done) < len(paths):
+        done.append(read(paths[len(done)], options))
+        tell()
+        if len(done) == 1:
+            began = perf_counter()
+        elif many and len(done) >= _TRIED:
+            each = (perf_counter() - began) / (len(done) - 1)
+            if each * (len(paths) - len(done)) > _PAYS:
+                _spread(paths[len(done) :], options, done, tell)
     return done
 
 
-def _reports(paths: Sequence[Path], options: Options) -> Iterator[Report]:
-    if len(paths) < _PARALLEL or _WORKERS < 2 or options.stats or options.hash:
-        yield from (run(path, options) for path in paths)
-        return
+def stream(
+    paths: Sequence[Path], options: Options, progress: Progress | None = None
+) -> Iterator[Report]:
+    """Inspect files one after the other: only one report is in memory at a time."""
+    told = counting(progress, "reading", len(paths), "files")
+    for number, path in enumerate(paths, 1):
+        yield run(path, options)
+        if told is not None:
+            told(number)
+
+
+# what a table of files shows, selects and orders by; metadata may be megabytes
+_SHOWN = frozenset(
+    {"path", "error", "hint", "bytes", "kind", "family", "format", "algorithms", "components",
+     "ranks", "dtypes", "modules", "problems"}
+)  # fmt: skip
+
+
+def _slim(path: Path, options: Options) -> Report:
+    """A report with what a table needs: thousands of them are held at once."""
+    report = run(path, options)
+    record = {name: value for name, value in report.record.items() if name in _SHOWN}
+    if "problems" in record:
+        record["problems"] = [{"severity": one["severity"]} for one in record["problems"]]
+    return Report(record, error=report.error)
+
+
+def _spread(
+    paths: Sequence[Path], options: Options, done: list[Report], tell: Callable[[int], None]
+) -> None:
+    """Inspect files here from the first on, and in other processes from the last on."""
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(_WORKERS, get_context("spawn")) as pool:
-        jobs = [(str(path), options) for path in paths]
-        yield from pool.map(_run, jobs, chunksize=_CHUNK)
+    size = min(_CHUNK, max(1, len(paths) // (4 * _WORKERS)))
+    chunks = [paths[n : n + size] for n in range(0, len(paths), size)]
+    with ProcessPoolExecutor(_WORKERS - 1, get_context("spawn")) as pool:
+        jobs = [pool.submit(_run, list(map(str, chunk)), options) for chunk in reversed(chunks)]
+        for chunk, job in zip(chunks, reversed(jobs), strict=True):
+            if not job.cancel():
+                try:
+                    done += job.result()
+                except BrokenProcessPool:
+                    done += _apart(chunk, options)
+                tell(0)
+                continue
+            for path in chunk:
+                done += _run([str(path)], options)
+                tell(size * sum(one.done() and not one.cancelled() for one in jobs))
 
 
-def _run(job: tuple[str, Options]) -> Report:
-    return run(*job)
+def _run(paths: Sequence[str], options: Options) -> list[Report]:
+    read = _slim if options.overview else run
+    return [read(Path(path), options) for path in paths]
+
+
+def _apart(paths: Sequence[Path], options: Options) -> Iterator[Report]:
+    """Inspect the files of a process that was killed: the one that kills it again is told apart."""
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    left = list(paths)
+    while left:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            try:
+                while left:
+                    yield from pool.submit(_run, [str(left[0])], options).result()
+                    left.pop(0)
+            except BrokenProcessPool:
+                error = InternalError("the process that read it was killed", hint=KILLED)
+                yield failed(left.pop(0), error)
 
 
 def _problems(record: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,8 @@ from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import Detection, detect_checkpoint, foreign, is_adapter
 from adaptkit.errors import AdaptkitError, InternalError, UnknownAdapter
 from adaptkit.files.limits import watched
-from adaptkit.files.provenance import sha256
+from adaptkit.files.packed import unpacked
+from adaptkit.files.provenance import file_hashes, sha256
 from adaptkit.formats.contract import Alpha
 from adaptkit.meaning import Problem
 from adaptkit.ops.adapter_file.verdict import verdicts
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from adaptkit.files.source import TensorSource
     from adaptkit.ops.stages import Progress
 
-__all__ = ["Options", "Report", "run"]
+__all__ = ["Options", "Report", "failed", "run"]
 
 _STRANGER = "an adapter of an unknown model family, key format or algorithm"
 # a larger alpha / rank is rarely intended
@@ -109,6 +110,14 @@ def run(
     return replace(report, record={**report.record, **added})
 
 
+def _hashes(path: Path, source: TensorSource) -> dict[str, str]:
+    """The hashes of a file; those of its tensors only if it is a safetensors file."""
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        found = sha256(path)
+        return {"sha256": found, "autov2": found[:10].upper()}
+    return file_hashes(path, map(source.raw, sorted(source.infos, key=source.order)))
+
+
 def _told(path: Path, options: Options, progress: Progress | None) -> Report:
     try:
         source, config = open_adapter_source(path)
@@ -118,14 +127,15 @@ def _told(path: Path, options: Options, progress: Progress | None) -> Report:
                 if config is not None or is_adapter(source.infos)
                 else _checkpoint(source, options)
             )
-        hashed = {"sha256": sha256(path)} if options.hash and path.is_file() else {}
+            hashed = _hashes(path, source) if options.hash and path.is_file() else {}
     except Exception as error:
         # whatever happens in one file is that file's report: the others follow
-        return _failed(path, InternalError.of(error))
+        return failed(path, InternalError.of(error))
     return replace(report, record={"path": str(path), **report.record, **hashed})
 
 
-def _failed(path: Path, error: AdaptkitError) -> Report:
+def failed(path: Path, error: AdaptkitError) -> Report:
+    """The report of a file that could not be read."""
     record = {"path": str(path), "error": str(error.at(file=path)), "hint": error.hint}
     return Report(record, error=error)
 
@@ -343,6 +353,7 @@ def _plain(source: TensorSource, kind: str, found: Detection) -> dict[str, Any]:
 
 
 def _checkpoint(source: TensorSource, options: Options) -> Report:
+    source = unpacked(source)
     try:
         checkpoint = Checkpoint.understand(source, family=options.family)
     except UnknownAdapter:

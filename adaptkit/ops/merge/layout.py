@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from glob import escape
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import nbytes, read_header
+from adaptkit.ops.shared import Brief
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +28,8 @@ _SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}")
 _PICKLED = {"pytorch_model": "model"}
 
 
-@dataclass(frozen=True)
-class Volume:
+@dataclass(frozen=True, repr=False)
+class Volume(Brief):
     """One weights file of the output, at `path` in it ("" for the output itself).
 
     `names` maps names in the checkpoint to names in this file. `copied` is the identical file of
@@ -41,8 +43,8 @@ class Volume:
     copied: Path | None = None
 
 
-@dataclass(frozen=True)
-class Layout:
+@dataclass(frozen=True, repr=False)
+class Layout(Brief):
     """Contents of the output: weights, shard indices (path → JSON), copied files (path → source).
 
     `left_out` are files that would be read instead of the merged weights or in addition. `moves`
@@ -222,7 +224,7 @@ class _Folder:
         """Return the index of these shards."""
         if self.source.path.suffix == ".json":
             return self.source.path
-        found = files[0].parent.glob(f"{_stem(files[0])}*.index*.json")
+        found = files[0].parent.glob(f"{escape(_stem(files[0]))}*.index*.json")
         return next(iter(sorted(found)), None) if _SHARD.match(files[0].name) else None
 
     def _index(self, path: str, names: Sequence[str]) -> None:

@@ -47,7 +47,9 @@ def plan(
     base = Path(base)
     with ExitStack() as failing:
         checkpoint = failing.enter_context(
-            Checkpoint.open(base, family=options.family, strangers=True)
+            Checkpoint.open(
+                base, family=options.family, strangers=True, unpack=options.dtype != "keep"
+            )
         )
         opened = []
         for path, _ in adapters:
@@ -258,6 +260,11 @@ class _Places:
         wider = 0 < own < columns and own % window == 0 and entry.facts.rows == rows
         return columns if wider else 0
 
+    def _narrower(self, entry: Entry, pieces: tuple[Piece, ...]) -> bool:
+        """Whether a layer has as many rows and half the inputs, as FLUX.1 beside its Control."""
+        rows, *inputs = self.base.slot_shape(pieces)
+        return (entry.facts.rows, entry.facts.columns) == (rows, 2 * math.prod(inputs))
+
     def _whole(self, entry: Entry, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
         """The pieces of a slot if one of them depends on all and none is changed before."""
         apart = entry.kind.additive or len(pieces) == 1
@@ -276,7 +283,7 @@ class _Places:
         if (reason := stored.refusal(info)) is not None:
             raise NotRepresentable(
                 f"stored as {reason}, which adapters cannot be added to",
-                hint="use an fp32, fp16, bf16 or fp8 (e4m3, e5m2) checkpoint of this model",
+                hint=self.base.plain_hint(name),
                 file=self.base.source.path,
                 tensor=name,
             )
@@ -300,6 +307,11 @@ class _Places:
                 error.hint = (
                     "if the checkpoint is a Fill, Control or inpainting model, --pad-inputs leaves "
                     "the last inputs of this layer as they are"
+                )
+            elif self._narrower(entry, pieces):
+                error.hint = (
+                    "a Control LoRA reads more inputs than the plain model has: merge it into the "
+                    "Control or Fill model; no plain LoRA can stand for it"
                 )
             raise
         strength = self.strengths[number] * self.blocks.weight(slot)

@@ -1,4 +1,4 @@
-"""Decoding and encoding of scaled fp8 weights with new scales."""
+"""Decoding and encoding of scaled fp8 and int8 weights with new scales."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
 def quantised(wide: Tensor, scale: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Encode one weight (*shape); return it with a new scale of the given shape and dtype.
 
-    Each scale maps the largest magnitude in its group to the end of the format, as ComfyUI and
-    musubi-tuner do. It is rounded to its dtype before use, so that decoding is exact. A scale of
-    other formats than fp8 is kept.
+    Each scale maps the largest magnitude in its group to the end of the format (127 of int8), as
+    ComfyUI and musubi-tuner do. It is rounded to its dtype before use, so that decoding is exact. A
+    scale of wider formats is kept.
     """
     import torch
 
     groups = _grouped(wide.unsqueeze(0), scale.unsqueeze(0))
     target = torch_dtype(dtype)
-    ends = torch.finfo(target).max
+    ends = torch.finfo(target).max if target.is_floating_point else torch.iinfo(target).max
     largest = groups.abs().amax(dim=-1, keepdim=True)
     fresh = torch.where(largest > 0, largest / ends, torch.ones_like(largest)).to(scale.dtype)
     if target.itemsize > 1:
         fresh = scale.reshape(fresh.shape)
     divided = groups / fresh.to(groups.dtype)
     # a scale that was rounded down leaves the largest magnitude beyond the end
-    return divided.clamp_(-ends, ends).to(target).reshape(wide.shape), fresh.reshape(scale.shape)
+    divided.clamp_(-ends, ends)
+    whole = divided if target.is_floating_point else divided.round_()
+    return whole.to(target).reshape(wide.shape), fresh.reshape(scale.shape)
 
 
 def _grouped(wide: Tensor, scale: Tensor) -> Tensor:

@@ -378,6 +378,9 @@ def _excess(expected: Tensor, found: Tensor, unit: Tensor, dtype: Any, slack: fl
 
     if not expected.numel():
         return 0.0
+    if not dtype.is_floating_point:  # integers times their unit: half a step everywhere
+        allowed = expected.abs().mul_(2.0**-20).add_(0.5 * unit + slack)
+        return float((found - expected).abs_().div_(allowed).max())
     info = torch.finfo(dtype)
     # half a step is eps/2 of the magnitude at most, and half the least subnormal at the bottom
     least = info.smallest_normal * info.eps / 2

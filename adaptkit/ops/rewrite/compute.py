@@ -16,6 +16,7 @@ from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.joining import differences, joined
 from adaptkit.ops.rewrite.plan import Task, product_rank
+from adaptkit.ops.rewrite.rounding import round_stack, round_tensor, vanished
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 from adaptkit.ops.shared import torch_dtype
 
@@ -76,7 +77,13 @@ class Rewriter:
         """
         from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-        if tasks[0].likeness is None or not all(map(finite, tensors.values())):
+        from adaptkit.linalg.precision import works_on_stacks
+
+        if tasks[0].likeness is None:
+            return None
+        # an accelerator would wait for each answer, and the host sees it in the Gram matrices
+        quick = works_on_stacks(next(iter(tensors.values())).device)
+        if not (quick or all(map(finite, tensors.values()))):
             return None
         try:
             return work(tasks, tensors)
@@ -303,12 +310,12 @@ class Rewriter:
         )
         dtype = torch_dtype(dtype_of(self.plan, task))
         whole = folded.encode()
-        encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
+        encoded = {role: round_tensor(role, tensor, dtype) for role, tensor in whole.items()}
         rounded, facts, shapes, alpha = as_read(kind, encoded)
         known = None if decomposed is None else decomposed.norm
         norm, error = lost(exact, rounded, self._base(task, tensors), known)
         found = self._laid_out(task, kind, facts, encoded)
-        vanished = sum(_vanished(whole[role], encoded[role]) for role in shapes)
+        gone = sum(vanished(whole[role], encoded[role]) for role in shapes)
         return Stored(
             kind,
             facts.rank,
@@ -316,7 +323,7 @@ class Rewriter:
             shapes,
             norm,
             error,
-            vanished,
+            gone,
             scale=facts.scale,
             tensors=found,
         )
@@ -333,11 +340,7 @@ class Rewriter:
 
         kind, dtype = tasks[0].kind, torch_dtype(dtype_of(self.plan, tasks[0]))
         kept = kind.keep_stack(exact, decomposed, ranks)
-        whole = {role: tensor for role, tensor in kept.weights.encode().items() if role != ALPHA}
-        encoded = {role: _rounded(role, tensor, dtype) for role, tensor in whole.items()}
-        rounded, facts, _, _ = as_read(kind, encoded, batch=1)
-        errors = kept.distances(rounded)
-        vanished = any(_vanished(whole[role], encoded[role]) for role in encoded)
+        facts, encoded, errors, zeros = round_stack(kept, kind, dtype)
         results = []
         for n, (task, one, rank) in enumerate(zip(tasks, decomposed, ranks, strict=True)):
             shapes = one.shapes(rank)
@@ -345,11 +348,7 @@ class Rewriter:
                 role: encoded[role][n][tuple(map(slice, shape))] for role, shape in shapes.items()
             }
             tensors = self._laid_out(task, kind, facts, {**own, ALPHA: torch.tensor(float(rank))})
-            gone = (
-                sum(_vanished(whole[role][n], encoded[role][n]) for role in shapes)
-                if vanished
-                else 0
-            )
+            gone = sum(zeros[n].get(role, 0) for role in shapes)
             results.append(
                 Stored(kind, rank, float(rank), shapes, one.norm, errors[n], gone, tensors=tensors)
             )
@@ -406,30 +405,6 @@ def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
                 file=job.adapter.source.path,
                 tensor=job.entries[int(n)].keys[role],
             )
-
-
-def _rounded(role: str, tensor: Tensor, dtype: Any) -> Tensor:
-    from adaptkit.linalg.precision import cast
-
-    if role == ALPHA:
-        return tensor.float()
-    if not tensor.is_floating_point():  # a flag
-        return tensor
-    try:
-        return cast(tensor, dtype)
-    except NonFinite as error:
-        error.hint = "write with --dtype bf16 or fp32"
-        raise
-
-
-def _vanished(before: Tensor, after: Tensor) -> int:
-    """The number of entries that rounding made zero."""
-    from adaptkit.linalg.precision import upcast
-
-    if before.dtype == after.dtype or not before.is_floating_point():
-        return 0
-    left = int(upcast(after).count_nonzero())
-    return 0 if left == after.numel() else int(before.count_nonzero()) - left
 
 
 def lost(

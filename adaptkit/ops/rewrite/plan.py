@@ -19,7 +19,7 @@ from adaptkit.steps import Step, peak_memory
 from adaptkit.unknown import joint
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Piece
@@ -199,6 +199,9 @@ class Recast(Closing):
     notes: tuple[str, ...] = ()
     dropped: tuple[Dropped, ...] = ()
     left_out: LeftOut | None = None
+    # what the ranks are weighed by, see adaptkit.ops.rewrite.weighing
+    norms: Callable[[Sequence[Task]], list[float]] | None = None
+    beside: Checkpoint | None = None  # that checkpoint
 
     @property
     def adapter(self) -> Adapter:
@@ -250,8 +253,9 @@ class Recast(Closing):
         """Close the inputs."""
         for adapter in self.adapters:
             adapter.close()
-        if self.base is not None:
-            self.base.close()
+        for checkpoint in (self.base, self.beside):
+            if checkpoint is not None:
+                checkpoint.close()
 
 
 @dataclass(frozen=True)

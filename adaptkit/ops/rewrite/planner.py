@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
     from adaptkit.ops.ranks.rules.contract import Policy
 
-__all__ = ["recast"]
+__all__ = ["open_base", "recast"]
 
 
 SANE = 1e4  # a larger alpha that scales nothing is a placeholder: ai-toolkit writes 9999999999
@@ -89,7 +89,7 @@ def recast(
         chosen("algorithm", algorithms(), options.algo)
     check_adapter_output(output, folder=into.config, overwrite=options.overwrite)
     first, path = adapters[0], adapters[0].source.path
-    base = None if options.base is None else _base(options.base, first)
+    base = None if options.base is None else open_base(options.base, first)
     if base is not None:
         adapters = tuple(base.adapted(adapter) for adapter in adapters)
     keys = keys_of(adapters, into.format, into.dialect)
@@ -129,7 +129,8 @@ def recast(
     )
 
 
-def _base(path: Path, adapter: Adapter) -> Checkpoint:
+def open_base(path: Path, adapter: Adapter) -> Checkpoint:
+    """Open the checkpoint that an adapter is for; ShapeMismatch if it is of another family."""
     family = adapter.family.name if adapter.known else None
     found = Checkpoint.open(path, family=family, strangers=not adapter.known)
     if adapter.known and found.family.name != adapter.family.name:

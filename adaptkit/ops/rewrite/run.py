@@ -13,6 +13,7 @@ from adaptkit.files.header import TensorSpec
 from adaptkit.formats.contract import Alpha
 from adaptkit.ops.adapter_file.peft_config import check_window, peft_config
 from adaptkit.ops.adapter_file.verdict import loading
+from adaptkit.ops.ranks.weighing import weighed
 from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.output import Output
 from adaptkit.ops.rewrite.report import Report, report_of
@@ -157,7 +158,13 @@ class _Computing:
         assert self.plan.policy is not None
         choices = [curve_of(self.plan, task, self.state.decomposed[task.number]) for task in ranked]
         measure = _Measure(self.plan, self.state, ranked)
-        for task, rank in zip(ranked, self.plan.policy.choose(choices, measure), strict=True):
+        if self.plan.norms is None:
+            ranks = self.plan.policy.choose(choices, measure)
+        else:
+            found = weighed(self.plan.policy, choices, self.plan.norms(ranked), measure)
+            ranks = found.ranks
+            self.notes[found.note()] = None
+        for task, rank in zip(ranked, ranks, strict=True):
             self.state.ranks[task.number] = rank
             if rank and (stored := measure.at(task, rank)) is not None:
                 self.state.stored[task.number] = stored

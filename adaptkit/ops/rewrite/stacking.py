@@ -25,12 +25,31 @@ def step_of(task: Task) -> Step[Task]:
             infos[key].numel for entry in term.job.entries for _, key in entry.tensors()
         )
         dense = max(dense, sum(e.facts.rows * e.facts.columns for e in term.job.entries))
-    whole = "changed" in task.changes or task.kind.dense or task.base is not None
     order = adapter.source.order(next(task.entries[0].tensors())[1])
     shape = task.number if task.likeness is None else task.likeness
-    # in float64: ΔW of one, or those of several, and their sum
-    copies = 30 if len(task.terms) > 1 else 16
-    return Step(task, shape, 16 * elements + (copies * dense if whole else 0), order)
+    return Step(task, shape, 16 * elements + _beside(task, dense), order)
+
+
+def _beside(task: Task, dense: int) -> int:
+    """Bytes beside the factors, for ΔW of `dense` numbers; measured (tests/ops/peaks.py)."""
+    if not ("changed" in task.changes or task.kind.dense or task.base is not None):
+        return 0
+    if len(task.terms) > 1:  # all ΔW and their sum, in float64
+        return 30 * dense
+    if task.base is None and not task.ranked:
+        if task.kind.dense:  # ΔW in float64, and as stored
+            return 12 * dense
+        if task.kind.low_rank:
+            return _factors(task, dense)
+    return 16 * dense
+
+
+def _factors(task: Task, dense: int) -> int:
+    facts = task.entries[0].facts
+    if task.entries[0].kind.dense:  # all singular vectors in float64, and a Gram matrix
+        return 16 * dense + 67 * min(facts.rows, facts.columns) ** 2
+    # exact factors in float64, as stored, and as measured
+    return 20 * product_rank(task.terms[0]) * (facts.rows + facts.columns)
 
 
 def likeness_of(task: Task, swapped: bool) -> Hashable:

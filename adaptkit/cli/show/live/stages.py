@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -40,13 +40,16 @@ def shown(what: str) -> Iterator[Progress]:
         finally:
             lines.stop()
         return
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[amount]}"),
-    )
+    class Amount(ProgressColumn):
+        """Drawn again and again: the time left moves while a long step runs."""
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["stage"].told(time.monotonic()))
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), Amount())
     with Progress(*columns, console=console(stderr=True), transient=True) as bars:
         yield _OnTerminal(bars)
 
@@ -60,10 +63,11 @@ class _Stage:
     done: int = 0
     total: int = 0
     unit: str = ""
+    ended: float | None = None
 
     def told(self, now: float) -> str:
-        """`2.1 of 6.9 GB, 450 MB/s, 0:11 left`."""
-        elapsed = max(now - self.began, 1e-9)
+        """`2.1 GB of 6.9 GB, 450 MB/s, 0:11 left`."""
+        elapsed = max((self.ended or now) - self.began, 1e-9)
         rate = self.done / elapsed
         # a rate of few things in a moment says nothing
         if not self.done or (self.unit != BYTES and elapsed < 1):
@@ -103,10 +107,14 @@ class _Stages:
         with self.lock:
             new = self.now is None or self.now.name != stage or done < self.now.done
             if new:
+                if self.now is not None:
+                    self.now.ended = time.monotonic()
                 self.now = _Stage(stage, time.monotonic())
                 self.passes[stage] = self.passes.get(stage, 0) + 1
             assert self.now is not None
             self.now.done, self.now.total, self.now.unit = done, total, unit
+            if done == total:
+                self.now.ended = time.monotonic()
             self.update(self.now, new=new)
 
     def title(self, stage: str) -> str:
@@ -126,10 +134,10 @@ class _OnTerminal(_Stages):
         self.task: TaskID | None = None
 
     def update(self, stage: _Stage, *, new: bool) -> None:
-        told: dict[str, Any] = {"amount": stage.told(time.monotonic())}
         if new or self.task is None:
-            self.task = self.bars.add_task(self.title(stage.name), total=stage.total, **told)
-        self.bars.update(self.task, completed=stage.done, total=stage.total, **told)
+            title = self.title(stage.name)
+            self.task = self.bars.add_task(title, total=stage.total, stage=stage)
+        self.bars.update(self.task, completed=stage.done, total=stage.total)
 
 
 class _Lines(_Stages):

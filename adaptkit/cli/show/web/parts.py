@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.show.heat_map import grouped, percent, short
-from adaptkit.cli.show.inspect import MEASURED, alike, facts_of
+from adaptkit.cli.show.inspect import MEASURED, OUTLYING, alike, facts_of, outlying
 from adaptkit.cli.show.text import cell as shown
 from adaptkit.cli.show.text import last, safe, safe_lines
 from adaptkit.cli.show.web.colours import STEPS
@@ -87,6 +87,7 @@ def section(report: Report, modules: bool) -> Iterator[str]:
         yield f'<p><span class="{text(severity)}">{text(severity)}</span> {text(what)}</p>'
     if record.get("blocks"):
         yield from _heat_map(record)
+        yield from _outliers(record.get("outliers", ()))
         yield from _spectra(report)
     if modules and report.modules:
         yield from _modules(report.modules)
@@ -152,6 +153,20 @@ def _row(block: Mapping[str, Any], kinds: Sequence[str], top: float) -> str:
         step = round(share * (STEPS - 1))
         found.append(f'<td class="shade s{step}" title="{where}">{percent(share)}</td>')
     return "".join(found)
+
+
+def _outliers(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not found:
+        return
+    yield '<h3>stand out of their kind <span class="muted">(which says not why)</span></h3>'
+    yield '<div class="scroll" tabindex="0"><table class="sorted">'
+    yield f"<thead><tr>{heads(OUTLYING, OUTLYING[2:5])}</tr></thead><tbody>"
+    for one in found:
+        kind, figure, value, median, score, module = outlying(one)
+        numbers = ((value, one["value"]), (median, one["median"]), (score, one["score"]))
+        cells = "".join(cell(text(shown), number, number=True) for shown, number in numbers)
+        yield f"<tr>{cell(text(kind))}{cell(figure)}{cells}{cell(long(module))}</tr>"
+    yield "</tbody></table></div>"
 
 
 def _spectra(report: Report) -> Iterator[str]:

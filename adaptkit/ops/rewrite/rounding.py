@@ -1,0 +1,93 @@
+"""Round a stack of cut weights to what is written, and measure what that loses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adaptkit.algorithms.contract import ALPHA
+from adaptkit.errors import NonFinite
+from adaptkit.meaning import as_read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptkit.algorithms.contract import Facts, KeptStack, Weights
+
+__all__ = ["RoundedStack", "round_stack", "round_tensor", "vanished"]
+
+
+class RoundedStack(NamedTuple):
+    """Stored tensors (B, …) by role on the host, the ‖·‖² lost, and the numbers rounded to zero.
+
+    A member of a lower rank than the highest is padded with zeros.
+    """
+
+    facts: Facts
+    encoded: dict[str, Tensor]
+    errors: list[float]
+    gone: list[dict[str, int]]
+
+
+def round_stack(kept: KeptStack, kind: type[Weights], dtype: Any) -> RoundedStack:
+    """Round and measure; NonFinite for numbers beyond the dtype."""
+    from adaptkit.linalg.precision import works_on_stacks
+
+    whole = {role: tensor for role, tensor in kept.weights.encode().items() if role != ALPHA}
+    if works_on_stacks(next(iter(whole.values())).device):
+        return _at_once(kept, kind, dtype, whole)
+    encoded = {role: round_tensor(role, tensor, dtype) for role, tensor in whole.items()}
+    stored, facts, _, _ = as_read(kind, encoded, batch=1)
+    errors = kept.distances(stored)
+    gone: list[dict[str, int]] = [{} for _ in errors]
+    for role in whole if any(vanished(whole[r], encoded[r]) for r in encoded) else ():
+        for n, own in enumerate(gone):
+            own[role] = vanished(whole[role][n], encoded[role][n])
+    return RoundedStack(facts, encoded, errors, gone)
+
+
+def _at_once(
+    kept: KeptStack, kind: type[Weights], dtype: Any, whole: dict[str, Tensor]
+) -> RoundedStack:
+    """On an accelerator: one look at all numbers, and one copy of each role."""
+    import torch
+
+    from adaptkit.linalg.hosted import fetched
+    from adaptkit.linalg.precision import overflow
+
+    encoded = {role: tensor.to(dtype) for role, tensor in whole.items()}
+    stored, facts, _, _ = as_read(kind, encoded, batch=1)
+    sizes = [torch.linalg.vector_norm(t.flatten(1), float("inf"), dim=-1) for t in whole.values()]
+    counts = [t.flatten(1).count_nonzero(-1) for part in (whole, encoded) for t in part.values()]
+    changes = kept.changes(stored)
+    *parts, largest, left = fetched(*changes, torch.stack(sizes, -1), torch.stack(counts, -1))
+    if not bool((largest < overflow(dtype)).all()):
+        raise NonFinite(f"{float(largest.max()):.4g} does not fit")
+    before, after = left.long().chunk(2, -1)
+    gone = [dict(zip(whole, own, strict=True)) for own in (before - after).tolist()]
+    errors = kept.told(stored, parts)
+    return RoundedStack(facts, {r: t.cpu() for r, t in encoded.items()}, errors, gone)
+
+
+def round_tensor(role: str, tensor: Tensor, dtype: Any) -> Tensor:
+    """A stored tensor in its dtype; NonFinite with a hint for numbers beyond that."""
+    from adaptkit.linalg.precision import cast
+
+    if role == ALPHA:
+        return tensor.float()
+    if not tensor.is_floating_point():  # a flag
+        return tensor
+    try:
+        return cast(tensor, dtype)
+    except NonFinite as error:
+        error.hint = "write with --dtype bf16 or fp32"
+        raise
+
+
+def vanished(before: Tensor, after: Tensor) -> int:
+    """The number of entries that rounding made zero."""
+    from adaptkit.linalg.precision import upcast
+
+    if before.dtype == after.dtype or not before.is_floating_point():
+        return 0
+    left = int(upcast(after).count_nonzero())
+    return 0 if left == after.numel() else int(before.count_nonzero()) - left

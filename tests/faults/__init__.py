@@ -1,0 +1,1 @@
+"""Faults of disks, injected under whole commands."""
