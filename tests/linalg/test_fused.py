@@ -121,7 +121,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from adaptkit.linalg import triton_kernels as kernels
+    from adaptkit.linalg.fused import triton_kernels as kernels
 
     whole = {"m": "i32", "n": "i32", "tiles": "i32", "strength": "fp32", "tile": "constexpr"}
     ours = {"w_ptr": "*bf16", "out_ptr": "*bf16", "sums_ptr": "*fp32", **whole}

@@ -39,7 +39,7 @@ def fused(
     These are ‖W‖, ‖rounding‖ and ‖strength·ΔW‖. W is (B, m, n). ΔW is w1 (B, a, b) ⊗ w2 (B, c, d)
     with `kron`, else left (B, m, r) · right (B, r, n). Both are float32 and contiguous.
     """
-    from adaptkit.linalg.triton_kernels import TILE, kron_kernel, product_kernel
+    from adaptkit.linalg.fused.triton_kernels import TILE, kron_kernel, product_kernel
 
     batch, m, n = stored.shape
     out = torch.empty_like(stored, dtype=dtype)
