@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import INPUT, PATH, SUFFIX, ranks, recasts, writer
+from adaptkit.cli.options import INPUT, SUFFIX, ranks, recasts, writer
 
 if TYPE_CHECKING:
     from pathlib import Path
