@@ -53,13 +53,15 @@ class Measured:
     problem: Problem | None = None
     outputs: float | None = None
     shape: tuple[int, int] = (0, 0)
-    # partial sums of σ²
+    # partial sums of (σ / σ₁)²
     energies: Sequence[float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         total, sums = 0.0, array("d")
+        # relative to the largest: squares of numbers that a float holds may be none
+        top = self.sigma[0] if self.sigma else 0.0
         for value in self.sigma:
-            total += value * value
+            total += (value / top) ** 2 if top else 0.0
             sums.append(total)
         object.__setattr__(self, "energies", sums)
 
@@ -73,7 +75,7 @@ class Measured:
         """Return ‖ΔW‖²_F / σ₁², between 1 and the rank; 0 for ΔW = 0."""
         if not self.sigma:
             return None
-        return self.energies[-1] / self.sigma[0] ** 2 if self.sigma[0] > 0 else 0.0
+        return self.energies[-1]
 
     def rank(self, share: float) -> int | None:
         """Return the least rank that holds this share of ‖ΔW‖²; 0 for ΔW = 0."""

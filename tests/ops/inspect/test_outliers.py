@@ -169,6 +169,13 @@ def test_what_has_no_figure_is_left_out() -> None:
     assert [one.module for one in outliers([*alike, far])] == ["m"]
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_numbers_whose_squares_are_none(size: float) -> None:
+    """A LoHa of four tiny factors once ended in a division by zero."""
+    one = Measured("m", "unet", "b", "q", size, (2 * size, size), shape=(2, 2))
+    assert (one.stable_rank, one.rank(0.7), one.rank(0.9)) == (pytest.approx(1.25), 1, 2)
+
+
 def test_the_terminal_shows_the_figure_beside_the_median(tmp_path: Path) -> None:
     made = pairs()
     few_outputs(*made[5])
