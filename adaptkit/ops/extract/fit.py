@@ -230,7 +230,7 @@ def _left(rounded: Weights, delta: Tensor, norm: float) -> float:
     if thin is not None and (found := product_distance(delta, *thin, norm)) is not None:
         return found
     if not rounded.by_rows:
-        return norm_squared(delta - rounded.delta())
+        return float(norm_squared(delta - rounded.delta()))
     made = rounded.computed()
     each = [
         norm_squared(delta[rows] - made.some_rows(rows.start, rows.stop))
