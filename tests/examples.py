@@ -38,7 +38,7 @@ VARIES = (
     (re.compile(r"(seconds\s+)[\d.]+"), r"\1…"),
     (re.compile(r"[ \t]+$", re.MULTILINE), ""),
     # a line of progress every ten seconds, on a slow machine
-    (re.compile(r"^[\w ]+(, pass \d+)?: ([\d.]+ \w* ?of .*|begins)\n", re.MULTILINE), ""),
+    (re.compile(r"^(?!note:)[\w ]+(, pass \d+)?: ([\d.]+ \w* ?of .*|begins)\n", re.MULTILINE), ""),
 )
 
 

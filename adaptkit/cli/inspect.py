@@ -138,6 +138,12 @@ def inspect(
         ) as progress,
         logged("inspect", progress) as bar,
     ):
+        if as_json and len(paths) > 1 and not (stats or sort):
+            from adaptkit.cli.show.inspect import streamed
+
+            one_by_one = op.stream(paths, options, bar)
+            broken = streamed(one_by_one, lambda one: bool(op.where([one], where)), keys, modules)
+            return int(broken)
         if len(paths) == 1 or stats:
             reports = [op.run(path, options, bar) for path in paths]
         else:

@@ -55,6 +55,7 @@ _NUMBER = re.compile(r"\d+")
 # suffixes that checkpoints have too
 _PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})
 
+FEW = 1 / 16  # share of a sample, far from ENOUGH of a file
 ENOUGH = 0.5  # share of the keys; another family that shares a few names claims fewer
 
 
@@ -217,7 +218,7 @@ def _detected(
         # `most` bounds what a pair can claim, and pairs come in descending order of it
         if pair.most < second:
             break  # neither this pair nor a later one can be winner or runner-up
-        if len(names) > 1 and pair.estimate() < ENOUGH / 2 * first:
+        if len(names) > 1 and pair.estimate() < max(ENOUGH / 2 * first, FEW * pair.total):
             continue
         scores[pair] = score = pair.score()
         if score.claimed > first and not (family or file.fit(score.family, score.format).good):
@@ -355,6 +356,7 @@ def detect_checkpoint(
         if len(names) > 1:
             # half of ENOUGH leaves room for an unrepresentative sample
             least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
+            least = max(least, FEW * len(sample))
             if near[name] < least or sum(map(keys.claims, sample)) < least:
                 continue
         counts[name] = sum(map(keys.claims, infos))

@@ -51,7 +51,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "expanded views": Limit(1 << 30, "bytes of expanded views", "beyond their storages"),
         "patterns": Limit(10_000, "patterns of module names"),
         "pattern length": Limit(1000, "characters in a pattern"),
-        "pattern steps": Limit(1_000_000, "steps to match patterns", "for all modules"),
+        "pattern steps": Limit(500_000, "steps to match patterns", "for all modules"),
     }
 )
 

@@ -31,8 +31,10 @@ __all__ = [
 ]
 
 # rows of A at a time, if A is larger than the cache: a step multiplies twice by each cached block
-ROWS = 512
+ROWS = 256
 LARGE = 1 << 22  # elements
+# columns per block there, where reading A takes most of the time: four blocks do as six of 16 do
+WIDE = 24
 BLOCK = 1 << 18  # elements of A widened to float64 at a time: 2 MB, which stay in the cache
 STALL = 1e-5  # of ‖A‖: stop if the error would change by less, whatever its relative change
 PACES = 0.1, 0.9  # the ratio of two gains in a row, as far as it is believed
@@ -127,7 +129,8 @@ class Krylov:
     def __init__(self, a: Tensor, rank: int, seed: int, total: Tensor) -> None:
         m, n = a.shape
         self.a, self.rank = a, rank
-        self.width = block_width(n, rank)
+        self.large = a.numel() > LARGE and a.device.type == "cpu"
+        self.width = max(block_width(n, rank), WIDE if self.large and rank > WIDE else 0)
         # bounds memory for spectra that barely decay; other matrices converge earlier
         self.limit = min(n, 6 * rank + 64)
         self._v = empty((self.limit, n), a.dtype, a.device)
@@ -170,7 +173,7 @@ class Krylov:
         self._v[new] = x
         y, self._next = self._w[new], self._back[new].zero_()
         m = self.a.shape[0]
-        step = ROWS if self.a.numel() > LARGE and self.a.device.type == "cpu" else m
+        step = ROWS if self.large else m
         for start in range(0, m, step):
             rows = self.a[start : start + step]
             part = x @ rows.mT

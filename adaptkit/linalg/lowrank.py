@@ -23,6 +23,7 @@ from adaptkit.linalg.precision import (
     members,
     norm_squared,
     scaled,
+    supports_float64,
     upcast,
     works_on_stacks,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "SvdSpec",
     "energies",
     "energies_of_stack",
+    "product_distance",
     "product_norm_squared",
     "signed",
     "truncated_svd",
@@ -371,3 +373,19 @@ def product_norm_squared(left: Tensor, right: Tensor) -> Tensor:
     In the given dtype. float64 keeps a difference of nearly equal products to 1e-8 of their norms.
     """
     return ((left.mT @ left) * (right @ right.mT)).sum((-1, -2)).clamp_min(0)
+
+
+def product_distance(a: Tensor, left: Tensor, right: Tensor, total: float) -> float | None:
+    """‖A − left · right‖² of a (m, n) with ‖A‖² = `total`, in one pass over A.
+
+    left: (m, r)   right: (r, n)
+
+    ‖A‖² − 2⟨A, left · right⟩ + ‖left · right‖². None if that cancels: the products are in float32,
+    and a distance below 1 % of ‖A‖² would be off by more than 1e-5 of itself. None on accelerators.
+    """
+    if works_on_stacks(a.device) or not supports_float64(a.device):
+        return None
+    across = (right.to(a.dtype) @ a.mT).double()
+    left, right = left.double(), right.double()
+    found = total - 2.0 * float((across * left.mT).sum()) + float(product_norm_squared(left, right))
+    return found if found >= EXPLICIT * total else None

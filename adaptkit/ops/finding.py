@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adaptkit.errors import WrongUsage
 from adaptkit.files.hub import local
 from adaptkit.meaning import PEFT_CONFIG
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from os import PathLike
 
-__all__ = ["SUFFIXES", "expand", "found_in", "is_one"]
+__all__ = ["SUFFIXES", "expand", "found_in", "is_one", "matching"]
 
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -46,8 +47,15 @@ def _matched(given: Path) -> tuple[Path, list[Path]]:
         return given, [given]
     first = next(n for n, part in enumerate(given.parts) if glob.has_magic(part))
     base = Path(*given.parts[:first])
-    found = sorted(base.glob("/".join(given.parts[first:])))
-    return base, found or [given]
+    return base, matching(base, "/".join(given.parts[first:])) or [given]
+
+
+def matching(base: Path, pattern: str) -> list[Path]:
+    """The sorted paths below a folder that match a glob; WrongUsage for what is none."""
+    try:
+        return sorted(base.glob(pattern))
+    except (ValueError, NotImplementedError, RecursionError) as error:
+        raise WrongUsage(f"{pattern!r} is no glob: {error}") from None
 
 
 def expand(paths: Iterable[str | PathLike[str]]) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """Time and memory: `python -m tests.benchmarks [NAME...]`.
 
 Not tests: timings depend on the machine and on what else it does, so compare ratios of one run. Exit status 1 where
-a bound of `sd15`, `inspect`, `convert`, `resize` or `finetune` is missed.
+a bound of `sd15`, `inspect`, `hostile`, `convert`, `resize` or `finetune` is missed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.console import Console
 from tests.benchmarks import (
     finetuning,
     gpu,
+    hostile,
     inspecting,
     linalg,
     measure,
@@ -33,6 +34,7 @@ PAGE = Path(__file__).parents[2] / "adaptkit" / "guide" / "reference" / "perform
 WIDTH = 78  # of a recorded table: the guide is read on terminals of 80 columns
 
 BENCHMARKS = {
+    "hostile": (hostile.run, "inspect on files made to cost as much as they can"),
     "inspect": (
         inspecting.run,
         "a 2,000-key file, 2,000 small files and 50 large ones against the start of torch",

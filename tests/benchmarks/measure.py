@@ -47,8 +47,8 @@ class ChildFailed(Exception):
     pass
 
 
-def child(*command: str | Path) -> Measured:
-    """Run a program to its end; ChildFailed, with its output, if it fails."""
+def child(*command: str | Path, codes: Sequence[int] = (0,)) -> Measured:
+    """Run a program to its end; ChildFailed, with its output, unless it ends with one of these codes."""
     arguments = [str(part) for part in command]
     # an installed package is compiled once, by pip: what is measured must not compile its sources at every start
     environment = {
@@ -68,7 +68,7 @@ def child(*command: str | Path) -> Measured:
         seconds = time.perf_counter() - started
         out.seek(0)
         output = out.read().decode("utf-8", "replace")
-    if process.returncode:
+    if process.returncode not in codes:
         raise ChildFailed(f"{' '.join(arguments)}: exit status {process.returncode}\n{output}")
     return Measured(seconds, cpu, peak, output)
 

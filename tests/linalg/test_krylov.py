@@ -255,3 +255,23 @@ def test_what_a_space_lacks_is_told_by_its_residuals(blocks: int) -> None:
     exact = (np.linalg.svd(a, compute_uv=False)[:12] ** 2).sum()
     lacking = exact - float(space.values().sum())
     assert 0.3 * lacking < space.lacking() < 5 * lacking
+
+
+@pytest.mark.parametrize(("rank", "width"), [(8, 8), (16, 16), (32, 24), (80, 32)])
+def test_blocks_of_a_matrix_beyond_the_cache_are_wider(
+    rank: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is multiplied some rows at a time, to the same space."""
+    a = torch.from_numpy(matrix(700, 300, 0.7, 3)).float()
+    small = krylov.Krylov(a, rank, 0, a.double().square().sum())
+    monkeypatch.setattr(krylov, "LARGE", a.numel() - 1)
+    large = krylov.Krylov(a, rank, 0, a.double().square().sum())
+    assert small.width == krylov.block_width(300, rank)
+    assert large.width == width
+    while large.size < 2 * rank:
+        large.grow()
+    v, w = large.v.double(), large.w.double()
+    assert float((v.mT @ v - torch.eye(large.size, dtype=v.dtype)).abs().max()) < 1e-5
+    assert float((a.double() @ v - w).norm() / w.norm()) < 1e-6
+    back = large.scale.double() * (a.double().mT @ w)
+    assert float((large.back.double() - back).norm() / back.norm()) < 1e-6

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from adaptkit.linalg import lowrank
-from adaptkit.linalg.lowrank import SvdSpec, energies, truncated_svd, truncation_errors
+from adaptkit.linalg.lowrank import (
+    SvdSpec,
+    energies,
+    product_distance,
+    truncated_svd,
+    truncation_errors,
+)
 
 Array = np.ndarray
 
@@ -254,3 +260,19 @@ def test_loose_energies_come_from_eigenvalues_of_a_float32_gram_matrix_alone(
     assert rough.dtype == exact.dtype == torch.float64
     np.testing.assert_allclose(exact.numpy(), sigma[:60] ** 2, rtol=2e-6)
     np.testing.assert_allclose(rough.numpy(), sigma[:60] ** 2, atol=1e-6 * (sigma**2).sum())
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(300, 200, 8), (40, 700, 3)])
+def test_a_distance_from_a_product_takes_one_pass_unless_it_cancels(m: int, n: int, r: int) -> None:
+    random = np.random.default_rng(5)
+    a = random.standard_normal((m, n)).astype(np.float32)
+    left, right = random.standard_normal((m, r)), random.standard_normal((r, n))
+    exact = a.astype(np.float64) + 0.01 * left @ right
+    far = np.square(a.astype(np.float64) - left @ right).sum()
+    pair = torch.from_numpy(left), torch.from_numpy(right)
+    found = product_distance(
+        torch.from_numpy(a), *pair, float(np.square(a, dtype=np.float64).sum())
+    )
+    assert found == pytest.approx(far, rel=1e-6)
+    near = torch.from_numpy((left @ right + 0.01 * exact).astype(np.float32))
+    assert product_distance(near, *pair, float(near.double().square().sum())) is None

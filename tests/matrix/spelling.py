@@ -262,8 +262,16 @@ def exchange(value: Array) -> Array:
 Effect = dict[str, Array]  # by the weight's original name; biases under name + "|bias"
 
 
-def effect(modules: Iterable[tuple[Layer, Part | None, Module]], base: dict[str, Array]) -> Effect:
-    """W' − W of every original weight that the modules touch, and b' − b of the biases."""
+def effect(
+    modules: Iterable[tuple[Layer, Part | None, Module]],
+    base: dict[str, Array],
+    *,
+    merged: bool = False,
+) -> Effect:
+    """W' − W of every original weight that the modules touch, and b' − b of the biases.
+
+    `merged`: also of biases that change with their weight, which only a merge adds.
+    """
     found: Effect = {}
     for layer, part, module in modules:
         name = layer.component + layer.name
@@ -276,6 +284,12 @@ def effect(modules: Iterable[tuple[Layer, Part | None, Module]], base: dict[str,
             change = algebra.merged(module, seen) - seen
             change = exchange(change) if swapped else change
             found.setdefault(name, np.zeros(weight.shape))[start:stop] += change
+        factor = module.roles.get("ia3_l") if merged and name + "|bias" in base else None
+        if factor is not None and factor.shape[0] > 1:  # PEFT multiplies the output, bias and all
+            rest = (exchange(factor) if swapped else factor).reshape(-1) - 1
+            found.setdefault(name + "|bias", np.zeros(layer.rows))[start:stop] += (
+                rest * base[name + "|bias"].reshape(-1)[start:stop]
+            )
         if module.bias is not None:
             bias = module.bias.reshape(-1)
             bias = exchange(bias) if swapped else bias

@@ -60,11 +60,11 @@ class Bench:
         assert made is not None, "no such cell"
         return made
 
-    def effect(self, made: Made, spec: Adapter) -> Effect:
+    def effect(self, made: Made, spec: Adapter, *, merged: bool = False) -> Effect:
         """What the input means; and the oracle's reader must find the same in the file."""
-        meant = spelling.effect(made.modules, self.weights)
+        meant = spelling.effect(made.modules, self.weights, merged=merged)
         content = spelling.content(read(made.path), spec.family, spec.format)
-        again = spelling.effect(content.modules.values(), self.weights)
+        again = spelling.effect(content.modules.values(), self.weights, merged=merged)
         assert not content.strange, content.strange
         assert judge.relative(again, meant) < 1e-12, "the oracle does not read what it wrote"
         return meant
@@ -243,11 +243,12 @@ def merge(bench: Bench) -> Verdict:
     base, _ = _model(bench, "model", bench.weights)
     made = bench.made(cell.a, "style")
     strength = 0.75
-    meant = judge.scaled(bench.effect(made, cell.a), strength)
+    meant = judge.scaled(bench.effect(made, cell.a, merged=True), strength)
     given = [f"{made.path}:{strength}"]
     if cell.b is not None:
         second = bench.made(cell.b, "second")
-        meant = judge.plus(meant, judge.scaled(bench.effect(second, cell.b), -0.5))
+        two = bench.effect(second, cell.b, merged=True)
+        meant = judge.plus(meant, judge.scaled(two, -0.5))
         given.append(f"{second.path}:-0.5")
     target = "folder" if "folder" in cell.options else cell.layout
     target = "single" if "single-file" in cell.options else target

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.ops import combine, extract, merge, resize
+from adaptkit.ops import advise, combine, compare, extract, merge, resize
 from tests import made
 from tests.ops.models import small
 from tests.ops.on_device import both, device, run
@@ -267,3 +267,68 @@ def test_combine(seed: int, device: str, tmp_path: Path) -> None:
     shapes = dict.fromkeys(names, (24, 32))
     one, two = (made.deltas(tmp_path / f"{name}.safetensors", shapes) for name in ("cpu", "device"))
     assert made.relative(one, two) < 1e-5
+
+
+@pytest.mark.parametrize("seed", DRAWS)
+def test_compare(seed: int, device: str, tmp_path: Path) -> None:
+    """Modules of one shape: of several kinds and dtypes, equal in both files, nearly equal, or in one of them alone."""
+    draw = np.random.default_rng(400 + seed)
+    one: State = {}
+    two: State = {}
+    for n in range(12):
+        block = f"{n % 3}_attentions_{n % 2}_transformer_blocks_0_attn{n // 6 + 1}_to_q"
+        name, kind = (
+            f"lora_unet_down_blocks_{block}",
+            one_of(draw, "lora", "lora", "lokr", "tucker"),
+        )
+        made_here = module(name, kind, 24, 32, draw)
+        change = one_of(draw, 0.0, 1e-7, 0.3, 1.0)
+        there = {key: (t.double() * (1 + change)).to(t.dtype) for key, t in made_here.items()}
+        one |= made_here
+        two |= one_of(draw, there, there, module(name, "lora", 24, 32, draw), {})
+    for name, state in (("one", one), ("two", two)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    paths = [
+        (tmp_path / f"{name}.safetensors", weight) for name, weight in (("one", 1.0), ("two", 0.5))
+    ]
+    here, there = (run(compare, tuple(paths), {}, device=where) for where in ("cpu", device))
+    assert there.relative_error == pytest.approx(here.relative_error, rel=1e-9)
+    for ours, theirs in zip(here.modules, there.modules, strict=True):
+        assert ours.module == theirs.module
+        for field in ("relative_error", "norm_a", "norm_b", "cosine"):
+            told = getattr(theirs, field)
+            assert told == pytest.approx(getattr(ours, field), rel=1e-7, abs=1e-12), (ours, field)
+
+
+@pytest.mark.parametrize("seed", DRAWS)
+def test_advise_and_the_share_in_a_checkpoint(seed: int, device: str, tmp_path: Path) -> None:
+    """Layers of one shape: unchanged, of low rank, Kronecker products, noise, tiny; the probe sees each as a CPU does."""
+    draw, base, tuned = np.random.default_rng(500 + seed), {}, {}
+    adapter: State = {}
+    for n in range(14):
+        key = f"blocks.{n}.layer.weight"
+        base[key] = (normal(draw, 288, 288) / 17).half()
+        low = normal(draw, 288, 5) @ normal(draw, 5, 288) * 0.01
+        kron = torch.kron(normal(draw, 8, 8), normal(draw, 36, 36)) * 0.03
+        change = one_of(draw, low, low, kron, normal(draw, 288, 288) * 0.05, low * 1e-4, low * 0)
+        tuned[key] = (base[key].float() + change).half()
+        left, right = normal(draw, 288, 5), normal(draw, 5, 288)
+        name = f"transformer.blocks.{n}.layer"
+        adapter |= {f"{name}.lora_up.weight": left, f"{name}.lora_down.weight": right}
+    pair = saved(tmp_path, base, tuned)
+    here, there = (run(advise, pair, {"max_rank": 8}, device=where) for where in ("cpu", device))
+    assert there.made_by == here.made_by
+    assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-4)
+    assert (there.layers, there.unchanged) == (here.layers, here.unchanged)
+    for curve in ("rank", "lokr"):
+        ours, theirs = getattr(here, curve), getattr(there, curve)
+        assert ours.keys() == theirs.keys()
+        for k, point in ours.items():
+            assert theirs[k].relative_error == pytest.approx(
+                point.relative_error, rel=2e-3, abs=1e-4
+            ), (curve, k)
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    inputs = (tmp_path / "adapter.safetensors", 1.0), (pair[1], 1.0)
+    one, two = (run(compare, inputs, {"base": pair[0]}, device=where) for where in ("cpu", device))
+    assert two.relative_error == pytest.approx(one.relative_error, rel=1e-9)
+    assert [m.norm_b for m in two.modules] == pytest.approx([m.norm_b for m in one.modules])

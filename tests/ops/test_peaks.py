@@ -13,6 +13,7 @@ from tests.synth import FIXTURES
 CHEAP = [
     "extract lora", "extract lokr", "extract full", "extract energy", "merge lora", "merge lokr",
     "merge dora", "merge boft", "merge glora", "merge full", "combine lora lokr",
+    "compare lora lokr", "convert lora full", "resize full",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from adaptkit.cli.show.text import (
     document,
     human,
     last,
+    listing,
     loads_in,
     percent,
     safe,
@@ -24,11 +25,20 @@ from adaptkit.cli.show.text import (
 from adaptkit.detect import Nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from adaptkit.ops import inspect
 
-__all__ = ["MEASURED", "OUTLYING", "alike", "facts_of", "inspected", "listed", "outlying"]
+__all__ = [
+    "MEASURED",
+    "OUTLYING",
+    "alike",
+    "facts_of",
+    "inspected",
+    "listed",
+    "outlying",
+    "streamed",
+]
 
 OUTLYING = ("kind", "figure", "value", "median", "score", "module")
 
@@ -64,6 +74,29 @@ def inspected(
     for report in reports:
         if report.error is not None:
             fault(report.error)
+
+
+def streamed(
+    reports: Iterable[inspect.Report],
+    meant: Callable[[inspect.Report], bool],
+    keys: bool,
+    modules: bool,
+) -> bool:
+    """Print files as JSON while they are read, errors after them; whether one is broken."""
+    errors, broken = [], False
+
+    def records() -> Iterator[dict[str, Any]]:
+        nonlocal broken
+        for report in filter(meant, reports):
+            broken = broken or report.broken
+            if report.error is not None:
+                errors.append(report.error)
+            yield _with_lists(report, keys, modules)
+
+    listing("inspect", "files", records())
+    for error in errors:
+        fault(error)
+    return broken
 
 
 def _cleaned(report: inspect.Report) -> inspect.Report:

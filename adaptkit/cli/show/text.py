@@ -25,6 +25,7 @@ __all__ = [
     "human",
     "json_safe",
     "last",
+    "listing",
     "loading",
     "loads_in",
     "lossy",
@@ -47,6 +48,20 @@ def document(command: str, body: Mapping[str, Any]) -> None:
     """Print exactly one JSON document on stdout."""
     whole = {"adaptkit": __version__, "command": command, **body}
     click.echo(json_safe(json.dumps(whole, ensure_ascii=False, indent=2)))
+
+
+def listing(command: str, name: str, items: Iterable[Mapping[str, Any]]) -> None:
+    """Print the `document` of a list while its items are made."""
+    head, tail = json.dumps(
+        {"adaptkit": __version__, "command": command, name: []}, ensure_ascii=False, indent=2
+    ).rsplit("[]", 1)
+    click.echo(f"{head}[", nl=False)
+    many = False
+    for item in items:
+        text = json.dumps(item, ensure_ascii=False, indent=2).replace("\n", "\n    ")
+        click.echo(json_safe(f"{',' if many else ''}\n    {text}"), nl=False)
+        many = True
+    click.echo(("\n  ]" if many else "]") + tail)
 
 
 def human(count: float) -> str:

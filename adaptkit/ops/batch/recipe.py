@@ -20,6 +20,7 @@ from adaptkit.errors import AdaptkitError, CorruptFile, NothingToDo, WrongUsage
 from adaptkit.files.header import unreadable
 from adaptkit.ops.batch.output_names import filled, stem
 from adaptkit.ops.batch.values import Reader, Rooted, check_known, inside, names_of, nearest
+from adaptkit.ops.finding import matching
 from adaptkit.ops.ranks.options import RULES
 from adaptkit.ops.shared import split_strength
 from adaptkit.ops.verb import verb, verbs
@@ -269,12 +270,11 @@ class _Axes:
             return [item]
         after = "" if path == whole else f":{strength!r}"
         anchor = Path(path.anchor)
-        found = [
-            match for match in anchor.glob(str(path.relative_to(anchor))) if self._meant(match)
-        ]
+        matches = matching(anchor, str(path.relative_to(anchor)))
+        found = [match for match in matches if self._meant(match)]
         if not found:
             raise WrongUsage(f"{self.place}: nothing matches {name} = {item!r}")
-        return [Rooted(f"{match}{after}") for match in sorted(found)]
+        return [Rooted(f"{match}{after}") for match in found]
 
     def _meant(self, match: Path) -> bool:
         # does not follow symbolic links

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from adaptkit.ops.compare.distance import (
     measure,
     widened,
 )
+from adaptkit.ops.compare.stacked import likeness_of, measure_stack
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:
@@ -88,10 +89,9 @@ class Measurer:
 
     def _pieces(self, match: Match) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
         """Yield the pieces to read from the checkpoints, once each, with a name."""
-        pieces = [side.base for side in match.sides] + [match.change and match.change[0]]
-        for one in dict.fromkeys(pieces):
-            if one is not None and self.base is not None:
-                yield _name(one), self.base, one
+        if self.base is not None:
+            for one in _read_of_base(match):
+                yield _name(match, one), self.base, one
         if match.change is not None and self.tuned is not None:
             yield "tuned", self.tuned, match.change[1]
 
@@ -108,17 +108,47 @@ class Measurer:
                 }
         return found
 
+    def steps_on(self, device: str, steps: Sequence[Step[Match]]) -> Sequence[Step[Match]]:
+        """The steps for a device: an accelerator takes matches of one likeness together."""
+        from adaptkit.linalg.precision import works_on_stacks
+
+        if not works_on_stacks(device):
+            return steps
+        keys = [likeness_of(step.payload, self.base, self.tuned) for step in steps]
+        return [
+            step if key is None else replace(step, shape=key)
+            for step, key in zip(steps, keys, strict=True)
+        ]
+
     def work(self, matches: Sequence[Match], tensors: dict[str, Tensor]) -> list[Numbers]:
-        """Measure one match."""
-        (match,) = matches
-        stored = {name: tensor[0] for name, tensor in tensors.items()}
+        """Measure matches of one likeness, or one."""
+        found: Sequence[Numbers | None] = [None] * len(matches)
+        if self._together(matches, tensors):
+            change = matches[0].change
+            names = None if change is None else (_name(matches[0], change[0]), "tuned")
+            found = measure_stack(matches, tensors, names)
+        return [
+            self._single(match, {name: tensor[n] for name, tensor in tensors.items()})
+            if one is None
+            else one
+            for n, (match, one) in enumerate(zip(matches, found, strict=True))
+        ]
+
+    def _together(self, matches: Sequence[Match], tensors: Mapping[str, Tensor]) -> bool:
+        from adaptkit.linalg.precision import works_on_stacks
+
+        if not works_on_stacks(next(iter(tensors.values())).device):
+            return False
+        return likeness_of(matches[0], self.base, self.tuned) is not None
+
+    def _single(self, match: Match, stored: dict[str, Tensor]) -> Numbers:
         try:
             numbers = _numbers(match, stored)
         except NotRepresentable as error:
             raise error.at(tensor=match.label) from None
         if not numbers.finite:
             raise self._non_finite(match, stored)
-        return [numbers]
+        return numbers
 
     def _non_finite(self, match: Match, stored: Mapping[str, Tensor]) -> NonFinite:
         what = "holds NaN or infinity"
@@ -140,8 +170,15 @@ def _in_blocks(match: Match) -> bool:
     return based or not all(kron) or len(kron) > 1
 
 
-def _name(pieces: tuple[Piece, ...]) -> str:
-    return "+".join(f"{piece.name}{piece.rows or ''}" for piece in pieces)
+def _read_of_base(match: Match) -> list[tuple[Piece, ...]]:
+    """What is read of the base, once each."""
+    pieces = [side.base for side in match.sides] + [match.change and match.change[0]]
+    return [one for one in dict.fromkeys(pieces) if one is not None]
+
+
+def _name(match: Match, pieces: tuple[Piece, ...]) -> str:
+    """The name of pieces of the base among what was read: the same in every match of a stack."""
+    return f"base{_read_of_base(match).index(pieces)}"
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -154,7 +191,7 @@ def _numbers(match: Match, stored: Mapping[str, Tensor]) -> Numbers:
     sides = [_operand(match, n, stored) for n in range(len(match.sides))]
     mine = None if match.mine is None else sides.pop(0)
     if match.change is not None:
-        base, tuned = stored[_name(match.change[0])], stored["tuned"]
+        base, tuned = stored[_name(match, match.change[0])], stored["tuned"]
         ours = None if mine is None else mine.form
         return measure(ours, None if same(base, tuned) else difference(tuned, base))
     if mine is None:
@@ -178,7 +215,7 @@ def _operand(match: Match, n: int, stored: Mapping[str, Tensor]) -> _Operand | N
         side.entry,
         match.label,
         found,
-        None if side.base is None else stored[_name(side.base)],
+        None if side.base is None else stored[_name(match, side.base)],
     )
 
 

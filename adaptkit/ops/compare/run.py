@@ -240,12 +240,14 @@ def run(plan: Plan | checkpoints.Plan, progress: Progress | None = None) -> Repo
     def store(match: Match, numbers: Numbers) -> None:
         found[match.number] = numbers
 
+    options = plan.options
+    resources = engine.Resources.choose(options.device, options.memory, gains=False)
     try:
         with logged("compare", progress) as told:
             notes = engine.run(
-                plan.steps,
+                worker.steps_on(resources.device, plan.steps),
                 engine.Work(worker.load, worker.work, store, held=lambda _: 0),
-                engine.Resources.choose(plan.options.device, plan.options.memory, gains=False),
+                resources,
                 counting(told, "comparing", len(plan.steps), "modules"),
             )
     finally:

@@ -162,19 +162,22 @@ class Fitter:
                 ):
                     found.lora = float(energy)
             for place, (job, found) in enumerate(zip(jobs, results, strict=True)):
-                form = self._form(job, recipe, weights.member(place), delta[place])
+                own = delta[place]
+                form = self._form(job, recipe, weights.member(place), own, found.norm)
                 if not all(map(math.isfinite, form.errors)):
                     raise self._non_finite(job)
-                form.edge = edge(form, found.noise / delta[place].numel())
+                form.edge = edge(form, found.noise / own.numel())
                 found.forms.append(form)
 
-    def _form(self, job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor) -> Form:
-        """Round to what is written and measure the error against `delta`."""
+    def _form(
+        self, job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor, norm: float
+    ) -> Form:
+        """Round to what is written and measure the error against `delta`, of ‖·‖² `norm`."""
         weights = weights.placed(job.role, vector=len(job.shape) == 1)
         encoded = self._encoded(job, weights)
         rounded, _, shapes, alpha = as_read(recipe.kind, encoded)
         ladder = recipe.ladder and recipe.kind.laddered(shapes)
-        errors = rounded.ladder_errors(delta) if ladder else (_left(rounded, delta),)
+        errors = rounded.ladder_errors(delta) if ladder else (_left(rounded, delta, norm),)
         later = recipe.kind.dense and recipe.ladder
         tensors = {} if later else {r: encoded[r].cpu().contiguous() for r in shapes}
         return Form(
@@ -218,10 +221,14 @@ def _noise(rounded: Tensor, delta: Tensor) -> list[float]:
     ]
 
 
-def _left(rounded: Weights, delta: Tensor) -> float:
-    """‖Δ − stored‖² of a kind that is made by rows, without a second Δ."""
+def _left(rounded: Weights, delta: Tensor, norm: float) -> float:
+    """‖Δ − stored‖² of a kind that is made by rows, without a second Δ; `norm` is ‖Δ‖²."""
+    from adaptkit.linalg.lowrank import product_distance
     from adaptkit.linalg.precision import norm_squared, row_blocks
 
+    thin = rounded.thin_factors() if rounded.low_rank else None
+    if thin is not None and (found := product_distance(delta, *thin, norm)) is not None:
+        return found
     made = rounded.computed()
     each = [
         norm_squared(delta[rows] - made.some_rows(rows.start, rows.stop))

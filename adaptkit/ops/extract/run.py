@@ -12,7 +12,6 @@ from adaptkit.ops.difference.probe import Probe, probe
 from adaptkit.ops.extract.fit import Fitter
 from adaptkit.ops.extract.output import spool_key
 from adaptkit.ops.extract.plan import Plan, recipes_of, step_of
-from adaptkit.ops.extract.recipe import FitRecipe
 from adaptkit.ops.extract.result import Report, Result
 from adaptkit.ops.extract.verify import Verifier
 from adaptkit.ops.ranks.forms import Fitted, Form, Pick
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from adaptkit.files.spool import Spool
     from adaptkit.ops.difference.pairing import Pair
+    from adaptkit.ops.extract.recipe import FitRecipe
     from adaptkit.ops.stages import Progress
     from adaptkit.steps import Step
 

@@ -93,8 +93,9 @@ def _fits(stack: Stack, lora_of_size: Callable[[Pair, Tensor, Weights], Tensor])
         lora = None
         if recipe.compared:
             lora = lora_of_size(first, stack.delta, weights.member(0))
-        # the last form may use up the differences
-        own = stack.delta if number + 1 == len(found) else stack.delta.clone()
+        # the last form may use up the differences, unless it shares their memory
+        last = number + 1 == len(found) and not recipe.kind.dense
+        own = stack.delta if last else stack.delta.clone()
         yield _fitted(first, recipe, weights, own, lora)
 
 

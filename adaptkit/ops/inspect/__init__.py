@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adaptkit.ops.finding import expand, found_in
 from adaptkit.ops.inspect.card import card
-from adaptkit.ops.inspect.folder import FIELDS, SORTS, ordered, shortened, survey, where
+from adaptkit.ops.inspect.folder import FIELDS, SORTS, ordered, shortened, stream, survey, where
 from adaptkit.ops.inspect.run import Options, Report, run
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ordered",
     "run",
     "shortened",
+    "stream",
     "survey",
     "where",
 ]

@@ -9,21 +9,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.errors import NoSuchName, WrongUsage
-from adaptkit.ops.inspect.run import Options, Report, run
+from adaptkit.errors import InternalError, NoSuchName, WrongUsage
+from adaptkit.ops.inspect.run import Options, Report, failed, run
 from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from adaptkit.ops.stages import Progress
 
-__all__ = ["FIELDS", "SORTS", "ordered", "shortened", "survey", "where"]
+__all__ = ["FIELDS", "SORTS", "ordered", "shortened", "stream", "survey", "where"]
 
 # files read before the rest is estimated: the first compiles the tables of its family
 _TRIED = 4
 # seconds of work from which on processes pay: one starts in a third of it
 _PAYS = 0.6
+KILLED = "the system kills what takes too much memory; inspect the file alone"
 # files handed to a process at once, at most
 _CHUNK = 50
 _WORKERS = min(os.cpu_count() or 1, 8)
@@ -40,10 +41,11 @@ def survey(
         if told is not None:
             told(len(done) + elsewhere)
 
+    read = _slim if options.overview else run
     many = _WORKERS > 1 and not (options.stats or options.hash)
     began = perf_counter()
     while len(done) < len(paths):
-        done.append(run(paths[len(done)], options))
+        done.append(read(paths[len(done)], options))
         tell()
         if len(done) == 1:
             began = perf_counter()
@@ -54,11 +56,39 @@ def survey(
     return done
 
 
+def stream(
+    paths: Sequence[Path], options: Options, progress: Progress | None = None
+) -> Iterator[Report]:
+    """Inspect files one after the other: only one report is in memory at a time."""
+    told = counting(progress, "reading", len(paths), "files")
+    for number, path in enumerate(paths, 1):
+        yield run(path, options)
+        if told is not None:
+            told(number)
+
+
+# what a table of files shows, selects and orders by; metadata may be megabytes
+_SHOWN = frozenset(
+    {"path", "error", "hint", "bytes", "kind", "family", "format", "algorithms", "components",
+     "ranks", "dtypes", "modules", "problems"}
+)  # fmt: skip
+
+
+def _slim(path: Path, options: Options) -> Report:
+    """A report with what a table needs: thousands of them are held at once."""
+    report = run(path, options)
+    record = {name: value for name, value in report.record.items() if name in _SHOWN}
+    if "problems" in record:
+        record["problems"] = [{"severity": one["severity"]} for one in record["problems"]]
+    return Report(record, error=report.error)
+
+
 def _spread(
     paths: Sequence[Path], options: Options, done: list[Report], tell: Callable[[int], None]
 ) -> None:
     """Inspect files here from the first on, and in other processes from the last on."""
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
     size = min(_CHUNK, max(1, len(paths) // (4 * _WORKERS)))
@@ -67,16 +97,38 @@ def _spread(
         jobs = [pool.submit(_run, list(map(str, chunk)), options) for chunk in reversed(chunks)]
         for chunk, job in zip(chunks, reversed(jobs), strict=True):
             if not job.cancel():
-                done += job.result()
+                try:
+                    done += job.result()
+                except BrokenProcessPool:
+                    done += _apart(chunk, options)
                 tell(0)
                 continue
             for path in chunk:
-                done.append(run(path, options))
+                done += _run([str(path)], options)
                 tell(size * sum(one.done() and not one.cancelled() for one in jobs))
 
 
 def _run(paths: Sequence[str], options: Options) -> list[Report]:
-    return [run(path, options) for path in paths]
+    read = _slim if options.overview else run
+    return [read(Path(path), options) for path in paths]
+
+
+def _apart(paths: Sequence[Path], options: Options) -> Iterator[Report]:
+    """Inspect the files of a process that was killed: the one that kills it again is told apart."""
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    left = list(paths)
+    while left:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            try:
+                while left:
+                    yield from pool.submit(_run, [str(left[0])], options).result()
+                    left.pop(0)
+            except BrokenProcessPool:
+                error = InternalError("the process that read it was killed", hint=KILLED)
+                yield failed(left.pop(0), error)
 
 
 def _problems(record: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from adaptkit.files.source import TensorSource
     from adaptkit.ops.stages import Progress
 
-__all__ = ["Options", "Report", "run"]
+__all__ = ["Options", "Report", "failed", "run"]
 
 _STRANGER = "an adapter of an unknown model family, key format or algorithm"
 # a larger alpha / rank is rarely intended
@@ -130,11 +130,12 @@ def _told(path: Path, options: Options, progress: Progress | None) -> Report:
             hashed = _hashes(path, source) if options.hash and path.is_file() else {}
     except Exception as error:
         # whatever happens in one file is that file's report: the others follow
-        return _failed(path, InternalError.of(error))
+        return failed(path, InternalError.of(error))
     return replace(report, record={"path": str(path), **report.record, **hashed})
 
 
-def _failed(path: Path, error: AdaptkitError) -> Report:
+def failed(path: Path, error: AdaptkitError) -> Report:
+    """The report of a file that could not be read."""
     record = {"path": str(path), "error": str(error.at(file=path)), "hint": error.hint}
     return Report(record, error=error)
 

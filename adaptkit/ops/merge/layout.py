@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from glob import escape
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
@@ -223,7 +224,7 @@ class _Folder:
         """Return the index of these shards."""
         if self.source.path.suffix == ".json":
             return self.source.path
-        found = files[0].parent.glob(f"{_stem(files[0])}*.index*.json")
+        found = files[0].parent.glob(f"{escape(_stem(files[0]))}*.index*.json")
         return next(iter(sorted(found)), None) if _SHARD.match(files[0].name) else None
 
     def _index(self, path: str, names: Sequence[str]) -> None:

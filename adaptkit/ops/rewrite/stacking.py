@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import THIN
+from adaptkit.ops.difference.working import svd_bytes
+from adaptkit.ops.ranks.options import Ranked, largest
 from adaptkit.ops.rewrite.plan import Task, product_rank
 from adaptkit.steps import Step
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["likeness_of", "step_of"]
 
 
-def step_of(task: Task) -> Step[Task]:
+def step_of(task: Task, options: Ranked) -> Step[Task]:
     """The step of a slot: tensors as read, computed in float32 and float64, and rounded."""
     adapter = task.terms[0].job.adapter
     elements = dense = 0
@@ -27,15 +29,23 @@ def step_of(task: Task) -> Step[Task]:
         dense = max(dense, sum(e.facts.rows * e.facts.columns for e in term.job.entries))
     order = adapter.source.order(next(task.entries[0].tensors())[1])
     shape = task.number if task.likeness is None else task.likeness
-    return Step(task, shape, 16 * elements + _beside(task, dense), order)
+    facts = task.entries[0].facts
+    if task.ranked and len(task.terms) == 1 and task.entries[0].kind.dense:
+        # ΔW is read, decomposed in float32, and never made again
+        rank = largest(options, convolution=task.convolution) or min(facts.rows, facts.columns)
+        size = 5 * elements + svd_bytes(facts.rows, facts.columns, rank)
+    else:
+        size = 16 * elements + _beside(task, dense)
+    return Step(task, shape, size, order)
 
 
 def _beside(task: Task, dense: int) -> int:
     """Bytes beside the factors, for ΔW of `dense` numbers; measured (tests/ops/peaks.py)."""
     if not ("changed" in task.changes or task.kind.dense or task.base is not None):
         return 0
-    if len(task.terms) > 1:  # all ΔW and their sum, in float64
-        return 30 * dense
+    if len(task.terms) > 1:  # all ΔW and their sum: float32 if it is decomposed, else float64
+        held = len(task.terms) + 1
+        return 4 * held * dense if task.ranked else 8 * held * dense + 4 * dense
     if task.base is None and not task.ranked:
         if task.kind.dense:  # ΔW in float64, and as stored
             return 12 * dense

@@ -13,6 +13,7 @@ from adaptkit.ops import batch
 from adaptkit.ops.batch.log import _lines
 from adaptkit.ops.batch.output_names import filled
 from adaptkit.ops.batch.workers import Processes, WorkerProcess
+from adaptkit.ops.finding import found_in
 from tests.fuzz.files import lora
 
 CONVERT = '[[job]]\ncommand = "convert"\nadapter = "{name}"\nto = "comfy"\nfamily = "sd1"\noutput = "{output}"\n'
@@ -55,6 +56,22 @@ def test_a_home_that_nobody_has(tmp_path: Path) -> None:
     path = recipe(tmp_path, ("~no-such-user-x/a.safetensors", "b.safetensors"))
     with pytest.raises(WrongUsage, match="in no known home folder"):
         batch.plan(path, batch.Options(jobs=0))
+
+
+def test_a_pattern_that_is_no_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which patterns are none depends on the version of Python: a**b until 3.12."""
+
+    def refuse(*_: object) -> None:
+        raise ValueError("Invalid pattern")
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    path = tmp_path / "recipe.toml"
+    line = '[[matrix]]\ncommand = "convert"\nadapters = "a**b"\nto = "comfy"\noutput = "o/{adapter}.safetensors"\n'
+    path.write_text(line)
+    with pytest.raises(WrongUsage, match="is no glob: Invalid pattern"):
+        batch.plan(path, batch.Options(jobs=0))
+    with pytest.raises(WrongUsage, match="is no glob: Invalid pattern"):
+        list(found_in([tmp_path / "a**b"]))
 
 
 def test_a_log_cut_in_half_or_interleaved_is_repaired(tmp_path: Path) -> None:
