@@ -48,7 +48,7 @@ CHAINS = {
     ),
     "linalg": (
         "precision", "split", "krylov", "hosted", "stacks", "lowrank", "factored", "kron", "products",
-        "noise", "kronscan", "looks", "mixing",
+        "noise", "kronscan", "looks", "mixing", "fused",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("stages", "verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),

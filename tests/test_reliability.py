@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.errors import AdaptkitError, InternalError, NonFinite, OverLimit
+from adaptkit.errors import AdaptkitError, InternalError, NonFinite, OverLimit, UnsafePickle
 from adaptkit.files import limits
 from adaptkit.keymap.patterns import Patterns
 from adaptkit.ops import convert, extract, inspect, merge, resize
 from tests.fuzz.files import DIFFUSERS, SINGLE, STEM, File, checkpoint, lora, text
+from tests.fuzz.hostile import HEADERS, PICKLES
 
 LAUGH = b"K\x01" + b"2\x86" * 60  # sixty tuples, each of the one before, twice
 
@@ -296,3 +297,37 @@ def test_a_single_number_in_a_checkpoint_is_no_weight(tmp_path: Path) -> None:
         path, [(adapter, 1.0)], merge.Options(output=tmp_path / "c.safetensors", family="sd1")
     ) as plan:
         merge.run(plan)
+
+
+# the corpus that `python -m tests.benchmarks hostile` measures ---------------------------------
+
+RUNS = ("call", "inst", "stacked.", "getattr", "dotted", "raw-", "reduce-", "globals")
+WHOLE = ("build", "build-call", "geometry-zero", "tensors", "entries", "slips",
+         "short", "lora", "peft", "lokr", "unknown", "checkpoint", "hash", "digit-", "dotted-keys",
+         "underscores", "escapes", "prefixes", "dimensions", "metadata", "long-metadata",
+         "slow-pattern")  # fmt: skip
+# which take a second to make or to read
+LARGE = ("packed-", "hash-keys", "deep-metadata", "long-patterns", "large-pattern", "names-", "colliding", "many-patterns", "peft-keys", "lora-keys", "lokr-keys",
+         "unknown-", "checkpoint-keys", "tensors", "short-keys", "globals")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [one for one in {**PICKLES, **HEADERS} if not one.startswith(LARGE)]
+)
+def test_each_file_of_the_corpus_ends_in_one_verdict(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"x.{'ckpt' if name in PICKLES else 'safetensors'}"
+    path.write_bytes({**PICKLES, **HEADERS}[name]())
+    report = inspect.run(path)
+    json.dumps(report.to_dict())
+    assert not isinstance(report.error, InternalError), report.error
+    if f"{name}.".startswith(RUNS) and name in PICKLES and name not in ("raw-0", "raw-1"):
+        assert isinstance(report.error, UnsafePickle)
+    if report.error is not None:
+        assert "\n" not in str(report.error)
+        assert len(str(report.error)) < 1000
+    else:
+        assert name.startswith(WHOLE), "an odd file is read"
+    assert not (tmp_path / "PWNED").exists()

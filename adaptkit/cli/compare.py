@@ -39,7 +39,7 @@ def compare(
     verbose: bool,
     **chosen: Any,
 ) -> int:
-    """Compare two adapters, two checkpoints, or an adapter with a checkpoint.
+    """Compare adapters, checkpoints, or one with the other.
 
     Two adapters may differ in format and algorithm. Their relative error is ‖A − B‖ / ‖B‖,
     computed in float64; a module of only one adapter counts in full. DoRA, OFT and other

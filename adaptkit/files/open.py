@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import CorruptFile, InternalError, UnreadableFile
 from adaptkit.files.header import unreadable
-from adaptkit.files.limits import read_json, within
+from adaptkit.files.limits import lifted, read_json, within
 from adaptkit.files.source import join, open_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from adaptkit.files.source import TensorSource
 
 __all__ = ["COMPONENTS", "open_source", "weight_map"]
@@ -153,7 +155,26 @@ def _open_component(folder: Path) -> TensorSource:
         found_names = ", ".join(s.name for s in shards[:8])
         message = f"only {len(shards)} of {chosen[0][0].shards} shards found: {found_names}"
         raise UnreadableFile(message, file=folder, hint="fetch the missing ones")
+    _check_links(folder, shards)
     return join(folder, [("", open_file(shard)) for shard in shards])
+
+
+def _check_links(folder: Path, shards: Iterable[Path]) -> None:
+    """Refuse shards that link out of their folder: another's weights would be read and copied.
+
+    Links into the `blobs` of the same repository are how the cache of the Hugging Face hub works.
+    """
+    home = folder.resolve()
+    allowed = [home]
+    allowed += [up.parent / "blobs" for up in home.parents if up.name == "snapshots"]
+    for shard in shards:
+        real = shard.resolve()
+        if not any(real.is_relative_to(one) for one in allowed) and not lifted():
+            raise UnreadableFile(
+                "the shard is a link that leaves its folder",
+                file=shard,
+                hint="--no-limits follows links of your own",
+            )
 
 
 def _contents(folder: Path) -> str:
@@ -170,6 +191,7 @@ def _open_index(path: Path) -> TensorSource:
     if missing:
         message = f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:4])}"
         raise UnreadableFile(message, file=path, hint="download them into the folder of the index")
+    _check_links(path.parent, (path.parent / name for name in names))
     shards = {name: open_file(path.parent / name) for name in names}
     for name, shard in held.items():
         if name not in shards[shard].infos:

@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from adaptkit.algorithms._factor import Dense
 from adaptkit.algorithms.lokr import Lokr
 from adaptkit.algorithms.lora import Lora
 from adaptkit.linalg.factored import factored_core
+from adaptkit.linalg.fused import fits, fused
 from adaptkit.linalg.kron import kron_added, nearest_kron
 from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 from adaptkit.ops.merge.at_once import merged
@@ -67,6 +69,11 @@ class Bench:
             "LoKr merged, with its norms": lambda: merged(w, [(lokr, 0.7)], w.dtype, known=True),
             "LoRA merged, with its norms": lambda: merged(w, [(lora, 0.7)], w.dtype, known=False),
         }
+        pairs = {"LoKr": (w1, w2), "LoRA": (lora.weights.up, lora.weights.down)}
+        if self.device.startswith("cuda") and fits(w, w.dtype, (w1, w2)):
+            for kind, pair in pairs.items():
+                own = {"kron": kind == "LoKr"}
+                jobs[f"{kind} merged, fused"] = partial(fused, w, pair, 0.7, w.dtype, **own)
         for what, job in jobs.items():
             yield {"what": what, "rate": moved / self.best(job)}
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from adaptkit.cli import cli
 from adaptkit.cli.show.page import Plain, Words, facts, page, table
 
 PRINTED = [
@@ -54,6 +56,31 @@ def test_a_plain_page_reads_as_rich_writes_it(
 def test_stderr_is_its_own_stream(capsys: pytest.CaptureFixture[str]) -> None:
     Plain(stderr=True).print("note: one")
     assert capsys.readouterr() == ("", "note: one\n")
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_wrapped_lines_hang_under_their_beginning(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = " ".join(f"word{n}" for n in range(40))
+    page().print(Words("  warning:", "yellow"), Words(text))
+    lines = capsys.readouterr().out.rstrip().split("\n")
+    assert len(lines) > 2
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert lines[0].startswith("  warning: word0")
+    assert all(line.startswith("    word") for line in lines[1:])
+    assert " ".join(" ".join(lines).split()) == f"warning: {text}"
+
+
+def test_the_table_of_commands_is_whole_at_80_columns() -> None:
+    found = CliRunner().invoke(cli, ["--help"], terminal_width=80)
+    commands = found.output.partition("Commands:")[2].strip().splitlines()
+    assert len(commands) == len(cli.list_commands(None))  # type: ignore[arg-type]
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
 
 
 def test_a_person_gets_rich(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,9 +148,9 @@ def _overview(reports: Sequence[inspect.Report], names: Mapping[str, str]) -> No
     rows = [
         (
             human(r["bytes"]),
-            r["kind"],
             r["family"] or "?",
-            r["format"] or "",
+            # an adapter's format says that it is one; a narrow terminal has no room to say it twice
+            r["format"] or r["kind"],
             counts(r["algorithms"]),
             " ".join(list(r["ranks"])[:4]) + (" …" if len(r["ranks"]) > 4 else ""),
             f"{len(r['problems'])}" if r["problems"] else "",
@@ -158,7 +158,7 @@ def _overview(reports: Sequence[inspect.Report], names: Mapping[str, str]) -> No
         )
         for r in (report.record for report in reports)
     ]
-    columns = ("size", "kind", "family", "format", "modules", "rank", "problems", "file")
+    columns = ("size", "family", "format", "modules", "rank", "problems", "file")
     page().print(table(columns, rows, right=("size",)))
 
 

@@ -29,6 +29,8 @@ _GAP = "  "
 _NARROW = 76
 # width in a pipe, so that no line is wrapped
 _UNWRAPPED = 10_000
+# columns by which the rest of a wrapped line is indented
+_HANG = 2
 # variables that make rich treat a pipe as a terminal
 _COLOURED = ("FORCE_COLOR", "TTY_COMPATIBLE")
 
@@ -141,7 +143,10 @@ def console(stderr: bool = False) -> Console:
 
     class Shown(Console):
         def print(self, *parts: Any, **style: Any) -> None:
-            super().print(*(safe(p) if isinstance(p, str) else p for p in parts), **style)
+            shown = [Words(p) if isinstance(p, str) else p for p in parts]
+            if shown and not style.get("no_wrap") and all(isinstance(p, Words) for p in shown):
+                shown = [_hanging(shown, self)]
+            super().print(*shown, **style)
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Shown(
@@ -151,6 +156,19 @@ def console(stderr: bool = False) -> Console:
         emoji=False,
         width=None if terminal else _UNWRAPPED,
     )
+
+
+def _hanging(parts: Sequence[Words], out: Console) -> Text:
+    """Words on one line; where it must wrap, the rest is indented under its beginning."""
+    from rich.text import Text
+
+    whole = Text(" ").join(part.__rich__() for part in parts)
+    lead = len(whole.plain) - len(whole.plain.lstrip(" "))
+    hang = lead + _HANG
+    if whole.cell_len <= out.width or out.width < 2 * hang:
+        return whole
+    first, *rest = whole[lead:].wrap(out, out.width - hang)
+    return Text("\n").join([Text(" " * lead) + first, *(Text(" " * hang) + one for one in rest)])
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> Iterator[str]:

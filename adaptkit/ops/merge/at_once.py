@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Weights
+    from adaptkit.linalg.fused import Contest
     from adaptkit.ops.merge.cutting import Part
 
 __all__ = ["Merged", "merged", "widened_factors"]
@@ -30,6 +31,12 @@ class Merged(NamedTuple):
     norms: Tensor
     unit: float = 1.0
 
+    def squares(self, known: list[float]) -> tuple[list[float], list[float], list[float]]:
+        """‖W‖², ‖ΔW‖² and ‖rounding‖² of each; `known` are ‖ΔW‖² that the norms leave out."""
+        weight, rounding, *rest = self.norms.cpu().double().square().tolist()
+        delta = [found * self.unit**2 for found in rest[0]] if rest else known
+        return weight, delta, rounding
+
 
 def widened_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored tensors of modules in float32 or wider, in one launch; flags as they are."""
@@ -40,20 +47,41 @@ def widened_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merged(
-    stored: Tensor, parts: Sequence[tuple[Part, float]], dtype: torch.dtype, *, known: bool
+    stored: Tensor,
+    parts: Sequence[tuple[Part, float]],
+    dtype: torch.dtype,
+    *,
+    known: bool,
+    contest: Contest | None = None,
 ) -> Merged:
     """W + Σ strength·ΔW of W (b, m, n), rounded once to `dtype`, and its norms.
 
-    With `known`, the caller has ‖ΔW‖ of the only part.
+    With `known`, the caller has ‖ΔW‖ of the only part. With a `contest`, a fused kernel is used
+    where it is faster.
     """
-    if len(parts) == 1:
-        part, strength = parts[0]
-        if (part.start, part.stop) == (0, stored.shape[-2]):
-            pair = part.weights.kron_factors() if known else None
-            if pair is not None:
-                return _kron(stored, pair, strength, dtype)
-            return _alone(stored, part.weights, strength, dtype)
-    return _several(stored, parts, dtype)
+    if [(part.start, part.stop) for part, _ in parts] != [(0, stored.shape[-2])]:
+        return _several(stored, parts, dtype)
+    part, strength = parts[0]
+    kron = part.weights.kron_factors()
+
+    def plain() -> Merged:
+        if known and kron is not None:
+            return _kron(stored, kron, strength, dtype)
+        return _alone(stored, part.weights, strength, dtype)
+
+    pair = part.weights.factors() if kron is None and part.weights.low_rank else kron
+    if contest is None or pair is None:
+        return plain()
+    from adaptkit.linalg.fused import fits, fused
+
+    if not fits(stored, dtype, pair):
+        return plain()
+    kind = (kron is None, stored.dtype, dtype, stored.shape[1:])
+
+    def at_once() -> Merged:
+        return Merged(*fused(stored, pair, strength, dtype, kron=kron is not None))
+
+    return contest.result(kind, str(stored.device), plain, at_once)
 
 
 def _kron(

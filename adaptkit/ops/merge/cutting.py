@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.keymap.kinds import dense_kind, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.ops.merge.plan import Contribution
 
-__all__ = ["WHOLE", "Part", "part_of", "whole_slot"]
+__all__ = ["WHOLE", "Deltas", "Part", "part_of", "whole_slot"]
 
 WHOLE = "slot"  # beside the roles of a module: all rows of its layer
 
@@ -48,6 +49,30 @@ class Part:
         if (first, last) == (self.start, self.stop):
             return self.weights.delta()
         return self.weights.some_rows(first - self.start, last - self.start)
+
+
+class Deltas:
+    """A cache of ΔW of a block of rows, for outputs that add the same weights."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.uses = Counter(part.origin for part in parts)
+        self.kept: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def of(self, part: Part, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Return (ΔW, ‖ΔW‖²) of these rows of the current block."""
+        from adaptkit.linalg.precision import norm_squared
+
+        if part.origin in self.kept:
+            return self.kept[part.origin]
+        delta = part.delta(first, last)
+        found = delta, norm_squared(delta).cpu()
+        if self.uses[part.origin] > 1:
+            self.kept[part.origin] = found
+        return found
+
+    def clear(self) -> None:
+        """Drop the cached deltas of the block."""
+        self.kept.clear()
 
 
 def whole_slot(base: Checkpoint, c: Contribution) -> dict[str, Tensor]:

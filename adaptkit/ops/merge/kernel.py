@@ -6,14 +6,14 @@ One pass serves one output or several.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
-from adaptkit.ops.merge.cutting import WHOLE, part_of, whole_slot
+from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
 from adaptkit.ops.merge.cutting import Part as _Part
 from adaptkit.ops.merge.requantise import quantised, widened
 from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.files.sink import Pieces
+    from adaptkit.linalg.fused import Contest
     from adaptkit.ops.merge.output import Output, Scattered
     from adaptkit.ops.merge.plan import Plan, TensorMerge
 
@@ -68,30 +69,6 @@ class _Target:
         return rounded
 
 
-class _Deltas:
-    """A cache of ΔW of a block of rows, for outputs that add the same weights."""
-
-    def __init__(self, targets: Sequence[_Target]) -> None:
-        self.uses = Counter(part.origin for target in targets for part, _ in target.parts)
-        self.kept: dict[Hashable, tuple[Tensor, Tensor]] = {}
-
-    def of(self, part: _Part, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Return (ΔW, ‖ΔW‖²) of these rows of the current block."""
-        from adaptkit.linalg.precision import norm_squared
-
-        if part.origin in self.kept:
-            return self.kept[part.origin]
-        delta = part.delta(first, last)
-        found = delta, norm_squared(delta).cpu()
-        if self.uses[part.origin] > 1:
-            self.kept[part.origin] = found
-        return found
-
-    def clear(self) -> None:
-        """Drop the cached deltas of the block."""
-        self.kept.clear()
-
-
 class Blender:
     """Read and merge tensors of one base; a single plan is a batch of one."""
 
@@ -103,6 +80,13 @@ class Blender:
         self.base = plans[0].base
         # ‖ΔW‖² of the Kronecker products by tensor and source, on devices
         self.norms: dict[tuple[str, int], float] = {}
+
+    @cached_property
+    def contest(self) -> Contest:
+        """Which of two ways of a merge is faster on the device."""
+        from adaptkit.linalg.fused import Contest
+
+        return Contest()
 
     def load(self, joint: JointMerge) -> dict[str, Tensor]:
         """Read the weight, its scale, and the factors of every output."""
@@ -193,7 +177,7 @@ class Blender:
             empty((batch, k, n), compute_dtype(stored), flat.device) for _ in range(3)
         )
         weight = torch.zeros(batch, dtype=torch.float64)
-        deltas = _Deltas(targets)
+        deltas = Deltas(part for target in targets for part, _ in target.parts)
         for start in range(0, m, k):
             stop = min(m, start + k)
             before, after, rest = (block[:, : stop - start] for block in (old, new, spare))
@@ -277,10 +261,10 @@ class Blender:
         parts = list(self._parts(number, joints[0], tensors, flat.shape[1]))
         deltas = [self._known(number, joint) for joint in joints]
         dtype = torch_dtype(_present(joints[0].merges[number]).dtype)
-        made = merged(flat, parts, dtype, known=None not in deltas)
-        weight, rounding, *rest = made.norms.cpu().double().square().tolist()
-        units = [known * parts[0][1] ** 2 for known in deltas if known is not None]
-        delta = [found * made.unit**2 for found in rest[0]] if rest else units
+        contest = self.contest if flat.device.type == "cuda" else None
+        made = merged(flat, parts, dtype, known=None not in deltas, contest=contest)
+        told = [known * parts[0][1] ** 2 for known in deltas if known is not None]
+        weight, delta, rounding = made.squares(told)
         shape = self.base.source.infos[joints[0].name].shape
         host = made.out.cpu().reshape(len(joints), *shape)
         return [
@@ -399,7 +383,7 @@ class Blender:
 
 
 def _blended(
-    target: _Target, deltas: _Deltas, start: int, before: Tensor, after: Tensor, spare: Tensor
+    target: _Target, deltas: Deltas, start: int, before: Tensor, after: Tensor, spare: Tensor
 ) -> Tensor:
     """Put W + Σ strength·ΔW of a block of rows into `after`; return ‖after − before‖²."""
     import torch
