@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import weakref
@@ -26,7 +25,7 @@ def files(tmp_path: Path) -> Path:
     made = lora()
     made.metadata = {"note": "x" * 50_000}
     first = made.save(home / "f00.safetensors")
-    for n in range(1, 40):
+    for n in range(1, 12):
         shutil.copy(first, home / f"f{n:02}.safetensors")
     return home
 
@@ -39,7 +38,6 @@ def test_no_report_is_kept_whole(
     most = []
 
     def watched(*given: Any) -> inspect.Report:
-        gc.collect()
         alive = filter(None, (one() for one in seen))
         most.append(sum("metadata" in one.record for one in alive))
         report = plain(*given)
@@ -50,9 +48,9 @@ def test_no_report_is_kept_whole(
     monkeypatch.setattr(folder, "_PAYS", 1e9)
     done = adaptkit("inspect", files, *options)
     assert done.returncode == 0, done.stderr
-    assert len(most) == 40
+    assert len(most) == 12
     assert max(most) <= 2
-    assert done.stdout.count("f39.safetensors") == 1
+    assert done.stdout.count("f11.safetensors") == 1
 
 
 def test_the_json_of_a_stream_is_that_of_a_list(files: Path) -> None:
