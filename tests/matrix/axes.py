@@ -11,7 +11,7 @@ from tests.matrix.build import Adapter, groups, layers
 from tests.matrix.verbs import Cell
 
 SEED = "adaptkit"
-SHARE = 10  # the default run takes one cell in this many
+SHARE = 20  # the default run takes one cell in this many
 
 WRITERS = ("kohya", "lycoris", "diffusers", "peft", "comfy", "onetrainer", "bare")
 SPECIAL = ("diffusers-old", "xlabs", "omi")

@@ -359,9 +359,9 @@ def every() -> tuple[Cell, ...]:
     return tuple(found.values())
 
 
-def tenth() -> tuple[Cell, ...]:
+def some() -> tuple[Cell, ...]:
     """The default run's share: the same on every worker and machine."""
     return tuple(cell for cell in every() if number(cell.id) % SHARE == 0)
 
 
-__all__ = ["every", "tenth"]
+__all__ = ["every", "some"]

@@ -222,13 +222,15 @@ def _noise(rounded: Tensor, delta: Tensor) -> list[float]:
 
 
 def _left(rounded: Weights, delta: Tensor, norm: float) -> float:
-    """‖Δ − stored‖² of a kind that is made by rows, without a second Δ; `norm` is ‖Δ‖²."""
+    """‖Δ − stored‖²; `norm` is ‖Δ‖². A kind that is made by rows needs no second Δ."""
     from adaptkit.linalg.lowrank import product_distance
     from adaptkit.linalg.precision import norm_squared, row_blocks
 
     thin = rounded.thin_factors() if rounded.low_rank else None
     if thin is not None and (found := product_distance(delta, *thin, norm)) is not None:
         return found
+    if not rounded.by_rows:
+        return float(norm_squared(delta - rounded.delta()))
     made = rounded.computed()
     each = [
         norm_squared(delta[rows] - made.some_rows(rows.start, rows.stop))
