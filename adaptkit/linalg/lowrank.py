@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -385,7 +386,10 @@ def product_distance(a: Tensor, left: Tensor, right: Tensor, total: float) -> fl
     """
     if works_on_stacks(a.device) or not supports_float64(a.device):
         return None
-    across = (right.to(a.dtype) @ a.mT).double()
     left, right = left.double(), right.double()
+    # by a power of two, which changes no bit: products with tiny differences leave float32
+    size = math.sqrt(total / a.numel()) * float(right.abs().amax())
+    unit = 2.0 ** (-40 - math.frexp(size)[1]) if size > 0 else 1.0
+    across = ((right * unit).to(a.dtype) @ a.mT).double() / unit
     found = total - 2.0 * float((across * left.mT).sum()) + float(product_norm_squared(left, right))
     return found if found >= EXPLICIT * total else None
