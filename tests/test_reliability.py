@@ -17,7 +17,18 @@ from adaptkit.errors import AdaptkitError, InternalError, NonFinite, OverLimit, 
 from adaptkit.files import limits
 from adaptkit.keymap.patterns import Patterns
 from adaptkit.ops import convert, extract, inspect, merge, resize
-from tests.fuzz.files import DIFFUSERS, SINGLE, STEM, File, checkpoint, lora, text
+from tests.fuzz.files import (
+    DIFFUSERS,
+    SINGLE,
+    STEM,
+    File,
+    checkpoint,
+    lora,
+    text,
+    torch_legacy,
+    torch_pickle,
+    torch_zip,
+)
 from tests.fuzz.hostile import HEADERS, PICKLES
 
 LAUGH = b"K\x01" + b"2\x86" * 60  # sixty tuples, each of the one before, twice
@@ -84,6 +95,20 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "shared-key": (lambda p: zipped(p, b"\x80\x02}(" + LAUGH + b"K\x01u."), "a name in a table"),
     "shared-protocol": (_legacy, "unknown version ? of torch's legacy format"),
     "packed-nones": (lambda p: zipped(p, b"\x80\x02(" + b"N" * 5_000_000 + b"l."), "the limit 'packed pickle'"),
+    **{
+        name: (lambda p, raw=raw: zipped(p, raw()), "the limit 'packed pickle'")
+        for name, raw in {
+            "packed-over": lambda: b"\x80\x02(" + b"N" * (40 << 20) + b"l.",
+            "packed-dicts": lambda: b"\x80\x02(" + b"}" * 5_000_000 + b"l.",
+            "packed-memo": lambda: b"\x80\x02(" + b"}\x94" * 2_500_000 + b"l.",
+            "packed-copies": lambda: b"\x80\x02]" + b"(2" * 2_500_000 + b".",
+            "packed-integer": lambda: b"\x80\x02\x8b" + struct.pack("<i", 5 << 20) + b"\x7f" * (5 << 20) + b".",
+            "packed-decimal": lambda: b"I" + b"9" * (4 << 20) + b"\n.",
+            "packed-long-decimal": lambda: b"\x80\x02L" + b"9" * (4 << 20) + b"L\n.",
+        }.items()
+    },
+    "long-decimal": (lambda p: zipped(p, b"\x80\x02L" + b"9" * 500_000 + b"L\n."), "the limit 'digits'"),
+    "decimal": (lambda p: zipped(p, b"I" + b"9" * 500_000 + b"\n."), "the limit 'digits'"),
     "stored-nones": (
         lambda p: zipped(p, b"\x80\x02(" + b"N" * 300_000 + b"l.", packed=False),
         "the limit 'pickle steps'",
@@ -184,6 +209,28 @@ def test_the_others_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert found.stderr.count("error:") == 1
 
 
+@pytest.mark.parametrize("make", [torch_zip, torch_pickle, torch_legacy])
+def test_a_pickle_cut_anywhere_is_refused(make: Callable[[], bytes], tmp_path: Path) -> None:
+    raw, path = make(), tmp_path / "x.ckpt"
+    for length in range(0, len(raw) - 1, 9):
+        path.write_bytes(raw[:length])
+        error = inspect.run(path).error
+        assert error is not None, length
+        assert not isinstance(error, InternalError), error
+
+
+def test_a_link_in_a_zip_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(torch_zip())
+    (tmp_path / "secret").write_bytes(bytes(64))
+    link = zipfile.ZipInfo("archive/link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(link, str(tmp_path / "secret"))
+    assert inspect.run(path).error is None
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["secret", "x.ckpt"]
+
+
 # numbers ------------------------------------------------------------------------------------
 
 
@@ -227,9 +274,13 @@ def test_denormals_become_no_nan(tmp_path: Path, value: float) -> None:
         tensors[f"{STEM}{module}.lora_up.weight"] = torch.ones(320, 4)
     save_file(tensors, source)
     out.write_bytes(b"old")
+    failed = None
     try:
         _resize(source, out, rank=1)
-    except AdaptkitError:
+    except AdaptkitError as error:
+        failed = error
+    if failed is not None:
+        assert failed.file in (str(source), str(out))
         assert out.read_bytes() == b"old"
     else:
         assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(out).values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import CorruptFile
@@ -13,6 +12,7 @@ from adaptkit.files.tensors import check_finite, spec_of, tensor_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -27,15 +27,17 @@ __all__ = ["Spool"]
 class Spool:
     """Tensors in memory up to `limit` bytes, then in a temporary file.
 
-    Pass the output's folder as `folder`: the system's temporary folder may be memory (tmpfs).
+    Pass the output that errors name: the file is in its folder, as the system's temporary folder
+    may be memory (tmpfs).
     A context manager; leaving the block frees memory and file.
     """
 
-    def __init__(self, limit: int, folder: str | Path | None = None) -> None:
+    def __init__(self, limit: int, output: Path) -> None:
         import tempfile
 
         self.limit = limit
-        self.folder = Path(tempfile.gettempdir() if folder is None else folder)
+        self.output = output
+        self.folder = output.parent
         # SIM115: closed by `close`
         self._file = tempfile.SpooledTemporaryFile(dir=str(self.folder))  # noqa: SIM115
         self._places: dict[str, tuple[TensorSpec, int, int]] = {}
@@ -44,7 +46,7 @@ class Spool:
 
     def append(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a copy of a computed tensor under a new name; `NonFinite` unless all are numbers."""
-        check_finite(tensor, name, self.folder)
+        check_finite(tensor, name, self.output)
         data = tensor_bytes(tensor)
         with self._lock, self._os_errors():
             if name in self._places:

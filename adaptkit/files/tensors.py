@@ -95,7 +95,7 @@ def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
     if not finite(tensor):
         raise NonFinite(
             "it would hold NaN or infinity, so nothing is written",
-            hint="the input holds some, or numbers too large to compute with; "
+            hint="the input holds some, or numbers too large or too small to compute with; "
             "`adaptkit inspect --stats` tells which tensors",
             file=path,
             tensor=name,

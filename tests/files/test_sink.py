@@ -600,7 +600,7 @@ def test_long_names(tmp_path):
 @pytest.mark.parametrize("limit", [0, 100, 1 << 20])
 def test_spool(tmp_path, limit):
     state = example()
-    with Spool(limit, tmp_path) as spool:
+    with Spool(limit, tmp_path / "out") as spool:
         for name, tensor in state.items():
             spool.append(name, tensor)
         assert spool.specs() == specs_of(state)
@@ -616,9 +616,12 @@ def test_spool(tmp_path, limit):
 
 
 def test_spool_faults(tmp_path):
-    with Spool(0, tmp_path / "none") as spool, pytest.raises(CannotWrite, match="no folder"):
+    with (
+        Spool(0, tmp_path / "none" / "out") as spool,
+        pytest.raises(CannotWrite, match="no folder"),
+    ):
         spool.append("x", torch.ones(1))
-    with Spool(0, tmp_path) as spool:
+    with Spool(0, tmp_path / "out") as spool:
         spool.append("x", torch.ones(4))
         spool._file.truncate(3)
         with (

@@ -41,7 +41,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
     started = time.perf_counter()
     resources = engine.Resources.choose(plan.options.device, plan.options.memory)
     looked = probe(plan.base, plan.tuned, plan.jobs, resources, progress)
-    with Spool(SPOOL, plan.output.parent) as spool:
+    with Spool(SPOOL, plan.output) as spool:
         fitting = _Fitting(plan, looked, spool, resources)
         fitting.run(progress)
         result = Result(plan, looked, [(job, fitting.found[job.number]) for job in plan.jobs])

@@ -78,7 +78,7 @@ def run(plan: Recast, progress: Progress | None = None) -> Report:
 def _spool(plan: Recast) -> Any:
     from adaptkit.files.spool import Spool
 
-    return Spool(SPOOL, plan.output.parent)
+    return Spool(SPOOL, plan.output)
 
 
 def _held(result: Stored | Decomposition | Cut) -> int:
