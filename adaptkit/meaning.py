@@ -222,6 +222,8 @@ class Meaning:
         return Problem("warning", None, what)
 
     def _configured(self, component: str, module: str) -> Stated | None:
+        if not self.configs:  # of most files: asked for every module
+            return None
         part = component if self.configs.get(component) else ""
         config = self.configs.get(part) or {}
         usual = config.get("lora_alpha", config.get("alpha"))

@@ -8,7 +8,7 @@ import pytest
 
 from adaptkit.adapter import Adapter
 from adaptkit.checkpoint import Checkpoint
-from adaptkit.detect import Nearest, detect_adapter, detect_checkpoint, families, sizes
+from adaptkit.detect import Nearest, detect_adapter, detect_checkpoint, families, search, sizes
 from adaptkit.detect.evidence import CheckpointFile
 from adaptkit.errors import NoSuchName, UnknownAdapter
 from adaptkit.files.header import TensorInfo
@@ -169,8 +169,25 @@ def test_a_toys_sizes_say_nothing_and_every_family_of_the_names_is_said(
     found = detect_adapter(lora_infos({stem: (48, 48)}), {})
     assert found.family == "flux"
     assert {"krea2", "sd3", "qwen-image", "hunyuan-image"} < set(found.alternatives)
+    monkeypatch.setattr(search, "KEPT", 0)  # a header seen before is judged anew
     monkeypatch.setattr(sizes, "NARROW", 16)
     assert detect_adapter(lora_infos({stem: (48, 48)}), {}).family is None
+
+
+def test_headers_of_one_layout_are_judged_once_and_by_their_own_metadata() -> None:
+    stems = {"transformer.transformer_blocks.0.attn.to_k": (48, 48)}
+    alike, other = lora_infos(stems), lora_infos(dict.fromkeys(stems, (64, 48)))
+    moved = {name: info._replace(start=8, stop=16) for name, info in alike.items()}
+    search.scored.cache_clear()
+    first, second = (detect_adapter(infos, {}) for infos in (alike, moved))
+    assert first == second
+    assert search.scored.cache_info()[:2] == (1, 1)
+    told = detect_adapter(moved, {"ss_base_model_version": "krea2"})
+    assert (told.family, search.scored.cache_info().hits) == ("krea2", 2)
+    detect_adapter(other, {})  # other sizes
+    detect_adapter(dict(reversed(alike.items())), {})  # another order, which samples are taken by
+    detect_adapter(alike, {}, family="flux")
+    assert search.scored.cache_info().misses == 4
 
 
 def test_a_width_that_a_family_has_not_is_unknown_unless_the_family_is_given() -> None:
@@ -238,6 +255,7 @@ def test_marks_count_without_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
         for letter in "kv"
     }
     assert detect_adapter(lora_infos(stems), {}).family is None
+    monkeypatch.setattr(search, "KEPT", 0)  # a header seen before is judged anew
     monkeypatch.setattr(sizes, "MARKS", 0.0)
     assert detect_adapter(lora_infos(stems), {}).family == "sd1"
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
+from adaptkit.detect.beginnings import beginning_of, begun, checkpoint_heads, starts
 from adaptkit.detect.evidence import SAMPLE, AdapterFile, CheckpointFile
 from adaptkit.errors import NoSuchName
 from adaptkit.keymap import (
     compile_checkpoint,
     compile_keys,
-    prefixes,
     split_suffix,
     unwrapped,
     wrapper,
@@ -25,10 +25,10 @@ from adaptkit.keymap import (
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
     from adaptkit.detect.evidence import File
-    from adaptkit.families.contract import Component, ModelFamily
+    from adaptkit.families.contract import ModelFamily
     from adaptkit.files.header import TensorInfo
     from adaptkit.formats.contract import KeyFormat
 
@@ -50,11 +50,10 @@ _FOREIGN = re.compile(
     r"|\.alpha$|\.[ab][12]\.weight$"
 )
 
-_HEAD = re.compile(r"[^{\d]*")
-_NUMBER = re.compile(r"\d+")
 # suffixes that checkpoints have too
 _PLAIN = frozenset({"weight", "bias", "scale", "up.weight", "down.weight"})
 
+KEPT = 8192  # tensors: the headers that are kept for the next file take 40 MB at most
 FEW = 1 / 16  # share of a sample, far from ENOUGH of a file
 ENOUGH = 0.5  # share of the keys; another family that shares a few names claims fewer
 
@@ -206,6 +205,27 @@ def _detected(
     family: str | None,
     format: str | None,
 ) -> Detection:
+    layout = tuple((name, info.dtype, info.shape) for name, info in infos.items())
+    judged = scored if len(infos) <= KEPT else scored.__wrapped__
+    ordered, file = judged(_Header(layout, infos), family, format)
+    return _decide(ordered, len(infos), metadata, file, bool(family))
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The tensors of a file; equal to those of another file of the same names, kinds and sizes."""
+
+    layout: tuple[tuple[str, str, tuple[int, ...]], ...]
+    infos: Mapping[str, TensorInfo] = field(compare=False)
+
+
+# one trainer's files in a folder are laid out alike; few are kept
+@lru_cache(maxsize=8)
+def scored(
+    header: _Header, family: str | None, format: str | None
+) -> tuple[list[_Score], AdapterFile]:
+    """The scores of the families and formats worth it, in the order of the tables."""
+    infos = header.infos
     stems = Counter(found[0] for name in infos if (found := split_suffix(name)) is not None)
     names = chosen("family", families(), family)
     pairs = [
@@ -225,8 +245,7 @@ def _detected(
             continue
         first, second = max(first, score.claimed), max(second, min(first, score.claimed))
     # in the order of the tables, which breaks ties
-    ordered = [scores[pair] for pair in pairs if pair in scores]
-    return _decide(ordered, len(infos), metadata, file, bool(family))
+    return [scores[pair] for pair in pairs if pair in scores], file
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,26 +279,19 @@ class _Pair:
         )
 
 
-@cache
-def _starts(format: str) -> tuple[str, ...]:
-    """Every prefix of a format, over all families."""
-    parts = (part for family in families().values() for part in family.components)
-    return tuple(dict.fromkeys(p for part in parts for p in prefixes(part, formats()[format])))
-
-
 def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> Iterator[_Pair]:
     """The families worth scoring in a format, judged by a sample."""
-    starts = _starts(format)
-    found = [stem for stem in stems if stem.startswith(starts)]
+    begins = starts(format)
+    found = [stem for stem in stems if stem.startswith(begins)]
     if not found:
         return
     groups: dict[str, list[str]] = {}
-    beginnings = list(map(_beginning(format), found))
+    beginnings = list(map(beginning_of(format), found))
     for start, stem in zip(beginnings, found, strict=True):
         groups.setdefault(start, []).append(stem)
     like: dict[str, list[str]] = {}
     for start in groups:
-        for name in _begun(start, format):
+        for name in begun(start, format):
             like.setdefault(name, []).append(start)
     every = max(1, len(found) // SAMPLE)
     sample, sampled = found[::every], Counter(beginnings[::every])
@@ -296,47 +308,6 @@ def _likely(stems: Mapping[str, int], format: str, names: Sequence[str]) -> Iter
             yield _Pair(name, format, *same[mine], sample, total)
 
 
-# files of a folder begin alike; bounded, as a stranger's file may begin in any way
-@lru_cache(maxsize=4096)
-def _begun(beginning: str, format: str) -> tuple[str, ...]:
-    """The families that have names with this beginning in a format."""
-    return tuple(name for name in families() if beginning.startswith(_heads(name, format)))
-
-
-@cache
-def _beginning(format: str) -> Callable[[str], str]:
-    """The part of a stem that holds every head it may have: it has as many numbers as any head."""
-    numbers = max(
-        (len(_NUMBER.findall(head)) for name in families() for head in _heads(name, format)),
-        default=0,
-    )
-    pattern = re.compile(rf"(?:\D*\d+){{0,{numbers}}}\D*")
-    return lambda stem: pattern.match(stem)[0]  # type: ignore[index]
-
-
-@cache
-def _heads(family: str, format: str) -> tuple[str, ...]:
-    """The beginnings of a family's names up to the first number.
-
-    They rule out most families without compiling their tables.
-    """
-    kind = formats()[format]
-    found: dict[str, None] = {}
-    for part in families()[family].components:
-        if starts := prefixes(part, kind):
-            words = [word.replace(".", kind.joiner) for word in _words(part)]
-            found |= dict.fromkeys(start + word for start in starts for word in words)
-    return tuple(found)
-
-
-@cache
-def _words(part: Component) -> tuple[str, ...]:
-    """The beginnings of a component's module names up to the first number."""
-    modules = (name.module for row in part.rows for names in row.names.values() for name in names)
-    # the pattern matches any string, if only at its start
-    return tuple({_HEAD.match(module)[0]: None for module in modules})  # type: ignore[index]
-
-
 def detect_checkpoint(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], *, family: str | None = None
 ) -> Detection:
@@ -349,7 +320,7 @@ def detect_checkpoint(
     beside = tuple(chain.from_iterable(apart))
     own = [name for name in infos if not name.startswith(beside)]
     sample = own[:: max(1, len(own) // SAMPLE)]
-    near = {name: sum(key.startswith(_checkpoint_heads(name)) for key in sample) for name in names}
+    near = {name: sum(key.startswith(checkpoint_heads(name)) for key in sample) for name in names}
     counts: dict[str, int] = {}
     for name in sorted(names, key=lambda name: -near[name]):
         keys = compile_checkpoint(name)
@@ -363,16 +334,6 @@ def detect_checkpoint(
     # in the order of the tables, which breaks ties
     scores = [_Score(counts[name], name, None) for name in names if name in counts]
     return _decide(scores, len(own), metadata, CheckpointFile(infos, own), bool(family))
-
-
-@cache
-def _checkpoint_heads(family: str) -> tuple[str, ...]:
-    """The beginnings of a family's checkpoint keys up to the first number."""
-    found: dict[str, None] = {}
-    for part in families()[family].components:
-        for start in chain.from_iterable(part.checkpoints.values()):
-            found |= dict.fromkeys(start + word for word in _words(part))
-    return tuple(found)
 
 
 def _decide(

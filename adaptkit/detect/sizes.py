@@ -75,9 +75,11 @@ class Sizes:
         return self._found[stem]
 
     def _group(self) -> None:
+        keys: dict[str, list[str]] = {}
         for name in self._infos:
             if (found := split_suffix(name)) is not None:
-                self._keys.setdefault(found[0], []).append(name)
+                keys.setdefault(found[0], []).append(name)
+        self._keys = keys  # at once: several threads may ask
 
 
 def _size(infos: Iterable[TensorInfo]) -> Size | None:

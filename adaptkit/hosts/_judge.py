@@ -17,7 +17,7 @@ from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from adaptkit.adapter import Adapter
@@ -157,7 +157,8 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
 def _knows(host: Host, format: str, family: str, pieces: tuple[Piece, ...]) -> bool:
     """Whether a host was tried with every module of a file under its name."""
     table = _table(host, format, family, pieces)
-    return all(reads(table, piece) is not None for piece in pieces)
+    told = {(piece.slot.component, piece.names): piece for piece in pieces}  # few rows, many blocks
+    return all(reads(table, piece) is not None for piece in told.values())
 
 
 def _table(
@@ -195,10 +196,16 @@ def _lost(
     found: dict[Loss, list[Piece]] = {}
     unread = 0
     bearers: list[bool] = []  # of those that `none` is about, which are read
+    # a file has many modules, of few kinds
+    alike: dict[Hashable, tuple[list[Loss], bool]] = {}
     for piece in pieces:
+        likeness = piece.likeness
+        if likeness not in alike:
+            fitting = [loss for loss in conditions if loss.fits(piece, common)]
+            alike[likeness] = fitting, reads(table, piece) is False
+        fitting, missed = alike[likeness]
         # a loss of the whole file outweighs any other reason
-        loss = next((loss for loss in conditions if loss.holds(piece, common)), None)
-        missed = reads(table, piece) is False
+        loss = next((loss for loss in fitting if loss.about(piece)), None)
         if none is not None and none.holds(piece, common):
             bearers.append(not missed)
         if missed:

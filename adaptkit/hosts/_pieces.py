@@ -190,13 +190,12 @@ def _names(keys: KeyMap, slot: Slot, module: str) -> tuple[tuple[str, str], ...]
     row = keys.row(slot.target)
     found: list[tuple[str, str]] = []
     for naming, names in {} if row is None else row.names.items():
-        try:
-            if keys.module(_weight(slot), naming) == module:
-                name = next(name for name in names if name.rows == slot.rows)
-                if not name.transposed:  # no adapter is named so
-                    found.append((naming, name.module))
-        except NotRepresentable:  # this naming splits the module differently
+        # a naming without such rows splits the module differently
+        name = next((name for name in names if name.rows == slot.rows), None)
+        if name is None or name.transposed:  # no adapter is named so
             continue
+        if keys.filled(name.module, slot.target) == module:
+            found.append((naming, name.module))
     return tuple(found)
 
 

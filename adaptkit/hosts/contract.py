@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
 
     from adaptkit.keymap import Dialect
     from adaptkit.names import Slot
@@ -92,6 +92,14 @@ class Piece:
         """The namings in which the module has the file's name."""
         return frozenset(naming for naming, _ in self.names)
 
+    @property
+    def likeness(self) -> Hashable:
+        """All that a loss asks of a module besides its name in the model, and a table of names."""
+        return (
+            self.slot.component, self.algorithm, self.names, self.suffixes, self.kernel,
+            self.alpha, self.told, self.stated, self.loose, self.axis,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -130,10 +138,17 @@ class Loss:
 
         `common` is the most common alpha of each component.
         """
+        return self.about(piece) and self.fits(piece, common)
+
+    def about(self, piece: Piece) -> bool:
+        """Whether the name of a module in the model fulfils the condition on it."""
+        return not self.modules or re.search(self.modules, str(piece.slot.target)) is not None
+
+    def fits(self, piece: Piece, common: Mapping[str, float]) -> bool:
+        """Whether a module fulfils all other conditions, which ask no more than its likeness."""
         denoiser = not piece.slot.component.startswith(("text_encoder", "text_conditioner"))
         return (
-            (not self.modules or re.search(self.modules, str(piece.slot.target)) is not None)
-            and (not self.algorithms or piece.algorithm in self.algorithms)
+            (not self.algorithms or piece.algorithm in self.algorithms)
             and piece.algorithm not in self.besides
             and (not self.named or self.named in piece.namings)
             and (not self.unnamed or (denoiser and self.unnamed not in piece.namings))

@@ -230,6 +230,11 @@ class KeyMap:
             )
         return fill(_joined(name.module, self.format.joiner), found[1])
 
+    def filled(self, name: str, target: Target) -> str:
+        """A name of a target's row, as this format joins it, with the target's indices."""
+        found = find_row(self.family, target.component, target.module)
+        return fill(_joined(name, self.format.joiner), found[1] if found else {})
+
     def swapped(self, slot: Slot) -> bool:
         """Whether this format stores a slot's rows with their halves swapped."""
         row = self.row(slot.target)

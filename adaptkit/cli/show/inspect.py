@@ -70,7 +70,8 @@ def inspected(
     if as_json:
         document("inspect", {"files": [_with_lists(report, keys, modules) for report in reports]})
     elif not quiet:
-        _show([_cleaned(report) for report in reports], clean(names), keys, modules)
+        shown = [_cleaned(report, keys, modules) for report in reports]
+        _show(shown, clean(names), keys, modules)
     for report in reports:
         if report.error is not None:
             fault(report.error)
@@ -99,10 +100,15 @@ def streamed(
     return broken
 
 
-def _cleaned(report: inspect.Report) -> inspect.Report:
-    """The report with every text of the file escaped, for a terminal."""
-    lists = {"keys": clean(report.keys), "modules": clean(report.modules)}
-    return replace(report, record=clean(report.record), **lists)
+def _cleaned(report: inspect.Report, keys: bool, modules: bool) -> inspect.Report:
+    """The report with every text of the file escaped, for a terminal; no list that is not shown."""
+    mapped = modules or bool(report.record.get("blocks"))  # the heat map is drawn of modules
+    return replace(
+        report,
+        record=clean(report.record),
+        keys=clean(report.keys) if keys else (),
+        modules=clean(report.modules) if mapped else (),
+    )
 
 
 def _with_lists(report: inspect.Report, keys: bool, modules: bool) -> dict[str, Any]:

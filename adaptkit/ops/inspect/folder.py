@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -93,7 +94,9 @@ def _spread(
 
     size = min(_CHUNK, max(1, len(paths) // (4 * _WORKERS)))
     chunks = [paths[n : n + size] for n in range(0, len(paths), size)]
-    with ProcessPoolExecutor(_WORKERS - 1, get_context("spawn")) as pool:
+    # a new process would search headers for cycles as often as Python does by itself
+    settings = gc.set_threshold, gc.get_threshold()
+    with ProcessPoolExecutor(_WORKERS - 1, get_context("spawn"), *settings) as pool:
         jobs = [pool.submit(_run, list(map(str, chunk)), options) for chunk in reversed(chunks)]
         for chunk, job in zip(chunks, reversed(jobs), strict=True):
             if not job.cancel():

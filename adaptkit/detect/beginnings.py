@@ -1,0 +1,94 @@
+"""The families whose names begin like a file's, found without compiling their tables."""
+
+from __future__ import annotations
+
+import re
+from functools import cache, lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from adaptkit.keymap import prefixes
+from adaptkit.registry import discover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from adaptkit.families.contract import Component, ModelFamily
+    from adaptkit.formats.contract import KeyFormat
+
+__all__ = ["beginning_of", "begun", "checkpoint_heads", "starts"]
+
+_HEAD = re.compile(r"[^{\d]*")
+_NUMBER = re.compile(r"\d+")
+
+
+def _families() -> Mapping[str, ModelFamily]:
+    return discover("adaptkit.families", "FAMILY")
+
+
+def _formats() -> Mapping[str, KeyFormat]:
+    return discover("adaptkit.formats", "FORMAT")
+
+
+@cache
+def starts(format: str) -> tuple[str, ...]:
+    """Every prefix of a format, over all families."""
+    parts = (part for family in _families().values() for part in family.components)
+    return tuple(dict.fromkeys(p for part in parts for p in prefixes(part, _formats()[format])))
+
+
+# files of a folder begin alike; bounded, as a stranger's file may begin in any way
+@lru_cache(maxsize=4096)
+def begun(beginning: str, format: str) -> tuple[str, ...]:
+    """The families that have names with this beginning in a format."""
+    kind = _formats()[format]
+    return tuple(name for name, family in _families().items() if _begins(beginning, family, kind))
+
+
+def _begins(beginning: str, family: ModelFamily, kind: KeyFormat) -> bool:
+    """Whether a family has names with this beginning."""
+    for part in family.components:
+        for start in prefixes(part, kind):
+            # the prefix first: it rules out most components without their words
+            if beginning.startswith(start) and beginning.startswith(
+                _joined(part, kind.joiner), len(start)
+            ):
+                return True
+    return False
+
+
+@cache
+def beginning_of(format: str) -> Callable[[str], str]:
+    """The part of a stem that holds every head it may have: it has as many numbers as any head."""
+    # words end before their first number, so a head has the numbers of its prefix
+    numbers = max((len(_NUMBER.findall(start)) for start in starts(format)), default=0)
+    pattern = re.compile(rf"(?:\D*\d+){{0,{numbers}}}\D*")
+    return lambda stem: pattern.match(stem)[0]  # type: ignore[index]
+
+
+@cache
+def _joined(part: Component, joiner: str) -> tuple[str, ...]:
+    """The beginnings of a component's module names as a format joins them."""
+    return tuple(word.replace(".", joiner) for word in _words(part))
+
+
+@cache
+def _words(part: Component) -> tuple[str, ...]:
+    """The beginnings of a component's module names up to the first number.
+
+    They rule out most families without compiling their tables.
+    """
+    found = (name.module for row in part.rows for names in row.names.values() for name in names)
+    modules = {module.partition("{")[0]: None for module in found}
+    # the pattern matches any string, if only at its start
+    return tuple({_HEAD.match(module)[0]: None for module in modules})  # type: ignore[index]
+
+
+@cache
+def checkpoint_heads(family: str) -> tuple[str, ...]:
+    """The beginnings of a family's checkpoint keys up to the first number."""
+    found: dict[str, None] = {}
+    for part in _families()[family].components:
+        for start in chain.from_iterable(part.checkpoints.values()):
+            found |= dict.fromkeys(start + word for word in _words(part))
+    return tuple(found)
