@@ -77,6 +77,7 @@ class Reader:
                 if not self._busy and self._file is not None:
                     self._file.close()
                     self._file = None
+                    _POOL.forget(self)
             finally:
                 self._lock.release()
 
@@ -146,28 +147,57 @@ class Reader:
                     file.close()
                     raise
                 self._file = file
-                _READERS.add(self)
+                _POOL.hold(self)
             return self._file
 
     def close(self) -> None:
         """Free the file handle."""
         with self._lock:
             file, self._file = self._file, None
+            _POOL.forget(self)
         if file is not None:
             file.close()
 
 
-# readers that may hold an open file: a model of 500 shards exceeds what a process may have open
-_READERS: weakref.WeakSet[Reader] = weakref.WeakSet()
+class _Pool:
+    """Readers that hold an open file: a model of 500 shards exceeds what a process may open.
+
+    macOS lets a process have 256 files open. Most of them are left to imports, outputs and logs.
+    """
+
+    most = 100
+
+    def __init__(self) -> None:
+        self._open: weakref.WeakSet[Reader] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def hold(self, reader: Reader) -> None:
+        with self._lock:
+            self._open.add(reader)
+
+    def forget(self, reader: Reader) -> None:
+        with self._lock:
+            self._open.discard(reader)
+
+    def make_room(self, most: int = most) -> None:
+        """Close the files that nobody reads, if at least `most` are open."""
+        with self._lock:
+            readers = list(self._open)
+        if len(readers) >= most:
+            for reader in readers:
+                reader.park()
+
+
+_POOL = _Pool()
 
 
 def _open_raw(path: Path) -> io.FileIO:
     """Open a file; if too many are open, close those that nobody reads."""
+    _POOL.make_room()
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-    for reader in list(_READERS):
-        reader.park()
+    _POOL.make_room(0)
     return path.open("rb", buffering=0)
