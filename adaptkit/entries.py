@@ -332,6 +332,8 @@ def shared_as(name: str) -> str | None:
 
     `base_model.vera_A`, perhaps followed by PEFT's name of the adapter.
     """
+    if not name.startswith("base_model."):  # asked of every tensor
+        return None
     parts = name.split(".", 3)
     if not 1 < len(parts) < 4 or parts[0] != "base_model":
         return None

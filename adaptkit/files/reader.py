@@ -50,8 +50,14 @@ class Reader:
 
     def into(self, view: memoryview, start: int, tensor: str) -> None:
         """Fill `view` with the bytes from `start` on; `CorruptFile` at a premature end."""
-        with self._using() as file:
-            self._fill(file, view, start, tensor)
+        # as `_using` does, without its generator: a file has an alpha for every module
+        with self._lock:
+            self._busy += 1
+        try:
+            self._fill(self._opened(), view, start, tensor)
+        finally:
+            with self._lock:
+                self._busy -= 1
 
     @contextmanager
     def _using(self) -> Iterator[io.FileIO]:

@@ -185,7 +185,6 @@ def _lost(
     found_out = cell.check(pieces) if cell is not None and cell.check is not None else None
     if found_out is not None and found_out.whole:
         return {found_out: list(pieces)}
-    common = common_alphas(pieces)
     table = _table(host, format, family, pieces)
     more = () if found_out is None else (found_out,)
     conditions = sorted(
@@ -193,6 +192,8 @@ def _lost(
     )
     name = (cell.unread if cell else None) or host.unread
     none = cell.none if cell else None
+    asked = any(loss.odd for loss in (*conditions, *(() if none is None else (none,))))
+    common = common_alphas(pieces) if asked else {}
     found: dict[Loss, list[Piece]] = {}
     unread = 0
     bearers: list[bool] = []  # of those that `none` is about, which are read

@@ -56,6 +56,8 @@ def find_row(family: ModelFamily, component: str, module: str) -> tuple[Row, dic
     return _rows(family).get(component, _NO_ROWS).match(module)
 
 
+# a report names a module as often as it has lists of them
+@lru_cache(maxsize=16384)
 def label(family: ModelFamily, slot: Slot, naming: str = "diffusers") -> str:
     """The display name of a slot in `naming`, such as `text_encoder_2.….self_attn.q_proj`."""
     found = find_row(family, slot.component, slot.target.module)

@@ -37,8 +37,10 @@ class Templates(Generic[P]):
             skeleton = skeleton.replace(".", joiner)
         table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
         # if two namings share a name, its first reading wins
-        entry = table.setdefault(values, _Entry(payload, free))
-        if entry.payload is not payload and entry.payload != payload:
+        entry = table.get(values)
+        if entry is None:
+            table[values] = _Entry(payload, free)
+        elif entry.payload is not payload and entry.payload != payload:
             raise TypeError(f"{template!r} means both {entry.payload} and {payload}")
 
     def match(self, text: str) -> tuple[P, dict[str, int]] | None:
@@ -77,20 +79,22 @@ def _compiled(template: str) -> tuple[str, tuple[int, ...], tuple[int, ...], _Fr
     if "{" not in template:
         skeleton, values = tokenise(template)
         return skeleton, tuple(range(len(values))), values, ()
-    skeleton, last = "", 0
+    shapes: list[str] = []
     positions: list[int] = []
     fixed: list[int] = []
     free: list[tuple[int, str, int | None]] = []
-    for index in (*FIELD.finditer(template), None):
-        shape, numbers = tokenise(template[last : index and index.start()])
+    # literal, name, bound, literal, …
+    pieces = FIELD.split(template)
+    for n in range(0, len(pieces), 3):
+        shape, numbers = tokenise(pieces[n])
         first = len(fixed) + len(free)
         positions.extend(range(first, first + len(numbers)))
         fixed.extend(numbers)
-        skeleton += shape
-        if index is not None:
-            free.append((len(fixed) + len(free), index[1], int(index[2]) if index[2] else None))
-            skeleton, last = skeleton + "#", index.end()
-    return skeleton, tuple(positions), tuple(fixed), tuple(free)
+        shapes.append(shape)
+        if n + 1 < len(pieces):
+            name, bound = pieces[n + 1 : n + 3]
+            free.append((len(fixed) + len(free), name, int(bound) if bound else None))
+    return "#".join(shapes), tuple(positions), tuple(fixed), tuple(free)
 
 
 def fill(template: str, indices: Mapping[str, int]) -> str:
