@@ -120,7 +120,7 @@ def device() -> Iterator[str]:
 # of all eight, in each pass: launches, waits for a number, copies sent, and copies back. A copy back waits too: two of
 # them are the tensors written, the others the looks. The first pass of an extraction is the probe
 LIMITS = {
-    "merge lora": [(7, 0, 1, 2)],
+    "merge lora": [(6, 0, 1, 2)],
     "merge lokr": [(6, 0, 1, 2)],
     "extract lora": [(120, 0, 6, 2), (87, 0, 5, 5)],
     "extract lokr": [(120, 0, 6, 2), (76, 0, 4, 5)],

@@ -1,7 +1,7 @@
 """A stack of equal tensors merged in few launches, for devices: nothing waits for a result.
 
 W is read in its stored dtype, the sum is taken in float32 (float64 beside float64) and rounded
-once. A Kronecker product is added block by block, so that its ΔW is never formed.
+once. A Kronecker product is added block by block, a LoRA as it is multiplied: no ΔW is formed.
 """
 
 from __future__ import annotations
@@ -63,13 +63,15 @@ def merged(
         return _several(stored, parts, dtype)
     part, strength = parts[0]
     kron = part.weights.kron_factors()
+    pair = part.weights.factors() if kron is None and part.weights.low_rank else kron
 
     def plain() -> Merged:
         if known and kron is not None:
             return _kron(stored, kron, strength, dtype)
+        if known and pair is not None:
+            return _low_rank(stored, pair, strength, dtype)
         return _alone(stored, part.weights, strength, dtype)
 
-    pair = part.weights.factors() if kron is None and part.weights.low_rank else kron
     if contest is None or pair is None:
         return plain()
     from adaptkit.linalg.fused import fits, fused
@@ -101,6 +103,31 @@ def _kron(
     else:
         exact = kron_added(stored, *pair, strength, torch.empty_like(stored, dtype=wide))
         _norm(exact.sub_(out), norms[1])
+    return Merged(out, norms)
+
+
+def _low_rank(
+    stored: Tensor, pair: tuple[Tensor, Tensor], strength: float, dtype: torch.dtype
+) -> Merged:
+    """The product is added as it is computed: its ΔW is never formed."""
+    import torch
+
+    from adaptkit.linalg.precision import compute_dtype
+
+    wide = compute_dtype(stored, *pair)
+    both = torch.empty((2, *stored.shape), dtype=wide, device=stored.device)
+    before, exact = both
+    before.copy_(stored)
+    left, right = (factor.to(wide) for factor in pair)
+    torch.baddbmm(before, left, right, alpha=strength, out=exact)
+    norms = torch.empty((2, len(stored)), dtype=wide, device=stored.device)
+    if dtype == wide:
+        _norm(before, norms[0])
+        norms[1].zero_()
+        return Merged(exact, norms)
+    out = exact.to(dtype)
+    exact.sub_(out)
+    _norm(both, norms)
     return Merged(out, norms)
 
 

@@ -100,7 +100,7 @@ class Blender:
                     stored = plan.adapters[c.adapter].read(c.entry)
                     if self.at_once and not (c.cut or c.rows or c.columns):
                         weights = c.entry.decode(stored)
-                        if weights.kron_factors() is not None:
+                        if weights.kron_factors() is not None or weights.low_rank:
                             self.norms[joint.name, source] = weights.norm_squared()
                     stored |= whole_slot(self.base, c)
                     loaded |= {f"{source}/{role}": tensor for role, tensor in stored.items()}
