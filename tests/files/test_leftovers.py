@@ -171,7 +171,9 @@ main()
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_signal_cleans_up(tmp_path: Path, name: str, code: int) -> None:
-    arguments = [sys.executable, "-c", WRITER, str(tmp_path / "out.safetensors")]
+    # under nohup the tests themselves ignore SIGHUP, and a process inherits that
+    heeds = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    arguments = [sys.executable, "-c", heeds + WRITER, str(tmp_path / "out.safetensors")]
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
@@ -183,6 +185,23 @@ def test_a_signal_cleans_up(tmp_path: Path, name: str, code: int) -> None:
     assert run.returncode == code
     assert told.strip() in ("interrupted", "terminated")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_hang_up_is_ignored_under_nohup(tmp_path: Path) -> None:
+    ignores = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    arguments = [sys.executable, "-c", ignores + WRITER, str(tmp_path / "out.safetensors")]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        run.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=30)
+    assert run.returncode == 143
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
