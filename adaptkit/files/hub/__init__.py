@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adaptkit.errors import AdaptkitError, UnreadableFile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from os import PathLike
 
 __all__ = ["from_hub", "is_address", "local"]
@@ -98,7 +100,8 @@ def _library() -> Any:
 def _download(hub: Any, address: _Address, file: str) -> Path:
     errors, given = hub.errors, str(address)
     try:
-        return Path(hub.hf_hub_download(address.repo, file, revision=address.revision))
+        with _silent(hub):
+            return Path(hub.hf_hub_download(address.repo, file, revision=address.revision))
     except errors.GatedRepoError as error:
         hint = "accept its terms on its page, and log in with `hf auth login`"
         raise UnreadableFile("the repository is gated", file=given, hint=hint) from error
@@ -117,6 +120,18 @@ def _download(hub: Any, address: _Address, file: str) -> Path:
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         told = (str(error).strip() or repr(error)).partition("\n")[0]
         raise UnreadableFile(f"cannot be fetched: {told}", file=given) from error
+
+
+@contextmanager
+def _silent(hub: Any) -> Iterator[None]:
+    """What goes wrong is raised; huggingface_hub also logs it."""
+    told = hub.utils.logging
+    before = told.get_verbosity()
+    told.set_verbosity_error()
+    try:
+        yield
+    finally:
+        told.set_verbosity(before)
 
 
 def _held(hub: Any, address: _Address, wanted: str | None = None) -> str | None:
