@@ -174,7 +174,7 @@ def test_without_a_network_or_the_extra_it_is_said(
 ) -> None:
     done = at(served, "inspect", "hf://anna/styles/other.safetensors", HF_HUB_OFFLINE="1")
     assert "not in the cache, and the hub cannot be reached" in done.stderr
-    assert len(done.stderr.splitlines()) == 2  # what huggingface_hub logs of it is said once
+    assert len(done.stderr.splitlines()) == 2
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(AdaptkitError, match="needs huggingface_hub") as caught:
         hub.local("hf://anna/styles/style.safetensors")
