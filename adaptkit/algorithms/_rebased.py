@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from adaptkit.algorithms._foreign import Unwritten
 from adaptkit.algorithms._wrapping import Wrapping
 from adaptkit.errors import NotRepresentable
 
@@ -21,7 +22,7 @@ __all__ = ["Rebased"]
 
 
 @dataclass(frozen=True, eq=False)
-class Rebased(Wrapping):
+class Rebased(Unwritten, Wrapping):
     """W' = W + scale · up · down − taken(W): what the first factors held is not in the base.
 
     The tensors are those of a LoRA; only PEFT's `init_lora_weights` tells, so it has no forms. It
@@ -46,15 +47,6 @@ class Rebased(Wrapping):
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         return cls(cls.kind.decode(tensors, facts), facts.scale)
-
-    def encode(self) -> dict[str, Tensor]:
-        raise self._unwritten()
-
-    @classmethod
-    def laid_out(
-        cls, role: str, shape: tuple[int, ...], facts: Facts, *, peft: bool
-    ) -> tuple[int, ...]:
-        raise cls._unwritten()
 
     @classmethod
     def _unwritten(cls) -> NotRepresentable:

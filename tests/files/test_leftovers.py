@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -168,17 +170,24 @@ main()
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
-def test_a_signal_cleans_up(tmp_path: Path, name: str, code: int) -> None:
-    # under nohup the tests themselves ignore SIGHUP, and a process inherits that
-    heeds = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-    arguments = [sys.executable, "-c", heeds + WRITER, str(tmp_path / "out.safetensors")]
+@contextmanager
+def writing(folder: Path, hang_up: str) -> Iterator[subprocess.Popen[str]]:
+    """A process in the middle of an output, which began with this answer to SIGHUP."""
+    begins = f"import signal; signal.signal(signal.SIGHUP, signal.{hang_up})\n"
+    arguments = [sys.executable, "-c", begins + WRITER, str(folder / "out.safetensors")]
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"
+        yield run
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_cleans_up(tmp_path: Path, name: str, code: int) -> None:
+    # under nohup the tests themselves ignore SIGHUP, and a process inherits that
+    with writing(tmp_path, "SIG_DFL") as run:
         assert len(list(tmp_path.iterdir())) == 1
         run.send_signal(getattr(signal, name))
         _, told = run.communicate(timeout=30)
@@ -189,13 +198,7 @@ def test_a_signal_cleans_up(tmp_path: Path, name: str, code: int) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_hang_up_is_ignored_under_nohup(tmp_path: Path) -> None:
-    ignores = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-    arguments = [sys.executable, "-c", ignores + WRITER, str(tmp_path / "out.safetensors")]
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "ready\n"
+    with writing(tmp_path, "SIG_IGN") as run:
         run.send_signal(signal.SIGHUP)
         time.sleep(0.2)
         assert run.poll() is None
