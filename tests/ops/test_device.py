@@ -10,7 +10,7 @@ import torch
 from tests import emulated
 from tests.synth import FIXTURES
 
-TESTS = ["on_device.py", "on_device_stacks.py"]
+TESTS = ["on_device.py", "on_device_stacks.py", "on_device_streams.py"]
 if not torch.cuda.is_available():
     TESTS += ["on_device_counts.py", "on_device_narrow.py"]
 
