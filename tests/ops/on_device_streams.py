@@ -1,6 +1,6 @@
 """Copies to a device and back on streams of their own: what is stored is right, and nothing is read or used again too early.
 
-Each order that the engine relies on is left out once, to see that the emulated streams notice. Run by `test_device.py`.
+Run by `test_device.py`.
 """
 
 from __future__ import annotations
@@ -164,63 +164,3 @@ def test_the_next_stack_is_computed_while_the_host_solves_what_is_small(
     one()
     assert one.right
     assert max(most) == lanes.THREADS
-
-
-def nothing(*_: Any) -> None:
-    pass
-
-
-FAULTS = {
-    "kernels do not wait for what is sent": (emulated_streams.Event, "passed", nothing, "before it is there"),
-    "the sender does not know who reads": (emulated.OnDevice, "record_stream", nothing, "without `record_stream`"),
-    "copies back do not wait for kernels": (lanes._Outward, "_follow", nothing, "does not wait"),
-    "the writer does not wait": (lanes._Outward, "wait", nothing, "still to be made"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_an_order_that_is_left_out_is_noticed(fault: str, source: Any, device: str) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("faults are those of the emulated streams")
-    where, name, instead, message = FAULTS[fault]
-    with (
-        mock.patch.object(where, name, instead),
-        pytest.raises(RuntimeError, match=message),
-    ):
-        Run(source, device)()
-
-
-def test_results_read_before_they_are_there_are_wrong(source: Any, device: str) -> None:
-    """What the emulated streams cannot see, the numbers show."""
-    if torch.cuda.is_available():
-        pytest.skip("faults are those of the emulated streams")
-    with (
-        mock.patch.object(lanes._Outward, "wait", nothing),
-        mock.patch.object(Ring, "give", nothing),
-    ):
-        one = Run(source, device, 10**9)
-        one()
-    assert not one.right
-    assert all(bool(found.isnan().all()) for found in one.stored.values())
-
-
-def test_a_slab_given_back_by_the_thread_that_computes_is_noticed(source: Any, device: str) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("faults are those of the emulated streams")
-    rings: list[Ring] = []
-    init, close = Ring.__init__, lanes._Outward.close
-
-    def made(ring: Ring, *args: Any) -> None:
-        init(ring, *args)
-        rings.append(ring)
-
-    def closed(leaving: Any) -> None:
-        close(leaving)
-        rings[0].give(leaving.slab)
-
-    with (
-        mock.patch.object(Ring, "__init__", made),
-        mock.patch.object(lanes._Outward, "close", closed),
-        pytest.raises(RuntimeError, match="still to be made"),
-    ):
-        Run(source, device)()
