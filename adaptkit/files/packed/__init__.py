@@ -65,6 +65,13 @@ class _Unpacked(TensorSource):
         whole = one.decode(stored).reshape(one.shape)
         return whole if rows is None else whole[rows].clone()
 
+    def read_into(self, out: torch.Tensor, name: str, rows: slice | None = None) -> None:
+        if name not in self._packed:
+            return self._source.read_into(out, name, rows)
+        found = self.read(name, rows)
+        out.view(found.dtype).view(found.shape).copy_(found)
+        return None
+
     def scalar(self, name: str) -> float:
         return self._source.scalar(name)
 
