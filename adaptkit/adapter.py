@@ -35,7 +35,7 @@ from adaptkit.errors import (
     NotRepresentable,
     UnknownAdapter,
 )
-from adaptkit.files.arranged import by_heads, unpacked_factors
+from adaptkit.files.arranged import by_heads, plain_factors
 from adaptkit.files.limits import read_json
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
@@ -62,6 +62,7 @@ FEW = 16  # names of weights: fewer are no proof that a file is a checkpoint
 LAYOUTS = {
     "nunchaku": "it is packed for nunchaku, beside the factors of a quantised base: these are left "
     "out, and what is written is plain factors, which nunchaku 0.2 and newer packs itself",
+    "forge": "its names are those of Forge's patches: they are read as ComfyUI's, and written so",
     "diffsynth": "q, k and v are stored head by head, as DiffSynth-Studio has them: they are read "
     "and written in the order of all other tools, which DiffSynth-Studio does not read",
 }
@@ -155,7 +156,7 @@ class Adapter:
         alpha: str | None = None,
     ) -> Adapter:
         """Parse the adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
-        source = unpacked_factors(source)
+        source = plain_factors(source)
         infos = without_carried(source)
         metadata = {**source.metadata, **ARCHITECTURES.get(source.layout, {})}
         found = detect_adapter(infos, metadata, family=family, format=format)

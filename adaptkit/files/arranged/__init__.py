@@ -1,4 +1,4 @@
-"""Adapters whose factors are stored in an order of their own: each is read as plain factors.
+"""Adapters whose tensors are named or ordered in a way of their own: each is read as plain ones.
 
 No number is changed, so that what is read is exact. Nothing is written so.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NoSuchName
-from adaptkit.files.arranged import nunchaku, per_head
+from adaptkit.files.arranged import forge, nunchaku, per_head
 from adaptkit.files.header import TensorInfo
 from adaptkit.files.source import TensorSource
 from adaptkit.files.tensors import bytes_of
@@ -21,13 +21,19 @@ if TYPE_CHECKING:
 
     from adaptkit.files.arranged.contract import Arranged
 
-__all__ = ["by_heads", "unpacked_factors"]
+__all__ = ["by_heads", "plain_factors"]
 
 
-def unpacked_factors(source: TensorSource) -> TensorSource:
-    """A source of plain factors under diffusers' names; itself unless nunchaku packed them."""
-    found = nunchaku.find(source.infos)
-    return _Rearranged(source, *found, nunchaku.LAYOUT) if found is not None else source
+def plain_factors(source: TensorSource) -> TensorSource:
+    """A source of plain factors under names that tables have; itself if it is one.
+
+    Those that nunchaku packed have diffusers' names, and those of Forge's patches ComfyUI's.
+    """
+    if (packed := nunchaku.find(source.infos)) is not None:
+        return _Rearranged(source, *packed, nunchaku.LAYOUT)
+    if (named := forge.find(source.infos)) is not None:
+        return _Rearranged(source, {}, named, forge.LAYOUT)
+    return source
 
 
 def by_heads(source: TensorSource, ends: Sequence[tuple[str, int]]) -> TensorSource:

@@ -181,6 +181,8 @@ def _cut_vector(key: str, info: TensorInfo) -> Iterator[tuple[str, Arranged]]:
 
 def _renamed(key: str, info: TensorInfo) -> str:
     """The name of a tensor that is stored as it is read: of biases, norms and unpacked layers."""
+    if key.startswith("text_encoder"):
+        return key
     if key.endswith((".lora_A.weight", ".lora_B.weight")):
         return f"transformer.{key}"
     if len(info.shape) == 1 and key.endswith(".bias"):
