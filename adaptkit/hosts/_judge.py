@@ -151,6 +151,8 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
         return ": the model family is unknown"
     if adapter.family.name in host.unsupported:
         return ""
+    if adapter.source.layout:
+        return f" for files in the layout of {adapter.source.layout}"
     if adapter.detection.wrapper:
         return f" for names behind {adapter.detection.wrapper!r}"
     strange = sorted({piece.algorithm for piece in pieces} - set(host.algorithms))
