@@ -33,6 +33,7 @@ __all__ = [
     "per_head",
     "read_entries",
     "shared_as",
+    "shared_name",
     "weights_of",
     "without_carried",
 ]
@@ -338,6 +339,11 @@ def shared_as(name: str) -> str | None:
     if not 1 < len(parts) < 4 or parts[0] != "base_model":
         return None
     return parts[1] if parts[1] in _shared_names() else None
+
+
+def shared_name(kind: type[Weights], role: str) -> str:
+    """The name that a tensor is written under that all modules of a kind share."""
+    return f"base_model.{kind.shared[role]}"
 
 
 def alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adaptkit.adapter import Adapter
-from adaptkit.errors import AdaptkitError, NotRepresentable, ShapeMismatch
+from adaptkit.errors import AdaptkitError, NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.ops import combine, compare, convert, inspect, merge, resize
 
 peft = pytest.importorskip("peft")
@@ -68,6 +68,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3-output": ("IA3Config", {**ALL, "feedforward_modules": []}),
     "ia3-input": ("IA3Config", {**ALL, "feedforward_modules": ["to_v", "to_k"]}),
     "ia3-pattern": ("IA3Config", {**ALL, "feedforward_modules": r".*to_(v|q)"}),
+    "oft": ("OFTConfig", {**BOTH, "r": 0, "oft_block_size": 4}),
+    "oft-number": ("OFTConfig", {**BOTH, "r": 2, "oft_block_size": 0}),
+    "oft-shared": ("OFTConfig", {**BOTH, "r": 0, "oft_block_size": 4, "block_share": True}),
+    "boft": ("BOFTConfig", {**ALL, "boft_block_size": 4}),
     "lora-bias": ("LoraConfig", {**BOTH, "r": 3, "lora_alpha": 5, "lora_bias": True, "init_lora_weights": False}),
 }  # fmt: skip
 PATTERN = {f"{BLOCK}.attn.to_q.lora_E": [True, False, True, True]}
@@ -87,7 +91,7 @@ class Case:
         save_file(self.state, self.base)
         tuned = peft.get_peft_model(plain, config).eval()
         torch.manual_seed(2)
-        prefixes = re.compile(r"lora_|hira_|hra_|miss_|fourierft_|vera_l|glora_|delora_[AB]")
+        prefixes = re.compile(r"lora_|hira_|hra_|miss_|oft_|fourierft_|vera_l|glora_|delora_[AB]")
         with torch.no_grad():
             for key, parameter in tuned.named_parameters():
                 if prefixes.search(key) and "ranknum" not in key:
@@ -139,7 +143,17 @@ def test_layers_without_a_bias(name: str, tmp_path: Path) -> None:
 
 
 ADDITIVE = ("adalora", "adalora-cut", "delora", "lora-bias")
-WRITTEN = ("lora-bias", "ia3-output", "ia3-input", "ia3-pattern")
+WRITTEN = (
+    "lora-bias",
+    "ia3-output",
+    "ia3-input",
+    "ia3-pattern",
+    "oft",
+    "oft-number",
+    "oft-shared",
+    "boft",
+)
+TURNS = ("hra", "hra-orthogonal", "oft", "oft-number", "oft-shared", "boft")
 OWN_BIAS = ("glora", "glora-column", "glora-bias", "ia3-output", "ia3-pattern")
 
 
@@ -200,7 +214,7 @@ def test_every_verb_works_or_names_what_would(named: tuple[str, Case], tmp_path:
     after = case.merged(case.adapter)
     for key, delta in deltas(both).items():
         exact = 1.5 * (after[key].double() - case.state[key].double()).reshape(delta.shape)
-        if name not in ("hra", "hra-orthogonal"):  # a part of a turn: linear in the strength
+        if name not in TURNS:  # a part of a turn: linear in the strength
             assert float((delta - exact).norm()) < 2e-5 * max(float(exact.norm()), 1e-2), key
     if name not in ADDITIVE:
         with pytest.raises(NotRepresentable, match="depends on the weight") as refused:
@@ -212,11 +226,13 @@ def test_every_verb_works_or_names_what_would(named: tuple[str, Case], tmp_path:
     if name in ADDITIVE:
         assert {one["rank"] for one in resize.run(resize.plan(case.adapter, small)).details} == {2}
     else:
-        with pytest.raises(NotRepresentable, match="read, not written") as refused:
+        with pytest.raises(NothingToDo, match="no(ne of its modules has a)? rank") as refused:
             resize.plan(case.adapter, small)
-        assert "--algo lora with --base" in (refused.value.hint or "")
+        assert "--algo lora" in (refused.value.hint or "")
     for to in ("bare", "comfy"):  # the latter has q, k and v in one layer
-        with pytest.raises(NotRepresentable, match="read, not written|split or fused") as refused:
+        with pytest.raises(
+            NotRepresentable, match="folder of PEFT alone|split or fused"
+        ) as refused:
             convert.plan(case.adapter, convert.Options(to=to, family="flux"))
         assert "--algo lora" in (refused.value.hint or "")
 
