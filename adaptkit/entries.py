@@ -40,6 +40,7 @@ __all__ = [
 
 # roles of one number, which may be an integer or a flag
 SINGLE = (ALPHA, "on_input")
+INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
 CARRIED = ("bundle_emb.", "_aux.")
@@ -189,7 +190,7 @@ class _Reader:
             rebased = self.meaning.rebased(slot.component, plain)
             kind = algorithms()[rebased] if rebased else plain
             keys = {role: names[n] for role, n in places.items()} | self._shared(kind)
-            if odd := self._odd(keys):
+            if odd := self._odd(kind, keys):
                 failures.append(odd)
                 continue
             stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
@@ -241,13 +242,16 @@ class _Reader:
         keys = [self.keys.spell(slot, name, role).removeprefix(stem) for role in sorted(absent)]
         return f"{' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} missing"
 
-    def _odd(self, keys: Mapping[str, str]) -> str | None:
+    def _odd(self, kind: type[Weights], keys: Mapping[str, str]) -> str | None:
         """Why a tensor cannot be what its name says, whatever the algorithm; None if it can."""
         for role, key in keys.items():
             info = self.source.infos[key]
             if role in SINGLE:
                 if info.numel != 1 or info.dtype not in SCALARS:
                     return f"{key} is {info.dtype} {list(info.shape)}, not a single number"
+            elif role in kind.roles and kind.roles[role].integers:
+                if info.dtype not in (*INTEGERS, "F32") or not info.numel:
+                    return f"{key} is {info.dtype} {list(info.shape)}, not integers"
             elif info.dtype not in FLOATS + FP8:
                 return f"{key} is stored as {info.dtype}, not as floating-point numbers"
             elif not info.numel or not info.shape:

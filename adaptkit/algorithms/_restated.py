@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from adaptkit.algorithms._stored import Facts, Shapes
 
-__all__ = ["Restated", "counted", "exactly", "frequencies", "kept", "one_for_all", "patterns"]
+__all__ = ["Restated", "by_end", "counted", "exactly", "kept", "one_for_all", "patterns"]
 
 T = TypeVar("T")
 
@@ -97,21 +97,19 @@ def counted(
     return {field: usual, table: others}
 
 
-def frequencies(modules: Sequence[Restated], role: str) -> dict[str, Any]:
-    """`n_frequency` and its pattern, whose names PEFT's FourierFT takes as ends of names.
+def by_end(field: str, values: Mapping[str, int]) -> dict[str, Any]:
+    """A number of each module as `field`, and its pattern, whose names PEFT takes as ends of names.
 
-    Source: huggingface/peft `tuners/fourierft/model.py`. NotRepresentable where one name is the
-    end of another that has a different number.
+    Source: huggingface/peft `tuners/fourierft/model.py`, `tuners/c3a/model.py`. NotRepresentable
+    where one name is the end of another that has a different number.
     """
-    counts = {m.name: m.shapes[role][0] for m in modules}
-    usual, _ = patterns(counts.items())
-    odd = {name: n for name, n in counts.items() if n != usual}
-    for name, number in counts.items():
+    usual, _ = patterns(values.items())
+    odd = {name: n for name, n in values.items() if n != usual}
+    for name, number in values.items():
         end = next((n for key, n in odd.items() if name.endswith(f".{key}")), number)
         if end != number:
             raise NotRepresentable(
-                f"PEFT cannot give {name} another number of frequencies than the module whose "
-                "name is its end",
+                f"PEFT cannot give {name} another {field} than the module whose name is its end",
                 hint="--algo full with --base CHECKPOINT can hold them",
             )
-    return {"n_frequency": usual, "n_frequency_pattern": odd}
+    return {field: usual, f"{field}_pattern": odd}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from adaptkit.algorithms._drawn import permuted
 from adaptkit.algorithms._foreign import Applied, OfPeft, number, seed
-from adaptkit.algorithms._restated import frequencies
+from adaptkit.algorithms._restated import by_end
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
@@ -74,7 +74,8 @@ class FourierFt(OfPeft, Applied):
 
     @classmethod
     def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
-        return frequencies(modules, "coefficients")
+        counts = {m.name: m.shapes["coefficients"][0] for m in modules}
+        return by_end("n_frequency", counts)
 
     def times(self, factor: float) -> Self:
         from adaptkit.linalg.precision import upcast
@@ -92,19 +93,11 @@ class FourierFt(OfPeft, Applied):
         count = self.coefficients.shape[-1]
         self._fitting(count <= rows * columns, base)
         spectrum = base.new_zeros(*base.shape[:-2], rows * columns)
-        spectrum[..., _places(rows * columns, count, self.seed).to(base.device)] = (
+        spectrum[..., permuted(rows * columns, count, self.seed).to(base.device)] = (
             self.coefficients.to(base.dtype)
         )
         change = torch.fft.ifft2(spectrum.reshape(base.shape)).real
         return base.add_(change, alpha=strength * self.scale)
-
-
-@lru_cache(maxsize=4)
-def _places(numbers: int, count: int, seed: int) -> Tensor:
-    import torch
-
-    drawn = torch.randperm(numbers, generator=torch.Generator().manual_seed(seed))
-    return drawn[:count].clone()
 
 
 ALGORITHM = FourierFt

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from adaptkit.algorithms._drawn import kaiming
 from adaptkit.algorithms._foreign import Applied, OfPeft, seed
 from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._stored import matched, roles
@@ -142,12 +142,8 @@ def _drawn(rank: int, seed: int, rows: int, columns: int) -> tuple[Tensor, Tenso
 
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(*shape: int) -> Tensor:
-        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-    right = uniform(rank, columns)
-    return uniform(rows, rank), right
+    right = kaiming((rank, columns), 0.0, generator, torch.float32)
+    return kaiming((rows, rank), 0.0, generator, torch.float32), right
 
 
 ALGORITHM = Vera

@@ -65,6 +65,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glora-column": ("GloraConfig", {**BOTH, "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
     "glora-number": ("GloraConfig", {**BOTH, "config_A_B": "constant", "config_C": "none", "config_D_E": "none"}),
     "glora-bias": ("GloraConfig", {**BOTH, "config_A_B": "none", "config_C": "lora", "r": 2}),
+    "shira": ("ShiraConfig", {**BOTH, "r": 2, "random_seed": 3}),
+    "gralora": ("GraloraConfig", {**BOTH, "r": 4, "gralora_k": 2, "alpha": 3}),
+    "gralora-hybrid": ("GraloraConfig", {**BOTH, "r": 4, "gralora_k": 4, "hybrid_r": 3}),
+    "randlora": ("RandLoraConfig", {**BOTH, "r": 3, "randlora_alpha": 7}),
+    "randlora-drawn": ("RandLoraConfig", {**BOTH, "r": 5, "save_projection": False, "projection_prng_key": 3}),
+    "randlora-sparse": ("RandLoraConfig", {**BOTH, "r": 4, "save_projection": False, "sparse": True}),
+    "randlora-thin": ("RandLoraConfig", {**BOTH, "r": 4, "save_projection": False, "very_sparse": True}),
+    "road": ("RoadConfig", {**BOTH, "group_size": 4}),
+    "road-2": ("RoadConfig", {**BOTH, "group_size": 2, "variant": "road_2"}),
+    "road-4": ("RoadConfig", {**BOTH, "group_size": 4, "variant": "road_4"}),
+    "waveft": ("WaveFTConfig", {**BOTH, "n_frequency": 20, "random_loc_seed": 5, "scaling": 7.0}),
+    "waveft-db3": ("WaveFTConfig", {**BOTH, "n_frequency": 30, "wavelet_family": "db3", "n_frequency_pattern": {"to_k": 25}}),
+    "waveft-sym4": ("WaveFTConfig", {**BOTH, "n_frequency": 30, "wavelet_family": "sym4", "proportional_parameters": True}),
+    "waveft-plain": ("WaveFTConfig", {**BOTH, "n_frequency": 30, "use_idwt": False}),
+    "psoft": ("PsoftConfig", {**BOTH, "r": 4}),
+    "psoft-lowrank": ("PsoftConfig", {**BOTH, "r": 4, "psoft_svd": "lowrank", "random_seed": 3, "psoft_mag_a": False, "ab_svd_init": "pissa_init"}),
+    "psoft-neumann": ("PsoftConfig", {**BOTH, "r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": 7, "cayley_neumann_eps": 0.5}),
+    "psoft-whole": ("PsoftConfig", {**BOTH, "r": 4, "psoft_orth": False, "psoft_mag_b": False}),
+    "c3a": ("C3AConfig", {**BOTH, "block_size": 4, "block_size_pattern": {"to_q": 2}}),
+    "osf": ("OSFConfig", {**BOTH, "effective_rank": 5, "rank_pattern": {"to_k": 7}}),
     "ia3-output": ("IA3Config", {**ALL, "feedforward_modules": []}),
     "ia3-input": ("IA3Config", {**ALL, "feedforward_modules": ["to_v", "to_k"]}),
     "ia3-pattern": ("IA3Config", {**ALL, "feedforward_modules": r".*to_(v|q)"}),
@@ -91,7 +111,9 @@ class Case:
         save_file(self.state, self.base)
         tuned = peft.get_peft_model(plain, config).eval()
         torch.manual_seed(2)
-        prefixes = re.compile(r"lora_|hira_|hra_|miss_|oft_|fourierft_|vera_l|glora_|delora_[AB]")
+        prefixes = re.compile(
+            r"lora_|hira_|hra_|miss_|oft_|fourierft_|shira_w|gralora_|randlora_[lg]|road_|waveft_|psoft_|c3a_|osf_|vera_l|glora_|delora_[AB]"
+        )
         with torch.no_grad():
             for key, parameter in tuned.named_parameters():
                 if prefixes.search(key) and "ranknum" not in key:
@@ -142,7 +164,7 @@ def test_layers_without_a_bias(name: str, tmp_path: Path) -> None:
     assert case.close(case.merged(case.adapter))
 
 
-ADDITIVE = ("adalora", "adalora-cut", "delora", "lora-bias")
+ADDITIVE = ("adalora", "adalora-cut", "delora", "gralora", "gralora-hybrid", "lora-bias", "c3a")
 WRITTEN = (
     "lora-bias",
     "ia3-output",
@@ -153,8 +175,27 @@ WRITTEN = (
     "oft-shared",
     "boft",
 )
-TURNS = ("hra", "hra-orthogonal", "oft", "oft-number", "oft-shared", "boft")
-OWN_BIAS = ("glora", "glora-column", "glora-bias", "ia3-output", "ia3-pattern")
+TURNS = (
+    "road",
+    "road-2",
+    "road-4",
+    "hra",
+    "hra-orthogonal",
+    "oft",
+    "oft-number",
+    "oft-shared",
+    "boft",
+)
+OWN_BIAS = (
+    "road",
+    "road-2",
+    "road-4",
+    "glora",
+    "glora-column",
+    "glora-bias",
+    "ia3-output",
+    "ia3-pattern",
+)
 
 
 @pytest.fixture(params=CASES)
@@ -237,6 +278,7 @@ def test_every_verb_works_or_names_what_would(named: tuple[str, Case], tmp_path:
         assert "--algo lora" in (refused.value.hint or "")
 
 
+SETTLED = ("adalora", "hra", "fourierft", "gralora", "randlora", "road", "waveft", "psoft")
 SILENT = ("delora", "hira", "miss", "miss-bat", "miss-mini", "vera", "glora", "ia3-output-linear")
 
 
@@ -246,7 +288,7 @@ def test_tensors_without_their_configuration(name: str, tmp_path: Path) -> None:
     case = Case(name, tmp_path)
     alone = tmp_path / "renamed.safetensors"
     alone.write_bytes((case.adapter / "adapter_model.safetensors").read_bytes())
-    if name.split("-")[0] in ("adalora", "hra", "fourierft") or name == "vera-drawn":
+    if name.split("-")[0] in SETTLED or name == "vera-drawn":
         with pytest.raises(NotRepresentable, match=r"adapter_config\.json") as refused:
             merge.plan(case.base, [(alone, 1.0)], merge.Options(output=tmp_path / "o.safetensors"))
         assert "name the folder" in (refused.value.hint or "")

@@ -21,10 +21,12 @@ pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
 KEPT = [name for name in CASES if not name.startswith("lora")]
 # where a strength s means W + s · ΔW, exactly
-LINEAR = [n for n in KEPT if not n.startswith(("hra", "ia3", "oft", "boft"))]
+TURNS = ("hra", "ia3", "oft", "boft", "road", "psoft", "osf")
+LINEAR = [n for n in KEPT if not n.startswith(TURNS)]
 NAMING = {
     "target_modules", "rank_pattern", "feedforward_modules", "n_frequency_pattern",
-    "lambda_pattern", "base_model_name_or_path",
+    "lambda_pattern", "base_model_name_or_path", "n_frequency", "proportional_parameters",
+    "block_size", "block_size_pattern",
 }  # fmt: skip
 
 
