@@ -80,7 +80,7 @@ class Adapter:
     `unclaimed` maps each key without a slot to the reason.
 
     `carried` names tensors of other tools (embeddings) in the file. They hold no weights, and are
-    copied to the output.
+    copied to the output. `configs` are the fields of PEFT's configuration, by component.
     """
 
     source: TensorSource
@@ -93,6 +93,7 @@ class Adapter:
     keys: KeyMap  # of this file's own family and format
     metadata: Mapping[str, str] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
+    configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -193,6 +194,7 @@ class Adapter:
             keys,
             source.metadata,
             tuple(name for name in source.infos if name not in infos and is_carried(name)),
+            meaning.configs,
         )
 
     def __repr__(self) -> str:
@@ -294,6 +296,10 @@ class Adapter:
     def weights(self, entry: Entry) -> Weights:
         """Read and decode the weights of an entry, in their stored dtype."""
         return entry.decode(self.read(entry))
+
+    def configuration(self, component: str) -> Mapping[str, object]:
+        """PEFT's configuration of a component; empty without one."""
+        return self.configs.get(component) or self.configs.get("") or {}
 
     def close(self) -> None:
         """Close the file."""

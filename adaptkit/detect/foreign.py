@@ -23,15 +23,7 @@ PACKED = "LoRA packed for nunchaku"
 TENSORS: Mapping[str, str] = MappingProxyType(
     {
         "pvera_lambda_": "PVeRA",
-        "gralora_": "GraLoRA",
-        "randlora_": "RandLoRA",
-        "c3a_": "C3A",
-        "road_": "RoAd",
-        "shira_": "SHiRA",
-        "waveft_": "WaveFT",
         "vblora_": "VB-LoRA",
-        "psoft_": "PSOFT",
-        "osf_": "OSF",
         "tinylora_": "TinyLoRA",
         "unilora_": "UniLoRA",
         "adamss_": "AdaMSS",
@@ -41,7 +33,6 @@ TENSORS: Mapping[str, str] = MappingProxyType(
         "lily_": "Lily",
         "peanut_": "PEANuT",
         "supertuning_": "SuperTuning",
-        "ln_tuning_": "layer norm tuning",
         "trainable_tokens_": "trainable tokens",
         "lora_controlnet": CONTROL,
         "xlora_": "X-LoRA",
@@ -68,7 +59,8 @@ MERGED = (
 READ = frozenset(
     {
         "LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "ADALORA", "DELORA", "HIRA", "HRA", "MISS",
-        "BONE", "FOURIERFT", "VERA", "GLORA",
+        "BONE", "FOURIERFT", "VERA", "GLORA", "SHIRA", "GRALORA",
+        "RANDLORA", "ROAD", "WAVEFT", "PSOFT", "LN_TUNING", "C3A", "OSF",
     }
 )  # fmt: skip
 NAMES = MappingProxyType(

@@ -208,6 +208,19 @@ class Recast(Closing):
         """The first adapter, whose family and metadata the output takes."""
         return self.adapters[0]
 
+    def bears(self, task: Task) -> bool:
+        """Whether the tensors that all modules of its kind share are written with this task."""
+        return self.bearers.get(task.kind.name) == task.number
+
+    @cached_property
+    def bearers(self) -> Mapping[str, int]:
+        """The number of the first task of each kind that shares tensors."""
+        found: dict[str, int] = {}
+        for task in self.tasks:
+            if task.kind.shared:
+                found.setdefault(task.kind.name, task.number)
+        return found
+
     def counts(self) -> dict[str, int]:
         """How many slots are renamed, split, fused, folded, …"""
         found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly(task)}))
@@ -239,7 +252,9 @@ class Recast(Closing):
             **chosen_by(self.left_out),
             **self.counts(),
             "bytes_in": sum(adapter.source.size for adapter in self.adapters),
-            "bytes_out_copied": sum(self.nbytes(item) for item in (*ready, *self.carried)),
+            "bytes_out_copied": sum(
+                self.nbytes(item) for item in dict.fromkeys((*ready, *self.carried))
+            ),
             "peak_memory": peak_memory(self.steps, self.options.memory),
             "notes": list(self.notes),
             "unused": [item.to_dict() for item in self.unused],
