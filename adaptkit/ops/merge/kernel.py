@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
+from adaptkit.ops.merge.at_once import together
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
 from adaptkit.ops.merge.cutting import Part as _Part
 from adaptkit.ops.merge.requantise import quantised, widened
 from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.staging.lanes import Later, back
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.merge.output import Output, Scattered
     from adaptkit.ops.merge.plan import Plan, TensorMerge
 
-__all__ = ["Blender", "Merged"]
+__all__ = ["Blender", "Merged", "held"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Merged:
     weight: float
     delta: float
     rounding: float
+
+
+_Row = list[Merged | None] | Later[list[Merged | None]]  # of each output
 
 
 @dataclass(frozen=True)
@@ -107,16 +112,16 @@ class Blender:
                     read.add(source)
         return loaded
 
-    def blend(
-        self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]
-    ) -> list[list[Merged | None]]:
+    def blend(self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]) -> list[_Row]:
         """Apply all adapters in float32 (float64 for a float64 base), then round once.
 
         The joints have equal shapes and contributions, and their tensors are stacked. Return, for
         each joint, the result of each output.
         """
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
-        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
+        found: list[list[Merged | Later[Merged] | None]] = [
+            [None] * len(self.plans) for _ in joints
+        ]
         whole: list[int] = []
         rows: list[int] = []
         for number, merge in enumerate(joints[0].merges):
@@ -127,11 +132,11 @@ class Blender:
             for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
                 found[n][number] = merged
         if rows:
-            merge_all = self._at_once if self.at_once else self._by_rows
+            merge_all: Callable[..., Any] = self._at_once if self.at_once else self._by_rows
             for number, of_each in zip(rows, merge_all(rows, joints, tensors, stored), strict=True):
                 for n, merged in enumerate(of_each):
                     found[n][number] = merged
-        return found
+        return [together(row, held(row)) for row in found]
 
     def _parts(
         self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
@@ -241,8 +246,8 @@ class Blender:
         joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
-    ) -> list[list[Merged]]:
-        """Merge a whole stack in few launches; nothing waits for the device before the results."""
+    ) -> list[list[Later[Merged]]]:
+        """Merge a whole stack in few launches; nothing waits for the device."""
         from adaptkit.ops.merge.at_once import widened_factors
 
         tensors = widened_factors(tensors)
@@ -255,8 +260,8 @@ class Blender:
         joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         flat: Tensor,
-    ) -> list[Merged]:
-        from adaptkit.ops.merge.at_once import merged
+    ) -> list[Later[Merged]]:
+        from adaptkit.ops.merge.at_once import coming, merged
 
         parts = list(self._parts(number, joints[0], tensors, flat.shape[1]))
         deltas = [self._known(number, joint) for joint in joints]
@@ -264,15 +269,14 @@ class Blender:
         contest = self.contest if flat.device.type == "cuda" else None
         made = merged(flat, parts, dtype, known=None not in deltas, contest=contest)
         told = [known * parts[0][1] ** 2 for known in deltas if known is not None]
-        weight, delta, rounding = made.squares(told)
         shape = self.base.source.infos[joints[0].name].shape
-        host = made.out.cpu().reshape(len(joints), *shape)
-        return [
-            self._merged(
-                number, _present(joint.merges[number]), host[n], weight[n], delta[n], rounding[n]
-            )
-            for n, joint in enumerate(joints)
-        ]
+
+        def settle(n: int, out: Tensor, *squares: float) -> Merged:
+            weight, delta, rounding = squares
+            merge = _present(joints[n].merges[number])
+            return self._merged(number, merge, out, weight, delta, rounding)
+
+        return coming(made, shape, told, settle)
 
     def _known(self, number: int, joint: JointMerge) -> float | None:
         """‖ΔW‖² of the only module that is added, if it was told when that was read."""
@@ -326,9 +330,9 @@ class Blender:
     def _finished(
         self, number: int, merge: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
     ) -> Merged:
-        rounded, scale, back = self._rounded(number, merge, merged, scale)
+        rounded, scale, decoded = self._rounded(number, merge, merged, scale)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(stored, merged, back):
+        for old, new, out in _chunks(stored, merged, decoded):
             weight += _square(old)
             delta += _square(new - old)
             rounding += _square(out.to(new.dtype) - new)
@@ -337,7 +341,7 @@ class Blender:
         if not math.isfinite(rounding):
             raise self._too_large(number, merge)
         return Merged(
-            rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding
+            back(rounded), None if scale is None else back(scale), weight, delta, rounding
         )
 
     def _rounded(
@@ -405,6 +409,12 @@ def _blended(
                 deltas.of(part, first, last)[0], alpha=strength
             )
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
+
+
+def held(results: Iterable[Merged | Later[Merged] | None]) -> int:
+    """The bytes of the tensors that are there."""
+    there = (one.tensor for one in results if isinstance(one, Merged))
+    return sum(tensor.nbytes for tensor in there if tensor is not None)
 
 
 def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
