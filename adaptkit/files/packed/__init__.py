@@ -2,7 +2,7 @@
 
 nf4, fp4 and int8 of bitsandbytes; nvfp4, mxfp8 and int8 of ComfyUI, rotated too. The formulas are
 those of their authors, and none of their packages is needed. A packed weight has a name for its
-dtype (`NF4`), the shape of its layer, and comes as float32. It is never written.
+dtype (`NF4`), the shape of its layer, and comes as float32. `Packing` writes it again.
 """
 
 from __future__ import annotations
@@ -18,27 +18,15 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adaptkit.files.packed.contract import Packed
+    from adaptkit.files.packing import Packed
 
-__all__ = ["packed_weights", "scaled_integers", "unpacked"]
-
-
-def packed_weights(source: TensorSource) -> dict[str, Packed]:
-    """The weights that `unpacked` reads, by name."""
-    return {**bitsandbytes.find(source), **comfy.find(source)}
+__all__ = ["unpacked"]
 
 
 def unpacked(source: TensorSource) -> TensorSource:
     """A source of the numbers that packed weights stand for; itself if there are none."""
-    found = packed_weights(source)
+    found = {**bitsandbytes.find(source), **comfy.find(source)}
     return _Unpacked(source, found) if found else source
-
-
-def scaled_integers(source: TensorSource) -> frozenset[str]:
-    """Integer weights of a file that are plain numbers but for a scale, and so can be written."""
-    if isinstance(source, _Unpacked) or not any(i.dtype == "I8" for i in source.infos.values()):
-        return frozenset()
-    return frozenset(name for name, one in packed_weights(source).items() if one.scaled)
 
 
 class _Unpacked(TensorSource):
@@ -47,7 +35,7 @@ class _Unpacked(TensorSource):
     def __init__(self, source: TensorSource, packed: Mapping[str, Packed]) -> None:
         self._source, self._packed = source, packed
         self.path, self.files, self.size = source.path, source.files, source.size
-        self.metadata, self.ignored = source.metadata, source.ignored
+        self.metadata, self.ignored, self.form = source.metadata, source.ignored, source.form
         hidden = {key for one in packed.values() for key in one.parts.values()} - packed.keys()
         self.infos = {
             name: info._replace(dtype=packed[name].dtype, shape=packed[name].shape)
@@ -61,9 +49,15 @@ class _Unpacked(TensorSource):
         one = self._packed.get(name)
         if one is None:
             return self._source.read(name, rows)
-        stored = {part: self._source.read(key) for part, key in one.parts.items()}
-        whole = one.decode(stored).reshape(one.shape)
+        whole = one.decode(self.parts(one)).reshape(one.shape)
         return whole if rows is None else whole[rows].clone()
+
+    @property
+    def stored(self) -> TensorSource:
+        return self._source
+
+    def packed(self, name: str) -> Packed | None:
+        return self._packed.get(name)
 
     def scalar(self, name: str) -> float:
         return self._source.scalar(name)

@@ -15,7 +15,7 @@ from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
 from adaptkit.ops.merge.cutting import Part as _Part
-from adaptkit.ops.merge.requantise import quantised, widened
+from adaptkit.ops.merge.requantise import repacked, requantised, widened
 from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
 from adaptkit.ops.shared import torch_dtype
 
@@ -36,11 +36,10 @@ __all__ = ["Blender", "Merged"]
 class Merged:
     """Squared norms of W, ΔW and the rounding error of one output tensor.
 
-    `tensor` (with `scale`) is the stored result, or None if it is written already.
+    `written` are the tensors to write, by name; none if that is done already.
     """
 
-    tensor: Tensor | None
-    scale: Tensor | None
+    written: Mapping[str, Tensor]
     weight: float
     delta: float
     rounding: float
@@ -228,7 +227,7 @@ class Blender:
         self, number: int, joint: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
     ) -> Merged:
         found = self._merged(
-            number, _present(joint.merges[number]), None, *(float(value) for value in sums)
+            number, _present(joint.merges[number]), {}, *(float(value) for value in sums)
         )
         pieces.close()
         return found
@@ -268,10 +267,9 @@ class Blender:
         shape = self.base.source.infos[joints[0].name].shape
         host = made.out.cpu().reshape(len(joints), *shape)
         return [
-            self._merged(
-                number, _present(joint.merges[number]), host[n], weight[n], delta[n], rounding[n]
-            )
+            self._merged(number, merge, {merge.name: host[n]}, weight[n], delta[n], rounding[n])
             for n, joint in enumerate(joints)
+            if (merge := joint.merges[number]) is not None
         ]
 
     def _known(self, number: int, joint: JointMerge) -> float | None:
@@ -280,14 +278,14 @@ class Blender:
         return self.norms.get((joint.name, sources[0])) if len(sources) == 1 else None
 
     def _merged(
-        self, number: int, merge: TensorMerge, out: Tensor | None, *squares: float
+        self, number: int, merge: TensorMerge, written: Mapping[str, Tensor], *squares: float
     ) -> Merged:
         weight, delta, rounding = squares
         if not (math.isfinite(weight) and math.isfinite(delta)):
             raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
             raise self._too_large(number, merge)
-        return Merged(out, None, weight, delta, rounding)
+        return Merged(written, weight, delta, rounding)
 
     # tensors as a whole
 
@@ -306,7 +304,9 @@ class Blender:
         self._add(number, joints[0], matrix, tensors)
         scales = [None] * len(joints) if scale is None else list(scale)
         return [
-            self._finished(number, _present(joint.merges[number]), wide[n], before[n], scales[n])
+            self._finished(
+                number, _present(joint.merges[number]), wide[n], before[n], (stored[n], scales[n])
+            )
             for n, joint in enumerate(joints)
         ]
 
@@ -324,45 +324,55 @@ class Blender:
             matrix.copy_(exchanged(view, -2))
 
     def _finished(
-        self, number: int, merge: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
+        self,
+        number: int,
+        merge: TensorMerge,
+        merged: Tensor,
+        before: Tensor,
+        stored: tuple[Tensor, Tensor | None],
     ) -> Merged:
-        rounded, scale, back = self._rounded(number, merge, merged, scale)
+        written, back = self._rounded(number, merge, merged, before, stored)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(stored, merged, back):
+        for old, new, out in _chunks(before, merged, back):
             weight += _square(old)
             delta += _square(new - old)
             rounding += _square(out.to(new.dtype) - new)
-        if not math.isfinite(delta):
-            raise self._non_finite(number, merge)
-        if not math.isfinite(rounding):
-            raise self._too_large(number, merge)
-        return Merged(
-            rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding
+        return self._merged(
+            number, merge, {name: t.cpu() for name, t in written.items()}, weight, delta, rounding
         )
 
     def _rounded(
-        self, number: int, merge: TensorMerge, merged: Tensor, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the stored tensor, its new scale, and the decoded numbers."""
+        self,
+        number: int,
+        merge: TensorMerge,
+        merged: Tensor,
+        before: Tensor,
+        stored: tuple[Tensor, Tensor | None],
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the tensors to write, and the numbers that they stand for."""
         from adaptkit.linalg.precision import cast
 
-        if merge.scale is not None and scale is not None:
-            rounded, fresh = quantised(merged, scale, merge.dtype)
-            return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+        if merge.packed is not None:
+            if not finite(merged):
+                raise self._non_finite(number, merge)
+            return repacked(self.base.source, merge.packed, merged, before)
+        if merge.scale is not None and stored[1] is not None:
+            rounded, fresh = requantised(merged, before, stored[0], stored[1], merge.dtype)
+            back = widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+            return {merge.name: rounded, merge.scale: fresh}, back
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
             rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
         except NonFinite:
             raise self._too_large(number, merge) from None
-        return rounded, None, rounded
+        return {merge.name: rounded}, rounded
 
     # errors
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            "the merged weight does not fit "
-            f"{str(torch_dtype(merge.dtype)).removeprefix('torch.')}",
+            f"the merged weight does not fit {_named(merge)}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
@@ -412,6 +422,11 @@ def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
     if part.origin not in known:
         known[part.origin] = replace(part, weights=part.weights.computed())
     return known[part.origin]
+
+
+def _named(merge: TensorMerge) -> str:
+    """The type that a tensor is written in, as torch names it or its format does."""
+    return merge.dtype if merge.packed else str(torch_dtype(merge.dtype)).removeprefix("torch.")
 
 
 def _present(merge: TensorMerge | None) -> TensorMerge:
