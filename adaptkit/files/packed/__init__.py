@@ -1,6 +1,7 @@
 """Checkpoints whose weights are packed: each is read as the numbers that it stands for.
 
-nf4, fp4 and int8 of bitsandbytes; nvfp4, mxfp8 and int8 of ComfyUI, rotated too. The formulas are
+nf4, fp4 and int8 of bitsandbytes; nvfp4, mxfp8 and int8 of ComfyUI, rotated too; int8, int4 and
+float8 of torchao; SVDQuant of nunchaku. The formulas are
 those of their authors, and none of their packages is needed. A packed weight has a name for its
 dtype (`NF4`), the shape of its layer, and comes as float32. `Packing` writes it again.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.files.packed import bitsandbytes, comfy
+from adaptkit.files.packed import bitsandbytes, comfy, svdquant, torchao
 from adaptkit.files.source import TensorSource
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from adaptkit.files.header import TensorInfo
     from adaptkit.files.packing import Packed
 
 __all__ = ["unpacked"]
@@ -25,8 +27,13 @@ __all__ = ["unpacked"]
 
 def unpacked(source: TensorSource) -> TensorSource:
     """A source of the numbers that packed weights stand for; itself if there are none."""
-    found = {**bitsandbytes.find(source), **comfy.find(source)}
+    kinds = (bitsandbytes, comfy, svdquant, torchao)
+    found = {name: one for kind in kinds for name, one in kind.find(source).items()}
     return _Unpacked(source, found) if found else source
+
+
+def _as_shown(info: TensorInfo, name: str, one: Packed) -> TensorInfo:
+    return info._replace(name=name, dtype=one.dtype, shape=one.shape)
 
 
 class _Unpacked(TensorSource):
@@ -36,14 +43,18 @@ class _Unpacked(TensorSource):
         self._source, self._packed = source, packed
         self.path, self.files, self.size = source.path, source.files, source.size
         self.metadata, self.ignored, self.form = source.metadata, source.ignored, source.form
-        hidden = {key for one in packed.values() for key in one.parts.values()} - packed.keys()
-        self.infos = {
-            name: info._replace(dtype=packed[name].dtype, shape=packed[name].shape)
-            if name in packed
-            else info
-            for name, info in source.infos.items()
-            if name not in hidden
-        }
+        # a weight may have a name that none of its tensors has, and several one tensor
+        shown: dict[str, list[str]] = {}
+        for name, one in packed.items():
+            shown.setdefault(one.parts["weight"], []).append(name)
+        hidden = {key for one in packed.values() for key in one.parts.values()}
+        infos: dict[str, TensorInfo] = {}
+        for key, info in source.infos.items():
+            if key not in hidden:
+                infos[key] = info
+            for name in shown.get(key, ()):
+                infos[name] = _as_shown(info, name, packed[name])
+        self.infos = infos
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         one = self._packed.get(name)
@@ -73,7 +84,8 @@ class _Unpacked(TensorSource):
             self._source.announce(key)
 
     def order(self, name: str) -> tuple[int, int]:
-        return self._source.order(name)
+        one = self._packed.get(name)
+        return self._source.order(name if one is None else one.parts["weight"])
 
     def check_unchanged(self) -> None:
         self._source.check_unchanged()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from adaptkit.errors import NotRepresentable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-__all__ = ["Packed", "Packing", "divided", "nearest", "places", "slices", "widths"]
+__all__ = ["Packed", "Packing", "divided", "nearest", "places", "slices", "unread", "widths"]
 
 # numbers that are unpacked or packed at a time: what comes in between stays in the cache
 CHUNK = 1 << 18
@@ -38,7 +40,8 @@ class Packed(NamedTuple):
 
     `parts` are the keys of all its tensors by part, `weight` among them. `decode` takes them as
     stored and gives float32 numbers in the order of `shape`. `packing` is None if they cannot be
-    written again.
+    written again. Unless `plain`, the weights of the file are no model by themselves, so it cannot
+    be written as plain numbers either.
     """
 
     dtype: str
@@ -46,10 +49,22 @@ class Packed(NamedTuple):
     parts: Mapping[str, str]
     decode: Callable[[Mapping[str, Tensor]], Tensor]
     packing: Packing | None = None
+    plain: bool = True
 
     def rewritten(self) -> tuple[str, ...]:
         """The keys of the tensors that are written anew."""
         return () if self.packing is None else tuple(self.parts[p] for p in self.packing.parts)
+
+
+def unread(
+    dtype: str, shape: tuple[int, ...], parts: Mapping[str, str], *, plain: bool = True
+) -> Packed:
+    """A weight that is only told by the name of its format."""
+
+    def decode(_: Mapping[str, Tensor]) -> Tensor:
+        raise NotRepresentable(f"stored as {dtype}, which is not read", tensor=parts["weight"])
+
+    return Packed(dtype, shape, parts, decode, plain=plain)
 
 
 def slices(count: int, width: int) -> Iterator[slice]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from adaptkit.adapter import Adapter
 from adaptkit.checkpoint import PLAIN_BASE, Checkpoint, Piece
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
+from adaptkit.files.dtypes import UNREAD
 from adaptkit.files.header import TensorSpec
 from adaptkit.names import BIAS, Slot
 from adaptkit.ops.block_weights import Blocks
@@ -165,6 +166,8 @@ def _computed(
         )
     found = []
     for info in base.source.infos.values():
+        if options.dtype != "keep":
+            _check_plain(base, info.name)
         merge = placed.get(info.name)
         if merge is not None and merge.changes:
             found.append(merge)
@@ -173,6 +176,20 @@ def _computed(
             if dtype != info.dtype or info.name in base.quantization.scales:
                 found.append(TensorMerge(info.name, dtype, ()))
     return tuple(found)
+
+
+def _check_plain(base: Checkpoint, name: str) -> None:
+    """Refuse weights that cannot be written as plain numbers."""
+    packed = base.source.packed(name)
+    if packed is None or (packed.plain and packed.dtype not in UNREAD):
+        return
+    raise NotRepresentable(
+        f"stored as {packed.dtype}, which cannot be converted",
+        hint="merge into the plain model that it was made from; what loads this file loads a LoRA "
+        "beside it",
+        file=base.source.path,
+        tensor=name,
+    )
 
 
 def _new_dtype(base: Checkpoint, name: str, options: Options) -> str:
@@ -277,6 +294,9 @@ class _Places:
 
     def _merge(self, name: str, contributions: Sequence[Contribution]) -> TensorMerge:
         info, stored = self.base.source.infos[name], self.base.quantization
+        packed = self.base.source.packed(name)
+        if packed is not None and not packed.plain:
+            _check_plain(self.base, name)
         if (reason := stored.refusal(info)) is not None:
             raise NotRepresentable(
                 f"stored as {reason}, which adapters cannot be added to",
@@ -287,7 +307,6 @@ class _Places:
         dtype = stored_dtype(self.options.dtype, info.dtype)
         if self.options.dtype != "keep":
             return TensorMerge(name, dtype, tuple(contributions))
-        packed = self.base.source.packed(name)
         if packed is not None and packed.packing is None and any(c.strength for c in contributions):
             raise NotRepresentable(
                 f"stored as {dtype}, which is read and not written",
