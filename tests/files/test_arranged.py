@@ -154,6 +154,15 @@ def test_it_is_said_that_a_file_is_packed_and_its_tensors_are_plain(tmp_path: Pa
         assert adapter.source.span(key) is None
 
 
+def test_metadata_scale_nothing_that_nunchaku_reads(tmp_path: Path) -> None:
+    """Its ranks are filled up, and its loader reads no metadata."""
+    nunchaku_file(tmp_path / "a.safetensors")
+    stated = {"lora_adapter_metadata": '{"transformer.r": 8, "transformer.lora_alpha": 8}', "rank": "16", "lora_alpha": "4"}  # fmt: skip
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", stated)
+    with Adapter.open(tmp_path / "b.safetensors", family="flux") as adapter:
+        assert {entry.facts.scale for entry in adapter.entries.values()} == {1.0}
+
+
 def test_a_layer_that_an_adapter_does_not_change_is_not_in_it(tmp_path: Path) -> None:
     """nunchaku writes the base's branch of every layer."""
     nunchaku_file(tmp_path / "a.safetensors", rank=16)
