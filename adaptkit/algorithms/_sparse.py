@@ -53,5 +53,6 @@ class Sparse(OfPeft, Applied):
     def times(self, factor: float) -> Self:
         from adaptkit.linalg.precision import upcast
 
-        changed: Any = replace(self, entries=upcast(self.entries) * factor)  # type: ignore[type-var]
+        entries = upcast(self.entries) * factor
+        changed: Any = replace(self, entries=entries)  # type: ignore[type-var]
         return changed  # type: ignore[no-any-return]
