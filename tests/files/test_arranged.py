@@ -209,6 +209,20 @@ def test_what_nunchaku_does_not_write_is_named_and_stops_a_verb(tmp_path: Path) 
     assert not (tmp_path / "c.safetensors").exists()
 
 
+def test_of_two_tensors_of_one_name_neither_is_lost(tmp_path: Path) -> None:
+    nunchaku_file(tmp_path / "a.safetensors")
+    twice = {f"{DOUBLE}.attn.to_q.lora_A.weight": torch.ones(16, W), f"{DOUBLE}.attn.to_q.lora_B.bias": torch.ones(W)}  # fmt: skip
+    save_file({**load_file(tmp_path / "a.safetensors"), **twice}, tmp_path / "b.safetensors")
+    with Adapter.open(tmp_path / "b.safetensors", family="flux") as adapter:
+        assert set(adapter.unclaimed) == twice.keys()
+    stem = "diffusion_model.middle_block.1.proj_in"
+    tensors = {f"{stem}.weight::lora::0": torch.ones(1280, 4), f"{stem}.weight::lora::1": torch.ones(4, 1280)}  # fmt: skip
+    odd = {f"{stem}.weight::lora::00": torch.ones(1280, 4)}
+    save_file({**tensors, **odd}, tmp_path / "c.safetensors")
+    with Adapter.open(tmp_path / "c.safetensors", family="sdxl") as adapter:
+        assert set(adapter.unclaimed) == odd.keys()
+
+
 def test_half_of_a_single_block_s_output_is_not_guessed(tmp_path: Path) -> None:
     nunchaku_file(tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")

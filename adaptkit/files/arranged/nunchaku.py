@@ -94,12 +94,16 @@ def find(
                 layers.pop(local, None)
         made |= dict(_block(block, layers))
         used |= {info.name for pair in layers.values() for info in (pair.down, pair.up)}
+    for key, info in infos.items():
+        vectors = dict(_cut_vector(key, info))
+        made |= vectors
+        used |= {key} if vectors else set()
     kept: dict[str, TensorInfo] = {}
     for key, info in infos.items():
         if key not in used:
-            vectors = dict(_cut_vector(key, info))
-            made |= vectors
-            kept |= {} if vectors else {_renamed(key, info): info}
+            name = _renamed(key, info)
+            # of two tensors of one name neither is lost: one keeps a name that nobody knows
+            kept[key if name in made or name in kept else name] = info
     return made, kept
 
 
@@ -120,7 +124,7 @@ def _pair(infos: Mapping[str, TensorInfo], key: str, block: str, local: str) -> 
         return None
     (rows, rank), plain = up.shape, local in MODULATIONS
     columns = down.shape[1 if plain else 0]
-    fits = down.dtype == up.dtype and down.shape[0 if plain else 1] == rank
+    fits = down.dtype == up.dtype and down.shape[0 if plain else 1] == rank and rows and columns
     if plain:
         return _Pair(down, up, rows, columns, rank) if fits and not rows % PARTS[local] else None
     tiled = rank >= BASE_RANK and not any(n % TILE for n in (rows, columns, rank))
