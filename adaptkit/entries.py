@@ -30,7 +30,6 @@ __all__ = [
     "as_part",
     "entries_of",
     "is_carried",
-    "per_head",
     "read_entries",
     "shared_as",
     "shared_name",
@@ -117,20 +116,6 @@ def read_entries(
         found = reader.entries(names)
     reader.problems += () if problem is None else (problem,)
     return reader, found
-
-
-def per_head(keys: KeyMap, names: Iterable[str]) -> Iterator[Problem]:
-    """The fault of a file whose fused rows are in another order than any other tool's."""
-    ends = tuple(f"{end}.lora_A.default.weight" for end in keys.family.interleaved)
-    name = next((name for name in names if name.endswith(ends)), None) if ends else None
-    if name is not None:
-        yield Problem(
-            "error",
-            None,
-            f"DiffSynth-Studio stores the rows of {name.partition('.lora_A')[0]} head by head, "
-            "which adaptkit does not put in order",
-            "load it in diffusers, which does, and save it with save_lora_weights",
-        )
 
 
 def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:

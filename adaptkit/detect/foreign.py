@@ -16,7 +16,8 @@ __all__ = ["foreign", "hint_for"]
 
 # a network beside the model, stored as differences from it (Stability AI's control-lora)
 CONTROL = "Control LoRA"
-# factors in the order of a kernel's tiles, named without `.weight` (nunchaku before 0.2)
+# factors in the order of a kernel's tiles, named without `.weight` (nunchaku before 0.2); those of
+# FLUX.1 are read, see adaptkit.files.arranged.nunchaku
 PACKED = "LoRA packed for nunchaku"
 # UniLoRA's numbers without their places (save_indices = False)
 BANK, BANK_NAME = "UniLoRA without its places", "unilora_theta_d"

@@ -226,11 +226,12 @@ class Recast(Closing):
         found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly(task)}))
         return {name: found[name] for name in (*CHANGES, "unchanged") if found[name]}
 
-    @staticmethod
-    def plainly(task: Task) -> str:
+    def plainly(self, task: Task) -> str:
         """What becomes of a module that no other change applies to."""
         ready = task.ready or ()
         same = all(isinstance(item, Copied) and item.key == item.source for item in ready)
+        # a layout of its own stores other tensors than are read
+        same = same and not any(adapter.source.layout for adapter in self.adapters)
         return "unchanged" if ready and same else "renamed"
 
     def to_dict(self) -> dict[str, Any]:
