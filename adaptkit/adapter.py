@@ -167,7 +167,7 @@ class Adapter:
             known = compile_keys(found.family, found.format, wrapped=bool(found.wrapper))
             keys = _with_own(known, infos)
         else:
-            _refuse_foreign(infos, config)
+            _refuse_foreign(infos or source.infos, config)
             keys, found = _unknown(infos, found, family, format)
         return cls._read(source, config, infos, keys, found, alpha)
 
