@@ -135,7 +135,7 @@ def check_shared(tasks: Sequence[Task]) -> None:
     """
     for task in tasks:
         kind, adapter = task.kind, task.terms[0].job.adapter
-        if not kind.shared or task.entries[0].kind is not kind:
+        if not kind.drawn_whole or task.entries[0].kind is not kind:
             continue
         whole = sum(entry.kind is kind for entry in adapter.entries.values())
         kept = sum(one.kind is kind and one.terms[0].job.adapter is adapter for one in tasks)
