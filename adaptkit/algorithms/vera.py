@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Applied
+from adaptkit.algorithms._drawn import kaiming
+from adaptkit.algorithms._foreign import Applied, OfPeft, seed
+from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from adaptkit.algorithms._restated import Restated
     from adaptkit.algorithms._settings import Wanted
 
 STORED = frozenset({"rows", "inner", "left", "right"})
 
 
 @dataclass(frozen=True, eq=False)
-class Vera(Applied):
+class Vera(OfPeft, Applied):
     """ΔW = diag(scales) · left[:m] · diag(inner) · right[:, :n].
 
     scales: (..., m)   inner: (..., r)   left: (..., M, r)   right: (..., r, N)
@@ -38,6 +40,8 @@ class Vera(Applied):
 
     name: ClassVar[str] = "vera"
     title: ClassVar[str] = "VeRA"
+    peft_type: ClassVar[str] = "VERA"
+    linear: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"projection_prng_key": 0})
     shared: ClassVar[Mapping[str, str]] = MappingProxyType({"left": "vera_B", "right": "vera_A"})
     roles: ClassVar[Mapping[str, Role]] = roles(
@@ -49,6 +53,7 @@ class Vera(Applied):
     inner: Tensor
     left: Tensor | None  # None where the sizes of the model are not known
     right: Tensor | None
+    saved: bool = False  # whether the file holds them
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -66,10 +71,8 @@ class Vera(Applied):
     def settled(cls, facts: Facts, wanted: Wanted) -> Facts:
         if wanted.shapes.keys() == STORED:
             return facts
-        seed = cls.stated(wanted)["projection_prng_key"]
-        if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 1 << 63:
-            raise NotRepresentable(f"adapter_config.json: projection_prng_key is {seed!r}, no seed")
-        return replace(facts, settings=(seed,))
+        drawn = seed(cls.stated(wanted)["projection_prng_key"], "projection_prng_key")
+        return replace(facts, settings=(drawn,))
 
     @classmethod
     def beside(cls, facts: Facts, rows: int, columns: int) -> Facts:
@@ -81,25 +84,46 @@ class Vera(Applied):
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         rows, inner = tensors["rows"], tensors["inner"]
         if "left" in tensors:
-            return cls(rows, inner, tensors["left"][..., : rows.shape[-1], :], tensors["right"])
+            return cls(rows, inner, tensors["left"], tensors["right"], saved=True)
         if len(facts.settings) < 3:
             return cls(rows, inner, None, None)
         left, right = _drawn(int(facts.rank or 0), *facts.settings)
         left, right = left.to(rows.device), right.to(rows.device)
-        return cls(rows, inner, left[: rows.shape[-1]], right)
+        return cls(rows, inner, left, right)
+
+    def encode(self) -> dict[str, Tensor]:
+        found = {"rows": self.scales, "inner": self.inner}
+        if self.saved and self.left is not None and self.right is not None:
+            found |= {"left": self.left, "right": self.right}
+        return found
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        saved = "left" in modules[0].shapes
+        return {**counted(modules, "r"), "save_projection": saved}
+
+    def times(self, factor: float) -> Self:
+        from adaptkit.linalg.precision import upcast
+
+        return replace(self, scales=upcast(self.scales) * factor)
 
     @property
     def rows(self) -> int:
         return int(self.scales.shape[-1])
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        if self.left is None or self.right is None:
+        if (own := self._left) is None or self.right is None:
             raise NotRepresentable("its projections are drawn for a model of unknown size")
         columns = base.shape[-1]
         self._fitting(columns <= self.right.shape[-1] and self.rows == base.shape[-2], base)
-        left = self.scales.to(base.dtype).unsqueeze(-1) * self.left.to(base.dtype)
+        left = self.scales.to(base.dtype).unsqueeze(-1) * own.to(base.dtype)
         right = self.inner.to(base.dtype).unsqueeze(-1) * self.right[..., :columns].to(base.dtype)
         return base.add_(left @ right, alpha=strength)
+
+    @property
+    def _left(self) -> Tensor | None:
+        """The rows of `left` that this layer takes."""
+        return None if self.left is None else self.left[..., : self.rows, :]
 
     def part(self, start: int, stop: int) -> Self:
         left = None if self.left is None else self.left[..., start:stop, :]
@@ -107,7 +131,7 @@ class Vera(Applied):
 
     def swapped(self) -> Self:
         half = self.rows // 2
-        left = None if self.left is None else self.left.roll(half, -2)
+        left = None if self._left is None else self._left.roll(half, -2)
         return replace(self, scales=self.scales.roll(half, -1), left=left)
 
 
@@ -118,12 +142,8 @@ def _drawn(rank: int, seed: int, rows: int, columns: int) -> tuple[Tensor, Tenso
 
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(*shape: int) -> Tensor:
-        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-    right = uniform(rank, columns)
-    return uniform(rows, rank), right
+    right = kaiming((rank, columns), 0.0, generator, torch.float32)
+    return kaiming((rows, rank), 0.0, generator, torch.float32), right
 
 
 ALGORITHM = Vera

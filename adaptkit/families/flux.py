@@ -57,16 +57,39 @@ XLABS = {
     for n, side in ((1, "img"), (2, "txt"))
     for name in ("qkv", "proj")
 }
+# DiffSynth-Studio's own model, which has the rows of the original one
+DIFFSYNTH = {
+    **{
+        f"{DOUBLE}{side}_{ours}": (named(f"blocks.{{i:19}}.{theirs.format(letter)}"),)
+        for side, letter in (("img", "a"), ("txt", "b"))
+        for ours, theirs in (
+            ("attn.qkv", "attn.{}_to_qkv"),
+            ("attn.proj", "attn.{}_to_out"),
+            ("mlp.0", "ff_{}.0"),
+            ("mlp.2", "ff_{}.2"),
+            ("mod.lin", "norm1_{}.linear"),
+        )
+    },
+    f"{SINGLE}linear1": (named(f"{SINGLE}to_qkv_mlp"),),
+    f"{SINGLE}linear2": (named(f"{SINGLE}proj_out"),),
+    f"{SINGLE}modulation.lin": (named(f"{SINGLE}norm.linear"),),
+    "final_layer.linear": (named("final_proj_out"),),
+    "final_layer.adaLN_modulation.1": (named("final_norm_out.linear"),),
+}
 
 
-def _with_private(public: Row) -> Row:
-    names = {"omi": OMI.get(public.target), "xlabs": XLABS.get(public.target)}
+def _with_others(public: Row) -> Row:
+    names = {
+        "omi": OMI.get(public.target),
+        "xlabs": XLABS.get(public.target),
+        "diffsynth": DIFFSYNTH.get(public.target),
+    }
     return public._replace(
         names={**public.names, **{naming: name for naming, name in names.items() if name}}
     )
 
 
-ROWS = tuple(_with_private(public) for public in PUBLIC)
+ROWS = tuple(_with_others(public) for public in PUBLIC)
 
 FAMILY = ModelFamily(
     name="flux",

@@ -192,6 +192,11 @@ _SIGNATURES = (
     ),
     (b"\x80\x02\x8a\x0a", "a torch pickle, not safetensors", "rename it to .ckpt or .pt"),
     (b"\x1f\x8b", "gzip data, not safetensors", "unpack it first"),
+    (
+        b"SQLite format 3\0",
+        "an SQLite database, not safetensors; Draw Things stores its LoRAs so",
+        "export it as safetensors: Draw Things can, and so can its LoRAConverter",
+    ),
 )
 
 

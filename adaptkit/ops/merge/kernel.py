@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
+from adaptkit.ops.merge.at_once import together
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
 from adaptkit.ops.merge.cutting import Part as _Part
-from adaptkit.ops.merge.requantise import repacked, requantised, widened
+from adaptkit.ops.merge.requantise import repacked, requantised, type_name, widened
 from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.staging.lanes import Later, back
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.merge.output import Output, Scattered
     from adaptkit.ops.merge.plan import Plan, TensorMerge
 
-__all__ = ["Blender", "Merged"]
+__all__ = ["Blender", "Merged", "held"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Merged:
     weight: float
     delta: float
     rounding: float
+
+
+_Row = list[Merged | None] | Later[list[Merged | None]]  # of each output
 
 
 @dataclass(frozen=True)
@@ -106,16 +111,16 @@ class Blender:
                     read.add(source)
         return loaded
 
-    def blend(
-        self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]
-    ) -> list[list[Merged | None]]:
+    def blend(self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]) -> list[_Row]:
         """Apply all adapters in float32 (float64 for a float64 base), then round once.
 
         The joints have equal shapes and contributions, and their tensors are stacked. Return, for
         each joint, the result of each output.
         """
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
-        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
+        found: list[list[Merged | Later[Merged] | None]] = [
+            [None] * len(self.plans) for _ in joints
+        ]
         whole: list[int] = []
         rows: list[int] = []
         for number, merge in enumerate(joints[0].merges):
@@ -126,11 +131,11 @@ class Blender:
             for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
                 found[n][number] = merged
         if rows:
-            merge_all = self._at_once if self.at_once else self._by_rows
+            merge_all: Callable[..., Any] = self._at_once if self.at_once else self._by_rows
             for number, of_each in zip(rows, merge_all(rows, joints, tensors, stored), strict=True):
                 for n, merged in enumerate(of_each):
                     found[n][number] = merged
-        return found
+        return [together(row, held(row)) for row in found]
 
     def _parts(
         self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
@@ -240,8 +245,8 @@ class Blender:
         joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
-    ) -> list[list[Merged]]:
-        """Merge a whole stack in few launches; nothing waits for the device before the results."""
+    ) -> list[list[Later[Merged]]]:
+        """Merge a whole stack in few launches; nothing waits for the device."""
         from adaptkit.ops.merge.at_once import widened_factors
 
         tensors = widened_factors(tensors)
@@ -254,8 +259,8 @@ class Blender:
         joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         flat: Tensor,
-    ) -> list[Merged]:
-        from adaptkit.ops.merge.at_once import merged
+    ) -> list[Later[Merged]]:
+        from adaptkit.ops.merge.at_once import coming, merged
 
         parts = list(self._parts(number, joints[0], tensors, flat.shape[1]))
         deltas = [self._known(number, joint) for joint in joints]
@@ -263,14 +268,14 @@ class Blender:
         contest = self.contest if flat.device.type == "cuda" else None
         made = merged(flat, parts, dtype, known=None not in deltas, contest=contest)
         told = [known * parts[0][1] ** 2 for known in deltas if known is not None]
-        weight, delta, rounding = made.squares(told)
         shape = self.base.source.infos[joints[0].name].shape
-        host = made.out.cpu().reshape(len(joints), *shape)
-        return [
-            self._merged(number, merge, {merge.name: host[n]}, weight[n], delta[n], rounding[n])
-            for n, joint in enumerate(joints)
-            if (merge := joint.merges[number]) is not None
-        ]
+
+        def settle(n: int, out: Tensor, *squares: float) -> Merged:
+            weight, delta, rounding = squares
+            merge = _present(joints[n].merges[number])
+            return self._merged(number, merge, {merge.name: out}, weight, delta, rounding)
+
+        return coming(made, shape, told, settle)
 
     def _known(self, number: int, joint: JointMerge) -> float | None:
         """‖ΔW‖² of the only module that is added, if it was told when that was read."""
@@ -331,14 +336,14 @@ class Blender:
         before: Tensor,
         stored: tuple[Tensor, Tensor | None],
     ) -> Merged:
-        written, back = self._rounded(number, merge, merged, before, stored)
+        written, decoded = self._rounded(number, merge, merged, before, stored)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(before, merged, back):
+        for old, new, out in _chunks(before, merged, decoded):
             weight += _square(old)
             delta += _square(new - old)
             rounding += _square(out.to(new.dtype) - new)
         return self._merged(
-            number, merge, {name: t.cpu() for name, t in written.items()}, weight, delta, rounding
+            number, merge, {name: back(t) for name, t in written.items()}, weight, delta, rounding
         )
 
     def _rounded(
@@ -357,9 +362,7 @@ class Blender:
                 raise self._non_finite(number, merge)
             return repacked(self.base.source, merge.packed, merged, before)
         if merge.scale is not None and stored[1] is not None:
-            rounded, fresh = requantised(merged, before, stored[0], stored[1], merge.dtype)
-            back = widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
-            return {merge.name: rounded, merge.scale: fresh}, back
+            return requantised(merge, merged, before, stored[0], stored[1])
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
@@ -372,7 +375,7 @@ class Blender:
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            f"the merged weight does not fit {_named(merge)}",
+            f"the merged weight does not fit {type_name(merge)}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
@@ -380,7 +383,6 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-
         plan = self.plans[number]
         if not finite(self.base.source.read(merge.name)):
             return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
@@ -417,16 +419,17 @@ def _blended(
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 
+def held(results: Iterable[Merged | Later[Merged] | None]) -> int:
+    """The bytes of the tensors that are there."""
+    there = (one.written.values() for one in results if isinstance(one, Merged))
+    return sum(tensor.nbytes for each in there for tensor in each)
+
+
 def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
     """The part of this origin, with what all of its rows need computed once."""
     if part.origin not in known:
         known[part.origin] = replace(part, weights=part.weights.computed())
     return known[part.origin]
-
-
-def _named(merge: TensorMerge) -> str:
-    """The type that a tensor is written in, as torch names it or its format does."""
-    return merge.dtype if merge.packed else str(torch_dtype(merge.dtype)).removeprefix("torch.")
 
 
 def _present(merge: TensorMerge | None) -> TensorMerge:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit import engine
 from adaptkit.files.header import nbytes
-from adaptkit.ops.merge.kernel import Blender, Merged
+from adaptkit.ops.merge.kernel import Blender, Merged, held
 from adaptkit.ops.merge.output import opened
 from adaptkit.ops.merge.plan import Options, Plan
 from adaptkit.ops.merge.provenance import Provenance
@@ -88,7 +88,7 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
                         output.put(name, tensor)
                     records[merge.name] = replace(result, written={})
 
-        work = engine.Work(blender.load, blender.blend, store, held=_held)
+        work = engine.Work(blender.load, blender.blend, store, held=held)
         notes = engine.run(steps, work, resources)
         copying.wait()
         for plan in plans:
@@ -154,11 +154,6 @@ def _verified(
         found.append(verify(plan, output.at, tally.add) if plan.options.verify else None)
         plan.close()
     return found
-
-
-def _held(results: Sequence[Merged | None]) -> int:
-    written = (result.written.values() for result in results if result is not None)
-    return sum(tensor.nbytes for each in written for tensor in each)
 
 
 class _Background:
