@@ -25,7 +25,6 @@ from adaptkit.entries import (
     alike,
     as_part,
     is_carried,
-    per_head,
     read_entries,
     without_carried,
 )
@@ -168,7 +167,7 @@ class Adapter:
     ) -> Adapter:
         meaning = Meaning.of(source.metadata, config, alpha)
         reader, entries = read_entries(source, keys, meaning, infos)
-        reader.problems += (*meaning.problems(), *per_head(keys, infos))
+        reader.problems += meaning.problems()
         return cls(
             source,
             keys.family,

@@ -30,7 +30,6 @@ __all__ = [
     "as_part",
     "entries_of",
     "is_carried",
-    "per_head",
     "read_entries",
     "shared_as",
     "weights_of",
@@ -72,6 +71,7 @@ class Entry(NamedTuple):
     alpha_source: str = "none"  # tensor | metadata | given | none
     naming: str = "diffusers"
     swapped: bool = False  # stored with the halves of its rows swapped
+    head: int = 0  # stored head by head: these rows of q, then of k, then of v
 
     def tensors(self) -> Iterator[tuple[str, str]]:
         """(role, key) of the tensors with weights, that is, all except alpha."""
@@ -87,8 +87,18 @@ class Entry(NamedTuple):
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
         """Decode stored tensors (perhaps stacked), rows in target order."""
-        weights = self.kind.decode(tensors, self.facts)
+        weights = self.named(tensors)
         return weights.swapped() if self.swapped else weights
+
+    def named(self, tensors: Mapping[str, Tensor]) -> Weights:
+        """Decode stored tensors, rows in the order that the module's name means."""
+        weights = self.kind.decode(tensors, self.facts)
+        return _by_part(weights, self.head) if self.head else weights
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the rows are stored in another order than the target's."""
+        return self.swapped or self.head > 0
 
 
 def entries_of(
@@ -117,23 +127,22 @@ def read_entries(
     return reader, found
 
 
-def per_head(keys: KeyMap, names: Iterable[str]) -> Iterator[Problem]:
-    """The fault of a file whose fused rows are in another order than any other tool's."""
-    ends = tuple(f"{end}.lora_A.default.weight" for end in keys.family.interleaved)
-    name = next((name for name in names if name.endswith(ends)), None) if ends else None
-    if name is not None:
-        yield Problem(
-            "error",
-            None,
-            f"DiffSynth-Studio stores the rows of {name.partition('.lora_A')[0]} head by head, "
-            "which adaptkit does not put in order",
-            "load it in diffusers, which does, and save it with save_lora_weights",
-        )
-
-
 def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
     """The weights of an entry, its tensors read by `tensor`, rows in target order."""
     return entry.decode(alike({role: tensor(key) for role, key in entry.tensors()}))
+
+
+def _by_part(weights: Weights, head: int) -> Weights:
+    """Rows stored head by head, q, k and v one after the other.
+
+    (heads, 3, head) becomes (3, heads, head).
+    """
+    starts = (
+        start
+        for first in range(0, 3 * head, head)
+        for start in range(first, weights.rows, 3 * head)
+    )
+    return type(weights).fuse([weights.part(start, start + head) for start in starts])
 
 
 def without_carried(source: Header) -> dict[str, TensorInfo]:
@@ -204,6 +213,7 @@ class _Reader:
                 facts = self._settled(slot, known, kind, shapes, first.module)
                 facts = self._with_kernel(slot, facts)
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
+                head = self._head(names, facts.rows)
                 window = len(facts.kernel or ())
                 if wrong := self.meaning.misread(slot.component, kind, shapes, window):
                     raise NotRepresentable(wrong)
@@ -221,9 +231,23 @@ class _Reader:
                 value = alpha.value if alpha else None
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
-                return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
+                return Entry(
+                    slot, kind, keys, facts, value, origin, first.naming, first.swapped, head
+                )
         self._refuse(slot, group, failures[0] if failures else self._what(slot, group))
         return None
+
+    def _head(self, names: Iterable[str], rows: int) -> int:
+        """The rows of a head, if those of q, k and v are stored head by head; else 0."""
+        for end, head in self.keys.family.interleaved.items():
+            if any(name.endswith(f"{end}.lora_A.default.weight") for name in names):
+                if rows % (3 * head):
+                    raise NotRepresentable(
+                        f"DiffSynth-Studio stores q, k and v head by head, and {rows} rows are no "
+                        f"whole number of heads of {head}"
+                    )
+                return head
+        return 0
 
     def _what(self, slot: Slot, group: Mapping[str, Parsed]) -> str:
         """Why the tensors of a slot are no module: what is missing, if that makes one."""

@@ -180,4 +180,4 @@ def by_rows(merge: TensorMerge, base: Checkpoint) -> bool:
     if place is not None and (place.transposed or place.swapped):
         return False
     added = [c.entry for c in merge.contributions if c.strength]
-    return all(entry.kind.by_rows and not entry.swapped for entry in added)
+    return all(entry.kind.by_rows and not entry.reordered for entry in added)

@@ -360,7 +360,8 @@ class _Planner:
             yield "fused"
         elif job.whole is None:
             yield "split"
-        if any(e.swapped for e in entries) != self.keys.swapped(job.slot):
+        swapped = any(e.swapped for e in entries) != self.keys.swapped(job.slot)
+        if swapped or any(e.head for e in entries):
             yield "swapped"
         if any(e.kind is not kind or self._unrolls(e) for e in entries):
             yield "changed"
