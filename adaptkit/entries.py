@@ -32,12 +32,14 @@ __all__ = [
     "is_carried",
     "read_entries",
     "shared_as",
+    "shared_name",
     "weights_of",
     "without_carried",
 ]
 
 # roles of one number, which may be an integer or a flag
 SINGLE = (ALPHA, "on_input")
+INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
 CARRIED = ("bundle_emb.", "_aux.")
@@ -71,7 +73,6 @@ class Entry(NamedTuple):
     alpha_source: str = "none"  # tensor | metadata | given | none
     naming: str = "diffusers"
     swapped: bool = False  # stored with the halves of its rows swapped
-    head: int = 0  # stored head by head: these rows of q, then of k, then of v
 
     def tensors(self) -> Iterator[tuple[str, str]]:
         """(role, key) of the tensors with weights, that is, all except alpha."""
@@ -87,18 +88,8 @@ class Entry(NamedTuple):
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
         """Decode stored tensors (perhaps stacked), rows in target order."""
-        weights = self.named(tensors)
-        return weights.swapped() if self.swapped else weights
-
-    def named(self, tensors: Mapping[str, Tensor]) -> Weights:
-        """Decode stored tensors, rows in the order that the module's name means."""
         weights = self.kind.decode(tensors, self.facts)
-        return _by_part(weights, self.head) if self.head else weights
-
-    @property
-    def reordered(self) -> bool:
-        """Whether the rows are stored in another order than the target's."""
-        return self.swapped or self.head > 0
+        return weights.swapped() if self.swapped else weights
 
 
 def entries_of(
@@ -130,19 +121,6 @@ def read_entries(
 def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
     """The weights of an entry, its tensors read by `tensor`, rows in target order."""
     return entry.decode(alike({role: tensor(key) for role, key in entry.tensors()}))
-
-
-def _by_part(weights: Weights, head: int) -> Weights:
-    """Rows stored head by head, q, k and v one after the other.
-
-    (heads, 3, head) becomes (3, heads, head).
-    """
-    starts = (
-        start
-        for first in range(0, 3 * head, head)
-        for start in range(first, weights.rows, 3 * head)
-    )
-    return type(weights).fuse([weights.part(start, start + head) for start in starts])
 
 
 def without_carried(source: Header) -> dict[str, TensorInfo]:
@@ -197,7 +175,7 @@ class _Reader:
             rebased = self.meaning.rebased(slot.component, plain)
             kind = algorithms()[rebased] if rebased else plain
             keys = {role: names[n] for role, n in places.items()} | self._shared(kind)
-            if odd := self._odd(keys):
+            if odd := self._odd(kind, keys):
                 failures.append(odd)
                 continue
             stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
@@ -213,7 +191,6 @@ class _Reader:
                 facts = self._settled(slot, known, kind, shapes, first.module)
                 facts = self._with_kernel(slot, facts)
                 facts = self._with_bias_scale(slot, facts, keys, first.module)
-                head = self._head(names, facts.rows)
                 window = len(facts.kernel or ())
                 if wrong := self.meaning.misread(slot.component, kind, shapes, window):
                     raise NotRepresentable(wrong)
@@ -231,23 +208,9 @@ class _Reader:
                 value = alpha.value if alpha else None
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
-                return Entry(
-                    slot, kind, keys, facts, value, origin, first.naming, first.swapped, head
-                )
+                return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
         self._refuse(slot, group, failures[0] if failures else self._what(slot, group))
         return None
-
-    def _head(self, names: Iterable[str], rows: int) -> int:
-        """The rows of a head, if those of q, k and v are stored head by head; else 0."""
-        for end, head in self.keys.family.interleaved.items():
-            if any(name.endswith(f"{end}.lora_A.default.weight") for name in names):
-                if rows % (3 * head):
-                    raise NotRepresentable(
-                        f"DiffSynth-Studio stores q, k and v head by head, and {rows} rows are no "
-                        f"whole number of heads of {head}"
-                    )
-                return head
-        return 0
 
     def _what(self, slot: Slot, group: Mapping[str, Parsed]) -> str:
         """Why the tensors of a slot are no module: what is missing, if that makes one."""
@@ -264,13 +227,16 @@ class _Reader:
         keys = [self.keys.spell(slot, name, role).removeprefix(stem) for role in sorted(absent)]
         return f"{' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} missing"
 
-    def _odd(self, keys: Mapping[str, str]) -> str | None:
+    def _odd(self, kind: type[Weights], keys: Mapping[str, str]) -> str | None:
         """Why a tensor cannot be what its name says, whatever the algorithm; None if it can."""
         for role, key in keys.items():
             info = self.source.infos[key]
             if role in SINGLE:
                 if info.numel != 1 or info.dtype not in SCALARS:
                     return f"{key} is {info.dtype} {list(info.shape)}, not a single number"
+            elif role in kind.roles and kind.roles[role].integers:
+                if info.dtype not in (*INTEGERS, "F32") or not info.numel:
+                    return f"{key} is {info.dtype} {list(info.shape)}, not integers"
             elif info.dtype not in FLOATS + FP8:
                 return f"{key} is stored as {info.dtype}, not as floating-point numbers"
             elif not info.numel or not info.shape:
@@ -362,6 +328,11 @@ def shared_as(name: str) -> str | None:
     if not 1 < len(parts) < 4 or parts[0] != "base_model":
         return None
     return parts[1] if parts[1] in _shared_names() else None
+
+
+def shared_name(kind: type[Weights], role: str) -> str:
+    """The name that a tensor is written under that all modules of a kind share."""
+    return f"base_model.{kind.shared[role]}"
 
 
 def alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ and v; the gate comes before the value in `fc1`, after it in diffusers. Source: 
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from adaptkit.families.contract import (
@@ -82,5 +81,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("minimax-h3", "minimax_h3", "minimaxh3"),
     modelspec="MiniMax-H3",
-    interleaved=MappingProxyType({".attn.qkv_proj": 128}),
+    interleaved=((".attn.qkv_proj", 128),),
 )

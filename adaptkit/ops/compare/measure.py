@@ -258,7 +258,7 @@ class _Operand:
         A full difference keeps its dtype, since it is as large as the weight.
         """
         tensors = dict(self.stored) if self.entry.kind.dense else widened(self.stored)
-        return self.entry.named(tensors)
+        return self.entry.kind.decode(tensors, self.entry.facts)
 
     @cached_property
     def form(self) -> Difference:

@@ -37,12 +37,12 @@ def likeness_of(match: Match, base: Checkpoint | None, tuned: Checkpoint | None)
     krons = {entry.kind.kron for entry in entries}
     if len(krons) > 1 or (krons == {True} and len({_blocks(side) for side in sides}) > 1):
         return None
-    # the same numbers in another order
-    if len({(entry.swapped, entry.head) for entry in entries}) > 1:
+    # both halves exchanged are the same numbers in another order
+    if len({entry.swapped for entry in entries}) > 1:
         return None
     change: Hashable = None
     if match.change is not None:
-        if base is None or tuned is None or True in krons or any(e.reordered for e in entries):
+        if base is None or tuned is None or True in krons or any(e.swapped for e in entries):
             return None
         change = tuple(
             (c.likeness(pieces), c.slot_shape(pieces))
