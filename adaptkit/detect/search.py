@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from adaptkit.detect.beginnings import beginning_of, begun, checkpoint_heads, starts
 from adaptkit.detect.evidence import SAMPLE, AdapterFile, CheckpointFile
 from adaptkit.errors import NoSuchName
+from adaptkit.files import provenance
 from adaptkit.keymap import (
     compile_checkpoint,
     compile_keys,
@@ -323,14 +324,14 @@ def detect_checkpoint(
     near = {name: sum(key.startswith(checkpoint_heads(name)) for key in sample) for name in names}
     counts: dict[str, int] = {}
     for name in sorted(names, key=lambda name: -near[name]):
-        keys = compile_checkpoint(name)
-        if len(names) > 1:
-            # half of ENOUGH leaves room for an unrepresentative sample
-            least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
-            least = max(least, FEW * len(sample))
-            if near[name] < least or sum(map(keys.claims, sample)) < least:
-                continue
-        counts[name] = sum(map(keys.claims, infos))
+        # half of ENOUGH leaves room for an unrepresentative sample
+        least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
+        least = max(least, FEW * len(sample)) if len(names) > 1 else 0
+        # most families are ruled out without compiling their tables
+        if near[name] >= least:
+            keys = compile_checkpoint(name)
+            if sum(map(keys.claims, sample)) >= least:
+                counts[name] = sum(map(keys.claims, infos))
     # in the order of the tables, which breaks ties
     scores = [_Score(counts[name], name, None) for name in names if name in counts]
     return _decide(scores, len(own), metadata, CheckpointFile(infos, own), bool(family))
@@ -368,6 +369,8 @@ def _told(score: _Score, metadata: Mapping[str, str], file: File) -> tuple[float
     """What tells apart families that claim the same keys: metadata, sizes, complete runs."""
     fit = file.fit(score.family, score.format)
     return (
+        # what adaptkit wrote down before it renamed the modules
+        provenance.family(metadata) == score.family,
         _named_in(metadata, score.family),
         # a module without a mark fits as well as one whose mark holds
         1.0 if fit.marks is None else fit.marks,

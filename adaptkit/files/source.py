@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     import torch
 
     from adaptkit.files.header import Header
+    from adaptkit.files.packing import Packed
     from adaptkit.files.pickled.catalogue import Catalogue
 
 __all__ = ["TensorSource", "join", "open_file"]
 
+Shape = tuple[int, ...]
 # bytes read with a number: about a thousand others, where a file holds them side by side
 _BLOCK = 4096
 
@@ -52,6 +54,8 @@ class TensorSource(ABC):
     files: tuple[Path, ...]  # the files that hold the data
     size: int  # bytes of all files
     ignored: tuple[str, ...] = ()  # entries of a pickle other than tensors
+    layout: str = ""  # whose arrangement the file is in, if it is not read as it is stored
+    form = "safetensors"  # of the files that hold the same: safetensors or gguf
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
@@ -81,6 +85,19 @@ class TensorSource(ABC):
     @abstractmethod
     def raw(self, name: str) -> memoryview:
         """Read the tensor's bytes in row-major order."""
+
+    @property
+    def stored(self) -> TensorSource:
+        """The tensors as the files hold them, without unpacking."""
+        return self
+
+    def packed(self, name: str) -> Packed | None:  # noqa: ARG002 has none
+        """How a weight is packed that is read as other numbers than those stored."""
+        return None
+
+    def parts(self, packed: Packed) -> dict[str, torch.Tensor]:
+        """The stored tensors of a packed weight."""
+        return {part: self.stored.read(key) for part, key in packed.parts.items()}
 
     def announce(self, name: str) -> None:  # noqa: B027 optional
         """Prefetch a tensor that will be read soon."""
@@ -149,15 +166,13 @@ class _FileSource(TensorSource):
         """The tensor, in the dtype that it is read as."""
         return self.info(name)
 
-    def _cut(self, name: str, rows: slice | None) -> tuple[int, tuple[int, ...]]:
+    def _cut(self, name: str, rows: slice | None) -> tuple[int, Shape]:
         """The first row, and the shape of a slice or of the whole."""
         info = self.info(name)
         first, count = row_range(info, rows)
         return first, info.shape if rows is None else (count, *info.shape[1:])
 
-    def _into(
-        self, out: torch.Tensor, info: TensorInfo, first: int, shape: tuple[int, ...]
-    ) -> None:
+    def _into(self, out: torch.Tensor, info: TensorInfo, first: int, shape: Shape) -> None:
         """Fill `out` with a tensor of this shape from row `first` on."""
         row = nbytes(info.dtype, shape[1:]) if first else 0
         self._fill(info, bytes_of(out), first * row)
@@ -233,39 +248,60 @@ class _SafetensorsSource(_FileSource):
 class _GgufSource(_FileSource):
     """One `.gguf` file; block-quantised tensors are read as float32."""
 
+    form = "gguf"
+
     def __init__(self, path: Path, header: Header, at: Stamp) -> None:
         super().__init__(path, header, at)
         self.metadata = header.metadata
+        self._blocks = _FileSource(path, header, at)
+        self._blocks.metadata, self._blocks.form = header.metadata, self.form
+        self._blocks._reader = self._reader
+
+    @property
+    def stored(self) -> TensorSource:
+        return self._blocks
+
+    def span(self, name: str) -> tuple[Path, int, int] | None:
+        return None if self.info(name).dtype in GGML else super().span(name)
 
     def _read_as(self, name: str) -> TensorInfo:
         info = self.info(name)
         return info._replace(dtype="F32") if info.dtype in GGML else info
 
-    def _into(
-        self, out: torch.Tensor, info: TensorInfo, first: int, shape: tuple[int, ...]
-    ) -> None:
+    def _into(self, out: torch.Tensor, info: TensorInfo, first: int, shape: Shape) -> None:
         if info.dtype not in GGML:
             return super()._into(out, info, first, shape)
         import torch
 
-        from adaptkit.files.gguf import LONGEST_BLOCK, dequantised
+        from adaptkit.files.gguf.blocks import dequantised, length
 
         row = math.prod(info.shape[1:])
-        whole = row % LONGEST_BLOCK > 0 and shape != info.shape  # blocks span rows
+        whole = row % length(info.dtype) > 0 and shape != info.shape  # blocks span rows
         start = 0 if whole else first * nbytes(info.dtype, info.shape[1:])
-        raw = memoryview(bytearray(nbytes(info.dtype, info.shape if whole else shape)))
-        self._fill(info, raw, start)
-        found = torch.from_numpy(dequantised(raw, info.dtype))
+        raw = self._bytes(info, nbytes(info.dtype, info.shape if whole else shape), start)
         skip = first * row if whole else 0
-        out.view(torch.float32).copy_(found[skip : skip + math.prod(shape)])
+        found = dequantised(raw, info.dtype).reshape(-1)[skip : skip + math.prod(shape)]
+        out.view(torch.float32).copy_(found)
         return None
 
-    def span(self, name: str) -> tuple[Path, int, int] | None:
-        return None if self.info(name).dtype in GGML else super().span(name)
+    def _bytes(self, info: TensorInfo, size: int, skip: int = 0) -> torch.Tensor:
+        import torch
 
+        found = torch.empty(size, dtype=torch.uint8)
+        self._fill(info, bytes_of(found), skip)
+        return found
 
-def _nowhere(_: int) -> None:
-    """Memory of each tensor's own."""
+    def packed(self, name: str) -> Packed | None:
+        info = self.info(name)
+        if info.dtype not in GGML:
+            return None
+        from adaptkit.files.gguf.blocks import packed
+
+        return packed(info)
+
+    def parts(self, packed: Packed) -> dict[str, torch.Tensor]:
+        infos = {part: self.info(key) for part, key in packed.parts.items()}
+        return {part: self._bytes(info, info.nbytes) for part, info in infos.items()}
 
 
 class _PickleSource(_FileSource):
@@ -277,9 +313,7 @@ class _PickleSource(_FileSource):
         self._strides = catalogue.strides
         self._packed = catalogue.packed
 
-    def _into(
-        self, out: torch.Tensor, info: TensorInfo, first: int, shape: tuple[int, ...]
-    ) -> None:
+    def _into(self, out: torch.Tensor, info: TensorInfo, first: int, shape: Shape) -> None:
         if info.name not in self._strides:
             return super()._into(out, info, first, shape)
         stride, unit = self._strides[info.name], itemsize(info.dtype)
@@ -289,7 +323,7 @@ class _PickleSource(_FileSource):
             else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         )
         # where it is read to is for the tensor, not for what lies between its numbers
-        with reading_into(_nowhere):
+        with reading_into(lambda _: None):
             buffer = empty_bytes(info, self.path, extent * unit)
         self._fill(info, bytes_of(buffer), first * stride[0] * unit if first else 0)
         view = buffer.view(torch_dtype(info, self.path)).as_strided(shape, stride)

@@ -162,6 +162,7 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     left = _leading(r)[..., 0, :]
     right = (left.unsqueeze(-2) @ r).squeeze(-2)
     captured = norm_squared(right.unsqueeze(-2))
+    del r  # before the copies of w2, which may be a quarter of it
     w1, w2 = _rescaled(_gauged(_folded(left, a, b), _folded(right, c, d)), unit)
     return Kron(w1, w2, captured if unit is None else captured * unit.square())
 

@@ -16,8 +16,8 @@ from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.at_once import together
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
 from adaptkit.ops.merge.cutting import Part as _Part
-from adaptkit.ops.merge.requantise import quantised, widened
-from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
+from adaptkit.ops.merge.requantise import repacked, requantised, type_name, widened
+from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, square
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
 
@@ -38,11 +38,10 @@ __all__ = ["Blender", "Merged", "held"]
 class Merged:
     """Squared norms of W, ΔW and the rounding error of one output tensor.
 
-    `tensor` (with `scale`) is the stored result, or None if it is written already.
+    `written` are the tensors to write, by name; none if that is done already.
     """
 
-    tensor: Tensor | None
-    scale: Tensor | None
+    written: Mapping[str, Tensor]
     weight: float
     delta: float
     rounding: float
@@ -233,7 +232,7 @@ class Blender:
         self, number: int, joint: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
     ) -> Merged:
         found = self._merged(
-            number, _present(joint.merges[number]), None, *(float(value) for value in sums)
+            number, _present(joint.merges[number]), {}, *(float(value) for value in sums)
         )
         pieces.close()
         return found
@@ -272,9 +271,8 @@ class Blender:
         shape = self.base.source.infos[joints[0].name].shape
 
         def settle(n: int, out: Tensor, *squares: float) -> Merged:
-            weight, delta, rounding = squares
             merge = _present(joints[n].merges[number])
-            return self._merged(number, merge, out, weight, delta, rounding)
+            return self._merged(number, merge, {merge.name: out}, *squares)
 
         return coming(made, shape, told, settle)
 
@@ -284,14 +282,14 @@ class Blender:
         return self.norms.get((joint.name, sources[0])) if len(sources) == 1 else None
 
     def _merged(
-        self, number: int, merge: TensorMerge, out: Tensor | None, *squares: float
+        self, number: int, merge: TensorMerge, written: Mapping[str, Tensor], *squares: float
     ) -> Merged:
         weight, delta, rounding = squares
         if not (math.isfinite(weight) and math.isfinite(delta)):
             raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
             raise self._too_large(number, merge)
-        return Merged(out, None, weight, delta, rounding)
+        return Merged(written, weight, delta, rounding)
 
     # tensors as a whole
 
@@ -310,7 +308,9 @@ class Blender:
         self._add(number, joints[0], matrix, tensors)
         scales = [None] * len(joints) if scale is None else list(scale)
         return [
-            self._finished(number, _present(joint.merges[number]), wide[n], before[n], scales[n])
+            self._finished(
+                number, _present(joint.merges[number]), wide[n], before[n], (stored[n], scales[n])
+            )
             for n, joint in enumerate(joints)
         ]
 
@@ -328,45 +328,52 @@ class Blender:
             matrix.copy_(exchanged(view, -2))
 
     def _finished(
-        self, number: int, merge: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
+        self,
+        number: int,
+        merge: TensorMerge,
+        merged: Tensor,
+        before: Tensor,
+        stored: tuple[Tensor, Tensor | None],
     ) -> Merged:
-        rounded, scale, decoded = self._rounded(number, merge, merged, scale)
+        written, decoded = self._rounded(number, merge, merged, before, stored)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(stored, merged, decoded):
-            weight += _square(old)
-            delta += _square(new - old)
-            rounding += _square(out.to(new.dtype) - new)
-        if not math.isfinite(delta):
-            raise self._non_finite(number, merge)
-        if not math.isfinite(rounding):
-            raise self._too_large(number, merge)
-        return Merged(
-            back(rounded), None if scale is None else back(scale), weight, delta, rounding
-        )
+        for old, new, out in chunks(before, merged, decoded):
+            weight += square(old)
+            delta += square(new - old)
+            rounding += square(out.to(new.dtype) - new)
+        host = {name: back(tensor) for name, tensor in written.items()}
+        return self._merged(number, merge, host, weight, delta, rounding)
 
     def _rounded(
-        self, number: int, merge: TensorMerge, merged: Tensor, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the stored tensor, its new scale, and the decoded numbers."""
+        self,
+        number: int,
+        merge: TensorMerge,
+        merged: Tensor,
+        before: Tensor,
+        stored: tuple[Tensor, Tensor | None],
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the tensors to write, and the numbers that they stand for."""
         from adaptkit.linalg.precision import cast
 
-        if merge.scale is not None and scale is not None:
-            rounded, fresh = quantised(merged, scale, merge.dtype)
-            return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+        if merge.packed is not None:
+            if not finite(merged):
+                raise self._non_finite(number, merge)
+            return repacked(self.base.source, merge.packed, merged, before)
+        if merge.scale is not None and stored[1] is not None:
+            return requantised(merge, merged, before, stored[0], stored[1])
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
             rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
         except NonFinite:
             raise self._too_large(number, merge) from None
-        return rounded, None, rounded
+        return {merge.name: rounded}, rounded
 
     # errors
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            "the merged weight does not fit "
-            f"{str(torch_dtype(merge.dtype)).removeprefix('torch.')}",
+            f"the merged weight does not fit {type_name(merge)}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
@@ -374,7 +381,6 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-
         plan = self.plans[number]
         if not finite(self.base.source.read(merge.name)):
             return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
@@ -413,8 +419,8 @@ def _blended(
 
 def held(results: Iterable[Merged | Later[Merged] | None]) -> int:
     """The bytes of the tensors that are there."""
-    there = (one.tensor for one in results if isinstance(one, Merged))
-    return sum(tensor.nbytes for tensor in there if tensor is not None)
+    there = (one.written.values() for one in results if isinstance(one, Merged))
+    return sum(tensor.nbytes for each in there for tensor in each)
 
 
 def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
@@ -427,16 +433,3 @@ def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
 def _present(merge: TensorMerge | None) -> TensorMerge:
     assert merge is not None
     return merge
-
-
-def _square(x: Tensor) -> float:
-    from adaptkit.linalg.precision import norm_squared
-
-    return float(norm_squared(x.unsqueeze(0)))
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    flat = [t.reshape(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), BLOCK):
-        first, *rest = (t[start : start + BLOCK] for t in flat)
-        yield first.to(rest[0].dtype), *rest

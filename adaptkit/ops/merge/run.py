@@ -84,11 +84,9 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
                 joint.merges, results, outputs, found, strict=True
             ):
                 if merge is not None and result is not None:
-                    if result.tensor is not None:
-                        output.put(merge.name, result.tensor)
-                    if merge.scale is not None and result.scale is not None:
-                        output.put(merge.scale, result.scale)
-                    records[merge.name] = replace(result, tensor=None, scale=None)
+                    for name, tensor in result.written.items():
+                        output.put(name, tensor)
+                    records[merge.name] = replace(result, written={})
 
         work = engine.Work(blender.load, blender.blend, store, held=held)
         notes = engine.run(steps, work, resources)
@@ -190,4 +188,4 @@ class _Background:
 def _copy_untouched(plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
     for plan, output in zip(plans, outputs, strict=True):
         made = {name for merge in plan.computed for name in merge.writes()}
-        output.copy(plan.base.source, [spec.name for spec in plan.specs if spec.name not in made])
+        output.copy(plan.kept, [spec.name for spec in plan.specs if spec.name not in made])

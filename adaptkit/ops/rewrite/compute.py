@@ -314,8 +314,14 @@ class Rewriter:
         )
         dtype = torch_dtype(dtype_of(self.plan, task))
         whole = folded.encode()
-        encoded = {role: round_tensor(role, tensor, dtype) for role, tensor in whole.items()}
-        rounded, facts, shapes, alpha = as_read(kind, encoded)
+        wide = {role for role, named in kind.roles.items() if named.wide}
+        encoded = {
+            role: round_tensor(role, tensor, torch_dtype("F32") if role in wide else dtype)
+            for role, tensor in whole.items()
+        }
+        first = task.entries[0]
+        like = first.facts if first.kind is kind else None
+        rounded, facts, shapes, alpha = as_read(kind, encoded, like=like)
         known = None if decomposed is None else decomposed.norm
         norm, error = lost(exact, rounded, self._base(task, tensors), known)
         found = self._laid_out(task, kind, facts, encoded)
@@ -329,6 +335,7 @@ class Rewriter:
             error,
             gone,
             scale=facts.scale,
+            facts=facts if kind.peft_kept else None,
             tensors=found,
         )
 
@@ -382,6 +389,7 @@ class Rewriter:
         found = {
             name: back(encoded[role].reshape(shape).contiguous())
             for role, name, shape in named(self.plan, task, kind, shapes)
+            if role not in kind.shared or self.plan.bears(task)
         }
         if ALPHA in encoded and not self._silent(task, kind, facts.scale):
             found[self.plan.keys.spell(task.slot, kind.name, ALPHA)] = back(
