@@ -30,7 +30,7 @@ def ladder_errors(delta: Tensor, w1: Tensor, w2: Product, scale: float) -> tuple
     left, right = w2.left.to(delta.dtype), w2.right.to(delta.dtype)
     r = rearrange(delta, *w1.shape[-2:])
     best = (w1.reshape(1, -1) @ r / size).reshape(left.shape[-2], right.shape[-1])
-    rest = float(norm_squared(r.sub_(w1.reshape(-1, 1) * best.reshape(1, -1))))
+    rest = float(norm_squared(r.addmm_(w1.reshape(-1, 1), best.reshape(1, -1), alpha=-1.0)))
     errors = truncation_errors(best, left * scale, right)
     return tuple((rest + size * errors).tolist())
 

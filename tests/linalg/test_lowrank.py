@@ -95,6 +95,36 @@ def test_exactly_low_rank_input_is_exact(method: str) -> None:
     np.testing.assert_allclose(found.s[:12].numpy(), sigma, rtol=1e-5)
 
 
+def test_exact_is_the_svd_of_lapack_in_float64_also_far_below_the_largest_singular_value() -> None:
+    """AᵀA alone would lose all below 1e-8 σ₁: found in float64, so that float32 rounds only what is returned."""
+    random, (m, n, k) = np.random.default_rng(7), (260, 170, 40)
+    u, v = (np.linalg.qr(random.standard_normal((side, n)))[0] for side in (m, n))
+    i = np.arange(n)
+    spectra = {
+        "noise": np.linalg.svd(random.standard_normal((m, n)), compute_uv=False),
+        "graded": 10.0 ** (-i / 4),
+        "steep": 2.0 ** -i.clip(0, 45),
+        "steps": np.where(i < 12, 1.0, np.where(i < 36, 1e-7, 1e-13)),
+        "of lower rank": np.where(i < 30, 1.0 / (i + 1), 0.0),
+    }
+    for name, sigma in spectra.items():
+        a = (u * sigma) @ v.T
+        for matrix in (a, a.T):
+            found = truncated_svd(torch.from_numpy(matrix.copy()), SvdSpec(k, method="exact"))
+            s = np.linalg.svd(matrix, compute_uv=False)
+            np.testing.assert_allclose(
+                found.s.numpy(), s[:k], rtol=1e-12, atol=4e-15 * s[0], err_msg=name
+            )
+            error, best = np.linalg.norm(matrix - reconstructed(found)), np.linalg.norm(s[k:])
+            assert error <= best * (1 + 1e-9) + 1e-13 * s[0], name
+            for q in (found.u, found.vh.mT):
+                torch.testing.assert_close(q.mT @ q, torch.eye(k).double(), atol=1e-12, rtol=0)
+        narrow = torch.from_numpy(a).float()
+        found = truncated_svd(narrow, SvdSpec(k, method="exact"))
+        s = np.linalg.svd(narrow.double().numpy(), compute_uv=False)[:k]
+        np.testing.assert_allclose(found.s.numpy(), s, rtol=1e-7, atol=1e-13 * s[0], err_msg=name)
+
+
 @pytest.mark.parametrize("method", ["gram", "lanczos", "exact", "auto"])
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(5, 3, 9), (1, 40, 4), (40, 1, 4), (7, 200, 3), (200, 200, 200), (150, 4, 2)]
@@ -193,13 +223,21 @@ def test_energies_are_what_a_rank_keeps(name: str) -> None:
 
 def test_eigh_that_does_not_converge_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     a = torch.randn(60, 40, dtype=torch.float64)
-    expected = truncated_svd(a, SvdSpec(5)).s
+    expected = {
+        method: truncated_svd(a, SvdSpec(5, method=method)).s for method in ("auto", "exact")
+    }
 
-    def fail(_: torch.Tensor) -> None:
+    def fail(gram: torch.Tensor, **_: object) -> None:
+        gram.zero_()  # LAPACK leaves it in pieces
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(torch.linalg, "eigh", fail)
-    torch.testing.assert_close(truncated_svd(a, SvdSpec(5)).s, expected)
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram, **out: fail(gram) if out else eigh(gram))
+    for method, s in expected.items():
+        torch.testing.assert_close(truncated_svd(a, SvdSpec(5, method=method)).s, s)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram, **_: fail(gram.clone()))
+    for method, s in expected.items():
+        torch.testing.assert_close(truncated_svd(a, SvdSpec(5, method=method)).s, s)
 
 
 def test_unknown_method_is_refused() -> None:

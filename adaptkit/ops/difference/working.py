@@ -29,11 +29,13 @@ def energies_bytes(rows: int, columns: int, rank: int, *, rough: bool = False) -
 def svd_bytes(rows: int, columns: int, rank: int, method: str = "auto") -> int:
     """Bytes that the leading `rank` triplets of a matrix take beside the matrix itself."""
     smaller = min(rows, columns)
-    if method == "exact":  # a copy, both sides and the workspace of LAPACK, in float64
-        return 28 * rows * columns + 32 * smaller**2
-    thin = 24 * max(rows, columns) * min(rank, smaller)  # one side, its QR and the result
-    if method == "gram" or _by_gram(smaller, min(rank, smaller)):
-        return max(eigen_bytes(smaller), 8 * smaller**2 + thin)
+    rank = min(rank, smaller)
+    thin = 24 * max(rows, columns) * rank  # one side, its QR and the result
+    # a Gram matrix in float64 that its eigenvectors overwrite, and the workspace of LAPACK
+    if method == "exact":
+        return max(24 * smaller**2, thin) + 16 * smaller * rank
+    if method == "gram" or _by_gram(smaller, rank):
+        return max(24 * smaller**2, 8 * smaller**2 + thin)
     return energies_bytes(rows, columns, rank) + thin
 
 

@@ -339,7 +339,7 @@ def _working(job: Pair, options: Options) -> int:
         elif kind.against_low_rank:
             least = (options.factor or DEFAULT_FACTOR) ** 2
             most = rows * columns // least + least
-            beside.append(int(dense * (kind.fit_copies - 1)) + 8 * most)
+            beside.append(int(dense * (kind.fit_copies - 1)) + 4 * most)
             if not has_ladder(options):  # a LoRA of as many numbers
                 same = most // (rows + columns)
                 beside.append(energies_bytes(rows, columns, same, rough=True))

@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
+from adaptkit.ops.merge.at_once import together
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
 from adaptkit.ops.merge.cutting import Part as _Part
-from adaptkit.ops.merge.requantise import quantised, widened
-from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
+from adaptkit.ops.merge.requantise import repacked, requantised, type_name, widened
+from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, square
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.staging.lanes import Later, back
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -29,21 +31,23 @@ if TYPE_CHECKING:
     from adaptkit.ops.merge.output import Output, Scattered
     from adaptkit.ops.merge.plan import Plan, TensorMerge
 
-__all__ = ["Blender", "Merged"]
+__all__ = ["Blender", "Merged", "held"]
 
 
 @dataclass(frozen=True)
 class Merged:
     """Squared norms of W, ΔW and the rounding error of one output tensor.
 
-    `tensor` (with `scale`) is the stored result, or None if it is written already.
+    `written` are the tensors to write, by name; none if that is done already.
     """
 
-    tensor: Tensor | None
-    scale: Tensor | None
+    written: Mapping[str, Tensor]
     weight: float
     delta: float
     rounding: float
+
+
+_Row = list[Merged | None] | Later[list[Merged | None]]  # of each output
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,16 @@ class Blender:
                     read.add(source)
         return loaded
 
-    def blend(
-        self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]
-    ) -> list[list[Merged | None]]:
+    def blend(self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]) -> list[_Row]:
         """Apply all adapters in float32 (float64 for a float64 base), then round once.
 
         The joints have equal shapes and contributions, and their tensors are stacked. Return, for
         each joint, the result of each output.
         """
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
-        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
+        found: list[list[Merged | Later[Merged] | None]] = [
+            [None] * len(self.plans) for _ in joints
+        ]
         whole: list[int] = []
         rows: list[int] = []
         for number, merge in enumerate(joints[0].merges):
@@ -127,11 +131,11 @@ class Blender:
             for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
                 found[n][number] = merged
         if rows:
-            merge_all = self._at_once if self.at_once else self._by_rows
+            merge_all: Callable[..., Any] = self._at_once if self.at_once else self._by_rows
             for number, of_each in zip(rows, merge_all(rows, joints, tensors, stored), strict=True):
                 for n, merged in enumerate(of_each):
                     found[n][number] = merged
-        return found
+        return [together(row, held(row)) for row in found]
 
     def _parts(
         self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
@@ -228,7 +232,7 @@ class Blender:
         self, number: int, joint: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
     ) -> Merged:
         found = self._merged(
-            number, _present(joint.merges[number]), None, *(float(value) for value in sums)
+            number, _present(joint.merges[number]), {}, *(float(value) for value in sums)
         )
         pieces.close()
         return found
@@ -241,8 +245,8 @@ class Blender:
         joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
-    ) -> list[list[Merged]]:
-        """Merge a whole stack in few launches; nothing waits for the device before the results."""
+    ) -> list[list[Later[Merged]]]:
+        """Merge a whole stack in few launches; nothing waits for the device."""
         from adaptkit.ops.merge.at_once import widened_factors
 
         tensors = widened_factors(tensors)
@@ -255,8 +259,8 @@ class Blender:
         joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         flat: Tensor,
-    ) -> list[Merged]:
-        from adaptkit.ops.merge.at_once import merged
+    ) -> list[Later[Merged]]:
+        from adaptkit.ops.merge.at_once import coming, merged
 
         parts = list(self._parts(number, joints[0], tensors, flat.shape[1]))
         deltas = [self._known(number, joint) for joint in joints]
@@ -264,15 +268,13 @@ class Blender:
         contest = self.contest if flat.device.type == "cuda" else None
         made = merged(flat, parts, dtype, known=None not in deltas, contest=contest)
         told = [known * parts[0][1] ** 2 for known in deltas if known is not None]
-        weight, delta, rounding = made.squares(told)
         shape = self.base.source.infos[joints[0].name].shape
-        host = made.out.cpu().reshape(len(joints), *shape)
-        return [
-            self._merged(
-                number, _present(joint.merges[number]), host[n], weight[n], delta[n], rounding[n]
-            )
-            for n, joint in enumerate(joints)
-        ]
+
+        def settle(n: int, out: Tensor, *squares: float) -> Merged:
+            merge = _present(joints[n].merges[number])
+            return self._merged(number, merge, {merge.name: out}, *squares)
+
+        return coming(made, shape, told, settle)
 
     def _known(self, number: int, joint: JointMerge) -> float | None:
         """‖ΔW‖² of the only module that is added, if it was told when that was read."""
@@ -280,14 +282,14 @@ class Blender:
         return self.norms.get((joint.name, sources[0])) if len(sources) == 1 else None
 
     def _merged(
-        self, number: int, merge: TensorMerge, out: Tensor | None, *squares: float
+        self, number: int, merge: TensorMerge, written: Mapping[str, Tensor], *squares: float
     ) -> Merged:
         weight, delta, rounding = squares
         if not (math.isfinite(weight) and math.isfinite(delta)):
             raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
             raise self._too_large(number, merge)
-        return Merged(out, None, weight, delta, rounding)
+        return Merged(written, weight, delta, rounding)
 
     # tensors as a whole
 
@@ -306,7 +308,9 @@ class Blender:
         self._add(number, joints[0], matrix, tensors)
         scales = [None] * len(joints) if scale is None else list(scale)
         return [
-            self._finished(number, _present(joint.merges[number]), wide[n], before[n], scales[n])
+            self._finished(
+                number, _present(joint.merges[number]), wide[n], before[n], (stored[n], scales[n])
+            )
             for n, joint in enumerate(joints)
         ]
 
@@ -324,45 +328,52 @@ class Blender:
             matrix.copy_(exchanged(view, -2))
 
     def _finished(
-        self, number: int, merge: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
+        self,
+        number: int,
+        merge: TensorMerge,
+        merged: Tensor,
+        before: Tensor,
+        stored: tuple[Tensor, Tensor | None],
     ) -> Merged:
-        rounded, scale, back = self._rounded(number, merge, merged, scale)
+        written, decoded = self._rounded(number, merge, merged, before, stored)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(stored, merged, back):
-            weight += _square(old)
-            delta += _square(new - old)
-            rounding += _square(out.to(new.dtype) - new)
-        if not math.isfinite(delta):
-            raise self._non_finite(number, merge)
-        if not math.isfinite(rounding):
-            raise self._too_large(number, merge)
-        return Merged(
-            rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding
-        )
+        for old, new, out in chunks(before, merged, decoded):
+            weight += square(old)
+            delta += square(new - old)
+            rounding += square(out.to(new.dtype) - new)
+        host = {name: back(tensor) for name, tensor in written.items()}
+        return self._merged(number, merge, host, weight, delta, rounding)
 
     def _rounded(
-        self, number: int, merge: TensorMerge, merged: Tensor, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the stored tensor, its new scale, and the decoded numbers."""
+        self,
+        number: int,
+        merge: TensorMerge,
+        merged: Tensor,
+        before: Tensor,
+        stored: tuple[Tensor, Tensor | None],
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the tensors to write, and the numbers that they stand for."""
         from adaptkit.linalg.precision import cast
 
-        if merge.scale is not None and scale is not None:
-            rounded, fresh = quantised(merged, scale, merge.dtype)
-            return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+        if merge.packed is not None:
+            if not finite(merged):
+                raise self._non_finite(number, merge)
+            return repacked(self.base.source, merge.packed, merged, before)
+        if merge.scale is not None and stored[1] is not None:
+            return requantised(merge, merged, before, stored[0], stored[1])
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
             rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
         except NonFinite:
             raise self._too_large(number, merge) from None
-        return rounded, None, rounded
+        return {merge.name: rounded}, rounded
 
     # errors
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            "the merged weight does not fit "
-            f"{str(torch_dtype(merge.dtype)).removeprefix('torch.')}",
+            f"the merged weight does not fit {type_name(merge)}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
@@ -370,7 +381,6 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-
         plan = self.plans[number]
         if not finite(self.base.source.read(merge.name)):
             return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
@@ -407,6 +417,12 @@ def _blended(
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 
+def held(results: Iterable[Merged | Later[Merged] | None]) -> int:
+    """The bytes of the tensors that are there."""
+    there = (one.written.values() for one in results if isinstance(one, Merged))
+    return sum(tensor.nbytes for each in there for tensor in each)
+
+
 def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
     """The part of this origin, with what all of its rows need computed once."""
     if part.origin not in known:
@@ -417,16 +433,3 @@ def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
 def _present(merge: TensorMerge | None) -> TensorMerge:
     assert merge is not None
     return merge
-
-
-def _square(x: Tensor) -> float:
-    from adaptkit.linalg.precision import norm_squared
-
-    return float(norm_squared(x.unsqueeze(0)))
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    flat = [t.reshape(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), BLOCK):
-        first, *rest = (t[start : start + BLOCK] for t in flat)
-        yield first.to(rest[0].dtype), *rest
