@@ -275,11 +275,8 @@ def _text(family: str, text: Names) -> Iterator[tuple[str, Place]]:
             yield f"lora_te{index}_{joined}", place
         if len(encoders) == 1 and family not in ACCOMPANIED and module.startswith("model."):
             yield f"lora_te_{module.removeprefix('model.').replace('.', '_')}", place
-        if module == "text_projection":
-            yield (
-                ("lora_te2_text_projection" if encoder == "clip_g" else "lora_te1_text_projection"),
-                place,
-            )
+        if module == "text_projection" and encoder in ("clip_l", "clip_g"):
+            yield f"lora_te{1 if encoder == 'clip_l' else 2}_text_projection", place
 
 
 # ------------------------------------------------------------------ algorithms
