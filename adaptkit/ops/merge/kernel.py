@@ -16,7 +16,7 @@ from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.at_once import together
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
 from adaptkit.ops.merge.cutting import Part as _Part
-from adaptkit.ops.merge.requantise import repacked, requantised, widened
+from adaptkit.ops.merge.requantise import repacked, requantised, type_name, widened
 from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, square
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
@@ -360,9 +360,7 @@ class Blender:
                 raise self._non_finite(number, merge)
             return repacked(self.base.source, merge.packed, merged, before)
         if merge.scale is not None and stored[1] is not None:
-            rounded, fresh = requantised(merged, before, stored[0], stored[1], merge.dtype)
-            decoded = widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
-            return {merge.name: rounded, merge.scale: fresh}, decoded
+            return requantised(merge, merged, before, stored[0], stored[1])
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
@@ -375,7 +373,7 @@ class Blender:
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            f"the merged weight does not fit {_named(merge)}",
+            f"the merged weight does not fit {type_name(merge)}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
@@ -383,7 +381,6 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-
         plan = self.plans[number]
         if not finite(self.base.source.read(merge.name)):
             return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
@@ -431,11 +428,6 @@ def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
     if part.origin not in known:
         known[part.origin] = replace(part, weights=part.weights.computed())
     return known[part.origin]
-
-
-def _named(merge: TensorMerge) -> str:
-    """The type that a tensor is written in, as torch names it or its format does."""
-    return merge.dtype if merge.packed else str(torch_dtype(merge.dtype)).removeprefix("torch.")
 
 
 def _present(merge: TensorMerge | None) -> TensorMerge:
