@@ -50,6 +50,7 @@ class Configured:
     # field → what PEFT takes for it where an older configuration does not have it
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({})
     shared: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    drawn_whole: ClassVar[bool] = False  # these are as large as the largest layer, or drawn so
     caveat: ClassVar[str] = ""  # what no file of this kind tells
 
     # PEFT's configuration is written again, with what `restated` gives in place of its fields

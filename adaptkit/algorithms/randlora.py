@@ -45,6 +45,7 @@ class RandLora(OfPeft, Applied):
     title: ClassVar[str] = "RandLoRA"
     peft_type: ClassVar[str] = "RANDLORA"
     linear: ClassVar[bool] = True
+    drawn_whole: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, object]] = MappingProxyType(
         {"randlora_alpha": 640, "projection_prng_key": 0, "sparse": False, "very_sparse": False}
     )

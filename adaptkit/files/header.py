@@ -195,7 +195,7 @@ _SIGNATURES = (
     (
         b"SQLite format 3\0",
         "an SQLite database, not safetensors; Draw Things stores its LoRAs so",
-        "export it as safetensors: Draw Things can, and so can its LoRAConverter",
+        "export it as safetensors in Draw Things, or take the file that it was imported from",
     ),
 )
 

@@ -46,8 +46,8 @@ class TensorSource(ABC):
     files: tuple[Path, ...]  # the files that hold the data
     size: int  # bytes of all files
     ignored: tuple[str, ...] = ()  # entries of a pickle other than tensors
-    form = "safetensors"  # of the files that hold the same: safetensors or gguf
     layout: str = ""  # whose arrangement the file is in, if it is not read as it is stored
+    form = "safetensors"  # of the files that hold the same: safetensors or gguf
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:

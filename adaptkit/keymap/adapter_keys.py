@@ -97,7 +97,22 @@ class KeyMap:
             return None
         reading, _, module = match
         slot = self._slot(stem, match, param_of(roles[0]))
+        if spelled == WEIGHT:  # as models call it too
+            roles = tuple(role for role in roles if self._plain(role, slot))
+            if not roles:
+                return None
         return Parsed(slot, spelled, roles, module, reading.naming, reading.swapped)
+
+    def _plain(self, role: RoleName, slot: Slot) -> bool:
+        """Whether a role is called `weight` here: by its algorithm, or by this format for norms."""
+        algorithm, name = role
+        if algorithms()[algorithm].roles[name].spelling == WEIGHT:
+            return True
+        return self._own_suffix(role) == WEIGHT and self.normed(slot.target)
+
+    def _own_suffix(self, role: RoleName) -> str | None:
+        """The suffix that this format has instead of the algorithm's, if any."""
+        return self.format.spelling.get(role[0], {}).get(role[1])
 
     def roles(self, roles: tuple[RoleName, ...]) -> tuple[RoleName, ...]:
         """The roles of a suffix that this format spells."""
@@ -163,13 +178,17 @@ class KeyMap:
         found = find_row(self.family, target.component, target.module)
         return found[0] if found else None
 
-    def ends(self, target: Target) -> Iterator[str]:
-        """The runs of blocks (`double_blocks.{i:19}`) whose last block holds a target."""
+    def edges(self, target: Target) -> Iterator[tuple[str, bool]]:
+        """The runs of blocks (`double_blocks.{i:19}`) whose first or last block holds a target.
+
+        With each comes whether it is the last block.
+        """
         found = find_row(self.family, target.component, target.module)
         for free in FIELD.finditer(found[0].target) if found else ():
+            index, bound = found[1][free.group(1)] if found else 0, int(free.group(2))
             # a bound of 1 is not a run: every file would hold its last block
-            if found and found[1][free.group(1)] + 1 == int(free.group(2)) > 1:
-                yield found[0].target[: free.end()]
+            if bound > 1 and index in (0, bound - 1) and found:
+                yield found[0].target[: free.end()], index > 0
 
     def spell(self, slot: Slot, algorithm: str, role: str) -> str:
         """The key of a role of a slot; `NotRepresentable` if there is none."""
@@ -180,13 +199,13 @@ class KeyMap:
                     f"the {self.format.name} format has no names for {algorithm}",
                     hint="--algo full --base CHECKPOINT writes what it changes",
                 )
-            suffix = (
-                self.format.spelling.get(algorithm, {}).get(role)
-                or algorithms()[algorithm].roles[role].spelling
-            )
+            plain = algorithms()[algorithm].roles[role].spelling
+            suffix = self._own_suffix((algorithm, role)) or plain
             self._suffix[algorithm, role] = suffix
-        if slot.param == BIAS and self.normed(slot.target):
-            suffix = algorithms()[algorithm].roles[role].spelling  # no spelling of a LoRA's bias
+        if slot.param == BIAS or suffix == WEIGHT:
+            # the format's is that of a LoRA's bias, or of a norm's weight
+            own = self.normed(slot.target) is not (slot.param == BIAS)
+            suffix = suffix if own else algorithms()[algorithm].roles[role].spelling
         return f"{self.stem(slot)}.{suffix}"
 
     def flat(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

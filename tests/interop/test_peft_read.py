@@ -85,6 +85,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "psoft-whole": ("PsoftConfig", {**BOTH, "r": 4, "psoft_orth": False, "psoft_mag_b": False}),
     "c3a": ("C3AConfig", {**BOTH, "block_size": 4, "block_size_pattern": {"to_q": 2}}),
     "osf": ("OSFConfig", {**BOTH, "effective_rank": 5, "rank_pattern": {"to_k": 7}}),
+    "deft": ("DeftConfig", {**BOTH, "r": 3, "alpha": 2}),
+    "deft-qr": ("DeftConfig", {**BOTH, "r": 3, "decomposition_method": "qr"}),
+    "deft-para": ("DeftConfig", {**BOTH, "r": 3, "decomposition_method": "qr", "para": True}),
+    "supertuning": ("SupertuningConfig", {**BOTH, "sparsity": 0.8}),
+    "supertuning-lora": ("SupertuningConfig", {**BOTH, "sparsity": 0.8, "r": 2, "lora_alpha": 3.0}),
+    "pvera": ("PveraConfig", {**BOTH, "r": 4}),
+    "pvera-drawn": ("PveraConfig", {**BOTH, "r": 4, "save_projection": False, "projection_prng_key": 3}),
+    "vblora": ("VBLoRAConfig", {**BOTH, "r": 3, "num_vectors": 9, "vector_length": 4}),
+    "vblora-chosen": ("VBLoRAConfig", {**BOTH, "r": 3, "num_vectors": 9, "vector_length": 4, "topk": 3, "save_only_topk_weights": True}),
+    "unilora": ("UniLoraConfig", {**BOTH, "r": 3, "theta_d_length": 40, "save_indices": True}),
     "ia3-output": ("IA3Config", {**ALL, "feedforward_modules": []}),
     "ia3-input": ("IA3Config", {**ALL, "feedforward_modules": ["to_v", "to_k"]}),
     "ia3-pattern": ("IA3Config", {**ALL, "feedforward_modules": r".*to_(v|q)"}),
@@ -112,7 +122,7 @@ class Case:
         tuned = peft.get_peft_model(plain, config).eval()
         torch.manual_seed(2)
         prefixes = re.compile(
-            r"lora_|hira_|hra_|miss_|oft_|fourierft_|shira_w|gralora_|randlora_[lg]|road_|waveft_|psoft_|c3a_|osf_|vera_l|glora_|delora_[AB]"
+            r"lora_|hira_|hra_|miss_|oft_|fourierft_|shira_w|gralora_|randlora_[lg]|road_|waveft_|psoft_|c3a_|osf_|deft_|supertuning_|pvera_l|vblora_|unilora_|vera_l|glora_|delora_[AB]"
         )
         with torch.no_grad():
             for key, parameter in tuned.named_parameters():
@@ -164,7 +174,18 @@ def test_layers_without_a_bias(name: str, tmp_path: Path) -> None:
     assert case.close(case.merged(case.adapter))
 
 
-ADDITIVE = ("adalora", "adalora-cut", "delora", "gralora", "gralora-hybrid", "lora-bias", "c3a")
+ADDITIVE = (
+    "adalora",
+    "adalora-cut",
+    "delora",
+    "gralora",
+    "gralora-hybrid",
+    "lora-bias",
+    "c3a",
+    "vblora",
+    "vblora-chosen",
+    "unilora",
+)
 WRITTEN = (
     "lora-bias",
     "ia3-output",
@@ -278,7 +299,8 @@ def test_every_verb_works_or_names_what_would(named: tuple[str, Case], tmp_path:
         assert "--algo lora" in (refused.value.hint or "")
 
 
-SETTLED = ("adalora", "hra", "fourierft", "gralora", "randlora", "road", "waveft", "psoft")
+NAMED = ("vera-drawn", "pvera-drawn", "vblora", "supertuning-lora")
+SETTLED = ("adalora", "hra", "fourierft", "gralora", "randlora", "road", "waveft", "psoft", "deft")
 SILENT = ("delora", "hira", "miss", "miss-bat", "miss-mini", "vera", "glora", "ia3-output-linear")
 
 
@@ -288,7 +310,7 @@ def test_tensors_without_their_configuration(name: str, tmp_path: Path) -> None:
     case = Case(name, tmp_path)
     alone = tmp_path / "renamed.safetensors"
     alone.write_bytes((case.adapter / "adapter_model.safetensors").read_bytes())
-    if name.split("-")[0] in SETTLED or name == "vera-drawn":
+    if name.split("-")[0] in SETTLED or name in NAMED:
         with pytest.raises(NotRepresentable, match=r"adapter_config\.json") as refused:
             merge.plan(case.base, [(alone, 1.0)], merge.Options(output=tmp_path / "o.safetensors"))
         assert "name the folder" in (refused.value.hint or "")
@@ -324,6 +346,10 @@ def test_the_configuration_matters(name: str, changed: dict[str, Any], tmp_path:
         ("fourierft", {"random_loc_seed": 1.5}),
         ("fourierft", {"scaling": None}),
         ("vera-drawn", {"projection_prng_key": None}),
+        ("psoft-lowrank", {"psoft_svd_lowrank_niter": 10**9}),
+        ("psoft-neumann", {"num_cayley_neumann_terms": 10**9}),
+        ("psoft-neumann", {"num_cayley_neumann_terms": float("inf")}),
+        ("randlora", {"randlora_alpha": 10**350}),
     ],
 )
 def test_a_setting_that_is_no_number_is_refused(

@@ -17,7 +17,7 @@ from adaptkit.ops.merge.at_once import together
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
 from adaptkit.ops.merge.cutting import Part as _Part
 from adaptkit.ops.merge.requantise import repacked, requantised, type_name, widened
-from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
+from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, square
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
 
@@ -271,9 +271,8 @@ class Blender:
         shape = self.base.source.infos[joints[0].name].shape
 
         def settle(n: int, out: Tensor, *squares: float) -> Merged:
-            weight, delta, rounding = squares
             merge = _present(joints[n].merges[number])
-            return self._merged(number, merge, {merge.name: out}, weight, delta, rounding)
+            return self._merged(number, merge, {merge.name: out}, *squares)
 
         return coming(made, shape, told, settle)
 
@@ -338,13 +337,12 @@ class Blender:
     ) -> Merged:
         written, decoded = self._rounded(number, merge, merged, before, stored)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(before, merged, decoded):
-            weight += _square(old)
-            delta += _square(new - old)
-            rounding += _square(out.to(new.dtype) - new)
-        return self._merged(
-            number, merge, {name: back(t) for name, t in written.items()}, weight, delta, rounding
-        )
+        for old, new, out in chunks(before, merged, decoded):
+            weight += square(old)
+            delta += square(new - old)
+            rounding += square(out.to(new.dtype) - new)
+        host = {name: back(tensor) for name, tensor in written.items()}
+        return self._merged(number, merge, host, weight, delta, rounding)
 
     def _rounded(
         self,
@@ -435,16 +433,3 @@ def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
 def _present(merge: TensorMerge | None) -> TensorMerge:
     assert merge is not None
     return merge
-
-
-def _square(x: Tensor) -> float:
-    from adaptkit.linalg.precision import norm_squared
-
-    return float(norm_squared(x.unsqueeze(0)))
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    flat = [t.reshape(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), BLOCK):
-        first, *rest = (t[start : start + BLOCK] for t in flat)
-        yield first.to(rest[0].dtype), *rest

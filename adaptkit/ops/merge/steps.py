@@ -11,15 +11,17 @@ from adaptkit.files.header import DTYPES, nbytes
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from torch import Tensor
 
     from adaptkit.adapter import Adapter
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.names import Slot
     from adaptkit.ops.merge.plan import Plan, TensorMerge
 
-__all__ = ["BLOCK", "JointMerge", "block_rows", "by_rows", "combined", "step_of"]
+__all__ = ["JointMerge", "block_rows", "by_rows", "chunks", "combined", "square", "step_of"]
 
 
 WIDE = ("F32", "F64")  # dtypes that are computed with as they are stored
@@ -181,3 +183,18 @@ def by_rows(merge: TensorMerge, base: Checkpoint) -> bool:
         return False
     added = [c.entry for c in merge.contributions if c.strength]
     return all(entry.kind.by_rows and not entry.swapped for entry in added)
+
+
+def square(x: Tensor) -> float:
+    """‖x‖² of any shape."""
+    from adaptkit.linalg.precision import norm_squared
+
+    return float(norm_squared(x.unsqueeze(0)))
+
+
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one size, some numbers at a time, the first in the dtype of the second."""
+    flat = [t.reshape(-1) for t in tensors]
+    for start in range(0, flat[0].numel(), BLOCK):
+        first, *rest = (t[start : start + BLOCK] for t in flat)
+        yield first.to(rest[0].dtype), *rest

@@ -114,9 +114,9 @@ def check_layout(task: Task, kind: type[Weights], keys: KeyMap) -> None:
     if kind.peft_only and keys.format.alpha is not Alpha.CONFIG:
         base = "" if kind.additive else " with --base CHECKPOINT"
         raise NotRepresentable(
-            f"{kind.title} is written as a folder of PEFT alone: readers of {keys.format.name} "
-            "keys do not load it",
-            hint=f"--to peft keeps it; --algo lora{base} writes what it changes",
+            f"{kind.title} is written as a folder of PEFT alone (--to peft): readers of "
+            f"{keys.format.name} keys do not load it",
+            hint=f"--algo lora{base} writes what it changes",
         )
     for entry in task.entries:
         if entry.kind is kind:
@@ -135,7 +135,7 @@ def check_shared(tasks: Sequence[Task]) -> None:
     """
     for task in tasks:
         kind, adapter = task.kind, task.terms[0].job.adapter
-        if not kind.shared or task.entries[0].kind is not kind:
+        if not kind.drawn_whole or task.entries[0].kind is not kind:
             continue
         whole = sum(entry.kind is kind for entry in adapter.entries.values())
         kept = sum(one.kind is kind and one.terms[0].job.adapter is adapter for one in tasks)

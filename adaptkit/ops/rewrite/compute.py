@@ -314,7 +314,11 @@ class Rewriter:
         )
         dtype = torch_dtype(dtype_of(self.plan, task))
         whole = folded.encode()
-        encoded = {role: round_tensor(role, tensor, dtype) for role, tensor in whole.items()}
+        wide = {role for role, named in kind.roles.items() if named.wide}
+        encoded = {
+            role: round_tensor(role, tensor, torch_dtype("F32") if role in wide else dtype)
+            for role, tensor in whole.items()
+        }
         first = task.entries[0]
         like = first.facts if first.kind is kind else None
         rounded, facts, shapes, alpha = as_read(kind, encoded, like=like)
