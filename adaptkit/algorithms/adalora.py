@@ -37,6 +37,7 @@ class AdaLora(Unwritten):
     title: ClassVar[str] = "AdaLoRA"
     resized: ClassVar[str | None] = "lora"
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"init_r": 12})
+    by_rows: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role("lora_B"),
         down=Role("lora_A"),

@@ -33,6 +33,7 @@ class DeLora(Unwritten):
     name: ClassVar[str] = "delora"
     title: ClassVar[str] = "DeLoRA"
     resized: ClassVar[str | None] = "lora"
+    by_rows: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role("delora_B"),
         down=Role("delora_A"),

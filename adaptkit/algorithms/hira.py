@@ -26,6 +26,7 @@ class Hira(Applied):
 
     name: ClassVar[str] = "hira"
     title: ClassVar[str] = "HiRA"
+    row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(up=Role("hira_B"), down=Role("hira_A"))
     forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"up", "down"}),)
 

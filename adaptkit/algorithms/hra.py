@@ -31,6 +31,7 @@ class Hra(Applied):
     name: ClassVar[str] = "hra"
     title: ClassVar[str] = "HRA"
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"apply_GS": False})
+    row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(vectors=Role("hra_u"))
     forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"vectors"}),)
 

@@ -34,6 +34,7 @@ class Ia3(Weights):
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "IA³"
     additive: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         weight=Role("weight"), on_input=Role("on_input"), factor=Role("ia3_l")
     )
@@ -102,6 +103,10 @@ class Ia3(Weights):
         raise NotRepresentable(
             "what a factor changes depends on the weight", hint="merge it into its checkpoint"
         )
+
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return 0
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """W · (1 + strength · weight)."""

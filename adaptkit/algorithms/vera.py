@@ -40,6 +40,7 @@ class Vera(Applied):
     title: ClassVar[str] = "VeRA"
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"projection_prng_key": 0})
     shared: ClassVar[Mapping[str, str]] = MappingProxyType({"left": "vera_B", "right": "vera_A"})
+    row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         rows=Role("vera_lambda_b"), inner=Role("vera_lambda_d")
     )

@@ -11,9 +11,11 @@ from tests.ops import peaks
 from tests.synth import FIXTURES
 
 CHEAP = [
-    "extract lora", "extract lokr", "extract full", "extract energy", "merge lora", "merge lokr",
-    "merge dora", "merge boft", "merge glora", "merge full", "combine lora lokr",
-    "compare lora lokr", "convert lora full", "resize full",
+    "extract lora", "extract exact", "extract lokr", "extract full", "extract energy",
+    "merge lora", "merge lokr", "merge dora", "merge oft", "merge boft", "merge glora", "merge full",
+    "merge hra", "merge miss-bat", "merge peft-oft", "merge lora fp8", "merge oft verify",
+    "combine lora lokr", "combine ties", "compare lora lokr", "compare oft tuned",
+    "convert lora full", "convert oft full", "resize full", "resize dora base",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NotRepresentable
+from adaptkit.keymap.kinds import changed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -224,9 +225,16 @@ def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
 
 
 def applied(weights: Weights, base: Tensor, strength: float) -> Difference:
-    """Return the dense ΔW of weights of any algorithm on a base (rows, columns)."""
-    wide = _wide(base)
-    change = weights.apply(wide.clone(), strength).sub_(wide)
+    """Return ΔW of weights of any algorithm on a base (rows, columns), dense unless row by row."""
+    if weights.row_wise:
+        made = weights.computed()
+        rows, columns = base.shape
+        return Difference(
+            rows,
+            columns,
+            lambda start, stop: changed(made.part(start, stop), base[start:stop], strength),
+        )
+    change = changed(weights, base, strength)
     return Difference(change.shape[0], change.shape[1], lambda start, stop: change[start:stop])
 
 

@@ -59,8 +59,9 @@ class Measurer:
 
     def step(self, match: Match) -> Step[Match]:
         """Return the step of a match, with the working memory it needs."""
-        size = 4 * WIDE * BLOCK * _in_blocks(match)
-        size += sum(self._bytes(side) for side in match.sides)
+        applying = max(map(self._applying, match.sides), default=0)
+        size = max(4 * WIDE * BLOCK * _in_blocks(match), applying)
+        size += sum(self._bytes(side, factors=not _in_blocks(match)) for side in match.sides)
         size += sum(checkpoint.nbytes(pieces) for _, checkpoint, pieces in self._pieces(match))
         first = next((side for side in match.sides if side.entry), None)
         if match.change is not None and self.tuned is not None:
@@ -71,7 +72,7 @@ class Measurer:
             order = first.given.adapter.source.order(next(key for _, key in first.entry.tensors()))
         return Step(match, match.number, size, order)
 
-    def _bytes(self, side: Side) -> int:
+    def _bytes(self, side: Side, *, factors: bool) -> int:
         """Return the working memory of a side: tensors as stored, in float64, and results."""
         if side.entry is None:
             return 0
@@ -82,10 +83,19 @@ class Measurer:
             return 2 * stored
         size = stored + 2 * WIDE * elements
         if side.base is not None and self.base is not None:
-            # the weight, the result and one temporary
-            return size + 3 * WIDE * math.prod(self.base.slot_shape(side.base))
+            rows_apart = side.entry.kind.row_wise
+            return size + WIDE * math.prod(self.base.slot_shape(side.base)) * (not rows_apart)
+        if not factors:
+            return size
         # factors: scaled, concatenated with those of the other side, and their QR
         return size + 4 * WIDE * (side.rank or 0) * (facts.rows + facts.columns)
+
+    def _applying(self, side: Side) -> int:
+        """Return the bytes that it takes to apply a side to its weight in float64."""
+        if side.entry is None or side.base is None or self.base is None:
+            return 0
+        rows, *rest = self.base.slot_shape(side.base)
+        return 2 * side.entry.kind.applying(rows, math.prod(rest))
 
     def _pieces(self, match: Match) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
         """Yield the pieces to read from the checkpoints, once each, with a name."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.keymap.kinds import dense_kind, rows_of
+from adaptkit.keymap.kinds import applied, dense_kind, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
@@ -35,10 +35,11 @@ class Part:
 
     def add(self, whole: Tensor, strength: float) -> None:
         """Add to the whole tensor (..., m, n)."""
-        view = whole[..., self.start : self.stop, :]
-        applied = self.weights.apply(view, strength)
-        if applied is not view:
-            view.copy_(applied)
+        applied(self.weights, whole[..., self.start : self.stop, :], strength)
+
+    def change(self, rows: Tensor, first: int, last: int, strength: float) -> None:
+        """Apply a kind that is `row_wise` to rows [first, last) of the tensor, (..., k, n)."""
+        applied(self.weights.part(first - self.start, last - self.start), rows, strength)
 
     def within(self, first: int, last: int) -> tuple[int, int]:
         """Return the rows within [first, last) that are added to, possibly an empty range."""

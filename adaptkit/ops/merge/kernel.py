@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
-from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
-from adaptkit.ops.merge.cutting import Part as _Part
+from adaptkit.ops.merge.cutting import WHOLE, Deltas, Part, part_of, whole_slot
 from adaptkit.ops.merge.requantise import quantised, widened
-from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows
+from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows, reused
 from adaptkit.ops.shared import torch_dtype
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class _Target:
 
     out: Tensor
     pieces: tuple[Pieces | Scattered, ...]
-    parts: tuple[tuple[_Part, float], ...]
+    parts: tuple[tuple[Part, float], ...]
     delta: Tensor
     rounding: Tensor
 
@@ -122,9 +121,12 @@ class Blender:
         for number, merge in enumerate(joints[0].merges):
             if merge is not None:
                 plan = self.plans[number]
-                (rows if by_rows(merge, plan.base) else whole).append(number)
+                cut = by_rows(merge, plan.base, at_once=self.at_once)
+                (rows if cut else whole).append(number)
         for number in whole:
-            for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
+            spent = number == whole[-1] and not rows
+            made = self._whole(number, joints, tensors, stored, scale, spent=spent)
+            for n, merged in enumerate(made):
                 found[n][number] = merged
         if rows:
             merge_all = self._at_once if self.at_once else self._by_rows
@@ -135,7 +137,7 @@ class Blender:
 
     def _parts(
         self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
-    ) -> Iterator[tuple[_Part, float]]:
+    ) -> Iterator[tuple[Part, float]]:
         """Yield what an output adds, with factors in the compute dtype, and the strength."""
         from adaptkit.linalg.precision import upcast
 
@@ -150,7 +152,7 @@ class Blender:
                 whole = None if whole is None else upcast(whole)
                 weights = part_of(weights, c, whole, self.plans[number].adapters)
                 start, stop = c.rows or (0, rows)
-                yield _Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
+                yield Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
 
     # tensors in blocks of rows
 
@@ -210,7 +212,7 @@ class Blender:
         from adaptkit.linalg.precision import empty
 
         targets = []
-        known: dict[Hashable, _Part] = {}
+        known: dict[Hashable, Part] = {}
         for number in numbers:
             dtype = torch_dtype(_present(joints[0].merges[number]).dtype)
             shape = self.base.source.infos[joints[0].name].shape
@@ -298,17 +300,20 @@ class Blender:
         tensors: Mapping[str, Tensor],
         stored: Tensor,
         scale: Tensor | None,
+        *,
+        spent: bool,
     ) -> list[Merged]:
+        """Merge into a wide copy of W. If W is `spent`, the output may take its place."""
         wide = widened(stored, scale)
         # ΔW is measured from the decoded numbers of a quantised weight
         before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
         self._add(number, joints[0], matrix, tensors)
         scales = [None] * len(joints) if scale is None else list(scale)
-        return [
-            self._finished(number, _present(joint.merges[number]), wide[n], before[n], scales[n])
-            for n, joint in enumerate(joints)
-        ]
+        merges = [_present(joint.merges[number]) for joint in joints]
+        place = stored if spent and reused(merges[0], self.base) else [None] * len(joints)
+        each = zip(merges, wide, before, scales, place, strict=True)
+        return [self._finished(number, *one) for one in each]
 
     def _add(
         self, number: int, joint: JointMerge, matrix: Tensor, tensors: Mapping[str, Tensor]
@@ -324,13 +329,24 @@ class Blender:
             matrix.copy_(exchanged(view, -2))
 
     def _finished(
-        self, number: int, merge: TensorMerge, merged: Tensor, stored: Tensor, scale: Tensor | None
+        self,
+        number: int,
+        merge: TensorMerge,
+        merged: Tensor,
+        stored: Tensor,
+        scale: Tensor | None,
+        place: Tensor | None,
     ) -> Merged:
-        rounded, scale, back = self._rounded(number, merge, merged, scale)
+        """Round and measure; `place` is where W was stored, if the output takes it."""
+        rounded, back = place, place
+        if rounded is None or back is None:
+            rounded, scale, back = self._rounded(number, merge, merged, scale)
         weight, delta, rounding = 0.0, 0.0, 0.0
         for old, new, out in _chunks(stored, merged, back):
             weight += _square(old)
             delta += _square(new - old)
+            if place is not None:
+                out.copy_(new)
             rounding += _square(out.to(new.dtype) - new)
         if not math.isfinite(delta):
             raise self._non_finite(number, merge)
@@ -370,7 +386,6 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-
         plan = self.plans[number]
         if not finite(self.base.source.read(merge.name)):
             return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
@@ -391,7 +406,7 @@ def _blended(
     from adaptkit.linalg.precision import norm_squared
 
     stop = start + before.shape[-2]
-    if len(target.parts) == 1:
+    if len(target.parts) == 1 and target.parts[0][0].weights.by_rows:
         part, strength = target.parts[0]
         if part.within(start, stop) == (start, stop):
             delta, norm = deltas.of(part, start, stop)
@@ -400,14 +415,17 @@ def _blended(
     after.copy_(before)
     for part, strength in target.parts:
         first, last = part.within(start, stop)
-        if first < last:
-            after[:, first - start : last - start].add_(
-                deltas.of(part, first, last)[0], alpha=strength
-            )
+        if first >= last:
+            continue
+        rows = after[:, first - start : last - start]
+        if part.weights.by_rows:
+            rows.add_(deltas.of(part, first, last)[0], alpha=strength)
+        else:
+            part.change(rows, first, last, strength)
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 
-def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
+def _known(known: dict[Hashable, Part], part: Part) -> Part:
     """The part of this origin, with what all of its rows need computed once."""
     if part.origin not in known:
         known[part.origin] = replace(part, weights=part.weights.computed())

@@ -112,6 +112,14 @@ class Plan(Closing):
         """Return the tensors that are computed, not copied."""
         return tuple(step.payload for step in self.steps)
 
+    @property
+    def verified(self) -> tuple[Step[TensorMerge], ...]:
+        """Return the steps that compare what is written, if it is to be verified."""
+        from adaptkit.ops.merge.steps import verifying
+
+        steps = self.steps if self.options.verify else ()
+        return tuple(verifying(step, self.base, self.adapters) for step in steps)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
         return {
@@ -124,7 +132,9 @@ class Plan(Closing):
             "bytes_in": self.base.source.size
             + sum(adapter.source.size for adapter in self.adapters),
             "bytes_out": sum(nbytes(spec.dtype, spec.shape) for spec in self.specs),
-            "peak_memory": peak_memory(self.steps, self.options.memory),
+            "peak_memory": max(
+                peak_memory(steps, self.options.memory) for steps in (self.steps, self.verified)
+            ),
             "device": self.options.device,
             "adapters": self.described(),
             "block_weights": [

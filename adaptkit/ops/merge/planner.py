@@ -110,7 +110,7 @@ def _planned(
     check_memory(steps, options.memory)
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
-    return Plan(
+    found = Plan(
         base,
         adapters,
         strengths,
@@ -124,6 +124,8 @@ def _planned(
         rules,
         places.selection.left_out,
     )
+    check_memory(found.verified, options.memory)
+    return found
 
 
 def _relayout(base: Checkpoint, specs: Sequence[TensorSpec], options: Options) -> Relayout:

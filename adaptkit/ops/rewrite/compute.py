@@ -11,7 +11,7 @@ from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.files.tensors import finite
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap.kinds import dense_kind, low_rank_kind
+from adaptkit.keymap.kinds import applied, changed, dense_kind, low_rank_kind
 from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.joining import differences, joined
@@ -243,7 +243,7 @@ class Rewriter:
 
         assert self.plan.mixing is not None
         how = self.plan.mixing
-        deltas = [part.delta() for part in parts]
+        deltas = (part.delta() for part in parts)
         seeds = [f"{how.seed}/{term.number}/{task.label}" for term in task.terms]
         mixed = mix(deltas, how.method, how.density, seeds)
         kind = dense_kind()
@@ -254,9 +254,8 @@ class Rewriter:
     def _term(self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]) -> Weights:
         weights = self._joined(task, number, term, tensors)
         if "base" in tensors and not (type(weights) is task.kind or self._resizes(task, weights)):
-            base = _wide(tensors["base"])
-            changed = weights.apply(base.clone(), term.weight) - base
-            return dense_kind().holding(changed, task.kernel or ())
+            change = changed(weights, tensors["base"], term.weight)
+            return dense_kind().holding(change, task.kernel or ())
         return weights if term.weight == 1.0 else weights.times(term.weight)
 
     def _resizes(self, task: Task, weights: Weights) -> bool:
@@ -419,6 +418,14 @@ def lost(
         return whole, exact.distance_squared(stored, norm)
     if base is None:
         return None, None
-    weight = base.double()
-    one, two = exact.apply(weight.clone(), 1.0), stored.apply(weight.clone(), 1.0)
-    return float((one - weight).square().sum()), float((one - two).square().sum())
+    import torch
+
+    from adaptkit.linalg.precision import row_blocks
+
+    wide = torch.float64
+    one, two = (applied(side, base.to(wide, copy=True), 1.0) for side in (exact, stored))
+    whole = gone = 0.0
+    for rows in row_blocks(base):
+        whole += float((one[..., rows, :] - base[..., rows, :]).square().sum())
+        gone += float((one[..., rows, :] - two[..., rows, :]).square().sum())
+    return whole, gone
