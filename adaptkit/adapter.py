@@ -25,7 +25,6 @@ from adaptkit.entries import (
     alike,
     as_part,
     is_carried,
-    per_head,
     read_entries,
     without_carried,
 )
@@ -36,6 +35,7 @@ from adaptkit.errors import (
     NotRepresentable,
     UnknownAdapter,
 )
+from adaptkit.files.arranged import by_heads, plain_factors
 from adaptkit.files.limits import read_json
 from adaptkit.files.open import open_source
 from adaptkit.keymap import KeyMap, compile_keys, keys_for, label, split_suffix
@@ -44,7 +44,7 @@ from adaptkit.suggest import CUTOFF, nearest
 from adaptkit.unknown import fallback, own_modules, own_of, with_dots, with_own
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -58,6 +58,16 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "open_adapter_source"]
 
 FEW = 16  # names of weights: fewer are no proof that a file is a checkpoint
+# what is said of a file in an arrangement of its own (see adaptkit.files.arranged)
+LAYOUTS = {
+    "nunchaku": "it is packed for nunchaku, beside the factors of a quantised base: these are left "
+    "out, and what is written is plain factors, which nunchaku 0.2 and newer packs itself",
+    "forge": "its names are those of Forge's patches: they are read as ComfyUI's, and written so",
+    "diffsynth": "q, k and v are stored head by head, as DiffSynth-Studio has them: they are read "
+    "and written in the order of all other tools, which DiffSynth-Studio does not read",
+}
+# what a layout says of the family
+ARCHITECTURES = {"nunchaku": {"modelspec.architecture": "flux-1"}}
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -70,7 +80,7 @@ class Adapter:
     `unclaimed` maps each key without a slot to the reason.
 
     `carried` names tensors of other tools (embeddings) in the file. They hold no weights, and are
-    copied to the output.
+    copied to the output. `configs` are the fields of PEFT's configuration, by component.
     """
 
     source: TensorSource
@@ -83,6 +93,7 @@ class Adapter:
     keys: KeyMap  # of this file's own family and format
     metadata: Mapping[str, str] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
+    configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -146,9 +157,12 @@ class Adapter:
         alpha: str | None = None,
     ) -> Adapter:
         """Parse the adapter in an open source; `config` is PEFT's adapter_config.json, if any."""
+        source = plain_factors(source)
         infos = without_carried(source)
-        found = detect_adapter(infos, source.metadata, family=family, format=format)
+        metadata = {**source.metadata, **ARCHITECTURES.get(source.layout, {})}
+        found = detect_adapter(infos, metadata, family=family, format=format)
         if found.family is not None and found.format is not None:
+            source = by_heads(source, families()[found.family].interleaved)
             known = compile_keys(found.family, found.format, wrapped=bool(found.wrapper))
             keys = _with_own(known, infos)
         else:
@@ -168,7 +182,7 @@ class Adapter:
     ) -> Adapter:
         meaning = Meaning.of(source.metadata, config, alpha)
         reader, entries = read_entries(source, keys, meaning, infos)
-        reader.problems += (*meaning.problems(), *per_head(keys, infos))
+        reader.problems += (*meaning.problems(), *_stored_otherwise(source))
         return cls(
             source,
             keys.family,
@@ -180,6 +194,7 @@ class Adapter:
             keys,
             source.metadata,
             tuple(name for name in source.infos if name not in infos and is_carried(name)),
+            meaning.configs,
         )
 
     def __repr__(self) -> str:
@@ -282,6 +297,10 @@ class Adapter:
         """Read and decode the weights of an entry, in their stored dtype."""
         return entry.decode(self.read(entry))
 
+    def configuration(self, component: str) -> Mapping[str, object]:
+        """PEFT's configuration of a component; empty without one."""
+        return self.configs.get(component) or self.configs.get("") or {}
+
     def close(self) -> None:
         """Close the file."""
         self.source.close()
@@ -291,6 +310,12 @@ class Adapter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _stored_otherwise(source: TensorSource) -> Iterator[Problem]:
+    """What to know of a file whose tensors are not read as they are stored."""
+    if source.layout:
+        yield Problem("warning", None, LAYOUTS[source.layout])
 
 
 def _with_own(keys: KeyMap, infos: Mapping[str, TensorInfo]) -> KeyMap:

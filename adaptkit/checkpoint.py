@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adaptkit.detect import Detection, detect_checkpoint, families, is_adapter
 from adaptkit.errors import InternalError, NotRepresentable, ShapeMismatch, UnknownAdapter
 from adaptkit.files.open import open_source
-from adaptkit.files.packed import packed_weights, scaled_integers, unpacked
+from adaptkit.files.packed import unpacked
 from adaptkit.files.quantized import Quantization, read_widened
 from adaptkit.keymap import CheckpointMap, Place, compile_checkpoint, keys_for, label
 from adaptkit.names import Slot
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 EMA = "model_ema."
 
-__all__ = ["Checkpoint", "Piece", "exchanged"]
+PLAIN_BASE = "use an fp32, fp16, bf16 or fp8 (e4m3, e5m2) checkpoint of this model"
+
+__all__ = ["PLAIN_BASE", "Checkpoint", "Piece", "exchanged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +86,14 @@ class Checkpoint:
         family: str | None = None,
         ema: bool = False,
         strangers: bool = False,
-        unpack: bool = True,
     ) -> Checkpoint:
         """Read the header of a checkpoint; `UnknownAdapter` if no family fits.
 
         With `ema`, averaged weights (`model_ema.…`) are read in place of the plain ones, if the
         file has any. With `strangers`, a file of no known family is read as a family made of its
-        own module names, unless `family` is given. Packed weights are read as numbers, unless
-        `unpack` is false: then the file is as it is stored.
+        own module names, unless `family` is given. Packed weights are read as numbers.
         """
-        source = open_source(path)
-        source = unpacked(source) if unpack else source
+        source = unpacked(open_source(path))
         try:
             try:
                 return cls.understand(source, family=family, ema=ema)
@@ -116,7 +115,7 @@ class Checkpoint:
         cls, source: TensorSource, *, family: str | None = None, ema: bool = False
     ) -> Checkpoint:
         """Parse the checkpoint in an open source."""
-        stored = Quantization.of(source.infos, scaled_integers(source))
+        stored = Quantization.of(source.infos)
         infos = {name: info for name, info in source.infos.items() if name not in stored.extras}
         found = detect_checkpoint(infos, source.metadata, family=family)
         if found.family is None and is_adapter(source.infos):
@@ -143,7 +142,7 @@ class Checkpoint:
         cls, source: TensorSource, family: ModelFamily, *, ema: bool = False
     ) -> Checkpoint:
         """Parse a checkpoint as a family made of its own names (see adaptkit.unknown)."""
-        stored, keys = Quantization.of(source.infos, scaled_integers(source)), CheckpointMap(family)
+        stored, keys = Quantization.of(source.infos), CheckpointMap(family)
         claimed = sum(keys.parse(name) is not None for name in source.infos)
         return cls._placed(
             source, stored, keys, Detection(None, None, claimed, len(source.infos)), ema
@@ -230,12 +229,6 @@ class Checkpoint:
         rows = sum(p.rows[1] - p.rows[0] if p.rows else self.shape(p.name)[0] for p in pieces)
         return (rows, *first[1:])
 
-    def plain_hint(self, name: str) -> str:
-        """What helps where a weight is stored in a scheme that cannot be written."""
-        if name in packed_weights(self.source):
-            return "--dtype bf16 reads it, and writes plain numbers"
-        return "use an fp32, fp16, bf16 or fp8 (e4m3, e5m2) checkpoint of this model"
-
     def check_size(
         self, pieces: tuple[Piece, ...], size: tuple[int, int], label: str, adapter: Path
     ) -> None:
@@ -248,7 +241,7 @@ class Checkpoint:
             if (reason := self.refusal([piece.name])) is not None:
                 raise NotRepresentable(
                     f"stored as {reason}, which adapters cannot be added to",
-                    hint=self.plain_hint(piece.name),
+                    hint=PLAIN_BASE,
                     file=self.source.path,
                     tensor=piece.name,
                 )

@@ -22,12 +22,14 @@ from adaptkit.process import (
     out_of_memory,
     release,
     short_turns,
-    synchronize,
 )
+from adaptkit.staging.budget import Budget
+from adaptkit.staging.lanes import Lanes, Later, Leaving, Sent, lanes_of, settled
 from adaptkit.staging.slabs import Ring, Slab, Staged, alike
 from adaptkit.steps import (
     BESIDE,
     DEFAULT_MEMORY,
+    IN_FLIGHT,
     NEAR,
     PARCEL,
     ROUNDS,
@@ -79,14 +81,15 @@ class Work(Generic[P, R]):
     `load` runs in the reader thread, `store` in the writer thread.
 
     `kernel` gets the payloads and stacked tensors on the device, each with one leading dimension.
-    Several threads call it, each for its own bucket. `held` gives the bytes of a result that waits
-    for earlier ones (default: those of its step). `stack` is the number of small steps that a CPU
-    computes at once. With `announce`, the reader only calls that, and the computing thread loads:
-    for loads that leave their data in the CPU's cache.
+    Several threads call it, each for its own bucket. It gives results, or `Later` ones, whose
+    tensors have come `back`. `held` gives the bytes of a result that waits for earlier ones
+    (default: those of its step). `stack` is the number of small steps that a CPU computes at once.
+    With `announce`, the reader only calls that, and the computing thread loads: for loads that
+    leave their data in the CPU's cache.
     """
 
     load: Callable[[P], Tensors]
-    kernel: Callable[[tuple[P, ...], dict[str, Tensor]], Sequence[R]]
+    kernel: Callable[[tuple[P, ...], dict[str, Tensor]], Sequence[R | Later[R]]]
     store: Callable[[P, R], None]
     held: Callable[[R], int] | None = None
     stack: int = 1
@@ -110,10 +113,9 @@ def run(
     """
     listed = list(steps)
     most = bound(listed, resources.memory, away=resources.apart)
-    room = _Budget(most, resources.workers + BESIDE)
     found = list(buckets(listed, resources, work.stack))
-    parcels = list(_parcels(found, room.bytes, resources.workers))
-    pipeline = _Pipeline(work, resources, room, progress or (lambda _: None))
+    parcels = list(_parcels(found, most, resources.workers))
+    pipeline = _Pipeline(work, resources, most, progress or (lambda _: None))
     if not resources.on_cpu and parcels:
         pipeline.stage(max(parcel.bytes for parcel in parcels))
     pipeline.run(parcels)
@@ -122,40 +124,6 @@ def run(
 
 class _Stopped(Exception):
     pass
-
-
-class _Budget:
-    """Admits parcels in order while their bytes and their number stay within bounds.
-
-    A single parcel is always admitted, so that a step of any size can run.
-    """
-
-    def __init__(self, bytes: int, parcels: int) -> None:
-        self.bytes, self.parcels = bytes, parcels
-        self.changed = threading.Condition()
-        self.used, self.inside = 0, 0
-
-    def enter(self, size: int, stop: threading.Event) -> None:
-        with self.changed:
-            # `used` = 0 admits a parcel of any size: one step may exceed its share of the bound
-            while self.used and (self.used + size > self.bytes or self.inside >= self.parcels):
-                if stop.is_set():
-                    raise _Stopped
-                self.changed.wait(_POLL)
-            self.used += size
-            self.inside += 1
-
-    def computed(self, size: int, held: int) -> None:
-        """Replace a parcel's bytes by those of its results, until `leave`."""
-        with self.changed:
-            self.used -= size - held
-            self.inside -= 1
-            self.changed.notify_all()
-
-    def leave(self, held: int) -> None:
-        with self.changed:
-            self.used -= held
-            self.changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -192,21 +160,35 @@ def _parcels(buckets: Sequence[Bucket[P]], room: int, workers: int) -> Iterator[
         number, start = number + 1, end
 
 
-Host = dict[str, "Tensor"] | Staged | None  # None: not loaded yet
+Host = dict[str, "Tensor"] | Staged | Sent | None  # None: not loaded yet
+Results = Sequence[Sequence["R | Later[R]"]]
 Loaded = tuple["_Parcel[P]", list[Host], Slab | None]
-Done = tuple["_Parcel[P]", Sequence[Sequence[R]], int]
+
+
+@dataclass
+class _Done(Generic[P, R]):
+    """Results of a parcel, where they are, and the bytes that they hold."""
+
+    parcel: _Parcel[P]
+    results: Results[R]
+    held: int
+    slab: Slab | None
+    leaving: Leaving
 
 
 class _Pipeline(Generic[P, R]):
     def __init__(
-        self, work: Work[P, R], resources: Resources, room: _Budget, progress: Callable[[int], None]
+        self, work: Work[P, R], resources: Resources, most: int, progress: Callable[[int], None]
     ) -> None:
-        self.work, self.resources, self.room, self.progress = work, resources, room, progress
+        self.work, self.resources, self.progress = work, resources, progress
+        self.lanes = Lanes(resources.device) if resources.on_cpu else lanes_of(resources.device)
+        self.threads = max(resources.workers, self.lanes.threads)  # that compute
+        self.room = Budget(most, self.threads + BESIDE)
         self.stop = threading.Event()
         self.failure: list[BaseException] = []
         self.loaded: queue.SimpleQueue[Loaded[P] | None] = queue.SimpleQueue()
-        self.done: queue.SimpleQueue[Done[P, R] | None] = queue.SimpleQueue()
-        self.working = resources.workers
+        self.done: queue.SimpleQueue[_Done[P, R] | None] = queue.SimpleQueue()
+        self.working = self.threads
         self.elsewhere: list[str] = []  # steps that the device had no room for
         self.lock = threading.Lock()
         self.turn = threading.Lock()  # of the readers, so that parcels are admitted in order
@@ -215,9 +197,8 @@ class _Pipeline(Generic[P, R]):
 
     def stage(self, size: int) -> None:
         """Let parcels of at most `size` bytes be read into slabs, by several readers."""
-        # what is left of the bound is for results
-        count = max(1, min(1 + BESIDE, self.room.bytes // size - 1))
-        self.ring = Ring(size, count, pinned=self.pins)
+        count = max(1, min(IN_FLIGHT, self.room.bytes // size - self.lanes.apart))
+        self.ring = Ring(size, count, self.lanes.memory)
         self.reading = min(READERS, count)
 
     def run(self, todo: Sequence[_Parcel[P]]) -> None:
@@ -225,7 +206,7 @@ class _Pipeline(Generic[P, R]):
         left = iter(todo)
         bodies = [(f"read-{n}", self._read, (left,)) for n in range(self.reading)]
         bodies += [("write", self._write, ())]
-        bodies += [(f"compute-{n}", self._compute, ()) for n in range(self.resources.workers)]
+        bodies += [(f"compute-{n}", self._compute, ()) for n in range(self.threads)]
         threads = [
             threading.Thread(
                 target=self._guarded, args=(body, *args), name=f"adaptkit-{name}", daemon=True
@@ -276,31 +257,39 @@ class _Pipeline(Generic[P, R]):
                 continue
 
     def _read(self, todo: Iterator[_Parcel[P]]) -> None:
-        while (parcel := self._admitted(todo)) is not None:
-            slab = self._slab()
+        while (admitted := self._admitted(todo)) is not None:
+            parcel, slab = admitted
             self.loaded.put(
                 (parcel, [self._ahead(bucket, slab) for bucket in parcel.buckets], slab)
             )
-            del slab
+            del admitted, slab
         with self.lock:
             self.reading -= 1
             last = not self.reading
-        for _ in range(self.resources.workers if last else 0):
+        for _ in range(self.threads if last else 0):
             # one end marker per worker
             self.loaded.put(None)
 
-    def _admitted(self, todo: Iterator[_Parcel[P]]) -> _Parcel[P] | None:
-        """The next parcel, as soon as there is room for it."""
+    def _admitted(self, todo: Iterator[_Parcel[P]]) -> tuple[_Parcel[P], Slab | None] | None:
+        """The next parcel, as soon as there is room for it, and where it is read to.
+
+        In order: a slab is free again when its results are stored, behind those of all before.
+        """
         with self.turn:
             parcel = next(todo, None)
-            if parcel is not None:
-                self.room.enter(parcel.bytes, self.stop)
-            return parcel
+            if parcel is None:
+                return None
+            if not self.room.enter(parcel.bytes, self._goes_on):
+                raise _Stopped
+            return parcel, self._slab()
+
+    def _goes_on(self) -> bool:
+        return not self.stop.is_set()
 
     def _slab(self) -> Slab | None:
         if self.ring is None:
             return None
-        slab = self.ring.take(lambda: not self.stop.is_set())
+        slab = self.ring.take(self._goes_on)
         if slab is None:
             raise _Stopped
         return slab
@@ -309,7 +298,7 @@ class _Pipeline(Generic[P, R]):
         if self.stop.is_set():
             raise _Stopped
         if self.work.announce is None:
-            return self._load(bucket, slab)
+            return self._on_its_way(self._load(bucket, slab))
         for payload in bucket.payloads:
             self.work.announce(payload)
         return None
@@ -324,10 +313,18 @@ class _Pipeline(Generic[P, R]):
 
         return {key: torch.stack(alike(key, loaded)) for key in loaded[0]}
 
-    @property
-    def pins(self) -> bool:
-        """Whether host memory is page-locked for the device."""
-        return self.resources.device.partition(":")[0] == "cuda"
+    def _on_its_way(self, host: dict[str, Tensor] | Staged) -> Host:
+        """A stack that is sent, if the device has room for it by now."""
+        import torch
+
+        try:
+            with torch.inference_mode():
+                return self.lanes.send(host)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        # what the device has not got is loaded once more by whoever computes
+        return None
 
     def _compute(self) -> None:
         import torch
@@ -335,30 +332,29 @@ class _Pipeline(Generic[P, R]):
         if self.resources.on_cpu:
             one_thread_here()
         # every `del` below drops the last reference, so that the memory counted as free is free
-        while (item := self._get(self.loaded)) is not None:
-            parcel, host, slab = item
-            results: list[Sequence[R]] = []
-            del item
-            with torch.inference_mode():
-                for n, bucket in enumerate(parcel.buckets):
-                    tensors, host[n] = host[n], None
-                    results.append(self._computed(bucket, tensors))
-                    del tensors
-            del host
-            if slab is not None and self.ring is not None:
-                synchronize(self.resources.device)  # a copy may still read the slab
-                self.ring.give(slab)
-            del slab
-            held = self._held(parcel, results)
-            self.room.computed(parcel.bytes, held)
-            self.done.put((parcel, results, held))
-            del results
+        with self.lanes.computing(), torch.inference_mode():
+            while (item := self._get(self.loaded)) is not None:
+                parcel, host, slab = item
+                results: list[Sequence[R | Later[R]]] = []
+                del item
+                with self.lanes.leaving(slab) as leaving:
+                    for n, bucket in enumerate(parcel.buckets):
+                        tensors, host[n] = host[n], None
+                        results.append(self._computed(bucket, tensors, leaving))
+                        leaving.keep()
+                        del tensors
+                    leaving.close()
+                del host
+                held = self._held(parcel, results)
+                self.room.computed(parcel.bytes, held)
+                self.done.put(_Done(parcel, results, held, slab, leaving))
+                del results, slab, leaving
         with self.lock:
             self.working -= 1
             if not self.working:
                 self.done.put(None)
 
-    def _computed(self, bucket: Bucket[P], host: Host) -> Sequence[R]:
+    def _computed(self, bucket: Bucket[P], host: Host, leaving: Leaving) -> Sequence[R | Later[R]]:
         """The results of a bucket, from its tensors, or from those of half of it at a time."""
         try:
             tensors = self._load(bucket) if host is None else host
@@ -367,11 +363,15 @@ class _Pipeline(Generic[P, R]):
             if self.resources.on_cpu or not out_of_memory(error):
                 raise
         # here, not in the handler: the error refers to what its frames hold
+        leaving.undo()
         release(self.resources.device)
         if len(bucket.steps) > 1:
             half = len(bucket.steps) // 2
-            parts = (Bucket(bucket.steps[:half]), Bucket(bucket.steps[half:]))
-            return [result for part in parts for result in self._computed(part, None)]
+            found: list[R | Later[R]] = []
+            for steps in (bucket.steps[:half], bucket.steps[half:]):
+                found += self._computed(Bucket(steps), None, leaving)
+                leaving.keep()
+            return found
         # a device's plan counts what is read and written, and the CPU computes in host memory
         check_memory(bucket.steps, self.resources.memory)
         self.elsewhere += map(_label, bucket.payloads)
@@ -379,48 +379,47 @@ class _Pipeline(Generic[P, R]):
         assert not isinstance(here, Staged)
         return self.work.kernel(bucket.payloads, here)
 
-    def _moved(self, tensors: dict[str, Tensor] | Staged) -> dict[str, Tensor]:
-        """Move a bucket's tensors to the device, each original dropped as it is moved."""
-        if isinstance(tensors, Staged):
-            return tensors.sent(self._sent)
-        if self.resources.on_cpu:
+    def _moved(self, tensors: dict[str, Tensor] | Staged | Sent) -> dict[str, Tensor]:
+        """A bucket's tensors on the device, each original dropped as it is moved."""
+        if self.resources.on_cpu and isinstance(tensors, dict):
             return tensors
-        return {key: self._sent(tensors.pop(key)) for key in list(tensors)}
+        return self.lanes.arrived(tensors)
 
-    def _sent(self, tensor: Tensor) -> Tensor:
-        # pageable memory may be used again before an asynchronous copy has read it
-        pinned = tensor.device.type == "cpu" and self.pins and tensor.is_pinned()
-        return tensor.to(self.resources.device, non_blocking=pinned)
-
-    def _held(self, parcel: _Parcel[P], results: Sequence[Sequence[R]]) -> int:
+    def _held(self, parcel: _Parcel[P], results: Results[R]) -> int:
         """Bytes of the results, at least 1.
 
         `used` = 0 would mean that nothing is admitted.
         """
-        size, held = parcel.bytes, self.work.held
-        return max(
-            1,
-            size
-            if held is None
-            else min(size, sum(held(result) for some in results for result in some)),
+        held = self.work.held
+        if held is None:
+            return max(1, parcel.bytes)
+        each = (
+            result.nbytes if isinstance(result, Later) else held(result)
+            for some in results
+            for result in some
         )
+        return max(1, min(parcel.bytes, sum(each)))
 
     def _write(self) -> None:
         """Store results in the order of the parcels, not in that of completion."""
-        waiting: dict[int, Done[P, R]] = {}
+        waiting: dict[int, _Done[P, R]] = {}
         following = finished = 0
         while (item := self._get(self.done)) is not None:
-            waiting[item[0].number] = item
+            waiting[item.parcel.number] = item
             del item
             while following in waiting:
-                parcel, results, held = waiting.pop(following)
+                done = waiting.pop(following)
                 following += 1
-                for bucket, some in zip(parcel.buckets, results, strict=True):
+                done.leaving.wait()
+                for bucket, some in zip(done.parcel.buckets, done.results, strict=True):
                     for payload, result in zip(bucket.payloads, some, strict=True):
-                        self.work.store(payload, result)
+                        self.work.store(payload, settled(result))
                         finished += 1
                         self.progress(finished)
-                del results, some, result
+                held, slab = done.held, done.slab
+                del done, some, result
+                if slab is not None and self.ring is not None:
+                    self.ring.give(slab)
                 self.room.leave(held)
 
 

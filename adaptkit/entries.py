@@ -30,15 +30,16 @@ __all__ = [
     "as_part",
     "entries_of",
     "is_carried",
-    "per_head",
     "read_entries",
     "shared_as",
+    "shared_name",
     "weights_of",
     "without_carried",
 ]
 
 # roles of one number, which may be an integer or a flag
 SINGLE = (ALPHA, "on_input")
+INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
 CARRIED = ("bundle_emb.", "_aux.")
@@ -117,20 +118,6 @@ def read_entries(
     return reader, found
 
 
-def per_head(keys: KeyMap, names: Iterable[str]) -> Iterator[Problem]:
-    """The fault of a file whose fused rows are in another order than any other tool's."""
-    ends = tuple(f"{end}.lora_A.default.weight" for end in keys.family.interleaved)
-    name = next((name for name in names if name.endswith(ends)), None) if ends else None
-    if name is not None:
-        yield Problem(
-            "error",
-            None,
-            f"DiffSynth-Studio stores the rows of {name.partition('.lora_A')[0]} head by head, "
-            "which adaptkit does not put in order",
-            "load it in diffusers, which does, and save it with save_lora_weights",
-        )
-
-
 def weights_of(entry: Entry, tensor: Callable[[str], Tensor]) -> Weights:
     """The weights of an entry, its tensors read by `tensor`, rows in target order."""
     return entry.decode(alike({role: tensor(key) for role, key in entry.tensors()}))
@@ -188,7 +175,7 @@ class _Reader:
             rebased = self.meaning.rebased(slot.component, plain)
             kind = algorithms()[rebased] if rebased else plain
             keys = {role: names[n] for role, n in places.items()} | self._shared(kind)
-            if odd := self._odd(keys):
+            if odd := self._odd(kind, keys):
                 failures.append(odd)
                 continue
             stored = self.source.scalar(keys[ALPHA]) if ALPHA in keys else None
@@ -240,13 +227,16 @@ class _Reader:
         keys = [self.keys.spell(slot, name, role).removeprefix(stem) for role in sorted(absent)]
         return f"{' and '.join(keys)} {'is' if len(keys) == 1 else 'are'} missing"
 
-    def _odd(self, keys: Mapping[str, str]) -> str | None:
+    def _odd(self, kind: type[Weights], keys: Mapping[str, str]) -> str | None:
         """Why a tensor cannot be what its name says, whatever the algorithm; None if it can."""
         for role, key in keys.items():
             info = self.source.infos[key]
             if role in SINGLE:
                 if info.numel != 1 or info.dtype not in SCALARS:
                     return f"{key} is {info.dtype} {list(info.shape)}, not a single number"
+            elif role in kind.roles and kind.roles[role].integers:
+                if info.dtype not in (*INTEGERS, "F32") or not info.numel:
+                    return f"{key} is {info.dtype} {list(info.shape)}, not integers"
             elif info.dtype not in FLOATS + FP8:
                 return f"{key} is stored as {info.dtype}, not as floating-point numbers"
             elif not info.numel or not info.shape:
@@ -338,6 +328,11 @@ def shared_as(name: str) -> str | None:
     if not 1 < len(parts) < 4 or parts[0] != "base_model":
         return None
     return parts[1] if parts[1] in _shared_names() else None
+
+
+def shared_name(kind: type[Weights], role: str) -> str:
+    """The name that a tensor is written under that all modules of a kind share."""
+    return f"base_model.{kind.shared[role]}"
 
 
 def alike(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -338,14 +338,22 @@ class AsRead(NamedTuple):
     alpha: float | None
 
 
-def as_read(kind: type[Weights], stored: Mapping[str, Tensor], *, batch: int = 0) -> AsRead:
+def as_read(
+    kind: type[Weights],
+    stored: Mapping[str, Tensor],
+    *,
+    batch: int = 0,
+    like: Facts | None = None,
+) -> AsRead:
     """Read the rounded tensors of a module by role, as the file is read.
 
-    `batch` is the number of leading dimensions of a stack of modules. Raises ShapeMismatch or
-    NonFinite if a reader would refuse the tensors.
+    `batch` is the number of leading dimensions of a stack of modules. `like` are the facts of the
+    module that they are made of, if its kind is the same: they know what the file says beside its
+    tensors. Raises ShapeMismatch or NonFinite if a reader would refuse the tensors.
     """
     shapes = {role: tuple(tensor.shape[batch:]) for role, tensor in stored.items() if role != ALPHA}
     alpha = float(stored[ALPHA]) if ALPHA in stored else None
     facts = kind.facts(shapes, None if alpha is None else Stated(alpha))
+    facts = facts if like is None else kind.resettled(facts, like)
     weights = kind.decode({role: stored[role] for role in shapes}, facts)
     return AsRead(weights, facts, shapes, alpha)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BESIDE",
     "DEFAULT_MEMORY",
+    "IN_FLIGHT",
     "NEAR",
     "PARCEL",
     "ROUNDS",
@@ -39,7 +40,10 @@ NEAR = 128  # steps: equal shapes within this distance may be stacked on a CPU
 BESIDE = 2  # parcels read ahead of the computed ones
 # a parcel takes at most 1/ROUNDS of the remaining buckets per worker, a stack 1/ROUNDS of all steps
 ROUNDS = 4
-SHARE = 0.4  # of a device's free memory that a stack may take: the next one is sent meanwhile
+# parcels of a device from the first byte read to the last one written: one is read, two are
+# computed, one is written
+IN_FLIGHT = 4
+SHARE = 0.88 / IN_FLIGHT  # of a device's free memory that a stack may take
 
 
 @dataclass(frozen=True)
@@ -190,10 +194,10 @@ def buckets(steps: Iterable[Step[P]], resources: Resources, stack: int = 1) -> I
     """
     ordered = sorted(steps, key=lambda step: step.order)
     check_memory(ordered, resources.memory, away=resources.apart)
-    # one bucket is computed while BESIDE others are read
-    room = bound(ordered, resources.memory, away=resources.apart) // (1 + BESIDE)
+    most = bound(ordered, resources.memory, away=resources.apart)
     if not resources.on_cpu:
-        return _stacked(ordered, room, resources.room)
+        return _stacked(ordered, most // IN_FLIGHT, resources.room)
+    room = most // (1 + BESIDE)  # one bucket is computed while BESIDE others are read
     return _few(
         ordered, min(PARCEL, room), min(stack, max(1, len(ordered) // (ROUNDS * resources.workers)))
     )

@@ -7,8 +7,8 @@ does not show is a GPU's own rounding, speed and memory.
     with emulated() as device:
         assert torch.ones(3, device=device).sum().item() == 3
 
-With `narrow` it is such a device as Apple's MPS: it has no float64 and no decomposition, and a copy to it may only be
-asynchronous from page-locked memory.
+With `narrow` it is such a device as Apple's MPS: it has no float64, no decomposition and no streams, and a copy to it may only
+be asynchronous from page-locked memory. Else it has streams (tests/emulated_streams.py), on which copies are late.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from torch.utils._pytree import tree_map
 
 from adaptkit import engine
 from adaptkit.linalg import precision
+from adaptkit.staging import lanes
+from adaptkit.staging.slabs import Ring
+from tests.emulated_streams import Streams
 
 NAME = "emulated"
 aten = torch.ops.aten
@@ -80,14 +83,17 @@ class OnDevice(torch.Tensor):
             f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first"
         )
 
+    def record_stream(self, stream: Any) -> None:
+        stream.model.record(self.host, stream)
+
     def data_ptr(self) -> int:
         raise RuntimeError("the host does not see a device's memory")
 
 
 class _Device(TorchDispatchMode):
-    def __init__(self, *, narrow: bool = False) -> None:
+    def __init__(self, *, narrow: bool = False, streams: Streams | None = None) -> None:
         super().__init__()
-        self.narrow = narrow
+        self.narrow, self.streams = narrow, streams
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -109,6 +115,8 @@ class _Device(TorchDispatchMode):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device: {func} got {shapes}"
             )
+        if self.streams is not None and ours and func not in MOVES:
+            self.streams.ran([tensor.host for tensor in ours])
         there = bool(ours) if asked is None else torch.device(asked).type == NAME
         if func is aten.copy_.default:
             there = isinstance(args[0], OnDevice)
@@ -142,10 +150,16 @@ def _refuse(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> None:
 
 
 class _Made(TorchFunctionMode):
-    """What goes past the dispatcher: `torch.tensor`, `new_tensor`, `x[[0, 2]]`, and in inference mode `x.to(y)`."""
+    """What goes past the dispatcher: `torch.tensor`, `new_tensor`, `x[[0, 2]]`, and in inference mode `x.to(y)`; streams."""
+
+    def __init__(self, streams: Streams | None = None) -> None:
+        super().__init__()
+        self.streams = streams
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if self.streams is not None and kwargs.get("non_blocking"):
+            return self._late(self.streams, func(*args, **kwargs), *args)
         if func is torch.Tensor.new_tensor and isinstance(args[0], OnDevice):
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(args[0].device)
         if func is torch.Tensor.__getitem__ and isinstance(args[1], list):
@@ -156,6 +170,13 @@ class _Made(TorchFunctionMode):
         if func is torch.tensor and device is not None and torch.device(device).type == NAME:
             return func(*args, **{**kwargs, "device": "cpu"}).to(torch.device(device))
         return func(*args, **kwargs)
+
+    def _late(self, streams: Streams, found: Any, one: Any, other: Any) -> Any:
+        if isinstance(other, OnDevice):
+            streams.back(found, other.host)
+        else:
+            streams.sent(one, found.host)
+        return found
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -189,17 +210,50 @@ def emulated(*, narrow: bool = False) -> Iterator[str]:
     PyTorch keeps a device that it once had (`torch.accelerator` names it ever after): for processes of their own.
     """
     _register()
-    compute: Callable[[Any], None] = engine._Pipeline._compute
+    streams = None if narrow else Streams()
 
-    def within(pipeline: Any) -> None:
-        with _Device(narrow=narrow), _Made():
-            compute(pipeline)
+    def within(body: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(pipeline: Any, *args: Any) -> None:
+            if pipeline.resources.device.startswith(NAME):
+                with _Device(narrow=narrow, streams=streams), _Made(streams):
+                    return body(pipeline, *args)
+            return body(pipeline, *args)
 
+        return wrapped
+
+    threads = {
+        name: within(getattr(engine._Pipeline, name)) for name in ("_read", "_compute", "_write")
+    }
     lacking = precision.NARROW | ({NAME} if narrow else set())
     with (
-        mock.patch.object(engine._Pipeline, "_compute", within),
+        mock.patch.multiple(engine._Pipeline, **threads),
         mock.patch.object(precision, "NARROW", lacking),
-        _Device(narrow=narrow),
-        _Made(),
+        _streaming(streams),
+        _Device(narrow=narrow, streams=streams),
+        _Made(streams),
     ):
         yield f"{NAME}:0"
+
+
+@contextmanager
+def _streaming(streams: Streams | None) -> Iterator[None]:
+    """Let the engine find the device's streams, and page-locked memory."""
+    if streams is None:
+        yield
+        return
+    module, give = lanes.streams_of, Ring.give
+
+    def given(ring: Ring, slab: Any) -> None:
+        streams.checked(slab.buffer)
+        give(ring, slab)
+
+    with (
+        mock.patch.multiple(
+            lanes,
+            streams_of=lambda name: streams if name.startswith(NAME) else module(name),
+            page_locked=streams.page_locked,
+            is_locked=lambda tensor: tensor.device.type == "cpu" and streams.is_locked(tensor),
+        ),
+        mock.patch.object(Ring, "give", given),
+    ):
+        yield

@@ -114,6 +114,26 @@ HUNYUAN_DIT: dict[str, Any] = dict(
     num_layers=40,
     mlp_ratio=4.3637,
 )
+LONGCAT: dict[str, Any] = dict(num_layers=10, num_single_layers=20)
+CASCADE: dict[str, Any] = dict(
+    in_channels=16,
+    out_channels=16,
+    conditioning_dim=2048,
+    block_out_channels=(2048, 2048),
+    num_attention_heads=(32, 32),
+    down_num_layers_per_block=(8, 24),
+    up_num_layers_per_block=(24, 8),
+    down_blocks_repeat_mappers=(1, 1),
+    up_blocks_repeat_mappers=(1, 1),
+    block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),)
+    * 2,
+    clip_text_in_channels=1280,
+    clip_text_pooled_in_channels=1280,
+    clip_image_in_channels=768,
+    dropout=(0.1, 0.1),
+    timestep_conditioning_type=("sca", "crp"),
+    switch_level=(False,),
+)
 KANDINSKY_PRO: dict[str, Any] = dict(
     model_dim=4096, ff_dim=16384, time_dim=1024, num_visual_blocks=60, num_text_blocks=4
 )
@@ -184,6 +204,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hunyuan-dit": ("HunyuanDiT2DModel", HUNYUAN_DIT),
     "wan-animate2": ("WanAnimate2Transformer3DModel", {}),
+    "longcat-image": ("LongCatImageTransformer2DModel", LONGCAT),
+    "ovis-image": ("OvisImageTransformer2DModel", {}),
 }
 # what the transformer's keys begin with in the published file, where it is not the first prefix of the table
 PREFIXES = {"auraflow": "model."} | dict.fromkeys(
@@ -195,8 +217,8 @@ PREFIXES = {"auraflow": "model."} | dict.fromkeys(
 # the format that a family's trainers write beside diffusers', where it is not kohya's
 TRAINED = {"auraflow": "lycoris", "ace-step": "peft", "hunyuan-dit": "onetrainer", "pixart": "onetrainer"} | dict.fromkeys(
     (
-        "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos", "cosmos-14b", "flux3", "glm-image", "hidream", "ltx", "ltx-13b", "ltx2", "mochi", "prx",
-        "sana", "wan-animate2",
+        "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos", "cosmos-14b", "flux3", "glm-image", "hidream", "longcat-image", "ltx", "ltx-13b", "ltx2", "mochi",
+        "ovis-image", "prx", "sana", "wan-animate2",
     ),
     "comfy",
 )  # fmt: skip
@@ -276,6 +298,28 @@ def transformer(name: str, **config: Any) -> dict[str, tuple[int, ...]]:
         )
 
 
+def hidream_o1() -> dict[str, tuple[int, ...]]:
+    """Qwen3-VL 8B and what HiDream-O1 adds to it, which is in no package."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    text = dict(intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8)
+    with torch.device("meta"):
+        model = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=dict(out_hidden_size=4096)))  # fmt: skip
+    own = {
+        "t_embedder1.mlp.0": (4096, 256),
+        "t_embedder1.mlp.2": (4096, 4096),
+        "x_embedder.proj1": (1024, 3072),
+        "x_embedder.proj2": (4096, 1024),
+        "final_layer2.linear": (3072, 4096),
+    }
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    for name, shape in own.items():
+        shapes[f"{name}.weight"] = shape
+        if name != "x_embedder.proj1":
+            shapes[f"{name}.bias"] = shape[:1]
+    return shapes
+
+
 def short_shapes() -> dict[str, Shapes]:
     """Shapes of the families of which the fixtures hold the outer blocks only, with what their single files hold beside."""
     shapes: dict[str, Shapes] = {
@@ -291,6 +335,13 @@ def short_shapes() -> dict[str, Shapes]:
         "unet": blocks_of(unet(**REFINER), last=False, blocks=UNET_BLOCKS),
         "text_encoder_2": clip_g,
     }
+    shapes["stable-cascade"] = {
+        "prior": blocks_of(
+            transformer("StableCascadeUNet", **CASCADE), blocks=r"(?:down|up)_blocks\.\d"
+        ),
+        "text_encoder": clip_g,
+    }
+    shapes["hidream-o1"] = {"transformer": blocks_of(hidream_o1())}
     return {
         family: {part.name: {} for part in families()[family].components} | s
         for family, s in shapes.items()

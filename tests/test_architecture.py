@@ -43,7 +43,7 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 CHAINS = {
     "": (*FLOORS[0], *FLOORS[3], *FLOORS[4]),
     "files": (
-        "limits", "dtypes", "header", "provenance", "pickled", "gguf", "tensors", "reader", "source", "packed", "open", "hub",
+        "limits", "dtypes", "header", "provenance", "pickled", "packing", "gguf", "tensors", "reader", "source", "packed", "arranged", "open", "hub",
         "quantized", "_exchange", "leftovers", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (

@@ -69,7 +69,8 @@ def test_a_control_lora_of_flux_is_told_what_it_is_for(tmp_path: Path) -> None:
     plan.close()
 
 
-def test_factors_packed_for_nunchaku_are_refused_by_name(tmp_path: Path) -> None:
+def test_factors_that_nunchaku_packs_in_no_public_way_are_refused_by_name(tmp_path: Path) -> None:
+    """Fewer ranks than those of a base's own branch; see tests/files/test_arranged.py."""
     path = tmp_path / "a.safetensors"
     names = ("transformer_blocks.0.qkv_proj", "single_transformer_blocks.0.mlp_fc1")
     tensors = {

@@ -354,12 +354,13 @@ def test_halves_are_exchanged_where_a_formats_own_naming_has_them_so() -> None:
 
 def test_only_the_last_block_ends_a_run() -> None:
     keys = keys_of("kohya")
-    assert list(keys.ends(at("blocks.2.qkv").target)) == ["blocks.{i:3}"]
-    assert list(keys.ends(at("blocks.1.qkv").target)) == []
-    assert list(keys.ends(at("layers.1.fc", part="text").target)) == ["layers.{i:2}"]
-    assert list(keys.ends(at("single.0.out").target)) == [], "one block is no run"
-    assert list(keys.ends(at("conv").target)) == []
-    assert list(keys.ends(at("nowhere").target)) == []
+    assert list(keys.edges(at("blocks.2.qkv").target)) == [("blocks.{i:3}", True)]
+    assert list(keys.edges(at("blocks.0.qkv").target)) == [("blocks.{i:3}", False)]
+    assert list(keys.edges(at("blocks.1.qkv").target)) == []
+    assert list(keys.edges(at("layers.1.fc", part="text").target)) == [("layers.{i:2}", True)]
+    assert list(keys.edges(at("single.0.out").target)) == [], "one block is no run"
+    assert list(keys.edges(at("conv").target)) == []
+    assert list(keys.edges(at("nowhere").target)) == []
 
 
 def test_a_target_is_cut_as_the_formats_naming_cuts_it() -> None:

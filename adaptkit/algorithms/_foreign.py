@@ -1,8 +1,8 @@
-"""Kinds that are read, applied and converted, and never written: PEFT alone reads most of them."""
+"""Kinds that PEFT alone reads, kinds that need the weight, and kinds that are not written."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms.contract import Weights
 from adaptkit.errors import NotRepresentable, ShapeMismatch
@@ -12,11 +12,24 @@ if TYPE_CHECKING:
 
     from adaptkit.algorithms._stored import Facts
 
-__all__ = ["Applied", "Unwritten", "number"]
+__all__ = ["Applied", "OfPeft", "Unwritten", "number", "seed"]
+
+
+class OfPeft(Weights):
+    """A kind of PEFT's folder alone: its tensors mean nothing without the configuration there.
+
+    The configuration of the source is written again, so that seeds and settings stay.
+    """
+
+    peft_kept: ClassVar[bool] = True
+    peft_only: ClassVar[bool] = True
+
+    def folded(self) -> Self:
+        return self
 
 
 class Unwritten(Weights):
-    """A kind that is not written, since its file means nothing without its configuration."""
+    """A kind that is not written: its file means something else to most of its readers."""
 
     def encode(self) -> dict[str, Tensor]:
         raise self._unwritten()
@@ -36,7 +49,7 @@ class Unwritten(Weights):
         )
 
 
-class Applied(Unwritten):
+class Applied(Weights):
     """One that needs the weight that it changes, or only its size, which the file does not tell."""
 
     additive: ClassVar[bool] = False
@@ -58,3 +71,10 @@ def number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise NotRepresentable(f"adapter_config.json: {name} is {value!r}, not a number")
     return float(value)
+
+
+def seed(value: object, name: str) -> int:
+    """The seed of a generator of torch; NotRepresentable if it is something else."""
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 63:
+        raise NotRepresentable(f"adapter_config.json: {name} is {value!r}, no seed")
+    return value

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     # LoRA of up (..., m, r), down (..., r, n·K) and a kernel, of scale 1
     Make = Callable[[Tensor, Tensor, tuple[int, ...]], Weights]
 
-__all__ = ["by_cores", "by_singular_values", "cut_stack"]
+__all__ = ["SingularValues", "by_cores", "by_singular_values", "cut_stack"]
 
 # share of the first energy: smaller ones are the rounding of float64, not a rank
 NOTHING = 1e-14
 
 
 @dataclass(frozen=True)
-class _SingularValues(Decomposition):
+class SingularValues(Decomposition):
     """LoRAs of `rows` × `columns`. A core that is held saves a second decomposition."""
 
     energies: tuple[float, ...]
@@ -78,7 +78,7 @@ def by_cores(weights: Weights, spec: FitSpec, make: Make) -> list[Decomposition]
     core = core.head(core.s.shape[-1] if spec.rank is None else spec.rank)
     sides = thin[0].shape[-2], thin[1].shape[-1]
     return [
-        _SingularValues(tuple(energies[:count][: spec.rank]), total, *sides, spec, own, make)
+        SingularValues(tuple(energies[:count][: spec.rank]), total, *sides, spec, own, make)
         for energies, count, total, own in zip(values, real, totals, core.members(), strict=True)
     ]
 
@@ -206,4 +206,4 @@ def by_singular_values(weights: Weights, spec: FitSpec, make: Make) -> Decomposi
     found = values.double().square()
     total = float(found.sum()) if norm is None else norm
     real = found[: max(1, int((found > NOTHING * found[:1]).sum()))][: spec.rank]
-    return _SingularValues(tuple(real.tolist()), total, *sides, spec, core, make)
+    return SingularValues(tuple(real.tolist()), total, *sides, spec, core, make)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
+    from adaptkit.algorithms._restated import Restated
     from adaptkit.algorithms._stored import Facts, Shapes
 
 __all__ = ["CONFIG_HINT", "Configured", "Unsettled", "Wanted"]
@@ -48,12 +50,34 @@ class Configured:
     # field → what PEFT takes for it where an older configuration does not have it
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({})
     shared: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    drawn_whole: ClassVar[bool] = False  # these are as large as the largest layer, or drawn so
     caveat: ClassVar[str] = ""  # what no file of this kind tells
+
+    # PEFT's configuration is written again, with what `restated` gives in place of its fields
+    peft_kept: ClassVar[bool] = False
+    peft_only: ClassVar[bool] = False  # and no other format holds the kind
+    linear: ClassVar[bool] = False  # `times` is exact, also where ΔW depends on the weight
 
     @classmethod
     def settled(cls, facts: Facts, wanted: Wanted) -> Facts:
         """Facts completed by what the file says beside tensors; Unsettled if it does not say it."""
         return facts
+
+    @classmethod
+    def resettled(cls, facts: Facts, like: Facts) -> Facts:
+        """Facts of shapes alone, with what `like` knows of the same module beside its tensors."""
+        if not (cls.settings or cls.peft_only or like.settings):
+            return facts
+        scale = like.scale if cls.peft_only else facts.scale
+        return replace(facts, scale=scale, settings=like.settings, rows=facts.rows or like.rows)
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        """The fields of PEFT's configuration that the modules tell, where it is written again.
+
+        NotRepresentable if they differ in what it states once for all.
+        """
+        return {}
 
     @classmethod
     def beside(cls, facts: Facts, rows: int, columns: int) -> Facts:

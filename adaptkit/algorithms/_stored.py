@@ -40,12 +40,16 @@ class Role:
     `spelling` is the key suffix that is written, `also` are others found in files. `param` is
     the parameter that the tensor adapts. `inside` are suffixes that stand for the parameter of
     this name inside the module (`diff_m` for `modulation`), which is a module of its own here.
+    `integers` are places or flags, no weights. A `wide` one is written as float32 whatever the
+    dtype, as its reader takes no other.
     """
 
     spelling: str
     also: tuple[str, ...] = ()
     param: str = WEIGHT
     inside: tuple[tuple[str, str], ...] = ()
+    integers: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Unwritten, number
+from adaptkit.algorithms._foreign import OfPeft, number
+from adaptkit.algorithms._lora_cut import SingularValues, by_singular_values
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
-from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated
-from adaptkit.errors import NonFinite
+from adaptkit.algorithms.contract import ALPHA, Facts, FitSpec, Role, Shapes, Stated, Weights
+from adaptkit.errors import NonFinite, NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from adaptkit.algorithms._restated import Restated
     from adaptkit.algorithms._settings import Wanted
+    from adaptkit.algorithms.contract import Decomposition
 
 TINY = 1e-5  # PEFT adds it to the rank
 
 
 @dataclass(frozen=True, eq=False)
-class AdaLora(Unwritten):
+class AdaLora(OfPeft):
     """ΔW = scale · up · diag(values) · down.
 
     up: (..., m, r)   values: (..., r)   down: (..., r, n)
@@ -35,7 +38,8 @@ class AdaLora(Unwritten):
 
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
-    resized: ClassVar[str | None] = "lora"
+    peft_type: ClassVar[str] = "ADALORA"
+    resized: ClassVar[str | None] = "adalora"
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"init_r": 12})
     by_rows: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
@@ -74,6 +78,28 @@ class AdaLora(Unwritten):
         up, down, values = tensors["up"], flat(tensors["down"], 2), tensors["values"]
         return cls(up, down, values.reshape(*down.shape[:-1]), facts.scale)
 
+    def encode(self) -> dict[str, Tensor]:
+        return {"up": self.up, "down": self.down, "values": self.values.unsqueeze(-1)}
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        """`rank_pattern` marks the ranks that were kept of `init_r`."""
+        config = modules[0].config
+        first = int(number(config.get("init_r", cls.settings["init_r"]), "init_r"))
+        ranks = {m.name: m.facts.rank or 0 for m in modules}
+        most = max(ranks.values())
+        if most > first:
+            raise NotRepresentable(
+                f"a module has rank {most}, and AdaLoRA none above init_r = {first}",
+                hint="--algo lora can hold it",
+            )
+        # PEFT refuses to load an AdaLoRA that does not say how long it was trained
+        found: dict[str, Any] = {"total_step": config.get("total_step") or 1, "rank_pattern": None}
+        if any(rank < first for rank in ranks.values()):
+            marks = {f"{n}.lora_E": [k < rank for k in range(first)] for n, rank in ranks.items()}
+            found["rank_pattern"] = marks
+        return found
+
     @property
     def rows(self) -> int:
         return int(self.up.shape[-2])
@@ -88,14 +114,47 @@ class AdaLora(Unwritten):
         left, right = self.factors()
         return left @ right
 
+    @classmethod
+    def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:
+        """By singular values, which take the place of the stored ones; the scale stays."""
+        if not isinstance(weights, AdaLora):
+            raise NotRepresentable(
+                f"a {weights.name} has no scale of an AdaLoRA", hint="--algo lora has ranks"
+            )
+        found = by_singular_values(weights, spec, weights._svd)
+        ladder = {field.name: getattr(found, field.name) for field in fields(SingularValues)}
+        return _Values(**ladder)
+
+    def _svd(self, up: Tensor, down: Tensor, kernel: tuple[int, ...]) -> AdaLora:
+        """Balanced factors as normed vectors and their singular values."""
+        import torch
+
+        sizes = (torch.linalg.vector_norm(up, dim=-2), torch.linalg.vector_norm(down, dim=-1))
+        left, right = (size.clamp_min(torch.finfo(size.dtype).tiny) for size in sizes)
+        values = sizes[0] * sizes[1] / self.scale
+        return AdaLora(up / left.unsqueeze(-2), down / right.unsqueeze(-1), values, self.scale)
+
     def times(self, factor: float) -> Self:
-        return replace(self, scale=self.scale * factor)
+        """The values are multiplied: the scale is that of the whole file."""
+        from adaptkit.linalg.precision import upcast
+
+        return replace(self, values=upcast(self.values) * factor)
 
     def part(self, start: int, stop: int) -> Self:
         return replace(self, up=self.up[..., start:stop, :])
 
     def swapped(self) -> Self:
         return replace(self, up=self.up.roll(self.rows // 2, -2))
+
+
+class _Values(SingularValues):
+    """The ladder of an AdaLoRA, which stores the singular values and flattens every kernel."""
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"up": (self.rows, rank), "down": (rank, self.columns), "values": (rank, 1)}
+
+    def numbers(self, rank: int) -> int:
+        return rank * (self.rows + self.columns + 1)
 
 
 ALGORITHM = AdaLora

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Unwritten
+from adaptkit.algorithms._foreign import OfPeft
+from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
+from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    from adaptkit.algorithms._restated import Restated
 
 SMALLEST = 1e-4  # no norm is taken as less
 
 
 @dataclass(frozen=True, eq=False)
-class DeLora(Unwritten):
+class DeLora(OfPeft):
     """ΔW = up · diag(weights) · down · diag(norms).
 
     up: (..., m, r)   weights: (..., r)   down: (..., r, n)   norms: (..., n)
@@ -32,6 +36,7 @@ class DeLora(Unwritten):
 
     name: ClassVar[str] = "delora"
     title: ClassVar[str] = "DeLoRA"
+    peft_type: ClassVar[str] = "DELORA"
     resized: ClassVar[str | None] = "lora"
     by_rows: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
@@ -46,6 +51,7 @@ class DeLora(Unwritten):
     down: Tensor
     weights: Tensor
     norms: Tensor
+    bound: Tensor | None  # λ as it is stored; None for some rows, whose `up` has other norms
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -61,7 +67,18 @@ class DeLora(Unwritten):
         up, down = tensors["up"], tensors["down"]
         sizes = _norms(upcast(down), -1) * _norms(upcast(up), -2)
         bound = upcast(tensors["bound"]).reshape(*down.shape[:-2], 1)
-        return cls(up, down, bound / down.shape[-2] / sizes, tensors["norms"])
+        return cls(up, down, bound / down.shape[-2] / sizes, tensors["norms"], tensors["bound"])
+
+    def encode(self) -> dict[str, Tensor]:
+        if self.bound is None:
+            raise NotRepresentable(
+                "some rows of a DeLoRA are no DeLoRA", hint="--algo lora can hold them"
+            )
+        return {"up": self.up, "down": self.down, "bound": self.bound, "norms": self.norms}
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        return counted(modules, "r", "rank_pattern")
 
     @property
     def rows(self) -> int:
@@ -78,10 +95,13 @@ class DeLora(Unwritten):
         return left @ right
 
     def times(self, factor: float) -> Self:
-        return replace(self, weights=self.weights * factor)
+        from adaptkit.linalg.precision import upcast
+
+        bound = None if self.bound is None else upcast(self.bound) * factor
+        return replace(self, weights=self.weights * factor, bound=bound)
 
     def part(self, start: int, stop: int) -> Self:
-        return replace(self, up=self.up[..., start:stop, :])
+        return replace(self, up=self.up[..., start:stop, :], bound=None)
 
     def swapped(self) -> Self:
         return replace(self, up=self.up.roll(self.rows // 2, -2))

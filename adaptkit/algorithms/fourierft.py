@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Applied, number
+from adaptkit.algorithms._drawn import permuted
+from adaptkit.algorithms._foreign import Applied, OfPeft, number, seed
+from adaptkit.algorithms._restated import by_end
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from adaptkit.algorithms._restated import Restated
     from adaptkit.algorithms._settings import Wanted
 
 
 @dataclass(frozen=True, eq=False)
-class FourierFt(Applied):
+class FourierFt(OfPeft, Applied):
     """ΔW = scale · Re F⁻¹(S).   coefficients: (..., k), the entries of S (m, n) that are not zero
 
     Their places are the first k of a permutation of m·n that torch draws from a seed on the CPU
@@ -33,6 +35,8 @@ class FourierFt(Applied):
 
     name: ClassVar[str] = "fourierft"
     title: ClassVar[str] = "FourierFT"
+    peft_type: ClassVar[str] = "FOURIERFT"
+    linear: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, object]] = MappingProxyType(
         {"random_loc_seed": 777, "scaling": 150.0}
     )
@@ -55,16 +59,28 @@ class FourierFt(Applied):
     @classmethod
     def settled(cls, facts: Facts, wanted: Wanted) -> Facts:
         said = cls.stated(wanted)
-        seed, scale = said["random_loc_seed"], number(said["scaling"], "scaling")
-        if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 1 << 63:
-            raise NotRepresentable(f"adapter_config.json: random_loc_seed is {seed!r}, no seed")
+        scale = number(said["scaling"], "scaling")
         if not math.isfinite(scale):
             raise NotRepresentable(f"adapter_config.json: scaling is {scale:g}")
-        return replace(facts, scale=scale, settings=(seed,))
+        drawn = seed(said["random_loc_seed"], "random_loc_seed")
+        return replace(facts, scale=scale, settings=(drawn,))
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         return cls(tensors["coefficients"], facts.settings[0], facts.scale)
+
+    def encode(self) -> dict[str, Tensor]:
+        return {"coefficients": self.coefficients}
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        counts = {m.name: m.shapes["coefficients"][0] for m in modules}
+        return by_end("n_frequency", counts)
+
+    def times(self, factor: float) -> Self:
+        from adaptkit.linalg.precision import upcast
+
+        return replace(self, coefficients=upcast(self.coefficients) * factor)
 
     @classmethod
     def applying(cls, rows: int, columns: int) -> int:
@@ -77,19 +93,11 @@ class FourierFt(Applied):
         count = self.coefficients.shape[-1]
         self._fitting(count <= rows * columns, base)
         spectrum = base.new_zeros(*base.shape[:-2], rows * columns)
-        spectrum[..., _places(rows * columns, count, self.seed).to(base.device)] = (
+        spectrum[..., permuted(rows * columns, count, self.seed).to(base.device)] = (
             self.coefficients.to(base.dtype)
         )
         change = torch.fft.ifft2(spectrum.reshape(base.shape)).real
         return base.add_(change, alpha=strength * self.scale)
-
-
-@lru_cache(maxsize=4)
-def _places(numbers: int, count: int, seed: int) -> Tensor:
-    import torch
-
-    drawn = torch.randperm(numbers, generator=torch.Generator().manual_seed(seed))
-    return drawn[:count].clone()
 
 
 ALGORITHM = FourierFt

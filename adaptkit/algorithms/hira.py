@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Applied
+from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._stored import flat, matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from adaptkit.algorithms._restated import Restated
+
 
 @dataclass(frozen=True, eq=False)
-class Hira(Applied):
+class Hira(OfPeft, Applied):
     """W' = W + W ⊙ (up · down).   up: (..., m, r)   down: (..., r, i·K)
 
     There is no scale (Huang et al., ICLR 2025, `openreview TwJrTz9cRS`; huggingface/peft
@@ -27,11 +30,14 @@ class Hira(Applied):
     name: ClassVar[str] = "hira"
     title: ClassVar[str] = "HiRA"
     row_wise: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "HIRA"
+    linear: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(up=Role("hira_B"), down=Role("hira_A"))
     forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"up", "down"}),)
 
     up: Tensor
     down: Tensor
+    kernel: tuple[int, ...] = ()
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -42,8 +48,22 @@ class Hira(Applied):
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
-        own = 2 + len(facts.kernel or ())
-        return cls(flat(tensors["up"], own), flat(tensors["down"], own))
+        kernel = facts.kernel or ()
+        own = 2 + len(kernel)
+        return cls(flat(tensors["up"], own), flat(tensors["down"], own), kernel)
+
+    def encode(self) -> dict[str, Tensor]:
+        up = self.up.reshape(*self.up.shape, *(1 for _ in self.kernel))
+        return {"up": up, "down": self.down.reshape(*self.down.shape[:-1], -1, *self.kernel)}
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        return counted(modules, "r", "rank_pattern")
+
+    def times(self, factor: float) -> Self:
+        from adaptkit.linalg.precision import upcast
+
+        return replace(self, up=upcast(self.up) * factor)
 
     @property
     def rows(self) -> int:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Applied
+from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._rotation import toward
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from adaptkit.algorithms._restated import Restated
     from adaptkit.algorithms._settings import Wanted
 
 
 @dataclass(frozen=True, eq=False)
-class Hra(Applied):
+class Hra(OfPeft, Applied):
     """W' = W (I − 2 u₁u₁ᵀ) ⋯ (I − 2 u_r u_rᵀ), with u the normed columns of `vectors` (..., n, r).
 
     With `orthogonal` (PEFT's `apply_GS`) they are made orthogonal first, as Gram and Schmidt do
@@ -30,6 +32,7 @@ class Hra(Applied):
 
     name: ClassVar[str] = "hra"
     title: ClassVar[str] = "HRA"
+    peft_type: ClassVar[str] = "HRA"
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"apply_GS": False})
     row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(vectors=Role("hra_u"))
@@ -51,6 +54,13 @@ class Hra(Applied):
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         return cls(tensors["vectors"], bool(facts.settings[0]))
+
+    def encode(self) -> dict[str, Tensor]:
+        return {"vectors": self.vectors}
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        return counted(modules, "r")
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._stored import matched, roles
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from adaptkit.algorithms._restated import Restated
     from adaptkit.algorithms._settings import Wanted
 
 
@@ -35,6 +36,8 @@ class Ia3(Weights):
     title: ClassVar[str] = "IA³"
     additive: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
+    peft_type: ClassVar[str] = "IA3"
+    peft_kept: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         weight=Role("weight"), on_input=Role("on_input"), factor=Role("ia3_l")
     )
@@ -90,6 +93,17 @@ class Ia3(Weights):
             return cls(factor.flatten(-own), None, tuple(factor.shape[-own:]), on_input)
         stored, flag = tensors["weight"], tensors["on_input"]
         return cls(stored.reshape(*flag.shape, -1), flag, tuple(stored.shape[flag.ndim :]))
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        """`feedforward_modules` are those whose inputs are multiplied."""
+        if any("factor" not in module.shapes for module in modules):
+            raise NotRepresentable(
+                "PEFT does not read the IA³ of LyCORIS", hint="--algo full with --base CHECKPOINT"
+            )
+        inputs = [module.name for module in modules if module.facts.settings[0]]
+        names = "|".join(name.replace(".", r"\.") for name in inputs)
+        return {"feedforward_modules": names or []}
 
     def encode(self) -> dict[str, Tensor]:
         weight = self.weight.reshape(*self.weight.shape[:-1], *self.stored)

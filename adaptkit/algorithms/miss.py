@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Applied
+from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._restated import counted, one_for_all
+from adaptkit.algorithms._settings import CONFIG_HINT, Unsettled
 from adaptkit.algorithms._stored import SCRATCH, matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from adaptkit.algorithms._restated import Restated
     from adaptkit.algorithms._settings import Wanted
 
 
 @dataclass(frozen=True, eq=False)
-class Miss(Applied):
+class Miss(OfPeft, Applied):
     """W'[o, i] = W[o, i] + block[i mod r, o].   block: (..., r, m)
 
     A block of fewer columns than the weight has rows is repeated along them (`mini`). A block
@@ -30,6 +33,8 @@ class Miss(Applied):
 
     name: ClassVar[str] = "miss"
     title: ClassVar[str] = "MiSS"
+    peft_type: ClassVar[str] = "MISS"
+    linear: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(block=Role("miss_block", ("bone_block",)))
     forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"block"}),)
 
@@ -56,6 +61,32 @@ class Miss(Applied):
     @classmethod
     def applying(cls, rows: int, columns: int) -> int:
         return 12 * min(rows * columns, SCRATCH)
+
+    def encode(self) -> dict[str, Tensor]:
+        return {"block": self.repeated}
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        """A file alone does not tell a repeated block (`mini`) from one of all rows."""
+        bat = one_for_all("init_weights", (bool(m.facts.settings[0]) for m in modules))
+        found = counted(modules, "r", role="block", axis=-1 if bat else 0)
+        if bat:
+            return {**found, "init_weights": "bat"}
+        blocks = [m.shapes["block"][1] for m in modules]
+        if all(m.facts.rows == size for m, size in zip(modules, blocks, strict=True)):
+            usual = modules[0].config.get("init_weights")
+            return {**found, "init_weights": True if usual in (None, "mini", "bat") else usual}
+        stated = all(m.config.get("init_weights") == "mini" or m.facts.rows for m in modules)
+        if not stated:
+            raise Unsettled(
+                "a block of MiSS does not tell how often it is repeated", hint=CONFIG_HINT
+            )
+        return {**found, "init_weights": "mini", "mini_r": one_for_all("mini_r", blocks)}
+
+    def times(self, factor: float) -> Self:
+        from adaptkit.linalg.precision import upcast
+
+        return replace(self, repeated=upcast(self.repeated) * factor)
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         rank, rows, columns = self.repeated.shape[-2], *base.shape[-2:]

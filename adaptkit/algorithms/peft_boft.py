@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._rotation import cayley, toward
 from adaptkit.algorithms._stored import SCRATCH, matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    from adaptkit.algorithms._restated import Restated
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,8 @@ class PeftBoft(Weights):
 
     name: ClassVar[str] = "peft-boft"
     title: ClassVar[str] = "BOFT of PEFT"
+    peft_type: ClassVar[str] = "BOFT"
+    peft_kept: ClassVar[bool] = True
     additive: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(blocks=Role("boft_R"), factor=Role("boft_s"))
@@ -57,6 +62,18 @@ class PeftBoft(Weights):
 
     def encode(self) -> dict[str, Tensor]:
         return {"blocks": self.blocks, "factor": self.factor if self.column else self.factor.mT}
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        """The number or the size of blocks stays as the source states it."""
+        stages, counts, sizes, _ = zip(*(m.shapes["blocks"] for m in modules), strict=True)
+        found = {"boft_n_butterfly_factor": one_for_all("butterfly factors", stages)}
+        if modules[0].config.keys() & {"boft_block_size", "boft_block_num"}:
+            return found
+        if len(set(sizes)) == 1:
+            return {**found, "boft_block_size": sizes[0], "boft_block_num": 0}
+        number = one_for_all("the number of blocks", counts)
+        return {**found, "boft_block_size": 0, "boft_block_num": number}
 
     @property
     def rows(self) -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Applied
+from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
+
+    from adaptkit.algorithms._restated import Restated
 
 LOW = ("Xd", "Xu")
 PATHS = "ABCDE"
@@ -32,7 +35,7 @@ SPELLED = {"d": "Xd", "u": "Xu", "x": "X", "z": "zeros"}
 
 
 @dataclass(frozen=True, eq=False)
-class PeftGlora(Applied):
+class PeftGlora(OfPeft, Applied):
     """W' = W + W ⊙ A + B;   b' = b + b ⊙ D + E + W C.
 
     A, B: (m, n)   C: (n, 1)   D, E: (m,)
@@ -45,6 +48,8 @@ class PeftGlora(Applied):
 
     name: ClassVar[str] = "peft-glora"
     title: ClassVar[str] = "GLoRA of PEFT"
+    peft_type: ClassVar[str] = "GLORA"
+    linear: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{
             f"{path.lower()}{end}": Role(f"glora_{path}.{spelled}")
@@ -55,6 +60,7 @@ class PeftGlora(Applied):
     forms: ClassVar[tuple[frozenset[str], ...]] = tuple(_forms())
 
     paths: tuple[tuple[Tensor, ...] | None, ...]  # A to E; None for zeros
+    empty: tuple[Tensor | None, ...] = (None,) * len(PATHS)  # as they are stored
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -84,7 +90,36 @@ class PeftGlora(Applied):
                 return tensors[f"{name}d"], tensors[f"{name}u"]
             return (tensors[f"{name}x"],) if f"{name}x" in tensors else None
 
-        return cls(tuple(path(name.lower()) for name in PATHS))
+        names = PATHS.lower()
+        return cls(tuple(map(path, names)), tuple(tensors.get(f"{n}z") for n in names))
+
+    def encode(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, path, zeros in zip(PATHS.lower(), self.paths, self.empty, strict=True):
+            if path is not None:
+                ends = "du" if len(path) == 2 else "x"
+                found |= {f"{name}{end}": one for end, one in zip(ends, path, strict=True)}
+            elif zeros is not None:
+                found[f"{name}z"] = zeros
+        return found
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        """Layers without a bias have zeros for C, D and E, whatever the configuration says."""
+        both = one_for_all("config_A_B", (_form(m.shapes, "a") for m in modules))
+        found: dict[str, Any] = {"config_A_B": both}
+        for name, path in (("config_C", "c"), ("config_D_E", "d")):
+            forms = [form for m in modules if (form := _form(m.shapes, path)) != "none"]
+            found[name] = one_for_all(name, forms) if forms else "none"
+        ranks = [m.facts.rank for m in modules if m.facts.rank is not None]
+        return {**found, "r": one_for_all("rank", ranks)} if ranks else found
+
+    def times(self, factor: float) -> Self:
+        """One factor of every path is multiplied."""
+        from adaptkit.linalg.precision import upcast
+
+        scaled = (path and (upcast(path[0]) * factor, *path[1:]) for path in self.paths)
+        return replace(self, paths=tuple(scaled))
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         times = self._matrix(self.paths[0], base)
@@ -136,6 +171,15 @@ class _Bias(Applied):
         if self.factors_of is not None:
             base = base.mul_(self.factors_of.to(base.dtype).mul(strength).add_(1.0))
         return base if self.added is None else base.add_(self.added.to(base.dtype), alpha=strength)
+
+
+def _form(shapes: Shapes, path: str) -> str:
+    """What PEFT's configuration calls the form of a path."""
+    if f"{path}d" in shapes:
+        return "lora"
+    shape = shapes.get(f"{path}x")
+    # a number has one entry; so has the vector of a layer with one row, of the same meaning
+    return "none" if shape is None else "constant" if shape == (1,) else "vector"
 
 
 def _column(path: tuple[Tensor, ...], like: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._rotation import toward
 from adaptkit.algorithms._stored import SCRATCH, matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
+
+    from adaptkit.algorithms._restated import Restated
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,8 @@ class PeftOft(Weights):
 
     name: ClassVar[str] = "peft-oft"
     title: ClassVar[str] = "OFT of PEFT"
+    peft_type: ClassVar[str] = "OFT"
+    peft_kept: ClassVar[bool] = True
     additive: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
@@ -68,6 +73,24 @@ class PeftOft(Weights):
             if self.scaled is None
             else {"packed": self.packed, "scaled": self.scaled}
         )
+
+    @classmethod
+    def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
+        """`r` and `oft_block_size` of the source stay: which of them it states tells the other."""
+        if any("scaled" in module.shapes for module in modules):
+            raise NotRepresentable(
+                "PEFT does not know the mark scaled_oft of OneTrainer",
+                hint="--algo full with --base CHECKPOINT writes what it changes",
+            )
+        if "oft_block_size" in modules[0].config:
+            return {}
+        counts, sizes = zip(
+            *((m.shapes["packed"][0], _size(m.shapes["packed"][1])) for m in modules), strict=True
+        )
+        shared = {"block_share": set(counts) == {1}}
+        if len(set(sizes)) == 1:
+            return {"r": 0, "oft_block_size": sizes[0], **shared}
+        return {"r": one_for_all("the number of blocks", counts), "oft_block_size": 0, **shared}
 
     def delta(self) -> Tensor:
         raise NotRepresentable(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Applied
+from adaptkit.algorithms._foreign import Applied, Unwritten
 from adaptkit.algorithms._start import leading, leading_bytes, with_product
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Tlora(Applied):
+class Tlora(Unwritten, Applied):
     """ΔW = scale · (up · diag(values) · down − W_r).
 
     up: (..., m, r)   values: (..., r)   down: (..., r, n)

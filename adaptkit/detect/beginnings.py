@@ -11,7 +11,7 @@ from adaptkit.keymap import prefixes
 from adaptkit.registry import discover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from adaptkit.families.contract import Component, ModelFamily
     from adaptkit.formats.contract import KeyFormat
@@ -31,30 +31,38 @@ def _formats() -> Mapping[str, KeyFormat]:
 
 
 @cache
+def _owners(format: str) -> Mapping[str, Sequence[tuple[str, Component]]]:
+    """The families and components behind every prefix of a format.
+
+    Few prefixes are many families'.
+    """
+    found: dict[str, list[tuple[str, Component]]] = {}
+    for name, family in _families().items():
+        for part in family.components:
+            for start in prefixes(part, _formats()[format]):
+                found.setdefault(start, []).append((name, part))
+    return found
+
+
+@cache
 def starts(format: str) -> tuple[str, ...]:
     """Every prefix of a format, over all families."""
-    parts = (part for family in _families().values() for part in family.components)
-    return tuple(dict.fromkeys(p for part in parts for p in prefixes(part, _formats()[format])))
+    return tuple(_owners(format))
 
 
 # files of a folder begin alike; bounded, as a stranger's file may begin in any way
 @lru_cache(maxsize=4096)
 def begun(beginning: str, format: str) -> tuple[str, ...]:
     """The families that have names with this beginning in a format."""
-    kind = _formats()[format]
-    return tuple(name for name, family in _families().items() if _begins(beginning, family, kind))
-
-
-def _begins(beginning: str, family: ModelFamily, kind: KeyFormat) -> bool:
-    """Whether a family has names with this beginning."""
-    for part in family.components:
-        for start in prefixes(part, kind):
-            # the prefix first: it rules out most components without their words
-            if beginning.startswith(start) and beginning.startswith(
-                _joined(part, kind.joiner), len(start)
-            ):
-                return True
-    return False
+    joiner, found = _formats()[format].joiner, set()
+    for start, owners in _owners(format).items():
+        # the prefix first: it rules out most components without their words
+        if not beginning.startswith(start):
+            continue
+        for name, part in owners:
+            if name not in found and beginning.startswith(_joined(part, joiner), len(start)):
+                found.add(name)
+    return tuple(name for name in _families() if name in found)
 
 
 @cache

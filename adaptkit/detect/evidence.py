@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from adaptkit.families.contract import ModelFamily
     from adaptkit.files.header import TensorInfo
-    from adaptkit.keymap import CheckpointMap, KeyMap
+    from adaptkit.keymap import CheckpointMap, KeyMap, Reading
 
 __all__ = ["SAMPLE", "AdapterFile", "CheckpointFile", "File"]
 
@@ -31,7 +31,7 @@ class File(Protocol):
     def runs(self, family: str, format: str | None, /) -> int:
         """Count the complete runs of blocks (FLUX.1: 19 double, 38 single).
 
-        A run counts if its last block is in the file.
+        A run counts if its first and its last block are in the file.
         """
 
     def spelled(self, family: str, format: str | None, /) -> float:
@@ -75,7 +75,8 @@ class AdapterFile:
         """See `File`."""
         keys = compile_keys(family, format or "")
         slots = (slot for stem in self._stems if (slot := keys.slot(stem)) is not None)
-        return len({run for slot in slots for run in keys.ends(slot.target)})
+        edges = {edge for slot in slots for edge in keys.edges(slot.target)}
+        return sum((run, not last) in edges for run, last in edges if last)
 
     def spelled(self, family: str, format: str | None) -> float:
         """See `File`."""
@@ -109,7 +110,11 @@ class CheckpointFile:
             held = _prefixes_of(keys.family, (name for name, found in read.items() if found))
             # text encoders of other names, training state and the like are beside the model
             names = {name: 1 for name, found in read.items() if found or name.startswith(held)}
-            self._fits[family] = fit(keys.family, names, read.get, self._module(keys))
+            self._fits[family] = (
+                fit(keys.family, names, read.get, self._module(keys))
+                if _has_needed(keys.family, read.values())
+                else Fit(0.0, None, None)
+            )
         return self._fits[family]
 
     def _module(self, keys: CheckpointMap) -> Callable[[str], Module | None]:
@@ -129,6 +134,12 @@ class CheckpointFile:
     def spelled(self, _family: str, _format: str | None) -> float:
         """See `File`."""
         return 0.0
+
+
+def _has_needed(family: ModelFamily, read: Iterable[Reading | None]) -> bool:
+    """Whether a checkpoint has one of the modules without which it is another model's."""
+    needs = family.needs
+    return not needs or any(found is not None and found.target in needs for found in read)
 
 
 def _stored(info: TensorInfo, transposed: bool) -> Size | None:

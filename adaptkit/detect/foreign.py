@@ -16,31 +16,18 @@ __all__ = ["foreign", "hint_for"]
 
 # a network beside the model, stored as differences from it (Stability AI's control-lora)
 CONTROL = "Control LoRA"
-# factors in the order of a kernel's tiles, named without `.weight` (nunchaku before 0.2)
+# factors in the order of a kernel's tiles, named without `.weight` (nunchaku before 0.2); those of
+# FLUX.1 are read, see adaptkit.files.arranged.nunchaku
 PACKED = "LoRA packed for nunchaku"
 # the beginning of a tensor's name within its module → the kind
 TENSORS: Mapping[str, str] = MappingProxyType(
     {
-        "pvera_lambda_": "PVeRA",
-        "gralora_": "GraLoRA",
-        "randlora_": "RandLoRA",
-        "c3a_": "C3A",
-        "road_": "RoAd",
-        "shira_": "SHiRA",
-        "waveft_": "WaveFT",
-        "vblora_": "VB-LoRA",
-        "psoft_": "PSOFT",
-        "osf_": "OSF",
         "tinylora_": "TinyLoRA",
         "unilora_": "UniLoRA",
         "adamss_": "AdaMSS",
-        "beft_": "BEFT",
-        "deft_": "DEFT",
         "frod_": "FRoD",
         "lily_": "Lily",
         "peanut_": "PEANuT",
-        "supertuning_": "SuperTuning",
-        "ln_tuning_": "layer norm tuning",
         "trainable_tokens_": "trainable tokens",
         "lora_controlnet": CONTROL,
         "xlora_": "X-LoRA",
@@ -67,7 +54,9 @@ MERGED = (
 READ = frozenset(
     {
         "LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "ADALORA", "DELORA", "HIRA", "HRA", "MISS",
-        "BONE", "FOURIERFT", "VERA", "GLORA",
+        "BONE", "FOURIERFT", "VERA", "GLORA", "SHIRA", "GRALORA",
+        "RANDLORA", "ROAD", "WAVEFT", "PSOFT", "LN_TUNING", "C3A", "OSF",
+        "PVERA", "BEFT", "DEFT", "SUPERTUNING", "VBLORA", "UNILORA",
     }
 )  # fmt: skip
 NAMES = MappingProxyType(
@@ -90,9 +79,7 @@ def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) ->
     stated = config.get("peft_type") if config else None
     if isinstance(stated, str) and stated.upper() not in READ:
         kind = stated.upper()
-        prefixes = {"PVERA": "pvera_lambda_"}
-        known = TENSORS.get(prefixes.get(kind, f"{kind.lower()}_"))
-        return known or NAMES.get(kind, stated)
+        return TENSORS.get(f"{kind.lower()}_") or NAMES.get(kind, stated)
     names = list(names)
     if any(name.endswith((".lora_down", ".lora_up")) for name in names):
         return PACKED

@@ -323,14 +323,14 @@ def detect_checkpoint(
     near = {name: sum(key.startswith(checkpoint_heads(name)) for key in sample) for name in names}
     counts: dict[str, int] = {}
     for name in sorted(names, key=lambda name: -near[name]):
-        keys = compile_checkpoint(name)
-        if len(names) > 1:
-            # half of ENOUGH leaves room for an unrepresentative sample
-            least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
-            least = max(least, FEW * len(sample))
-            if near[name] < least or sum(map(keys.claims, sample)) < least:
-                continue
-        counts[name] = sum(map(keys.claims, infos))
+        # half of ENOUGH leaves room for an unrepresentative sample
+        least = ENOUGH / 2 * max(counts.values(), default=1) * len(sample) / max(1, len(own))
+        least = max(least, FEW * len(sample)) if len(names) > 1 else 0
+        # most families are ruled out without compiling their tables
+        if near[name] >= least:
+            keys = compile_checkpoint(name)
+            if sum(map(keys.claims, sample)) >= least:
+                counts[name] = sum(map(keys.claims, infos))
     # in the order of the tables, which breaks ties
     scores = [_Score(counts[name], name, None) for name in names if name in counts]
     return _decide(scores, len(own), metadata, CheckpointFile(infos, own), bool(family))

@@ -43,12 +43,17 @@ def clip_l(
     )
 
 
-def clip_g(*, kohya: tuple[str, ...] = ("te2",), native: tuple[str, ...] = ()) -> Component:
-    """OpenCLIP-G as second text encoder.
+def clip_g(
+    *,
+    name: str = "text_encoder_2",
+    kohya: tuple[str, ...] = ("te2",),
+    native: tuple[str, ...] = (),
+) -> Component:
+    """OpenCLIP-G as diffusers' component `name`.
 
     `native` are the prefixes of files with OpenCLIP names.
     """
-    comfy, name = "text_encoders.clip_g.transformer", "text_encoder_2"
+    comfy = "text_encoders.clip_g.transformer"
     checkpoints = {"diffusers": (f"{comfy}.", f"{name}.")}
     return Component(
         name=name,

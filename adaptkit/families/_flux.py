@@ -40,8 +40,11 @@ def embedder(native: str, diffusers: str) -> Iterator[Row]:
         yield pair(f"{native}.{layer}_layer", f"{diffusers}.linear_{n}")
 
 
-def double_attention(native: str, diffusers: str) -> Iterator[Row]:
-    """Attention of a double block: fused qkv, projection and norms per side."""
+def double_attention(native: str, diffusers: str, *, plain: bool = False) -> Iterator[Row]:
+    """Attention of a double block: fused qkv, projection and norms per side.
+
+    `plain`: see `_norm`.
+    """
     for side, project, out, norm in SIDES:
         ours = f"{native}{side}_attn."
         yield pair(
@@ -49,8 +52,15 @@ def double_attention(native: str, diffusers: str) -> Iterator[Row]:
         )
         yield pair(f"{ours}proj", f"{diffusers}attn.{out}")
         for word, letter in (("query", "q"), ("key", "k")):
-            name = scaled(f"{ours}norm.{word}_norm")
-            yield pair(name, f"{diffusers}attn.{norm.format(letter)}", kind=Kind.NORM)
+            theirs = f"{diffusers}attn.{norm.format(letter)}"
+            yield _norm(f"{ours}norm.{word}_norm", theirs, plain)
+
+
+def _norm(native: str, diffusers: str, plain: bool) -> Row:
+    """A norm with a weight called `scale`; `plain`: so only in files made for old ComfyUIs."""
+    if plain:
+        return pair(native, diffusers, scaled=scaled(native), kind=Kind.NORM)
+    return pair(scaled(native), diffusers, kind=Kind.NORM)
 
 
 def double_mlps(
@@ -65,25 +75,26 @@ def double_mlps(
         yield pair(f"{native}{ours}.2", f"{diffusers}{theirs}.{second}")
 
 
-def single_block(native: str, diffusers: str) -> Iterator[Row]:
+def single_block(
+    native: str, diffusers: str, *, shares: tuple[int, ...] = SHARES, plain: bool = False
+) -> Iterator[Row]:
     """A single block without its modulation.
 
-    linear1 is q, k, v and the MLP's first layer; linear2 is out and the MLP's second layer.
+    linear1 is q, k, v and the MLP's first layer, in these shares; linear2 is out and the MLP's
+    second layer. `plain`: see `_norm`.
     """
     yield pair(
         f"{native}linear1",
-        split(diffusers, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", ratio=SHARES),
+        split(diffusers, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", ratio=shares),
     )
     yield pair(f"{native}linear2", f"{diffusers}proj_out")
-    yield from single_norms(native, diffusers)
+    yield from single_norms(native, diffusers, plain=plain)
 
 
-def single_norms(native: str, diffusers: str) -> Iterator[Row]:
-    """The norms of q and k in a single block."""
+def single_norms(native: str, diffusers: str, *, plain: bool = False) -> Iterator[Row]:
+    """The norms of q and k in a single block; `plain`: see `_norm`."""
     for word, letter in (("query", "q"), ("key", "k")):
-        yield pair(
-            scaled(f"{native}norm.{word}_norm"), f"{diffusers}attn.norm_{letter}", kind=Kind.NORM
-        )
+        yield _norm(f"{native}norm.{word}_norm", f"{diffusers}attn.norm_{letter}", plain)
 
 
 def marks(*widths: int, mlp: int, single: int) -> tuple[Mark, ...]:

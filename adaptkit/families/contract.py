@@ -256,8 +256,9 @@ class ModelFamily:
     `base_version` are the values to write. `yields_to` names the likelier family for a file that
     fits both. `twins` are parts of module names that come together in every block: trainers choose
     modules by the ends of names, so that a file with the first one alone is of another model.
-    `interleaved` are the ends of fused modules whose rows DiffSynth-Studio stores head by head; its
-    factors have `.default` in their names.
+    `needs` are targets of which a checkpoint has one, all else in it being of another model too.
+    `interleaved` are the ends of fused modules whose rows DiffSynth-Studio stores head by head, and
+    the rows of a head (see adaptkit.files.arranged.per_head).
     """
 
     name: str
@@ -269,7 +270,8 @@ class ModelFamily:
     base_version: str = ""  # if trainers write something other than `modelspec`
     yields_to: tuple[str, ...] = ()
     twins: tuple[tuple[str, str], ...] = ()
-    interleaved: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    interleaved: tuple[tuple[str, int], ...] = ()
     beside: tuple[Component, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: MappingProxyType(

@@ -1,4 +1,7 @@
-"""FLUX.1 (dev, schnell, Kontext, Fill, Control): 12 G parameters; CLIP-L and T5-XXL."""
+"""FLUX.1 (dev, schnell, Kontext, Fill, Control, Redux): 12 G parameters; CLIP-L and T5-XXL.
+
+Fill and Control differ in the width of what comes in, Redux is a part beside the transformer.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from adaptkit.families._flux import (
     marks,
     single_block,
 )
+from adaptkit.families._plain import matrices
 from adaptkit.families._t5 import t5
 from adaptkit.families._vae import autoencoder
 from adaptkit.families.contract import (
+    Component,
     ModelFamily,
     Row,
     named,
@@ -57,25 +62,59 @@ XLABS = {
     for n, side in ((1, "img"), (2, "txt"))
     for name in ("qkv", "proj")
 }
+# DiffSynth-Studio's own model, which has the rows of the original one
+DIFFSYNTH = {
+    **{
+        f"{DOUBLE}{side}_{ours}": (named(f"blocks.{{i:19}}.{theirs.format(letter)}"),)
+        for side, letter in (("img", "a"), ("txt", "b"))
+        for ours, theirs in (
+            ("attn.qkv", "attn.{}_to_qkv"),
+            ("attn.proj", "attn.{}_to_out"),
+            ("mlp.0", "ff_{}.0"),
+            ("mlp.2", "ff_{}.2"),
+            ("mod.lin", "norm1_{}.linear"),
+        )
+    },
+    f"{SINGLE}linear1": (named(f"{SINGLE}to_qkv_mlp"),),
+    f"{SINGLE}linear2": (named(f"{SINGLE}proj_out"),),
+    f"{SINGLE}modulation.lin": (named(f"{SINGLE}norm.linear"),),
+    "final_layer.linear": (named("final_proj_out"),),
+    "final_layer.adaLN_modulation.1": (named("final_norm_out.linear"),),
+}
 
 
-def _with_private(public: Row) -> Row:
-    names = {"omi": OMI.get(public.target), "xlabs": XLABS.get(public.target)}
+def _with_others(public: Row) -> Row:
+    names = {
+        "omi": OMI.get(public.target),
+        "xlabs": XLABS.get(public.target),
+        "diffsynth": DIFFSYNTH.get(public.target),
+    }
     return public._replace(
         names={**public.names, **{naming: name for naming, name in names.items() if name}}
     )
 
 
-ROWS = tuple(_with_private(public) for public in PUBLIC)
+ROWS = tuple(_with_others(public) for public in PUBLIC)
+
+# a file of its own in the original, a pipeline of its own in diffusers
+REDUX = Component(
+    name="image_embedder",
+    title="Redux",
+    rows=tuple(matrices("redux_up", "redux_down")),
+    checkpoints={"diffusers": ("", "image_embedder.")},
+    tags={"diffusers": ("image_embedder",)},
+    sizes=sizes("12288x1152 4096x12288"),
+)
 
 FAMILY = ModelFamily(
     name="flux",
     title="FLUX.1",
     components=(
-        transformer("FLUX.1 transformer", ROWS, sizes=sizes(SIZES, 3072)),
+        transformer("FLUX.1 transformer", ROWS, sizes=sizes(f"{SIZES} dx384", 3072)),
         clip_l(),
         # sd-scripts numbers T5 as in SD3; OneTrainer by its place, which is all that InvokeAI reads
         t5("text_encoder_2", kohya=("te3", "te2"), onetrainer=("te2", "te3")),
+        REDUX,
     ),
     beside=(autoencoder("vae.", "first_stage_model."),),
     marks=marks(3072, mlp=4, single=7),

@@ -8,10 +8,28 @@ black-forest-labs `flux2/model.py` and diffusers' `Flux2Transformer2DModel`, map
 from __future__ import annotations
 
 from adaptkit.families._flux import double_attention, double_mlps, embedder, marks, single_norms
-from adaptkit.families.contract import ModelFamily, pair, sizes, swapped, transformer
+from adaptkit.families.contract import (
+    ModelFamily,
+    Row,
+    named,
+    pair,
+    sizes,
+    swapped,
+    transformer,
+)
 
 DOUBLE, SINGLE = "double_blocks.{i:8}.", "single_blocks.{i:48}."
 THEIRS, ALONE = "transformer_blocks.{i:8}.", "single_transformer_blocks.{i:48}."
+
+OUT = f"{DOUBLE}img_attn.proj"
+
+
+def _with_mflux(public: Row) -> Row:
+    """A row with the name that mflux's trainer writes, whose model has no list there."""
+    if public.target != OUT:
+        return public
+    return public._replace(names={**public.names, "mflux": (named(f"{THEIRS}attn.to_out"),)})
+
 
 ROWS = (
     pair("img_in", "x_embedder"),
@@ -26,7 +44,7 @@ ROWS = (
             "single_stream_modulation",
         )
     ),
-    *double_attention(DOUBLE, THEIRS),
+    *map(_with_mflux, double_attention(DOUBLE, THEIRS)),
     *double_mlps(DOUBLE, THEIRS, "linear_in", "linear_out"),
     pair(f"{SINGLE}linear1", f"{ALONE}attn.to_qkv_mlp_proj"),
     pair(f"{SINGLE}linear2", f"{ALONE}attn.to_out"),

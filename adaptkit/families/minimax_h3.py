@@ -81,5 +81,5 @@ FAMILY = ModelFamily(
     ),
     architectures=("minimax-h3", "minimax_h3", "minimaxh3"),
     modelspec="MiniMax-H3",
-    interleaved=(".attn.qkv_proj",),
+    interleaved=((".attn.qkv_proj", 128),),
 )

@@ -1,11 +1,14 @@
-"""Stable Diffusion XL (base): U-Net of 2.6 G parameters, CLIP-L and OpenCLIP-G."""
+"""Stable Diffusion XL (base): U-Net of 2.6 G parameters, CLIP-L and OpenCLIP-G.
+
+Kolors has the same U-Net, and a layer before it for the text of ChatGLM3.
+"""
 
 from __future__ import annotations
 
 from adaptkit.families._clip import clip_rows, clip_sizes, openclip_rows
 from adaptkit.families._unet import SIZES, unet_rows
 from adaptkit.families._vae import autoencoder
-from adaptkit.families.contract import Component, Mark, ModelFamily, sizes
+from adaptkit.families.contract import Component, Mark, ModelFamily, row, sizes
 
 FAMILY = ModelFamily(
     name="sdxl",
@@ -14,12 +17,15 @@ FAMILY = ModelFamily(
         Component(
             name="unet",
             title="U-Net",
-            rows=unet_rows((0, 2, 10), middle=10, class_embedding=True),
+            rows=(
+                *unet_rows((0, 2, 10), middle=10, class_embedding=True),
+                row("encoder_hid_proj", native="encoder_hid_proj"),  # Kolors
+            ),
             checkpoints={
                 "native": ("model.diffusion_model.", "diffusion_model.", ""),
                 "diffusers": ("unet.", ""),
             },
-            sizes=sizes(f"{SIZES} 640x2048 1280x2048 1280x2816"),
+            sizes=sizes(f"{SIZES} 640x2048 1280x2048 1280x2816 2048x4096 1280x5632"),
             tags={
                 "kohya": ("unet",),
                 "comfy": ("diffusion_model",),

@@ -1,18 +1,21 @@
-"""Wan 2.1 and 2.2: video, 1.3B (30 blocks), 5B (30) and 14B (40); also FLF2V, VACE and Animate.
+"""Wan 2.1 and 2.2: video, 1.3B (30 blocks), 5B (30) and 14B (40), and the models made of them.
 
-Helios, SkyReels V2, ChronoEdit and AnyFlow have the same blocks, and a few layers of their own.
+They have the same blocks, and layers of their own: FLF2V, VACE, Animate, S2V, Fun-Control and
+Fun-Camera, HuMo, ReCamMaster, SCAIL, Helios, SkyReels V2, ChronoEdit, AnyFlow. Those that diffusers
+has no class for keep the names of their checkpoints.
 
 Wan 2.2 A14B has two experts of 14B. Their adapters are two files that do not name their expert,
 except in diffusers, where `transformer_2` is the low-noise one. Source: Wan-AI
 `wan/modules/model.py` and diffusers' `WanTransformer3DModel`, `WanVACETransformer3DModel`, mapped
-as in diffusers' `convert_wan_to_diffusers`.
+as in diffusers' `convert_wan_to_diffusers`; ComfyUI's `comfy/ldm/wan/model.py` for S2V, Fun, HuMo
+and SCAIL.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.families._plain import matrices, parameters
+from adaptkit.families._plain import matrices, norms, parameters
 from adaptkit.families.contract import (
     Component,
     Kind,
@@ -69,6 +72,35 @@ def _animate() -> Iterator[Row]:
     yield pair(f"{ours}linear2", f"{theirs}to_out")
     for letter in "qk":
         yield pair(f"{ours}{letter}_norm", f"{theirs}norm_{letter}", kind=Kind.NORM)
+    yield from parameters("face_encoder.padding_tokens")
+
+
+def _sound() -> Iterator[Row]:
+    """What S2V and HuMo hear with."""
+    encoder = "casual_audio_encoder.encoder."
+    yield from matrices(f"{encoder}(conv1_local|conv1_global|conv2|conv3).conv", kernel=(3,))
+    yield from matrices(f"{encoder}final_linear")
+    yield from parameters("casual_audio_encoder.weights", f"{encoder}padding_tokens")
+    yield from matrices("audio_injector.injector.{i:12}.(q|k|v|o)")
+    yield from norms("audio_injector.injector.{i:12}.norm_(q|k)")
+    yield from matrices("audio_injector.injector_adain_layers.{i:12}.linear")
+    yield from matrices("cond_encoder", "frame_packer.proj", kernel=(1, 2, 2))
+    yield from matrices("frame_packer.proj_2x", kernel=(2, 4, 4))
+    yield from matrices("frame_packer.proj_4x", kernel=(4, 8, 8))
+    yield row("trainable_cond_mask", kind=Kind.EMBEDDING)
+    humo = "blocks.{i:40}.audio_cross_attn_wrapper."
+    yield from matrices(f"{humo}audio_cross_attn.(q|k|v|o)")
+    yield from matrices("audio_proj.audio_proj_glob_(1|2|3).layer")
+    yield from norms(f"{humo}audio_cross_attn.norm_(q|k)", f"{humo}norm1_audio")
+    yield from norms("audio_proj.audio_proj_glob_norm.layer")
+
+
+def _control() -> Iterator[Row]:
+    """What Fun-Control, Fun-Camera, ReCamMaster and SCAIL are steered by."""
+    yield from matrices("ref_conv", "control_adapter.conv", kernel=(2, 2))
+    yield from matrices("control_adapter.residual_blocks.{i:1}.conv(1|2)", kernel=(3, 3))
+    yield from matrices("blocks.{i:40}.(cam_encoder|projector)")
+    yield from matrices("patch_embedding_(pose|mask)", kernel=(1, 2, 2))
 
 
 KIN = (
@@ -105,6 +137,8 @@ ROWS = (
     pair("vace_blocks.0.before_proj", "vace_blocks.0.proj_in"),
     pair("vace_blocks.{i:15}.after_proj", "vace_blocks.{i:15}.proj_out"),
     *_animate(),
+    *_sound(),
+    *_control(),
     *KIN,
     pair("head.head", "proj_out"),
     _bare("head.modulation", "scale_shift_table"),
@@ -113,7 +147,9 @@ ROWS = (
 # 1.3B, 5B, 14B; the image embedder is 1280 wide
 SIZES = sizes("dxd 6dxd dx4096 dx1280", 1536, 3072, 5120) | sizes(
     "8960x1536 1536x8960 14336x3072 3072x14336 13824x5120 5120x13824 1280x1280 "
-    "4096x512 1024x1024 5120x1024 10240x5120"  # Animate
+    "4096x512 1024x1024 5120x1024 10240x5120 "  # Animate
+    "1280x1024 2560x1280 5120x2560 "  # S2V
+    "5120x1536 512x51200 512x512 24576x512 3072x6144"  # HuMo, Fun-Camera
 )
 
 # no kohya or ComfyUI tags: outside diffusers each expert is a file of its own

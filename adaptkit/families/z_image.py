@@ -1,5 +1,7 @@
 """Z-Image (Turbo, Base, Edit): 6 G parameters, 30 layers and two refiners of two; Qwen3-4B.
 
+Omni has a third refiner, of what SigLIP sees.
+
 musubi-tuner writes diffusers' split projections, ComfyUI the fused ones of the checkpoint. Source:
 Tongyi-MAI `z_image`, mapped as in ComfyUI's and diffusers' converters.
 """
@@ -25,7 +27,13 @@ from adaptkit.families.contract import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PARTS = ("layers.{i:30}.", "noise_refiner.{i:2}.", "context_refiner.{i:2}.")
+PARTS = (
+    "layers.{i:30}.",
+    "noise_refiner.{i:2}.",
+    "context_refiner.{i:2}.",
+    "siglip_refiner.{i:2}.",
+)
+PLAIN = ("context", "siglip")  # refiners without modulation by time
 
 
 def _same(module: str, kind: Kind = Kind.MATRIX) -> Row:
@@ -43,15 +51,17 @@ def _layer(layer: str) -> Iterator[Row]:
         yield _same(layer + name)
     for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
         yield _same(layer + name, Kind.NORM)
-    # the context refiner has no time modulation
-    if not layer.startswith("context"):
+    if not layer.startswith(PLAIN):
         yield _same(f"{layer}adaLN_modulation.0")
 
 
 ROWS = (
     pair("x_embedder", "all_x_embedder.2-1"),  # by patch size: 2 in space, 1 in time
-    _same("cap_embedder.0", Kind.NORM),
-    _same("cap_embedder.1"),
+    *(
+        made
+        for n in ("cap", "siglip")
+        for made in (_same(f"{n}_embedder.0", Kind.NORM), _same(f"{n}_embedder.1"))
+    ),
     _same("t_embedder.mlp.0"),
     _same("t_embedder.mlp.2"),
     *(
@@ -61,14 +71,14 @@ ROWS = (
             diffusers=named(name, weight=name),
             kind=Kind.NORM,
         )
-        for name in ("x_pad_token", "cap_pad_token")
+        for name in ("x_pad_token", "cap_pad_token", "siglip_pad_token")
     ),
     *(made for part in PARTS for made in _layer(part)),
     pair("final_layer.linear", "all_final_layer.2-1.linear"),
     pair("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
 )
 
-SIZES = sizes("dxd 3dxd 4dxd 10240xd dx10240 dx2560", 3840)
+SIZES = sizes("dxd 3dxd 4dxd 10240xd dx10240 dx2560 dx1152", 3840)
 
 FAMILY = ModelFamily(
     name="z-image",

@@ -26,7 +26,7 @@ from adaptkit.files.dtypes import BLOCKED, DTYPES, GGML, TORCH_NAMES, itemsize, 
 from adaptkit.files.limits import within
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 __all__ = [
     "BLOCKED",
@@ -44,6 +44,13 @@ __all__ = [
     "read_header",
     "unreadable",
 ]
+
+if TYPE_CHECKING:
+    # makes the beginning of a file: its bytes, the place of every tensor, and the size of the file
+    Build = Callable[
+        [Iterable["TensorSpec | TensorInfo"], Mapping[str, str] | None],
+        tuple[bytes, dict[str, "TensorInfo"], int],
+    ]
 
 HEADER_LIMIT = 100_000_000  # bytes; MAX_HEADER_SIZE of the safetensors library
 _SIZE_LIMIT = 2**64 - 1  # the safetensors library counts elements and bits in a u64
@@ -185,6 +192,11 @@ _SIGNATURES = (
     ),
     (b"\x80\x02\x8a\x0a", "a torch pickle, not safetensors", "rename it to .ckpt or .pt"),
     (b"\x1f\x8b", "gzip data, not safetensors", "unpack it first"),
+    (
+        b"SQLite format 3\0",
+        "an SQLite database, not safetensors; Draw Things stores its LoRAs so",
+        "export it as safetensors in Draw Things, or take the file that it was imported from",
+    ),
 )
 
 

@@ -22,6 +22,7 @@ COMPONENTS = (
     "unet",
     "transformer",
     "transformer_2",
+    "prior",
     "text_encoder",
     "text_encoder_2",
     "text_encoder_3",

@@ -1,10 +1,9 @@
 """Read quantized weights: find their scales, and widen them.
 
 Supported: fp8 (e4m3, e5m2), plain or with a scale tensor, as ComfyUI writes them (`scale_weight`,
-since 2025-11 `weight_scale`; ComfyUI QUANTIZATION.md), musubi-tuner and diffusers, and int8 in the
-same form. A scale is one number, one per row, or one per block of a row. The blocks of GGUF files,
-see adaptkit.files.gguf; packed weights, see adaptkit.files.packed. Any other scheme is named and
-refused.
+since 2025-11 `weight_scale`; ComfyUI QUANTIZATION.md), musubi-tuner and diffusers. A scale is one
+number, one per row, or one per block of a row. The blocks of GGUF files, see adaptkit.files.gguf;
+packed weights, see adaptkit.files.packed. Any other scheme is named and refused.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from adaptkit.files.dtypes import PACKED
 from adaptkit.files.header import BLOCKED, nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -64,11 +63,8 @@ class Quantization:
     extras: frozenset[str]
 
     @classmethod
-    def of(cls, infos: Mapping[str, TensorInfo], integers: Collection[str] = ()) -> Quantization:
-        """Detect quantization from a header.
-
-        `integers` are weights of int8 that their scale turns into numbers, and nothing else does.
-        """
+    def of(cls, infos: Mapping[str, TensorInfo]) -> Quantization:
+        """Detect quantization from a header."""
         beside: dict[str, dict[str, str]] = {}
         extras = {name for name in infos if name.rpartition(".")[2] == _MARK}
         for name in infos:
@@ -79,10 +75,7 @@ class Quantization:
         refused: dict[str, str] = {}
         for weight, parts in beside.items():
             scale = [parts[kind] for kind in _SCALES if kind in parts]
-            info = infos[weight]
-            if weight in integers:
-                info = info._replace(dtype="F8_E4M3")  # scaled in the same way
-            reason = _scheme(info, [infos[key] for key in scale], parts)
+            reason = _scheme(infos[weight], [infos[key] for key in scale], parts)
             if reason is not None:
                 refused[weight] = reason
             elif scale:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adaptkit.files.header import TensorInfo
+    from adaptkit.files.header import Build, TensorInfo
     from adaptkit.files.source import TensorSource
 
 __all__ = ["Pieces", "TensorSink"]
@@ -80,6 +80,13 @@ class Pieces:
         self._sink._written.add(self._info.name)
 
 
+def _safetensors(
+    specs: Iterable[TensorSpec | TensorInfo], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, TensorInfo], int]:
+    header, infos = build_header(specs, metadata)
+    return header, infos, max((info.stop for info in infos.values()), default=len(header))
+
+
 class TensorSink(OutputFile):
     """A safetensors file being written, tensor by tensor.
 
@@ -88,7 +95,7 @@ class TensorSink(OutputFile):
     Bytes go to a hidden file in the folder of `path`. `commit` checks, syncs and renames it;
     leaving the `with` block without `commit` removes it. The output therefore appears complete or
     not at all, and may replace one of the inputs (on Windows: close the source before `commit`).
-    A symbolic link is replaced, not followed.
+    A symbolic link is replaced, not followed. `build` makes the beginning of another kind of file.
 
     Raises `WouldOverwrite`, or `CannotWrite` for a missing folder, no permission or a full disk.
     """
@@ -100,12 +107,13 @@ class TensorSink(OutputFile):
         metadata: Mapping[str, str] | None = None,
         *,
         overwrite: bool = False,
+        build: Build | None = None,
     ) -> None:
-        header, self.infos = build_header(specs, metadata)
+        self._build = build or _safetensors
+        header, self.infos, size = self._build(specs, metadata)
         self.header = len(header)  # bytes of the header, which is written at once
         self._claimed: set[str] = set()
         self._written: set[str] = set()
-        size = max((info.stop for info in self.infos.values()), default=len(header))
         super().__init__(path, size, overwrite=overwrite)
         try:
             self._write(memoryview(header), 0)
@@ -183,7 +191,7 @@ class TensorSink(OutputFile):
 
         Used for hashes that are known only at the end.
         """
-        header, _ = build_header(self.infos.values(), metadata)
+        header, _, _ = self._build(self.infos.values(), metadata)
         if len(header) != self.header:
             raise RuntimeError("the header would change in length")
         self._write(memoryview(header), 0)

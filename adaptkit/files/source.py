@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from adaptkit.files.header import Header
+    from adaptkit.files.packing import Packed
     from adaptkit.files.pickled.catalogue import Catalogue
 
 __all__ = ["TensorSource", "join", "open_file"]
@@ -45,6 +46,8 @@ class TensorSource(ABC):
     files: tuple[Path, ...]  # the files that hold the data
     size: int  # bytes of all files
     ignored: tuple[str, ...] = ()  # entries of a pickle other than tensors
+    layout: str = ""  # whose arrangement the file is in, if it is not read as it is stored
+    form = "safetensors"  # of the files that hold the same: safetensors or gguf
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
@@ -67,6 +70,19 @@ class TensorSource(ABC):
     @abstractmethod
     def raw(self, name: str) -> memoryview:
         """Read the tensor's bytes in row-major order."""
+
+    @property
+    def stored(self) -> TensorSource:
+        """The tensors as the files hold them, without unpacking."""
+        return self
+
+    def packed(self, name: str) -> Packed | None:  # noqa: ARG002 has none
+        """How a weight is packed that is read as other numbers than those stored."""
+        return None
+
+    def parts(self, packed: Packed) -> dict[str, torch.Tensor]:
+        """The stored tensors of a packed weight."""
+        return {part: self.stored.read(key) for part, key in packed.parts.items()}
 
     def announce(self, name: str) -> None:  # noqa: B027 optional
         """Prefetch a tensor that will be read soon."""
@@ -195,29 +211,54 @@ class _SafetensorsSource(_FileSource):
 class _GgufSource(_FileSource):
     """One `.gguf` file; block-quantised tensors are read as float32."""
 
+    form = "gguf"
+
     def __init__(self, path: Path, header: Header, at: Stamp) -> None:
         super().__init__(path, header, at)
         self.metadata = header.metadata
+        self._blocks = _FileSource(path, header, at)
+        self._blocks.metadata, self._blocks.form = header.metadata, self.form
+        self._blocks._reader = self._reader
+
+    @property
+    def stored(self) -> TensorSource:
+        return self._blocks
+
+    def span(self, name: str) -> tuple[Path, int, int] | None:
+        return None if self.info(name).dtype in GGML else super().span(name)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         info = self.info(name)
         if info.dtype not in GGML:
             return super().read(name, rows)
-        import torch
-
-        from adaptkit.files.gguf import LONGEST_BLOCK, dequantised
+        from adaptkit.files.gguf.blocks import dequantised, length
 
         first, count = row_range(info, rows)
-        if rows is not None and math.prod(info.shape[1:]) % LONGEST_BLOCK:
+        if rows is not None and math.prod(info.shape[1:]) % length(info.dtype):
             return self.read(name)[first : first + count].clone()  # blocks span rows
         shape = info.shape if rows is None else (count, *info.shape[1:])
         row = nbytes(info.dtype, info.shape[1:]) if rows is not None else 0
-        raw = memoryview(bytearray(nbytes(info.dtype, shape)))
-        self._fill(info, raw, first * row)
-        return torch.from_numpy(dequantised(raw, info.dtype)).reshape(shape)
+        raw = self._bytes(info, nbytes(info.dtype, shape), first * row)
+        return dequantised(raw, info.dtype).reshape(shape)
 
-    def span(self, name: str) -> tuple[Path, int, int] | None:
-        return None if self.info(name).dtype in GGML else super().span(name)
+    def _bytes(self, info: TensorInfo, size: int, skip: int = 0) -> torch.Tensor:
+        import torch
+
+        found = torch.empty(size, dtype=torch.uint8)
+        self._fill(info, bytes_of(found), skip)
+        return found
+
+    def packed(self, name: str) -> Packed | None:
+        info = self.info(name)
+        if info.dtype not in GGML:
+            return None
+        from adaptkit.files.gguf.blocks import packed
+
+        return packed(info)
+
+    def parts(self, packed: Packed) -> dict[str, torch.Tensor]:
+        infos = {part: self.info(key) for part, key in packed.parts.items()}
+        return {part: self._bytes(info, info.nbytes) for part, info in infos.items()}
 
 
 class _PickleSource(_FileSource):

@@ -86,13 +86,19 @@ def usual_format(family: str) -> str:
 
     Of equally good ones the earlier of `PREFERRED`, which is also that of an unknown family.
     """
-
-    def loaded(format: str) -> int:
-        return sum(_missed(host, format, family) == 0.0 for host in hosts())
-
+    best, most = PREFERRED[0], -1
+    if family not in families():
+        return best
     files = [name for name, form in formats().items() if form.alpha is not Alpha.CONFIG]
-    known = [*PREFERRED, *(name for name in files if name not in PREFERRED)]
-    return max(known, key=loaded) if family in families() else PREFERRED[0]
+    for format in (*PREFERRED, *(name for name in files if name not in PREFERRED)):
+        loading = len(hosts())
+        for host in hosts():
+            if loading <= most:  # it cannot be better: the other hosts need not be asked
+                break
+            loading -= _missed(host, format, family) != 0.0
+        if loading > most:
+            best, most = format, loading
+    return best
 
 
 def format_for(host: str, family: ModelFamily) -> str:
@@ -145,6 +151,8 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
         return ": the model family is unknown"
     if adapter.family.name in host.unsupported:
         return ""
+    if adapter.source.layout:
+        return f" for files in the layout of {adapter.source.layout}"
     if adapter.detection.wrapper:
         return f" for names behind {adapter.detection.wrapper!r}"
     strange = sorted({piece.algorithm for piece in pieces} - set(host.algorithms))

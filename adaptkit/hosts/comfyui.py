@@ -27,7 +27,12 @@ HOST = Host(
     ),
     unread=Loss("are dropped with a line in the log"),
     dialect=Dialect(flat=("lokr_w2",)),
-    writes={**dict.fromkeys(UNETS, ("kohya", "comfy")), "": ("comfy", "kohya")},
+    writes={
+        **dict.fromkeys(UNETS, ("kohya", "comfy")),
+        "ace-step": ("peft", "lycoris"),
+        "pixart": ("diffusers", "peft"),
+        "": ("comfy", "kohya"),
+    },
     # it has code for OFT and BOFT, which was not tried
     algorithms=(*READ, "kohya-oft", "ia3", "peft-oft", "peft-boft"),
     always=(
@@ -58,6 +63,10 @@ HOST = Host(
         Loss(FAILS, suffix=r"lokr_t2"),
     ),
     unsupported={
-        "framepack": "ComfyUI itself does not run FramePack; its wrapper nodes load kohya files"
+        "framepack": "ComfyUI itself does not run FramePack; its wrapper nodes load kohya files",
+        **dict.fromkeys(
+            ("bria-fibo", "bria-fibo2", "cogview4", "flux3", "glm-image", "prx", "sana"),
+            "ComfyUI itself has no model of this family",
+        ),
     },
 )

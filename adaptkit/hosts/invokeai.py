@@ -18,6 +18,7 @@ PASSED_OVER = "are dropped without a message"
 UNKNOWN = Loss("it does not recognise such a file", whole=True)
 MISREAD = "it takes files of this family for FLUX.1"
 NONE = "InvokeAI has no LoRA loader for this family"
+NO_MODEL = "InvokeAI has no model of this family"
 READ = ("lora", "loha", "lokr", "full", "ia3", "lora+dora")
 REFUSES = "are {kinds}, which stop its loader"
 BIAS = Loss(PASSED_OVER, modules=r"\.bias$", algorithms=("full",))
@@ -325,8 +326,42 @@ HOST = Host(
             ("chroma", "hunyuan-video", "hunyuan-image", "hunyuan-video-15", "framepack"), MISREAD
         ),
         **dict.fromkeys(
-            ("sd3", "sd35-large", "lumina2", "ideogram4", "auraflow", "ltx", "ltx2", "ltx-13b"),
+            (
+                "sd3",
+                "sd35-large",
+                "lumina2",
+                "ideogram4",
+                "auraflow",
+                "ltx",
+                "ltx2",
+                "ltx-13b",
+                "cogview4",
+                "ernie-image",
+            ),
             NONE,
+        ),
+        **dict.fromkeys(
+            (
+                "ace-step",
+                "bria-fibo",
+                "bria-fibo2",
+                "cogvideox",
+                "cosmos",
+                "cosmos-14b",
+                "flux3",
+                "glm-image",
+                "hidream",
+                "hunyuan-dit",
+                "kandinsky5",
+                "minimax-h3",
+                "mochi",
+                "pixart",
+                "prx",
+                "qwen-image-21",
+                "sana",
+                "wan-animate2",
+            ),
+            NO_MODEL,
         ),
         "sdxl-refiner": "it takes the block names of the refiner for those of SDXL",
     },

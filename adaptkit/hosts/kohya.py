@@ -14,6 +14,7 @@ FOREIGN = Loss(
     whole=True,
 )
 PLAIN = Loss("are {kinds}, which sd-scripts does not load", besides=("lora", "kohya-oft"))
+NO_ALPHA = Loss("have no alpha, without which its tool stops", untold=True, whole=True)
 ONLY_LORA = Loss("are convolutions, of which it merges plain LoRAs only", besides=("lora",))
 CORES = Loss("have Tucker cores, which its tools do not load", suffix="lora_mid|hada_t|lokr_t2")
 FACTORS = Loss(
@@ -28,6 +29,12 @@ HOST = Host(
     cells=(
         Cell("kohya", SCRIPTS, (PLAIN,)),
         Cell("onetrainer", SCRIPTS, (PLAIN,)),
+        # musubi-tuner merges it by its network, which is that of LoRA alone
+        Cell(
+            "kohya",
+            ("kandinsky5",),
+            (replace(PLAIN, what=PLAIN.what.replace("sd-scripts", "musubi-tuner")), NO_ALPHA),
+        ),
         Cell(
             "kohya",
             (
@@ -62,7 +69,29 @@ HOST = Host(
         Loss("have their alpha in metadata, which its tools do not read", stated=True),
     ),
     unsupported=dict.fromkeys(
-        ("auraflow", "ltx", "ltx2", "ltx-13b", "sdxl-refiner"),
+        (
+            "auraflow",
+            "ltx",
+            "ltx2",
+            "ltx-13b",
+            "sdxl-refiner",
+            "ace-step",
+            "bria-fibo",
+            "bria-fibo2",
+            "cogvideox",
+            "cogview4",
+            "cosmos",
+            "cosmos-14b",
+            "flux3",
+            "glm-image",
+            "hidream",
+            "hunyuan-dit",
+            "mochi",
+            "pixart",
+            "prx",
+            "sana",
+            "wan-animate2",
+        ),
         "neither sd-scripts nor musubi-tuner knows this family",
     ),
 )

@@ -163,13 +163,17 @@ class KeyMap:
         found = find_row(self.family, target.component, target.module)
         return found[0] if found else None
 
-    def ends(self, target: Target) -> Iterator[str]:
-        """The runs of blocks (`double_blocks.{i:19}`) whose last block holds a target."""
+    def edges(self, target: Target) -> Iterator[tuple[str, bool]]:
+        """The runs of blocks (`double_blocks.{i:19}`) whose first or last block holds a target.
+
+        With each comes whether it is the last block.
+        """
         found = find_row(self.family, target.component, target.module)
         for free in FIELD.finditer(found[0].target) if found else ():
+            index, bound = found[1][free.group(1)] if found else 0, int(free.group(2))
             # a bound of 1 is not a run: every file would hold its last block
-            if found and found[1][free.group(1)] + 1 == int(free.group(2)) > 1:
-                yield found[0].target[: free.end()]
+            if bound > 1 and index in (0, bound - 1) and found:
+                yield found[0].target[: free.end()], index > 0
 
     def spell(self, slot: Slot, algorithm: str, role: str) -> str:
         """The key of a role of a slot; `NotRepresentable` if there is none."""

@@ -20,7 +20,9 @@ __all__ = ["RoleName", "algorithms", "param_of", "split_suffix"]
 # prefixes of suffixes into which PEFT writes the adapter's name
 _PEFT = (
     "lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_", "hira_", "hra_", "miss_", "bone_", "vera_",
-    "fourierft_", "delora_", "glora_",
+    "fourierft_", "delora_", "glora_", "shira_", "randlora_", "gralora_", "road_", "waveft_",
+    "psoft_", "ln_tuning_", "c3a_", "beft_", "osf_", "vblora_", "supertuning_", "deft_", "pvera_",
+    "unilora_",
 )  # fmt: skip
 
 

@@ -61,7 +61,11 @@ def plan(path: str | PathLike[str], options: Options) -> Recast:
         made = recast("resize", (adapter,), into, output, options, policy=chosen)
         if not any(task.ranked for task in made.tasks):
             names = ", ".join(sorted({task.kind.name for task in made.tasks}))
-            raise NothingToDo(f"none of its modules has a rank to cut: {names}", file=path)
+            raise NothingToDo(
+                f"none of its modules has a rank to cut: {names}",
+                hint="--algo lora has ranks; of kinds that depend on the weight, with --base",
+                file=path,
+            )
         check_peft(made)
         return made if options.weigh is None else _weighed(made, options.weigh)
     except AdaptkitError:

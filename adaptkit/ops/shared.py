@@ -333,7 +333,6 @@ def torch_dtype(name: str) -> torch.dtype:
         "BF16": torch.bfloat16,
         "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2,
-        "I8": torch.int8,  # with a scale
     }[name]
 
 

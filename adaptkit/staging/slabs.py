@@ -28,12 +28,10 @@ Place = tuple[int, "torch.dtype", tuple[int, ...]]  # offset, dtype, shape with 
 
 
 class Slab:
-    """Host memory for the stacks of a parcel, one after the other; page-locked if `pinned`."""
+    """Host memory (uint8) for the stacks of a parcel, and what they become, one after the other."""
 
-    def __init__(self, size: int, *, pinned: bool) -> None:
-        import torch
-
-        self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
         self.used = 0
 
     def reserve(self, size: int) -> int | None:
@@ -43,6 +41,11 @@ class Slab:
             return None
         self.used = start + size
         return start
+
+    def take(self, size: int) -> Tensor | None:
+        """`size` more bytes; None if there is no room."""
+        start = self.reserve(size)
+        return None if start is None else self.buffer[start : start + size]
 
     def stack(self, loads: Sequence[Callable[[], Mapping[str, Tensor]]]) -> Staged:
         """Load equal members side by side."""
@@ -149,10 +152,13 @@ def _bytes(place: Place) -> int:
 
 
 class Ring:
-    """At most `count` slabs of `size` bytes, made at first use and used again until the end."""
+    """At most `count` slabs of `size` bytes, made at first use and used again until the end.
 
-    def __init__(self, size: int, count: int, *, pinned: bool) -> None:
-        self.size, self.left, self.pinned = size, count, pinned
+    `memory` makes so many bytes of host memory, uint8.
+    """
+
+    def __init__(self, size: int, count: int, memory: Callable[[int], Tensor]) -> None:
+        self.size, self.left, self.memory = size, count, memory
         self.free: list[Slab] = []
         self.changed = threading.Condition()
 
@@ -166,10 +172,10 @@ class Ring:
             if self.free:
                 return self.free.pop()
             self.left -= 1
-        return Slab(self.size, pinned=self.pinned)
+        return Slab(self.memory(self.size))
 
     def give(self, slab: Slab) -> None:
-        """Give back a slab whose bytes have been sent."""
+        """Give back a slab that nothing reads or writes any more."""
         slab.used = 0
         with self.changed:
             self.free.append(slab)

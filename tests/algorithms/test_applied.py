@@ -243,8 +243,26 @@ def test_what_needs_a_weight_has_no_difference_alone(case: Case) -> None:
     else:
         with pytest.raises(NotRepresentable, match="depends on the weight"):
             weights.delta()
-    with pytest.raises(NotRepresentable, match="read, not written"):
-        weights.encode()
+
+
+def test_what_is_stored_is_what_was_read(case: Case) -> None:
+    """Except of T-LoRA, which is not written; multiplied weights are those of a multiplied ΔW."""
+    weights, kind = opened(case), algorithms()[case.kind]
+    if case.kind == "tlora":
+        with pytest.raises(NotRepresentable, match="read, not written"):
+            weights.encode()
+        return
+    stored = weights.encode()
+    assert {role: tensor.shape for role, tensor in stored.items()} == {
+        role: tensor.shape for role, tensor in case.tensors.items()
+    }
+    assert all(torch.equal(stored[role], case.tensors[role]) for role in stored)
+    if kind.linear or kind.additive:
+        scaled = opened(case, weights.times(0.3).encode()).apply(base(), 1.0)
+        torch.testing.assert_close(scaled, weights.apply(base(), 0.3))
+    else:
+        with pytest.raises(NotRepresentable):
+            weights.times(0.3)
 
 
 @pytest.mark.parametrize("name", ["hra-False", "fourierft", "adalora"])

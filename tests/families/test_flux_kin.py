@@ -306,17 +306,35 @@ def pair_of(stem: str, rows: int, columns: int) -> dict[str, TensorInfo]:
 @pytest.mark.parametrize(
     ("module", "rows", "columns", "family", "alike"),
     [
-        ("double_blocks.0.img_mlp.0", 12288, 3072, "flux", ("chroma", "hunyuan-video")),
+        (
+            "double_blocks.0.img_mlp.0",
+            12288,
+            3072,
+            "flux",
+            ("chroma", "hunyuan-video", "longcat-image"),
+        ),
         ("double_blocks.0.img_mlp.0", 18432, 3072, "flux2", ()),  # klein 4B
         ("double_blocks.0.img_mlp.0", 24576, 4096, "flux2", ()),
         ("double_blocks.0.img_mlp.0", 14336, 3584, "hunyuan-image", ()),
         ("double_blocks.0.img_mlp.0", 8192, 2048, "hunyuan-video-15", ()),
-        ("single_blocks.0.linear1", 21504, 3072, "flux", ("chroma", "hunyuan-video")),
+        (
+            "single_blocks.0.linear1",
+            21504,
+            3072,
+            "flux",
+            ("chroma", "hunyuan-video", "longcat-image"),
+        ),
         ("single_blocks.0.linear1", 27648, 3072, "flux2", ()),
         ("single_blocks.0.linear1", 55296, 6144, "flux2", ()),
         ("single_blocks.0.linear1", 25088, 3584, "hunyuan-image", ()),
         # nothing but attention: FLUX.1 and klein 4B are equally wide
-        ("double_blocks.0.img_attn.qkv", 9216, 3072, "flux", ("chroma", "flux2", "hunyuan-video")),
+        (
+            "double_blocks.0.img_attn.qkv",
+            9216,
+            3072,
+            "flux",
+            ("chroma", "flux2", "hunyuan-video", "longcat-image", "ovis-image"),
+        ),
         ("double_blocks.0.img_attn.qkv", 6144, 2048, "hunyuan-video-15", ()),
         ("joint_blocks.0.x_block.attn.qkv", 4608, 1536, "sd3", ()),
         ("joint_blocks.0.context_block.mlp.fc1", 9728, 2432, "sd35-large", ()),

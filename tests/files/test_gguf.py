@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit import ops
-from adaptkit.errors import CorruptFile, NotRepresentable, UnreadableFile
+from adaptkit.errors import CorruptFile, UnreadableFile
 from adaptkit.files.open import open_source
 
 gguf = pytest.importorskip("gguf")
@@ -132,15 +132,6 @@ def test_a_merge_writes_plain_numbers(kind: str, tmp_path: Path) -> None:
     merged = found[f"{KEY.format(0)}.weight"].double().numpy()
     np.testing.assert_allclose(merged, weight + 0.5 * delta, rtol=0, atol=2e-6)
     assert torch.equal(found[f"{KEY.format(1)}.weight"], torch.ones(ROWS, COLUMNS))
-
-
-def test_a_merge_in_the_types_of_the_file_is_refused_with_what_works(tmp_path: Path) -> None:
-    base_file(tmp_path / "base.gguf", "Q8_0")
-    lora(tmp_path / "a.safetensors")
-    options = ops.merge.Options(output=tmp_path / "out.safetensors", family="flux")
-    with pytest.raises(NotRepresentable, match="GGUF") as refused:
-        ops.merge.plan(tmp_path / "base.gguf", [(tmp_path / "a.safetensors", 1.0)], options)
-    assert "--dtype bf16" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K"])

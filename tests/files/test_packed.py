@@ -219,36 +219,6 @@ def test_a_merge_writes_plain_numbers(base: Base, tmp_path: Path) -> None:
     assert float((torch.from_numpy(halves) - exact).norm()) < 2.0**-8 * float(exact.norm())
 
 
-@pytest.mark.parametrize("kind", ["int8-rows", "int8-one"])
-def test_int8_is_written_again(kind: str, tmp_path: Path) -> None:
-    """With fresh scales: every number is within half a step, and the loss is what is reported."""
-    base, out = Base(kind, tmp_path), tmp_path / "out.safetensors"
-    given = ops.merge.Options(output=out, family="flux", verify=True)
-    report = ops.merge.run(ops.merge.plan(base.path, [(base.adapter, 0.5)], given))
-    found = load_file(out)
-    assert found.keys() == base.state.keys()
-    codes, scale = found[f"{KEY}.weight"], found[f"{KEY}.weight_scale"].double().numpy()
-    assert codes.dtype == torch.int8
-    assert int(codes.abs().max()) == 127
-    exact = base.exact + 0.5 * base.delta
-    error = codes.double().numpy() * scale - exact
-    assert np.abs(error / scale).max() < 0.5001
-    assert report.quantised == 1
-    lost = np.linalg.norm(error) / np.linalg.norm(0.5 * base.delta)
-    assert report.relative_error == pytest.approx(lost, rel=1e-4)
-    state = base.state | {f"{KEY}.weight": codes + (codes < 127)}
-    save_file(found | state, tmp_path / "spoilt.safetensors")
-    spoilt = load_file(tmp_path / "spoilt.safetensors")[f"{KEY}.weight"].double().numpy()
-    assert np.abs((spoilt * scale - exact) / scale).max() > 0.6  # the check can fail
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("int8-rows", "int8-one")])
-def test_a_merge_in_its_own_scheme_is_refused_with_what_works(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(NotRepresentable, match="stored as") as refused:
-        Base(kind, tmp_path).merged(tmp_path)
-    assert "--dtype bf16" in (refused.value.hint or "")
-
-
 def test_it_is_extracted_from_compared_with_and_inspected(base: Base, tmp_path: Path) -> None:
     tuned, out = tmp_path / "tuned.safetensors", tmp_path / "lora.safetensors"
     state = {f"{KEY}.weight": torch.from_numpy(base.exact + base.delta).float()}
@@ -296,7 +266,7 @@ def test_what_is_described_otherwise_is_not_guessed(
 
 @pytest.mark.parametrize("group", [4, 64])
 def test_the_rotation_is_that_of_its_digits(group: int) -> None:
-    from adaptkit.files.packed.comfy import hadamard
+    from adaptkit.files.packed.int8 import hadamard
 
     found = hadamard(group).double().numpy()
     np.testing.assert_allclose(found @ found, np.eye(group), atol=1e-6)

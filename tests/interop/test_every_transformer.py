@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.detect import detect_adapter, families, formats
 from adaptkit.errors import AdaptkitError
 from adaptkit.ops import convert, merge
+from tests.generate import CASCADE
 from tests.interop import test_family_models as small
 from tests.interop.test_lora_mixins import ALIKE, MODELS, layers
 from tests.interop.test_strangers import infos
@@ -74,6 +75,13 @@ SMALL: dict[str, dict[str, Any]] = {
         text_num_key_value_heads=2, text_intermediate_size=24, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
         axes_dims_rope=(8, 4, 4),
     ),
+    "LongCatImageTransformer2DModel": dict(
+        in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=32, axes_dims_rope=[4, 4, 8], **HEADS,
+    ),
+    "OvisImageTransformer2DModel": dict(
+        in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=32, axes_dims_rope=(4, 4, 8),
+        **HEADS,
+    ),
     "PRXTransformer2DModel": dict(
         in_channels=4, context_in_dim=8, hidden_size=16, num_heads=2, depth=1, axes_dim=[4, 4],
     ),
@@ -84,6 +92,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "SanaTransformer2DModel": SANA,
     "SanaVideoTransformer3DModel": SANA,
     "SkyReelsV2Transformer3DModel": _of_wan("image_dim", "added_kv_proj_dim", inject_sample_info=True),
+    "StableCascadeUNet": CASCADE | dict(
+        in_channels=4, out_channels=4, timestep_ratio_embedding_dim=4, conditioning_dim=8, block_out_channels=(8, 8),
+        num_attention_heads=(2, 2), down_num_layers_per_block=(1, 1), up_num_layers_per_block=(1, 1),
+        clip_text_in_channels=4, clip_text_pooled_in_channels=4, clip_image_in_channels=4, clip_seq=1,
+    ),
     "UNet2DConditionModel": UNET | dict(
         cross_attention_dim=8, block_out_channels=(8, 8, 8, 8), down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -99,7 +112,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "WanVACETransformer3DModel": _of_wan(vace_layers=[0], vace_in_channels=4),
 }  # fmt: skip
 # told apart by widths, which small models have not
-NARROW = ALIKE | {"ltx": {"ltx-13b", "ltx2"}, "cosmos-14b": {"cosmos", "anima"}}
+NARROW = ALIKE | {
+    "longcat-image": {"bria-fibo"},
+    "ltx": {"ltx-13b", "ltx2"},
+    "cosmos-14b": {"cosmos", "anima"},
+}
 MIDDLE = re.compile(r"transformer_blocks\.([1-9]|[1-3]\d|4[0-6])\.")
 CLASSES = {name: family for name, _, family in reversed(MODELS)}
 

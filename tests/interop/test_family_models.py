@@ -69,7 +69,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "z-image": (
         "ZImageTransformer2DModel",
         dict(all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
-             n_kv_heads=2, cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[32, 16, 16]),
+             n_kv_heads=2, cap_feat_dim=16, siglip_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[32, 16, 16]),
     ),
     "lumina2": (
         "Lumina2Transformer2DModel",

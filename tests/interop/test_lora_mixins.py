@@ -18,7 +18,16 @@ import torch
 from adaptkit.detect import detect_adapter, detect_checkpoint, families
 from adaptkit.families.contract import Kind
 from adaptkit.keymap import compile_checkpoint, compile_keys, find_row
-from tests.generate import COSMOS_25, HIDREAM, HUNYUAN_DIT, KANDINSKY_PRO, SD1_BLOCKS, SDXL
+from tests.generate import (
+    CASCADE,
+    COSMOS_25,
+    HIDREAM,
+    HUNYUAN_DIT,
+    KANDINSKY_PRO,
+    LONGCAT,
+    SD1_BLOCKS,
+    SDXL,
+)
 from tests.interop.test_strangers import infos
 from tests.synth import Listing, lora_shapes
 
@@ -32,6 +41,12 @@ SANA_06B: dict[str, Any] = dict(
     num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152
 )  # fmt: skip
 SD15: dict[str, Any] = dict(cross_attention_dim=768, **SD1_BLOCKS)
+KOLORS: dict[str, Any] = SDXL | dict(
+    encoder_hid_dim=4096, encoder_hid_dim_type="text_proj", projection_class_embeddings_input_dim=5632
+)  # fmt: skip
+VACE_14B: dict[str, Any] = dict(
+    num_attention_heads=40, num_layers=40, ffn_dim=13824, vace_layers=list(range(0, 40, 5)), vace_in_channels=96
+)  # fmt: skip
 LTX_13B: dict[str, Any] = dict(num_layers=48, attention_head_dim=128, cross_attention_dim=4096)
 
 # class, configuration (where the class's own is no published model's) -> family
@@ -58,6 +73,8 @@ MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("Flux2Transformer2DModel", {}, "flux2"),
     ("Flux3Transformer2DModel", dict(flow_map=True), "flux3"),
     ("FluxTransformer2DModel", dict(guidance_embeds=True), "flux"),
+    ("FluxTransformer2DModel", dict(in_channels=384, out_channels=64, guidance_embeds=True), "flux"),  # Fill
+    ("FluxTransformer2DModel", dict(in_channels=128, out_channels=64, guidance_embeds=True), "flux"),  # Control
     ("GlmImageTransformer2DModel", dict(num_attention_heads=32, attention_head_dim=128), "glm-image"),
     ("HeliosTransformer3DModel", {}, "wan"),
     ("HiDreamImageTransformer2DModel", HIDREAM, "hidream"),
@@ -75,9 +92,11 @@ MODELS: list[tuple[str, dict[str, Any], str]] = [
      LTX23 | dict(use_prompt_adaln_single=False, use_keyframes_abs_pos_embedding=True), "ltx2"),
     ("LTXVideoTransformer3DModel", {}, "ltx"),
     ("LTXVideoTransformer3DModel", LTX_13B, "ltx-13b"),
+    ("LongCatImageTransformer2DModel", LONGCAT, "longcat-image"),
     ("Lumina2Transformer2DModel", {}, "lumina2"),
     ("MiniMaxH3Transformer3DModel", {}, "minimax-h3"),
     ("MochiTransformer3DModel", {}, "mochi"),
+    ("OvisImageTransformer2DModel", {}, "ovis-image"),
     ("PRXTransformer2DModel", {}, "prx"),
     ("PRXTransformer2DModel", dict(bottleneck_size=768, resolution_embeds=True), "prx"),
     ("PixArtTransformer2DModel", {}, "pixart"),
@@ -90,13 +109,17 @@ MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("SanaVideoTransformer3DModel", {}, "sana"),
     ("SkyReelsV2Transformer3DModel",
      dict(num_attention_heads=40, num_layers=40, ffn_dim=13824, inject_sample_info=True), "wan"),
+    ("StableCascadeUNet", CASCADE, "stable-cascade"),
     ("UNet2DConditionModel", SD15, "sd1"),
     ("UNet2DConditionModel", SDXL, "sdxl"),
+    ("UNet2DConditionModel", KOLORS, "sdxl"),
     ("WanAnimate2Transformer3DModel", {}, "wan-animate2"),
     ("WanAnimateTransformer3DModel", {}, "wan"),
     ("WanTransformer3DModel", {}, "wan"),
     ("WanVACETransformer3DModel", {}, "wan"),
+    ("WanVACETransformer3DModel", VACE_14B, "wan"),
     ("ZImageTransformer2DModel", {}, "z-image"),
+    ("ZImageTransformer2DModel", dict(siglip_feat_dim=1152), "z-image"),  # Omni
 ]  # fmt: skip
 # served by a loader, and without a table: this list may only become shorter
 UNCOVERED = {
@@ -115,7 +138,7 @@ MODULAR = {
 # loads into several models: the connectors are checked below; AMUSEd has neither noise nor flow
 OTHERS = {"AmusedLoraLoaderMixin", "LTX2LoraLoaderMixin"}
 # a motion encoder that nobody adapts
-FROZEN = r"motion_encoder\.|face_encoder\.padding_tokens"
+FROZEN = r"motion_encoder\."
 # what fits as well: Anima has Cosmos-Predict 2's transformer, FramePack HunyuanVideo's
 ALIKE = {
     "cosmos": {"anima"}, "chroma": {"flux"}, "hunyuan-video": {"framepack"}, "sd1": {"sd2"},

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adaptkit.adapter import Adapter
-from adaptkit.errors import AdaptkitError, NotRepresentable, ShapeMismatch
+from adaptkit.errors import AdaptkitError, NothingToDo, NotRepresentable, ShapeMismatch
 from adaptkit.ops import combine, compare, convert, inspect, merge, resize
 
 peft = pytest.importorskip("peft")
@@ -65,9 +65,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glora-column": ("GloraConfig", {**BOTH, "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
     "glora-number": ("GloraConfig", {**BOTH, "config_A_B": "constant", "config_C": "none", "config_D_E": "none"}),
     "glora-bias": ("GloraConfig", {**BOTH, "config_A_B": "none", "config_C": "lora", "r": 2}),
+    "shira": ("ShiraConfig", {**BOTH, "r": 2, "random_seed": 3}),
+    "gralora": ("GraloraConfig", {**BOTH, "r": 4, "gralora_k": 2, "alpha": 3}),
+    "gralora-hybrid": ("GraloraConfig", {**BOTH, "r": 4, "gralora_k": 4, "hybrid_r": 3}),
+    "randlora": ("RandLoraConfig", {**BOTH, "r": 3, "randlora_alpha": 7}),
+    "randlora-drawn": ("RandLoraConfig", {**BOTH, "r": 5, "save_projection": False, "projection_prng_key": 3}),
+    "randlora-sparse": ("RandLoraConfig", {**BOTH, "r": 4, "save_projection": False, "sparse": True}),
+    "randlora-thin": ("RandLoraConfig", {**BOTH, "r": 4, "save_projection": False, "very_sparse": True}),
+    "road": ("RoadConfig", {**BOTH, "group_size": 4}),
+    "road-2": ("RoadConfig", {**BOTH, "group_size": 2, "variant": "road_2"}),
+    "road-4": ("RoadConfig", {**BOTH, "group_size": 4, "variant": "road_4"}),
+    "waveft": ("WaveFTConfig", {**BOTH, "n_frequency": 20, "random_loc_seed": 5, "scaling": 7.0}),
+    "waveft-db3": ("WaveFTConfig", {**BOTH, "n_frequency": 30, "wavelet_family": "db3", "n_frequency_pattern": {"to_k": 25}}),
+    "waveft-sym4": ("WaveFTConfig", {**BOTH, "n_frequency": 30, "wavelet_family": "sym4", "proportional_parameters": True}),
+    "waveft-plain": ("WaveFTConfig", {**BOTH, "n_frequency": 30, "use_idwt": False}),
+    "psoft": ("PsoftConfig", {**BOTH, "r": 4}),
+    "psoft-lowrank": ("PsoftConfig", {**BOTH, "r": 4, "psoft_svd": "lowrank", "random_seed": 3, "psoft_mag_a": False, "ab_svd_init": "pissa_init"}),
+    "psoft-neumann": ("PsoftConfig", {**BOTH, "r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": 7, "cayley_neumann_eps": 0.5}),
+    "psoft-whole": ("PsoftConfig", {**BOTH, "r": 4, "psoft_orth": False, "psoft_mag_b": False}),
+    "c3a": ("C3AConfig", {**BOTH, "block_size": 4, "block_size_pattern": {"to_q": 2}}),
+    "osf": ("OSFConfig", {**BOTH, "effective_rank": 5, "rank_pattern": {"to_k": 7}}),
+    "deft": ("DeftConfig", {**BOTH, "r": 3, "alpha": 2}),
+    "deft-qr": ("DeftConfig", {**BOTH, "r": 3, "decomposition_method": "qr"}),
+    "deft-para": ("DeftConfig", {**BOTH, "r": 3, "decomposition_method": "qr", "para": True}),
+    "supertuning": ("SupertuningConfig", {**BOTH, "sparsity": 0.8}),
+    "supertuning-lora": ("SupertuningConfig", {**BOTH, "sparsity": 0.8, "r": 2, "lora_alpha": 3.0}),
+    "pvera": ("PveraConfig", {**BOTH, "r": 4}),
+    "pvera-drawn": ("PveraConfig", {**BOTH, "r": 4, "save_projection": False, "projection_prng_key": 3}),
+    "vblora": ("VBLoRAConfig", {**BOTH, "r": 3, "num_vectors": 9, "vector_length": 4}),
+    "vblora-chosen": ("VBLoRAConfig", {**BOTH, "r": 3, "num_vectors": 9, "vector_length": 4, "topk": 3, "save_only_topk_weights": True}),
+    "unilora": ("UniLoraConfig", {**BOTH, "r": 3, "theta_d_length": 40, "save_indices": True}),
     "ia3-output": ("IA3Config", {**ALL, "feedforward_modules": []}),
     "ia3-input": ("IA3Config", {**ALL, "feedforward_modules": ["to_v", "to_k"]}),
     "ia3-pattern": ("IA3Config", {**ALL, "feedforward_modules": r".*to_(v|q)"}),
+    "oft": ("OFTConfig", {**BOTH, "r": 0, "oft_block_size": 4}),
+    "oft-number": ("OFTConfig", {**BOTH, "r": 2, "oft_block_size": 0}),
+    "oft-shared": ("OFTConfig", {**BOTH, "r": 0, "oft_block_size": 4, "block_share": True}),
+    "boft": ("BOFTConfig", {**ALL, "boft_block_size": 4}),
     "lora-bias": ("LoraConfig", {**BOTH, "r": 3, "lora_alpha": 5, "lora_bias": True, "init_lora_weights": False}),
 }  # fmt: skip
 PATTERN = {f"{BLOCK}.attn.to_q.lora_E": [True, False, True, True]}
@@ -87,7 +121,9 @@ class Case:
         save_file(self.state, self.base)
         tuned = peft.get_peft_model(plain, config).eval()
         torch.manual_seed(2)
-        prefixes = re.compile(r"lora_|hira_|hra_|miss_|fourierft_|vera_l|glora_|delora_[AB]")
+        prefixes = re.compile(
+            r"lora_|hira_|hra_|miss_|oft_|fourierft_|shira_w|gralora_|randlora_[lg]|road_|waveft_|psoft_|c3a_|osf_|deft_|supertuning_|pvera_l|vblora_|unilora_|vera_l|glora_|delora_[AB]"
+        )
         with torch.no_grad():
             for key, parameter in tuned.named_parameters():
                 if prefixes.search(key) and "ranknum" not in key:
@@ -138,9 +174,49 @@ def test_layers_without_a_bias(name: str, tmp_path: Path) -> None:
     assert case.close(case.merged(case.adapter))
 
 
-ADDITIVE = ("adalora", "adalora-cut", "delora", "lora-bias")
-WRITTEN = ("lora-bias", "ia3-output", "ia3-input", "ia3-pattern")
-OWN_BIAS = ("glora", "glora-column", "glora-bias", "ia3-output", "ia3-pattern")
+ADDITIVE = (
+    "adalora",
+    "adalora-cut",
+    "delora",
+    "gralora",
+    "gralora-hybrid",
+    "lora-bias",
+    "c3a",
+    "vblora",
+    "vblora-chosen",
+    "unilora",
+)
+WRITTEN = (
+    "lora-bias",
+    "ia3-output",
+    "ia3-input",
+    "ia3-pattern",
+    "oft",
+    "oft-number",
+    "oft-shared",
+    "boft",
+)
+TURNS = (
+    "road",
+    "road-2",
+    "road-4",
+    "hra",
+    "hra-orthogonal",
+    "oft",
+    "oft-number",
+    "oft-shared",
+    "boft",
+)
+OWN_BIAS = (
+    "road",
+    "road-2",
+    "road-4",
+    "glora",
+    "glora-column",
+    "glora-bias",
+    "ia3-output",
+    "ia3-pattern",
+)
 
 
 @pytest.fixture(params=CASES)
@@ -200,7 +276,7 @@ def test_every_verb_works_or_names_what_would(named: tuple[str, Case], tmp_path:
     after = case.merged(case.adapter)
     for key, delta in deltas(both).items():
         exact = 1.5 * (after[key].double() - case.state[key].double()).reshape(delta.shape)
-        if name not in ("hra", "hra-orthogonal"):  # a part of a turn: linear in the strength
+        if name not in TURNS:  # a part of a turn: linear in the strength
             assert float((delta - exact).norm()) < 2e-5 * max(float(exact.norm()), 1e-2), key
     if name not in ADDITIVE:
         with pytest.raises(NotRepresentable, match="depends on the weight") as refused:
@@ -212,15 +288,19 @@ def test_every_verb_works_or_names_what_would(named: tuple[str, Case], tmp_path:
     if name in ADDITIVE:
         assert {one["rank"] for one in resize.run(resize.plan(case.adapter, small)).details} == {2}
     else:
-        with pytest.raises(NotRepresentable, match="read, not written") as refused:
+        with pytest.raises(NothingToDo, match="no(ne of its modules has a)? rank") as refused:
             resize.plan(case.adapter, small)
-        assert "--algo lora with --base" in (refused.value.hint or "")
+        assert "--algo lora" in (refused.value.hint or "")
     for to in ("bare", "comfy"):  # the latter has q, k and v in one layer
-        with pytest.raises(NotRepresentable, match="read, not written|split or fused") as refused:
+        with pytest.raises(
+            NotRepresentable, match="folder of PEFT alone|split or fused"
+        ) as refused:
             convert.plan(case.adapter, convert.Options(to=to, family="flux"))
         assert "--algo lora" in (refused.value.hint or "")
 
 
+NAMED = ("vera-drawn", "pvera-drawn", "vblora", "supertuning-lora")
+SETTLED = ("adalora", "hra", "fourierft", "gralora", "randlora", "road", "waveft", "psoft", "deft")
 SILENT = ("delora", "hira", "miss", "miss-bat", "miss-mini", "vera", "glora", "ia3-output-linear")
 
 
@@ -230,7 +310,7 @@ def test_tensors_without_their_configuration(name: str, tmp_path: Path) -> None:
     case = Case(name, tmp_path)
     alone = tmp_path / "renamed.safetensors"
     alone.write_bytes((case.adapter / "adapter_model.safetensors").read_bytes())
-    if name.split("-")[0] in ("adalora", "hra", "fourierft") or name == "vera-drawn":
+    if name.split("-")[0] in SETTLED or name in NAMED:
         with pytest.raises(NotRepresentable, match=r"adapter_config\.json") as refused:
             merge.plan(case.base, [(alone, 1.0)], merge.Options(output=tmp_path / "o.safetensors"))
         assert "name the folder" in (refused.value.hint or "")

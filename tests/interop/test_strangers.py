@@ -18,7 +18,7 @@ from adaptkit.detect import Detection, detect_adapter, detect_checkpoint, famili
 from adaptkit.detect import sizes as rules
 from adaptkit.files.header import TensorInfo
 from adaptkit.ops import inspect
-from tests.generate import HIDREAM, HUNYUAN_DIT
+from tests.generate import HIDREAM, HUNYUAN_DIT, LONGCAT
 from tests.synth import Listing, lora_shapes, write_header_only
 
 diffusers = pytest.importorskip("diffusers")
@@ -33,8 +33,8 @@ STRANGERS: dict[str, tuple[str, dict[str, Any]]] = {
         "DreamLiteUNetModel", "I2VGenXLUNet", "JoyImageEditTransformer3DModel", "Kandinsky3UNet",
         "JoyImageEditPlusTransformer3DModel", "Kandinsky6Transformer3DModel", "MotionAdapter", "T2IAdapter",
         "Kandinsky6SRTransformer3DModel", "LongCatAudioDiTTransformer", "MiniMaxMusic3Transformer1DModel",
-        "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel", "PriorTransformer", "RFD4ProteinaTransformer",
-        "SanaWMTransformer3DModel", "StableAudio3DiTModel", "StableAudioDiTModel", "StableCascadeUNet", "UNet1DModel",
+        "NucleusMoEImageTransformer2DModel", "PriorTransformer", "RFD4ProteinaTransformer",
+        "SanaWMTransformer3DModel", "StableAudio3DiTModel", "StableAudioDiTModel", "UNet1DModel",
         "UNet2DModel", "UNetControlNetXSModel",
         "UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel", "UVit2DModel",
     )
@@ -123,7 +123,8 @@ NAMED: dict[str, tuple[str, dict[str, Any], str]] = {
         dict(num_layers=48, attention_head_dim=128, cross_attention_dim=4096),
         "ltx-13b",
     ),
-    "LongCat-Image": ("LongCatImageTransformer2DModel", {}, "flux"),
+    "LongCat-Image": ("LongCatImageTransformer2DModel", LONGCAT, "longcat-image"),
+    "Ovis-Image": ("OvisImageTransformer2DModel", {}, "ovis-image"),
     "Lumina-2": ("Lumina2Transformer2DModel", {}, "lumina2"),
     "Qwen-Image": ("QwenImageTransformer2DModel", {}, "qwen-image"),
     "SD-3": (
@@ -151,7 +152,6 @@ ALIKE = {
 ATTENTION_AS = {
     "MiniMaxMusic3Transformer1DModel": {"hunyuan-video-15"},
     "NucleusMoEImageTransformer2DModel": {"hunyuan-video-15"},
-    "OvisImageTransformer2DModel": {"bria-fibo", "flux", "chroma", "framepack", "hunyuan-video"},
 }
 
 # some families, none of them of a stranger's kind
@@ -261,7 +261,7 @@ def test_inspect_says_unknown_and_promises_no_host(name: str, tmp_path: Path) ->
 def test_the_nearest_family_is_said() -> None:
     near = {
         "CogView3PlusTransformer2DModel": "glm-image",
-        "OvisImageTransformer2DModel": "hunyuan-video",
+        "AllegroTransformer3DModel": "ltx2",
     }
     for name, family in near.items():
         result = detect_adapter(infos(lora(built(*STRANGERS[name])[0], "diffusers")), {})

@@ -1,10 +1,11 @@
-"""Launches, waits and copies of a stack of eight layers on a device: upper limits, counted on an emulated one.
+"""Launches, waits, copies and their bytes for a stack of eight layers on a device: limits, counted on an emulated one.
 
 `python -m pytest tests/ops/on_device_counts.py -s` prints them.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,14 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adaptkit import engine
+from adaptkit.files.reader import Reader
 from adaptkit.ops import advise, compare, extract, merge, resize
+from adaptkit.staging.slabs import ALIGNED
 from tests import emulated
+from tests.emulated_streams import Streams
 from tests.ops.on_device import run
 
 LAYERS, SIDE = 8, 1280
@@ -33,7 +37,7 @@ class Counted:
 
     def __enter__(self) -> Counted:
         dispatch, tolist = emulated._Device.__torch_dispatch__, emulated.OnDevice.tolist
-        run_all = engine.run
+        run_all, late, into = engine.run, Streams._later, Reader.into
 
         def counting(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             found = dispatch(mode, func, types, args, kwargs)
@@ -41,8 +45,20 @@ class Counted:
             return found
 
         def waiting(tensor: Any) -> Any:
-            self.seen["back"] += 1
+            self.note("looks", tensor.nbytes)
             return tolist(tensor)
+
+        def reading(reader: Any, view: Any, *place: Any) -> Any:
+            if threading.current_thread().name.startswith("adaptkit-read"):
+                self.seen["bytes read"] += len(view)
+            return into(reader, view, *place)
+
+        def copying(streams: Any, stream: Any, place: Any, to: Any, *more: Any) -> Any:
+            way = "results" if to is place else "sent ahead"
+            self.note(way, to.nbytes)
+            if to is place:  # seen by the dispatcher too, where nothing tells that nobody waits
+                self.note("looks", -to.nbytes)
+            return late(streams, stream, place, to, *more)
 
         def each(*args: Any) -> Any:
             self.seen.clear()
@@ -54,6 +70,8 @@ class Counted:
             mock.patch.object(emulated._Device, "__torch_dispatch__", counting),
             mock.patch.object(emulated.OnDevice, "tolist", waiting),
             mock.patch.object(engine, "run", each),
+            mock.patch.object(Streams, "_later", copying),
+            mock.patch.object(Reader, "into", reading),
         ]
         for patch in self.patches:
             patch.start()
@@ -62,6 +80,10 @@ class Counted:
     def __exit__(self, *_: object) -> None:
         for patch in self.patches:
             patch.stop()
+
+    def note(self, what: str, size: int) -> None:
+        self.seen[what] += 1 if size >= 0 else -1
+        self.seen[f"bytes {what}"] += size
 
     def count(self, name: str, func: Any, given: Any, found: Any) -> None:
         def there(tree: Any) -> bool:
@@ -73,7 +95,7 @@ class Counted:
         if name.startswith(("_local_scalar_dense", "item", "is_nonzero", "equal")):
             self.seen["waits"] += 1
         elif (func in emulated.MOVES or name.startswith(("to.", "cpu"))) and ours != theirs:
-            self.seen["back" if ours else "sent"] += 1
+            self.note("looks" if ours else "sent", found.nbytes)
         elif not name.startswith(ALLOCATES) and not looks_otherwise(func, given, found):
             self.seen["launches"] += 1
 
@@ -117,17 +139,21 @@ def device() -> Iterator[str]:
         yield name
 
 
-# of all eight, in each pass: launches, waits for a number, copies sent, and copies back. A copy back waits too: two of
-# them are the tensors written, the others the looks. The first pass of an extraction is the probe
+# of all eight, in each pass: launches, waits for a number, copies sent, looks, and copies of results. A look is a copy back that
+# the computing thread waits for, the copies of results are waited for by the writer. The first pass of an extraction is the probe
 LIMITS = {
-    "merge lora": [(6, 0, 1, 2)],
-    "merge lokr": [(6, 0, 1, 2)],
-    "extract lora": [(120, 0, 6, 2), (87, 0, 5, 5)],
-    "extract lokr": [(120, 0, 6, 2), (76, 0, 4, 5)],
-    "resize lora": [(34, 0, 3, 4)],
-    "advise": [(162, 0, 7, 3)],
-    "compare": [(18, 0, 1, 1)],
+    "merge lora": [(6, 0, 1, 0, 2)],
+    "merge lokr": [(6, 0, 1, 0, 2)],
+    "extract lora": [(120, 0, 6, 2, 0), (87, 0, 5, 3, 2)],
+    "extract lokr": [(120, 0, 6, 2, 0), (76, 0, 4, 3, 2)],
+    "resize lora": [(34, 0, 3, 2, 2)],
+    "advise": [(162, 0, 7, 3, 0)],
+    "compare": [(18, 0, 1, 1, 0)],
 }
+# bytes of a layer, whatever its size: what the host sees, Gram matrices in float64, and with norms what is not stored
+LOOKS = {"probe": 5_000_000, "fit": 1_000_000}
+NUMBERS = 32
+SOLVED = 0.02  # of the bytes read: what the host has solved and sends
 
 
 @pytest.mark.parametrize("what", LIMITS)
@@ -150,9 +176,23 @@ def test_upper_limits(what: str, files: dict[str, Path], device: str, tmp_path: 
         more["output"] = tmp_path / "o.safetensors"
     with Counted() as counted:
         run(op, inputs[verb], more, device=device)
-    names = ("launches", "waits", "sent", "back")
+    names = ("launches", "waits", "sent", "looks", "results")
     found = [tuple(seen[name] for name in names) for seen in counted.passes]
     print(what, found)
     for one, limits in zip(found, LIMITS[what], strict=True):
         assert all(number <= most for number, most in zip(one, limits, strict=True)), found
         assert one[0] > 0
+    for n, seen in enumerate(counted.passes):
+        print("  ", {name: number for name, number in seen.items() if "bytes" in name})
+        read, probing = seen["bytes read"], verb == "advise" or n < len(counted.passes) - 1
+        assert read > 0
+        assert 0 <= seen["bytes sent ahead"] - read <= 8 * ALIGNED, "each byte read is sent once"
+        assert seen["bytes sent"] - seen["bytes sent ahead"] <= SOLVED * read
+        assert seen["bytes looks"] <= LAYERS * LOOKS["probe" if probing else "fit"]
+    results = sum(seen["bytes results"] for seen in counted.passes)
+    assert 0 <= results - (stored(more["output"]) if kind else 0) <= LAYERS * NUMBERS
+
+
+def stored(path: Path) -> int:
+    """The bytes of a file's tensors but for alphas, which are made on the host."""
+    return sum(t.nbytes for key, t in load_file(path).items() if not key.endswith("alpha"))

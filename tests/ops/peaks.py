@@ -101,6 +101,7 @@ COMPARES = (  # the last one: with the base
     ("lora", "tuned", True),
     ("full", "lora", False),
     ("full", "loha", False),
+    ("full", "full", False),
     ("oft", "tuned", True),
     ("hra", "tuned", True),
     ("dora", "tuned", True),

@@ -10,9 +10,9 @@ import torch
 from tests import emulated
 from tests.synth import FIXTURES
 
-TESTS = ["on_device.py", "on_device_stacks.py"]
+TESTS = ["on_device.py", "on_device_stacks.py", "on_device_streams.py"]
 if not torch.cuda.is_available():
-    TESTS += ["on_device_counts.py", "on_device_narrow.py"]
+    TESTS += ["on_device_counts.py", "on_device_faults.py", "on_device_narrow.py"]
 
 
 def test_every_command_on_a_device(tmp_path: Path) -> None:

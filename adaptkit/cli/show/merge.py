@@ -48,7 +48,7 @@ def merged(talk: Talk, report: merge.Report) -> None:
     notes += report.notes
     if report.relative_error > _LOSSY:
         wider = "bf16 or fp16" if report.quantised else "fp32"
-        which = f" ({report.quantised} tensors are fp8)" if report.quantised else ""
+        which = f" ({report.quantised} tensors are quantised)" if report.quantised else ""
         notes.append(
             f"rounding is {report.relative_error:.0%} of ‖ΔW‖{which}; --dtype {wider} is more "
             "accurate"

@@ -10,7 +10,7 @@ from adaptkit.errors import NotRepresentable
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["BLOCKED", "DTYPES", "GGML", "PACKED", "TORCH_NAMES", "itemsize", "nbytes"]
+__all__ = ["BLOCKED", "DTYPES", "GGML", "PACKED", "TORCH_NAMES", "UNREAD", "itemsize", "nbytes"]
 
 DTYPES: Mapping[str, int] = {  # bits per element
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
@@ -27,8 +27,17 @@ GGML: Mapping[str, float] = {
 }  # fmt: skip
 
 # packed weights of checkpoints (adaptkit.files.packed): bits per element, about
-PACKED: Mapping[str, float] = {"NF4": 4.5, "FP4": 4.5, "NVFP4": 4.5, "MXFP8": 8.25, "INT8": 8}
-BLOCKED: Mapping[str, float] = {**GGML, **PACKED}  # read as float32, never written
+PACKED: Mapping[str, float] = {
+    "NF4": 4.5, "FP4": 4.5, "NVFP4": 4.5, "MXFP8": 8.25, "INT8": 8, "INT4": 4.5, "FP8": 8,
+    "SVDQ_INT4": 4.25, "SVDQ_NVFP4": 4.5,
+}  # fmt: skip
+BLOCKED: Mapping[str, float] = {**GGML, **PACKED}  # read as float32
+# packed weights that are only told by name
+UNREAD: Mapping[str, float] = {
+    "TORCHAO": 8, "TORCHAO_INT4_TILES": 4.5, "TORCHAO_INT4_INT32": 4.5, "TORCHAO_INT4_OPAQUE": 4.5,
+    "TORCHAO_MX": 8.25, "TORCHAO_NVFP4": 4.5, "AWQ_INT4": 4.5, "SVDQ_INT4_OTHER": 4.25,
+    "SVDQ_NVFP4_OTHER": 4.5,
+}  # fmt: skip
 
 # safetensors dtype -> attribute of torch; tensors of any other dtype can only be copied
 TORCH_NAMES: Mapping[str, str] = {
@@ -52,5 +61,5 @@ def itemsize(dtype: str) -> int:
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a packed tensor."""
-    bits = DTYPES.get(dtype) or BLOCKED[dtype]
+    bits = DTYPES.get(dtype) or BLOCKED.get(dtype) or UNREAD[dtype]
     return int(math.prod(shape) * bits) // 8

@@ -1,15 +1,16 @@
 """Checkpoints whose weights are packed: each is read as the numbers that it stands for.
 
-nf4, fp4 and int8 of bitsandbytes; nvfp4, mxfp8 and int8 of ComfyUI, rotated too. The formulas are
+nf4, fp4 and int8 of bitsandbytes; nvfp4, mxfp8 and int8 of ComfyUI, rotated too; int8, int4 and
+float8 of torchao; SVDQuant of nunchaku. The formulas are
 those of their authors, and none of their packages is needed. A packed weight has a name for its
-dtype (`NF4`), the shape of its layer, and comes as float32. It is never written.
+dtype (`NF4`), the shape of its layer, and comes as float32. `Packing` writes it again.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptkit.files.packed import bitsandbytes, comfy
+from adaptkit.files.packed import bitsandbytes, comfy, svdquant, torchao
 from adaptkit.files.source import TensorSource
 
 if TYPE_CHECKING:
@@ -18,27 +19,21 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adaptkit.files.packed.contract import Packed
+    from adaptkit.files.header import TensorInfo
+    from adaptkit.files.packing import Packed
 
-__all__ = ["packed_weights", "scaled_integers", "unpacked"]
-
-
-def packed_weights(source: TensorSource) -> dict[str, Packed]:
-    """The weights that `unpacked` reads, by name."""
-    return {**bitsandbytes.find(source), **comfy.find(source)}
+__all__ = ["unpacked"]
 
 
 def unpacked(source: TensorSource) -> TensorSource:
     """A source of the numbers that packed weights stand for; itself if there are none."""
-    found = packed_weights(source)
+    kinds = (bitsandbytes, comfy, svdquant, torchao)
+    found = {name: one for kind in kinds for name, one in kind.find(source).items()}
     return _Unpacked(source, found) if found else source
 
 
-def scaled_integers(source: TensorSource) -> frozenset[str]:
-    """Integer weights of a file that are plain numbers but for a scale, and so can be written."""
-    if isinstance(source, _Unpacked) or not any(i.dtype == "I8" for i in source.infos.values()):
-        return frozenset()
-    return frozenset(name for name, one in packed_weights(source).items() if one.scaled)
+def _as_shown(info: TensorInfo, name: str, one: Packed) -> TensorInfo:
+    return info._replace(name=name, dtype=one.dtype, shape=one.shape)
 
 
 class _Unpacked(TensorSource):
@@ -47,23 +42,33 @@ class _Unpacked(TensorSource):
     def __init__(self, source: TensorSource, packed: Mapping[str, Packed]) -> None:
         self._source, self._packed = source, packed
         self.path, self.files, self.size = source.path, source.files, source.size
-        self.metadata, self.ignored = source.metadata, source.ignored
-        hidden = {key for one in packed.values() for key in one.parts.values()} - packed.keys()
-        self.infos = {
-            name: info._replace(dtype=packed[name].dtype, shape=packed[name].shape)
-            if name in packed
-            else info
-            for name, info in source.infos.items()
-            if name not in hidden
-        }
+        self.metadata, self.ignored, self.form = source.metadata, source.ignored, source.form
+        # a weight may have a name that none of its tensors has, and several one tensor
+        shown: dict[str, list[str]] = {}
+        for name, one in packed.items():
+            shown.setdefault(one.parts["weight"], []).append(name)
+        hidden = {key for one in packed.values() for key in one.parts.values()}
+        infos: dict[str, TensorInfo] = {}
+        for key, info in source.infos.items():
+            if key not in hidden:
+                infos[key] = info
+            for name in shown.get(key, ()):
+                infos[name] = _as_shown(info, name, packed[name])
+        self.infos = infos
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         one = self._packed.get(name)
         if one is None:
             return self._source.read(name, rows)
-        stored = {part: self._source.read(key) for part, key in one.parts.items()}
-        whole = one.decode(stored).reshape(one.shape)
+        whole = one.decode(self.parts(one)).reshape(one.shape)
         return whole if rows is None else whole[rows].clone()
+
+    @property
+    def stored(self) -> TensorSource:
+        return self._source
+
+    def packed(self, name: str) -> Packed | None:
+        return self._packed.get(name)
 
     def scalar(self, name: str) -> float:
         return self._source.scalar(name)
@@ -79,7 +84,8 @@ class _Unpacked(TensorSource):
             self._source.announce(key)
 
     def order(self, name: str) -> tuple[int, int]:
-        return self._source.order(name)
+        one = self._packed.get(name)
+        return self._source.order(name if one is None else one.parts["weight"])
 
     def check_unchanged(self) -> None:
         self._source.check_unchanged()

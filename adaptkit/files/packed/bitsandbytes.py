@@ -1,9 +1,11 @@
 """nf4, fp4 and int8 of bitsandbytes, as transformers and diffusers store them.
 
-Four bits (bitsandbytes `functional.py: dequantize_4bit`, QuantState.as_dict): of each byte the
-higher half comes first; each half is a place in `quant_map`, whose number is multiplied by the
-block's `absmax`. With nested scales, absmax = nested_quant_map[absmax] · nested_absmax +
-nested_offset. Eight bits (`int8_vectorwise_dequant`): W = q · SCB / 127 by rows.
+Four bits (bitsandbytes `functional.py: quantize_4bit, dequantize_4bit`, QuantState.as_dict): of
+each byte the higher half comes first; each half is a place in `quant_map`, whose number is
+multiplied by the block's `absmax`. With nested scales, absmax = nested_quant_map[absmax] ·
+nested_absmax + nested_offset. A block is packed with its largest magnitude as absmax, nested ones
+with the offset of the file, and each number at the nearest place. Eight bits
+(`int8_vectorwise_dequant`): W = q · SCB / 127 by rows.
 """
 
 from __future__ import annotations
@@ -11,9 +13,18 @@ from __future__ import annotations
 import math
 import re
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.files.packed.contract import Packed, described
+from adaptkit.files.packed.description import described
+from adaptkit.files.packed.int8 import int8
+from adaptkit.files.packing import (
+    Packed,
+    Packing,
+    divided,
+    nearest,
+    slices,
+    widths,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,9 +78,23 @@ def _four(source: TensorSource, weight: str, kind: str, state: str) -> Packed | 
     if not fits:
         return None
     offset = float(said.get("nested_offset", 0.0))
-    decode = partial(_decode_four, numbers=numbers, size=size, nested=nested, offset=offset)
+    form = _Form(numbers, size, nested, offset)
     parts |= {"weight": weight, "state": state}
-    return Packed(kind.upper(), tuple(shape), parts, decode)  # type: ignore[arg-type]
+    scales = ("absmax",) if nested is None else ("absmax", "nested_absmax")
+    packing = Packing(
+        ("weight", *scales), partial(_encode, form=form), partial(_allowed, form=form)
+    )
+    decode = partial(_decode, form=form)
+    return Packed(kind.upper(), tuple(shape), parts, decode, packing)  # type: ignore[arg-type]
+
+
+class _Form(NamedTuple):
+    """How many numbers in blocks of `size`, and of how many blocks the scales of scales are."""
+
+    numbers: int
+    size: int
+    nested: int | None
+    offset: float
 
 
 def _nested(
@@ -92,19 +117,97 @@ def _sizes(shape: object) -> bool:
     return isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
 
 
-def _decode_four(
-    stored: Mapping[str, Tensor], numbers: int, size: int, nested: Any, offset: float
-) -> Tensor:
+def _absmax(stored: Mapping[str, Tensor], form: _Form) -> Tensor:
+    """The scale of every block, float32."""
+    absmax = stored["absmax"].flatten()
+    if form.nested is None:
+        return absmax.float()
+    outer = stored["nested_absmax"].flatten().float().repeat_interleave(form.nested)
+    inner = stored["nested_quant_map"].flatten().float()[absmax.int()]
+    return inner * outer[: len(absmax)] + form.offset
+
+
+def _decode(stored: Mapping[str, Tensor], form: _Form) -> Tensor:
+    return _each(stored, form, stored["quant_map"].flatten().float())
+
+
+def _each(stored: Mapping[str, Tensor], form: _Form, table: Tensor) -> Tensor:
+    """What a table holds for each number, times the scale of its block."""
     import torch
 
-    codes = stored["weight"].flatten()
-    halves = torch.stack([codes >> 4, codes & 15], -1).flatten()[:numbers]
-    absmax = stored["absmax"].flatten()
-    if nested is not None:
-        outer = stored["nested_absmax"].flatten().float().repeat_interleave(nested)[: len(absmax)]
-        absmax = stored["nested_quant_map"].flatten().float()[absmax.int()] * outer + offset
-    scales = absmax.float().repeat_interleave(size)[:numbers]
-    return stored["quant_map"].flatten().float()[halves.int()].mul_(scales)
+    codes, absmax = stored["weight"].flatten(), _absmax(stored, form)
+    out = absmax.new_empty(len(absmax) * form.size)[: form.numbers]
+    for cut in slices(len(absmax), form.size):
+        bytes_ = codes[cut.start * form.size // 2 : cut.stop * form.size // 2]
+        halves = torch.stack([bytes_ >> 4, bytes_ & 15], -1).flatten()
+        target = out[cut.start * form.size : cut.stop * form.size]
+        scales = absmax[cut].repeat_interleave(form.size)[: len(target)]
+        torch.mul(table[halves.int()][: len(target)], scales, out=target)
+    return out
+
+
+def _allowed(stored: Mapping[str, Tensor], numbers: Tensor, form: _Form) -> Tensor:
+    """Half the gap to the next place, and what the rounding of nested scales may cut off."""
+    found = _each(stored, form, widths(stored["quant_map"].flatten())).abs_()
+    if form.nested is not None:
+        outer = float(stored["nested_absmax"].float().abs().max())
+        found += outer * float(widths(stored["nested_quant_map"].flatten()).max())
+    return found.reshape(numbers.shape)
+
+
+def _encode(
+    new: Tensor, old: Tensor, stored: Mapping[str, Tensor], form: _Form
+) -> dict[str, Tensor]:
+    import torch
+
+    fresh, same = _scales(_blocks(new, form), _blocks(old, form), stored, form)
+    absmax, table = _absmax({**stored, **fresh}, form), stored["quant_map"].flatten()
+    numbers, codes = _blocks(new, form), stored["weight"].flatten()
+    found = torch.empty(len(absmax) * form.size // 2, dtype=torch.uint8)
+    for cut in slices(len(absmax), form.size):
+        halves = nearest(table, divided(numbers[cut].float(), absmax[cut].unsqueeze(-1)))
+        packed = (halves[:, 0::2] << 4) | halves[:, 1::2]
+        found[cut.start * form.size // 2 : cut.stop * form.size // 2] = packed.flatten()
+    found = found[: len(codes)]
+    kept = same.repeat_interleave(form.size // 2)[: len(codes)]
+    found = torch.where(kept, codes, found).reshape(stored["weight"].shape)
+    return {"weight": found, **fresh}
+
+
+def _blocks(numbers: Tensor, form: _Form) -> Tensor:
+    """Numbers (blocks, size), with zeros after the last."""
+    import torch
+
+    flat = numbers.reshape(-1)
+    rest = -len(flat) % form.size
+    return torch.nn.functional.pad(flat, (0, rest)).reshape(-1, form.size)
+
+
+def _scales(
+    new: Tensor, old: Tensor, stored: Mapping[str, Tensor], form: _Form
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The scales of all blocks as they are stored, and which blocks keep their bytes."""
+    import torch
+
+    same = (new == old).all(-1)
+    top = new.abs().amax(-1).float()
+    if form.nested is None:
+        before = stored["absmax"]
+        kept = torch.where(same, before.flatten(), top.to(before.dtype))
+        return {"absmax": kept.reshape(before.shape)}, same
+    # a scale of scales that changes would change every block beneath it
+    groups = torch.nn.functional.pad(same, (0, -len(same) % form.nested), value=True)
+    whole = groups.reshape(-1, form.nested).all(-1)
+    same = whole.repeat_interleave(form.nested)[: len(same)]
+    apart = torch.nn.functional.pad(top - form.offset, (0, -len(top) % form.nested))
+    apart = apart.reshape(-1, form.nested)
+    outer = stored["nested_absmax"]
+    fresh = torch.where(whole, outer.flatten(), apart.abs().amax(-1).to(outer.dtype))
+    scaled = divided(apart, fresh.float().unsqueeze(-1))
+    codes = nearest(stored["nested_quant_map"].flatten(), scaled).flatten()[: len(top)]
+    codes = torch.where(same, stored["absmax"].flatten(), codes)
+    found = {"absmax": codes.reshape(stored["absmax"].shape)}
+    return {**found, "nested_absmax": fresh.reshape(outer.shape)}, same
 
 
 def _eight(source: TensorSource, key: str) -> Packed | None:
@@ -113,15 +216,11 @@ def _eight(source: TensorSource, key: str) -> Packed | None:
     info = infos.get(weight)
     if info is None or info.dtype != "I8" or len(info.shape) != 2:
         return None
-    if infos[key].numel != info.shape[0] or infos[key].dtype not in ("F32", "F16", "BF16"):
+    if infos[key].numel != info.shape[0]:
         return None
     parts = {"weight": weight, "scale": key}
     if order in infos:
         if infos[order].numel != 1 or source.scalar(order) != ROW:
             return None
         parts["order"] = order
-    return Packed("INT8", info.shape, parts, _decode_eight)
-
-
-def _decode_eight(stored: Mapping[str, Tensor]) -> Tensor:
-    return stored["weight"].float() * (stored["scale"].float().reshape(-1, 1) / 127.0)
+    return int8(info, infos[key], parts, {}, unit=1 / 127)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.algorithms._restated import Restated, kept, patterns
 from adaptkit.errors import NotRepresentable
 from adaptkit.keymap.kinds import vector_kind
 from adaptkit.meaning import otherwise
@@ -14,7 +15,7 @@ from adaptkit.meaning import otherwise
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from adaptkit.algorithms.contract import Weights
+    from adaptkit.algorithms.contract import Facts, Weights
 
 __all__ = [
     "BIASED",
@@ -35,13 +36,19 @@ BIASED = (
 
 @dataclass(frozen=True, slots=True)
 class PeftModule:
-    """One module as PEFT knows it: its name in the model and what is stored of it."""
+    """One module as PEFT knows it: its name in the model and what is stored of it.
+
+    `facts` are those of its source, and `config` is the PEFT configuration of that; of kinds that
+    are written with it.
+    """
 
     name: str
     kind: type[Weights]
     rank: int
     alpha: float
     shapes: Mapping[str, tuple[int, ...]]
+    facts: Facts | None = None
+    config: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
@@ -52,6 +59,8 @@ def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
     biases = [module for module in modules if _is_bias(module)]
     modules = [module for module in modules if not _is_bias(module)]
     kind = only_kind({module.kind for module in modules}, biased=bool(biases))
+    if kind.peft_kept:
+        return _again(kind, modules)
     rank, ranks = _patterns((m.name, m.rank) for m in modules)
     alpha, alphas = _patterns((m.name, m.alpha) for m in modules)
     config: dict[str, Any] = {
@@ -69,6 +78,19 @@ def peft_config(modules: Sequence[PeftModule]) -> dict[str, Any]:
     if biases:
         config["lora_bias"] = True
     return config | kind.peft_fields([module.shapes for module in modules])
+
+
+def _again(kind: type[Weights], modules: Sequence[PeftModule]) -> dict[str, Any]:
+    """The configuration of the source, with what the modules themselves tell."""
+    told = [Restated(m.name, m.shapes, m.facts, m.config) for m in modules if m.facts is not None]
+    return {
+        "base_model_name_or_path": None,
+        **kept(told),
+        "peft_type": kind.peft_type,
+        "inference_mode": True,
+        "target_modules": _targets(list(dict.fromkeys(module.name for module in modules))),
+        **kind.restated(told),
+    }
 
 
 def only_kind(kinds: Collection[type[Weights]], *, biased: bool) -> type[Weights]:
@@ -111,20 +133,9 @@ def _is_bias(module: PeftModule) -> bool:
 
 
 def _patterns(values: Iterable[tuple[str, float]]) -> tuple[float, dict[str, float]]:
-    """The most frequent value, and the other values by module.
-
-    `^` keeps `proj_out` from matching `blocks.0.proj_out` too (huggingface/peft#2419).
-    """
-    listed = list(values)
-    usual = Counter(value for _, value in listed).most_common(1)[0][0]
-    return _plain(usual), {
-        _exactly(name): _plain(value) for name, value in listed if value != usual
-    }
-
-
-def _exactly(name: str) -> str:
-    # the modules of a text encoder may stand below `text_model.`
-    return name if name.startswith("encoder.layers.") else f"^{name}"
+    """The most frequent value, and the other values by module."""
+    usual, others = patterns(values)
+    return _plain(usual), {name: _plain(value) for name, value in others.items()}
 
 
 def _anywhere(module: PeftModule) -> PeftModule:

@@ -51,19 +51,25 @@ def check_adapter_output(output: Path, *, folder: bool, overwrite: bool) -> None
 
 
 class Meant(NamedTuple):
-    """What a module was written as: `scale` multiplies the stored product."""
+    """What a module was written as: `scale` multiplies the stored product.
+
+    `settings` are those of its kind, of which the file tells the first at least.
+    """
 
     kind: type[Weights]
     rank: int | None
     scale: float
+    settings: tuple[object, ...] = ()
 
     def is_read(self, entry: Entry | None) -> bool:
         """Whether a reader finds this."""
+        told = () if entry is None else entry.facts.settings
         return (
             entry is not None
             and entry.kind is self.kind
             and entry.facts.rank == self.rank
             and isclose(entry.facts.scale, self.scale, rel_tol=_FLOAT32)
+            and (not self.settings or self.settings[: len(told)] == told)
         )
 
 

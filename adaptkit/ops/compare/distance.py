@@ -253,11 +253,22 @@ def alike(one: Any, other: Any) -> bool:
     if is_dataclass(one):
         return all(alike(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
     if hasattr(one, "ndim"):
-        return bool(one.shape == other.shape and (_wide(one) == _wide(other)).all())
+        return bool(one.shape == other.shape) and _equal(one, other)
     if isinstance(one, tuple):
         held = [[value for value in many if hasattr(value, "ndim")] for many in (one, other)]
         return len(held[0]) == len(held[1]) and all(map(alike, *held))
     return type(one) is int or bool(one == other)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers, in whatever dtype."""
+    import torch
+
+    if one.dtype == other.dtype:
+        return torch.equal(one, other)
+    flat = one.reshape(-1), other.reshape(-1)
+    pieces = (slice(start, start + BLOCK) for start in range(0, one.numel(), BLOCK))
+    return all(torch.equal(*(_wide(each[piece]) for each in flat)) for piece in pieces)
 
 
 # measuring

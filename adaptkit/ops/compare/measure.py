@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from adaptkit.algorithms.contract import same
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite, NotRepresentable
+from adaptkit.files.tensors import finite
 from adaptkit.ops.compare.distance import (
     BLOCK,
     Difference,
@@ -80,7 +81,7 @@ class Measurer:
         infos = [side.given.adapter.source.infos[key] for _, key in side.entry.tensors()]
         stored, elements = sum(info.nbytes for info in infos), sum(info.numel for info in infos)
         if side.entry.kind.dense:
-            return 2 * stored
+            return stored
         size = stored + 2 * WIDE * elements
         if side.base is not None and self.base is not None:
             rows_apart = side.entry.kind.row_wise
@@ -164,10 +165,10 @@ class Measurer:
         what = "holds NaN or infinity"
         for n, side in enumerate(match.sides):
             for role, key in side.entry.tensors() if side.entry else ():
-                if not _finite(stored[f"{n}/{role}"]):
+                if not finite(stored[f"{n}/{role}"]):
                     return NonFinite(what, file=side.given.adapter.source.path, tensor=key)
         for name, checkpoint, pieces in self._pieces(match):
-            if not _finite(stored[name]):
+            if not finite(stored[name]):
                 return NonFinite(what, file=checkpoint.source.path, tensor=pieces[0].name)
         return NonFinite("ΔW overflows", tensor=match.label)
 
@@ -189,12 +190,6 @@ def _read_of_base(match: Match) -> list[tuple[Piece, ...]]:
 def _name(match: Match, pieces: tuple[Piece, ...]) -> str:
     """The name of pieces of the base among what was read: the same in every match of a stack."""
     return f"base{_read_of_base(match).index(pieces)}"
-
-
-def _finite(tensor: Tensor) -> bool:
-    import torch
-
-    return bool(torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all())
 
 
 def _numbers(match: Match, stored: Mapping[str, Tensor]) -> Numbers:
@@ -254,7 +249,7 @@ class _Operand:
 
     @cached_property
     def finite(self) -> bool:
-        return all(map(_finite, self.stored.values()))
+        return all(map(finite, self.stored.values()))
 
     @property
     def known(self) -> bool:

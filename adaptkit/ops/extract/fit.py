@@ -15,6 +15,7 @@ from adaptkit.ops.difference.look import as_rounded
 from adaptkit.ops.extract.stacked import Stack, edge, fit_stack
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.staging.lanes import back
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -179,7 +180,7 @@ class Fitter:
         ladder = recipe.ladder and recipe.kind.laddered(shapes)
         errors = rounded.ladder_errors(delta) if ladder else (_left(rounded, delta, norm),)
         later = recipe.kind.dense and recipe.ladder
-        tensors = {} if later else {r: encoded[r].cpu().contiguous() for r in shapes}
+        tensors = {} if later else {r: back(encoded[r].contiguous()) for r in shapes}
         return Form(
             recipe.kind, job.dtype, shapes, errors, ladder, alpha, later=later, tensors=tensors
         )

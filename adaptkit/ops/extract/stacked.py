@@ -13,6 +13,7 @@ from adaptkit.algorithms.contract import ALPHA
 from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.staging.lanes import back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -162,11 +163,11 @@ def _share(one: _Seen, stack: Stack, results: Sequence[Fitted]) -> None:
     fit, kind = one.fit, one.fit.recipe.kind
     later = kind.dense and fit.recipe.ladder
     differ = any(found.norm for found in results)
-    host = {r: fit.encoded[r].cpu() for r in fit.shapes} if differ and not later else {}
+    host = {r: back(fit.encoded[r]) for r in fit.shapes} if differ and not later else {}
     for n, (job, found) in enumerate(zip(stack.jobs, results, strict=True)):
         if not found.norm:
             continue
-        tensors = {role: tensor[n].contiguous() for role, tensor in host.items()}
+        tensors = {role: tensor[n] for role, tensor in host.items()}
         errors = tuple(one.errors[n].tolist())
         form = Form(
             kind, job.dtype, fit.shapes, errors, fit.ladder, fit.alpha, later=later, tensors=tensors

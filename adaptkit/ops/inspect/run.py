@@ -185,12 +185,13 @@ def _adapter(
         if options.family or options.format or foreign(source.infos, config) is not None:
             raise
         return _stranger(source)
-    entries = adapter.entries.values()
+    source, entries = adapter.source, adapter.entries.values()
     record = {
         "bytes": source.size,
         "kind": "adapter",
         "family": adapter.family.name if adapter.known else None,
         "format": adapter.format.name,
+        **({"layout": source.layout} if source.layout else {}),
         "evidence": _evidence(adapter.detection),
         "algorithms": adapter.algorithms(),
         "components": dict(Counter(entry.slot.component for entry in entries).most_common()),

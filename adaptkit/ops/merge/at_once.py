@@ -6,10 +6,13 @@ once. A Kronecker product is added block by block, a LoRA as it is multiplied: n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from adaptkit.staging.lanes import Later, back, settled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
     from adaptkit.linalg.fused import Contest
     from adaptkit.ops.merge.cutting import Part
 
-__all__ = ["Merged", "merged", "widened_factors"]
+__all__ = ["Merged", "coming", "merged", "together", "widened_factors"]
+
+R = TypeVar("R")
 
 
 class Merged(NamedTuple):
@@ -33,9 +38,36 @@ class Merged(NamedTuple):
 
     def squares(self, known: list[float]) -> tuple[list[float], list[float], list[float]]:
         """‖W‖², ‖ΔW‖² and ‖rounding‖² of each; `known` are ‖ΔW‖² that the norms leave out."""
-        weight, rounding, *rest = self.norms.cpu().double().square().tolist()
+        weight, rounding, *rest = self.norms.double().square().tolist()
         delta = [found * self.unit**2 for found in rest[0]] if rest else known
         return weight, delta, rounding
+
+
+def coming(
+    made: Merged, shape: Sequence[int], known: list[float], settle: Callable[..., R]
+) -> list[Later[R]]:
+    """What `settle` makes of each of a stack, when that has come to the host.
+
+    It gets the number, W' of this shape, ‖W‖², ‖ΔW‖² and ‖rounding‖²; `known` as in `squares`.
+    """
+    host = made._replace(out=back(made.out), norms=back(made.norms))
+    each = host.out.reshape(len(made.out), *shape)
+    squares = cache(lambda: host.squares(known))
+
+    def of(n: int) -> Callable[[], R]:
+        return lambda: settle(n, each[n], *(part[n] for part in squares()))
+
+    return [Later(of(n), each[n].nbytes) for n in range(len(made.out))]
+
+
+def together(
+    found: Sequence[R | Later[R] | None], held: int
+) -> list[R | None] | Later[list[R | None]]:
+    """Results of several outputs, `held` bytes: all come later if one does."""
+    coming = [one.nbytes for one in found if isinstance(one, Later)]
+    if not coming:
+        return [one for one in found if not isinstance(one, Later)]
+    return Later(lambda: list(map(settled, found)), sum(coming) + held)
 
 
 def widened_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

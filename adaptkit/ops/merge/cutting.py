@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.ops.merge.plan import Contribution
 
-__all__ = ["WHOLE", "Deltas", "Part", "part_of", "whole_slot"]
+__all__ = ["WHOLE", "Deltas", "Part", "once", "part_of", "whole_slot"]
 
 WHOLE = "slot"  # beside the roles of a module: all rows of its layer
 
@@ -74,6 +74,13 @@ class Deltas:
     def clear(self) -> None:
         """Drop the cached deltas of the block."""
         self.kept.clear()
+
+
+def once(known: dict[Hashable, Part], part: Part) -> Part:
+    """The part of this origin, with what all of its rows need computed once."""
+    if part.origin not in known:
+        known[part.origin] = replace(part, weights=part.weights.computed())
+    return known[part.origin]
 
 
 def whole_slot(base: Checkpoint, c: Contribution) -> dict[str, Tensor]:

@@ -6,20 +6,22 @@ One pass serves one output or several.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
-from adaptkit.ops.merge.cutting import WHOLE, Deltas, Part, part_of, whole_slot
-from adaptkit.ops.merge.requantise import quantised, widened
-from adaptkit.ops.merge.steps import BLOCK, JointMerge, block_rows, by_rows, reused
+from adaptkit.ops.merge.at_once import together
+from adaptkit.ops.merge.cutting import WHOLE, Deltas, Part, once, part_of, whole_slot
+from adaptkit.ops.merge.requantise import repacked, requantised, widened
+from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, reused, square
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.staging.lanes import Later, back
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -28,21 +30,23 @@ if TYPE_CHECKING:
     from adaptkit.ops.merge.output import Output, Scattered
     from adaptkit.ops.merge.plan import Plan, TensorMerge
 
-__all__ = ["Blender", "Merged"]
+__all__ = ["Blender", "Merged", "held"]
 
 
 @dataclass(frozen=True)
 class Merged:
     """Squared norms of W, ΔW and the rounding error of one output tensor.
 
-    `tensor` (with `scale`) is the stored result, or None if it is written already.
+    `written` are the tensors to write, by name; none if that is done already.
     """
 
-    tensor: Tensor | None
-    scale: Tensor | None
+    written: Mapping[str, Tensor]
     weight: float
     delta: float
     rounding: float
+
+
+_Row = list[Merged | None] | Later[list[Merged | None]]  # of each output
 
 
 @dataclass(frozen=True)
@@ -106,16 +110,16 @@ class Blender:
                     read.add(source)
         return loaded
 
-    def blend(
-        self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]
-    ) -> list[list[Merged | None]]:
+    def blend(self, joints: Sequence[JointMerge], tensors: dict[str, Tensor]) -> list[_Row]:
         """Apply all adapters in float32 (float64 for a float64 base), then round once.
 
         The joints have equal shapes and contributions, and their tensors are stacked. Return, for
         each joint, the result of each output.
         """
         stored, scale = tensors.pop("base"), tensors.pop("scale", None)
-        found: list[list[Merged | None]] = [[None] * len(self.plans) for _ in joints]
+        found: list[list[Merged | Later[Merged] | None]] = [
+            [None] * len(self.plans) for _ in joints
+        ]
         whole: list[int] = []
         rows: list[int] = []
         for number, merge in enumerate(joints[0].merges):
@@ -129,11 +133,11 @@ class Blender:
             for n, merged in enumerate(made):
                 found[n][number] = merged
         if rows:
-            merge_all = self._at_once if self.at_once else self._by_rows
+            merge_all: Callable[..., Any] = self._at_once if self.at_once else self._by_rows
             for number, of_each in zip(rows, merge_all(rows, joints, tensors, stored), strict=True):
                 for n, merged in enumerate(of_each):
                     found[n][number] = merged
-        return found
+        return [together(row, held(row)) for row in found]
 
     def _parts(
         self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
@@ -220,7 +224,7 @@ class Blender:
                 self.outputs[number].pieces(joint.name, dtype, shape) for joint in joints
             )
             parts = self._parts(number, joints[0], tensors, flat.shape[1])
-            same = tuple((_known(known, part), strength) for part, strength in parts)
+            same = tuple((once(known, part), strength) for part, strength in parts)
             out = empty((len(flat), rows, flat.shape[2]), dtype, flat.device)
             delta, rounding = torch.zeros(2, len(flat), dtype=torch.float64)
             targets.append(_Target(out, pieces, same, delta, rounding))
@@ -230,7 +234,7 @@ class Blender:
         self, number: int, joint: JointMerge, pieces: Pieces | Scattered, *sums: Tensor
     ) -> Merged:
         found = self._merged(
-            number, _present(joint.merges[number]), None, *(float(value) for value in sums)
+            number, _present(joint.merges[number]), {}, *(float(value) for value in sums)
         )
         pieces.close()
         return found
@@ -243,8 +247,8 @@ class Blender:
         joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         stored: Tensor,
-    ) -> list[list[Merged]]:
-        """Merge a whole stack in few launches; nothing waits for the device before the results."""
+    ) -> list[list[Later[Merged]]]:
+        """Merge a whole stack in few launches; nothing waits for the device."""
         from adaptkit.ops.merge.at_once import widened_factors
 
         tensors = widened_factors(tensors)
@@ -257,8 +261,8 @@ class Blender:
         joints: Sequence[JointMerge],
         tensors: Mapping[str, Tensor],
         flat: Tensor,
-    ) -> list[Merged]:
-        from adaptkit.ops.merge.at_once import merged
+    ) -> list[Later[Merged]]:
+        from adaptkit.ops.merge.at_once import coming, merged
 
         parts = list(self._parts(number, joints[0], tensors, flat.shape[1]))
         deltas = [self._known(number, joint) for joint in joints]
@@ -266,15 +270,13 @@ class Blender:
         contest = self.contest if flat.device.type == "cuda" else None
         made = merged(flat, parts, dtype, known=None not in deltas, contest=contest)
         told = [known * parts[0][1] ** 2 for known in deltas if known is not None]
-        weight, delta, rounding = made.squares(told)
         shape = self.base.source.infos[joints[0].name].shape
-        host = made.out.cpu().reshape(len(joints), *shape)
-        return [
-            self._merged(
-                number, _present(joint.merges[number]), host[n], weight[n], delta[n], rounding[n]
-            )
-            for n, joint in enumerate(joints)
-        ]
+
+        def settle(n: int, out: Tensor, *squares: float) -> Merged:
+            merge = _present(joints[n].merges[number])
+            return self._merged(number, merge, {merge.name: out}, *squares)
+
+        return coming(made, shape, told, settle)
 
     def _known(self, number: int, joint: JointMerge) -> float | None:
         """‖ΔW‖² of the only module that is added, if it was told when that was read."""
@@ -282,14 +284,14 @@ class Blender:
         return self.norms.get((joint.name, sources[0])) if len(sources) == 1 else None
 
     def _merged(
-        self, number: int, merge: TensorMerge, out: Tensor | None, *squares: float
+        self, number: int, merge: TensorMerge, written: Mapping[str, Tensor], *squares: float
     ) -> Merged:
         weight, delta, rounding = squares
         if not (math.isfinite(weight) and math.isfinite(delta)):
             raise self._non_finite(number, merge)
         if not math.isfinite(rounding):
             raise self._too_large(number, merge)
-        return Merged(out, None, weight, delta, rounding)
+        return Merged(written, weight, delta, rounding)
 
     # tensors as a whole
 
@@ -311,9 +313,11 @@ class Blender:
         self._add(number, joints[0], matrix, tensors)
         scales = [None] * len(joints) if scale is None else list(scale)
         merges = [_present(joint.merges[number]) for joint in joints]
-        place = stored if spent and reused(merges[0], self.base) else [None] * len(joints)
-        each = zip(merges, wide, before, scales, place, strict=True)
-        return [self._finished(number, *one) for one in each]
+        spent = spent and reused(merges[0], self.base)
+        return [
+            self._finished(number, merge, wide[n], before[n], (stored[n], scales[n]), spent)
+            for n, merge in enumerate(merges)
+        ]
 
     def _add(
         self, number: int, joint: JointMerge, matrix: Tensor, tensors: Mapping[str, Tensor]
@@ -333,52 +337,55 @@ class Blender:
         number: int,
         merge: TensorMerge,
         merged: Tensor,
-        stored: Tensor,
-        scale: Tensor | None,
-        place: Tensor | None,
+        before: Tensor,
+        stored: tuple[Tensor, Tensor | None],
+        spent: bool,  # the output may take the place of W as it was read
     ) -> Merged:
-        """Round and measure; `place` is where W was stored, if the output takes it."""
-        rounded, back = place, place
-        if rounded is None or back is None:
-            rounded, scale, back = self._rounded(number, merge, merged, scale)
+        written, decoded = {merge.name: stored[0]}, stored[0]
+        if not spent:
+            written, decoded = self._rounded(number, merge, merged, before, stored)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in _chunks(stored, merged, back):
-            weight += _square(old)
-            delta += _square(new - old)
-            if place is not None:
+        for old, new, out in chunks(before, merged, decoded):
+            weight += square(old)
+            delta += square(new - old)
+            if spent:
                 out.copy_(new)
-            rounding += _square(out.to(new.dtype) - new)
-        if not math.isfinite(delta):
-            raise self._non_finite(number, merge)
-        if not math.isfinite(rounding):
-            raise self._too_large(number, merge)
-        return Merged(
-            rounded.cpu(), None if scale is None else scale.cpu(), weight, delta, rounding
-        )
+            rounding += square(out.to(new.dtype) - new)
+        host = {name: back(tensor) for name, tensor in written.items()}
+        return self._merged(number, merge, host, weight, delta, rounding)
 
     def _rounded(
-        self, number: int, merge: TensorMerge, merged: Tensor, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the stored tensor, its new scale, and the decoded numbers."""
+        self,
+        number: int,
+        merge: TensorMerge,
+        merged: Tensor,
+        before: Tensor,
+        stored: tuple[Tensor, Tensor | None],
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the tensors to write, and the numbers that they stand for."""
         from adaptkit.linalg.precision import cast
 
-        if merge.scale is not None and scale is not None:
-            rounded, fresh = quantised(merged, scale, merge.dtype)
-            return rounded, fresh, widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+        if merge.packed is not None:
+            if not finite(merged):
+                raise self._non_finite(number, merge)
+            return repacked(self.base.source, merge.packed, merged, before)
+        if merge.scale is not None and stored[1] is not None:
+            rounded, fresh = requantised(merged, before, stored[0], stored[1], merge.dtype)
+            decoded = widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+            return {merge.name: rounded, merge.scale: fresh}, decoded
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
             rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
         except NonFinite:
             raise self._too_large(number, merge) from None
-        return rounded, None, rounded
+        return {merge.name: rounded}, rounded
 
     # errors
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            "the merged weight does not fit "
-            f"{str(torch_dtype(merge.dtype)).removeprefix('torch.')}",
+            f"the merged weight does not fit {_named(merge)}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
@@ -425,26 +432,17 @@ def _blended(
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 
-def _known(known: dict[Hashable, Part], part: Part) -> Part:
-    """The part of this origin, with what all of its rows need computed once."""
-    if part.origin not in known:
-        known[part.origin] = replace(part, weights=part.weights.computed())
-    return known[part.origin]
+def held(results: Iterable[Merged | Later[Merged] | None]) -> int:
+    """The bytes of the tensors that are there."""
+    there = (one.written.values() for one in results if isinstance(one, Merged))
+    return sum(tensor.nbytes for each in there for tensor in each)
+
+
+def _named(merge: TensorMerge) -> str:
+    """The type that a tensor is written in, as torch names it or its format does."""
+    return merge.dtype if merge.packed else str(torch_dtype(merge.dtype)).removeprefix("torch.")
 
 
 def _present(merge: TensorMerge | None) -> TensorMerge:
     assert merge is not None
     return merge
-
-
-def _square(x: Tensor) -> float:
-    from adaptkit.linalg.precision import norm_squared
-
-    return float(norm_squared(x.unsqueeze(0)))
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    flat = [t.reshape(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), BLOCK):
-        first, *rest = (t[start : start + BLOCK] for t in flat)
-        yield first.to(rest[0].dtype), *rest

@@ -9,7 +9,7 @@ from glob import escape
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.files.header import nbytes, read_header
+from adaptkit.files.header import GGML, nbytes, read_header
 from adaptkit.ops.shared import Brief
 
 if TYPE_CHECKING:
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorSpec
     from adaptkit.files.source import TensorSource
 
-__all__ = ["Layout", "Move", "Volume", "as_single", "in_shards", "index_text", "plan_layout"]
+__all__ = [
+    "Layout", "Move", "Volume", "as_gguf", "as_single", "in_shards", "index_text", "plan_layout",
+]  # fmt: skip
 
 SINGLE = (".safetensors", ".sft")
-WEIGHTS = (*SINGLE, ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf")
+GGUF = ".gguf"
+WEIGHTS = (*SINGLE, ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", GGUF)
 _SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}")
 # transformers' name of the same weights as safetensors
 _PICKLED = {"pytorch_model": "model"}
@@ -48,7 +51,8 @@ class Layout(Brief):
     """Contents of the output: weights, shard indices (path → JSON), copied files (path → source).
 
     `left_out` are files that would be read instead of the merged weights or in addition. `moves`
-    holds the rows of each tensor of the base if the names differ.
+    holds the rows of each tensor of the base if the names differ. `like` is the GGUF file that the
+    output is a copy of, but for the numbers.
     """
 
     folder: bool
@@ -57,6 +61,7 @@ class Layout(Brief):
     others: Mapping[str, Path] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     moves: Mapping[str, Sequence[Move]] = field(default_factory=dict)
+    like: Path | None = None
 
     @property
     def top(self) -> frozenset[str]:
@@ -92,6 +97,38 @@ def as_single(
     if layout is not None:
         return layout == "single-file"
     return named or (source.files == (source.path,) and shard_size is None)
+
+
+def as_gguf(source: TensorSource, output: Path | None, dtype: str, other: str | None) -> bool:
+    """Return whether the output is a GGUF file, as the base is: by its name, or the types it keeps.
+
+    `other` is an option that asks for another layout. Raises NotRepresentable for contradictions.
+    """
+    named = output is not None and output.suffix.lower() == GGUF
+    if source.form != "gguf":
+        if named:
+            raise NotRepresentable(
+                "only a GGUF checkpoint is merged into a GGUF file",
+                hint="pass an output name that ends in .safetensors",
+                file=output,
+            )
+        return False
+    blocks = any(info.dtype in GGML for info in source.infos.values())
+    if not named and (dtype != "keep" or (output is not None and not blocks)):
+        return False
+    if not named and output is not None:
+        raise NotRepresentable(
+            "the types of this GGUF file have no place in a safetensors file",
+            hint=f"pass an output name that ends in {GGUF}, or --dtype bf16",
+            file=output,
+        )
+    if other is not None:
+        raise NotRepresentable(
+            f"{other}: a GGUF file has no such layout",
+            hint="--dtype bf16 and a name without .gguf write safetensors files",
+            file=source.path,
+        )
+    return True
 
 
 def plan_layout(

@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import CannotWrite, CorruptFile
-from adaptkit.files.header import nbytes
+from adaptkit.files.header import GGML, nbytes
+from adaptkit.files.tensors import tensor_bytes
 from adaptkit.ops.stages import Tally
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Output:
             scattered.put(tensor, 0, copied=copied)
             return scattered.close()
         sink, stored = self._place[name]
+        if sink.infos[stored].dtype in GGML:
+            return sink.put_bytes(stored, tensor_bytes(tensor))
         return sink.put(stored, tensor, copied=copied)
 
     def pieces(self, name: str, dtype: dtype, shape: Sequence[int]) -> Pieces | Scattered:
@@ -144,7 +147,7 @@ class Scattered:
 
     def put(self, tensor: Tensor, first: int, *, copied: bool = False) -> None:
         """Write `tensor` as the elements from index `first` on, in row-major order."""
-        from adaptkit.files.tensors import check_finite, tensor_bytes
+        from adaptkit.files.tensors import check_finite
 
         if not copied:
             check_finite(tensor, self._moves[0][1].name, self._moves[0][1].path)
@@ -199,6 +202,7 @@ def opened(
 
     If `hidden`, a single file keeps a temporary name until the block ends, to be verified.
     """
+    from adaptkit.files.gguf import like
     from adaptkit.files.leftovers import hidden as hidden_name
     from adaptkit.files.publish import publish_folder
     from adaptkit.files.sink import TensorSink
@@ -216,9 +220,12 @@ def opened(
             yield Output(layout, sinks, lambda name: made / name)
         return
     (volume,) = layout.volumes
+    build = None if layout.like is None else like(layout.like)
     target = hidden_name(path, "checked.part") if hidden else path
     try:
-        with TensorSink(target, volume.specs, metadata(volume), overwrite=overwrite) as sink:
+        with TensorSink(
+            target, volume.specs, metadata(volume), overwrite=overwrite, build=build
+        ) as sink:
             yield Output(layout, {"": sink}, lambda _: target)
         if hidden:
             _rename(target, path)

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint, Piece
     from adaptkit.entries import Entry
     from adaptkit.files.header import TensorSpec
+    from adaptkit.files.packing import Packed
+    from adaptkit.files.source import TensorSource
     from adaptkit.ops.merge.layout import Layout
     from adaptkit.ops.shared import LeftOut, Unused
     from adaptkit.steps import Step
 
-__all__ = ["Contribution", "Options", "Plan", "TensorMerge"]
+__all__ = ["Contribution", "Options", "Plan", "TensorMerge", "kept"]
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,14 @@ class Contribution:
 class TensorMerge:
     """One tensor of the base, its new dtype and the contributions to it.
 
-    `scale` names its scale tensor, which is computed again.
+    `scale` names its scale tensor, which is computed again. `packed` says how it is packed again.
     """
 
     name: str
     dtype: str
     contributions: tuple[Contribution, ...]
     scale: str | None = None
+    packed: Packed | None = None
 
     @property
     def changes(self) -> bool:
@@ -83,7 +86,14 @@ class TensorMerge:
 
     def writes(self) -> tuple[str, ...]:
         """Return the names of the tensors that it writes."""
+        if self.packed is not None:
+            return self.packed.rewritten()
         return (self.name,) if self.scale is None else (self.name, self.scale)
+
+
+def kept(base: Checkpoint, options: Options) -> TensorSource:
+    """Return the tensors of the base as the output names them."""
+    return base.source.stored if options.dtype == "keep" else base.source
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,6 +129,11 @@ class Plan(Closing):
 
         steps = self.steps if self.options.verify else ()
         return tuple(verifying(step, self.base, self.adapters) for step in steps)
+
+    @property
+    def kept(self) -> TensorSource:
+        """Return the source of the tensors that are copied."""
+        return kept(self.base, self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""

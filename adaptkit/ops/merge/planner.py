@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptkit.adapter import Adapter
-from adaptkit.checkpoint import Checkpoint, Piece
+from adaptkit.checkpoint import PLAIN_BASE, Checkpoint, Piece
 from adaptkit.errors import NothingToDo, NotRepresentable, ShapeMismatch
-from adaptkit.files.header import GGML, TensorSpec
+from adaptkit.files.dtypes import UNREAD
+from adaptkit.files.header import TensorSpec
 from adaptkit.names import BIAS, Slot
 from adaptkit.ops.block_weights import Blocks
-from adaptkit.ops.merge.layout import as_single, plan_layout
-from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge
+from adaptkit.ops.merge.layout import GGUF, as_gguf, as_single, plan_layout
+from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge, kept
 from adaptkit.ops.merge.relayout import Relayout, wanted
 from adaptkit.ops.merge.steps import step_of
 from adaptkit.ops.selecting import Selection
@@ -47,9 +48,7 @@ def plan(
     base = Path(base)
     with ExitStack() as failing:
         checkpoint = failing.enter_context(
-            Checkpoint.open(
-                base, family=options.family, strangers=True, unpack=options.dtype != "keep"
-            )
+            Checkpoint.open(base, family=options.family, strangers=True)
         )
         opened = []
         for path, _ in adapters:
@@ -69,15 +68,13 @@ def _planned(
     strengths: tuple[float, ...],
     options: Options,
 ) -> Plan:
-    if options.dtype == "keep" and any(info.dtype in GGML for info in base.source.infos.values()):
-        raise NotRepresentable(
-            "the types of a GGUF file are read, not written",
-            hint="--dtype bf16 writes a safetensors file of plain numbers",
-            file=path,
-        )
-    single = as_single(base.source, options.output, options.shard_size, options.layout)
+    other = "--layout" if options.layout else "--shard-size" if options.shard_size else None
+    gguf = as_gguf(base.source, options.output, options.dtype, other)
+    single = gguf or as_single(base.source, options.output, options.shard_size, options.layout)
     renamed = wanted(base, options.layout)
     output = options.output or default_output(path, "merged", folder=not single)
+    if gguf and options.output is None:
+        output = output.with_suffix(GGUF)
     if single:
         check_output(output, options.overwrite)
     places = _Places(base, adapters, strengths, options)
@@ -103,7 +100,8 @@ def _planned(
         places.unused.append(made.lost)
     else:
         touched = {name for merge in computed for name in merge.writes()}
-        layout = plan_layout(base.source, specs, touched, single, options.shard_size)
+        layout = plan_layout(kept(base, options), specs, touched, single, options.shard_size)
+        layout = replace(layout, like=base.source.path if gguf else None)
     if layout.folder:
         _check_folder(output, layout, options)
     steps = tuple(step_of(merge, base, adapters) for merge in computed)
@@ -132,6 +130,8 @@ def _relayout(base: Checkpoint, specs: Sequence[TensorSpec], options: Options) -
     """Plan the other layout; tensors that it cannot hold fail the run unless allowed."""
     assert options.layout is not None
     scaled = [spec.name for spec in specs if spec.name in base.quantization.extras]
+    if options.dtype == "keep":
+        scaled += [name for name in base.source.infos if base.source.packed(name) is not None]
     if scaled:
         raise NotRepresentable(
             f"--layout {options.layout}: the layout cannot hold scaled weights",
@@ -168,6 +168,8 @@ def _computed(
         )
     found = []
     for info in base.source.infos.values():
+        if options.dtype != "keep":
+            _check_plain(base, info.name)
         merge = placed.get(info.name)
         if merge is not None and merge.changes:
             found.append(merge)
@@ -176,6 +178,20 @@ def _computed(
             if dtype != info.dtype or info.name in base.quantization.scales:
                 found.append(TensorMerge(info.name, dtype, ()))
     return tuple(found)
+
+
+def _check_plain(base: Checkpoint, name: str) -> None:
+    """Refuse weights that cannot be written as plain numbers."""
+    packed = base.source.packed(name)
+    if packed is None or (packed.plain and packed.dtype not in UNREAD):
+        return
+    raise NotRepresentable(
+        f"stored as {packed.dtype}, which cannot be converted",
+        hint="merge into the plain model that it was made from; what loads this file loads a LoRA "
+        "beside it",
+        file=base.source.path,
+        tensor=name,
+    )
 
 
 def _new_dtype(base: Checkpoint, name: str, options: Options) -> str:
@@ -195,13 +211,11 @@ def _specs(
     """
     stored = base.quantization
     dropped = stored.extras if options.dtype != "keep" else frozenset[str]()
-    for info in base.source.infos.values():
+    for info in kept(base, options).infos.values():
         if info.name not in dropped:
-            yield TensorSpec(
-                info.name,
-                computed[info.name].dtype if info.name in computed else info.dtype,
-                info.shape,
-            )
+            merge = computed.get(info.name)
+            plain = merge is not None and merge.packed is None
+            yield TensorSpec(info.name, merge.dtype if merge and plain else info.dtype, info.shape)
 
 
 def _open_adapter(base: Checkpoint, path: Path, options: Options) -> Adapter:
@@ -282,16 +296,27 @@ class _Places:
 
     def _merge(self, name: str, contributions: Sequence[Contribution]) -> TensorMerge:
         info, stored = self.base.source.infos[name], self.base.quantization
+        packed = self.base.source.packed(name)
+        if packed is not None and not packed.plain:
+            _check_plain(self.base, name)
         if (reason := stored.refusal(info)) is not None:
             raise NotRepresentable(
                 f"stored as {reason}, which adapters cannot be added to",
-                hint=self.base.plain_hint(name),
+                hint=PLAIN_BASE,
                 file=self.base.source.path,
                 tensor=name,
             )
         dtype = stored_dtype(self.options.dtype, info.dtype)
-        scale = stored.scales.get(name) if self.options.dtype == "keep" else None
-        return TensorMerge(name, dtype, tuple(contributions), scale)
+        if self.options.dtype != "keep":
+            return TensorMerge(name, dtype, tuple(contributions))
+        if packed is not None and packed.packing is None and any(c.strength for c in contributions):
+            raise NotRepresentable(
+                f"stored as {dtype}, which is read and not written",
+                hint="--dtype bf16 writes plain numbers",
+                file=self.base.source.path,
+                tensor=name,
+            )
+        return TensorMerge(name, dtype, tuple(contributions), stored.scales.get(name), packed)
 
     def _entry(self, number: int, adapter: Adapter, slot: Slot, entry: Entry) -> None:
         label = adapter.label(slot)

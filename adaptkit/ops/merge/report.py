@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.files.header import BLOCKED
 from adaptkit.files.quantized import FP8
 from adaptkit.ops.blocks import block_of
 from adaptkit.ops.merge.kernel import Merged
@@ -67,9 +68,9 @@ ONLY_WEIGHTS = (
     "the folder holds weights only; take the config.json files from any diffusers folder of this "
     "model"
 )
-EIGHT = (*FP8, "I8")
+SMALL = (*FP8, *BLOCKED)
 STRONG = 0.5  # ‖ΔW‖/‖W‖; adapters that are used stay below a tenth
-UNCHANGED = Merged(None, None, 0.0, 0.0, 0.0)
+UNCHANGED = Merged({}, 0.0, 0.0, 0.0)
 
 
 def report_of(
@@ -111,7 +112,7 @@ def report_of(
         files=tuple(plan.layout.files()),
         left_out=plan.layout.left_out,
         notes=(*_odd(results, _ratio(delta, weight) or 0.0), *_notes(plan)),
-        quantised=sum(merge.changes and merge.dtype in EIGHT for merge in plan.merges),
+        quantised=sum(merge.changes and merge.dtype in SMALL for merge in plan.merges),
     )
 
 

@@ -1,4 +1,4 @@
-"""Decoding and encoding of scaled fp8 and int8 weights with new scales."""
+"""Decoding and encoding of scaled fp8 weights and of packed ones, with new scales."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from adaptkit.ops.shared import torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["quantised", "widened"]
+    from adaptkit.files.packing import Packed
+    from adaptkit.files.source import TensorSource
+
+__all__ = ["quantised", "repacked", "requantised", "widened"]
 
 
 def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
@@ -22,18 +25,47 @@ def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
     return wide
 
 
+def repacked(
+    source: TensorSource, packed: Packed, merged: Tensor, before: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the tensors of a packed weight by name, and the numbers that they stand for.
+
+    `before` are the numbers that it stood for. What did not change keeps its bytes.
+    """
+    import torch
+
+    assert packed.packing is not None
+    stored = source.parts(packed)
+    if torch.equal(merged, before):
+        fresh, back = {part: stored[part] for part in packed.packing.parts}, before
+    else:
+        fresh = packed.packing.encode(merged.cpu(), before.cpu(), stored)
+        back = packed.decode(stored | fresh).reshape(merged.shape).to(merged.device)
+    return {packed.parts[part]: tensor for part, tensor in fresh.items()}, back
+
+
+def requantised(
+    merged: Tensor, before: Tensor, stored: Tensor, scale: Tensor, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """Encode a scaled weight as `quantised` does, unless no number of it has changed."""
+    import torch
+
+    unchanged = torch.equal(merged, before)
+    return (stored, scale) if unchanged else quantised(merged, scale, dtype)
+
+
 def quantised(wide: Tensor, scale: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Encode one weight (*shape); return it with a new scale of the given shape and dtype.
 
-    Each scale maps the largest magnitude in its group to the end of the format (127 of int8), as
-    ComfyUI and musubi-tuner do. It is rounded to its dtype before use, so that decoding is exact. A
+    Each scale maps the largest magnitude in its group to the end of the format, as ComfyUI and
+    musubi-tuner do. It is rounded to its dtype before use, so that decoding is exact. A
     scale of wider formats is kept.
     """
     import torch
 
     groups = _grouped(wide.unsqueeze(0), scale.unsqueeze(0))
     target = torch_dtype(dtype)
-    ends = torch.finfo(target).max if target.is_floating_point else torch.iinfo(target).max
+    ends = torch.finfo(target).max
     largest = groups.abs().amax(dim=-1, keepdim=True)
     fresh = torch.where(largest > 0, largest / ends, torch.ones_like(largest)).to(scale.dtype)
     if target.itemsize > 1:
@@ -41,8 +73,7 @@ def quantised(wide: Tensor, scale: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     divided = groups / fresh.to(groups.dtype)
     # a scale that was rounded down leaves the largest magnitude beyond the end
     divided.clamp_(-ends, ends)
-    whole = divided if target.is_floating_point else divided.round_()
-    return whole.to(target).reshape(wide.shape), fresh.reshape(scale.shape)
+    return divided.to(target).reshape(wide.shape), fresh.reshape(scale.shape)
 
 
 def _grouped(wide: Tensor, scale: Tensor) -> Tensor:

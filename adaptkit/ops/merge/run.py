@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit import engine
 from adaptkit.files.header import nbytes
-from adaptkit.ops.merge.kernel import Blender, Merged
+from adaptkit.ops.merge.kernel import Blender, Merged, held
 from adaptkit.ops.merge.output import opened
 from adaptkit.ops.merge.plan import Options, Plan
 from adaptkit.ops.merge.provenance import Provenance
@@ -84,13 +84,11 @@ def _run(plans: Sequence[Plan], progress: Progress | None) -> list[Report]:
                 joint.merges, results, outputs, found, strict=True
             ):
                 if merge is not None and result is not None:
-                    if result.tensor is not None:
-                        output.put(merge.name, result.tensor)
-                    if merge.scale is not None and result.scale is not None:
-                        output.put(merge.scale, result.scale)
-                    records[merge.name] = replace(result, tensor=None, scale=None)
+                    for name, tensor in result.written.items():
+                        output.put(name, tensor)
+                    records[merge.name] = replace(result, written={})
 
-        work = engine.Work(blender.load, blender.blend, store, held=_held)
+        work = engine.Work(blender.load, blender.blend, store, held=held)
         notes = engine.run(steps, work, resources)
         copying.wait()
         for plan in plans:
@@ -158,14 +156,6 @@ def _verified(
     return found
 
 
-def _held(results: Sequence[Merged | None]) -> int:
-    return sum(
-        result.tensor.nbytes
-        for result in results
-        if result is not None and result.tensor is not None
-    )
-
-
 class _Background:
     """Work on a background thread: the system copies files while torch is imported."""
 
@@ -198,4 +188,4 @@ class _Background:
 def _copy_untouched(plans: Sequence[Plan], outputs: Sequence[Output]) -> None:
     for plan, output in zip(plans, outputs, strict=True):
         made = {name for merge in plan.computed for name in merge.writes()}
-        output.copy(plan.base.source, [spec.name for spec in plan.specs if spec.name not in made])
+        output.copy(plan.kept, [spec.name for spec in plan.specs if spec.name not in made])

@@ -11,8 +11,10 @@ from adaptkit.files.header import DTYPES, nbytes
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from torch import Tensor
 
     from adaptkit.adapter import Adapter
     from adaptkit.checkpoint import Checkpoint
@@ -25,8 +27,10 @@ __all__ = [
     "JointMerge",
     "block_rows",
     "by_rows",
+    "chunks",
     "combined",
     "reused",
+    "square",
     "step_of",
     "turned",
     "verifying",
@@ -82,6 +86,8 @@ def verifying(
         size, blocks = size + 8 * info.numel, max(blocks, applying)
     if turned(merge, base):
         size += 32 * info.numel
+    if merge.packed is not None:  # the numbers that it stands for, and what each may be off
+        size += 8 * info.numel
     return replace(step, bytes=size + blocks)
 
 
@@ -184,7 +190,8 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
 def reused(merge: TensorMerge, base: Checkpoint) -> bool:
     """Whether a tensor that is merged as a whole may take the place of W as it was read."""
     info = base.source.infos[merge.name]
-    return merge.scale is None and info.dtype == merge.dtype and DTYPES[info.dtype] > 8
+    plain = merge.scale is None and merge.packed is None
+    return plain and info.dtype == merge.dtype and DTYPES[info.dtype] > 8
 
 
 def _spared(merges: Sequence[TensorMerge], base: Checkpoint) -> int:
@@ -252,3 +259,18 @@ def by_rows(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> b
         and (c.entry.kind.by_rows or (c.entry.kind.row_wise and not c.slot and not at_once))
         for c in added
     )
+
+
+def square(x: Tensor) -> float:
+    """‖x‖² of any shape."""
+    from adaptkit.linalg.precision import norm_squared
+
+    return float(norm_squared(x.unsqueeze(0)))
+
+
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one size, some numbers at a time, the first in the dtype of the second."""
+    flat = [t.reshape(-1) for t in tensors]
+    for start in range(0, flat[0].numel(), BLOCK):
+        first, *rest = (t[start : start + BLOCK] for t in flat)
+        yield first.to(rest[0].dtype), *rest

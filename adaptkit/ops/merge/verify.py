@@ -91,11 +91,7 @@ class _Verifier:
     ) -> None:
         self.plan, self.opened, self.tell = plan, opened, tell
         self.sizes = {spec.name: nbytes(spec.dtype, spec.shape) for spec in plan.specs}
-        self.place = {
-            name: (source, stored)
-            for volume, source in opened
-            for name, stored in volume.names.items()
-        }
+        self.out = _as_one(plan, opened)
         self.stored = {
             (volume.path, spec.name): source for volume, source in opened for spec in volume.specs
         }
@@ -137,15 +133,15 @@ class _Verifier:
     # untouched tensors
 
     def _same_bytes(self, name: str) -> None:
-        base = self.plan.base.source
+        base = self.plan.kept
         if self.plan.layout.moves:
             if base.raw(name) != tensor_bytes(self._written(name)):
                 raise self._wrong(name, UNTOUCHED)
             return
-        out, stored = self.place[name]
-        one, two = base.span(name), out.span(stored)
+        out = self.out.stored
+        one, two = base.span(name), out.span(name)
         if one is None or two is None:
-            same = base.raw(name) == out.raw(stored)
+            same = base.raw(name) == out.raw(name)
         else:
             same = one[2] - one[1] == two[2] - two[1] and all(
                 a == b for a, b in zip(_pieces(*one), _pieces(*two), strict=True)
@@ -158,8 +154,7 @@ class _Verifier:
         moves = self.plan.layout.moves
         if moves:
             return gathered(moves[name], self.plan.base.source.infos[name], self.stored)
-        source, stored = self.place[name]
-        return source.read(stored)
+        return self.out.read(name)
 
     # merged tensors
 
@@ -171,6 +166,8 @@ class _Verifier:
         loaded["out"] = self._written(merge.name)
         if merge.scale is not None:
             loaded["out scale"] = self._written(merge.scale)
+        if merge.packed is not None:
+            loaded["allowed"] = self._allowed(merge.name, loaded["out"])
         for n, c in enumerate(merge.contributions):
             if not c.strength:
                 continue
@@ -179,6 +176,13 @@ class _Verifier:
                 loaded[f"{n}/{role}"] = tensor
         return loaded
 
+    def _allowed(self, name: str, out: Tensor) -> Tensor:
+        """The error that a packed weight may have, by its own scales."""
+        found = self.out.packed(name)
+        if found is None or found.packing is None:
+            raise self._wrong(name, "the weight cannot be unpacked")
+        return found.packing.allowed(self.out.parts(found), out).expand_as(out)
+
     def _compare(self, merges: Sequence[TensorMerge], tensors: dict[str, Tensor]) -> list[float]:
         # on a CPU a bucket is one step
         (merge,) = merges
@@ -186,6 +190,10 @@ class _Verifier:
             return [0.0]
         base = _Stored.of(tensors["base"][0], tensors.get("scale"))
         found = _Stored.of(tensors["out"][0], tensors.get("out scale"))
+        turn = None
+        if merge.packed is not None and merge.packed.packing is not None:
+            turn = merge.packed.packing.turn
+            found = _Turned(tensors["out"][0], 2 * tensors["allowed"][0])
         place = self.plan.base.places.get(merge.name)
         if place is not None and turned(merge, self.plan.base):
             base, found = base.turned(place), found.turned(place)
@@ -198,12 +206,12 @@ class _Verifier:
         parts = [_Added.of(c, weights, base.rows) for c, weights in decoded]
         whole = None if all(part.cuts for part in parts) else _made(base, parts)
         worst = 0.0
+        form = tensors["out"].dtype if merge.packed is None else None
         for rows in base.blocks():
             made = _made(base, parts, rows) if whole is None else whole
             expected = made.matrix if whole is None else made.matrix[rows]
             slack = SLACK * made.change + (2.0**-22 if additive else 2.0**-20) * made.size
-            after, unit = found.matrix(rows), found.unit(rows)
-            error = _excess(expected, after, unit, tensors["out"].dtype, slack)
+            error = _excess(expected, found.matrix(rows), found.unit(rows), form, slack, turn)
             if not error <= 1.0:
                 raise self._wrong(
                     merge.name,
@@ -320,11 +328,15 @@ class _Turned(_Stored):
     """A decoded weight in another order than stored; `scale` holds the unit of each entry."""
 
     def matrix(self, rows: slice) -> Tensor:
-        return self.tensor[rows].clone()
+        import torch
+
+        part = self.tensor[rows]
+        return part.to(torch.float64, copy=True).reshape(len(part), -1)
 
     def unit(self, rows: slice) -> Tensor:
         assert self.scale is not None
-        return self.scale[rows]
+        part = self.scale[rows]
+        return part.double().reshape(len(part), -1)
 
 
 @dataclass(frozen=True)
@@ -358,18 +370,27 @@ class _Added:
             applied(self.weights.part(*own) if self.cuts else self.weights, view, strength)
 
 
-def _excess(expected: Tensor, found: Tensor, unit: Tensor, dtype: Any, slack: float) -> float:
+def _excess(
+    expected: Tensor,
+    found: Tensor,
+    unit: Tensor,
+    dtype: Any,
+    slack: float,
+    turn: Callable[[Tensor], Tensor] | None = None,
+) -> float:
     """Return the largest error in units of the allowed one.
 
-    Half a step of the format and the slack of float32 sums are allowed.
+    Half a step of the format and the slack of float32 sums are allowed. Without a `dtype`, half a
+    step is half a unit, of what `turn` makes of the error.
     """
     import torch
 
     if not expected.numel():
         return 0.0
-    if not dtype.is_floating_point:  # integers times their unit: half a step everywhere
+    if dtype is None:
         allowed = expected.abs().mul_(2.0**-20).add_(0.5 * unit + slack)
-        return float((found - expected).abs_().div_(allowed).max())
+        error = found - expected
+        return float((error if turn is None else turn(error)).abs_().div_(allowed).max())
     info = torch.finfo(dtype)
     # half a step is eps/2 of the magnitude at most, and half the least subnormal at the bottom
     least = info.smallest_normal * info.eps / 2
@@ -378,6 +399,22 @@ def _excess(expected: Tensor, found: Tensor, unit: Tensor, dtype: Any, slack: fl
     allowed.add_(slack).clamp_min_(torch.finfo(torch.float64).tiny)
     # NaN stays NaN, which fails the comparison
     return float((found - expected).abs_().div_(allowed).max())
+
+
+def _as_one(plan: Plan, opened: Sequence[tuple[Volume, TensorSource]]) -> TensorSource:
+    """The files of the output as one, with the names of the base.
+
+    The parts of a packed weight may lie apart. Another layout has other names: those are read file
+    by file.
+    """
+    from adaptkit.files.packed import unpacked
+    from adaptkit.files.source import join
+
+    if plan.layout.moves or plan.layout.like is not None:
+        return opened[0][1]
+    named = ((next(iter(volume.names.items()), ("", "")), source) for volume, source in opened)
+    joined = join(plan.output, [(name.removesuffix(own), source) for (name, own), source in named])
+    return unpacked(joined) if plan.options.dtype == "keep" else joined
 
 
 def _pieces(path: Path, start: int, stop: int) -> Iterator[bytes]:

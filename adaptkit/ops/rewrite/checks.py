@@ -17,6 +17,7 @@ from adaptkit.unknown import joint
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adaptkit.algorithms.contract import Weights
     from adaptkit.checkpoint import Checkpoint, Piece
     from adaptkit.keymap import KeyMap
     from adaptkit.ops.rewrite.plan import RecastOptions, Task
@@ -28,7 +29,9 @@ __all__ = [
     "check_base",
     "check_biases",
     "check_family",
+    "check_layout",
     "check_names",
+    "check_shared",
     "check_sizes",
     "keys_of",
     "scales_biases",
@@ -100,6 +103,50 @@ def check_family(
                 "and the names to write differ",
                 hint=f"say which: --family {adapter.family.name} or --family {name}",
                 file=adapter.source.path,
+            )
+
+
+def check_layout(task: Task, kind: type[Weights], keys: KeyMap) -> None:
+    """NotRepresentable if the format has no layout for a tensor that the output keeps.
+
+    Of a task whose rank is not chosen: others are decomposed into plain factors.
+    """
+    if kind.peft_only and keys.format.alpha is not Alpha.CONFIG:
+        base = "" if kind.additive else " with --base CHECKPOINT"
+        raise NotRepresentable(
+            f"{kind.title} is written as a folder of PEFT alone: readers of {keys.format.name} "
+            "keys do not load it",
+            hint=f"--to peft keeps it; --algo lora{base} writes what it changes",
+        )
+    for entry in task.entries:
+        if entry.kind is kind:
+            infos = task.terms[0].job.adapter.source.infos
+            for role, key in entry.tensors():
+                if role in kind.cores:
+                    continue  # multiplied out where the layout does not hold it
+                shape = infos[key].shape if key in infos else ()
+                kind.laid_out(role, shape, entry.facts, peft=keys.format.peft)
+
+
+def check_shared(tasks: Sequence[Task]) -> None:
+    """NotRepresentable for a part of the modules that share tensors, or for parts of one of them.
+
+    The shared tensors are as large as the largest layer, and drawn in that size.
+    """
+    for task in tasks:
+        kind, adapter = task.kind, task.terms[0].job.adapter
+        if not kind.drawn_whole or task.entries[0].kind is not kind:
+            continue
+        whole = sum(entry.kind is kind for entry in adapter.entries.values())
+        kept = sum(one.kind is kind and one.terms[0].job.adapter is adapter for one in tasks)
+        if kept < whole or task.changes & {"split", "fused", "swapped"}:
+            base = "" if kind.additive else " with --base CHECKPOINT"
+            raise NotRepresentable(
+                f"all modules of a {kind.title} share projections as large as the largest layer: "
+                "a part of them is another adapter",
+                hint=f"--algo lora{base} writes what it changes",
+                file=adapter.source.path,
+                tensor=task.label,
             )
 
 

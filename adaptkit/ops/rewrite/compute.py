@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec
@@ -16,9 +17,10 @@ from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.joining import differences, joined
 from adaptkit.ops.rewrite.plan import Task, product_rank
-from adaptkit.ops.rewrite.rounding import round_stack, round_tensor, vanished
+from adaptkit.ops.rewrite.rounding import RoundedStack, round_stack, round_tensor, vanished
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 from adaptkit.ops.shared import torch_dtype
+from adaptkit.staging.lanes import Later, back
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,7 +55,7 @@ class Rewriter:
 
     def first(
         self, tasks: Sequence[Task], tensors: dict[str, Tensor]
-    ) -> Sequence[Stored | Decomposition | Cut]:
+    ) -> Sequence[Stored | Decomposition | Cut | Later[Cut]]:
         """Decompose tasks whose rank is chosen, and store all others.
 
         A rank that depends on no other task is cut at once.
@@ -63,7 +65,9 @@ class Rewriter:
             self._guarded(self._first, task, tensors, n) for n, task in enumerate(tasks)
         ]
 
-    def second(self, tasks: Sequence[Task], tensors: dict[str, Tensor]) -> Sequence[Stored]:
+    def second(
+        self, tasks: Sequence[Task], tensors: dict[str, Tensor]
+    ) -> Sequence[Stored | Later[Stored]]:
         """Cut tasks to the ranks chosen."""
         found = self._stacked(self._second_stack, tasks, tensors)
         return found or [
@@ -124,7 +128,7 @@ class Rewriter:
 
     def _first_stack(
         self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]
-    ) -> Sequence[Decomposition | Cut]:
+    ) -> Sequence[Decomposition | Cut | Later[Cut]]:
         exact, policy = self._exact(tasks[0], tensors).computed(), self.plan.policy
         found = tasks[0].kind.decompose_stack(exact, self._spec(tasks[0]))
         if not all(math.isfinite(one.norm) for one in found):
@@ -137,11 +141,11 @@ class Rewriter:
             rank == 0 or stays(self.state, task, one, rank)
             for (task, one), rank in zip(pairs, ranks, strict=True)
         ]
-        stored: Sequence[Stored | None] = [None] * len(tasks)
+        stored: Sequence[Stored | Later[Stored] | None] = [None] * len(tasks)
         if not all(stay):
             stored = self._store_stack(tasks, exact, found, ranks)
         cuts = zip(found, ranks, stored, stay, strict=True)
-        return [Cut(one.lighter(), rank, None if same else kept) for one, rank, kept, same in cuts]
+        return [_cut(one.lighter(), rank, None if same else kept) for one, rank, kept, same in cuts]
 
     def _decomposed(self, task: Task, exact: Weights) -> Decomposition:
         found = task.kind.decompose(exact, self._spec(task))
@@ -187,7 +191,7 @@ class Rewriter:
 
     def _second_stack(
         self, tasks: Sequence[Task], tensors: Mapping[str, Tensor]
-    ) -> Sequence[Stored]:
+    ) -> Sequence[Stored | Later[Stored]]:
         exact = self._exact(tasks[0], tensors).computed()
         found = [self.state.decomposed[task.number] for task in tasks]
         ranks = [self.state.ranks[task.number] for task in tasks]
@@ -309,8 +313,14 @@ class Rewriter:
         )
         dtype = torch_dtype(dtype_of(self.plan, task))
         whole = folded.encode()
-        encoded = {role: round_tensor(role, tensor, dtype) for role, tensor in whole.items()}
-        rounded, facts, shapes, alpha = as_read(kind, encoded)
+        wide = {role for role, named in kind.roles.items() if named.wide}
+        encoded = {
+            role: round_tensor(role, tensor, torch_dtype("F32") if role in wide else dtype)
+            for role, tensor in whole.items()
+        }
+        first = task.entries[0]
+        like = first.facts if first.kind is kind else None
+        rounded, facts, shapes, alpha = as_read(kind, encoded, like=like)
         known = None if decomposed is None else decomposed.norm
         norm, error = lost(exact, rounded, self._base(task, tensors), known)
         found = self._laid_out(task, kind, facts, encoded)
@@ -324,6 +334,7 @@ class Rewriter:
             error,
             gone,
             scale=facts.scale,
+            facts=facts if kind.peft_kept else None,
             tensors=found,
         )
 
@@ -333,25 +344,35 @@ class Rewriter:
         exact: Weights,
         decomposed: Sequence[Decomposition],
         ranks: Sequence[int],
-    ) -> list[Stored]:
+    ) -> list[Stored | Later[Stored]]:
         """Store a stack, each member cut to its rank."""
+        kind, dtype = tasks[0].kind, torch_dtype(dtype_of(self.plan, tasks[0]))
+        rounded = round_stack(kind.keep_stack(exact, decomposed, ranks), kind, dtype)
+
+        def member(n: int) -> Stored:
+            return self._member(n, rounded, tasks[n], decomposed[n], ranks[n])
+
+        if not rounded.late:
+            return [member(n) for n in range(len(tasks))]
+        size = sum(tensor[0].nbytes for tensor in rounded.encoded.values())
+        return [Later(partial(member, n), size) for n in range(len(tasks))]
+
+    def _member(
+        self, n: int, whole: RoundedStack, task: Task, decomposed: Decomposition, rank: int
+    ) -> Stored:
         import torch
 
-        kind, dtype = tasks[0].kind, torch_dtype(dtype_of(self.plan, tasks[0]))
-        kept = kind.keep_stack(exact, decomposed, ranks)
-        facts, encoded, errors, zeros = round_stack(kept, kind, dtype)
-        results = []
-        for n, (task, one, rank) in enumerate(zip(tasks, decomposed, ranks, strict=True)):
-            shapes = one.shapes(rank)
-            own = {
-                role: encoded[role][n][tuple(map(slice, shape))] for role, shape in shapes.items()
-            }
-            tensors = self._laid_out(task, kind, facts, {**own, ALPHA: torch.tensor(float(rank))})
-            gone = sum(zeros[n].get(role, 0) for role in shapes)
-            results.append(
-                Stored(kind, rank, float(rank), shapes, one.norm, errors[n], gone, tensors=tensors)
-            )
-        return results
+        shapes = decomposed.shapes(rank)
+        own = {
+            role: whole.encoded[role][n][tuple(map(slice, shape))] for role, shape in shapes.items()
+        }
+        own[ALPHA] = torch.tensor(float(rank))
+        tensors = self._laid_out(task, task.kind, whole.facts, own)
+        gone = sum(whole.gone[n].get(role, 0) for role in shapes)
+        lost = whole.errors[n]
+        return Stored(
+            task.kind, rank, float(rank), shapes, decomposed.norm, lost, gone, tensors=tensors
+        )
 
     def _base(self, task: Task, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The base weight in the order of rows of the new format."""
@@ -365,12 +386,13 @@ class Rewriter:
         """Rounded tensors by key, in the shapes of the format, with alpha if it stores one."""
         shapes = {role: tuple(tensor.shape) for role, tensor in encoded.items() if role != ALPHA}
         found = {
-            name: encoded[role].reshape(shape).contiguous().cpu()
+            name: back(encoded[role].reshape(shape).contiguous())
             for role, name, shape in named(self.plan, task, kind, shapes)
+            if role not in kind.shared or self.plan.bears(task)
         }
         if ALPHA in encoded and not self._silent(task, kind, facts.scale):
-            found[self.plan.keys.spell(task.slot, kind.name, ALPHA)] = (
-                encoded[ALPHA].contiguous().cpu()
+            found[self.plan.keys.spell(task.slot, kind.name, ALPHA)] = back(
+                encoded[ALPHA].contiguous()
             )
         return found
 
@@ -382,6 +404,12 @@ class Rewriter:
         if "folded" in task.changes and place is not Alpha.TENSOR:
             return True
         return place in (Alpha.NONE, Alpha.CONFIG) or (place is Alpha.OPTIONAL and scale == 1.0)
+
+
+def _cut(found: Decomposition, rank: int, stored: Any) -> Cut | Later[Cut]:
+    if isinstance(stored, Later):
+        return Later(lambda: Cut(found, rank, stored.make()), stored.nbytes)
+    return Cut(found, rank, stored)
 
 
 def _wide(tensor: Tensor) -> Tensor:

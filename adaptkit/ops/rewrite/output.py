@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from adaptkit import __version__
+from adaptkit.entries import shared_as
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.header import DTYPES as WIDTHS
 from adaptkit.files.header import TensorSpec
@@ -42,7 +43,12 @@ class Output:
     def __init__(self, plan: Recast, state: State, spool: Spool | None) -> None:
         self.plan, self.state, self.spool = plan, state, spool
         kept = [task for task in plan.tasks if state.copied(task)]
-        ready = [item for task in kept for item in task.ready or ()]
+        ready = [
+            item
+            for task in kept
+            for item in task.ready or ()
+            if plan.bears(task) or shared_as(item.key) is None
+        ]
         self.copied = [item for item in (*ready, *plan.carried) if isinstance(item, Copied)]
         self.scalars = {
             item.key: packed_float32(item.value, item.key, plan.output)
@@ -86,7 +92,11 @@ class Output:
 
     def _meant(self) -> dict[Slot, Meant]:
         found = ((task.slot, self.state.outcome(task)) for task in self.plan.tasks)
-        return {slot: Meant(one.kind, one.rank, one.scale) for slot, one in found if one}
+        return {
+            slot: Meant(one.kind, one.rank, one.scale, one.facts.settings if one.facts else ())
+            for slot, one in found
+            if one
+        }
 
     def _fill(
         self,

@@ -208,16 +208,30 @@ class Recast(Closing):
         """The first adapter, whose family and metadata the output takes."""
         return self.adapters[0]
 
+    def bears(self, task: Task) -> bool:
+        """Whether the tensors that all modules of its kind share are written with this task."""
+        return self.bearers.get(task.kind.name) == task.number
+
+    @cached_property
+    def bearers(self) -> Mapping[str, int]:
+        """The number of the first task of each kind that shares tensors."""
+        found: dict[str, int] = {}
+        for task in self.tasks:
+            if task.kind.shared:
+                found.setdefault(task.kind.name, task.number)
+        return found
+
     def counts(self) -> dict[str, int]:
         """How many slots are renamed, split, fused, folded, …"""
         found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly(task)}))
         return {name: found[name] for name in (*CHANGES, "unchanged") if found[name]}
 
-    @staticmethod
-    def plainly(task: Task) -> str:
+    def plainly(self, task: Task) -> str:
         """What becomes of a module that no other change applies to."""
         ready = task.ready or ()
         same = all(isinstance(item, Copied) and item.key == item.source for item in ready)
+        # a layout of its own stores other tensors than are read
+        same = same and not any(adapter.source.layout for adapter in self.adapters)
         return "unchanged" if ready and same else "renamed"
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,7 +252,9 @@ class Recast(Closing):
             **chosen_by(self.left_out),
             **self.counts(),
             "bytes_in": sum(adapter.source.size for adapter in self.adapters),
-            "bytes_out_copied": sum(self.nbytes(item) for item in (*ready, *self.carried)),
+            "bytes_out_copied": sum(
+                self.nbytes(item) for item in dict.fromkeys((*ready, *self.carried))
+            ),
             "peak_memory": peak_memory(self.steps, self.options.memory),
             "notes": list(self.notes),
             "unused": [item.to_dict() for item in self.unused],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.checkpoint import Checkpoint
 from adaptkit.detect import chosen
+from adaptkit.entries import shared_name
 from adaptkit.errors import (
     AdaptkitError,
     NothingToDo,
@@ -27,7 +28,9 @@ from adaptkit.ops.rewrite.checks import (
     check_base,
     check_biases,
     check_family,
+    check_layout,
     check_names,
+    check_shared,
     check_sizes,
     keys_of,
     scales_biases,
@@ -107,6 +110,7 @@ def recast(
         )
     check_family(first, into.format, tasks, options)
     check_biases(keys, tasks)
+    check_shared(tasks)
     steps = tuple(
         step_of(task, options, base, mixed=mixing is not None)
         for task in tasks
@@ -218,7 +222,8 @@ class _Planner:
             ranked = self.policy is not None and self._ranked(task, kind)
             changes = frozenset(self._what(task, kind))
             based = self._place(task, kind)
-            self._check_layout(task, kind, ranked)
+            if not ranked or kind.peft_only:
+                check_layout(task, kind, self.keys)
             ready = self._ready(terms[0], kind) if changes <= {"renamed"} else None
         except AdaptkitError as error:
             raise error.at(file=terms[0].job.adapter.source.path, tensor=task.label) from None
@@ -252,7 +257,7 @@ class _Planner:
         if (
             len(task.terms) > 1
             or self.mixing is not None
-            or (scaled and not all(kind.additive for kind in kinds))
+            or (scaled and not all(kind.additive or kind.linear for kind in kinds))
         ):
             return self._sum(task, kinds)
         if len(kinds) > 1:
@@ -314,7 +319,8 @@ class _Planner:
         NotRepresentable without a base.
         """
         dependent = [entry for entry in task.entries if not entry.kind.additive]
-        alone = len(task.terms) == 1 and self.mixing is None and task.terms[0].weight == 1.0
+        alone = len(task.terms) == 1 and self.mixing is None
+        alone = alone and (kind.linear or task.terms[0].weight == 1.0)
         if not dependent or (
             alone and all(entry.kind is kind or _turned(entry.kind, kind) for entry in dependent)
         ):
@@ -336,19 +342,6 @@ class _Planner:
             )
         check_base(task, self.base, pieces)
         return pieces
-
-    def _check_layout(self, task: Task, kind: type[Weights], ranked: bool) -> None:
-        """NotRepresentable if the format has no layout for a tensor that the output keeps."""
-        if ranked:
-            return  # decomposed into plain factors
-        for entry in task.entries:
-            if entry.kind is kind:
-                infos = task.terms[0].job.adapter.source.infos
-                for role, key in entry.tensors():
-                    if role in kind.cores:
-                        continue  # multiplied out where the layout does not hold it
-                    shape = infos[key].shape if key in infos else ()
-                    kind.laid_out(role, shape, entry.facts, peft=self.keys.format.peft)
 
     # --- what is done to it ------------------------------------------------------------------
 
@@ -389,7 +382,7 @@ class _Planner:
 
         It is if the format has no place for alpha, or readers do not take alpha as a scale.
         """
-        if entry.facts.scale == 1.0 or entry.kind.bounded:
+        if entry.facts.scale == 1.0 or entry.kind.bounded or entry.kind.peft_only:
             return False
         return self.into.fold or entry.facts.rank is None
 
@@ -399,7 +392,11 @@ class _Planner:
         spell = self.keys.spell
         found: list[Copied | Written] = []
         for role, key in entry.keys.items():
-            if role != ALPHA:
+            if role in kind.shared:
+                name = shared_name(kind, role)
+                spec = _spec(job.adapter, key)._replace(name=name)
+                found.append(Copied(name, key, spec, term.number))
+            elif role != ALPHA:
                 info = job.adapter.source.infos[key]
                 shape = self._shape(job, entry, role, info.shape)
                 name = spell(job.slot, kind.name, kind.stored_as(role, peft=self.keys.format.peft))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NonFinite
 from adaptkit.meaning import as_read
+from adaptkit.staging.lanes import back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +20,15 @@ __all__ = ["RoundedStack", "round_stack", "round_tensor", "vanished"]
 class RoundedStack(NamedTuple):
     """Stored tensors (B, …) by role on the host, the ‖·‖² lost, and the numbers rounded to zero.
 
-    A member of a lower rank than the highest is padded with zeros.
+    A member of a lower rank than the highest is padded with zeros. With `late`, the tensors are
+    still coming from a device.
     """
 
     facts: Facts
     encoded: dict[str, Tensor]
     errors: list[float]
     gone: list[dict[str, int]]
+    late: bool = False
 
 
 def round_stack(kept: KeptStack, kind: type[Weights], dtype: Any) -> RoundedStack:
@@ -65,7 +68,7 @@ def _at_once(
     before, after = left.long().chunk(2, -1)
     gone = [dict(zip(whole, own, strict=True)) for own in (before - after).tolist()]
     errors = kept.told(stored, parts)
-    return RoundedStack(facts, {r: t.cpu() for r, t in encoded.items()}, errors, gone)
+    return RoundedStack(facts, {r: back(t) for r, t in encoded.items()}, errors, gone, late=True)
 
 
 def round_tensor(role: str, tensor: Tensor, dtype: Any) -> Tensor:

@@ -218,9 +218,12 @@ class _Measure:
                 TensorSpec(self.plan.keys.spell(task.slot, task.kind.name, ALPHA), "F32", ())
             )
         # the full rank of a LoKr may be stored as full factors, which have no rank to a reader
-        read = task.kind.facts(shapes).rank
-        alpha = 1.0 if read is None else float(read)
-        return Stored(task.kind, read, alpha, shapes, specs=tuple(specs))
+        facts = task.kind.facts(shapes)
+        alpha = 1.0 if facts.rank is None else float(facts.rank)
+        own = task.kind.resettled(facts, task.entries[0].facts) if task.kind.peft_kept else None
+        scale = 1.0 if own is None else own.scale
+        found = Stored(task.kind, facts.rank, alpha, shapes, scale=scale, facts=own)
+        return replace(found, specs=tuple(specs))
 
 
 def _spec(key: str, tensor: Tensor) -> TensorSpec:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import ALPHA
+from adaptkit.entries import shared_name
 from adaptkit.errors import NotRepresentable
 from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptkit.algorithms.contract import Decomposition, Weights
+    from adaptkit.algorithms.contract import Decomposition, Facts, Weights
     from adaptkit.files.header import TensorSpec
     from adaptkit.ops.ranks.knapsack import RankCurve
     from adaptkit.ops.rewrite.plan import Recast, Task
@@ -43,6 +44,7 @@ class Stored:
     vanished: int = 0  # numbers that rounding made zero
     zero: bool = False
     scale: float = 1.0  # what a reader multiplies the stored product by
+    facts: Facts | None = None  # of kinds whose configuration is written again
     tensors: dict[str, Tensor] = field(default_factory=dict)
     specs: tuple[TensorSpec, ...] = ()
 
@@ -83,8 +85,9 @@ class State:
             shapes = {role: infos[key].shape for role, key in entry.tensors()}
             rank = entry.facts.rank
             alpha = 1.0 if rank is None else entry.facts.scale * rank
+            facts = entry.facts if task.kind.peft_kept else None
             self._unchanged[task.number] = Stored(
-                task.kind, rank, alpha, shapes, scale=entry.facts.scale
+                task.kind, rank, alpha, shapes, scale=entry.facts.scale, facts=facts
             )
         return self._unchanged[task.number]
 
@@ -101,7 +104,8 @@ class State:
         name = self.plan.keys.module(task.slot)
         # two full LoKr factors have no rank, but PEFT multiplies them by alpha / r: both are 1
         rank, alpha = (1, 1.0) if stored.rank is None else (stored.rank, stored.alpha)
-        return PeftModule(name, stored.kind, rank, alpha, stored.shapes)
+        config = task.terms[0].job.adapter.configuration(task.slot.component)
+        return PeftModule(name, stored.kind, rank, alpha, stored.shapes, stored.facts, config)
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,11 @@ def named(
     peft = plan.keys.format.peft
     facts = kind.facts(shapes)
     for role, shape in shapes.items():
-        name = plan.keys.spell(task.slot, kind.name, kind.stored_as(role, peft=peft))
         laid_out = kind.laid_out(role, shape, facts, peft=peft)
+        if role in kind.shared:
+            yield role, shared_name(kind, role), laid_out
+            continue
+        name = plan.keys.spell(task.slot, kind.name, kind.stored_as(role, peft=peft))
         yield role, name, plan.keys.flat(name, laid_out)
 
 

@@ -64,8 +64,11 @@ class Verifier:
         self, task: Task, meant: Weights, found: Weights, base: Tensor | None
     ) -> tuple[float | None, float | None]:
         """What `lost` gives, without forming a whole ΔW where that is large."""
-        size = meant.rows, task.entries[0].facts.columns
         additive = meant.additive and found.additive
+        if base is None and not additive:
+            return None, None
+        rows = meant.rows if base is None else base.shape[-2]
+        size = rows, task.entries[0].facts.columns or (0 if base is None else base.shape[-1])
         formed = not (additive and _thin(meant) and _thin(found))
         if formed and (additive or base is not None) and math.prod(size) > BLOCK:
             with suppress(NotRepresentable):  # no rows of its own, as a DoRA of the input axis

@@ -2,7 +2,10 @@
 
 Read in Comfy-Org/ComfyUI on 2026-11-29, at the newest commits stored: `comfy/lora.py` ec93dca,
 `comfy/lora_convert.py` 2bffe2f, `comfy/utils.py` 09708ea, `comfy/weight_adapter/lora.py` 6f98b15, `lokr.py` 2bffe2f; the
-other weight adapters, `model_base.py` and `supported_models.py` at a125cd8 (October 2025).
+other weight adapters at a125cd8 (October 2025); which models there are at `supported_models.py` 01f03bb; the names of
+layers in `ldm/` of a125cd8, those of newer models in `ldm/minimax/model.py` 01a56b7, `qwen_image21/model.py` 08f68f0,
+`wan/model_animate2.py` 1e41693, `ernie/model.py` 7b30bf3, `kandinsky5/model.py` 0c84b76, `cogvideo/model.py` 3e4d15a,
+`ace/ace_step15.py` 1d5eae0.
 
 The loader walks over the names of the model's weights. Each has several names under which a file may hold it; for
 every name it looks for the keys of each algorithm. A key that no name leads to is dropped with a line in the log.
@@ -44,8 +47,20 @@ TENCENT = (
     (r"_in\.mlp\.0$", "_in.in_layer"),
     (r"_in\.mlp\.2$", "_in.out_layer"),
 )
-# layers of Wan's kin (SkyReels V2, AnyFlow, Helios), which its Wan has not
-KIN = r"^(fps_|condition_embedder\.delta|far_patch|patch_(short|mid|long)|norm_out)"
+# layers that its models have not, or under names that no table of ours has
+ABSENT = {
+    # of Wan's kin: SkyReels V2, AnyFlow, Helios
+    "wan": r"^(fps_|condition_embedder\.delta|far_patch|patch_(short|mid|long)|norm_out)",
+    **dict.fromkeys(("cosmos", "cosmos-14b"), r"^(crossattn_proj|img_context_proj)"),
+    # its own names of all other layers: `blocks.0.q`, `blocks.0.ff_proj`, `time_embedding_linear_1`
+    "cogvideox": r"^(?!(patch_embed\.(proj|text_proj)|norm_out\.linear|proj_out)$)",
+    # Tencent's names, of which diffusers kept one
+    "hunyuan-dit": r"^(?!.*\.skip_linear$)",
+    "pixart": "",
+}
+# names in memory that are neither diffusers' nor the original's
+RENAMED = {"ace-step": (r"^", "decoder."), "wan-animate2": (r"\.block\.", ".")}
+QWEN = ("qwen-image", "qwen-image-21")
 TENCENTS = ("hunyuan-video", "hunyuan-video-15", "hunyuan-image")
 # the text encoders of each family, in the order of our components, as ComfyUI names them
 TEXT = {
@@ -82,7 +97,7 @@ def memory(family: str) -> tuple[Names, Names]:
     denoiser, text = Names(), Names()
     encoders = iter(TEXT.get(family, ()))
     for part in families()[family].components:
-        if part.name == "transformer_2":
+        if part.name in ("transformer_2", "transformer_ref"):
             continue  # another model: its adapter is another file
         # Anima's text conditioner is a part of its transformer
         main = is_denoiser(part.name) or part.name == "text_conditioner"
@@ -90,11 +105,11 @@ def memory(family: str) -> tuple[Names, Names]:
         if prefix is None:
             continue
         for row, indices in _rows(part):
-            if family == "wan" and re.search(KIN, row.target):
+            if re.search(ABSENT.get(family, "^$"), row.target):
                 continue
             names = row.names.get("native") or row.names["diffusers"]
             for name in row.names["diffusers"] if not main else names:
-                module = fill(name.module, indices)
+                module = re.sub(*RENAMED.get(family, ("", "")), fill(name.module, indices), count=1)
                 if main and family in TENCENTS:
                     for pattern, new in TENCENT:
                         module = re.sub(pattern, new, module)
@@ -118,6 +133,9 @@ def key_map(family: str) -> Mapping[str, Place]:
             found[other] = place
     for stem, place in _diffusers(family):
         found[stem] = place
+    if family == "qwen-image-21":
+        for stem, place in _halves():
+            found[stem] = place
     if family == "flux" or family == "chroma":
         for name, place in denoiser.places.items():
             if name.endswith(".linear1"):  # USO and XLabs adapt q, k and v of a single block
@@ -128,10 +146,20 @@ def key_map(family: str) -> Mapping[str, Place]:
 
 def _relative(family: str, name: str) -> Iterator[str]:
     """Other stems of a weight with the same module name."""
-    if family in ("qwen-image",):
+    # 2.1 fuses two layers while it is loaded: these names are those of the two
+    if family in QWEN and not name.endswith(".gate_up"):
         yield from (name, f"transformer.{name}", f"lycoris_{name.replace('.', '_')}")
-    if family in ("ltx", "ltx2"):
+    if family in ("ltx", "ltx2", "mochi", "minimax-h3", "kandinsky5"):
         yield name
+    if family in ("hidream", "kandinsky5", "ernie-image"):
+        yield f"transformer.{name}"
+    if family == "hidream":
+        yield f"lycoris_{name.replace('.', '_')}"
+    if family == "hunyuan-dit":
+        yield f"base_model.model.{name}"
+    if family == "ace-step":
+        name = name.removeprefix("decoder.")
+        yield from (f"base_model.model.{name}", f"lycoris_{name.replace('.', '_')}")
     if family in ("hunyuan-video", "hunyuan-video-15"):  # diffusion-pipe, and older files
         theirs = name
         for new, old in (
@@ -150,6 +178,7 @@ def _relative(family: str, name: str) -> Iterator[str]:
 DOTTED = {
     **dict.fromkeys(("sd3", "sd35-large"), ("transformer.", "base_model.model.")),
     "auraflow": ("transformer.",),
+    "pixart": ("transformer.", "base_model.model."),
     **dict.fromkeys(("flux", "chroma", "flux2"), ("transformer.", "")),
     **dict.fromkeys(("krea2", "z-image", "lumina2"), (MODEL, "transformer.", "")),
 }
@@ -159,7 +188,7 @@ JOINED = {
     **dict.fromkeys(("krea2", "z-image", "lumina2"), ("lycoris_",)),
 }
 # modules in diffusers' names that its tables do not have
-ABSENT = {
+UNMAPPED = {
     "chroma": r"^distilled_guidance_layer",
     "flux2": r"_stream_modulation|^time_guidance_embed",
 }
@@ -176,7 +205,7 @@ def _diffusers(family: str) -> Iterator[tuple[str, Place]]:
             module = fill(name.module, indices)
             # the table swaps for the native model what is swapped in diffusers
             place = Place(target, name.rows, name.swapped)
-            if re.search(ABSENT.get(family, "^$"), module):
+            if re.search(UNMAPPED.get(family, "^$"), module):
                 continue
             joined = module.replace(".", "_")
             if family in UNETS:
@@ -194,6 +223,16 @@ def _diffusers(family: str) -> Iterator[tuple[str, Place]]:
                 for prefix in DOTTED[family]:
                     yield prefix + short, place
                 yield f"lycoris_{short.replace('.', '_')}", place
+
+
+def _halves() -> Iterator[tuple[str, Place]]:
+    """The two layers that Qwen-Image 2.1 fuses while it is loaded."""
+    for row, indices in _rows(families()["qwen-image-21"].components[0]):
+        for name in row.names["diffusers"] if "native" in row.names else ():
+            module = fill(name.module, indices)
+            place = Place(Target("transformer", fill(row.target, indices)), name.rows)
+            for stem in (module, f"transformer.{module}", f"lycoris_{module.replace('.', '_')}"):
+                yield stem, place
 
 
 def _as_z_image() -> Iterator[tuple[str, Place]]:

@@ -2,10 +2,11 @@
 
 Read in kohya-ss/sd-scripts at 48d368f (2026-02-16): `networks/lora.py`, `lora_flux.py`, `lora_sd3.py`, `lora_lumina.py`,
 `lora_anima.py`, `lora_hunyuan_image.py`, `oft.py`, `oft_flux.py`; and in kohya-ss/musubi-tuner at 30c658c (2026-06-24):
-`utils/lora_utils.py`, `networks/loha.py`, `networks/lokr.py`.
+`utils/lora_utils.py`, `networks/lora.py`, `lora_kandinsky.py`, `loha.py`, `lokr.py`, `kandinsky5_generate_video.py`.
 
 sd-scripts builds a network of the layers inside certain classes and loads the file into it, silently without the rest.
-musubi-tuner looks up `lora_unet_` and the joined name of every weight of the transformer.
+musubi-tuner looks up `lora_unet_` and the joined name of every weight of the transformer; of Kandinsky 5 it builds a network
+as sd-scripts does, of plain LoRAs, and stops at one without alpha.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 
 from adaptkit.detect import families
 from tests.interop.hosts.files import File, Part, is_denoiser
-from tests.interop.hosts.loaded import Loaded
+from tests.interop.hosts.loaded import Loaded, RefusedError
 
 VERSION = "sd-scripts 48d368f, musubi-tuner 30c658c"
 DATE = "2026-06"
@@ -34,6 +35,7 @@ SCRIPTS = {
     "lumina2": r"layers\.|refiner\.|final_layer",
     "anima": r"blocks\.|x_embedder|t_embedder|final_layer",
     "hunyuan-image": r"double_blocks|single_blocks",
+    "kandinsky5": r"transformer_blocks",
 }
 # prefixes of the text encoders that it trains, and their layers
 THREE = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
@@ -54,7 +56,7 @@ MUSUBI = (
     "ideogram4",
 )  # fmt: skip
 # the names of the weights, where they are not those of the original model
-DIFFUSERS = ("sd1", "sd2", "framepack", "qwen-image", "z-image")
+DIFFUSERS = ("sd1", "sd2", "framepack", "qwen-image", "z-image", "kandinsky5")
 
 
 def _named(file: File, part: Part) -> bool:
@@ -76,6 +78,8 @@ def load(file: File) -> Loaded:
     """What the tool that knows a file's family and algorithm loads of it."""
     suffixes = {key.removeprefix(f"{part.stem}.") for part in file.parts[:1] for key in file.form.tensors(part.shape)}  # fmt: skip
     plain = suffixes == {"lora_up.weight", "lora_down.weight"}
+    if file.family == "kandinsky5" and file.form.alpha is None and plain:
+        raise RefusedError("KeyError: the alpha of a module")
     oft = suffixes == {"oft_blocks"}
     if oft:
         return Loaded(frozenset(part.stem for part in file.parts if _oft(file, part)))

@@ -31,13 +31,11 @@ CASES = [
     for family in families()
     if family not in hosts()[host].unsupported and family in measurement(host).names
 ]
-# families that no loader here was tried with: the list may only become shorter, and the one that is run has none
-NOT_YET = {
-    "ace-step", "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos", "cosmos-14b", "ernie-image", "flux3",
-    "glm-image", "hidream", "hunyuan-dit", "kandinsky5", "minimax-h3", "mochi", "pixart", "prx",
-    "qwen-image-21", "sana", "wan-animate2",
-}  # fmt: skip
-UNMEASURED = {"comfyui": NOT_YET, "invokeai": NOT_YET, "kohya": NOT_YET, "diffusers": set()}
+# families of which it could not be established what a host does: the lists may only become shorter
+UNMEASURED = {
+    # the newest musubi-tuner knows them, by its documentation, not the one that was read
+    "kohya": {"minimax-h3", "qwen-image-21", "ernie-image"},
+}
 
 
 def current(host: str) -> None:
@@ -111,7 +109,7 @@ def test_every_family_was_measured(host: str) -> None:
     assert table.date
     assert table.how in ("run", "described")
     known = set(table.names) | set(hosts()[host].unsupported)
-    assert set(families()) - known == UNMEASURED[host]
+    assert set(families()) - known == UNMEASURED.get(host, set())
     assert known <= set(families())
 
 

@@ -1,0 +1,109 @@
+"""A packed weight: what a header tells of it, its numbers, and how they are packed again."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from adaptkit.errors import NotRepresentable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+__all__ = ["Packed", "Packing", "divided", "nearest", "places", "slices", "unread", "widths"]
+
+# numbers that are unpacked or packed at a time: what comes in between stays in the cache
+CHUNK = 1 << 18
+
+
+class Packing(NamedTuple):
+    """How numbers are packed again.
+
+    `parts` are those that are written anew. `encode` takes the new numbers and the old ones,
+    float32 in the order of `shape`, and the stored tensors, and gives the new ones of `parts`.
+    Blocks whose numbers stay the same keep their bytes. `allowed` takes stored tensors and the
+    numbers that they stand for, and gives the largest error that rounding to them may leave, for
+    each number or to be broadcast to their shape. With `turn`, that is the error of
+    `turn(numbers)`.
+    """
+
+    parts: tuple[str, ...]
+    encode: Callable[[Tensor, Tensor, Mapping[str, Tensor]], dict[str, Tensor]]
+    allowed: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    turn: Callable[[Tensor], Tensor] | None = None
+
+
+class Packed(NamedTuple):
+    """A packed weight: the name and shape that it is shown with, its tensors, and its numbers.
+
+    `parts` are the keys of all its tensors by part, `weight` among them. `decode` takes them as
+    stored and gives float32 numbers in the order of `shape`. `packing` is None if they cannot be
+    written again. Unless `plain`, the weights of the file are no model by themselves, so it cannot
+    be written as plain numbers either.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, str]
+    decode: Callable[[Mapping[str, Tensor]], Tensor]
+    packing: Packing | None = None
+    plain: bool = True
+
+    def rewritten(self) -> tuple[str, ...]:
+        """The keys of the tensors that are written anew."""
+        return () if self.packing is None else tuple(self.parts[p] for p in self.packing.parts)
+
+
+def unread(
+    dtype: str, shape: tuple[int, ...], parts: Mapping[str, str], *, plain: bool = True
+) -> Packed:
+    """A weight that is only told by the name of its format."""
+
+    def decode(_: Mapping[str, Tensor]) -> Tensor:
+        raise NotRepresentable(f"stored as {dtype}, which is not read", tensor=parts["weight"])
+
+    return Packed(dtype, shape, parts, decode, plain=plain)
+
+
+def slices(count: int, width: int) -> Iterator[slice]:
+    """Cut `count` rows of `width` numbers into pieces of about `CHUNK` numbers."""
+    step = max(1, CHUNK // max(1, width))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def divided(numbers: Tensor, by: Tensor) -> Tensor:
+    """Finite numbers by scales, and 0 where a scale is 0."""
+    return numbers / by.masked_fill(by == 0, math.inf)
+
+
+def places(table: Sequence[float], numbers: Tensor) -> Tensor:
+    """The place of the nearest entry of an ascending table, ties to even places; uint8."""
+    import torch
+
+    exact = torch.tensor(table, dtype=torch.float64)
+    between = ((exact[1:] + exact[:-1]) / 2).float()
+    # a tie goes to the place below it unless the bound lies under the tie
+    lower = torch.nextafter(between, torch.full_like(between, -torch.inf))
+    odd = torch.arange(len(between)) % 2 == 1
+    return torch.bucketize(numbers, torch.where(odd, lower, between), out_int32=True).byte()
+
+
+def nearest(table: Tensor, numbers: Tensor) -> Tensor:
+    """The place of the nearest entry of a table in any order; uint8."""
+    import torch
+
+    ascending, order = table.float().sort(stable=True)
+    between = (ascending[1:] + ascending[:-1]) / 2
+    return order.byte()[torch.bucketize(numbers, between, out_int32=True)]
+
+
+def widths(table: Tensor) -> Tensor:
+    """Half the wider of the two gaps beside each entry of a table in any order."""
+    import torch
+
+    ascending, order = table.float().sort(stable=True)
+    gaps = ascending.diff()
+    beside = torch.maximum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
+    return torch.empty_like(ascending).index_put_((order,), beside / 2)
