@@ -346,6 +346,10 @@ def test_the_configuration_matters(name: str, changed: dict[str, Any], tmp_path:
         ("fourierft", {"random_loc_seed": 1.5}),
         ("fourierft", {"scaling": None}),
         ("vera-drawn", {"projection_prng_key": None}),
+        ("psoft-lowrank", {"psoft_svd_lowrank_niter": 10**9}),
+        ("psoft-neumann", {"num_cayley_neumann_terms": 10**9}),
+        ("psoft-neumann", {"num_cayley_neumann_terms": float("inf")}),
+        ("randlora", {"randlora_alpha": 10**350}),
     ],
 )
 def test_a_setting_that_is_no_number_is_refused(

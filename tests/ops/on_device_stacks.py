@@ -163,6 +163,7 @@ def pair(draw: np.random.Generator, folder: Path) -> tuple[Path, Path]:
         {"rank": 3},
         {"size": 30_000},
         {"algo": "lokr", "factor": 4},
+        {"algo": "lokr", "factor": 4, "rank": 2, "dtype": "fp32"},
         {"algo": "lokr", "factor": 4, "size": 9_000, "dtype": "fp32"},
         {"algo": "auto", "error": 0.2},
         {"algo": "full"},

@@ -38,7 +38,12 @@ def find(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo] | None:
     named = {key: _suffix(key) for key in infos if "::" in key}
     if not any(named.values()):
         return None
-    return {named.get(key) or key: info for key, info in infos.items()}
+    found: dict[str, TensorInfo] = {}
+    for key, info in infos.items():
+        name = named.get(key) or key
+        # of two tensors of one name neither is lost: one keeps a name that nobody knows
+        found[key if name in found or (name != key and name in infos) else name] = info
+    return found
 
 
 def _suffix(key: str) -> str | None:
