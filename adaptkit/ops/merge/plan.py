@@ -101,7 +101,8 @@ class Plan(Closing):
     """The state of a merge before any weight is read; `strengths` are those of `adapters`.
 
     `merges` are the tensors that adapters have modules for. `steps` are the tensors to compute:
-    those with something to add or with a new dtype. All others are copied.
+    those with something to add or with a new dtype. All others are copied. `verified` are the
+    steps that compare what is written, if it is to be verified.
     """
 
     base: Checkpoint
@@ -116,19 +117,12 @@ class Plan(Closing):
     layout: Layout
     rules: tuple[Mapping[str, Any], ...] = ()
     left_out: LeftOut | None = None
+    verified: tuple[Step[TensorMerge], ...] = ()
 
     @property
     def computed(self) -> tuple[TensorMerge, ...]:
         """Return the tensors that are computed, not copied."""
         return tuple(step.payload for step in self.steps)
-
-    @property
-    def verified(self) -> tuple[Step[TensorMerge], ...]:
-        """Return the steps that compare what is written, if it is to be verified."""
-        from adaptkit.ops.merge.steps import verifying
-
-        steps = self.steps if self.options.verify else ()
-        return tuple(verifying(step, self.base, self.adapters) for step in steps)
 
     @property
     def kept(self) -> TensorSource:

@@ -75,7 +75,7 @@ def _on_base(task: Task, place: tuple[Piece, ...], options: Ranked, base: Checkp
     applying = 2 * max(entry.kind.applying(rows, columns) for entry in task.entries)
     if not task.kind.additive:  # W' of the exact and of the stored weights
         return stored + 16 * numbers + applying
-    beside = 8 * numbers  # as stored, and as measured
+    beside = 4 * numbers + 16 * min(numbers, BLOCK)  # as stored, and as measured in blocks
     if task.kind.low_rank:
         rank = largest(options, convolution=task.convolution) if task.ranked else None
         beside = 16 * numbers + 67 * min(rows, columns) ** 2  # all singular vectors
