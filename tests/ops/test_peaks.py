@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from adaptkit.algorithms import _stored
+from adaptkit.linalg import lowrank, precision
+from adaptkit.ops.difference import working
 from tests.ops import peaks
 from tests.synth import FIXTURES
 
@@ -28,3 +31,8 @@ def test_peak_memory_is_as_planned() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == len(CHEAP)
+
+
+def test_plans_know_the_sizes_that_kernels_work_with() -> None:
+    """A plan loads no torch, and so cannot ask them."""
+    assert (working.SMALL, _stored.SCRATCH) == (lowrank.SMALL, precision.SCRATCH)

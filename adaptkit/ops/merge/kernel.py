@@ -15,7 +15,7 @@ from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.at_once import together
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, Part, once, part_of, whole_slot
-from adaptkit.ops.merge.requantise import repacked, requantised, widened
+from adaptkit.ops.merge.requantise import repacked, requantised, type_name, widened
 from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, reused, square
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
@@ -370,9 +370,7 @@ class Blender:
                 raise self._non_finite(number, merge)
             return repacked(self.base.source, merge.packed, merged, before)
         if merge.scale is not None and stored[1] is not None:
-            rounded, fresh = requantised(merged, before, stored[0], stored[1], merge.dtype)
-            decoded = widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
-            return {merge.name: rounded, merge.scale: fresh}, decoded
+            return requantised(merge, merged, before, stored[0], stored[1])
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
@@ -385,7 +383,7 @@ class Blender:
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            f"the merged weight does not fit {_named(merge)}",
+            f"the merged weight does not fit {type_name(merge)}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
@@ -436,11 +434,6 @@ def held(results: Iterable[Merged | Later[Merged] | None]) -> int:
     """The bytes of the tensors that are there."""
     there = (one.written.values() for one in results if isinstance(one, Merged))
     return sum(tensor.nbytes for each in there for tensor in each)
-
-
-def _named(merge: TensorMerge) -> str:
-    """The type that a tensor is written in, as torch names it or its format does."""
-    return merge.dtype if merge.packed else str(torch_dtype(merge.dtype)).removeprefix("torch.")
 
 
 def _present(merge: TensorMerge | None) -> TensorMerge:

@@ -12,12 +12,12 @@ from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.files.tensors import finite
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap.kinds import applied, changed, dense_kind, low_rank_kind
+from adaptkit.keymap.kinds import changed, dense_kind, low_rank_kind
 from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.joining import differences, joined
 from adaptkit.ops.rewrite.plan import Task, product_rank
-from adaptkit.ops.rewrite.rounding import RoundedStack, round_stack, round_tensor, vanished
+from adaptkit.ops.rewrite.rounding import RoundedStack, lost, round_stack, round_tensor, vanished
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms.contract import Decomposition, Facts, Weights
     from adaptkit.ops.rewrite.plan import Recast, Term
 
-__all__ = ["Rewriter", "lost"]
+__all__ = ["Rewriter"]
 
 OVERFLOWS = "ΔW overflows: its numbers are too large to compute with"
 CANCELLED = 1e-14  # of Σ ‖·‖² of the terms: the rounding of float64 in a sum that is zero
@@ -432,28 +432,3 @@ def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
                 file=job.adapter.source.path,
                 tensor=job.entries[int(n)].keys[role],
             )
-
-
-def lost(
-    exact: Weights, stored: Weights, base: Tensor | None, norm: float | None
-) -> tuple[float | None, float | None]:
-    """‖ΔW‖² and the ‖·‖² that was lost, in float64. `norm` is ‖ΔW‖² if it is known.
-
-    None if ΔW depends on a base weight that is not given.
-    """
-    if exact.additive and stored.additive:
-        whole = exact.norm_squared() if norm is None else norm
-        return whole, exact.distance_squared(stored, norm)
-    if base is None:
-        return None, None
-    import torch
-
-    from adaptkit.linalg.precision import row_blocks
-
-    wide = torch.float64
-    one, two = (applied(side, base.to(wide, copy=True), 1.0) for side in (exact, stored))
-    whole = gone = 0.0
-    for rows in row_blocks(base):
-        whole += float((one[..., rows, :] - base[..., rows, :]).square().sum())
-        gone += float((one[..., rows, :] - two[..., rows, :]).square().sum())
-    return whole, gone
