@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from adaptkit.algorithms._exchanged import Exchanged
 from adaptkit.algorithms._settings import Unsettled, Wanted
 from adaptkit.algorithms.contract import Facts, Stated, Weights
 from adaptkit.errors import NotRepresentable, ShapeMismatch
@@ -387,6 +388,18 @@ def test_rows_are_cut_and_exchanged_exactly_or_not_at_all(case: Case) -> None:
         assert case.kind in (UNCUT - {"tlora"}) | {"road"}
     else:
         torch.testing.assert_close(swapped.roll(ROWS // 2, 0), whole)
+
+
+def test_halves_are_exchanged_for_every_kind(case: Case) -> None:
+    """Also of a stack; twice is the same again, in the memory of the weight."""
+    whole, weights = opened(case).apply(base(), 1.0), Exchanged(opened(case))
+    given = base().roll(ROWS // 2, 0)
+    torch.testing.assert_close(weights.apply(given, 1.0).roll(ROWS // 2, 0), whole)
+    assert weights.swapped() is weights.inner
+    if case.kind != "tlora" and weights.additive:
+        delta = (whole - base()).roll(ROWS // 2, 0)
+        torch.testing.assert_close(weights.delta(), delta)
+        torch.testing.assert_close(weights.times(2.0).delta(), 2 * delta)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.algorithms._exchanged import with_halves_exchanged
 from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite, NotRepresentable
@@ -17,7 +18,13 @@ from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.joining import differences, joined
 from adaptkit.ops.rewrite.plan import Task, product_rank
-from adaptkit.ops.rewrite.rounding import RoundedStack, lost, round_stack, round_tensor, vanished
+from adaptkit.ops.rewrite.rounding import (
+    RoundedStack,
+    lost,
+    round_all,
+    round_stack,
+    vanished,
+)
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
@@ -209,7 +216,8 @@ class Rewriter:
     def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, not rounded, in the order of rows of the new format."""
         whole = self.meant(task, tensors)
-        return whole.swapped() if self.plan.keys.swapped(task.slot) else whole
+        swapped = self.plan.keys.swapped(task.slot)
+        return with_halves_exchanged(whole) if swapped else whole
 
     def meant(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, not rounded, in the order of rows of the model."""
@@ -313,11 +321,7 @@ class Rewriter:
         )
         dtype = torch_dtype(dtype_of(self.plan, task))
         whole = folded.encode()
-        wide = {role for role, named in kind.roles.items() if named.wide}
-        encoded = {
-            role: round_tensor(role, tensor, torch_dtype("F32") if role in wide else dtype)
-            for role, tensor in whole.items()
-        }
+        encoded = round_all(kind, whole, dtype)
         first = task.entries[0]
         like = first.facts if first.kind is kind else None
         rounded, facts, shapes, alpha = as_read(kind, encoded, like=like)

@@ -11,11 +11,13 @@ from adaptkit.meaning import as_read
 from adaptkit.staging.lanes import back
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Facts, KeptStack, Weights
 
-__all__ = ["RoundedStack", "lost", "round_stack", "round_tensor", "vanished"]
+__all__ = ["RoundedStack", "lost", "round_all", "round_stack", "round_tensor", "vanished"]
 
 
 class RoundedStack(NamedTuple):
@@ -85,6 +87,17 @@ def round_tensor(role: str, tensor: Tensor, dtype: Any) -> Tensor:
     except NonFinite as error:
         error.hint = "write with --dtype bf16 or fp32"
         raise
+
+
+def round_all(kind: type[Weights], whole: Mapping[str, Tensor], dtype: Any) -> dict[str, Tensor]:
+    """The tensors of a module in their dtype, by role; a `wide` role stays in float32."""
+    import torch
+
+    wide = {role for role, named in kind.roles.items() if named.wide}
+    return {
+        role: round_tensor(role, tensor, torch.float32 if role in wide else dtype)
+        for role, tensor in whole.items()
+    }
 
 
 def vanished(before: Tensor, after: Tensor) -> int:
