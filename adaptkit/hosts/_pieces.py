@@ -134,6 +134,7 @@ def _made(
         suffixes=suffixes,
         alpha=None if rank is None else scale * rank,
         told=told and not kind.bounded,
+        stated=keys.format.alpha is Alpha.CONFIG and scale != 1.0 and not kind.bounded,
         axis=_axis(adapter, entry) if kind is entry.kind else "",
         keys=len(suffixes) + told,
     )

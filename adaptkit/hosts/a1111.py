@@ -48,6 +48,8 @@ HOST = Host(
         Cell("kohya", ("sdxl",), check=_joint("text_encoder_2")),
     ),
     unread=Loss("are dropped without a message"),
+    # an error is shown where the first word is the name of a layer
+    nothing=Loss("none of these names is read: nothing loads", whole=True),
     writes={"": ("kohya",)},
     # it has code for IA³, GLoRA and OFT, which was not tried
     algorithms=(*READ, "set", "peft-oft", "peft-boft"),

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptkit.hosts.contract import DORA, SD, TE, UNETS, Cell, Host, Loss
+from adaptkit.hosts.contract import DORA, NO_MODEL, SD, TE, UNETS, Cell, Host, Loss
 
 if TYPE_CHECKING:
     from adaptkit.hosts.contract import Piece
@@ -400,7 +400,17 @@ HOST = Host(
         Loss("have DoRA magnitudes on the input axis, which it has no form of", axis="input"),
     ),
     unsupported=dict.fromkeys(
-        ("hunyuan-video-15", "hunyuan-image", "pixart", "hunyuan-dit", "glm-image"), NO_PIPELINE
+        (
+            "hunyuan-video-15",
+            "hunyuan-image",
+            "pixart",
+            "hunyuan-dit",
+            "glm-image",
+            "longcat-image",
+            "ovis-image",
+            "stable-cascade",
+        ),
+        NO_PIPELINE,
     )
-    | {"prx": "the LoRA loader of its pipeline is for U-Nets"},
+    | {"hidream-o1": NO_MODEL, "prx": "the LoRA loader of its pipeline is for U-Nets"},
 )

@@ -13,9 +13,10 @@ SPARE = 12  # keys without a place, with which it still loads the others
 STRANGE = (
     "ace-step", "anima", "auraflow", "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos",
     "cosmos-14b", "ernie-image", "flux2", "flux3", "framepack", "glm-image", "hidream",
-    "hunyuan-dit", "hunyuan-image", "hunyuan-video", "hunyuan-video-15", "ideogram4", "kandinsky5",
-    "krea2", "ltx", "ltx2", "ltx-13b", "lumina2", "minimax-h3", "mochi", "pixart", "prx",
-    "qwen-image", "qwen-image-21", "sana", "wan", "wan-animate2", "z-image",
+    "hidream-o1", "hunyuan-dit", "hunyuan-image", "hunyuan-video", "hunyuan-video-15",
+    "ideogram4", "kandinsky5", "krea2", "longcat-image", "ltx", "ltx-13b", "ltx2", "lumina2",
+    "minimax-h3", "mochi", "ovis-image", "pixart", "prx", "qwen-image", "qwen-image-21", "sana",
+    "stable-cascade", "wan", "wan-animate2", "z-image",
 )  # fmt: skip
 
 HOST = Host(

@@ -276,7 +276,7 @@ def _shape(family: str, part: Component, row: Row) -> Shape:
 
 
 def is_denoiser(component: str) -> bool:
-    return component in {"transformer", "transformer_2", "transformer_ref", "unet"}
+    return component in {"transformer", "transformer_2", "transformer_ref", "unet", "prior"}
 
 
 def parts(

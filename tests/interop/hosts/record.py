@@ -166,8 +166,10 @@ def _taken(host: str, whole: File, blocks: int | None) -> File | None:
 
 # families of which it could not be established what a host does: the lists may only become shorter
 UNMEASURED: Mapping[str, frozenset[str]] = {
-    # the newest musubi-tuner knows them, by its documentation, not the one that was read
-    "kohya": frozenset({"minimax-h3", "qwen-image-21", "ernie-image"}),
+    # the newest musubi-tuner knows the first three, by its documentation, not the one that was read
+    "kohya": frozenset({"minimax-h3", "qwen-image-21", "ernie-image", "hidream-o1"}),
+    # what it makes of FLUX.1's names for it, and whether its names are ours, was not read
+    "comfyui": frozenset({"ovis-image", "hidream-o1"}),
     # its names are in a file that was not found
     "a1111": frozenset({"sd3"}),
 }
