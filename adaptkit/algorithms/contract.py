@@ -240,7 +240,7 @@ class Weights(Truncation, Configured):
             return None
 
     def spectrum(self) -> Tensor:
-        """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS).
+        """The singular values of ΔW, (..., r), descending, in float64.
 
         From thin factors, else the Gram matrix of ΔW. NotRepresentable if ΔW depends on the weight.
         """

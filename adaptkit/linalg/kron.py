@@ -24,7 +24,15 @@ from adaptkit.linalg.alternating import (
 from adaptkit.linalg.hosted import fetched, on_host, stacked
 from adaptkit.linalg.krylov import eigh, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, energies, truncated_svd
-from adaptkit.linalg.precision import empty, members, norm_squared, one_by_one, scaled, upcast
+from adaptkit.linalg.precision import (
+    empty,
+    holds_any,
+    members,
+    norm_squared,
+    one_by_one,
+    scaled,
+    upcast,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,7 +231,7 @@ def _leading(r: Tensor, count: int = 1) -> Tensor:
     unit = torch.zeros_like(found)
     unit[..., 0] = 1.0
     # eigh gives a zero matrix unit eigenvectors too: replace them by e₁
-    dead = (size == 0) | ~torch.isfinite(size) | ~r.any(-1).any(-1)[..., None, None]
+    dead = (size == 0) | ~torch.isfinite(size) | ~holds_any(r)[..., None, None]
     return torch.where(dead, unit, found / torch.where(dead, 1.0, size))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from adaptkit.linalg.precision import (
     ALIGNED,
-    accumulate_dtype,
     each,
     empty,
     norm_squared,
@@ -103,13 +102,13 @@ def eigenvalues(gram: Tensor) -> Tensor:
 
 
 def gram_columns(a: Tensor) -> Tensor:
-    """AᵀA (..., N, N) of a (..., M, N) in float64 (float32 on MPS), widened in blocks of rows.
+    """AᵀA (..., N, N) of a (..., M, N) in float64, widened in blocks of rows.
 
     On other accelerators large ones are made of exact float32 products, see `split`.
     """
     if works_on_stacks(a.device):
         return gram_of_stack(a)
-    wide = accumulate_dtype(a.device)
+    wide = torch.float64
     total = torch.zeros(*a.shape[:-2], a.shape[-1], a.shape[-1], dtype=wide, device=a.device)
     step = max(1, BLOCK // max(1, a.shape[-1]))
     for start in range(0, a.shape[-2], step):
@@ -148,9 +147,7 @@ class Krylov:
         self._v = empty((self.limit, n), a.dtype, a.device)
         self._w = empty((self.limit, m), a.dtype, a.device)
         self._back = empty((self.limit, n), a.dtype, a.device)
-        self.gram = torch.zeros(
-            self.limit, self.limit, dtype=accumulate_dtype(a.device), device=a.device
-        )
+        self.gram = torch.zeros(self.limit, self.limit, dtype=torch.float64, device=a.device)
         self.size = 0
         self._solved: tuple[int, tuple[Tensor, Tensor]] | None = None
         self.total = total

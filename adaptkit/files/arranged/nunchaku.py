@@ -78,7 +78,9 @@ def find(
     None if no layer is packed, or if it is a quantised checkpoint. Tensors that fit no rule keep
     their names, which no family knows.
     """
-    found = {key: match for key in infos if (match := _PAIR.fullmatch(key)) is not None}
+    # asked of every file: most have no such name
+    downs = [key for key in infos if key.endswith(".lora_down")]
+    found = {key: match for key in downs if (match := _PAIR.fullmatch(key)) is not None}
     packed = any(match["local"] not in MODULATIONS for match in found.values())
     if not packed or any(key.endswith(".qweight") for key in infos):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import AdaptkitError, CorruptFile
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["check_packing", "pack_file", "packed_dtype"]
 
 CLOSE = 1e-9  # float64 sums of the same products in another order
+_VALUE = re.compile(r"\.(set_)?weight$")
 PROBES = 2  # vectors that ΔW is multiplied with
 
 
@@ -65,8 +67,6 @@ def _read_back(sink: TensorSink, source: TensorSource) -> None:
     made, kept = found if found is not None else ({}, {})
 
     def read(name: str) -> Tensor:
-        # a norm's new value is read under another name than it was written under
-        name = name.replace(".set_weight", ".scale")
         if name in made:
             return made[name].read({p: sink.tensor(k) for p, k in made[name].parts.items()})
         return sink.tensor(kept[name].name)
@@ -78,7 +78,9 @@ def _read_back(sink: TensorSink, source: TensorSource) -> None:
             continue
         try:
             if down == up:
-                same = torch.equal(source.read(name), read(name))
+                # a norm's new value is read under another name than it was written under
+                there = name if name in made or name in kept else _VALUE.sub(".scale", name)
+                same = torch.equal(source.read(name), read(there))
             else:
                 probe = torch.randn(info.shape[1], PROBES, generator=draw).double()
                 one, two = (

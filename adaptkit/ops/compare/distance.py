@@ -112,7 +112,7 @@ def _quotient(one: float, other: float) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference (rows × columns) in its cheapest form, float64 (float32 on MPS).
+    """A difference (rows × columns) in its cheapest form, float64.
 
     `block(start, stop)` forms rows. `factors()` returns left (rows, r) and right (r, columns) if
     r is small. `kron` is (w1, w2) if the difference is w1 ⊗ w2.
@@ -165,7 +165,7 @@ def _rows(factors: Factors, start: int, stop: int) -> Factors:
 
 
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert stored tensors to float64 (float32 on MPS), except for flags."""
+    """Convert stored tensors to float64, except for flags."""
     return {
         role: _wide(tensor) if tensor.is_floating_point() else tensor
         for role, tensor in tensors.items()
@@ -173,9 +173,8 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    from adaptkit.linalg.precision import accumulate_dtype
 
-    return tensor.to(accumulate_dtype(tensor.device))
+    return tensor.double()
 
 
 def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool) -> Difference:

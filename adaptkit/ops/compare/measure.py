@@ -81,7 +81,7 @@ class Measurer:
         infos = [side.given.adapter.source.infos[key] for _, key in side.entry.tensors()]
         stored, elements = sum(info.nbytes for info in infos), sum(info.numel for info in infos)
         if side.entry.kind.dense:
-            return stored
+            return stored + WIDE * BLOCK  # a block at another strength
         size = stored + 2 * WIDE * elements
         if side.base is not None and self.base is not None:
             rows_apart = side.entry.kind.row_wise

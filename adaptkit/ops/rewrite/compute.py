@@ -417,9 +417,8 @@ def _cut(found: Decomposition, rank: int, stored: Any) -> Cut | Later[Cut]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    from adaptkit.linalg.precision import accumulate_dtype
 
-    return tensor.to(accumulate_dtype(tensor.device)) if tensor.is_floating_point() else tensor
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
