@@ -143,7 +143,8 @@ def test_it_is_said_that_a_file_is_packed_and_its_tensors_are_plain(tmp_path: Pa
     assert (report["family"], report["format"], report["layout"]) == ("flux", "diffusers", "nunchaku")  # fmt: skip
     assert report["ranks"] == {"16": 19, "32": 1, "3": 2}
     assert "packed for nunchaku" in report["problems"][0]["what"]
-    assert set(report["loads_in"].values()) == {None}
+    # no host was tried with such files; A1111 runs no FLUX.1
+    assert {host for host, loads in report["loads_in"].items() if loads is not None} <= {"a1111"}
     assert not report["unclaimed"]
     with Adapter.open(tmp_path / "a.safetensors", family="flux") as adapter:
         key = "transformer.transformer_blocks.0.attn.to_k.lora_B.weight"
