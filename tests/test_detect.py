@@ -413,3 +413,31 @@ def test_old_spellings_are_adapters_not_checkpoints(names: list[str]) -> None:
     assert not is_adapter(
         [name.replace("_lora1", "").replace("_lora2", "").replace("_lora", "") for name in names]
     )
+
+
+def test_what_adaptkit_wrote_down_tells_look_alikes_apart() -> None:
+    """Parts of FLUX.1 in diffusers' names are those of its kin, until a record names the family."""
+    listing: Listing = {}
+    for block in (0, 1):
+        stem = f"transformer.transformer_blocks.{block}.attn.to_q.lora_"
+        listing |= {f"{stem}A.weight": ("F16", (4, 3072)), f"{stem}B.weight": ("F16", (3072, 4))}
+
+    def told(*records: object) -> tuple[str | None, tuple[str, ...]]:
+        metadata = {"adaptkit": json.dumps(records)} if records else {}
+        found = detect_adapter(infos(listing), metadata)
+        return found.family, found.alternatives
+
+    first, others = guess = told()
+    assert {"flux", "framepack"} <= {first, *others}
+    for family in (first, *others):
+        assert told({"family": family}) == (family, ())
+    assert told({"family": "wan"}, {"family": "framepack"}, {"command": "x"}) == ("framepack", ())
+    # only where the names fit
+    for record in (
+        {"family": "sdxl"},
+        {"family": "wan"},
+        {"family": "none"},
+        {"family": 1},
+        "text",
+    ):
+        assert told(record) == guess

@@ -33,8 +33,8 @@ class Sparse(OfPeft, Applied):
         raise NotImplementedError
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 20 * numbers  # a permutation of the weight, and S
+    def applying(cls, rows: int, columns: int) -> int:
+        return 20 * rows * columns  # a permutation of the weight, and S
 
     def spread(self, base: Tensor) -> Tensor:
         """S in the dtype and shape of the weight. Entries of one place are added up."""

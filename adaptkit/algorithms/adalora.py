@@ -41,6 +41,7 @@ class AdaLora(OfPeft):
     peft_type: ClassVar[str] = "ADALORA"
     resized: ClassVar[str | None] = "adalora"
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"init_r": 12})
+    by_rows: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role("lora_B"),
         down=Role("lora_A"),

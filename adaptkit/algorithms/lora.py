@@ -163,7 +163,7 @@ class Lora(Weights):
         return base.add_(up @ right, alpha=alpha)
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
+    def applying(cls, rows: int, columns: int) -> int:
         return 0
 
     def part(self, start: int, stop: int) -> Self:

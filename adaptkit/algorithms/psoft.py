@@ -120,8 +120,8 @@ class Psoft(OfPeft, Applied):
         }
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 20 * numbers  # the singular value decomposition of the weight
+    def applying(cls, rows: int, columns: int) -> int:
+        return 20 * rows * columns  # the singular value decomposition of the weight
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from adaptkit.detect.beginnings import beginning_of, begun, checkpoint_heads, starts
 from adaptkit.detect.evidence import SAMPLE, AdapterFile, CheckpointFile
 from adaptkit.errors import NoSuchName
+from adaptkit.files import provenance
 from adaptkit.keymap import (
     compile_checkpoint,
     compile_keys,
@@ -368,6 +369,8 @@ def _told(score: _Score, metadata: Mapping[str, str], file: File) -> tuple[float
     """What tells apart families that claim the same keys: metadata, sizes, complete runs."""
     fit = file.fit(score.family, score.format)
     return (
+        # what adaptkit wrote down before it renamed the modules
+        provenance.family(metadata) == score.family,
         _named_in(metadata, score.family),
         # a module without a mark fits as well as one whose mark holds
         1.0 if fit.marks is None else fit.marks,

@@ -28,8 +28,8 @@ __all__ = [
 SIZES = "dxd 2dxd 3dxd 4dxd 6dxd 7dxd dx4d dx5d dx768 dx4096"
 
 SIDES = (
-    ("img", "to_{}", "to_out.0", "norm_{}"),
-    ("txt", "add_{}_proj", "to_add_out", "norm_added_{}"),
+    ("img", "to_{}", "to_out.0", "norm_{}", "to_qkv"),
+    ("txt", "add_{}_proj", "to_add_out", "norm_added_{}", "to_added_qkv"),
 )
 SHARES = (1, 1, 1, 4)  # q, k, v and the MLP
 
@@ -45,10 +45,13 @@ def double_attention(native: str, diffusers: str, *, plain: bool = False) -> Ite
 
     `plain`: see `_norm`.
     """
-    for side, project, out, norm in SIDES:
+    for side, project, out, norm, joint in SIDES:
         ours = f"{native}{side}_attn."
         yield pair(
-            f"{ours}qkv", split(f"{diffusers}attn.", *(project.format(letter) for letter in "qkv"))
+            f"{ours}qkv",
+            split(f"{diffusers}attn.", *(project.format(letter) for letter in "qkv")),
+            # diffusers' `fuse_projections`, which a LoKr of BFL's names is loaded into
+            fused=f"{diffusers}attn.{joint}",
         )
         yield pair(f"{ours}proj", f"{diffusers}attn.{out}")
         for word, letter in (("query", "q"), ("key", "k")):

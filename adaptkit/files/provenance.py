@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 __all__ = [
+    "FAMILY",
     "KEY",
     "STALE",
+    "family",
     "file_hashes",
     "history",
     "kept",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 KEY = "adaptkit"
+FAMILY = "family"
 STALE = frozenset({"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
 """Hashes of the tensors, invalid once a tensor changes."""
 SSHS = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
@@ -105,6 +108,12 @@ def history(metadata: Mapping[str, str]) -> list[object]:
     except (ValueError, RecursionError):
         return [text]
     return records if isinstance(records, list) else [records]
+
+
+def family(metadata: Mapping[str, str]) -> str | None:
+    """The model family that adaptkit's records name, the newest that names one."""
+    found = (one.get(FAMILY) for one in reversed(history(metadata)) if isinstance(one, dict))
+    return next((name for name in found if isinstance(name, str)), None)
 
 
 def updated(metadata: Mapping[str, str], ours: Mapping[str, object]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from adaptkit.formats.contract import PEFT_SPELLING, Alpha, KeyFormat
 
 FORMAT = KeyFormat(
@@ -12,7 +14,8 @@ FORMAT = KeyFormat(
     style="diffusers",
     kin="diffusers",
     alpha=Alpha.NONE,
-    spelling=PEFT_SPELLING,
+    # the norms of FLUX.1's control LoRAs, which replace those of the model
+    spelling=MappingProxyType({**PEFT_SPELLING, "set": MappingProxyType({"value": "weight"})}),
     peft=True,
     written_by="diffusers, SimpleTuner",
     note="alpha is folded into lora_B, because readers of these names assume alpha = rank",

@@ -102,11 +102,7 @@ FLUX2 = (
     SINGLE,
     LORA_OR_LOKR,
     replace(STRANGE, algorithms=("lokr",), unnamed="native"),
-    Loss(
-        "are LoKr of joint queries, keys and values, which it drops without a message",
-        algorithms=("lokr",),
-        modules=r"attn\.qkv$",
-    ),
+    Loss("come out with scale and shift swapped", modules=r"final_layer\.adaLN_modulation\.1$"),
 )
 # it renames `attention.out` before lora_down, lora_up and alpha only
 Z_OUT = (

@@ -97,7 +97,22 @@ class KeyMap:
             return None
         reading, _, module = match
         slot = self._slot(stem, match, param_of(roles[0]))
+        if spelled == WEIGHT:  # as models call it too
+            roles = tuple(role for role in roles if self._plain(role, slot))
+            if not roles:
+                return None
         return Parsed(slot, spelled, roles, module, reading.naming, reading.swapped)
+
+    def _plain(self, role: RoleName, slot: Slot) -> bool:
+        """Whether a role is called `weight` here: by its algorithm, or by this format for norms."""
+        algorithm, name = role
+        if algorithms()[algorithm].roles[name].spelling == WEIGHT:
+            return True
+        return self._own_suffix(role) == WEIGHT and self.normed(slot.target)
+
+    def _own_suffix(self, role: RoleName) -> str | None:
+        """The suffix that this format has instead of the algorithm's, if any."""
+        return self.format.spelling.get(role[0], {}).get(role[1])
 
     def roles(self, roles: tuple[RoleName, ...]) -> tuple[RoleName, ...]:
         """The roles of a suffix that this format spells."""
@@ -184,13 +199,13 @@ class KeyMap:
                     f"the {self.format.name} format has no names for {algorithm}",
                     hint="--algo full --base CHECKPOINT writes what it changes",
                 )
-            suffix = (
-                self.format.spelling.get(algorithm, {}).get(role)
-                or algorithms()[algorithm].roles[role].spelling
-            )
+            plain = algorithms()[algorithm].roles[role].spelling
+            suffix = self._own_suffix((algorithm, role)) or plain
             self._suffix[algorithm, role] = suffix
-        if slot.param == BIAS and self.normed(slot.target):
-            suffix = algorithms()[algorithm].roles[role].spelling  # no spelling of a LoRA's bias
+        if slot.param == BIAS or suffix == WEIGHT:
+            # the format's is that of a LoRA's bias, or of a norm's weight
+            own = self.normed(slot.target) is not (slot.param == BIAS)
+            suffix = suffix if own else algorithms()[algorithm].roles[role].spelling
         return f"{self.stem(slot)}.{suffix}"
 
     def flat(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

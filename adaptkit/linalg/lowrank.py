@@ -10,8 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.exact import leading_basis, leading_vectors, times
-from adaptkit.linalg.krylov import BLOCK, Krylov, eigenvalues, explored, gram_columns
+from adaptkit.linalg.krylov import (
+    BLOCK,
+    Krylov,
+    eigenvalues,
+    explored,
+    gram_columns,
+    leading_basis,
+    leading_vectors,
+    times,
+)
 from adaptkit.linalg.precision import (
     SCRATCH,
     accumulate_dtype,

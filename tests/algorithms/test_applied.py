@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from adaptkit.algorithms._exchanged import Exchanged
 from adaptkit.algorithms._settings import Unsettled, Wanted
 from adaptkit.algorithms.contract import Facts, Stated, Weights
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import algorithms
+from adaptkit.keymap.kinds import applied, changed
+from adaptkit.linalg import precision
 
 ROWS, INPUTS = 12, 8
 Array = np.ndarray
@@ -385,6 +388,34 @@ def test_rows_are_cut_and_exchanged_exactly_or_not_at_all(case: Case) -> None:
         assert case.kind in (UNCUT - {"tlora"}) | {"road"}
     else:
         torch.testing.assert_close(swapped.roll(ROWS // 2, 0), whole)
+
+
+def test_halves_are_exchanged_for_every_kind(case: Case) -> None:
+    """Also of a stack; twice is the same again, in the memory of the weight."""
+    whole, weights = opened(case).apply(base(), 1.0), Exchanged(opened(case))
+    given = base().roll(ROWS // 2, 0)
+    torch.testing.assert_close(weights.apply(given, 1.0).roll(ROWS // 2, 0), whole)
+    assert weights.swapped() is weights.inner
+    if case.kind != "tlora" and weights.additive:
+        delta = (whole - base()).roll(ROWS // 2, 0)
+        torch.testing.assert_close(weights.delta(), delta)
+        torch.testing.assert_close(weights.times(2.0).delta(), 2 * delta)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_blocks_of_rows_are_applied_as_the_whole(
+    case: Case, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that neither a second W nor a ΔW is formed; what it makes of W is measured from one wide copy."""
+    monkeypatch.setattr(precision, "SCRATCH", 3 * INPUTS)
+    weights, whole = opened(case), opened(case).apply(base(), strength)
+    for own in (weights, weights.computed()):
+        torch.testing.assert_close(applied(own, base(), strength), whole)
+    narrow = base().half()
+    expected = weights.apply(narrow.double(), strength) - narrow.double()
+    before = narrow.clone()
+    torch.testing.assert_close(changed(weights, narrow, strength), expected)
+    assert torch.equal(narrow, before)
 
 
 def test_what_needs_a_weight_has_no_difference_alone(case: Case) -> None:

@@ -10,7 +10,16 @@ import random
 import pytest
 
 from adaptkit.errors import UnreadableFile
-from adaptkit.files.provenance import KEY, history, kept, sha256, sshs_hashes, sshs_places, updated
+from adaptkit.files.provenance import (
+    KEY,
+    family,
+    history,
+    kept,
+    sha256,
+    sshs_hashes,
+    sshs_places,
+    updated,
+)
 
 
 def test_hash(tmp_path):
@@ -49,6 +58,14 @@ def test_records_pile_up_newest_last():
 )
 def test_what_others_left_under_our_key_is_kept(text, before):
     assert json.loads(updated({KEY: text}, {"n": 1})[KEY]) == [*before, {"n": 1}]
+
+
+def test_the_newest_record_that_names_a_family_counts():
+    once = updated({}, {"family": "flux"})
+    assert family(once) == family(updated(once, {"command": "metadata"})) == "flux"
+    assert family(updated(once, {"family": "wan"})) == "wan"
+    for text in ("free text", "[1,2]", '{"family":1}', '[{"family":null}]', "[" * 100_000):
+        assert family({KEY: text}) is None
 
 
 MIB, WINDOW = 1 << 20, 1 << 16

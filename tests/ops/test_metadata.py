@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,23 @@ def test_the_record_of_the_training_stays_true(tmp_path: Path) -> None:
     found = written(path, convert, to="kohya", only=("*to_q", "*proj*"))
     assert json.loads(found["ss_network_args"]) == {"algo": "locon", "dropout": "0.1"}
     assert found["ss_network_dim"] == "6"
+
+
+def test_the_record_names_the_family_where_the_input_tells_it(tmp_path: Path) -> None:
+    """XLabs' names are FLUX.1's alone, those that they become are its kin's too; a guess is not written down."""
+    tensors = {
+        f"double_blocks.0.processor.qkv_lora1.{end}.weight": torch.ones(shape)
+        for end, shape in (("down", (2, 3072)), ("up", (9216, 2)))
+    }
+    source, sure, again = (tmp_path / f"{name}.safetensors" for name in "abc")
+    save_file(tensors, source)
+    convert.run(convert.plan(source, convert.Options(to="diffusers", output=sure)))
+    assert made.provenance(sure)["family"] == "flux"
+    with Adapter.open(sure) as adapter:
+        assert (adapter.family.name, adapter.detection.alternatives) == ("flux", ())
+    save_file(load_file(sure), source)  # without the record
+    with Adapter.open(source) as adapter:
+        assert adapter.detection.alternatives
+    for options, family in ((convert.Options(dtype="fp16"), None), (convert.Options(dtype="fp16", family="framepack"), "framepack")):  # fmt: skip
+        convert.run(convert.plan(source, replace(options, output=again, overwrite=True)))
+        assert made.provenance(again).get("family") == family

@@ -180,6 +180,7 @@ class Output:
             "command": "extract",
             "base": plan.base.source.path.name,
             "tuned": plan.tuned.source.path.name,
+            "family": plan.base.family.name if plan.base.known else None,
             "algorithm": options.algo,
             "rank": options.rank,
             "conv_rank": options.conv_rank,

@@ -210,6 +210,8 @@ def _record(plan: Recast) -> dict[str, Any]:
             {"file": name, "weight": w} for name, w in zip(sources, plan.weights, strict=True)
         ]
     record |= {**dict(zip(("from", "to"), plan.spellings, strict=True)), **plan.counts()}
+    if plan.adapter.known and not plan.adapter.detection.alternatives:
+        record["family"] = plan.adapter.family.name  # no guess: other names may tell less
     rule = asked(plan.options)
     if rule is not None:
         record[rule] = getattr(plan.options, rule)

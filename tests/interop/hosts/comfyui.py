@@ -49,8 +49,9 @@ TENCENT = (
 )
 # layers that its models have not, or under names that no table of ours has
 ABSENT = {
-    # of Wan's kin: SkyReels V2, AnyFlow, Helios
-    "wan": r"^(fps_|condition_embedder\.delta|far_patch|patch_(short|mid|long)|norm_out)",
+    # of Wan's kin: SkyReels V2, AnyFlow, Helios, ReCamMaster
+    "wan": r"^(fps_|condition_embedder\.delta|far_patch|patch_(short|mid|long)|norm_out)|\.(cam_encoder|projector)$",
+    "sdxl": r"^encoder_hid_proj$",  # Kolors
     **dict.fromkeys(("cosmos", "cosmos-14b"), r"^(crossattn_proj|img_context_proj)"),
     # its own names of all other layers: `blocks.0.q`, `blocks.0.ff_proj`, `time_embedding_linear_1`
     "cogvideox": r"^(?!(patch_embed\.(proj|text_proj)|norm_out\.linear|proj_out)$)",
@@ -195,8 +196,10 @@ JOINED = {
 }
 # modules in diffusers' names that its tables do not have
 UNMAPPED = {
-    "chroma": r"^distilled_guidance_layer",
+    "chroma": r"^(distilled_guidance_layer|img_in_patch|nerf_)",
     "longcat-image": r"^time_embed\.",
+    "sdxl": r"^encoder_hid_proj$",  # Kolors
+    "z-image": r"^siglip_",  # Omni
     "flux2": r"_stream_modulation|^time_guidance_embed",
 }
 

@@ -62,6 +62,10 @@ MIXINS = {
     "cosmos-14b": "Cosmos",
     "wan-animate2": "Wan",
 }
+JOINT = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
 LOKR = ("z-image", "flux2")  # whose check of the keys lets LoKr pass
 
 
@@ -85,6 +89,14 @@ def skeleton_class() -> Any:
         """A tree of layers without weights."""
 
         config: Mapping[str, Any] = {}
+
+        def fuse_qkv_projections(self) -> None:
+            """What a LoKr of joint projections is loaded into, beside the single ones, as in diffusers."""
+            for module in list(self.modules()):
+                for joint, names in JOINT.items():
+                    if all(name in module._modules for name in names):
+                        shapes = [module._modules[name].weight.shape for name in names]  # type: ignore[union-attr]
+                        _put(module, joint, (sum(s[0] for s in shapes), shapes[0][1]))
 
     return Skeleton
 
@@ -197,6 +209,19 @@ def _in_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torc
                 scale = layer.scaling[adapter]
             if not w1.is_meta and not w2.is_meta:
                 yield name, kron(w1.data, w2.data, scale), None
+
+
+def _single(
+    name: str, added: torch.Tensor, magnitude: torch.Tensor | None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """What a joint projection adds, by the single ones that it stands for."""
+    stem, dot, last = name.rpartition(".")
+    if last not in JOINT:
+        return {name: (added, magnitude)}
+    return {
+        f"{stem}{dot}{part}": (rows, None)
+        for part, rows in zip(JOINT[last], added.chunk(3), strict=True)
+    }
 
 
 class Result:
@@ -337,7 +362,7 @@ def _loaded(
                 low_cpu_mem_usage=True,
             )
             for name, added, magnitude in _in_layers(model):
-                result.found[name] = added, magnitude
+                result.found |= _single(name, added, magnitude)
         elif component in cls._lora_loadable_modules:
             clip = _clip(file.family, component, blocks)
             cls.load_lora_into_text_encoder(

@@ -404,6 +404,8 @@ def test_a_tensor_without_dimensions_takes_the_new_dtype(tmp_path: Path) -> None
 class Fresh:
     """Weights whose `apply` returns a new tensor, which the contract allows."""
 
+    row_wise = False
+
     def apply(self, base: torch.Tensor, strength: float) -> torch.Tensor:
         return base * 2 + strength
 
@@ -412,7 +414,7 @@ def test_a_new_tensor_of_an_algorithm_reaches_the_weight() -> None:
     whole = torch.arange(24.0).reshape(1, 6, 4)
     exact = whole.clone()
     exact[:, 2:5] = exact[:, 2:5] * 2 + 0.5
-    kernel._Part(Fresh(), 2, 5, None).add(whole, 0.5)  # type: ignore[arg-type]
+    kernel.Part(Fresh(), 2, 5, None).add(whole, 0.5)  # type: ignore[arg-type]
     assert torch.equal(whole, exact)
 
 
