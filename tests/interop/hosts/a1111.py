@@ -55,6 +55,8 @@ def key_map(family: str) -> Mapping[str, Place]:
     found: dict[str, Place] = {}
     for part in families()[family].components:
         for row in part.rows:
+            if row.target == "encoder_hid_proj":
+                continue  # of Kolors
             for indices in expand(row) if row.kind is Kind.MATRIX else ():
                 target = Target(part.name, fill(row.target, indices))
                 for naming in ("native", "diffusers"):
@@ -65,7 +67,7 @@ def key_map(family: str) -> Mapping[str, Place]:
                             for prefix in TEXT.get(family, {}).get(part.name, ()):
                                 if LAYERS.fullmatch(module):
                                     found[prefix + joined] = place
-                        elif naming == "native" or not re.search(
+                        elif ("native" in row.names and naming == "native") or not re.search(
                             UNCONVERTED.get(family, "^$"), module
                         ):
                             found[f"lora_unet_{joined}"] = place

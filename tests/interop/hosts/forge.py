@@ -10,6 +10,7 @@ the file is loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 
@@ -31,6 +32,8 @@ FACTORS = (
     *(names for names in comfyui.READS if not names[0].startswith("lora")),
 )
 ALWAYS = ("alpha", "dora_scale")
+# layers of models that it has not: Kolors, Chroma Radiance
+ABSENT = {"sdxl": r"^encoder_hid_proj$", "chroma": r"^(img_in_patch|nerf_)"}
 
 
 @cache
@@ -39,6 +42,8 @@ def key_map(family: str) -> Mapping[str, Place]:
     denoiser, text = memory(family)
     found: dict[str, Place] = {}
     for name, place in denoiser.places.items():
+        if re.search(ABSENT.get(family, "^$"), place.target.module):
+            continue
         found[f"lora_unet_{name.replace('.', '_')}"] = place
         found[MODEL + name] = place
     if family in UNETS:
