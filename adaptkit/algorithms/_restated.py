@@ -73,7 +73,10 @@ def exactly(name: str) -> str:
 
 def one_for_all(what: str, values: Iterable[T]) -> T:
     """The one value of all modules; NotRepresentable if they differ."""
-    found = list(dict.fromkeys(values))
+    found: list[T] = []
+    for value in values:
+        if value not in found:  # a configuration may hold anything, also lists
+            found.append(value)
     if len(found) != 1:
         listed = ", ".join(map(str, found[:4]))
         raise NotRepresentable(

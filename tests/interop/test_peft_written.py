@@ -176,3 +176,22 @@ def test_an_odd_rank_costs_neither_time_nor_memory(rank: float, tmp_path: Path) 
     with pytest.raises(AdaptkitError, match="init_r"):
         written(case, "out")
     assert not case.base.with_name("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("adalora-cut", {"init_r": 1 << 40}), ("shira", {"r": [2]}), ("deft", {"r": {"a": 1}})],
+)
+def test_a_configuration_that_makes_no_sense_is_not_written_again(
+    name: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    """One error, and no output: neither a crash nor a list of a trillion marks."""
+    case = Case(name, tmp_path)
+    path = case.adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    if name == "deft":  # PEFT caps its r: that of the tensors counts
+        assert float((loaded(case, written(case, "out")) - case.expected).norm()) < 1e-4
+        return
+    with pytest.raises(AdaptkitError, match="init_r|its r"):
+        written(case, "out")
+    assert not (tmp_path / "out").exists()
