@@ -199,7 +199,7 @@ def _lost(
         (*more, *(cell.losses if cell else ()), *host.always), key=lambda loss: not loss.whole
     )
     name = (cell.unread if cell else None) or host.unread
-    none = cell.none if cell else None
+    none, every = (cell.none, cell.every) if cell else (None, False)
     asked = any(loss.odd for loss in (*conditions, *(() if none is None else (none,))))
     common = common_alphas(pieces) if asked else {}
     found: dict[Loss, list[Piece]] = {}
@@ -211,7 +211,7 @@ def _lost(
         likeness = piece.likeness
         if likeness not in alike:
             fitting = [loss for loss in conditions if loss.fits(piece, common)]
-            alike[likeness] = fitting, reads(table, piece) is False
+            alike[likeness] = fitting, not every and reads(table, piece) is False
         fitting, missed = alike[likeness]
         # a loss of the whole file outweighs any other reason
         loss = next((loss for loss in fitting if loss.about(piece)), None)

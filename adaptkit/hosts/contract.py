@@ -190,9 +190,10 @@ class Cell:
 
     `having`: only files with a module that matches this pattern. `needs`: each of these patterns
     must match some module, else nothing loads, for the reason `partial`. `like`: it reads the names
-    of this format instead. `unread`: what comes of names that it does not read, if not what the
-    host's own loss says. `none`: a loss of the file if of all modules that fit its conditions, none
-    has a name that is read. `check` finds a loss that depends on more than one module.
+    of this format instead. `every`: it reads all names of such a file. `unread`: what comes of
+    names that it does not read, if not what the host's own loss says. `none`: a loss of the file if
+    of all modules that fit its conditions, none has a name that is read. `check` finds a loss that
+    depends on more than one module.
     """
 
     format: str
@@ -202,6 +203,7 @@ class Cell:
     needs: tuple[str, ...] = ()
     partial: Loss = PARTIAL
     like: str = ""
+    every: bool = False
     unread: Loss | None = None
     none: Loss | None = None
     check: Callable[[tuple[Piece, ...]], Loss | None] | None = None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from adaptkit.hosts._whole import (
+    of_ace_step,
+    of_fal,
+    of_lumina2,
+    of_onetrainer,
+    spellings,
+    unmarked,
+)
 from adaptkit.hosts.contract import DORA, NO_MODEL, SD, TE, UNETS, Cell, Host, Loss
-
-if TYPE_CHECKING:
-    from adaptkit.hosts.contract import Piece
 
 DROPPED = "are dropped without a message"
 RAISES = "its converter stops at such a file"
@@ -52,6 +55,19 @@ FACTORS = Loss(
     whole=True,
 )
 OLD = Loss("are called lora.down and lora.up, at which it stops", suffix=r"lora\.", whole=True)
+# a LoRA's bias is read where it is called `lora_B.bias`; those of norms nowhere
+WEIGHT, BIAS = r"(?<!\.bias)$", r"^(?!text_encoder).*\.bias$"
+
+
+def _besides(loss: Loss, *read: str) -> tuple[Loss, ...]:
+    """What a loss says, but not of biases, nor of these algorithms."""
+    biases = replace(loss, modules=BIAS, suffix="diff_b|b_norm")
+    weights = replace(loss, modules=WEIGHT, besides=(*loss.besides, *read))
+    return weights, biases, replace(loss, modules=rf"{TE}.*\.bias$")
+
+
+BESIDE = _besides(ONLY_LORA)
+BESIDE_LOKR = _besides(LORA_OR_LOKR)
 NO_SCALE = replace(NO_DORA, suffix="dora_scale")
 MAGNITUDE = Loss(
     "have PEFT's DoRA magnitudes, at which its converter stops",
@@ -68,11 +84,6 @@ SINGLE = Loss(
 FUSER = replace(SINGLE, modules=r"fuser_blocks\.\d+\.linear2$", suffix="lora_magnitude_vector")
 # a layer of this name that is a layer itself
 OUT = replace(SINGLE, modules=r"\.to_out$", suffix="lora_magnitude_vector")
-TWO_SPELLINGS = Loss(
-    "are called lora.down and lora.up beside others called lora_A and lora_B: they are dropped "
-    "without a message",
-    suffix=r"lora\.",
-)
 
 # names that a converter neither takes nor leaves out
 STRANGE = Loss("have names at which its converter stops", whole=True)
@@ -81,9 +92,6 @@ OPEN_CLIP = replace(STRANGE, modules=TE, named="native")
 SGM = replace(STRANGE, modules=r"^unet\.(?!.*attentions)", unnamed="diffusers")
 EMBEDDING = Loss(
     "get one name for two, so one is lost", modules="add_embedding|label_emb", unnamed="native"
-)
-NO_PROJECTION = Loss(
-    "no name has q_proj or k_proj, by which it knows such files: nothing loads", whole=True
 )
 # PEFT finds nothing to adapt in the model
 NO_TARGET = Loss(
@@ -142,18 +150,19 @@ WAN_BLOCK = (
 )
 
 
-def _spellings(pieces: tuple[Piece, ...]) -> Loss | None:
-    """It converts a file's spelling of the factors or not, as its first key says."""
-    denoiser = [piece for piece in pieces if not piece.slot.component.startswith("text")]
-    new = any(suffix.startswith("lora_A") for piece in denoiser[:1] for suffix in piece.suffixes)
-    return TWO_SPELLINGS if new else None
+# of HunyuanVideo's own names
+TENCENT = (
+    Loss("stop its converter", modules=r"txt_in\..*self_attn_?\.?qkv$", whole=True),
+    Loss("come out wrong", modules=r"final_layer\.adaLN_modulation\.1$"),
+)
 
-
-def _of_ace_step(pieces: tuple[Piece, ...]) -> Loss | None:
-    """It knows the original's files by the names of their projections."""
-    known = any(re.search(r"[qk]_proj", piece.stem) for piece in pieces)
-    return None if known else NO_PROJECTION
-
+# a LoKr of joint projections is loaded after it has joined those of the model, by their joint names
+GONE = Loss(DROPPED, unnamed="diffusers")
+JOINT = (
+    replace(GONE, besides=("lokr",)),
+    replace(GONE, algorithms=("lokr",), modules=r"^(?!.*attn\.qkv$)"),
+    replace(GONE, algorithms=("lokr",), named="native"),
+)
 
 HOST = Host(
     name="diffusers",
@@ -208,7 +217,17 @@ HOST = Host(
         Cell(
             "comfy",
             ("wan",),
-            (Loss("stop its converter", modules="patch_embedding", whole=True), *OF_LORA),
+            (
+                Loss("stop its converter", modules="patch_embedding", whole=True),
+                Loss(
+                    "are differences of norms, which it leaves out",
+                    algorithms=("full",),
+                    modules=r"norm\d?",
+                ),
+                replace(ONLY_LORA, modules=r"^(?!.*norm\d?(\.bias)?$).*(?<!\.bias)$"),
+                replace(STRANGE, modules=BIAS, suffix="lora_B"),
+                NO_DORA,
+            ),
             unread=STRANGE,
         ),
         Cell(
@@ -232,14 +251,14 @@ HOST = Host(
             for format in ("kohya", "comfy", "bare")
         ),
         *(
-            Cell(format, ("ace-step",), (ALPHA, DOWN, ONLY_LORA, NO_SCALE), check=_of_ace_step)
+            Cell(format, ("ace-step",), (ALPHA, DOWN, ONLY_LORA, NO_SCALE), check=of_ace_step)
             for format in ("peft", "bare")
         ),
         Cell("peft", ("ernie-image",), (ALPHA, DOWN, ONLY_LORA, NO_SCALE)),
         Cell(
             "diffusers",
             ("ltx2",),
-            (replace(STRANGE, modules="^connectors", unnamed="diffusers"), ALPHA, DOWN, ONLY_LORA),
+            (replace(STRANGE, modules="^connectors", unnamed="diffusers"), ALPHA, DOWN, *BESIDE),
             none=NO_TARGET,
         ),
         # by this name it knows the file
@@ -250,19 +269,22 @@ HOST = Host(
             needs=(r"attention\.qkv$",),
             unread=STRANGE,
         ),
-        Cell("comfy", ("lumina2",), (ALPHA, DOWN, *OF_LORA)),
+        Cell("comfy", ("lumina2",), (ALPHA, DOWN, *OF_LORA), unread=STRANGE, check=of_lumina2),
         Cell(
             "comfy",
             ("hunyuan-video",),
             (
-                Loss(
-                    "stop its converter (those of the refiner and the embedders)",
-                    whole=True,
-                    modules=r"^transformer\.(txt_in|time_in|guidance_in|vector_in|img_in)",
-                ),
+                *TENCENT,
                 ALPHA,
                 *OF_LORA,
             ),
+        ),
+        # its names behind `transformer.`, too
+        Cell(
+            "diffusers",
+            ("hunyuan-video",),
+            (*(replace(loss, unnamed="diffusers") for loss in TENCENT), ALPHA, DOWN, *BESIDE),
+            none=NO_TARGET,
         ),
         Cell("comfy", ("flux",), (FACTORS, replace(STRANGE, unnamed="native"), *OF_LORA)),
         Cell(
@@ -279,7 +301,7 @@ HOST = Host(
         Cell(
             "diffusers",
             ("flux", "bria-fibo"),
-            (replace(ALPHA, suffix="lora_down|lora_up"), ONLY_LORA),
+            (replace(ALPHA, suffix="lora_down|lora_up"), *_besides(ONLY_LORA, "set")),
             none=NO_TARGET,
         ),
         Cell(
@@ -288,18 +310,18 @@ HOST = Host(
             (
                 Loss("stop it (its pipeline looks for CLIP there)", modules=TE, whole=True),
                 replace(ALPHA, suffix="lora_down|lora_up"),
-                ONLY_LORA,
+                *BESIDE,
             ),
         ),
         Cell(
             "diffusers",
             (*UNETS, "sd3", "sd35-large"),
-            (OPEN_CLIP, ALPHA, DOWN, ONLY_LORA),
+            (OPEN_CLIP, ALPHA, DOWN, *BESIDE),
             none=NO_TARGET,
-            check=_spellings,
+            check=spellings,
         ),
-        Cell("diffusers", ("flux2",), (ALPHA, DOWN, SINGLE, LORA_OR_LOKR)),
-        Cell("diffusers", ("z-image",), (ALPHA, DOWN, LORA_OR_LOKR)),
+        Cell("diffusers", ("flux2",), (ALPHA, DOWN, SINGLE, *BESIDE_LOKR, *JOINT), every=True),
+        Cell("diffusers", ("z-image",), (ALPHA, DOWN, *BESIDE_LOKR)),
         Cell(
             "diffusers",
             ("ideogram4",),
@@ -307,7 +329,7 @@ HOST = Host(
                 replace(STRANGE, modules=r"attention\.qkv$", unnamed="diffusers"),
                 ALPHA,
                 DOWN,
-                ONLY_LORA,
+                *BESIDE,
             ),
         ),
         Cell(
@@ -317,18 +339,18 @@ HOST = Host(
                 replace(STRANGE, modules=r"_attn\.[qk]_proj", unnamed="diffusers"),
                 ALPHA,
                 DOWN,
-                ONLY_LORA,
+                *BESIDE,
             ),
             none=NO_TARGET,
         ),
         Cell(
             "diffusers",
             ("mochi", "hidream", "cogvideox", "sana"),
-            (ALPHA, DOWN, ONLY_LORA, NO_SCALE, OUT),
+            (ALPHA, DOWN, *BESIDE, NO_SCALE, OUT),
             none=NO_TARGET,
         ),
-        Cell("diffusers", ("wan",), (ALPHA, DOWN, ONLY_LORA, FUSER), none=NO_TARGET),
-        Cell("diffusers", FAMILIES, (ALPHA, DOWN, ONLY_LORA), none=NO_TARGET),
+        Cell("diffusers", ("wan",), (ALPHA, DOWN, *BESIDE, FUSER), none=NO_TARGET),
+        Cell("diffusers", FAMILIES, (ALPHA, DOWN, *BESIDE), none=NO_TARGET),
         Cell("diffusers-old", (*SD, "sdxl"), OF_LORA),
         Cell(
             "lycoris",
@@ -348,21 +370,22 @@ HOST = Host(
                 Loss(
                     "are {kinds}: of these names it reads only LoKr", besides=("lokr",), whole=True
                 ),
+                *JOINT,
             ),
             like="diffusers",
+            every=True,
         ),
         Cell(
             "onetrainer",
             ("flux", "chroma", "bria-fibo"),
             (
-                Loss(
-                    "get one name for different modules, so the last one wins, or it stops",
-                    modules=r"mlp|mod|linear|_in(\.|$)|final|distilled|^text",
-                    whole=True,
+                replace(
+                    STRANGE, modules=r"distilled|^text_encoder_2|^text_encoder\..*(norm|tion)$"
                 ),
                 NO_ALPHA,
                 *OF_LORA,
             ),
+            check=of_onetrainer,
         ),
         # black-forest-labs' control LoRAs
         Cell(
@@ -376,19 +399,11 @@ HOST = Host(
             ),
             having=r"single_blocks\.0\.norm\.key_norm",
             like="comfy",
+            every=True,
         ),
-        Cell("bare", ("qwen-image", "qwen-image-21"), (NO_ALPHA, *OF_LORA)),
-        Cell("bare", ("z-image",), (NO_ALPHA, *Z_OUT, NO_DORA, LORA_OR_LOKR)),
-        Cell(
-            "peft",
-            ("flux", "chroma"),
-            (
-                Loss(
-                    "it mistakes such a file for one of fal's, and expects exactly their modules",
-                    whole=True,
-                ),
-            ),
-        ),
+        Cell("bare", ("qwen-image", "qwen-image-21"), OF_LORA, check=unmarked),
+        Cell("bare", ("z-image",), (*Z_OUT, NO_DORA, LORA_OR_LOKR), check=unmarked),
+        Cell("peft", ("flux", "chroma"), like="comfy", every=True, check=of_fal),
         Cell("peft", ("krea2",), (ALPHA, DOWN, MAGNITUDE, *OF_LORA)),
         Cell("peft", ("flux2",), FLUX2),
     ),

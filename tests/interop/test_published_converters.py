@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptkit.adapter import Adapter
+from adaptkit.hosts import judge
 from adaptkit.ops import convert
 from tests.interop.published import CASES, HELPERS, Case, Numbers, State
 
@@ -217,11 +219,22 @@ def test_both_directions(
     theirs, alphas = loaded(case, function, state, monkeypatch)
     ours = converted(source, there, "diffusers")
     compare(ours, theirs, case, scales(alphas))
+    promised(case, source, there)
     again(case, ours)
     if not case.unwritten:
         # what LoKr of one projection makes of joint ones is no LoKr
         joint = any(".lokr_" in key for key in theirs)
         back(case, function, theirs if joint else ours, tmp_path, monkeypatch)
+
+
+def promised(case: Case, source: Path, ours: Path) -> None:
+    """`inspect` says that diffusers loads our file, and of the other what was seen here."""
+    differs = (case.lost, case.wrong, case.unscaled, case.nameless, case.stray, case.later)
+    for path, loads in ((source, not any(differs)), (ours, True)):
+        with Adapter.open(path) as adapter:
+            verdict = judge(adapter)["diffusers"]
+        # in a layout of its own a file is not judged
+        assert verdict.loads in (loads, None if adapter.source.layout else loads), verdict
 
 
 def again(case: Case, ours: State) -> None:

@@ -353,6 +353,15 @@ CHOICES: Mapping[str, Callable[[Part], bool]] = {
     "attention": lambda part: (
         part.denoiser and re.search(r"attn|attention", part.slot.target.module) is not None
     ),
+    # with the modulations, which some converters miss
+    "blocks": lambda part: (
+        part.denoiser
+        and re.search(r"(block|layer|refiner)s?\.?\w*\.\d", part.slot.target.module) is not None
+    ),
+    # without refiners of the text, and the last layer
+    "main": lambda part: (
+        CHOICES["blocks"](part) and re.search(r"txt_in|individual|final", part.stem) is None
+    ),
 }
 
 

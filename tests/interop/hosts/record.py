@@ -24,7 +24,7 @@ from tests.interop.hosts.files import File, Part, make, namings
 from tests.interop.hosts.loaded import Loaded, RefusedError
 
 BLOCKS = 2  # of each kind: those after the first are named like it
-CHOICES = ("everything", "denoiser", "layers", "image", "core", "attention")
+CHOICES = ("everything", "denoiser", "layers", "image", "core", "attention", "blocks", "main")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Case:
 
     The differences, each with its reason, by a pattern of the modules' names in diffusers: `lost`, left out by the
     converter; `wrong`, not what the file means; `unscaled`, without their alpha; `nameless`, without a component, so
-    that the loader passes them by; `stray`, named as no module is. `unwritten`: why it reads no file of ours.
+    that the loader passes them by; `stray`, named as no module is. `later`: what goes wrong after the converter. `unwritten`: why it reads no file of ours.
     """
 
     loader: str
@@ -47,6 +47,7 @@ class Case:
     unscaled: dict[str, str] = field(default_factory=dict)
     nameless: dict[str, str] = field(default_factory=dict)
     stray: dict[str, str] = field(default_factory=dict)
+    later: str = ""
     unwritten: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 

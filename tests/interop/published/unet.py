@@ -90,16 +90,26 @@ def dora() -> State:
 
 UNET = {"unet_config": SimpleNamespace(layers_per_block=2)}
 
+ALPHAS = "the loader does not find the alphas of attention, under the names of the factors, nor magnitudes"
 MISNAMED = "it leaves `down` in the names of the magnitudes of CLIP's MLPs"
 MAGNITUDES = {r"text_encoder\..*\.mlp\.fc[12]\.lora_magnitude_vector": MISNAMED}
 DOWN = {r"text_encoder\..*\.mlp\.fc[12]\.lora_magnitude_vector\.down": MISNAMED}
 
 CASES = {
     "_convert_non_diffusers_lora_to_diffusers": (
-        Case("StableDiffusion", "sd1", "kohya", sd1, options=UNET),
-        Case("StableDiffusion", "sd1", "kohya", dora, lost=MAGNITUDES, stray=DOWN, options=UNET),
+        Case("StableDiffusion", "sd1", "kohya", sd1, options=UNET, later=ALPHAS),
+        Case(
+            "StableDiffusion",
+            "sd1",
+            "kohya",
+            dora,
+            lost=MAGNITUDES,
+            stray=DOWN,
+            options=UNET,
+            later=ALPHAS,
+        ),
     ),
     "_maybe_map_sgm_blocks_to_diffusers": (
-        Case("StableDiffusionXL", "sdxl", "kohya", sdxl, options=UNET),
+        Case("StableDiffusionXL", "sdxl", "kohya", sdxl, options=UNET, later=ALPHAS),
     ),
 }

@@ -15,6 +15,21 @@ single_blocks.{0,39}.linear2 3072x15360
 single_blocks.{0,39}.modulation.linear 9216x3072
 """
 HUNYUAN = shapes(HUNYUAN_BLOCKS, "final_layer.linear 64x3072")
+HUNYUAN_ENDS = shapes("""
+img_in.proj 3072x16x1x2x2
+{time_in,guidance_in,txt_in.t_embedder}.mlp.0 3072x256
+{time_in,guidance_in,txt_in.t_embedder}.mlp.2 3072x3072
+vector_in.in_layer 3072x768
+vector_in.out_layer 3072x3072
+txt_in.input_embedder 3072x4096
+txt_in.c_embedder.linear_1 3072x4096
+txt_in.c_embedder.linear_2 3072x3072
+txt_in.individual_token_refiner.blocks.{0,1}.self_attn_proj 3072x3072
+txt_in.individual_token_refiner.blocks.{0,1}.mlp.fc1 12288x3072
+txt_in.individual_token_refiner.blocks.{0,1}.mlp.fc2 3072x12288
+txt_in.individual_token_refiner.blocks.{0,1}.adaLN_modulation.1 6144x3072
+final_layer.adaLN_modulation.1 6144x3072
+""")
 
 WAN_BLOCKS = """
 blocks.{0,1}.self_attn.{q,k,v,o} 5120x5120
@@ -126,6 +141,9 @@ def biased(found: Shapes) -> State:
 
 
 TENCENT = "adaptkit writes the names of ComfyUI's modules, and the loader knows Tencent's by `img_attn_qkv`"
+ENDINGS = {
+    r"transformer\.norm_out\.linear": "it swaps the rank of the first factor with the rows of the second"
+}
 DIFFUSERS = "without a prefix adaptkit writes diffusers' names"
 CONNECTORS = {
     r"connectors\..*_connector\..*": "it takes the connectors for a part of the transformer",
@@ -136,7 +154,7 @@ STRAY = {
 
 CASES = {
     "_convert_hunyuan_video_lora_to_diffusers": (
-        Case("HunyuanVideo", "hunyuan-video", "comfy", lambda: lora(HUNYUAN, "diffusion_model."), unwritten=TENCENT),
+        Case("HunyuanVideo", "hunyuan-video", "comfy", lambda: lora(HUNYUAN | HUNYUAN_ENDS, "diffusion_model."), wrong=ENDINGS, unwritten=TENCENT),
         Case("HunyuanVideo", "hunyuan-video", "comfy", lambda: lora(HUNYUAN, "transformer."), unwritten=TENCENT),
     ),
     "_convert_non_diffusers_wan_lora_to_diffusers": (
