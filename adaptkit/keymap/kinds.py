@@ -82,9 +82,11 @@ def applied(weights: Weights, base: Tensor, strength: float) -> Tensor:
 
 def changed(weights: Weights, base: Tensor, strength: float) -> Tensor:
     """W' − W (..., m, n) in float64 for W in any dtype: no other wide matrix is made."""
-    from adaptkit.linalg.precision import accumulate_dtype, row_blocks
+    import torch
 
-    result = applied(weights, base.to(accumulate_dtype(base.device), copy=True), strength)
+    from adaptkit.linalg.precision import row_blocks
+
+    result = applied(weights, base.to(torch.float64, copy=True), strength)
     for rows in row_blocks(result):
         result[..., rows, :].sub_(base[..., rows, :])
     return result
