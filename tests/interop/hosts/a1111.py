@@ -67,7 +67,7 @@ def key_map(family: str) -> Mapping[str, Place]:
                             for prefix in TEXT.get(family, {}).get(part.name, ()):
                                 if LAYERS.fullmatch(module):
                                     found[prefix + joined] = place
-                        elif ("native" in row.names and naming == "native") or not re.search(
+                        elif naming == "native" or not re.search(
                             UNCONVERTED.get(family, "^$"), module
                         ):
                             found[f"lora_unet_{joined}"] = place
