@@ -58,16 +58,17 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "open_adapter_source"]
 
 FEW = 16  # names of weights: fewer are no proof that a file is a checkpoint
+PACKED = "nunchaku"  # the layout whose tensors alone count
 # what is said of a file in an arrangement of its own (see adaptkit.files.arranged)
 LAYOUTS = {
-    "nunchaku": "it is packed for nunchaku, beside the factors of a quantised base: these are left "
-    "out, and what is written is plain factors, which nunchaku 0.2 and newer packs itself",
+    PACKED: "it is packed for nunchaku, beside the factors of a quantised base: these are left "
+    "out, and what is written is plain, unless --to nunchaku and --base say otherwise",
     "forge": "its names are those of Forge's patches: they are read as ComfyUI's, and written so",
     "diffsynth": "q, k and v are stored head by head, as DiffSynth-Studio has them: they are read "
     "and written in the order of all other tools, which DiffSynth-Studio does not read",
 }
 # what a layout says of the family
-ARCHITECTURES = {"nunchaku": {"modelspec.architecture": "flux-1"}}
+ARCHITECTURES = {PACKED: {"modelspec.architecture": "flux-1"}}
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -166,7 +167,7 @@ class Adapter:
             known = compile_keys(found.family, found.format, wrapped=bool(found.wrapper))
             keys = _with_own(known, infos)
         else:
-            _refuse_foreign(infos, config)
+            _refuse_foreign(infos or source.infos, config)
             keys, found = _unknown(infos, found, family, format)
         return cls._read(source, config, infos, keys, found, alpha)
 
@@ -180,7 +181,9 @@ class Adapter:
         found: Detection,
         alpha: str | None,
     ) -> Adapter:
-        meaning = Meaning.of(source.metadata, config, alpha)
+        # nunchaku reads no metadata, and its ranks are filled up
+        stated = {} if source.layout == PACKED else source.metadata
+        meaning = Meaning.of(stated, config, alpha)
         reader, entries = read_entries(source, keys, meaning, infos)
         reader.problems += (*meaning.problems(), *_stored_otherwise(source))
         return cls(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache, cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from adaptkit.algorithms._exchanged import with_halves_exchanged
 from adaptkit.algorithms._settings import CONFIG_HINT, Unsettled, Wanted
 from adaptkit.algorithms.contract import ALPHA, Stated
 from adaptkit.errors import AdaptkitError, NotRepresentable
@@ -39,6 +40,8 @@ __all__ = [
 
 # roles of one number, which may be an integer or a flag
 SINGLE = (ALPHA, "on_input")
+# AdaLoRA takes all ranks from some modules
+HOLLOW = "some modules have rank 0: their tensors are empty, and they change nothing"
 INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 PEFT_BIAS = "lora_B.bias"
 # OneTrainer's embeddings, and tensors that other tools store in adapter files
@@ -89,7 +92,7 @@ class Entry(NamedTuple):
     def decode(self, tensors: Mapping[str, Tensor]) -> Weights:
         """Decode stored tensors (perhaps stacked), rows in target order."""
         weights = self.kind.decode(tensors, self.facts)
-        return weights.swapped() if self.swapped else weights
+        return with_halves_exchanged(weights) if self.swapped else weights
 
 
 def entries_of(
@@ -168,6 +171,9 @@ class _Reader:
         return {slot: entry for slot, entry in found if entry is not None}
 
     def _entry(self, slot: Slot, group: Mapping[str, Parsed]) -> Entry | None:
+        if all(self._hollow(key) for key in group):
+            self._note(Problem("warning", None, HOLLOW))
+            return None
         first = next(iter(group.values()))
         failures: list[str] = []
         names = tuple(group)
@@ -211,6 +217,11 @@ class _Reader:
                 return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
         self._refuse(slot, group, failures[0] if failures else self._what(slot, group))
         return None
+
+    def _hollow(self, key: str) -> bool:
+        """Whether a tensor is a factor of rank 0."""
+        shape = self.source.infos[key].shape
+        return len(shape) == 2 and 0 in shape and shape != (0, 0)
 
     def _what(self, slot: Slot, group: Mapping[str, Parsed]) -> str:
         """Why the tensors of a slot are no module: what is missing, if that makes one."""

@@ -29,7 +29,7 @@ from adaptkit import engine
 from adaptkit.linalg import precision
 from adaptkit.staging import lanes
 from adaptkit.staging.slabs import Ring
-from tests.emulated_streams import Streams
+from tests.emulated_streams import LOCK, Streams
 
 NAME = "emulated"
 aten = torch.ops.aten
@@ -157,7 +157,10 @@ class _Made(TorchFunctionMode):
         self.streams = streams
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        with LOCK:
+            return self._done(func, args, dict(kwargs or {}))
+
+    def _done(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.streams is not None and kwargs.get("non_blocking"):
             return self._late(self.streams, func(*args, **kwargs), *args)
         if func is torch.Tensor.new_tensor and isinstance(args[0], OnDevice):

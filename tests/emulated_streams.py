@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 
 Copy = Callable[[], None]
+# one operation at a time: torch's own modes crash where two threads dispatch in Python at once
+LOCK = threading.RLock()
 
 
 def block(tensor: torch.Tensor) -> int:
@@ -65,7 +67,7 @@ class Streams:
     """In the place of `torch.cuda`; also what `staging.lanes` asks about host memory."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = LOCK
         self.here = threading.local()
         self.locked: dict[int, torch.Tensor] = {}
         self.absent: set[int] = set()  # blocks of the device that are still to be filled

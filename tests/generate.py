@@ -208,7 +208,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ovis-image": ("OvisImageTransformer2DModel", {}),
 }
 # what the transformer's keys begin with in the published file, where it is not the first prefix of the table
-PREFIXES = {"auraflow": "model."} | dict.fromkeys(
+PREFIXES = {"auraflow": "model.", "hidream-o1": ""} | dict.fromkeys(
     set(TRANSFORMERS)
     - {"ace-step", "anima", "auraflow", "cosmos", "cosmos-14b", "ltx", "ltx-13b", "ltx2", "sd3"}
     - {"sd35-large"},

@@ -47,7 +47,7 @@ CHAINS = {
         "quantized", "_exchange", "leftovers", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
-        "precision", "split", "krylov", "exact", "hosted", "stacks", "lowrank", "factored", "kron", "products",
+        "precision", "split", "krylov", "hosted", "stacks", "lowrank", "alternating", "factored", "kron", "products",
         "noise", "kronscan", "looks", "mixing", "fused",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from adaptkit.engine import Resources, Step, Work, run
+from adaptkit.errors import ShapeMismatch
 from adaptkit.files.open import open_source
 from adaptkit.staging.slabs import ALIGNED, Ring, Slab
 from adaptkit.steps import IN_FLIGHT
@@ -179,3 +180,39 @@ def test_a_device_run_makes_few_slabs_reads_once_and_stores_in_order(
     assert sum(sent) == 40
     assert 1 <= len(made) <= IN_FLIGHT
     assert sum(made) <= (memory or 560_000_000)
+
+
+def test_memory_that_is_given_gets_what_a_read_gives(tmp_path: Path) -> None:
+    """Strided and compressed tensors too, whole and by rows; other sizes are refused."""
+    plain = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    state = {
+        "plain": plain,
+        "turned": plain.mT,
+        "wide": plain[:1].expand(4, 5),
+        "half": plain.half(),
+    }
+    torch.save(state, tmp_path / "a.pt")
+    save_file({"plain": plain, "half": plain.half()}, tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        with open_source(tmp_path / name) as found:
+            for key in found.infos:
+                for rows in (None, slice(1, 3), slice(2, 2)):
+                    want = found.read(key, rows)
+                    out = torch.full((want.nbytes,), 255, dtype=torch.uint8)
+                    found.read_into(out, key, rows)
+                    assert torch.equal(out.view(want.dtype).view(want.shape), want)
+                    part = state[key] if rows is None else state[key][rows]
+                    assert torch.equal(want, part)
+                with pytest.raises(ShapeMismatch, match="bytes of memory"):
+                    found.read_into(torch.empty(7, dtype=torch.uint8), key)
+
+
+def test_strided_tensors_are_staged_in_one_piece(tmp_path: Path) -> None:
+    torch.save({str(n): torch.randn(6, 5).mT for n in range(3)}, tmp_path / "a.pt")
+    with open_source(tmp_path / "a.pt") as found:
+        sizes: list[int] = []
+        slab = slab_of(4096)
+        made = slab.stack([lambda n=n: {"x": found.read(str(n))} for n in range(3)])
+        sent = made.sent(lambda t: sizes.append(t.nbytes) or t.clone())  # type: ignore[func-returns-value]
+        assert torch.equal(sent["x"], torch.stack([found.read(str(n)) for n in range(3)]))
+    assert sizes == [3 * 30 * 4]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms.contract import Weights
-from adaptkit.errors import NotRepresentable, ShapeMismatch
+from adaptkit.errors import NotRepresentable, OverLimit, ShapeMismatch
+from adaptkit.files.limits import within
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.algorithms._stored import Facts
 
-__all__ = ["Applied", "OfPeft", "Unwritten", "number", "seed"]
+__all__ = ["Applied", "OfPeft", "Unwritten", "count", "number", "seed"]
 
 
 class OfPeft(Weights):
@@ -70,7 +71,26 @@ def number(value: object, name: str) -> float:
     """A number of a configuration; NotRepresentable if it is something else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise NotRepresentable(f"adapter_config.json: {name} is {value!r}, not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        raise NotRepresentable(f"adapter_config.json: {name} is too large a number") from None
+
+
+def count(value: object, name: str) -> int:
+    """A number of ranks or steps in a configuration, which is work or memory: OverLimit beyond it.
+
+    NotRepresentable if it is no such number.
+    """
+    found = number(value, name)
+    if found < 0 or found % 1:  # NaN and infinity leave a rest that is NaN
+        raise NotRepresentable(f"adapter_config.json: {name} is {value!r}, not a whole number")
+    try:
+        within("configured count", int(found))
+    except OverLimit as error:
+        error.message = f"adapter_config.json: {name}: {error.message}"
+        raise
+    return int(found)
 
 
 def seed(value: object, name: str) -> int:

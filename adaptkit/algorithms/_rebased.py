@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Unwritten
+from adaptkit.algorithms._start import with_product
 from adaptkit.algorithms._wrapping import Wrapping
 from adaptkit.errors import NotRepresentable
 
@@ -62,10 +63,13 @@ class Rebased(Unwritten, Wrapping):
         )
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        left, right = self.inner.factors()
-        change = left.to(base.dtype) @ right.to(base.dtype)
-        return base.add_(change.sub_(self.taken(base, int(left.shape[-1]))), alpha=strength)
+        import torch
 
-    def taken(self, base: Tensor, rank: int) -> Tensor:
-        """What the first factors of this rank held of the weight (..., rows, columns)."""
+        left, right = (factor.to(base.dtype) for factor in self.inner.factors())
+        one, two = self.taken(base, int(left.shape[-1]))
+        sides = torch.cat([left, -one], -1), torch.cat([right, two], -2)
+        return with_product(base, *sides, strength)
+
+    def taken(self, base: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """What the first factors of this rank held of W, as a product (..., m, r) · (..., r, n)."""
         raise NotImplementedError

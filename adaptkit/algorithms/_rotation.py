@@ -15,11 +15,11 @@ from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Wei
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
-__all__ = ["Rotation", "cayley", "toward"]
+__all__ = ["COLUMNS", "Rotation", "cayley", "column_blocks", "toward"]
 
 
 COLUMNS = 1 << 20  # entries of a weight turned at a time
@@ -35,7 +35,7 @@ class Rotation(Weights):
 
     additive: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
-    turn_copies: ClassVar[float] = 1.5  # float32 copies of the columns that are turned at a time
+    turn_copies: ClassVar[float] = 1.7  # float32 copies of the columns that are turned at a time
     dims: ClassVar[int]  # dimensions of the stored blocks; they differ between the kinds
     roles: ClassVar[Mapping[str, Role]] = roles(
         blocks=Role("oft_blocks"), rescale=Role("rescale"), alpha=Role(ALPHA)
@@ -88,8 +88,8 @@ class Rotation(Weights):
         raise NotImplementedError
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return int(4 * cls.turn_copies * min(numbers, COLUMNS))
+    def applying(cls, rows: int, columns: int) -> int:
+        return int(4 * cls.turn_copies * min(rows * columns, COLUMNS))
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         # the bound on the norm of all generators together; alpha 0 means none
@@ -97,12 +97,10 @@ class Rotation(Weights):
         many = self.blocks.reshape(-1, *self.blocks.shape[-self.dims :])
         scales = None if self.rescale is None else self.rescale.reshape(len(many), -1, 1)
         whole = base if base.ndim == 3 else base.reshape(-1, *base.shape[-2:])
-        # columns turn by themselves: a part at a time takes no copy of the weight
-        step = max(1, COLUMNS // max(1, base.shape[-2]))
         for n, weight in enumerate(whole):
             turns = cayley(many[n], bound).to(base.dtype)
-            for start in range(0, base.shape[-1], step):
-                part = weight[:, start : start + step]
+            for columns in column_blocks(base):
+                part = weight[:, columns]
                 turned = self.turned(turns, part)
                 if scales is not None:
                     turned = turned * scales[n].to(base.dtype)
@@ -111,6 +109,13 @@ class Rotation(Weights):
 
     def folded(self) -> Self:
         return self
+
+
+def column_blocks(base: Tensor) -> Iterator[slice]:
+    """Columns of W (..., m, n): they turn by themselves, and a part at a time takes no copy."""
+    step = max(1, COLUMNS // max(1, base.shape[-2]))
+    for start in range(0, base.shape[-1], step):
+        yield slice(start, min(start + step, base.shape[-1]))
 
 
 def cayley(blocks: Tensor, bound: float = math.inf) -> Tensor:

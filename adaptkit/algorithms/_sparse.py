@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, OfPeft
 
@@ -33,8 +33,8 @@ class Sparse(OfPeft, Applied):
         raise NotImplementedError
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 20 * numbers  # a permutation of the weight, and S
+    def applying(cls, rows: int, columns: int) -> int:
+        return 20 * rows * columns  # a permutation of the weight, and S
 
     def spread(self, base: Tensor) -> Tensor:
         """S in the dtype and shape of the weight. Entries of one place are added up."""
@@ -53,6 +53,5 @@ class Sparse(OfPeft, Applied):
     def times(self, factor: float) -> Self:
         from adaptkit.linalg.precision import upcast
 
-        entries = upcast(self.entries) * factor
-        changed: Any = replace(self, entries=entries)  # type: ignore[type-var]
-        return changed  # type: ignore[no-any-return]
+        scaled: Tensor = upcast(self.entries) * factor
+        return replace(self, entries=scaled)  # type: ignore[type-var]

@@ -14,9 +14,21 @@ from adaptkit.names import WEIGHT
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ALPHA", "Facts", "Role", "Shapes", "Stated", "flat", "matched", "roles", "scaling"]
+__all__ = [
+    "ALPHA",
+    "SCRATCH",
+    "Facts",
+    "Role",
+    "Shapes",
+    "Stated",
+    "flat",
+    "matched",
+    "roles",
+    "scaling",
+]
 
 ALPHA = "alpha"
+SCRATCH = 1 << 18  # entries of a block of rows, as in linalg.precision
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import OfPeft, number
+from adaptkit.algorithms._foreign import OfPeft, count, number
 from adaptkit.algorithms._lora_cut import SingularValues, by_singular_values
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import ALPHA, Facts, FitSpec, Role, Shapes, Stated, Weights
@@ -41,6 +41,7 @@ class AdaLora(OfPeft):
     peft_type: ClassVar[str] = "ADALORA"
     resized: ClassVar[str | None] = "adalora"
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"init_r": 12})
+    by_rows: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role("lora_B"),
         down=Role("lora_A"),
@@ -84,7 +85,7 @@ class AdaLora(OfPeft):
     def restated(cls, modules: Sequence[Restated]) -> dict[str, Any]:
         """`rank_pattern` marks the ranks that were kept of `init_r`."""
         config = modules[0].config
-        first = int(number(config.get("init_r", cls.settings["init_r"]), "init_r"))
+        first = count(config.get("init_r", cls.settings["init_r"]), "init_r")
         ranks = {m.name: m.facts.rank or 0 for m in modules}
         most = max(ranks.values())
         if most > first:

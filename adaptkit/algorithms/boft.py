@@ -23,7 +23,7 @@ class Boft(Rotation):
 
     name: ClassVar[str] = "boft"
     title: ClassVar[str] = "BOFT"
-    turn_copies: ClassVar[float] = 3.2
+    turn_copies: ClassVar[float] = 4.2
     dims: ClassVar[int] = 4
 
     @classmethod

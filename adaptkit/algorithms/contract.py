@@ -18,7 +18,7 @@ from adaptkit.algorithms._factor import Factor
 from adaptkit.algorithms._ladder import FitSpec, Ladder, Truncation
 from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._settings import Configured
-from adaptkit.algorithms._stored import ALPHA, Facts, Role, Shapes, Stated
+from adaptkit.algorithms._stored import ALPHA, SCRATCH, Facts, Role, Shapes, Stated
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Weights(Truncation, Configured):
     low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
     kron: ClassVar[bool] = False  # `kron_factors` are known
     by_rows: ClassVar[bool] = False  # some rows of what `computed` gives cost their share of ΔW
+    row_wise: ClassVar[bool] = False  # what is made of some rows of W depends on those rows alone
     cores: ClassVar[frozenset[str]] = frozenset()  # roles that `unrolled` multiplies out
 
     # wrapping another algorithm, see `over`
@@ -162,9 +163,9 @@ class Weights(Truncation, Configured):
         return base.add_(self.delta(), alpha=strength)
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        """Bytes that `apply` takes beside a float32 W of so many numbers."""
-        return 6 * numbers
+    def applying(cls, rows: int, columns: int) -> int:
+        """Bytes that `applied` takes beside a float32 W of this size."""
+        return 4 * min(rows * columns, SCRATCH) if cls.row_wise else 6 * rows * columns
 
     @property
     def rows(self) -> int:
@@ -239,7 +240,7 @@ class Weights(Truncation, Configured):
             return None
 
     def spectrum(self) -> Tensor:
-        """The singular values of ΔW, (..., r), descending, in float64 (float32 on MPS).
+        """The singular values of ΔW, (..., r), descending, in float64.
 
         From thin factors, else the Gram matrix of ΔW. NotRepresentable if ΔW depends on the weight.
         """

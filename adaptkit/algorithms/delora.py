@@ -38,6 +38,7 @@ class DeLora(OfPeft):
     title: ClassVar[str] = "DeLoRA"
     peft_type: ClassVar[str] = "DELORA"
     resized: ClassVar[str | None] = "lora"
+    by_rows: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         up=Role("delora_B"),
         down=Role("delora_A"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Dense, Product, Tucker
 from adaptkit.algorithms._rotation import toward
-from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms._stored import SCRATCH, matched, roles
 from adaptkit.algorithms._wrapping import Wrapping
 from adaptkit.algorithms.contract import (
     Decomposition,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 OUTPUT, INPUT = "output", "input"
 STORED = ("magnitude", "vector")
-BLOCK = 1 << 18  # entries of a block of rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +140,8 @@ class Dora(Wrapping):
         return total.sqrt_().add_(torch.finfo(base.dtype).eps)
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 16 * min(numbers, BLOCK)
+    def applying(cls, rows: int, columns: int) -> int:
+        return 11 * min(rows * columns, SCRATCH)
 
     @classmethod
     def decompose(cls, weights: Weights, spec: FitSpec) -> Decomposition:

@@ -83,8 +83,8 @@ class FourierFt(OfPeft, Applied):
         return replace(self, coefficients=upcast(self.coefficients) * factor)
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 40 * numbers  # the permutation, S and its complex transform
+    def applying(cls, rows: int, columns: int) -> int:
+        return 20 * rows * columns  # S, and its complex transform
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch

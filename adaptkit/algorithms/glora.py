@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
-from adaptkit.algorithms._stored import flat, matched, roles, scaling
+from adaptkit.algorithms._stored import SCRATCH, flat, matched, roles, scaling
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-
-BLOCK = 1 << 18  # entries of a block of rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +29,7 @@ class Glora(Weights):
 
     name: ClassVar[str] = "glora"
     title: ClassVar[str] = "GLoRA"
+    row_wise: ClassVar[bool] = True
     additive: ClassVar[bool] = False
     roles: ClassVar[Mapping[str, Role]] = roles(
         **{role: Role(f"{role}.weight") for role in ("a1", "a2", "b1", "b2")}, alpha=Role(ALPHA)
@@ -81,8 +80,8 @@ class Glora(Weights):
         )
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 16 * min(numbers, BLOCK)
+    def applying(cls, rows: int, columns: int) -> int:
+        return 12 * min(rows * columns, SCRATCH)
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """W + strength · ΔW, linear in the strength as in LyCORIS; a block of rows at a time."""

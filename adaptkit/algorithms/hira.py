@@ -29,6 +29,7 @@ class Hira(OfPeft, Applied):
 
     name: ClassVar[str] = "hira"
     title: ClassVar[str] = "HiRA"
+    row_wise: ClassVar[bool] = True
     peft_type: ClassVar[str] = "HIRA"
     linear: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(up=Role("hira_B"), down=Role("hira_A"))

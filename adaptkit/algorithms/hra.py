@@ -34,6 +34,7 @@ class Hra(OfPeft, Applied):
     title: ClassVar[str] = "HRA"
     peft_type: ClassVar[str] = "HRA"
     settings: ClassVar[Mapping[str, object]] = MappingProxyType({"apply_GS": False})
+    row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(vectors=Role("hra_u"))
     forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"vectors"}),)
 

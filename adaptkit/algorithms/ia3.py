@@ -35,6 +35,7 @@ class Ia3(Weights):
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "IA³"
     additive: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = True
     peft_type: ClassVar[str] = "IA3"
     peft_kept: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
@@ -116,6 +117,10 @@ class Ia3(Weights):
         raise NotRepresentable(
             "what a factor changes depends on the weight", hint="merge it into its checkpoint"
         )
+
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return 0
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """W · (1 + strength · weight)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptkit.algorithms._rotation import cayley, toward
+from adaptkit.algorithms._rotation import COLUMNS, cayley, column_blocks, toward
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
@@ -81,16 +81,22 @@ class KohyaOft(Weights):
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch
 
-        merged, start = [], 0
+        start = 0
         for blocks in self.blocks:
             n, b = blocks.shape[-3], blocks.shape[-1]
             flat = blocks.reshape(-1, n, b, b)
-            turned = torch.stack([cayley(one, self.bound * n * b) for one in flat]).to(base.dtype)
-            rows = base[..., start : start + n * b, :]
-            cut = rows.reshape(*rows.shape[:-2], n, b, rows.shape[-1])
-            merged.append((turned.reshape(blocks.shape).mT @ cut).reshape(rows.shape))
+            turns = torch.stack([cayley(one, self.bound * n * b) for one in flat]).to(base.dtype)
+            turns = turns.reshape(blocks.shape).mT
+            for columns in column_blocks(base):
+                rows = base[..., start : start + n * b, columns]
+                cut = rows.reshape(*rows.shape[:-2], n, b, rows.shape[-1])
+                toward(rows, (turns @ cut).reshape(rows.shape), strength)
             start += n * b
-        return toward(base, torch.cat(merged, -2), strength)
+        return base
+
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return 8 * min(rows * columns, COLUMNS)
 
     def folded(self) -> Self:
         return self

@@ -139,12 +139,13 @@ class Lora(Weights):
         return up if self.scale == 1.0 else up * self.scale, self._right()
 
     def widened(self) -> Self:
-        from adaptkit.linalg.precision import accumulate_dtype, upcast
+        import torch
 
-        wide = accumulate_dtype(self.up.device)
+        from adaptkit.linalg.precision import upcast
+
         right = self.down if self.mid is None else self._right()
         # by way of float32: torch takes three times as long straight from a half float
-        up, down = upcast(self.up).to(wide, copy=True), upcast(right).to(wide)
+        up, down = upcast(self.up).to(torch.float64, copy=True), upcast(right).double()
         if self.scale != 1.0:
             up.mul_(self.scale)  # as `factors` does, so that both give the same numbers
         return replace(self, up=up, down=down, scale=1.0, mid=None)
@@ -163,7 +164,7 @@ class Lora(Weights):
         return base.add_(up @ right, alpha=alpha)
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
+    def applying(cls, rows: int, columns: int) -> int:
         return 0
 
     def part(self, start: int, stop: int) -> Self:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from adaptkit.algorithms._foreign import Applied, OfPeft
 from adaptkit.algorithms._restated import counted, one_for_all
 from adaptkit.algorithms._settings import CONFIG_HINT, Unsettled
-from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms._stored import SCRATCH, matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class Miss(OfPeft, Applied):
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
         return cls(tensors["block"], bool(facts.settings[0]))
 
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return 12 * min(rows * columns, SCRATCH)
+
     def encode(self) -> dict[str, Tensor]:
         return {"block": self.repeated}
 
@@ -89,10 +93,15 @@ class Miss(OfPeft, Applied):
         block = self.repeated.to(base.dtype)
         if self.bat:
             self._fitting(columns % rank == 0 and rows == rank * self.repeated.shape[-3], base)
-            cut = base.reshape(*base.shape[:-2], rows // rank, rank, columns // rank, rank)
-            pieces = cut.transpose(-2, -3)  # (..., m/r, n/r, r, r)
-            added = pieces @ block.unsqueeze(-3) + block.unsqueeze(-3)
-            return base.add_(added.transpose(-2, -3).reshape(base.shape), alpha=strength)
+            some = max(1, SCRATCH // (rank * columns))
+            for start in range(0, rows // rank, some):
+                own = block[..., start : start + some, :, :].unsqueeze(-3)
+                part = base[..., start * rank : (start + some) * rank, :]
+                cut = part.reshape(*part.shape[:-2], -1, rank, columns // rank, rank)
+                pieces = cut.transpose(-2, -3)  # (..., m/r, n/r, r, r)
+                added = (pieces @ own).add_(own).transpose(-2, -3)
+                part.add_(added.reshape(part.shape), alpha=strength)
+            return base
         self._fitting(rows % block.shape[-1] == 0, base)
         plain = block.mT.repeat(*(1,) * (block.ndim - 2), rows // block.shape[-1], 1)
         for start in range(0, columns, rank):

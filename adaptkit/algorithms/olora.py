@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.algorithms._rebased import Rebased
+from adaptkit.algorithms._stored import SCRATCH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +23,16 @@ class Olora(Rebased):
     name: ClassVar[str] = "olora"
     title: ClassVar[str] = "OLoRA (init_lora_weights = olora)"
 
-    def taken(self, base: Tensor, rank: int) -> Tensor:
+    def taken(self, base: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         import torch
 
-        q, r = torch.linalg.qr(base)
-        product: Tensor = self.scale * (q[..., :rank] @ r[..., :rank, :])
-        return product
+        # the first columns of Q are those of the first columns of W
+        q = torch.linalg.qr(base[..., :rank]).Q
+        return self.scale * q, q.mT @ base
+
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return 4 * min(rows * columns, SCRATCH)
 
 
 ALGORITHM = Olora

@@ -70,8 +70,8 @@ class Osf(OfPeft, Applied):
         return int(self.left.shape[-2])
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 20 * numbers  # the singular value decomposition of the weight
+    def applying(cls, rows: int, columns: int) -> int:
+        return 20 * rows * columns  # the singular value decomposition of the weight
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._rotation import cayley, toward
-from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms._stored import SCRATCH, matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
@@ -36,12 +36,14 @@ class PeftBoft(Weights):
     peft_type: ClassVar[str] = "BOFT"
     peft_kept: ClassVar[bool] = True
     additive: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(blocks=Role("boft_R"), factor=Role("boft_s"))
     forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"blocks", "factor"}),)
 
     blocks: Tensor
     factor: Tensor
     column: bool = True  # stored [rows, 1]
+    turns: Tensor | None = None  # R of the blocks, once they are computed
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -82,9 +84,17 @@ class PeftBoft(Weights):
             "what a rotation changes depends on the weight", hint="merge it into its checkpoint"
         )
 
+    def computed(self) -> Self:
+        return replace(self, turns=cayley(self.blocks * -0.5))
+
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return 24 * min(rows * columns, SCRATCH)
+
     def apply(self, base: Tensor, strength: float) -> Tensor:
         *_, stages, _, b, _ = self.blocks.shape
-        turns = cayley(self.blocks * -0.5).to(base.dtype)
+        turns = cayley(self.blocks * -0.5) if self.turns is None else self.turns
+        turns = turns.to(base.dtype)
         merged = base
         for stage in range(stages):
             # two runs of b/2 columns, 2^stage runs apart, make a block; first they are neighbours

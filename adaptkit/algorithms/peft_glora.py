@@ -122,10 +122,16 @@ class PeftGlora(OfPeft, Applied):
         return replace(self, paths=tuple(scaled))
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
-        times, plus = (self._matrix(path, base) for path in self.paths[:2])
+        times = self._matrix(self.paths[0], base)
         if times is not None:
-            base = base.mul_(times.mul(strength).add_(1.0))
+            base.addcmul_(base, times, value=strength)
+        del times  # as large as W
+        plus = self._matrix(self.paths[1], base)
         return base if plus is None else base.add_(plus, alpha=strength)
+
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return 4 * rows * columns
 
     def _matrix(self, path: tuple[Tensor, ...] | None, base: Tensor) -> Tensor | None:
         """A path that broadcasts against the weight."""

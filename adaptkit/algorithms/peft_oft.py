@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from adaptkit.algorithms._parts import same
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._rotation import toward
-from adaptkit.algorithms._stored import matched, roles
+from adaptkit.algorithms._stored import SCRATCH, matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
     from adaptkit.algorithms._restated import Restated
@@ -40,6 +41,7 @@ class PeftOft(Weights):
     peft_type: ClassVar[str] = "OFT"
     peft_kept: ClassVar[bool] = True
     additive: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         packed=Role("oft_R.weight", ("oft_R",)), scaled=Role("oft_R.scaled_oft")
     )
@@ -51,6 +53,7 @@ class PeftOft(Weights):
     packed: Tensor
     size: int
     scaled: Tensor | None = None  # OneTrainer's mark
+    turn: Tensor | None = None  # R (..., n, b, b), once it is computed
 
     @classmethod
     def facts(cls, shapes: Shapes, alpha: Stated | None = None) -> Facts:
@@ -94,17 +97,31 @@ class PeftOft(Weights):
             "what a rotation changes depends on the weight", hint="merge it into its checkpoint"
         )
 
-    def apply(self, base: Tensor, strength: float) -> Tensor:
+    def computed(self) -> Self:
+        from adaptkit.linalg.precision import compute_dtype
+
+        return replace(self, turn=self._turn(compute_dtype(self.packed)))
+
+    def _turn(self, dtype: torch.dtype) -> Tensor:
+        if self.turn is not None and self.turn.dtype == dtype:
+            return self.turn
         import torch
 
-        b = self.size
-        above = torch.triu_indices(b, b, 1, device=base.device)
-        skew = base.new_zeros(*self.packed.shape[:-1], b, b)
-        skew[..., above[0], above[1]] = self.folded().packed.to(base.dtype)
+        b, packed = self.size, self.folded().packed.to(dtype)
+        above = torch.triu_indices(b, b, 1, device=packed.device)
+        skew = packed.new_zeros(*packed.shape[:-1], b, b)
+        skew[..., above[0], above[1]] = packed
         skew = skew - skew.mT
         square = skew @ skew
-        eye = torch.eye(b, dtype=base.dtype, device=base.device)
-        turn = eye + 2 * skew + 2 * square + 2 * square @ skew + square @ square
+        eye = torch.eye(b, dtype=dtype, device=packed.device)
+        return eye + 2 * skew + 2 * square + 2 * square @ skew + square @ square
+
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return 10 * min(rows * columns, SCRATCH)
+
+    def apply(self, base: Tensor, strength: float) -> Tensor:
+        turn, b = self._turn(base.dtype), self.size
         cut = base.reshape(*base.shape[:-1], -1, b).transpose(-2, -3)  # (..., n, rows, b)
         merged = (cut @ turn.mT).transpose(-2, -3).reshape(base.shape)
         return toward(base, merged, strength)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.algorithms._rebased import Rebased
+from adaptkit.algorithms._start import leading, leading_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +23,13 @@ class Pissa(Rebased):
     name: ClassVar[str] = "pissa"
     title: ClassVar[str] = "PiSSA (init_lora_weights = pissa)"
 
-    def taken(self, base: Tensor, rank: int) -> Tensor:
-        import torch
+    def taken(self, base: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        found = leading(base, rank)
+        return found.u * found.s.unsqueeze(-2), found.vh
 
-        u, s, v = torch.linalg.svd(base, full_matrices=False)
-        product: Tensor = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
-        return product
+    @classmethod
+    def applying(cls, rows: int, columns: int) -> int:
+        return leading_bytes(rows, columns)
 
 
 ALGORITHM = Pissa

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import Applied, OfPeft, number, seed
+from adaptkit.algorithms._foreign import Applied, OfPeft, count, number, seed
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -91,9 +91,9 @@ class Psoft(OfPeft, Applied):
         values = (
             said["ab_svd_init"] == "pissa_init",
             said["psoft_svd"] == "lowrank",
-            int(number(said["psoft_svd_lowrank_niter"], "psoft_svd_lowrank_niter")),
+            count(said["psoft_svd_lowrank_niter"], "psoft_svd_lowrank_niter"),
             seed(said["random_seed"], "random_seed"),
-            int(number(said["num_cayley_neumann_terms"], "num_cayley_neumann_terms"))
+            count(said["num_cayley_neumann_terms"], "num_cayley_neumann_terms")
             if said["use_cayley_neumann"]
             else 0,
             None if bound is None else number(bound, "cayley_neumann_eps"),
@@ -120,8 +120,8 @@ class Psoft(OfPeft, Applied):
         }
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 20 * numbers  # the singular value decomposition of the weight
+    def applying(cls, rows: int, columns: int) -> int:
+        return 20 * rows * columns  # the singular value decomposition of the weight
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch

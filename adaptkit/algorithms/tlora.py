@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, Unwritten
+from adaptkit.algorithms._start import leading, leading_bytes, with_product
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated
 
@@ -65,18 +66,17 @@ class Tlora(Unwritten, Applied):
         return int(self.up.shape[-2])
 
     @classmethod
-    def applying(cls, numbers: int) -> int:
-        return 20 * numbers  # the singular value decomposition of the weight
+    def applying(cls, rows: int, columns: int) -> int:
+        return leading_bytes(rows, columns)
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch
 
-        u, s, v = torch.linalg.svd(base, full_matrices=False)
-        rank = self.values.shape[-1]
-        started = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+        found = leading(base, self.values.shape[-1])
         up, down, values = (t.to(base.dtype) for t in (self.up, self.down, self.values))
-        change = (up * values.unsqueeze(-2)) @ down
-        return base.add_(change.sub_(started), alpha=strength * self.scale)
+        left = torch.cat([up * values.unsqueeze(-2), -found.u * found.s.unsqueeze(-2)], -1)
+        right = torch.cat([down, found.vh], -2)
+        return with_product(base, left, right, strength * self.scale)
 
     def folded(self) -> Self:
         return self

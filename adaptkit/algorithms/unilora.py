@@ -106,5 +106,9 @@ class UniLora(OfPeft):
         rows = slice(start, stop)
         return replace(self, ups=self.ups[..., rows, :], up_scales=self.up_scales[..., rows, :])
 
+    def swapped(self) -> Self:
+        half = self.rows // 2
+        return replace(self, ups=self.ups.roll(half, -2), up_scales=self.up_scales.roll(half, -2))
+
 
 ALGORITHM = UniLora

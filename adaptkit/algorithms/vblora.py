@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._foreign import OfPeft, number
+from adaptkit.algorithms._foreign import OfPeft, count
 from adaptkit.algorithms._restated import counted, one_for_all
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -74,7 +74,7 @@ class VbLora(OfPeft):
     def settled(cls, facts: Facts, wanted: Wanted) -> Facts:
         if "up_where" in wanted.shapes:
             return replace(facts, settings=(wanted.shapes["up_where"][2],))
-        most = int(number(cls.stated(wanted)["topk"], "topk"))
+        most = count(cls.stated(wanted)["topk"], "topk")
         if not 0 < most <= wanted.shapes["up"][2]:
             raise NotRepresentable(f"adapter_config.json: topk is {most}")
         return replace(facts, settings=(most,))

@@ -25,6 +25,7 @@ class Vera(Projected):
     title: ClassVar[str] = "VeRA"
     peft_type: ClassVar[str] = "VERA"
     shared: ClassVar[Mapping[str, str]] = MappingProxyType({"left": "vera_B", "right": "vera_A"})
+    row_wise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = roles(
         rows=Role("vera_lambda_b"), inner=Role("vera_lambda_d")
     )

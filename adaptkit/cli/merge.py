@@ -42,8 +42,8 @@ def merge(base: Path, adapters: tuple[tuple[Path, float], ...], **chosen: Any) -
     BASE is a file, an index of shards or a folder. The output has the same layout and file names,
     unless --layout selects the other layout: then every weight is renamed, split or fused, bit
     for bit. A new folder holds weights only; take the config.json files from any diffusers folder
-    of the model. Weights stored as fp8, scaled or not, stay fp8 unless --dtype is given, and the
-    report gives the error.
+    of the model. Quantised weights stay as they are stored unless --dtype is given, and the report
+    gives the error. A GGUF file gives a GGUF file.
 
     --blocks multiplies the strength in parts of the model: `te=0`, `unet.down_blocks.*=0.5`,
     `double.0-5=0.3`, `IN04=0`, or the 12, 17, 20 or 26 numbers (57 or 61 for FLUX) of the LoRA

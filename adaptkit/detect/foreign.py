@@ -19,11 +19,12 @@ CONTROL = "Control LoRA"
 # factors in the order of a kernel's tiles, named without `.weight` (nunchaku before 0.2); those of
 # FLUX.1 are read, see adaptkit.files.arranged.nunchaku
 PACKED = "LoRA packed for nunchaku"
+# UniLoRA's numbers without their places (save_indices = False)
+BANK, BANK_NAME = "UniLoRA without its places", "unilora_theta_d"
 # the beginning of a tensor's name within its module → the kind
 TENSORS: Mapping[str, str] = MappingProxyType(
     {
         "tinylora_": "TinyLoRA",
-        "unilora_": "UniLoRA",
         "adamss_": "AdaMSS",
         "frod_": "FRoD",
         "lily_": "Lily",
@@ -46,6 +47,32 @@ HINTS: Mapping[str, str] = MappingProxyType(
         PACKED: "use the file that it was made from: nunchaku 0.2 and newer packs any LoRA itself",
     }
 )
+# why the tensors of a kind and the base do not tell what it changes, though PEFT can merge it
+WHY: Mapping[str, str] = MappingProxyType(
+    {
+        "TinyLoRA": "its factors are singular vectors of the base, whose signs no file tells",
+        BANK: "which number goes where follows the order of the layers in the model",
+        "AdaMSS": "its parts are found by clustering the base weight anew",
+        "FRoD": "its bases are decomposed from all layers of the model together",
+        "PEANuT": "it adds what a neural network makes of the weight",
+        "trainable tokens": "it replaces some rows of an embedding, and no layer",
+    }
+)
+# kinds that no weight can hold
+UNWEIGHTED: Mapping[str, str] = MappingProxyType(
+    {
+        "Lily": "a router mixes its factors for every input",
+        "X-LoRA": "a classifier mixes its LoRAs for every input",
+        "Poly": "a router mixes its factors for every task",
+        "Shadow": "a network beside the model changes the states between its blocks",
+        "Cartridge": "it stores keys and values of the attention",
+        "CPT": "it is a prompt, put before the input",
+        "prompt tuning": "it is a prompt, put before the input",
+        "p-tuning": "it is a prompt, put before the input",
+        "prefix tuning": "it stores keys and values of the attention",
+        "adaption prompts": "it is a prompt, put before the input of some layers",
+    }
+)
 MERGED = (
     "what trained it can merge it into its base model (PEFT: merge_and_unload); then "
     "`adaptkit extract BASE MERGED` makes a LoRA or LoKr of the difference"
@@ -66,6 +93,9 @@ NAMES = MappingProxyType(
         "P_TUNING": "p-tuning",
         "PREFIX_TUNING": "prefix tuning",
         "ADAPTION_PROMPT": "adaption prompts",
+        "SHADOW": "Shadow",
+        "CARTRIDGE": "Cartridge",
+        "CPT": "CPT",
     }
 )
 _STARTS = tuple(TENSORS)
@@ -81,6 +111,8 @@ def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) ->
         kind = stated.upper()
         return TENSORS.get(f"{kind.lower()}_") or NAMES.get(kind, stated)
     names = list(names)
+    if names and all(BANK_NAME in name for name in names):
+        return BANK
     if any(name.endswith((".lora_down", ".lora_up")) for name in names):
         return PACKED
     found = Counter(filter(None, map(_kind, names)))
@@ -91,7 +123,10 @@ def foreign(names: Iterable[str], config: Mapping[str, object] | None = None) ->
 
 def hint_for(kind: str) -> str:
     """What works for an adapter of a kind that is not read."""
-    return HINTS.get(kind, MERGED)
+    if kind in UNWEIGHTED:
+        return f"{UNWEIGHTED[kind]}: no weight can hold that, and PEFT alone runs it"
+    why = f"{WHY[kind]}; " if kind in WHY else ""
+    return HINTS.get(kind, why + MERGED)
 
 
 def _kind(name: str) -> str | None:

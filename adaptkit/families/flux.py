@@ -96,13 +96,12 @@ def _with_others(public: Row) -> Row:
 
 ROWS = tuple(_with_others(public) for public in PUBLIC)
 
-# a file of its own in the original, a pipeline of its own in diffusers
+# a file and a pipeline of its own; nothing loads adapters of it
 REDUX = Component(
     name="image_embedder",
     title="Redux",
     rows=tuple(matrices("redux_up", "redux_down")),
     checkpoints={"diffusers": ("", "image_embedder.")},
-    tags={"diffusers": ("image_embedder",)},
     sizes=sizes("12288x1152 4096x12288"),
 )
 

@@ -7,20 +7,22 @@ sees references with Qwen3-VL's own vision tower. Source: transformers' `Qwen3VL
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adaptkit.families._llm import llm_rows
 from adaptkit.families._plain import matrices, norms
-from adaptkit.families.contract import Component, Kind, Mark, ModelFamily, Row, row, sizes
+from adaptkit.families.contract import Kind, Mark, ModelFamily, Row, named, row, sizes, transformer
 
 
-def _within(part: str, inner: Row) -> Row:
-    """A row of a model within another, whose names are the same everywhere."""
-    return row(f"{part}.{inner.target}", kind=inner.kind)
+def _in_original(plain: Row) -> Row:
+    """A row with the original's name."""
+    return plain._replace(names={**plain.names, "native": (named(f"model.{plain.target}"),)})
 
 
 VISION = "visual.blocks.{i:27}."
 
-ROWS = (
-    *(_within("language_model", one) for one in llm_rows(36, qk_norms=True)),
+PLAIN = (
+    *(row(f"language_model.{one.target}", kind=one.kind) for one in llm_rows(36, qk_norms=True)),
     *matrices("t_embedder1.mlp.(0|2)", "x_embedder.proj(1|2)", "final_layer2.linear"),
     *matrices("visual.patch_embed.proj", kernel=(2, 16, 16)),
     row("visual.pos_embed", kind=Kind.EMBEDDING),
@@ -29,6 +31,7 @@ ROWS = (
     *matrices("visual.merger.linear_fc(1|2)", "visual.deepstack_merger_list.{i:3}.linear_fc(1|2)"),
     row("lm_head", kind=Kind.EMBEDDING),  # unused
 )
+ROWS = tuple(map(_in_original, PLAIN))
 
 SIZES = sizes(
     "dxd 1024xd 12288xd dx12288 dx1024 1024x3072 3072xd "
@@ -36,25 +39,14 @@ SIZES = sizes(
     4096,
 )
 
-PREFIXES = ("model.", "model.diffusion_model.", "diffusion_model.", "")
+TRANSFORMER = transformer("HiDream-O1 transformer", ROWS, sizes=SIZES, comfy="diffusers")
 
 FAMILY = ModelFamily(
     name="hidream-o1",
     title="HiDream-O1",
+    # no names without a prefix: an adapter of Qwen3-VL itself has them
     components=(
-        Component(
-            name="transformer",
-            title="HiDream-O1",
-            rows=ROWS,
-            checkpoints={"diffusers": (*PREFIXES, "transformer.")},
-            # no names without a prefix: an adapter of Qwen3-VL itself has them
-            tags={
-                "kohya": ("unet_model", "unet"),
-                "comfy": ("diffusion_model", "diffusion_model.model"),
-                "diffusers": ("transformer", "transformer.model"),
-            },
-            sizes=SIZES,
-        ),
+        replace(TRANSFORMER, tags={k: v for k, v in TRANSFORMER.tags.items() if k != "root"}),
     ),
     marks=(
         Mark("transformer", "self_attn.q_proj", columns=4096),

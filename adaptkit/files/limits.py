@@ -52,6 +52,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
         "patterns": Limit(10_000, "patterns of module names"),
         "pattern length": Limit(1000, "characters in a pattern"),
         "pattern steps": Limit(500_000, "steps to match patterns", "for all modules"),
+        "configured count": Limit(10_000, "ranks or steps", "one number of a configuration"),
     }
 )
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 from adaptkit.errors import CorruptFile, NoSuchName, ShapeMismatch, UnreadableFile
 from adaptkit.files.header import GGML, TensorInfo, itemsize, nbytes, read_header
 from adaptkit.files.reader import Reader, Stamp, stamp
-from adaptkit.files.tensors import bytes_of, decode_scalar, empty_bytes, row_range, torch_dtype
+from adaptkit.files.tensors import (
+    bytes_of,
+    decode_scalar,
+    empty_bytes,
+    reading_into,
+    row_range,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorSource", "join", "open_file"]
 
+Shape = tuple[int, ...]
 # bytes read with a number: about a thousand others, where a file holds them side by side
 _BLOCK = 4096
 
@@ -51,9 +59,16 @@ class TensorSource(ABC):
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Read a tensor to the CPU, contiguous, in its own memory.
+        """Read a tensor to the CPU, contiguous, in its own memory or where `reading_into` says.
 
         `rows` is a slice (step 1) of the leading dimension; only its bytes are read.
+        """
+
+    @abstractmethod
+    def read_into(self, out: torch.Tensor, name: str, rows: slice | None = None) -> None:
+        """Read the tensor that `read` gives to memory of the CPU, `out` (its bytes,), uint8.
+
+        The bytes of a file go there without a copy; strided and compressed tensors are decoded.
         """
 
     @abstractmethod
@@ -132,13 +147,35 @@ class _FileSource(TensorSource):
             raise NoSuchName.among("tensor", name, self.infos).at(file=self.path) from None
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        info, (_, shape) = self._read_as(name), self._cut(name, rows)
+        out = empty_bytes(info, self.path, nbytes(info.dtype, shape))
+        self.read_into(out, name, rows)
+        return out.view(torch_dtype(info, self.path)).reshape(shape)
+
+    def read_into(self, out: torch.Tensor, name: str, rows: slice | None = None) -> None:
+        info, (first, shape) = self._read_as(name), self._cut(name, rows)
+        if len(out) != nbytes(info.dtype, shape):
+            raise ShapeMismatch(
+                f"{len(out)} bytes of memory for {nbytes(info.dtype, shape)}",
+                file=self.path,
+                tensor=name,
+            )
+        self._into(out, self.info(name), first, shape)
+
+    def _read_as(self, name: str) -> TensorInfo:
+        """The tensor, in the dtype that it is read as."""
+        return self.info(name)
+
+    def _cut(self, name: str, rows: slice | None) -> tuple[int, Shape]:
+        """The first row, and the shape of a slice or of the whole."""
         info = self.info(name)
         first, count = row_range(info, rows)
-        shape = info.shape if rows is None else (count, *info.shape[1:])
-        row = nbytes(info.dtype, info.shape[1:]) if rows is not None else 0
-        buffer = empty_bytes(info, self.path, nbytes(info.dtype, shape))
-        self._fill(info, bytes_of(buffer), first * row)
-        return buffer.view(torch_dtype(info, self.path)).reshape(shape)
+        return first, info.shape if rows is None else (count, *info.shape[1:])
+
+    def _into(self, out: torch.Tensor, info: TensorInfo, first: int, shape: Shape) -> None:
+        """Fill `out` with a tensor of this shape from row `first` on."""
+        row = nbytes(info.dtype, shape[1:]) if first else 0
+        self._fill(info, bytes_of(out), first * row)
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         """Read bytes `skip : skip + len(view)` of a tensor."""
@@ -227,19 +264,25 @@ class _GgufSource(_FileSource):
     def span(self, name: str) -> tuple[Path, int, int] | None:
         return None if self.info(name).dtype in GGML else super().span(name)
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def _read_as(self, name: str) -> TensorInfo:
         info = self.info(name)
+        return info._replace(dtype="F32") if info.dtype in GGML else info
+
+    def _into(self, out: torch.Tensor, info: TensorInfo, first: int, shape: Shape) -> None:
         if info.dtype not in GGML:
-            return super().read(name, rows)
+            return super()._into(out, info, first, shape)
+        import torch
+
         from adaptkit.files.gguf.blocks import dequantised, length
 
-        first, count = row_range(info, rows)
-        if rows is not None and math.prod(info.shape[1:]) % length(info.dtype):
-            return self.read(name)[first : first + count].clone()  # blocks span rows
-        shape = info.shape if rows is None else (count, *info.shape[1:])
-        row = nbytes(info.dtype, info.shape[1:]) if rows is not None else 0
-        raw = self._bytes(info, nbytes(info.dtype, shape), first * row)
-        return dequantised(raw, info.dtype).reshape(shape)
+        row = math.prod(info.shape[1:])
+        whole = row % length(info.dtype) > 0 and shape != info.shape  # blocks span rows
+        start = 0 if whole else first * nbytes(info.dtype, info.shape[1:])
+        raw = self._bytes(info, nbytes(info.dtype, info.shape if whole else shape), start)
+        skip = first * row if whole else 0
+        found = dequantised(raw, info.dtype).reshape(-1)[skip : skip + math.prod(shape)]
+        out.view(torch.float32).copy_(found)
+        return None
 
     def _bytes(self, info: TensorInfo, size: int, skip: int = 0) -> torch.Tensor:
         import torch
@@ -270,23 +313,23 @@ class _PickleSource(_FileSource):
         self._strides = catalogue.strides
         self._packed = catalogue.packed
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        if name not in self._strides:
-            return super().read(name, rows)
-        info, stride = self.info(name), self._strides[name]
-        first, count = row_range(info, rows)
-        shape = info.shape if rows is None else (count, *info.shape[1:])
-        unit = itemsize(info.dtype)
+    def _into(self, out: torch.Tensor, info: TensorInfo, first: int, shape: Shape) -> None:
+        if info.name not in self._strides:
+            return super()._into(out, info, first, shape)
+        stride, unit = self._strides[info.name], itemsize(info.dtype)
         extent = (
             0
             if 0 in shape
             else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         )
-        buffer = empty_bytes(info, self.path, extent * unit)
-        self._fill(info, bytes_of(buffer), first * stride[0] * unit)
+        # where it is read to is for the tensor, not for what lies between its numbers
+        with reading_into(lambda _: None):
+            buffer = empty_bytes(info, self.path, extent * unit)
+        self._fill(info, bytes_of(buffer), first * stride[0] * unit if first else 0)
         view = buffer.view(torch_dtype(info, self.path)).as_strided(shape, stride)
         # a copy, as contiguous() would keep odd strides of dimensions of size 1
-        return view.new_empty(shape).copy_(view)
+        out.view(view.dtype).view(shape).copy_(view)
+        return None
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         packed = self._packed.get(info.name)
@@ -348,6 +391,10 @@ class _JoinedSource(TensorSource):
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         part, inner, _ = self._find(name)
         return part.read(inner, rows)
+
+    def read_into(self, out: torch.Tensor, name: str, rows: slice | None = None) -> None:
+        part, inner, _ = self._find(name)
+        part.read_into(out, inner, rows)
 
     def scalar(self, name: str) -> float:
         part, inner, _ = self._find(name)

@@ -12,7 +12,7 @@ from adaptkit.errors import NoSuchName, NotRepresentable
 from adaptkit.formats.contract import Alpha
 from adaptkit.hosts._measured import measurement, reads
 from adaptkit.hosts._pieces import common_alphas, examples, pieces_as, pieces_of
-from adaptkit.hosts.contract import Loss, Recipe, Verdict
+from adaptkit.hosts.contract import NO_MODEL, Loss, Recipe, Verdict
 from adaptkit.keymap.kinds import low_rank_kind
 from adaptkit.registry import discover
 
@@ -203,7 +203,7 @@ def _lost(
     asked = any(loss.odd for loss in (*conditions, *(() if none is None else (none,))))
     common = common_alphas(pieces) if asked else {}
     found: dict[Loss, list[Piece]] = {}
-    unread = 0
+    unread = left = 0
     bearers: list[bool] = []  # of those that `none` is about, which are read
     # a file has many modules, of few kinds
     alike: dict[Hashable, tuple[list[Loss], bool]] = {}
@@ -219,16 +219,22 @@ def _lost(
             bearers.append(not missed)
         if missed:
             unread += 1
+            left += piece.keys
             loss = name if loss is None or (name.whole and not loss.whole) else loss
+        elif loss is not None:
+            left += loss.leaves(piece)
         if loss is not None:
             found.setdefault(loss, []).append(piece)
     whole = next((loss for loss in found if loss.whole), None)
     if whole is not None:
         return {whole: found[whole]}
-    if unread == len(pieces):
-        return {host.nothing: list(pieces)}
-    if none is not None and bearers and not any(bearers):
-        return {none: list(pieces)}
+    for holds, loss in (
+        (unread == len(pieces), host.nothing),
+        (host.spare is not None and left > host.spare, host.refuses),
+        (bool(bearers) and not any(bearers), none),
+    ):
+        if holds and loss is not None:
+            return {loss: list(pieces)}
     return found
 
 
@@ -311,8 +317,12 @@ def _helping(host: Host, adapter: Adapter, algorithm: str | None) -> str:
 def _untried(host: Host, family: ModelFamily, path: Path | None) -> NotRepresentable:
     """Why no form of an adapter can be recommended for a host."""
     if family.name in host.unsupported:
-        hint = "`adaptkit inspect` shows the hosts that load it"
-        return NotRepresentable(host.unsupported[family.name], hint=hint, file=path)
+        why = host.unsupported[family.name]
+        return NotRepresentable(
+            f"{host.title} has {why}" if why == NO_MODEL else why,
+            hint="`adaptkit inspect` shows the hosts that load it",
+            file=path,
+        )
     if family.name not in measurement(host.name).names:
         return NotRepresentable(
             f"not measured: what {host.title} loads for {family.title}",

@@ -66,6 +66,7 @@ def _found(adapter: Adapter, entry: Entry) -> Piece:
         stated=stated,
         loose=stated and _loose(adapter, entry.slot.component),
         axis=_axis(adapter, entry),
+        keys=len(entry.keys),
     )
 
 
@@ -133,7 +134,9 @@ def _made(
         suffixes=suffixes,
         alpha=None if rank is None else scale * rank,
         told=told and not kind.bounded,
+        stated=keys.format.alpha is Alpha.CONFIG and scale != 1.0 and not kind.bounded,
         axis=_axis(adapter, entry) if kind is entry.kind else "",
+        keys=len(suffixes) + told,
     )
 
 
@@ -166,6 +169,7 @@ def _example(keys: KeyMap, slot: Slot) -> Piece:
         suffixes=tuple(key.removeprefix(f"{keys.stem(slot)}.") for key in roles),
         alpha=1.0,
         told=keys.format.alpha is Alpha.TENSOR and bool(roles),
+        keys=len(roles) + (keys.format.alpha is Alpha.TENSOR),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptkit.hosts.contract import DORA, UNETS, Cell, Host, Loss
+from adaptkit.hosts.contract import DORA, NO_MODEL, UNETS, Cell, Host, Loss
 from adaptkit.keymap import Dialect
 
 READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
@@ -66,7 +66,7 @@ HOST = Host(
         "framepack": "ComfyUI itself does not run FramePack; its wrapper nodes load kohya files",
         **dict.fromkeys(
             ("bria-fibo", "bria-fibo2", "cogview4", "flux3", "glm-image", "prx", "sana"),
-            "ComfyUI itself has no model of this family",
+            NO_MODEL,
         ),
     },
 )

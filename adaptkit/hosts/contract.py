@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DORA",
     "NOTHING",
+    "NO_MODEL",
     "PARTIAL",
     "SD",
     "TE",
@@ -29,6 +30,7 @@ __all__ = [
     "Verdict",
 ]
 
+NO_MODEL = "no model of this family"
 SD = ("sd1", "sd2")
 UNETS = (*SD, "sdxl", "sdxl-refiner")
 DORA = ("lora+dora", "loha+dora", "lokr+dora")
@@ -70,7 +72,7 @@ class Piece:
     the dimensions of its window, `columns` the width of its input. `alpha` is the number that a
     host takes for alpha; `told`: a tensor states it, `stated`: only metadata does, `loose`: only
     metadata that are neither PEFT's configuration nor diffusers' for the component. `axis` is that
-    of DoRA's norm.
+    of DoRA's norm. `keys` is the number of its keys, with that of alpha.
     """
 
     slot: Slot
@@ -86,6 +88,7 @@ class Piece:
     stated: bool = False
     loose: bool = False
     axis: str = ""
+    keys: int = 0
 
     @property
     def namings(self) -> frozenset[str]:
@@ -114,7 +117,7 @@ class Loss:
     this many dimensions. `told`: a tensor states alpha; `untold`: none does; `stated`: only
     metadata does, `loose`: only such as are neither PEFT's nor diffusers'; `odd`: alpha is not the
     component's most common one. `axis`: that of DoRA. `whole`: one such module makes the host
-    refuse the file or load nothing.
+    refuse the file or load nothing. `left`: it does not look for tensors whose suffix matches.
     """
 
     what: str
@@ -132,6 +135,7 @@ class Loss:
     odd: bool = False
     axis: str = ""
     whole: bool = False
+    left: str = ""
 
     def holds(self, piece: Piece, common: Mapping[str, float]) -> bool:
         """Whether a module is lost.
@@ -160,6 +164,14 @@ class Loss:
             and (not self.loose or piece.loose)
             and (not self.odd or (piece.told and piece.alpha != common.get(piece.slot.component)))
             and (not self.axis or piece.axis == self.axis)
+        )
+
+    def leaves(self, piece: Piece) -> int:
+        """The number of a module's keys that the host does not look for because of this loss."""
+        return (
+            sum(re.match(self.left, suffix) is not None for suffix in piece.suffixes)
+            if self.left
+            else 0
         )
 
 
@@ -215,7 +227,8 @@ class Host:
     `always` are losses in every format. `writes` are the formats to write by family, the better
     first ("" for all other families), `dialect` is how it wants them. The host loads nothing for
     families in `unsupported`, for the reason given there. `also` are other names for it, and
-    programs that take the same files.
+    programs that take the same files. `refuses` is the loss of a file with more keys than
+    `spare` that it finds no place for, if there is such a limit.
     """
 
     name: str
@@ -229,6 +242,8 @@ class Host:
     dialect: Dialect | None = None
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     also: tuple[str, ...] = ()
+    spare: int | None = None
+    refuses: Loss = NOTHING
 
     def formats(self, family: str) -> tuple[str, ...]:
         """The formats to write for a family, the best first; none if it is unsupported."""

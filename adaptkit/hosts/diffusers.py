@@ -12,7 +12,7 @@ from adaptkit.hosts._whole import (
     spellings,
     unmarked,
 )
-from adaptkit.hosts.contract import DORA, SD, TE, UNETS, Cell, Host, Loss
+from adaptkit.hosts.contract import DORA, NO_MODEL, SD, TE, UNETS, Cell, Host, Loss
 
 DROPPED = "are dropped without a message"
 RAISES = "its converter stops at such a file"
@@ -415,7 +415,17 @@ HOST = Host(
         Loss("have DoRA magnitudes on the input axis, which it has no form of", axis="input"),
     ),
     unsupported=dict.fromkeys(
-        ("hunyuan-video-15", "hunyuan-image", "pixart", "hunyuan-dit", "glm-image"), NO_PIPELINE
+        (
+            "hunyuan-video-15",
+            "hunyuan-image",
+            "pixart",
+            "hunyuan-dit",
+            "glm-image",
+            "longcat-image",
+            "ovis-image",
+            "stable-cascade",
+        ),
+        NO_PIPELINE,
     )
-    | {"prx": "the LoRA loader of its pipeline is for U-Nets"},
+    | {"hidream-o1": NO_MODEL, "prx": "the LoRA loader of its pipeline is for U-Nets"},
 )

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adaptkit.hosts.contract import DORA, SD, Cell, Host, Loss
+from adaptkit.hosts.contract import DORA, NO_MODEL, SD, Cell, Host, Loss
 from adaptkit.keymap import Dialect
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ PASSED_OVER = "are dropped without a message"
 UNKNOWN = Loss("it does not recognise such a file", whole=True)
 MISREAD = "it takes files of this family for FLUX.1"
 NONE = "InvokeAI has no LoRA loader for this family"
-NO_MODEL = "InvokeAI has no model of this family"
 READ = ("lora", "loha", "lokr", "full", "ia3", "lora+dora")
 REFUSES = "are {kinds}, which stop its loader"
 BIAS = Loss(PASSED_OVER, modules=r"\.bias$", algorithms=("full",))
@@ -360,6 +359,10 @@ HOST = Host(
                 "qwen-image-21",
                 "sana",
                 "wan-animate2",
+                "longcat-image",
+                "ovis-image",
+                "stable-cascade",
+                "hidream-o1",
             ),
             NO_MODEL,
         ),

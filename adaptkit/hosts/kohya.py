@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adaptkit.hosts.contract import Cell, Host, Loss
+from adaptkit.hosts.contract import NO_MODEL, Cell, Host, Loss
 
 # sd-scripts trains these; musubi-tuner the others, and FLUX.1 Kontext
 SCRIPTS = ("sd1", "sd2", "sdxl", "sd3", "sd35-large", "chroma", "lumina2", "anima", "hunyuan-image")
@@ -24,7 +24,7 @@ FACTORS = Loss(
 
 HOST = Host(
     name="kohya",
-    also=("a1111", "automatic1111", "forge", "reforge", "sd-webui", "sd-scripts", "musubi-tuner"),
+    also=("reforge", "sd-scripts", "musubi-tuner"),
     title="kohya (sd-scripts, musubi-tuner)",
     cells=(
         Cell("kohya", SCRIPTS, (PLAIN,)),
@@ -91,7 +91,10 @@ HOST = Host(
             "prx",
             "sana",
             "wan-animate2",
+            "longcat-image",
+            "ovis-image",
+            "stable-cascade",
         ),
-        "neither sd-scripts nor musubi-tuner knows this family",
+        NO_MODEL,
     ),
 )

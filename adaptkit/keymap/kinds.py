@@ -12,9 +12,13 @@ from adaptkit.keymap.roles import algorithms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from torch import Tensor
+
     from adaptkit.algorithms.contract import Weights
 
 __all__ = [
+    "applied",
+    "changed",
     "dense_kind",
     "extractable",
     "low_rank_kind",
@@ -60,6 +64,32 @@ def rows_of(weights: Weights, start: int, stop: int) -> Weights:
         if not weights.additive:
             raise
         return dense_kind().holding(weights.delta()[..., start:stop, :].clone(), ())
+
+
+def applied(weights: Weights, base: Tensor, strength: float) -> Tensor:
+    """W + strength·ΔW, written into W (..., m, n), a block of rows at a time if the kind allows."""
+    from adaptkit.linalg.precision import row_blocks
+
+    blocks = [slice(0, base.shape[-2])] if not weights.row_wise else row_blocks(base)
+    for rows in blocks:
+        part = base[..., rows, :]
+        own = weights.part(rows.start, rows.stop) if weights.row_wise else weights
+        made = own.apply(part, strength)
+        if made is not part:
+            part.copy_(made)
+    return base
+
+
+def changed(weights: Weights, base: Tensor, strength: float) -> Tensor:
+    """W' − W (..., m, n) in float64 for W in any dtype: no other wide matrix is made."""
+    import torch
+
+    from adaptkit.linalg.precision import row_blocks
+
+    result = applied(weights, base.to(torch.float64, copy=True), strength)
+    for rows in row_blocks(result):
+        result[..., rows, :].sub_(base[..., rows, :])
+    return result
 
 
 def vector_kind() -> type[Weights]:

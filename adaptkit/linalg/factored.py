@@ -13,14 +13,12 @@ from adaptkit.errors import NonFinite
 from adaptkit.linalg.krylov import eigh
 from adaptkit.linalg.lowrank import LowRank, signed
 from adaptkit.linalg.precision import (
-    accumulate_dtype,
     compute_dtype,
     each,
     entry_sum,
     members,
     one_by_one,
     product,
-    supports_float64,
 )
 
 if TYPE_CHECKING:
@@ -45,9 +43,8 @@ class Core:
     u = left · `left`, vh = `right` · right.
     left: (..., r, r)   s: (..., r), descending   right: (..., r, r)
 
-    In float64 on the host (float32, where the factors are, on devices without float64). Dead
-    directions have s = 0 and no vectors. The largest entry of each column of `left` is positive. A
-    core is small, so that the factors need not stay in memory.
+    In float64 on the host. Dead directions have s = 0 and no vectors. The largest entry of each
+    column of `left` is positive. A core is small, so that the factors need not stay in memory.
     `grams`, (..., 2, r, r), are leftᵀ·left and right·rightᵀ of the factors in float64, or None.
     """
 
@@ -172,21 +169,17 @@ def factored_core(left: Tensor, right: Tensor) -> Core:
     Gram matrices and their decompositions in float64: rank-revealing, as accurate as float64 QR
     down to σ/σ₁ of about 1e-7, and as fast as float32 QR. How a term left[:, i] · right[i] is
     shared between the factors makes no difference: both get equal norms first, by powers of two.
-    By QR in float32 on devices without float64 (MPS). Raises `NonFinite` for NaN and infinity. On a
-    CPU equal factors give equal bits, whatever else is in the stack.
+    Raises `NonFinite` for NaN and infinity. On a CPU equal factors give equal bits, whatever else
+    is in the stack.
     """
-    device = left.device
-    wide = accumulate_dtype(device)
-    up, down = left.to(wide), right.to(wide)
-    if not supports_float64(device):
-        return _by_qr(up, down)
+    up, down = left.double(), right.double()
     # r × r matrices are decomposed on the CPU: see `eigh`
     grams = torch.stack([product(up.mT, up), product(down, down.mT)], -3).cpu()
     even = _evening(*grams.diagonal(dim1=-2, dim2=-1).unbind(-2))
     both = even.unsqueeze(-1) * even.unsqueeze(-2)  # exact: as if the factors had been scaled
     root, solved = _root(grams[..., 0, :, :] * both)
     squares, y = eigh(product(product(root.mT, grams[..., 1, :, :] / both), root))
-    kept = squares > up.shape[-1] * torch.finfo(wide).eps * squares[..., :1]
+    kept = squares > up.shape[-1] * torch.finfo(up.dtype).eps * squares[..., :1]
     s = torch.where(kept, squares, 0.0).sqrt()
     ours, theirs = signed(
         even.unsqueeze(-1) * solved(y) * kept.unsqueeze(-2),
@@ -247,26 +240,13 @@ def _inverse(x: Tensor, alive: Tensor) -> Tensor:
     return torch.where(alive, 1.0 / torch.where(alive, x, 1.0), 0.0)
 
 
-def _by_qr(up: Tensor, down: Tensor) -> Core:
-    """Decompose by the triangles of two QR decompositions and their pseudo-inverses."""
-    even = _evening(up.square().sum(-2), down.square().sum(-1)).unsqueeze(-1)
-    r1, r2 = torch.linalg.qr(up * even.mT)[1], torch.linalg.qr(down.mT / even.mT)[1]
-    u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
-    missing = up.shape[-1] - s.shape[-1]  # pad to k = r if r exceeds a side of the product
-    left, right = signed(
-        even * (torch.linalg.pinv(r1) @ u), (vh @ torch.linalg.pinv(r2.mT)).mT / even
-    )
-    pad = torch.nn.functional.pad
-    return Core(pad(left, (0, missing)), pad(s, (0, missing)), pad(right.mT, (0, 0, 0, missing)))
-
-
 def factored_svd(left: Tensor, right: Tensor) -> LowRank:
     """Exact SVD of left (..., m, r) · right (..., r, n), with k = r.
 
     Dead directions have σ = 0 and a zero row of vh. u, s, vh are in the compute dtype of both
     factors; the residual is 0.
     """
-    dtype, wide = compute_dtype(left, right), accumulate_dtype(left.device)
+    dtype, wide = compute_dtype(left, right), torch.float64
     core = factored_core(left, right)
     ours, s, theirs = (t.to(left.device) for t in (core.left, core.s, core.right))
     u, v = signed(left.to(wide) @ ours, (theirs @ right.to(wide)).mT)

@@ -13,10 +13,26 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import ShapeMismatch
+from adaptkit.linalg.alternating import (
+    GRAM_SIDE,
+    PACES,
+    ROUNDING,
+    STARTS,
+    SWEEP_TOL,
+    nearest_of_stack,
+)
 from adaptkit.linalg.hosted import fetched, on_host, stacked
 from adaptkit.linalg.krylov import eigh, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, energies, truncated_svd
-from adaptkit.linalg.precision import empty, members, norm_squared, one_by_one, scaled, upcast
+from adaptkit.linalg.precision import (
+    empty,
+    holds_any,
+    members,
+    norm_squared,
+    one_by_one,
+    scaled,
+    upcast,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,22 +50,16 @@ __all__ = [
     "rearrange",
 ]
 
-GRAM_SIDE = 256  # up to this number of blocks (or entries per block) the Gram matrix is cheapest
 # of the whole error: a product often captures 1 % of ‖X‖², of which 1e-3 would lose a twentieth
 LEADING_TOL = 1e-5
 # vectors sought to get the first one from a fixed-size stack: 0.1 % lost on noise, 2 % with 1
 STACK_RANK = 8
-STARTS = 4  # singular vectors that alternating least squares may start from
 NEAR = 0.95  # of the energy that the best start captures: one of less is not followed
 LITTLE = (
     0.01  # of ‖X‖²: what the best two starts capture then differs by 0.1 % of the error at most
 )
 ROUGH = 1e-2  # relative excess of the errors by which starts are compared
 SWEEPS = 200  # at most; rarely more than 50
-SWEEP_TOL = 1e-4  # of the error: alternating least squares stops if it would fall by less
-# the ratio of two gains in a row, as far as it is believed
-PACES = 0.3, 0.95
-ROUNDING = 1e-6  # of the captured energy: a smaller gain is the rounding of float32
 
 
 @dataclass(frozen=True)
@@ -221,7 +231,7 @@ def _leading(r: Tensor, count: int = 1) -> Tensor:
     unit = torch.zeros_like(found)
     unit[..., 0] = 1.0
     # eigh gives a zero matrix unit eigenvectors too: replace them by e₁
-    dead = (size == 0) | ~torch.isfinite(size) | ~r.any(-1).any(-1)[..., None, None]
+    dead = (size == 0) | ~torch.isfinite(size) | ~holds_any(r)[..., None, None]
     return torch.where(dead, unit, found / torch.where(dead, 1.0, size))
 
 
@@ -249,12 +259,31 @@ def nearest_kron_lowrank(x: Tensor, a: int, b: int, rank: int, sweeps: int = SWE
     if one_by_one(x):
         return _each(x, lambda member: nearest_kron_lowrank(member, a, b, rank, sweeps))
     c, d = x.shape[-2] // a, x.shape[-1] // b
+    if x.ndim > 2 and x.numel():
+        return _lowrank_at_once(x, a, b, rank)
     x, unit = scaled(x)
     r = rearrange(x, a, b)
     w1, low, captured = _alternate(r, _leading(r, STARTS), (c, d), SvdSpec(min(rank, c, d)), sweeps)
     first, left, right = _rescaled(_evened(_folded(w1, a, b), *low.balanced()), unit)
     whole = captured if unit is None else captured * unit.square()
     return KronLowRank(first, left, right, whole)
+
+
+def _lowrank_at_once(x: Tensor, a: int, b: int, rank: int) -> KronLowRank:
+    """`nearest_kron_lowrank` of stacks on accelerators; odd members by themselves."""
+    flat = x.reshape(-1, *x.shape[-2:])
+    shape = x.shape[-2] // a, x.shape[-1] // b
+    w1, left, right, captured, good = nearest_of_stack(rearrange(flat, a, b), shape, rank)
+    found = KronLowRank(_folded(w1, a, b), left, right, captured.to(x.device))
+    for n, plain in enumerate(good):
+        if not plain:
+            one = nearest_kron_lowrank(flat[n], a, b, rank)
+            for f in fields(one):
+                getattr(found, f.name)[n] = getattr(one, f.name)
+    whole = {f.name: getattr(found, f.name) for f in fields(found)}
+    return KronLowRank(
+        **{name: t.reshape(*x.shape[:-2], *t.shape[1:]) for name, t in whole.items()}
+    )
 
 
 # starts (..., k, p), their second factors (..., k, ·, ·), and the captured energies (..., k)

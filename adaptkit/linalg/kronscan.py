@@ -12,7 +12,7 @@ from adaptkit.errors import ShapeMismatch
 from adaptkit.linalg.kron import factorization, nearest_kron, rearrange
 from adaptkit.linalg.krylov import eigenvalues, start_block
 from adaptkit.linalg.noise import NoiseRank, RoundingNoise, rank_above_noise
-from adaptkit.linalg.precision import accumulate_dtype, members, norm_squared, upcast
+from adaptkit.linalg.precision import members, norm_squared, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +73,7 @@ class Split:
 class KronScan:
     """The nearest product of each of k splits of a (..., m, n).
 
-    captured, score: (..., k)   total: (...,) = ‖X‖²   in float64 (float32 on MPS)
+    captured, score: (..., k)   total: (...,) = ‖X‖²   in float64
 
     captured = ‖X‖² − min ‖X − w1 ⊗ w2‖². score is 1 for a product, and about 0 for a matrix that is
     no closer to one than chance.
@@ -191,18 +191,16 @@ def _leading(x: Tensor, ways: list[Split]) -> tuple[Tensor, Tensor]:
             if way.a % other.a == 0 and way.b % other.b == 0:
                 coarse = coarser(gram, way, other)
                 values[other] = float(eigenvalues(coarse)[0]), float(coarse.diagonal().max())
-    found = torch.tensor(
-        [values[way] for way in ways], dtype=accumulate_dtype(x.device), device=x.device
-    )
+    found = torch.tensor([values[way] for way in ways], dtype=torch.float64, device=x.device)
     captured, block = found.reshape(-1, 2).unbind(-1)
     return captured, block
 
 
 def _gram(x: Tensor, a: int, b: int) -> Tensor:
-    """R Rᵀ (ab, ab) of x (a·c, b·d) in float64 (float32 on MPS), rearranged in pieces."""
+    """R Rᵀ (ab, ab) of x (a·c, b·d) in float64, rearranged in pieces."""
     c, d = x.shape[0] // a, x.shape[1] // b
     blocks = x.reshape(a, c, b, d)
-    total = torch.zeros(a * b, a * b, dtype=accumulate_dtype(x.device), device=x.device)
+    total = torch.zeros(a * b, a * b, dtype=torch.float64, device=x.device)
     step = max(1, RUN // d)
     for start in range(0, c, step):
         r = blocks[:, start : start + step].transpose(1, 2).reshape(a * b, -1)

@@ -1,4 +1,4 @@
-"""Krylov subspaces of the leading singular vectors of one matrix.
+"""Krylov subspaces of the leading singular vectors of one matrix, and those vectors to float64.
 
 Adaptive: it is looked at after every block. Stacks on accelerators are those of `stacks`.
 """
@@ -6,19 +6,23 @@ Adaptive: it is looked at after every block. Stacks on accelerators are those of
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from adaptkit.linalg.precision import (
     ALIGNED,
-    accumulate_dtype,
     each,
     empty,
     norm_squared,
     works_on_stacks,
 )
 from adaptkit.linalg.split import gram_of_stack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "BLOCK",
@@ -27,7 +31,10 @@ __all__ = [
     "eigh",
     "explored",
     "gram_columns",
+    "leading_basis",
+    "leading_vectors",
     "start_block",
+    "times",
 ]
 
 # rows of A at a time, if A is larger than the cache: a step multiplies twice by each cached block
@@ -44,6 +51,10 @@ ALIKE = 1e-2  # of λ: a block's worth of Ritz values this close may be a part o
 # of λ: a block's worth of Ritz values this close may be copies of one λ, of which A has more
 EQUAL = 1e-4
 WORN = 1e-2  # a direction that keeps less of its length is orthogonalised once more
+# of the largest eigenvalue of AᵀA: float64 tells it and its vector to eight digits. Smaller ones
+# are sought in what the larger ones leave of A, where they are large.
+CLEAR = 1e-8
+WIDENED = 256  # rows of A widened at a time: fewer would wait for the Gram matrix to be read
 DEAD = 1e-6  # a direction that keeps less of its length is already in the space
 
 
@@ -91,13 +102,13 @@ def eigenvalues(gram: Tensor) -> Tensor:
 
 
 def gram_columns(a: Tensor) -> Tensor:
-    """AᵀA (..., N, N) of a (..., M, N) in float64 (float32 on MPS), widened in blocks of rows.
+    """AᵀA (..., N, N) of a (..., M, N) in float64, widened in blocks of rows.
 
     On other accelerators large ones are made of exact float32 products, see `split`.
     """
     if works_on_stacks(a.device):
         return gram_of_stack(a)
-    wide = accumulate_dtype(a.device)
+    wide = torch.float64
     total = torch.zeros(*a.shape[:-2], a.shape[-1], a.shape[-1], dtype=wide, device=a.device)
     step = max(1, BLOCK // max(1, a.shape[-1]))
     for start in range(0, a.shape[-2], step):
@@ -136,9 +147,7 @@ class Krylov:
         self._v = empty((self.limit, n), a.dtype, a.device)
         self._w = empty((self.limit, m), a.dtype, a.device)
         self._back = empty((self.limit, n), a.dtype, a.device)
-        self.gram = torch.zeros(
-            self.limit, self.limit, dtype=accumulate_dtype(a.device), device=a.device
-        )
+        self.gram = torch.zeros(self.limit, self.limit, dtype=torch.float64, device=a.device)
         self.size = 0
         self._solved: tuple[int, tuple[Tensor, Tensor]] | None = None
         self.total = total
@@ -318,3 +327,61 @@ def _settled(errors: list[float], total: float, tol: float) -> bool:
     rho = min(PACES[1], max(PACES[0], last / before if before > 0 else PACES[1]))
     gain = MARGIN * last * rho / (1 - rho) / 2
     return gain < tol * error or gain / math.sqrt(error) < STALL * math.sqrt(total)
+
+
+# to float64, without a copy of the matrix: its smaller Gram matrix is decomposed in its place
+
+
+def leading_vectors(gram: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (N,), descending, and `count` leading eigenvectors (N, count) of a Gram matrix.
+
+    As of `eigh`. On a CPU they overwrite what `gram` makes, which saves half of the memory.
+    """
+    made = gram()
+    if works_on_stacks(made.device):
+        values, vectors = eigh(made)
+        return values, vectors[:, :count]
+    values, columns = torch.empty_like(made[0]), made.mT  # LAPACK's order: nothing is copied
+    try:
+        torch.linalg.eigh(columns, out=(values, columns))
+    except RuntimeError:  # torch.linalg.LinAlgError: did not converge
+        values, vectors = eigh(gram())
+        return values, vectors[:, :count]
+    return values.flip(-1).clamp_min(0.0), columns[:, columns.shape[1] - count :].flip(-1)
+
+
+def leading_basis(a: Tensor, rank: int) -> Tensor:
+    """Orthonormal v (N, rank) in float64: the leading right singular vectors of a (M, N).
+
+    Eigenvectors of AᵀA alone would lose σ below 1e-8 σ₁. So those of 1e-4 σ₁ and more are taken
+    first, and then those of A (I − v vᵀ) in the same way. The error of the best approximation in
+    this space is that of LAPACK's SVD in float64.
+    """
+    found = a.new_zeros(a.shape[1], 0, dtype=torch.float64)
+    while (left := rank - found.shape[1]) > 0:
+        values, vectors = leading_vectors(partial(_gram_beside, a, found), left)
+        clear = int((values >= CLEAR * values[0]).sum())
+        # QR: where nothing is left of A, the vectors are any, also those found before
+        before, found = found.shape[1], torch.cat([found, vectors[:, :clear]], 1)
+        found = torch.linalg.qr(found).Q if before else found
+    return found
+
+
+def _gram_beside(a: Tensor, found: Tensor) -> Tensor:
+    """BᵀB (N, N) in float64 for B = A (I − v vᵀ), with a (M, N) and v = `found` (N, k)."""
+    total = a.new_zeros(a.shape[1], a.shape[1], dtype=torch.float64)
+    for start in range(0, len(a), WIDENED):
+        block = a[start : start + WIDENED].to(torch.float64)
+        if found.shape[1]:
+            block = block - (block @ found) @ found.mT
+        total.addmm_(block.mT, block)
+    return total
+
+
+def times(a: Tensor, v: Tensor) -> Tensor:
+    """A · v (M, k) in float64, of a (M, N) and v (N, k) in float64, a block of rows at a time."""
+    result = v.new_empty(len(a), v.shape[1])
+    for start in range(0, len(a), WIDENED):
+        rows = slice(start, start + WIDENED)
+        torch.mm(a[rows].to(v.dtype), v, out=result[rows])
+    return result

@@ -40,7 +40,7 @@ from adaptkit.linalg.noise import (
     variances,
     weight,
 )
-from adaptkit.linalg.precision import accumulate_dtype, norm_squared
+from adaptkit.linalg.precision import norm_squared
 from adaptkit.linalg.stacks import grams_of_space, suits
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def noise_of_stack(rounded: Tensor) -> RoundingNoise:
     means = squares.mean(-1)
     # a row without noise adds nothing to any column
     inverse = means.clamp_min(torch.finfo(means.dtype).tiny).reciprocal_()
-    columns = (inverse.unsqueeze(-2) @ squares).squeeze(-2).to(accumulate_dtype(means.device))
+    columns = (inverse.unsqueeze(-2) @ squares).squeeze(-2).to(torch.float64)
     mean = columns.mean(-1, keepdim=True)
     rows = means.to(columns.dtype).mul_(weight(rounded.dtype))
     return RoundingNoise(rows, columns / mean.clamp_min(LEAST_NOISE))
@@ -69,7 +69,7 @@ def noise_of_stack(rounded: Tensor) -> RoundingNoise:
 
 def zeros_of_stack(delta: Tensor) -> Tensor:
     """`zero_share` of (B, m, n) in one pass."""
-    count = delta.count_nonzero((-2, -1)).to(accumulate_dtype(delta.device))
+    count = delta.count_nonzero((-2, -1)).to(torch.float64)
     return 1.0 - count / max(1, delta.shape[-2:].numel())
 
 

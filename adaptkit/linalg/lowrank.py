@@ -10,15 +10,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.exact import leading_basis, leading_vectors, times
-from adaptkit.linalg.krylov import BLOCK, Krylov, eigenvalues, explored, gram_columns
+from adaptkit.linalg.krylov import (
+    BLOCK,
+    Krylov,
+    eigenvalues,
+    explored,
+    gram_columns,
+    leading_basis,
+    leading_vectors,
+    times,
+)
 from adaptkit.linalg.precision import (
     SCRATCH,
-    accumulate_dtype,
     members,
     norm_squared,
     scaled,
-    supports_float64,
     upcast,
     works_on_stacks,
 )
@@ -53,7 +59,7 @@ class LowRank:
 
     u: (..., m, k)   s: (..., k), descending   vh: (..., k, n)   residual: (...,) ‖A − u s vh‖²
 
-    u, s, vh are in the compute dtype of A, the residual in float64 (float32 on MPS). The largest
+    u, s, vh are in the compute dtype of A, the residual in float64. The largest
     entry of each column of u is positive.
     """
 
@@ -156,7 +162,7 @@ def _each(a: Tensor, spec: SvdSpec) -> LowRank:
     if not found:
         rank = min(spec.rank, *a.shape[-2:])
         empty = a.new_zeros
-        wide = torch.zeros(batch, dtype=accumulate_dtype(a.device), device=a.device)
+        wide = torch.zeros(batch, dtype=torch.float64, device=a.device)
         return LowRank(
             empty(*batch, a.shape[-2], rank),
             empty(*batch, rank),
@@ -203,7 +209,7 @@ def signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _explicit(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    total = torch.zeros(a.shape[:-2], dtype=accumulate_dtype(a.device), device=a.device)
+    total = torch.zeros(a.shape[:-2], dtype=torch.float64, device=a.device)
     step = a.shape[-2] if works_on_stacks(a.device) else max(1, BLOCK // a.shape[-1])
     for start in range(0, a.shape[-2], step):
         rows = slice(start, start + step)
@@ -227,7 +233,7 @@ def _half_step(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _decomposed(thin: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """u, s, v' of thin (M, k) · vᵀ in this dtype, for orthonormal v (N, k)."""
-    wide = accumulate_dtype(thin.device)
+    wide = torch.float64
     q, r = torch.linalg.qr(thin.to(wide))
     # k × k matrices are decomposed on the CPU, as in `eigh`
     left, s, right = torch.linalg.svd(r.cpu(), full_matrices=False)
@@ -237,9 +243,6 @@ def _decomposed(thin: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 def _exact(a: Tensor, rank: int, spec: SvdSpec, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of A·v in float64, for the space v of the leading right singular vectors."""
-    if not supports_float64(a.device):
-        u, s, vh = torch.linalg.svd(a, full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank].mT
     basis = leading_basis(a, rank)
     return _decomposed(times(a, basis), basis, a.dtype)
 
@@ -286,7 +289,7 @@ def truncation_errors(a: Tensor, left: Tensor, right: Tensor) -> Tensor:
     With E the residual of all of them, E_k = E + Σ_{i>k} lᵢ rᵢ. Every term is small if E_k is, so
     nothing cancels. Products are in float32, a block of rows at a time.
     """
-    wide = accumulate_dtype(a.device)
+    wide = torch.float64
     left, right = left.to(a.dtype), right.to(a.dtype)
     rank = left.shape[-1]
     rest = torch.zeros((), dtype=wide, device=a.device)
@@ -330,7 +333,7 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
         return torch.zeros(
             *a.shape[:-2],
             min(rank, *a.shape[-2:]),
-            dtype=accumulate_dtype(a.device),
+            dtype=torch.float64,
             device=a.device,
         )
     if a.ndim > 2:
@@ -342,7 +345,7 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     wide = a if a.shape[0] >= a.shape[1] else a.mT
     if _solver(spec.method, rank, wide.shape[1]) is not _lanczos:
         gram = wide.mT @ wide if spec.tol >= LOOSE else gram_columns(wide)
-        found = eigenvalues(gram)[:rank].to(accumulate_dtype(a.device))
+        found = eigenvalues(gram)[:rank].to(torch.float64)
     else:
         found = explored(wide, rank, spec.tol, spec.seed).values()
         found = torch.nn.functional.pad(found, (0, rank - found.shape[0]))
@@ -383,7 +386,7 @@ def product_distance(a: Tensor, left: Tensor, right: Tensor, total: float) -> fl
     ‖A‖² − 2⟨A, left · right⟩ + ‖left · right‖². None if that cancels: the products are in float32,
     and a distance below 1 % of ‖A‖² would be off by more than 1e-5 of itself. None on accelerators.
     """
-    if works_on_stacks(a.device) or not supports_float64(a.device):
+    if works_on_stacks(a.device):
         return None
     left, right = left.double(), right.double()
     # by a power of two, which changes no bit: products with tiny differences leave float32

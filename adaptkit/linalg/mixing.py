@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["mix", "thinned", "trimmed"]
 
 # random numbers drawn at a time, on the CPU, so that all devices drop the same entries
 CHUNK = 1 << 22
+PIECE = 1 << 16  # entries at a time of what needs several copies
 
 
-def mix(deltas: Sequence[Tensor], method: str, density: float, seeds: Sequence[str]) -> Tensor:
+def mix(deltas: Iterable[Tensor], method: str, density: float, seeds: Sequence[str]) -> Tensor:
     """Combine weighted differences (m, n) into one.
 
     magnitude: keep the share `density` of largest entries of each, and add. dare: keep each entry
@@ -32,7 +33,14 @@ def mix(deltas: Sequence[Tensor], method: str, density: float, seeds: Sequence[s
         kept = [trimmed(delta, density) for delta in deltas]
     else:
         raise ValueError(f"unknown method {method!r}")
-    return _elected(kept) if method.endswith("ties") else torch.stack(kept).sum(0)
+    return _elected(kept) if method.endswith("ties") else _sum(kept)
+
+
+def _sum(deltas: Sequence[Tensor]) -> Tensor:
+    total = deltas[0].clone()
+    for delta in deltas[1:]:
+        total += delta
+    return total
 
 
 def trimmed(delta: Tensor, density: float) -> Tensor:
@@ -41,10 +49,33 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
     count = min(flat.numel(), int(-(-density * flat.numel() // 1)))
     if count >= flat.numel():
         return delta
-    index = flat.abs().sort(descending=True, stable=True).indices[:count]
-    result = torch.zeros_like(flat)
-    result[index] = flat[index]
+    least, result = _size_of(flat, count), torch.zeros_like(flat)
+    larger = [int((piece.abs() > least).sum()) for piece in _pieces(flat)]
+    room = count - sum(larger)
+    for piece, kept in zip(_pieces(flat), _pieces(result), strict=True):
+        sizes = piece.abs()
+        equal = sizes == least
+        # of equal entries the first ones
+        keep = (sizes > least) | (equal & (equal.cumsum(0) <= room))
+        room -= min(room, int(equal.sum()))
+        kept.copy_(torch.where(keep, piece, 0.0))
     return result.reshape(delta.shape)
+
+
+def _pieces(flat: Tensor) -> Iterator[Tensor]:
+    for start in range(0, flat.numel(), PIECE):
+        yield flat[start : start + PIECE]
+
+
+def _size_of(flat: Tensor, place: int) -> float:
+    """The magnitude of the entry at this place, from 1, among all by magnitude."""
+    sizes = flat.abs()
+    last = sizes.numel() - place
+    if sizes.device.type != "cpu":
+        return float(sizes.kthvalue(last + 1).values)
+    array = sizes.numpy()
+    array.partition(last)  # in place
+    return float(array[last])
 
 
 def thinned(delta: Tensor, density: float, seed: str) -> Tensor:
@@ -68,13 +99,14 @@ def _elected(kept: Sequence[Tensor]) -> Tensor:
 
     Zero entries have no vote.
     """
-    total = kept[0].clone()
-    for delta in kept[1:]:
-        total += delta
-    sign = total.sign()
-    count, mean = torch.zeros_like(total), torch.zeros_like(total)
-    for delta in kept:
-        agrees = (delta.sign() == sign) & (sign != 0)
-        mean += torch.where(agrees, delta, 0.0)
-        count += agrees
-    return mean / count.clamp_min(1.0)
+    result = torch.empty_like(kept[0])
+    pieces = zip(*(_pieces(delta.flatten()) for delta in kept), strict=True)
+    for made, parts in zip(_pieces(result.view(-1)), pieces, strict=True):
+        sign = sum(parts[1:], start=parts[0]).sign()
+        count, mean = torch.zeros_like(sign), torch.zeros_like(sign)
+        for part in parts:
+            agrees = (part.sign() == sign) & (sign != 0)
+            mean += torch.where(agrees, part, 0.0)
+            count += agrees
+        made.copy_(mean / count.clamp_min(1.0))
+    return result

@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptkit.linalg.factored import factored_svd
 from adaptkit.linalg.krylov import eigenvalues, gram_columns
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, energies, truncated_svd
-from adaptkit.linalg.precision import SCRATCH, accumulate_dtype, norm_squared, upcast
+from adaptkit.linalg.precision import SCRATCH, norm_squared, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -61,7 +61,7 @@ TRACY_WIDOM = 3.3  # 99.9 % point of the Tracy-Widom law: the edge of noise of f
 class RoundingNoise:
     """Variance rows[i] · columns[j] of entry (i, j).
 
-    rows: (..., m)   columns: (..., n), mean 1   float64 (float32 on MPS)
+    rows: (..., m)   columns: (..., n), mean 1   float64
     """
 
     rows: Tensor
@@ -83,7 +83,7 @@ def rounding_noise(*rounded: Tensor) -> RoundingNoise:
     """
     first = rounded[0]
     *batch, m, n = first.shape
-    rows = torch.zeros(*batch, m, dtype=accumulate_dtype(first.device), device=first.device)
+    rows = torch.zeros(*batch, m, dtype=torch.float64, device=first.device)
     columns = rows.new_zeros(*batch, n)
     step = max(1, SCRATCH // max(1, n))
     for start in range(0, m, step):
@@ -140,7 +140,7 @@ def zero_share(delta: Tensor) -> Tensor:
 
     Above `WEAK` the difference is too close to the grid for any judgement.
     """
-    count = torch.zeros(delta.shape[:-2], dtype=accumulate_dtype(delta.device), device=delta.device)
+    count = torch.zeros(delta.shape[:-2], dtype=torch.float64, device=delta.device)
     # torch counts in int64 numbers of the size of what it counts: by blocks of rows
     step = max(1, SCRATCH // max(1, delta.shape[-1]))
     for start in range(0, delta.shape[-2], step):
@@ -150,7 +150,7 @@ def zero_share(delta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseRank:
-    """The rank of a (..., m, n) above its noise; fields (...,), float64 (float32 on MPS).
+    """The rank of a (..., m, n) above its noise; fields (...,), float64.
 
     rank: int64, -1 if none was found.   sigma: rms entry of the residual.   ratio: energy of the
     residual over that of rounding.   low_rank: bool, whether `rank` directions and rounding are
@@ -216,7 +216,7 @@ def rank_above_noise(
     def stacked(values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=delta.device).reshape(batch)
 
-    wide = accumulate_dtype(delta.device)
+    wide = torch.float64
     ratio = stacked([one.variance for one in found], wide)
     rank, alone = (
         stacked([one.rank for one in found], torch.int64),
@@ -268,7 +268,7 @@ def _spikes(white: Tensor, bar: Bar) -> Spikes:
         # float32 σ² are accurate to 1e-7 of σ₁² only: subtract what hides the rest, then look again
         if taken < limit and rest < HIDDEN * total:
             strong = sum(square > STRONG * total for square in squares)
-            wide = accumulate_dtype(white.device) if rest < LOST * total else white.dtype
+            wide = torch.float64 if rest < LOST * total else white.dtype
             white = _deflated(white.to(wide), strong).to(white.dtype)
             taken, last = taken + strong, squares[strong - 1]
             total, k = float(norm_squared(white)), min(FIRST, limit + 1)

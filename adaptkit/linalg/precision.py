@@ -18,13 +18,13 @@ __all__ = [
     "ALIGNED",
     "LEAST",
     "MOST",
-    "accumulate_dtype",
     "cast",
     "compute_dtype",
     "difference",
     "each",
     "empty",
     "entry_sum",
+    "holds_any",
     "members",
     "norm_squared",
     "one_by_one",
@@ -165,9 +165,12 @@ def entry_sum(x: Tensor) -> Tensor:
     return each(torch.sum, x)[0] if one_by_one(x) else x.sum((-1, -2))
 
 
-def accumulate_dtype(device: torch.device | str) -> torch.dtype:
-    """float64, or float32 on devices without it."""
-    return torch.float64 if supports_float64(device) else torch.float32
+def holds_any(x: Tensor) -> Tensor:
+    """Whether any entry of x (..., m, n) is not zero, (...,)."""
+    if works_on_stacks(x.device):
+        return x.any(-1).any(-1)
+    low, high = torch.aminmax(x, dim=-1)  # `any` makes a mask: 66 MB of a FLUX.1 layer
+    return ((low != 0) | (high != 0)).any(-1)
 
 
 def _pieces(x: Tensor) -> Iterator[Tensor]:
@@ -187,7 +190,8 @@ def norm_squared(x: Tensor) -> Tensor:
     float64: entries below 1e-19 may be lost there, and above 1e19 the result may be infinite.
     """
     x = x.mT if x.mT.is_contiguous() else x  # read memory in order, without a copy
-    wide = accumulate_dtype(x.device)
+    # a merge alone computes on a device without float64, see `Resources.choose`
+    wide = torch.float64 if supports_float64(x.device) else torch.float32
     if works_on_stacks(x.device):
         rows = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x))
         whole: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)

@@ -1,7 +1,7 @@
 """Inner products and distances of matrices in factored form, without forming them.
 
 A product is a pair (left (..., m, r), right (..., r, n)). A Kronecker product is a pair
-(w1 (a, b), w2 (c, d)) that means w1 ⊗ w2. Factors are in float64, in float32 on MPS.
+(w1 (a, b), w2 (c, d)) that means w1 ⊗ w2. Factors are in float64.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptkit.linalg.hosted import coefficients, fetched, leading_pairs, on_host, stacked
 from adaptkit.linalg.krylov import gram_columns, start_block
-from adaptkit.linalg.precision import LEAST, MOST, accumulate_dtype, norm_squared
+from adaptkit.linalg.precision import LEAST, MOST, norm_squared
 
 __all__ = [
     "Found",
@@ -164,7 +164,7 @@ def orthonormal(x: Tensor) -> Tensor:
     To float32 rounding times the condition of x; what x lacks of b directions becomes noise, and
     zero columns stay zero. `qr` runs one by one on CUDA.
     """
-    gram = x.to(accumulate_dtype(x.device))
+    gram = x.to(torch.float64)
     gram = gram.mT @ gram
     own = gram.diagonal(dim1=-2, dim2=-1)
     torch.add(torch.tensor(TINY, dtype=gram.dtype), own, alpha=1.0 + SHIFT, out=own)

@@ -60,10 +60,13 @@ def plan(path: str | PathLike[str], options: Options) -> Recast:
         output = options.output or default_output(path, spelled(options), folder=into.config)
         made = recast("resize", (adapter,), into, output, options, policy=chosen)
         if not any(task.ranked for task in made.tasks):
-            names = ", ".join(sorted({task.kind.name for task in made.tasks}))
+            kinds = {task.kind for task in made.tasks}
+            alone = options.base is not None or all(kind.additive for kind in kinds)
+            base = "" if alone else " with --base CHECKPOINT"
+            names = ", ".join(sorted(kind.name for kind in kinds))
             raise NothingToDo(
                 f"none of its modules has a rank to cut: {names}",
-                hint="--algo lora has ranks; of kinds that depend on the weight, with --base",
+                hint=f"--algo lora{base} makes what has one",
                 file=path,
             )
         check_peft(made)

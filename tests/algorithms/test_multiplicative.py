@@ -13,6 +13,7 @@ from adaptkit.algorithms._settings import Wanted
 from adaptkit.algorithms.contract import Facts, Stated, Weights
 from adaptkit.errors import NotRepresentable, ShapeMismatch
 from adaptkit.keymap import algorithms
+from adaptkit.linalg import precision
 from adaptkit.ops.merge.cutting import Part
 from tests import oracle
 
@@ -322,9 +323,10 @@ def test_a5_a_batch_is_its_members(case: Case) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_some_rows_of_a_tensor_are_changed_in_place(
-    case: Case, batch: int, strength: float
+    case: Case, batch: int, strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fused layer holds the rows of several: a slice of a stack, perhaps of one tensor."""
+    """A fused layer holds the rows of several: a slice of a stack, perhaps of one tensor. In blocks of rows, too."""
+    monkeypatch.setattr(precision, "SCRATCH", 5 * flat(base(case)).shape[-1])
     members = {role: torch.stack([tensor] * batch) for role, tensor in case.tensors.items()}
     weight = flat(base(case))
     whole = torch.zeros(batch, ROWS + 7, weight.shape[-1], dtype=weight.dtype)

@@ -131,15 +131,17 @@ class TestInspect:
             adaptkit("inspect", tiny / "lokr-kohya.safetensors", "--json").stdout
         )["files"]
         assert record["loads_in"] == {
+            "a1111": True,
             "comfyui": True,
             "diffusers": False,
+            "forge": True,
             "invokeai": False,  # no cross-attention tells it which Stable Diffusion this is
             "kohya": False,  # sd-scripts has no LoKr of its own
         }
         assert record["measured_with"].keys() == record["loads_in"].keys()
         assert "lokr" in record["why"]["diffusers"]
         shown = adaptkit("inspect", tiny / "lokr-kohya.safetensors").stdout
-        assert "comfyui: yes" in shown
+        assert "a1111, comfyui, forge: yes" in shown
         assert "diffusers: no – 25 modules are lokr" in shown
 
     def test_stats_find_zeros_and_nan(self, tiny: Path, tmp_path: Path) -> None:

@@ -299,6 +299,24 @@ def test_only_the_last_layer_s_text_modulation_is_swapped() -> None:
         ] == [last]  # fmt: skip
 
 
+def test_all_blocks_of_a_kin_tell_it_apart_and_some_do_not() -> None:
+    """LongCat-Image and Ovis-Image have fewer blocks than FLUX.1, of the same names and sizes."""
+
+    def found(double: range, single: range, stem: str) -> tuple[str | None, set[str]]:
+        shapes = {f"transformer.transformer_blocks.{n}.{stem}" for n in double}
+        shapes |= {f"transformer.single_transformer_blocks.{n}.{stem}" for n in single}
+        pairs = {k: v for name in shapes for k, v in ((f"{name}.lora_A.weight", (4, 3072)), (f"{name}.lora_B.weight", (3072, 4)))}  # fmt: skip
+        said = detect_adapter(header(pairs), {})
+        return said.family, set(said.alternatives)
+
+    assert found(range(19), range(38), "attn.to_q")[0] == "flux"
+    assert found(range(10), range(20), "attn.to_q") == ("longcat-image", set())
+    assert found(range(6), range(27), "attn.to_q") == ("ovis-image", set())
+    # the last blocks of the kin without the first: a choice of FLUX.1's layers
+    for double, single in ((range(9, 10), range(19, 20)), (range(5, 6), range(26, 27))):
+        assert found(double, single, "attn.to_q")[0] == "flux"
+
+
 def pair_of(stem: str, rows: int, columns: int) -> dict[str, TensorInfo]:
     return header({f"{stem}.lora_A.weight": (4, columns), f"{stem}.lora_B.weight": (rows, 4)})
 

@@ -154,6 +154,15 @@ def test_it_is_said_that_a_file_is_packed_and_its_tensors_are_plain(tmp_path: Pa
         assert adapter.source.span(key) is None
 
 
+def test_metadata_scale_nothing_that_nunchaku_reads(tmp_path: Path) -> None:
+    """Its ranks are filled up, and its loader reads no metadata."""
+    nunchaku_file(tmp_path / "a.safetensors")
+    stated = {"lora_adapter_metadata": '{"transformer.r": 8, "transformer.lora_alpha": 8}', "rank": "16", "lora_alpha": "4"}  # fmt: skip
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", stated)
+    with Adapter.open(tmp_path / "b.safetensors", family="flux") as adapter:
+        assert {entry.facts.scale for entry in adapter.entries.values()} == {1.0}
+
+
 def test_a_layer_that_an_adapter_does_not_change_is_not_in_it(tmp_path: Path) -> None:
     """nunchaku writes the base's branch of every layer."""
     nunchaku_file(tmp_path / "a.safetensors", rank=16)
@@ -198,6 +207,20 @@ def test_what_nunchaku_does_not_write_is_named_and_stops_a_verb(tmp_path: Path) 
     with pytest.raises(AdaptkitError, match="lora_(down|up)"):
         run(convert, tmp_path / "b.safetensors", options)
     assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_of_two_tensors_of_one_name_neither_is_lost(tmp_path: Path) -> None:
+    nunchaku_file(tmp_path / "a.safetensors")
+    twice = {f"{DOUBLE}.attn.to_q.lora_A.weight": torch.ones(16, W), f"{DOUBLE}.attn.to_q.lora_B.bias": torch.ones(W)}  # fmt: skip
+    save_file({**load_file(tmp_path / "a.safetensors"), **twice}, tmp_path / "b.safetensors")
+    with Adapter.open(tmp_path / "b.safetensors", family="flux") as adapter:
+        assert set(adapter.unclaimed) == twice.keys()
+    stem = "diffusion_model.middle_block.1.proj_in"
+    tensors = {f"{stem}.weight::lora::0": torch.ones(1280, 4), f"{stem}.weight::lora::1": torch.ones(4, 1280)}  # fmt: skip
+    odd = {f"{stem}.weight::lora::00": torch.ones(1280, 4)}
+    save_file({**tensors, **odd}, tmp_path / "c.safetensors")
+    with Adapter.open(tmp_path / "c.safetensors", family="sdxl") as adapter:
+        assert set(adapter.unclaimed) == odd.keys()
 
 
 def test_half_of_a_single_block_s_output_is_not_guessed(tmp_path: Path) -> None:

@@ -137,6 +137,14 @@ def adapters() -> dict[str, File]:
     for part in ("a1", "a2", "b1", "b2"):
         down = part.endswith("1")
         found["glora"].add(f"{q}.{part}.weight", *((2, 8) if down else (8, 2)))
+    found["forge"] = File()
+    for place, shape in enumerate(((8, 3), (3, 8), ())):
+        found["forge"].add(f"{SINGLE}q.weight::lora::{place}".removeprefix("model."), *shape)
+    found["nunchaku"] = File()
+    for layer, rows in (("qkv_proj", 48), ("out_proj", 16), ("norm1.linear", 96)):
+        name, rank = f"transformer_blocks.0.{layer}", 16 if "." in layer else 48
+        down = (rank, 16) if "." in layer else (16, rank)
+        found["nunchaku"].add(f"{name}.lora_down", *down).add(f"{name}.lora_up", rows, rank)
     return found
 
 

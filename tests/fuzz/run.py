@@ -8,14 +8,19 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from adaptkit.errors import AdaptkitError
 from tests.fuzz.readers import TARGETS, Readers
+from tests.fuzz.settings import Settings
 from tests.fuzz.whole import OPTIONS, Bench
 
 VERBS = ("inspect", *OPTIONS)
-NAMES = (*TARGETS, *VERBS)
+# PEFT makes the files whose settings are changed
+SETTINGS = ("settings",) if find_spec("peft") else ()
+NAMES = (*TARGETS, *VERBS, *SETTINGS)
 SLOW = 10.0  # seconds of one execution: only what hangs takes as long
 
 
@@ -36,7 +41,8 @@ def fuzz(name: str, executions: int, seed: int = 0, until: float | None = None) 
     """Execute a target with this many seeds, or until a time."""
     told, began = Told(name), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        runner = Readers(Path(folder)) if name in TARGETS else Bench(Path(folder))
+        kind = Readers if name in TARGETS else Settings if name in SETTINGS else Bench
+        runner: Any = kind(Path(folder))
         for number in range(executions):
             if until is not None and time.monotonic() > until:
                 break

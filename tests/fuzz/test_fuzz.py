@@ -11,10 +11,10 @@ from adaptkit.files.pickled.catalogue import read_catalogue
 from adaptkit.ops import convert, inspect
 from tests.fuzz.files import CONV, STEM, File, lora, torch_zip
 from tests.fuzz.readers import TARGETS
-from tests.fuzz.run import VERBS, fuzz
+from tests.fuzz.run import SETTINGS, VERBS, fuzz
 from tests.fuzz.whole import odd_numbers
 
-SHARE = {**dict.fromkeys(TARGETS, 80), **dict.fromkeys(VERBS, 25)}
+SHARE = {**dict.fromkeys(TARGETS, 80), **dict.fromkeys((*VERBS, *SETTINGS), 25)}
 
 
 @pytest.mark.parametrize("name", SHARE)

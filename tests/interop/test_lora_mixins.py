@@ -251,6 +251,18 @@ def check(model: torch.nn.Module, family: str, component: str, prefix: str = "")
     assert {key: why for key, why in wrong.items() if not re.search(FROZEN, key)} == {}
 
 
+def test_redux_is_a_part_of_flux() -> None:
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    with torch.device("meta"):
+        model = ReduxImageEncoder()
+    for prefix in ("", "image_embedder."):
+        keys = {f"{prefix}{k}": ("BF16", tuple(t.shape)) for k, t in model.state_dict().items()}
+        said = detect_checkpoint(infos(keys), {})
+        assert (said.family, said.claimed, said.total) == ("flux", 4, 4)
+    check(model, "flux", "image_embedder")
+
+
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 def test_the_connectors_of_ltx2(version: str) -> None:
     connectors = pytest.importorskip("diffusers.pipelines.ltx2.connectors")

@@ -346,6 +346,10 @@ def test_the_configuration_matters(name: str, changed: dict[str, Any], tmp_path:
         ("fourierft", {"random_loc_seed": 1.5}),
         ("fourierft", {"scaling": None}),
         ("vera-drawn", {"projection_prng_key": None}),
+        ("psoft-lowrank", {"psoft_svd_lowrank_niter": 10**9}),
+        ("psoft-neumann", {"num_cayley_neumann_terms": 10**9}),
+        ("psoft-neumann", {"num_cayley_neumann_terms": float("inf")}),
+        ("randlora", {"randlora_alpha": 10**350}),
     ],
 )
 def test_a_setting_that_is_no_number_is_refused(
@@ -367,6 +371,77 @@ def test_the_side_of_an_ia3_of_a_convolution_is_in_the_configuration(tmp_path: P
     path.unlink()
     with pytest.raises(NotRepresentable, match="feedforward_modules"):
         case.merged(case.adapter)
+
+
+@pytest.mark.parametrize("name", ["fourierft", "shira", "miss", "c3a", "road-4", "randlora"])
+def test_a_layer_whose_halves_are_exchanged_in_other_names(name: str, tmp_path: Path) -> None:
+    """The last modulation of FLUX.1: merged into either layout, and converted with the base."""
+
+    class Modulated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.norm_out = nn.Module()
+            self.norm_out.linear = nn.Linear(IN, WIDE)
+
+    kind, options = CASES[name]
+    model = Modulated()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(state, tmp_path / "base.safetensors")
+    turned = {key: value.roll(WIDE // 2, 0).contiguous() for key, value in state.items()}
+    names = {key: key.replace("norm_out.linear", "final_layer.adaLN_modulation.1") for key in state}
+    save_file({names[key]: turned[key] for key in state}, tmp_path / "turned.safetensors")
+    config = getattr(peft, kind)(**{**options, "target_modules": ["linear"]})
+    tuned = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    tuned.save_pretrained(tmp_path / "a")
+    exact = tuned.merge_and_unload().state_dict()
+    out = tmp_path / "o.safetensors"
+    for base in ("base", "turned"):
+        given = merge.Options(output=out, overwrite=True, family="flux", verify=True)
+        merge.run(merge.plan(tmp_path / f"{base}.safetensors", [(tmp_path / "a", 1.0)], given))
+        after = load_file(out)
+        for key, value in exact.items():
+            found = after[key] if base == "base" else after[names[key]].roll(WIDE // 2, 0)
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    lora = convert.Options(
+        to="comfy", family="flux", algo="lora", base=tmp_path / "base.safetensors", output=out,
+        overwrite=True, dtype="fp32", verify=True,
+    )  # fmt: skip
+    convert.run(convert.plan(tmp_path / "a", lora))
+    change = exact["norm_out.linear.weight"] - state["norm_out.linear.weight"]
+    with Adapter.open(out, family="flux") as adapter:
+        (entry,) = adapter.entries.values()
+        delta = adapter.weights(entry).delta()
+    assert float((delta - change.roll(WIDE // 2, 0)).norm()) < 1e-5 * float(change.norm())
+
+
+def test_modules_without_a_rank_left_change_nothing(tmp_path: Path) -> None:
+    """AdaLoRA may take all ranks from a module, and saves empty tensors of it."""
+    case = Case("adalora-cut", tmp_path)
+    path = case.adapter / "adapter_model.safetensors"
+    tensors, config = load_file(path), case.adapter / "adapter_config.json"
+    for key in [key for key in tensors if "to_k" in key]:
+        tensors[key] = tensors[key][:, :0] if "lora_B" in key else tensors[key][:0]
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    said = json.loads(config.read_text())
+    pattern = dict(PATTERN) | {f"{BLOCK}.attn.to_k.lora_E": [False] * 4}
+    config.write_text(json.dumps(said | {"rank_pattern": pattern}))
+    loaded = peft.PeftModel.from_pretrained(Model(conv=False), case.adapter).eval()
+    with torch.no_grad():
+        case.expected = loaded(case.x)
+    assert case.close(case.merged(case.adapter))
+    problems = inspect.run(case.adapter).record["problems"]
+    assert [p["severity"] for p in problems] == ["warning"]
+    assert "rank 0" in problems[0]["what"]
+    out = tmp_path / "again"
+    convert.run(convert.plan(case.adapter, convert.Options(to="peft", family="flux", output=out)))
+    loaded = peft.PeftModel.from_pretrained(Model(conv=False), out).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(case.x), case.expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from adaptkit.adapter import Adapter
-from adaptkit.errors import NothingToDo, NotRepresentable
+from adaptkit.errors import AdaptkitError, NothingToDo, NotRepresentable
 from adaptkit.ops import combine, convert, metadata, resize
 from tests.interop.test_peft_read import CASES, Case, Model
 
@@ -165,3 +165,14 @@ def test_inputs_with_other_seeds_do_not_make_one_file(tmp_path: Path) -> None:
     combine.run(combine.plan(parts, options))
     size = float((case.expected - case.before).norm())
     assert float((loaded(case, tmp_path / "both") - case.expected).norm()) < 1e-5 * size
+
+
+@pytest.mark.parametrize("rank", [10**9, float("inf"), 1.5])
+def test_an_odd_rank_costs_neither_time_nor_memory(rank: float, tmp_path: Path) -> None:
+    """`rank_pattern` has a mark for each rank of `init_r`."""
+    case = Case("adalora", tmp_path)
+    path = case.adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_r": rank}))
+    with pytest.raises(AdaptkitError, match="init_r"):
+        written(case, "out")
+    assert not case.base.with_name("out").exists()

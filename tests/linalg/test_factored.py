@@ -46,30 +46,18 @@ def test_factored_svd_reveals_rank_and_survives_zeros() -> None:
     assert torch.isfinite(nothing.u).all()
 
 
-def test_factored_svd_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apple's MPS has none: then by QR in float32."""
-    left, right = torch.randn(50, 4), torch.randn(4, 60)
-    expected = factored_svd(left, right).s
-    monkeypatch.setattr(factored, "supports_float64", lambda _: False)
-    torch.testing.assert_close(factored_svd(left, right).s, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_factored_svd_fixes_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factored_svd_fixes_signs() -> None:
     left, right = torch.randn(3, 50, 6), torch.randn(3, 6, 40)
-    for float64 in (True, False):
-        monkeypatch.setattr(factored, "supports_float64", lambda _, float64=float64: float64)
-        found = factored_svd(left, right)
-        assert (found.u.gather(-2, found.u.abs().argmax(-2, keepdim=True)) > 0).all()
-        torch.testing.assert_close(
-            torch.from_numpy(reconstructed(found)).float(), left @ right, rtol=1e-4, atol=1e-4
-        )
-        wide = factored_svd(torch.randn(3, 8), torch.randn(8, 5))
-        assert (wide.u.shape, wide.s.shape, wide.vh.shape) == ((3, 8), (8,), (8, 5))
+    found = factored_svd(left, right)
+    assert (found.u.gather(-2, found.u.abs().argmax(-2, keepdim=True)) > 0).all()
+    torch.testing.assert_close(
+        torch.from_numpy(reconstructed(found)).float(), left @ right, rtol=1e-4, atol=1e-4
+    )
+    wide = factored_svd(torch.randn(3, 8), torch.randn(8, 5))
+    assert (wide.u.shape, wide.s.shape, wide.vh.shape) == ((3, 8), (8,), (8, 5))
 
 
-@pytest.mark.parametrize("float64", [True, False])
-def test_core_keeps_the_best_of_each_rank(float64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factored, "supports_float64", lambda _: float64)
+def test_core_keeps_the_best_of_each_rank() -> None:
     random = np.random.default_rng(7)
     left = torch.from_numpy(random.standard_normal((60, 12)) * np.geomspace(1, 1e-2, 12))
     right = torch.from_numpy(random.standard_normal((12, 45)))
@@ -153,14 +141,6 @@ def test_the_loss_of_a_stack_is_what_float64_measures(dtype: torch.dtype, condit
     assert not np.allclose(moved[told], measured[told], rtol=1e-6), "what is stored is looked at"
 
 
-def test_there_is_no_loss_to_tell_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factored, "supports_float64", lambda _: False)
-    factors = torch.randn(2, 50, 4), torch.randn(2, 4, 60)
-    core = factored_core(*factors)
-    kept = core.kept(*factors, 4)
-    assert core.distances(factors, kept, kept).isnan().all()
-
-
 def test_nan_is_never_a_loss() -> None:
     factors = torch.randn(2, 50, 4), torch.randn(2, 4, 60)
     core = factored.Core.stack(list(factored_core(*factors).members()), [2, 2])
@@ -205,9 +185,8 @@ def test_no_bit_of_a_core_depends_on_what_else_is_in_the_stack(rank: int) -> Non
 
 
 @pytest.mark.parametrize("grade", [1e1, 1e4, 1e6])
-@pytest.mark.parametrize("float64", [True, False])
 def test_how_a_term_is_shared_between_the_factors_makes_no_difference(
-    grade: float, float64: bool, monkeypatch: pytest.MonkeyPatch
+    grade: float,
 ) -> None:
     """Columns graded by grade² in one factor and the other way in the other: equal terms.
 
@@ -220,13 +199,11 @@ def test_how_a_term_is_shared_between_the_factors_makes_no_difference(
     graded[0], graded[1] = grade, 1 / grade
     up = torch.from_numpy(left * graded).float()
     down = torch.from_numpy(right / graded[:, None]).float()
-    monkeypatch.setattr(factored, "supports_float64", lambda _: float64)
     core = factored_core(up, down)
     np.testing.assert_allclose(core.s.numpy(), sigma, rtol=1e-5)
     kept = core.head(7).kept(up, down, 7)
     true = up.double().numpy() @ down.double().numpy()
     error = np.linalg.norm(true - kept[0].double().numpy() @ kept[1].double().numpy())
     assert error == pytest.approx(sigma[7], rel=1e-4)
-    if float64:
-        found = core.head(7).distances((up, down), kept, kept)
-        assert float(found) == pytest.approx(error**2, rel=1e-4), "no digits cancel"
+    found = core.head(7).distances((up, down), kept, kept)
+    assert float(found) == pytest.approx(error**2, rel=1e-4), "no digits cancel"

@@ -46,13 +46,22 @@ def test_trimming_keeps_the_largest_entries_where_they_stand(
     assert np.array_equal(trimmed(delta, density).numpy(), trim(delta.numpy(), density))
 
 
-def test_the_first_of_equal_entries_stays() -> None:
+@pytest.mark.parametrize("piece", [1, 2, 3, 1 << 18])
+def test_the_first_of_equal_entries_stays(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "PIECE", piece)
     delta = torch.tensor([[2.0, -2.0, 2.0, 1.0]])
     assert trimmed(delta, 0.5).tolist() == [[2.0, -2.0, 0.0, 0.0]]
+    assert trimmed(delta.mT, 0.6).flatten().tolist() == [2.0, -2.0, 2.0, 0.0]
+    assert trimmed(torch.tensor([[1.0, 3.0, 1.0, 2.0, -1.0]]), 0.8).tolist() == [
+        [1.0, 3.0, 1.0, 2.0, 0.0]
+    ]
 
 
 @pytest.mark.parametrize("density", [0.2, 0.7, 1.0])
-def test_ties_is_what_the_paper_says_of_three(density: float) -> None:
+def test_ties_is_what_the_paper_says_of_three(
+    density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixing, "PIECE", 5)
     deltas = [drawn(6, 8, seed=seed) * (1 + seed) for seed in range(3)]
     found = mix(deltas, "ties", density, ["a", "b", "c"])
     exact = elect([trim(delta.numpy(), density) for delta in deltas])

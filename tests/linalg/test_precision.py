@@ -7,7 +7,6 @@ from adaptkit.errors import NonFinite
 from adaptkit.linalg import precision
 from adaptkit.linalg.precision import (
     ALIGNED,
-    accumulate_dtype,
     cast,
     compute_dtype,
     difference,
@@ -16,6 +15,7 @@ from adaptkit.linalg.precision import (
     norm_squared,
     product,
     streamed_difference,
+    supports_float64,
     upcast,
     works_on_stacks,
 )
@@ -62,8 +62,8 @@ def test_devices_differ_in_what_they_are_good_at() -> None:
     """A CPU takes one matrix at a time, an accelerator stacks; MPS has no float64."""
     good = {device: works_on_stacks(device) for device in ("cpu", "mps", "cuda", "cuda:1", "xpu")}
     assert good == {"cpu": False, "mps": True, "cuda": True, "cuda:1": True, "xpu": True}
-    assert accumulate_dtype("mps") is torch.float32
-    assert accumulate_dtype("cpu") is accumulate_dtype("cuda:0") is torch.float64
+    wide = {device: supports_float64(device) for device in good}
+    assert wide == {"cpu": True, "mps": False, "cuda": True, "cuda:1": True, "xpu": True}
 
 
 def test_small_sums_are_as_accurate() -> None:

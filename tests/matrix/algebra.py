@@ -14,7 +14,7 @@ Array = np.ndarray
 Roles = dict[str, Array]
 RANK = 4
 # forms whose change depends on the weight
-DEPENDENT = ("dora", "glora", "oft", "boft", "ia3")
+DEPENDENT = ("dora", "glora", "oft", "boft", "ia3", "hira")
 
 
 @dataclass
@@ -144,6 +144,16 @@ def make(form: str, shape: tuple[int, ...], rng: np.random.Generator, rank: int 
         }
     elif name == "peft-ia3":
         roles = {"ia3_l": rng.uniform(0.8, 1.2, (out, 1))}
+    elif name == "peft-hira":
+        down, up = rng.normal(0, 0.3, (rank, ins, *kernel)), rng.normal(0, 0.3, (out, rank, *ones))
+        roles = {"hira_A": down, "hira_B": up}
+    elif name == "peft-adalora":
+        columns = ins * int(np.prod(kernel))
+        roles = {
+            "lora_A": rng.normal(0, 0.3, (rank, columns)),
+            "lora_B": rng.normal(0, 0.3, (out, rank)),
+            "lora_E": rng.normal(0, 0.3, (rank, 1)),
+        }
     elif name == "kohya-oft":  # four blocks
         roles = {"oft_blocks": rng.normal(0, 0.1, (4, out // 4, out // 4))}
     else:
@@ -194,6 +204,11 @@ def _change(module: Module, shape: tuple[int, ...]) -> Array | None:
         if "w2" in short and kernel and short["w2"].ndim == 2:
             short["w2"] = short["w2"].reshape(len(short["w2"]), -1, *kernel)
         found = scale * oracle.lokr_stored(short, None, kernel)
+    elif "lora_E" in roles:  # alpha over init_r, which PEFT adds a little to
+        below = (module.rank or 0) + 1e-5
+        found = (
+            (module.alpha or 0.0) / below * (roles["lora_B"] * roles["lora_E"].T) @ roles["lora_A"]
+        )
     elif "diff" in roles:
         found = roles["diff"]
     else:
@@ -232,6 +247,9 @@ def merged(module: Module, weight: Array) -> Array:
         return oracle.peft_boft(weight, roles["boft_R"], roles["boft_s"])
     if "ia3_l" in roles:
         return weight * roles["ia3_l"]
+    if "hira_A" in roles:
+        product = np.tensordot(roles["hira_B"].reshape(len(weight), -1), roles["hira_A"], 1)
+        return weight * (1 + product.reshape(weight.shape))
     if "weight" in roles:
         on_input = bool(roles["on_input"])
         return oracle.ia3(weight, roles["weight"].reshape(-1), 1 if on_input else 0)

@@ -35,6 +35,8 @@ PEFT = (
     "peft-oft",
     "peft-boft",
     "peft-ia3",
+    "peft-hira",
+    "peft-adalora",
 )
 FORMS = (*ADDITIVE, *DEPENDENT, *PEFT[5:])
 ALPHA = {"peft": "config", "diffusers": "metadata", "diffusers-old": "none", "xlabs": "none"}

@@ -25,7 +25,10 @@ DTYPES = {
     "fp8": ("F8_E4M3",),
 }
 PEFT_TYPES = {"lora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
-OTHER_TYPES = {"peft-oft": "OFT", "peft-boft": "BOFT", "peft-ia3": "IA3"}
+OTHER_TYPES = {
+    "peft-oft": "OFT", "peft-boft": "BOFT", "peft-ia3": "IA3", "peft-hira": "HIRA",
+    "peft-adalora": "ADALORA",
+}  # fmt: skip
 SPELLED = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 
 
@@ -109,7 +112,7 @@ def _alphas(spec: Adapter, count: int) -> tuple[list[int], list[float | None]]:
 def _config(
     spec: Adapter, names: list[str], ranks: list[int], alphas: list[float | None], kind: str
 ) -> dict:
-    key = "lora_alpha" if kind == "LORA" else "alpha"
+    key = "lora_alpha" if kind in ("LORA", "ADALORA") else "alpha"
     config: dict = {"peft_type": kind, "target_modules": names, "inference_mode": True}
     if kind == "IA3":
         return config | {"feedforward_modules": []}
@@ -121,6 +124,9 @@ def _config(
             "r": 0, "oft_block_size": 8, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
             "coft": False, "block_share": False, "bias": "none",
         }  # fmt: skip
+    if kind == "ADALORA":
+        sizes = {"init_r": algebra.RANK, "target_r": 2, "total_step": 5, "lora_alpha": 6.0}
+        return config | sizes | {"bias": "none", "rank_pattern": None}
     config["r"] = ranks[0]
     config[key] = alphas[0] if alphas[0] is not None else ranks[0]
     if kind == "LORA":
@@ -180,6 +186,8 @@ def adapter(spec: Adapter, path: Path) -> Made | None:
         module = Module(meant, alphas[n], kohya=spec.format == "kohya-oft")
         module.root = spec.alpha == "rslora"
         module.always = kind == "LOKR" and spec.format == "peft"
+        if kind == "ADALORA":
+            module.rank = algebra.RANK
         if "oft" in spec.form or spec.form == "full" or spec.form.startswith("ia3"):
             module.alpha = 0.01 if spec.form == "kohya-oft" else None
         if module.always:

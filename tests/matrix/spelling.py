@@ -46,7 +46,7 @@ ROLES = {
     "a2.weight",
     "b1.weight", "b2.weight", "oft_blocks", "oft_blocks.0", "oft_blocks.1", "oft_blocks.2",
     "oft_blocks.3", "rescale", "weight", "on_input", "oft_R.weight", "set_weight",
-    "boft_R", "boft_s", "ia3_l",
+    "boft_R", "boft_s", "ia3_l", "hira_A", "hira_B", "lora_A", "lora_B", "lora_E",
 }  # fmt: skip
 
 
@@ -202,6 +202,9 @@ def _matched(patterns: dict[str, float], name: str, default: float | None) -> fl
 def _configured(module: Module, config: dict, name: str) -> None:
     """Alpha and rank as PEFT takes them from a configuration; what the tensors say does not count."""
     key = "lora_alpha" if config.get("peft_type", "LORA") == "LORA" else "alpha"
+    if config.get("peft_type") == "ADALORA":
+        module.alpha, module.rank = config["lora_alpha"], config["init_r"]
+        return
     module.alpha = _matched(config.get("alpha_pattern") or {}, name, config.get(key, 8))
     rank = _matched(config.get("rank_pattern") or {}, name, config.get("r", 8))
     module.rank = int(rank) if rank else None

@@ -146,6 +146,7 @@ LIMITS = {
     "merge lokr": [(6, 0, 1, 0, 2)],
     "extract lora": [(120, 0, 6, 2, 0), (87, 0, 5, 3, 2)],
     "extract lokr": [(120, 0, 6, 2, 0), (76, 0, 4, 3, 2)],
+    "extract lokr of rank 4": [(120, 0, 6, 2, 0), (81, 0, 8, 4, 3)],
     "resize lora": [(34, 0, 3, 2, 2)],
     "advise": [(162, 0, 7, 3, 0)],
     "compare": [(18, 0, 1, 1, 0)],
@@ -161,14 +162,16 @@ def test_upper_limits(what: str, files: dict[str, Path], device: str, tmp_path: 
     verb, _, kind = what.partition(" ")
     op = {"merge": merge, "extract": extract, "resize": resize, "advise": advise}.get(verb, compare)
     inputs: dict[str, Any] = {
-        "merge": (files["base"], [(files[kind or "lora"], 0.8)]),
+        "merge": (files["base"], [(files.get(kind or "lora"), 0.8)]),
         "extract": (files["base"], files["tuned"]),
         "advise": (files["base"], files["tuned"]),
         "resize": (files["lora"],),
         "compare": ((files["lora"], 1.0), (files["other"], 1.0)),
     }
     options: dict[str, Any] = {
-        "extract": {"algo": "lokr"} if kind == "lokr" else {"rank": 32},
+        "extract": {"lora": {"rank": 32}, "lokr": {"algo": "lokr"}}.get(
+            kind, {"algo": "lokr", "rank": 4}
+        ),
         "resize": {"rank": 4}, "advise": {"max_rank": 32},
     }  # fmt: skip
     more = {"memory": 2_000_000_000, **options.get(verb, {})}  # a stack of eight

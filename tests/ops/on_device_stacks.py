@@ -163,6 +163,7 @@ def pair(draw: np.random.Generator, folder: Path) -> tuple[Path, Path]:
         {"rank": 3},
         {"size": 30_000},
         {"algo": "lokr", "factor": 4},
+        {"algo": "lokr", "factor": 4, "rank": 2, "dtype": "fp32"},
         {"algo": "lokr", "factor": 4, "size": 9_000, "dtype": "fp32"},
         {"algo": "auto", "error": 0.2},
         {"algo": "full"},
@@ -208,7 +209,8 @@ def test_layers_of_a_stack_are_refitted_at_ranks_of_their_own(device: str, tmp_p
     options = {"algo": "lokr", "factor": 4, "size": 6000, "dtype": "fp32"}
     here, there = both(extract, saved(tmp_path, base, tuned), options, device, tmp_path)
     assert len({d["rank"] for d in here.details}) > 1
-    assert there.relative_error == pytest.approx(here.relative_error, rel=1e-6)
+    # a stack is swept from all starts; without the refit the error is 3e-4 larger
+    assert there.relative_error == pytest.approx(here.relative_error, rel=5e-5)
 
 
 def test_rounding_is_measured_in_the_dtype_of_each_layer(device: str, tmp_path: Path) -> None:

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from adaptkit.ops import advise, combine, compare, convert, extract, merge, resize
 from adaptkit.steps import peak_memory
+from tests.ops.peak_files import KINDS, PEFT, adapter, checkpoints
 
 SIZES = ((1280, 1280), (2560, 1280), (1024, 4096))
 FIXED = 2_500_000  # bytes: tables, code that is loaded, pages of 4 KB
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
-NAME = "transformer.blocks.0.layer"
 
 
 def available() -> bool:
@@ -57,9 +56,15 @@ class Case:
     inputs: tuple[Any, ...]
     options: dict[str, Any]
 
+    @property
+    def output(self) -> str:
+        """A folder for keys of PEFT, else a file."""
+        first = self.inputs[0]
+        return "made" if isinstance(first, Path) and first.is_dir() else "made.safetensors"
+
     def plan(self, folder: Path) -> Any:
         writes = self.op not in (compare, advise)
-        place = {"output": folder / "made.safetensors", "overwrite": True} if writes else {}
+        place = {"output": folder / self.output, "overwrite": True} if writes else {}
         return self.op.plan(*self.inputs, self.op.Options(device="cpu", **self.options, **place))
 
     def promised(self, folder: Path) -> int:
@@ -75,40 +80,6 @@ class Case:
         return peak(lambda: self.op.run(plan))
 
 
-def _module(kind: str, rows: int, columns: int, draw: torch.Generator) -> dict[str, torch.Tensor]:
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=draw) * 0.01
-
-    r = 8
-    low = {"lora_up.weight": normal(rows, r), "lora_down.weight": normal(r, columns)}
-    match kind:
-        case "lora":
-            found = low
-        case "dora":
-            found = {**low, "dora_scale": torch.ones(rows, 1)}
-        case "lokr":
-            found = {"lokr_w1": normal(8, 8), "lokr_w2": normal(rows // 8, columns // 8)}
-        case "lokr-factored":
-            a, b = normal(rows // 4, r), normal(r, columns // 4)
-            found = {"lokr_w1": normal(4, 4), "lokr_w2_a": a, "lokr_w2_b": b}
-        case "loha":
-            pairs = (("a", (rows, r)), ("b", (r, columns)))
-            found = {f"hada_w{n}_{side}": normal(*shape) for n in "12" for side, shape in pairs}
-        case "oft":
-            found = {"oft_blocks": normal(rows // 32, 32, 32), "alpha": torch.tensor(0.0)}
-        case "boft":
-            found = {"oft_blocks": normal(2, rows // 32, 32, 32), "alpha": torch.tensor(0.0)}
-        case "glora":
-            shapes = {"a1": (columns, r), "a2": (r, columns), "b1": (rows, r), "b2": (r, columns)}
-            found = {f"{role}.weight": normal(*shape) for role, shape in shapes.items()}
-        case "full":
-            found = {"diff": normal(rows, columns)}
-        case _:
-            raise ValueError(kind)
-    return {f"{NAME}.{role}": tensor for role, tensor in found.items()}
-
-
-KINDS = ("lora", "lokr", "lokr-factored", "loha", "dora", "oft", "boft", "glora", "full")
 EXTRACTS: dict[str, dict[str, Any]] = {
     "lora": {}, "rank 4": {"rank": 4}, "rank 128": {"rank": 128}, "exact": {"svd": "exact"},
     "lokr": {"algo": "lokr"}, "lokr factor 2": {"algo": "lokr", "factor": 2},
@@ -117,47 +88,56 @@ EXTRACTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-CONVERTS = (
-    ("lora", "full"),
-    ("lokr", "full"),
-    ("lokr", "lora"),
-    ("full", "lora"),
-    ("lora", "lokr"),
+# kinds whose change depends on the weight: it is given
+BASED = ("dora", "dora-input", "oft", "boft", "glora", "ia3", "tlora")
+CONVERTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((kind, {"algo": "full"}) for kind in ("lora", "lokr", "dora", "oft", "boft")),
+    *((kind, {"algo": "lora"}) for kind in ("lokr", "full", "hra", "dora")),
+    ("lora", {"algo": "lokr"}),
+    ("lora", {"dtype": "fp16"}),
+)
+COMPARES = (  # the last one: with the base
+    ("lora", "lokr", False),
+    ("lora", "tuned", True),
+    ("full", "lora", False),
+    ("full", "loha", False),
+    ("full", "full", False),
+    ("oft", "tuned", True),
+    ("hra", "tuned", True),
+    ("dora", "tuned", True),
 )
 
 
 def cases(folder: Path, rows: int, columns: int) -> Iterator[Case]:
     """Every verb on a layer of this size, with the files that it takes."""
-    draw = torch.Generator().manual_seed(0)
-    base = {
-        "blocks.0.layer.weight": (torch.randn(rows, columns, generator=draw) / columns**0.5).half(),
-        "blocks.1.layer.weight": torch.randn(64, 64, generator=draw).half(),
-    }
-    tuned = {
-        key: (w.float() + torch.randn(w.shape, generator=draw) * 0.01 / columns**0.5).half()
-        for key, w in base.items()
-    }
-    made = {"base": base, "tuned": tuned, **{k: _module(k, rows, columns, draw) for k in KINDS}}
-    at = {name: folder / f"{name}-{rows}-{columns}.safetensors" for name in made}
-    for name, state in made.items():
-        save_file({k: t.contiguous() for k, t in state.items()}, at[name], {"format": "pt"})
-    pair = at["base"], at["tuned"]
+    size = rows, columns
+    at = checkpoints(*size, folder)
+    at |= {kind: adapter(kind, *size, folder) for kind in (*KINDS, *PEFT)}
+    pair, base = (at["base"], at["tuned"]), {"base": at["base"]}
     for label, options in EXTRACTS.items():
         yield Case(f"extract {label}", extract, pair, options)
-    for kind in KINDS:
+    yield Case("extract lora fp8", extract, (at["fp8"], at["tuned"]), {})
+    for kind in (*KINDS, *PEFT):
         yield Case(f"merge {kind}", merge, (at["base"], [(at[kind], 1.0)]), {})
-    yield Case("merge dora verify", merge, (at["base"], [(at["dora"], 1.0)]), {"verify": True})
+    for kind in ("lora", "lokr", "dora", "oft", "hra", "full"):
+        yield Case(f"merge {kind} verify", merge, (at["base"], [(at[kind], 1.0)]), {"verify": True})
+    for kind in ("lora", "oft"):
+        yield Case(f"merge {kind} fp8", merge, (at["fp8"], [(at[kind], 1.0)]), {})
     yield Case("advise", advise, pair, {})
-    yield Case("compare lora lokr", compare, ((at["lora"], 1.0), (at["lokr"], 1.0)), {})
-    yield Case("compare lora tuned", compare, ((at["lora"], 1.0), (at["tuned"], 1.0)), {"base": at["base"]})  # fmt: skip
-    yield Case("compare full lora", compare, ((at["full"], 1.0), (at["lora"], 1.0)), {})
-    for kind, algo in CONVERTS:
-        yield Case(f"convert {kind} {algo}", convert, (at[kind],), {"algo": algo})
-    yield Case("convert lora fp16", convert, (at["lora"],), {"dtype": "fp16"})
-    yield Case("resize full", resize, (at["full"],), {"rank": 16})
-    yield Case("resize lora", resize, (at["lora"],), {"rank": 4})
-    yield Case("resize lokr", resize, (at["lokr"],), {"rank": 4})
-    yield Case("combine lora lokr", combine, ([(at["lora"], 0.5), (at["lokr"], 0.5)],), {"rank": 8})
+    for one, other, options in COMPARES:
+        given = base if options else {}
+        yield Case(f"compare {one} {other}", compare, ((at[one], 1.0), (at[other], 1.0)), given)
+    for kind, options in CONVERTS:
+        label = " ".join(map(str, options.values()))
+        given = base if kind in ("hra", *BASED) else {}
+        yield Case(f"convert {kind} {label}", convert, (at[kind],), {**options, **given})
+    for kind, rank in (("full", 16), ("lora", 4), ("lokr", 4), ("dora", 4)):
+        yield Case(f"resize {kind}", resize, (at[kind],), {"rank": rank})
+    yield Case("resize oft lora", resize, (at["oft"],), {"rank": 8, "algo": "lora", **base})
+    yield Case("resize dora base", resize, (at["dora"],), {"rank": 4, **base})
+    both = [(at["lora"], 0.5), (at["lokr"], 0.5)]
+    yield Case("combine lora lokr", combine, (both,), {"rank": 8})
+    yield Case("combine ties", combine, (both,), {"method": "ties", "density": 0.5})
 
 
 def give_back() -> None:

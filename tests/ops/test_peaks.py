@@ -7,13 +7,18 @@ import sys
 
 import pytest
 
+from adaptkit.algorithms import _stored
+from adaptkit.linalg import lowrank, precision
+from adaptkit.ops.difference import working
 from tests.ops import peaks
 from tests.synth import FIXTURES
 
 CHEAP = [
-    "extract lora", "extract lokr", "extract full", "extract energy", "merge lora", "merge lokr",
-    "merge dora", "merge boft", "merge glora", "merge full", "combine lora lokr",
-    "compare lora lokr", "convert lora full", "resize full",
+    "extract lora", "extract exact", "extract lokr", "extract full", "extract energy",
+    "merge lora", "merge lokr", "merge dora", "merge oft", "merge boft", "merge glora", "merge full",
+    "merge hra", "merge miss-bat", "merge peft-oft", "merge lora fp8", "merge oft verify",
+    "combine lora lokr", "combine ties", "compare lora lokr", "compare oft tuned",
+    "convert lora full", "convert oft full", "resize full", "resize dora base",
 ]  # fmt: skip
 
 
@@ -26,3 +31,8 @@ def test_peak_memory_is_as_planned() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == len(CHEAP)
+
+
+def test_plans_know_the_sizes_that_kernels_work_with() -> None:
+    """A plan loads no torch, and so cannot ask them."""
+    assert (working.SMALL, _stored.SCRATCH) == (lowrank.SMALL, precision.SCRATCH)

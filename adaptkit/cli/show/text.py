@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import click
 from adaptkit import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = [
     "MANY",
@@ -42,6 +43,10 @@ __all__ = [
 MANY = 12
 # names in a row
 FEW = 5
+# columns of a value beside its name
+NARROW = 66
+# verdicts on hosts, the better first
+ORDER = (True, False, None)
 
 
 def document(command: str, body: Mapping[str, Any]) -> None:
@@ -122,30 +127,36 @@ def lossy(error: float | None, unread: int = 0) -> str:
 
 
 def loading(record: Mapping[str, Any]) -> str:
-    """The hosts that load a file in one line, then one for each that does not, with the reason."""
-    found, why = record.get("loads_in") or {}, record.get("why", {})
-    loads = ", ".join(host for host, loads in found.items() if loads)
+    """The hosts that load a file in one line, then those that do not, by their reasons."""
     words = {False: "not", None: "?"}
-    others = [
-        f"{words[loads]} {host}{f' – {why[host]}' if host in why else ''}"
-        for host, loads in found.items()
-        if not loads
-    ]
-    return "\n".join([loads or "no host that was measured", *others])
+    lines: dict[bool | None, list[str]] = {loads: [] for loads in ORDER}
+    for hosts, loads, why in _verdicts(record):
+        lines[loads].append(f"{words[loads]} {hosts}{why}" if loads is not True else hosts)
+    return "\n".join([*(lines[True] or ["no host that was measured"]), *lines[False], *lines[None]])
 
 
 def loads_in(record: Mapping[str, Any]) -> str:
-    """One line per host: yes, no or ? with the reason; then what was measured, if it is said."""
+    """One line per verdict: yes, no or ? with the reason; then what was measured, if it is said."""
     words = {True: "yes", False: "no", None: "?"}
-    why = record.get("why", {})
-    lines = [
-        f"{host}: {words[loads]}{f' – {why[host]}' if host in why else ''}"
-        for host, loads in (record.get("loads_in") or {}).items()
-    ]
+    lines = [f"{hosts}: {words[loads]}{why}" for hosts, loads, why in _verdicts(record)]
     if with_ := record.get("measured_with"):
-        measured = ", ".join(f"{host} {version}" for host, version in with_.items())
-        lines.append(f"(measured with {measured})")
+        # a host and its version stay in one line
+        measured = ", ".join(
+            f"{host} {version}".replace(" ", "_") for host, version in with_.items()
+        )
+        wrapped = textwrap.wrap(f"(measured with {measured})", NARROW)
+        lines.extend(line.replace("_", " ") for line in wrapped)
     return "\n".join(lines)
+
+
+def _verdicts(record: Mapping[str, Any]) -> Iterator[tuple[str, bool | None, str]]:
+    """The hosts of each verdict and reason, in the order of their first; yes before no before ?."""
+    found, why = record.get("loads_in") or {}, record.get("why", {})
+    alike: dict[tuple[bool | None, str], list[str]] = {}
+    for host, loads in found.items():
+        alike.setdefault((loads, why.get(host, "")), []).append(host)
+    for (loads, reason), hosts in sorted(alike.items(), key=lambda item: ORDER.index(item[0][0])):
+        yield ", ".join(hosts), loads, f" – {reason}" if reason else ""
 
 
 # texts of files: names, metadata and messages may hold control characters ----------------

@@ -87,6 +87,13 @@ class _Rearranged(TensorSource):
         # its own memory, contiguous, as every source gives it
         return (whole if rows is None else whole[rows]).clone(memory_format=_contiguous())
 
+    def read_into(self, out: torch.Tensor, name: str, rows: slice | None = None) -> None:
+        if name not in self._made:
+            return self._source.read_into(out, self._stored(name), rows)
+        found = self.read(name, rows)
+        out.view(found.dtype).view(found.shape).copy_(found)
+        return None
+
     def scalar(self, name: str) -> float:
         return self._source.scalar(self._stored(name))
 

@@ -35,10 +35,15 @@ BIASES = {"diff": ("diff_b",)}
 
 def find(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo] | None:
     """The tensors of a file by the names that ComfyUI gives them; None if none is Forge's."""
-    named = {key: _suffix(key) for key in infos if "::" in key}
-    if not any(named.values()):
+    named = {key: name for key in infos if "::" in key and (name := _suffix(key)) is not None}
+    if not named:
         return None
-    return {named.get(key) or key: info for key, info in infos.items()}
+    found: dict[str, TensorInfo] = {}
+    for key, info in infos.items():
+        name = named.get(key, key)
+        # of two tensors of one name neither is lost: one keeps a name that nobody knows
+        found[key if name in found or (name != key and name in infos) else name] = info
+    return found
 
 
 def _suffix(key: str) -> str | None:

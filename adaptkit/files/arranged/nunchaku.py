@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from adaptkit.files.header import TensorInfo
 
-__all__ = ["LAYOUT", "find"]
+__all__ = ["LAYOUT", "factors_of", "find", "names_of"]
 
 LAYOUT = "nunchaku"
 BASE_RANK = 32  # of the base's own branch
@@ -78,7 +78,9 @@ def find(
     None if no layer is packed, or if it is a quantised checkpoint. Tensors that fit no rule keep
     their names, which no family knows.
     """
-    found = {key: match for key in infos if (match := _PAIR.fullmatch(key)) is not None}
+    # asked of every file: most have no such name
+    downs = [key for key in infos if key.endswith(".lora_down")]
+    found = {key: match for key in downs if (match := _PAIR.fullmatch(key)) is not None}
     packed = any(match["local"] not in MODULATIONS for match in found.values())
     if not packed or any(key.endswith(".qweight") for key in infos):
         return None
@@ -94,16 +96,20 @@ def find(
                 layers.pop(local, None)
         made |= dict(_block(block, layers))
         used |= {info.name for pair in layers.values() for info in (pair.down, pair.up)}
+    for key, info in infos.items():
+        vectors = dict(_cut_vector(key, info))
+        made |= vectors
+        used |= {key} if vectors else set()
     kept: dict[str, TensorInfo] = {}
     for key, info in infos.items():
         if key not in used:
-            vectors = dict(_cut_vector(key, info))
-            made |= vectors
-            kept |= {} if vectors else {_renamed(key, info): info}
+            name = _renamed(key, info)
+            # of two tensors of one name neither is lost: one keeps a name that nobody knows
+            kept[key if name in made or name in kept else name] = info
     return made, kept
 
 
-def _names(block: str, local: str) -> tuple[str, ...]:
+def names_of(block: str, local: str) -> tuple[str, ...]:
     """diffusers' layers that a layer of a block is; none if nunchaku has no such layer."""
     single = block.startswith("single_")
     if local in MODULATIONS:
@@ -115,12 +121,12 @@ def _names(block: str, local: str) -> tuple[str, ...]:
 
 def _pair(infos: Mapping[str, TensorInfo], key: str, block: str, local: str) -> _Pair | None:
     """The factors of a layer; None if they are not what nunchaku stores."""
-    down, up, names = infos[key], infos.get(f"{key[:-4]}up"), _names(block, local)
+    down, up, names = infos[key], infos.get(f"{key[:-4]}up"), names_of(block, local)
     if up is None or not names or len(down.shape) != 2 or len(up.shape) != 2:
         return None
     (rows, rank), plain = up.shape, local in MODULATIONS
     columns = down.shape[1 if plain else 0]
-    fits = down.dtype == up.dtype and down.shape[0 if plain else 1] == rank
+    fits = down.dtype == up.dtype and down.shape[0 if plain else 1] == rank and rows and columns
     if plain:
         return _Pair(down, up, rows, columns, rank) if fits and not rows % PARTS[local] else None
     tiled = rank >= BASE_RANK and not any(n % TILE for n in (rows, columns, rank))
@@ -133,7 +139,7 @@ def _block(block: str, layers: Mapping[str, _Pair]) -> Iterator[tuple[str, Arran
     stem = f"transformer.{block}."
     joined: dict[str, _Pair] = {}
     for local, pair in layers.items():
-        names = _names(block, local)
+        names = names_of(block, local)
         if names == (JOINED,):
             joined[local] = pair
         elif pair.rank > 0:
@@ -199,18 +205,24 @@ def _unpacked(stored: Tensor) -> Tensor:
     return lanes.permute(0, 1, 4, 2, 5, 3, 6).reshape(channels, ranks, TILE, TILE)
 
 
+def factors_of(stored: Tensor, *, down: bool) -> Tensor:
+    """A factor out of its tiles: (ranks, channels) of a D, (channels, ranks) of a U."""
+    tiles = _unpacked(stored)
+    if down:
+        return tiles.permute(1, 2, 0, 3).reshape(stored.shape[1], -1)
+    return tiles.permute(0, 2, 1, 3).reshape(stored.shape)
+
+
 def _down(stored: Mapping[str, Tensor], plain: bool = False) -> Tensor:
     (whole,) = stored.values()
-    if plain:
-        return whole
-    return _unpacked(whole).permute(1, 2, 0, 3).reshape(whole.shape[1], -1)[BASE_RANK:]
+    return whole if plain else factors_of(whole, down=True)[BASE_RANK:]
 
 
 def _up(stored: Mapping[str, Tensor], parts: int = 0, rows: slice = slice(None)) -> Tensor:
     (whole,) = stored.values()
     if parts:
         return whole.reshape(-1, parts, whole.shape[1]).transpose(0, 1).reshape(whole.shape)
-    return _unpacked(whole).permute(0, 2, 1, 3).reshape(whole.shape)[rows, BASE_RANK:]
+    return factors_of(whole, down=False)[rows, BASE_RANK:]
 
 
 def _both_down(stored: Mapping[str, Tensor]) -> Tensor:

@@ -84,7 +84,8 @@ def dequantised(raw: Tensor, dtype: str) -> Tensor:
     blocks = raw.reshape(-1, size).numpy()
     out = torch.empty(len(blocks), numbers)
     for cut in slices(len(blocks), numbers):
-        found = quants.dequantize(blocks[cut], gguf.GGMLQuantizationType[dtype])
+        # as one row: the package works on sixteen rows at a time
+        found = quants.dequantize(blocks[cut].reshape(1, -1), gguf.GGMLQuantizationType[dtype])
         out[cut] = torch.from_numpy(found).reshape(-1, numbers)
     return out.reshape(-1)
 
@@ -113,8 +114,8 @@ def _plain(blocks: Tensor, dtype: str) -> Tensor:
     from gguf import quants
 
     with np.errstate(over="ignore", invalid="ignore"):  # a scale beyond half precision is infinite
-        made = quants.quantize(blocks.numpy(), gguf.GGMLQuantizationType[dtype])
-    return torch.from_numpy(made)
+        made = quants.quantize(blocks.numpy().reshape(1, -1), gguf.GGMLQuantizationType[dtype])
+    return torch.from_numpy(made.reshape(len(blocks), -1))
 
 
 def _allowed(stored: Mapping[str, Tensor], numbers: Tensor, dtype: str) -> Tensor:

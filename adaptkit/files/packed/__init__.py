@@ -63,6 +63,13 @@ class _Unpacked(TensorSource):
         whole = one.decode(self.parts(one)).reshape(one.shape)
         return whole if rows is None else whole[rows].clone()
 
+    def read_into(self, out: torch.Tensor, name: str, rows: slice | None = None) -> None:
+        if name not in self._packed:
+            return self._source.read_into(out, name, rows)
+        found = self.read(name, rows)
+        out.view(found.dtype).view(found.shape).copy_(found)
+        return None
+
     @property
     def stored(self) -> TensorSource:
         return self._source

@@ -21,6 +21,7 @@ from adaptkit.files.packing import (
     Packed,
     Packing,
     divided,
+    largest,
     nearest,
     slices,
     widths,
@@ -180,7 +181,8 @@ def _blocks(numbers: Tensor, form: _Form) -> Tensor:
 
     flat = numbers.reshape(-1)
     rest = -len(flat) % form.size
-    return torch.nn.functional.pad(flat, (0, rest)).reshape(-1, form.size)
+    flat = torch.nn.functional.pad(flat, (0, rest)) if rest else flat
+    return flat.reshape(-1, form.size)
 
 
 def _scales(
@@ -189,8 +191,8 @@ def _scales(
     """The scales of all blocks as they are stored, and which blocks keep their bytes."""
     import torch
 
-    same = (new == old).all(-1)
-    top = new.abs().amax(-1).float()
+    same = torch.cat([(new[cut] == old[cut]).all(-1) for cut in slices(len(new), form.size)])
+    top = largest(new, by_row=True).float()
     if form.nested is None:
         before = stored["absmax"]
         kept = torch.where(same, before.flatten(), top.to(before.dtype))

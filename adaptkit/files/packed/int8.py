@@ -10,7 +10,7 @@ import math
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from adaptkit.files.packing import Packed, Packing, slices
+from adaptkit.files.packing import Packed, Packing, largest, slices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,7 +81,7 @@ def _encode(
     scale, codes = stored["scale"], torch.empty_like(stored["weight"])
     turned = new.float() if group == 1 else rotated(new.float(), group)
     rows, columns = turned.shape
-    top = turned.abs().amax(1) if turned.numel() else turned.new_zeros(rows)
+    top = largest(turned, by_row=True)
     if scale.numel() == 1:
         top = top.max().expand(rows) if rows else top
     fresh = torch.where(top > 0, top / (MOST * unit), torch.ones_like(top)).to(scale.dtype)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from adaptkit.files.packed.tiles import padded, straight, tiled
-from adaptkit.files.packing import Packed, Packing, divided, places, slices, widths
+from adaptkit.files.packing import Packed, Packing, divided, largest, places, slices, widths
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,9 +115,7 @@ def codes_of(stored: Tensor) -> Tensor:
 
 def _second(new: Tensor, old: Tensor, stored: Tensor) -> tuple[Tensor, bool]:
     """The one scale, and whether it is the stored one."""
-    import torch
-
-    top, before = (t.abs().max().float() if t.numel() else torch.zeros(()) for t in (new, old))
+    top, before = largest(new).float(), largest(old).float()
     most = 6 * MOST * float(stored.float().abs().reshape(()))
     if float(top) == 0.0 or LEAST * float(before) <= float(top) <= most:
         return stored, True

@@ -4,8 +4,9 @@ A tensor subclass is stored as its parts (`torchao.prototype.safetensors`): `x._
 `x._weight_scale` … of the weight `x.weight`, whose class and block sizes are JSON in the metadata.
 Int8Tensor and IntxUnpackedToInt8Tensor: W = (q - zero point) · scale by blocks; Float8Tensor:
 W = q · scale; Int4Tensor (fbgemm `int4_row_quantize_zp`, `pack_int4`): W = q · scale + zero point,
-q from -8 to 7, the first of two in the lower half of a byte, scales (groups, rows). They are not
-written again. Its other classes hold the tiles of a kernel, and are told by name.
+q from -8 to 7, the first of two in the lower half of a byte, scales (groups, rows). Int8Tensor and
+Float8Tensor are packed with fresh scales, whose largest number becomes the end of the format. Its
+other classes hold the tiles of a kernel, and are told by name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import AdaptkitError
 from adaptkit.files.limits import read_json
-from adaptkit.files.packing import Packed, unread
+from adaptkit.files.packing import Packed, Packing, unread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +80,8 @@ def _one(source: TensorSource, said: Mapping[str, Any], held: Mapping[str, str])
     infos = {part: source.infos[key] for part, key in parts.items() if part not in BESIDE}
     made = None
     if kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"):
-        made = _plain(infos, parts)
+        # the range of the integers of the second is that of another type
+        made = _plain(infos, parts, again=kind != "IntxUnpackedToInt8Tensor")
     elif kind == "Int4Tensor":
         made = _int4(infos, parts)
     if made is not None:
@@ -90,7 +92,9 @@ def _one(source: TensorSource, said: Mapping[str, Any], held: Mapping[str, str])
     return unread(UNREAD.get(str(kind), "TORCHAO"), tuple(shape), parts)
 
 
-def _plain(infos: Mapping[str, TensorInfo], parts: Mapping[str, str]) -> Packed | None:
+def _plain(
+    infos: Mapping[str, TensorInfo], parts: Mapping[str, str], *, again: bool
+) -> Packed | None:
     """Numbers (rows, columns) times scales of blocks of equal size."""
     weight, scale = infos["weight"], infos.get("scale")
     zero = infos.get("zero_point")
@@ -103,8 +107,8 @@ def _plain(infos: Mapping[str, TensorInfo], parts: Mapping[str, str]) -> Packed 
         return None
     if zero is not None and (not integer or zero.numel != scale.numel):
         return None
-    dtype = "INT8" if integer else "FP8"
-    return Packed(dtype, weight.shape, parts, _decode_plain)
+    packing = Packing(("weight", "scale"), _encode_plain, _allowed_plain) if again else None
+    return Packed("INT8" if integer else "FP8", weight.shape, parts, _decode_plain, packing)
 
 
 def _grid(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | None:
@@ -120,16 +124,59 @@ def _grid(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | 
     return scale[0], scale[1]
 
 
-def _decode_plain(stored: Mapping[str, Tensor]) -> Tensor:
-    numbers = stored["weight"].float()
+def _blocks(numbers: Tensor, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers (down, rows, across, columns) by blocks, with their scales and zero points."""
+    import torch
+
     rows, columns = numbers.shape
     grid = _grid((rows, columns), tuple(stored["scale"].shape))
     assert grid is not None
     down, across = grid
     blocks = numbers.reshape(down, rows // down, across, columns // across)
-    if "zero_point" in stored:
-        blocks = blocks.sub_(stored["zero_point"].float().reshape(down, 1, across, 1))
-    return blocks.mul_(stored["scale"].float().reshape(down, 1, across, 1)).reshape(rows, columns)
+    scale = stored["scale"].float().reshape(down, 1, across, 1)
+    zero = stored.get("zero_point")
+    zeros = torch.zeros_like(scale) if zero is None else zero.float().reshape(scale.shape)
+    return blocks, scale, zeros
+
+
+def _decode_plain(stored: Mapping[str, Tensor]) -> Tensor:
+    blocks, scale, zero = _blocks(stored["weight"].float(), stored)
+    return blocks.sub_(zero).mul_(scale).reshape(stored["weight"].shape)
+
+
+def _encode_plain(new: Tensor, old: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    import torch
+
+    form = stored["weight"].dtype
+    blocks, scale, zero = _blocks(new.float(), stored)
+    integer = not form.is_floating_point
+    most = 127.0 if integer else torch.finfo(form).max
+    ends = most - zero.abs()
+    low, high = (extreme(blocks, dim=(1, 3), keepdim=True) for extreme in (torch.amin, torch.amax))
+    top = torch.maximum(low.abs(), high.abs())
+    fresh = torch.where(top > 0, top / ends, torch.ones_like(top))
+    same = (blocks == _blocks(old, stored)[0]).all(3, keepdim=True).all(1, keepdim=True)
+    fresh = torch.where(same, scale, fresh.to(stored["scale"].dtype).float())
+    found = blocks / fresh
+    found = found.round_().add_(zero).clamp_(-127, 127) if integer else found.clamp_(-most, most)
+    bits = found.to(form).view(torch.uint8)
+    kept = _blocks(stored["weight"].view(torch.uint8), stored)[0]
+    weight = torch.where(same, kept, bits).reshape(new.shape).view(form)
+    scales = fresh.reshape(stored["scale"].shape).to(stored["scale"].dtype)
+    return {"weight": weight, "scale": scales}
+
+
+def _allowed_plain(stored: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
+    import torch
+
+    blocks, scale, _ = _blocks(numbers.abs(), stored)
+    form, coarse = stored["weight"].dtype, stored["scale"].dtype.itemsize == 2
+    if not form.is_floating_point:
+        # a scale of few bits may be too small for the largest number
+        return (scale.abs() * (1.0 if coarse else 0.5)).expand_as(blocks).reshape(numbers.shape)
+    info = torch.finfo(form)
+    least = scale.abs() * info.smallest_normal * info.eps / 2
+    return torch.maximum(blocks * (info.eps / 2), least).reshape(numbers.shape)
 
 
 def _int4(infos: Mapping[str, TensorInfo], parts: Mapping[str, str]) -> Packed | None:

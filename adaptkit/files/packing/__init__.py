@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Packed", "Packing", "divided", "nearest", "places", "slices", "unread", "widths"]
+__all__ = [
+    "Packed", "Packing", "divided", "largest", "nearest", "places", "slices", "unread", "widths",
+]  # fmt: skip
 
 # numbers that are unpacked or packed at a time: what comes in between stays in the cache
 CHUNK = 1 << 18
@@ -71,6 +73,16 @@ def slices(count: int, width: int) -> Iterator[slice]:
     """Cut `count` rows of `width` numbers into pieces of about `CHUNK` numbers."""
     step = max(1, CHUNK // max(1, width))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def largest(numbers: Tensor, *, by_row: bool = False) -> Tensor:
+    """The largest magnitude, or that of each row (rows, columns); 0 of no numbers. No copy."""
+    import torch
+
+    if not numbers.numel():
+        return numbers.new_zeros(numbers.shape[0] if by_row else ())
+    found: Tensor = torch.linalg.vector_norm(numbers, math.inf, dim=1 if by_row else None)
+    return found
 
 
 def divided(numbers: Tensor, by: Tensor) -> Tensor:

@@ -81,6 +81,6 @@ def stem(path: Path) -> str:
 
     `models/style.v2.safetensors` gives `style.v2`.
     """
-    known = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    known = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
     name = (path if path.name else path.resolve()).name.removesuffix(".index.json")
     return name.rpartition(".")[0] if name.endswith(known) else name

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NotRepresentable
+from adaptkit.keymap.kinds import changed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -111,7 +112,7 @@ def _quotient(one: float, other: float) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference (rows × columns) in its cheapest form, float64 (float32 on MPS).
+    """A difference (rows × columns) in its cheapest form, float64.
 
     `block(start, stop)` forms rows. `factors()` returns left (rows, r) and right (r, columns) if
     r is small. `kron` is (w1, w2) if the difference is w1 ⊗ w2.
@@ -164,7 +165,7 @@ def _rows(factors: Factors, start: int, stop: int) -> Factors:
 
 
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert stored tensors to float64 (float32 on MPS), except for flags."""
+    """Convert stored tensors to float64, except for flags."""
     return {
         role: _wide(tensor) if tensor.is_floating_point() else tensor
         for role, tensor in tensors.items()
@@ -172,9 +173,8 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    from adaptkit.linalg.precision import accumulate_dtype
 
-    return tensor.to(accumulate_dtype(tensor.device))
+    return tensor.double()
 
 
 def form(weights: Weights, strength: float, size: tuple[int, int], *, thin: bool) -> Difference:
@@ -224,9 +224,16 @@ def _kron_rows(one: Tensor, two: Tensor, start: int, stop: int) -> Tensor:
 
 
 def applied(weights: Weights, base: Tensor, strength: float) -> Difference:
-    """Return the dense ΔW of weights of any algorithm on a base (rows, columns)."""
-    wide = _wide(base)
-    change = weights.apply(wide.clone(), strength).sub_(wide)
+    """Return ΔW of weights of any algorithm on a base (rows, columns), dense unless row by row."""
+    if weights.row_wise:
+        made = weights.computed()
+        rows, columns = base.shape
+        return Difference(
+            rows,
+            columns,
+            lambda start, stop: changed(made.part(start, stop), base[start:stop], strength),
+        )
+    change = changed(weights, base, strength)
     return Difference(change.shape[0], change.shape[1], lambda start, stop: change[start:stop])
 
 
@@ -245,11 +252,22 @@ def alike(one: Any, other: Any) -> bool:
     if is_dataclass(one):
         return all(alike(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
     if hasattr(one, "ndim"):
-        return bool(one.shape == other.shape and (_wide(one) == _wide(other)).all())
+        return bool(one.shape == other.shape) and _equal(one, other)
     if isinstance(one, tuple):
         held = [[value for value in many if hasattr(value, "ndim")] for many in (one, other)]
         return len(held[0]) == len(held[1]) and all(map(alike, *held))
     return type(one) is int or bool(one == other)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers, in whatever dtype."""
+    import torch
+
+    if one.dtype == other.dtype:
+        return torch.equal(one, other)
+    flat = one.reshape(-1), other.reshape(-1)
+    pieces = (slice(start, start + BLOCK) for start in range(0, one.numel(), BLOCK))
+    return all(torch.equal(*(_wide(each[piece]) for each in flat)) for piece in pieces)
 
 
 # measuring

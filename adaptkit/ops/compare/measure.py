@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from adaptkit.algorithms.contract import same
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite, NotRepresentable
+from adaptkit.files.tensors import finite
 from adaptkit.ops.compare.distance import (
     BLOCK,
     Difference,
@@ -59,8 +60,9 @@ class Measurer:
 
     def step(self, match: Match) -> Step[Match]:
         """Return the step of a match, with the working memory it needs."""
-        size = 4 * WIDE * BLOCK * _in_blocks(match)
-        size += sum(self._bytes(side) for side in match.sides)
+        applying = max(map(self._applying, match.sides), default=0)
+        size = max(4 * WIDE * BLOCK * _in_blocks(match), applying)
+        size += sum(self._bytes(side, factors=not _in_blocks(match)) for side in match.sides)
         size += sum(checkpoint.nbytes(pieces) for _, checkpoint, pieces in self._pieces(match))
         first = next((side for side in match.sides if side.entry), None)
         if match.change is not None and self.tuned is not None:
@@ -71,7 +73,7 @@ class Measurer:
             order = first.given.adapter.source.order(next(key for _, key in first.entry.tensors()))
         return Step(match, match.number, size, order)
 
-    def _bytes(self, side: Side) -> int:
+    def _bytes(self, side: Side, *, factors: bool) -> int:
         """Return the working memory of a side: tensors as stored, in float64, and results."""
         if side.entry is None:
             return 0
@@ -79,13 +81,22 @@ class Measurer:
         infos = [side.given.adapter.source.infos[key] for _, key in side.entry.tensors()]
         stored, elements = sum(info.nbytes for info in infos), sum(info.numel for info in infos)
         if side.entry.kind.dense:
-            return 2 * stored
+            return stored + WIDE * BLOCK  # a block at another strength
         size = stored + 2 * WIDE * elements
         if side.base is not None and self.base is not None:
-            # the weight, the result and one temporary
-            return size + 3 * WIDE * math.prod(self.base.slot_shape(side.base))
+            rows_apart = side.entry.kind.row_wise
+            return size + WIDE * math.prod(self.base.slot_shape(side.base)) * (not rows_apart)
+        if not factors:
+            return size
         # factors: scaled, concatenated with those of the other side, and their QR
         return size + 4 * WIDE * (side.rank or 0) * (facts.rows + facts.columns)
+
+    def _applying(self, side: Side) -> int:
+        """Return the bytes that it takes to apply a side to its weight in float64."""
+        if side.entry is None or side.base is None or self.base is None:
+            return 0
+        rows, *rest = self.base.slot_shape(side.base)
+        return 2 * side.entry.kind.applying(rows, math.prod(rest))
 
     def _pieces(self, match: Match) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
         """Yield the pieces to read from the checkpoints, once each, with a name."""
@@ -154,10 +165,10 @@ class Measurer:
         what = "holds NaN or infinity"
         for n, side in enumerate(match.sides):
             for role, key in side.entry.tensors() if side.entry else ():
-                if not _finite(stored[f"{n}/{role}"]):
+                if not finite(stored[f"{n}/{role}"]):
                     return NonFinite(what, file=side.given.adapter.source.path, tensor=key)
         for name, checkpoint, pieces in self._pieces(match):
-            if not _finite(stored[name]):
+            if not finite(stored[name]):
                 return NonFinite(what, file=checkpoint.source.path, tensor=pieces[0].name)
         return NonFinite("ΔW overflows", tensor=match.label)
 
@@ -179,12 +190,6 @@ def _read_of_base(match: Match) -> list[tuple[Piece, ...]]:
 def _name(match: Match, pieces: tuple[Piece, ...]) -> str:
     """The name of pieces of the base among what was read: the same in every match of a stack."""
     return f"base{_read_of_base(match).index(pieces)}"
-
-
-def _finite(tensor: Tensor) -> bool:
-    import torch
-
-    return bool(torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all())
 
 
 def _numbers(match: Match, stored: Mapping[str, Tensor]) -> Numbers:
@@ -244,7 +249,7 @@ class _Operand:
 
     @cached_property
     def finite(self) -> bool:
-        return all(map(_finite, self.stored.values()))
+        return all(map(finite, self.stored.values()))
 
     @property
     def known(self) -> bool:

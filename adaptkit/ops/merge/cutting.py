@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.keymap.kinds import dense_kind, rows_of
+from adaptkit.keymap.kinds import applied, dense_kind, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint import Checkpoint
     from adaptkit.ops.merge.plan import Contribution
 
-__all__ = ["WHOLE", "Deltas", "Part", "part_of", "whole_slot"]
+__all__ = ["WHOLE", "Deltas", "Part", "once", "part_of", "whole_slot"]
 
 WHOLE = "slot"  # beside the roles of a module: all rows of its layer
 
@@ -35,10 +35,11 @@ class Part:
 
     def add(self, whole: Tensor, strength: float) -> None:
         """Add to the whole tensor (..., m, n)."""
-        view = whole[..., self.start : self.stop, :]
-        applied = self.weights.apply(view, strength)
-        if applied is not view:
-            view.copy_(applied)
+        applied(self.weights, whole[..., self.start : self.stop, :], strength)
+
+    def change(self, rows: Tensor, first: int, last: int, strength: float) -> None:
+        """Apply a kind that is `row_wise` to rows [first, last) of the tensor, (..., k, n)."""
+        applied(self.weights.part(first - self.start, last - self.start), rows, strength)
 
     def within(self, first: int, last: int) -> tuple[int, int]:
         """Return the rows within [first, last) that are added to, possibly an empty range."""
@@ -73,6 +74,13 @@ class Deltas:
     def clear(self) -> None:
         """Drop the cached deltas of the block."""
         self.kept.clear()
+
+
+def once(known: dict[Hashable, Part], part: Part) -> Part:
+    """The part of this origin, with what all of its rows need computed once."""
+    if part.origin not in known:
+        known[part.origin] = replace(part, weights=part.weights.computed())
+    return known[part.origin]
 
 
 def whole_slot(base: Checkpoint, c: Contribution) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ One pass serves one output or several.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,9 @@ from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.at_once import together
-from adaptkit.ops.merge.cutting import WHOLE, Deltas, part_of, whole_slot
-from adaptkit.ops.merge.cutting import Part as _Part
-from adaptkit.ops.merge.requantise import repacked, requantised, widened
-from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, square
+from adaptkit.ops.merge.cutting import WHOLE, Deltas, Part, once, part_of, whole_slot
+from adaptkit.ops.merge.requantise import repacked, requantised, type_name, widened
+from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, reused, square
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
 
@@ -60,7 +59,7 @@ class _Target:
 
     out: Tensor
     pieces: tuple[Pieces | Scattered, ...]
-    parts: tuple[tuple[_Part, float], ...]
+    parts: tuple[tuple[Part, float], ...]
     delta: Tensor
     rounding: Tensor
 
@@ -126,9 +125,12 @@ class Blender:
         for number, merge in enumerate(joints[0].merges):
             if merge is not None:
                 plan = self.plans[number]
-                (rows if by_rows(merge, plan.base) else whole).append(number)
+                cut = by_rows(merge, plan.base, at_once=self.at_once)
+                (rows if cut else whole).append(number)
         for number in whole:
-            for n, merged in enumerate(self._whole(number, joints, tensors, stored, scale)):
+            spent = number == whole[-1] and not rows
+            made = self._whole(number, joints, tensors, stored, scale, spent=spent)
+            for n, merged in enumerate(made):
                 found[n][number] = merged
         if rows:
             merge_all: Callable[..., Any] = self._at_once if self.at_once else self._by_rows
@@ -139,7 +141,7 @@ class Blender:
 
     def _parts(
         self, number: int, joint: JointMerge, tensors: Mapping[str, Tensor], rows: int
-    ) -> Iterator[tuple[_Part, float]]:
+    ) -> Iterator[tuple[Part, float]]:
         """Yield what an output adds, with factors in the compute dtype, and the strength."""
         from adaptkit.linalg.precision import upcast
 
@@ -154,7 +156,7 @@ class Blender:
                 whole = None if whole is None else upcast(whole)
                 weights = part_of(weights, c, whole, self.plans[number].adapters)
                 start, stop = c.rows or (0, rows)
-                yield _Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
+                yield Part(weights, start, stop, (source, c.cut, c.rows)), c.strength
 
     # tensors in blocks of rows
 
@@ -214,7 +216,7 @@ class Blender:
         from adaptkit.linalg.precision import empty
 
         targets = []
-        known: dict[Hashable, _Part] = {}
+        known: dict[Hashable, Part] = {}
         for number in numbers:
             dtype = torch_dtype(_present(joints[0].merges[number]).dtype)
             shape = self.base.source.infos[joints[0].name].shape
@@ -222,7 +224,7 @@ class Blender:
                 self.outputs[number].pieces(joint.name, dtype, shape) for joint in joints
             )
             parts = self._parts(number, joints[0], tensors, flat.shape[1])
-            same = tuple((_known(known, part), strength) for part, strength in parts)
+            same = tuple((once(known, part), strength) for part, strength in parts)
             out = empty((len(flat), rows, flat.shape[2]), dtype, flat.device)
             delta, rounding = torch.zeros(2, len(flat), dtype=torch.float64)
             targets.append(_Target(out, pieces, same, delta, rounding))
@@ -300,18 +302,21 @@ class Blender:
         tensors: Mapping[str, Tensor],
         stored: Tensor,
         scale: Tensor | None,
+        *,
+        spent: bool,
     ) -> list[Merged]:
+        """Merge into a wide copy of W. If W is `spent`, the output may take its place."""
         wide = widened(stored, scale)
         # ΔW is measured from the decoded numbers of a quantised weight
         before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
         self._add(number, joints[0], matrix, tensors)
         scales = [None] * len(joints) if scale is None else list(scale)
+        merges = [_present(joint.merges[number]) for joint in joints]
+        spent = spent and reused(merges[0], self.base)
         return [
-            self._finished(
-                number, _present(joint.merges[number]), wide[n], before[n], (stored[n], scales[n])
-            )
-            for n, joint in enumerate(joints)
+            self._finished(number, merge, wide[n], before[n], (stored[n], scales[n]), spent)
+            for n, merge in enumerate(merges)
         ]
 
     def _add(
@@ -334,12 +339,17 @@ class Blender:
         merged: Tensor,
         before: Tensor,
         stored: tuple[Tensor, Tensor | None],
+        spent: bool,  # the output may take the place of W as it was read
     ) -> Merged:
-        written, decoded = self._rounded(number, merge, merged, before, stored)
+        written, decoded = {merge.name: stored[0]}, stored[0]
+        if not spent:
+            written, decoded = self._rounded(number, merge, merged, before, stored)
         weight, delta, rounding = 0.0, 0.0, 0.0
         for old, new, out in chunks(before, merged, decoded):
             weight += square(old)
             delta += square(new - old)
+            if spent:
+                out.copy_(new)
             rounding += square(out.to(new.dtype) - new)
         host = {name: back(tensor) for name, tensor in written.items()}
         return self._merged(number, merge, host, weight, delta, rounding)
@@ -360,9 +370,7 @@ class Blender:
                 raise self._non_finite(number, merge)
             return repacked(self.base.source, merge.packed, merged, before)
         if merge.scale is not None and stored[1] is not None:
-            rounded, fresh = requantised(merged, before, stored[0], stored[1], merge.dtype)
-            decoded = widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
-            return {merge.name: rounded, merge.scale: fresh}, decoded
+            return requantised(merge, merged, before, stored[0], stored[1])
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
@@ -375,7 +383,7 @@ class Blender:
 
     def _too_large(self, number: int, merge: TensorMerge) -> NonFinite:
         return NonFinite(
-            f"the merged weight does not fit {_named(merge)}",
+            f"the merged weight does not fit {type_name(merge)}",
             hint="lower the strength, or write with --dtype bf16 or fp32",
             file=self.plans[number].output,
             tensor=merge.name,
@@ -383,7 +391,6 @@ class Blender:
 
     def _non_finite(self, number: int, merge: TensorMerge) -> NonFinite:
         """Read the inputs again to find the tensor with NaN or infinity."""
-
         plan = self.plans[number]
         if not finite(self.base.source.read(merge.name)):
             return NonFinite("holds NaN or infinity", file=self.base.source.path, tensor=merge.name)
@@ -404,7 +411,7 @@ def _blended(
     from adaptkit.linalg.precision import norm_squared
 
     stop = start + before.shape[-2]
-    if len(target.parts) == 1:
+    if len(target.parts) == 1 and target.parts[0][0].weights.by_rows:
         part, strength = target.parts[0]
         if part.within(start, stop) == (start, stop):
             delta, norm = deltas.of(part, start, stop)
@@ -413,10 +420,13 @@ def _blended(
     after.copy_(before)
     for part, strength in target.parts:
         first, last = part.within(start, stop)
-        if first < last:
-            after[:, first - start : last - start].add_(
-                deltas.of(part, first, last)[0], alpha=strength
-            )
+        if first >= last:
+            continue
+        rows = after[:, first - start : last - start]
+        if part.weights.by_rows:
+            rows.add_(deltas.of(part, first, last)[0], alpha=strength)
+        else:
+            part.change(rows, first, last, strength)
     return norm_squared(torch.sub(after, before, out=spare)).cpu()
 
 
@@ -424,18 +434,6 @@ def held(results: Iterable[Merged | Later[Merged] | None]) -> int:
     """The bytes of the tensors that are there."""
     there = (one.written.values() for one in results if isinstance(one, Merged))
     return sum(tensor.nbytes for each in there for tensor in each)
-
-
-def _known(known: dict[Hashable, _Part], part: _Part) -> _Part:
-    """The part of this origin, with what all of its rows need computed once."""
-    if part.origin not in known:
-        known[part.origin] = replace(part, weights=part.weights.computed())
-    return known[part.origin]
-
-
-def _named(merge: TensorMerge) -> str:
-    """The type that a tensor is written in, as torch names it or its format does."""
-    return merge.dtype if merge.packed else str(torch_dtype(merge.dtype)).removeprefix("torch.")
 
 
 def _present(merge: TensorMerge | None) -> TensorMerge:

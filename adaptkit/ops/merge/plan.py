@@ -101,7 +101,8 @@ class Plan(Closing):
     """The state of a merge before any weight is read; `strengths` are those of `adapters`.
 
     `merges` are the tensors that adapters have modules for. `steps` are the tensors to compute:
-    those with something to add or with a new dtype. All others are copied.
+    those with something to add or with a new dtype. All others are copied. `verified` are the
+    steps that compare what is written, if it is to be verified.
     """
 
     base: Checkpoint
@@ -116,6 +117,7 @@ class Plan(Closing):
     layout: Layout
     rules: tuple[Mapping[str, Any], ...] = ()
     left_out: LeftOut | None = None
+    verified: tuple[Step[TensorMerge], ...] = ()
 
     @property
     def computed(self) -> tuple[TensorMerge, ...]:
@@ -139,7 +141,9 @@ class Plan(Closing):
             "bytes_in": self.base.source.size
             + sum(adapter.source.size for adapter in self.adapters),
             "bytes_out": sum(nbytes(spec.dtype, spec.shape) for spec in self.specs),
-            "peak_memory": peak_memory(self.steps, self.options.memory),
+            "peak_memory": max(
+                peak_memory(steps, self.options.memory) for steps in (self.steps, self.verified)
+            ),
             "device": self.options.device,
             "adapters": self.described(),
             "block_weights": [

@@ -18,7 +18,7 @@ from adaptkit.ops.block_weights import Blocks
 from adaptkit.ops.merge.layout import GGUF, as_gguf, as_single, plan_layout
 from adaptkit.ops.merge.plan import Contribution, Options, Plan, TensorMerge, kept
 from adaptkit.ops.merge.relayout import Relayout, wanted
-from adaptkit.ops.merge.steps import step_of
+from adaptkit.ops.merge.steps import step_of, verifying
 from adaptkit.ops.selecting import Selection
 from adaptkit.ops.shared import (
     Unused,
@@ -105,7 +105,9 @@ def _planned(
     if layout.folder:
         _check_folder(output, layout, options)
     steps = tuple(step_of(merge, base, adapters) for merge in computed)
-    check_memory(steps, options.memory)
+    compared = steps if options.verify else ()
+    verified = tuple(verifying(step, base, adapters) for step in compared)
+    check_memory((*steps, *verified), options.memory)
     unused = tuple(item for items in places.unused for item in items)
     rules = tuple(places.blocks.records())
     return Plan(
@@ -121,6 +123,7 @@ def _planned(
         layout,
         rules,
         places.selection.left_out,
+        verified,
     )
 
 

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
     from adaptkit.files.packing import Packed
     from adaptkit.files.source import TensorSource
+    from adaptkit.ops.merge.plan import TensorMerge
 
-__all__ = ["quantised", "repacked", "requantised", "widened"]
+__all__ = ["quantised", "repacked", "requantised", "type_name", "widened"]
 
 
 def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
@@ -45,13 +46,20 @@ def repacked(
 
 
 def requantised(
-    merged: Tensor, before: Tensor, stored: Tensor, scale: Tensor, dtype: str
-) -> tuple[Tensor, Tensor]:
-    """Encode a scaled weight as `quantised` does, unless no number of it has changed."""
+    merge: TensorMerge, merged: Tensor, before: Tensor, stored: Tensor, scale: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Encode a scaled weight as `quantised` does, unless no number of it has changed.
+
+    Returns what `repacked` does.
+    """
     import torch
 
-    unchanged = torch.equal(merged, before)
-    return (stored, scale) if unchanged else quantised(merged, scale, dtype)
+    assert merge.scale is not None
+    if torch.equal(merged, before):
+        return {merge.name: stored, merge.scale: scale}, before
+    rounded, fresh = quantised(merged, scale, merge.dtype)
+    decoded = widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
+    return {merge.name: rounded, merge.scale: fresh}, decoded
 
 
 def quantised(wide: Tensor, scale: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
@@ -87,3 +95,8 @@ def _column(scale: Tensor) -> Tensor:
     A scale is one number, one per row, (m) or (m, 1), or one per part of a row, (m, k, 1).
     """
     return scale.reshape(len(scale), -1, 1)
+
+
+def type_name(merge: TensorMerge) -> str:
+    """The type that a tensor is written in, as torch names it or its format does."""
+    return merge.dtype if merge.packed else str(torch_dtype(merge.dtype)).removeprefix("torch.")

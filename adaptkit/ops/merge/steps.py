@@ -21,10 +21,25 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
     from adaptkit.ops.merge.plan import Plan, TensorMerge
 
-__all__ = ["JointMerge", "block_rows", "by_rows", "chunks", "combined", "square", "step_of"]
+__all__ = [
+    "BLOCK",
+    "VERIFIED",
+    "JointMerge",
+    "block_rows",
+    "by_rows",
+    "chunks",
+    "combined",
+    "reused",
+    "square",
+    "step_of",
+    "turned",
+    "verifying",
+]
 
 
 WIDE = ("F32", "F64")  # dtypes that are computed with as they are stored
+# entries compared at a time: half a megabyte in float64, which stays in the cache
+VERIFIED = 1 << 16
 # entries merged at a time: three such blocks of float32 stay in the cache
 BLOCK = 1 << 19
 
@@ -45,10 +60,41 @@ class JointMerge:
 def step_of(merge: TensorMerge, base: Checkpoint, adapters: Sequence[Adapter]) -> Step[TensorMerge]:
     """Return the step of one merge for a single output."""
     shared, own = _sizes(merge, base)
+    own -= _spared([merge], base)
     factors = sum(_factors(merge, adapters).values())
     return Step(
         merge, _shape(merge, base, adapters), shared + own + factors, base.source.order(merge.name)
     )
+
+
+def verifying(
+    step: Step[TensorMerge], base: Checkpoint, adapters: Sequence[Adapter]
+) -> Step[TensorMerge]:
+    """Return the step that compares a merged tensor with W + ΔW in float64."""
+    merge, info = step.payload, base.source.infos[step.payload.name]
+    added = [c for c in merge.contributions if c.strength]
+    size = info.nbytes + nbytes(merge.dtype, info.shape)
+    blocks = 64 * min(info.numel, VERIFIED)
+    for c in added:
+        infos = [adapters[c.adapter].source.infos[key] for _, key in c.entry.tensors()]
+        wide = 8 if c.entry.kind.dense else 16  # stored, in float64, and scaled
+        size += sum(one.nbytes + wide * one.numel for one in infos)
+        size += 17 * base.nbytes(c.slot) if c.slot else 0
+    kinds = [c.entry.kind for c in added]
+    if not all(kind.by_rows or kind.row_wise for kind in kinds):
+        applying = 2 * max(kind.applying(*_matrix(info.shape)) for kind in kinds)
+        size, blocks = size + 8 * info.numel, max(blocks, applying)
+    if turned(merge, base):
+        size += 32 * info.numel
+    if merge.packed is not None:  # the numbers that it stands for, and what each may be off
+        size += 8 * info.numel
+    return replace(step, bytes=size + blocks)
+
+
+def turned(merge: TensorMerge, base: Checkpoint) -> bool:
+    """Whether the checkpoint stores a tensor transposed, or its halves in the other order."""
+    place = base.places.get(merge.name)
+    return place is not None and (place.transposed or place.swapped)
 
 
 def combined(plans: Sequence[Plan], *, at_once: bool = False) -> tuple[Step[JointMerge], ...]:
@@ -83,6 +129,8 @@ def _combined(
         shared, own = max(shared, sizes[0]), own + sizes[1]
         factors |= _factors(step.payload, plan.adapters)
         merges[number] = step.payload
+    if not at_once:
+        own -= _spared([step.payload for _, step in steps], plans[0].base)
     sources = _sources(merges, plans)
     shape = sources, tuple((number, step.shape) for number, step in steps)
     size = shared + own + sum(factors.values())
@@ -118,18 +166,39 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
     """
     info = base.source.infos[merge.name]
     own = nbytes(merge.dtype, info.shape)
-    if by_rows(merge, base) and at_once:
+    kinds = [c.entry.kind for c in merge.contributions if c.strength]
+    if at_once and by_rows(merge, base, at_once=True):
         return info.nbytes + 12 * info.numel, own  # W', ΔW of kinds without factors, W' - W
-    if by_rows(merge, base):
+    if not at_once and by_rows(merge, base):
         rows, columns = _matrix(info.shape)
         block = 4 * block_rows(rows, columns) * columns
-        return info.nbytes + 4 * block, min(own, block)
-    kinds = (c.entry.kind for c in merge.contributions if c.strength)
+        some = block_rows(rows, columns), columns
+        beside = max((kind.applying(*some) for kind in kinds if not kind.by_rows), default=0)
+        if any(kind.by_rows for kind in kinds):
+            beside = max(beside, block)  # their ΔW
+        return info.nbytes + 3 * block + beside, min(own, block)
     # a layer that is applied to as a whole: read, wide, and changed
     own += sum(9 * base.nbytes(c.slot) for c in merge.contributions if c.slot)
-    dense = max((kind.applying(info.numel) for kind in kinds), default=0)
-    scaled = 8 * info.numel if base.quantization.widens(info) else 0
-    return info.nbytes + 4 * info.numel + dense + scaled, own
+    dense = max((kind.applying(*_matrix(info.shape)) for kind in kinds), default=0)
+    if base.quantization.widens(info):  # kept as decoded, and divided by the new scales
+        beside = 4 * info.numel + max(dense, 4 * info.numel)
+    else:
+        beside = max(dense, 12 * min(info.numel, BLOCK))  # three blocks are measured in the end
+    return info.nbytes + 4 * info.numel + beside, own
+
+
+def reused(merge: TensorMerge, base: Checkpoint) -> bool:
+    """Whether a tensor that is merged as a whole may take the place of W as it was read."""
+    info = base.source.infos[merge.name]
+    plain = merge.scale is None and merge.packed is None
+    return plain and info.dtype == merge.dtype and DTYPES[info.dtype] > 8
+
+
+def _spared(merges: Sequence[TensorMerge], base: Checkpoint) -> int:
+    """Return the bytes of the output that takes the place of W: that of the last of all."""
+    if any(by_rows(merge, base) or not reused(merge, base) for merge in merges):
+        return 0
+    return nbytes(merges[-1].dtype, base.source.infos[merges[-1].name].shape)
 
 
 def _factors(merge: TensorMerge, adapters: Sequence[Adapter]) -> dict[tuple[Path, Slot], int]:
@@ -172,17 +241,24 @@ def block_rows(rows: int, columns: int) -> int:
     return max(1, min(rows, BLOCK // max(columns, 1)))
 
 
-def by_rows(merge: TensorMerge, base: Checkpoint) -> bool:
-    """Return whether a tensor is merged in blocks of rows; some need the whole weight."""
-    info, place = base.source.infos[merge.name], base.places.get(merge.name)
+def by_rows(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> bool:
+    """Return whether a tensor is merged in blocks of rows; some need the whole weight.
+
+    `at_once` on a device: as a stack of whole tensors to which ΔW is added.
+    """
+    info = base.source.infos[merge.name]
     # fp8 has its own decoding and rounding
     decoded = merge.scale is not None or base.quantization.widens(info)
     if decoded or min(DTYPES[info.dtype], DTYPES[merge.dtype]) <= 8 or not info.shape:
         return False
-    if place is not None and (place.transposed or place.swapped):
+    if turned(merge, base):
         return False
-    added = [c.entry for c in merge.contributions if c.strength]
-    return all(entry.kind.by_rows and not entry.swapped for entry in added)
+    added = [c for c in merge.contributions if c.strength]
+    return all(
+        not c.entry.swapped
+        and (c.entry.kind.by_rows or (c.entry.kind.row_wise and not c.slot and not at_once))
+        for c in added
+    )
 
 
 def square(x: Tensor) -> float:

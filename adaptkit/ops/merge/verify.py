@@ -5,17 +5,20 @@ Unchanged tensors are compared byte by byte.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit import engine
 from adaptkit.checkpoint import exchanged
-from adaptkit.errors import AdaptkitError, CorruptFile, NotRepresentable
+from adaptkit.errors import AdaptkitError, CorruptFile
 from adaptkit.files.header import nbytes
 from adaptkit.files.tensors import tensor_bytes
+from adaptkit.keymap.kinds import applied
 from adaptkit.ops.merge.cutting import WHOLE, part_of, whole_slot
 from adaptkit.ops.merge.output import gathered
 from adaptkit.ops.merge.requantise import widened
+from adaptkit.ops.merge.steps import VERIFIED as BLOCK
+from adaptkit.ops.merge.steps import turned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +31,9 @@ if TYPE_CHECKING:
     from adaptkit.keymap import Place
     from adaptkit.ops.merge.layout import Volume
     from adaptkit.ops.merge.plan import Contribution, Plan, TensorMerge
-    from adaptkit.steps import Step
 
 __all__ = ["Verified", "verify"]
 
-# entries compared at a time: half a megabyte in float64, which stays in the cache
-BLOCK = 1 << 16
 CHUNK = 8 << 20
 # share of the largest |ΔW| (and a 16th of it of |W|): error of float32 sums besides the rounding
 SLACK = 2.0**-18
@@ -104,19 +104,13 @@ class _Verifier:
         for name in copied:
             self._same_bytes(name)
             self.tell(self.sizes[name])
-        steps = [self._step(step) for step in self.plan.steps]
         engine.run(
-            steps,
+            self.plan.verified,
             engine.Work(self._load, self._compare, self._keep),
-            engine.Resources.choose("cpu", self._memory(steps)),
+            engine.Resources.choose("cpu", self.plan.options.memory),
         )
         size = sum(source.size for _, source in self.opened)
         return Verified(len(made), len(copied), size, self.largest)
-
-    def _memory(self, steps: Sequence[Step[TensorMerge]]) -> int | None:
-        """Return the requested bound, raised to the need of the largest step in float64."""
-        asked = self.plan.options.memory
-        return None if asked is None else max([asked, *(step.bytes for step in steps)])
 
     def _check_names(self) -> None:
         for volume, source in self.opened:
@@ -164,22 +158,6 @@ class _Verifier:
 
     # merged tensors
 
-    def _step(self, step: Step[TensorMerge]) -> Step[TensorMerge]:
-        """Return the step with the memory of float64: twice the factors, blocks, whole ΔW."""
-        merge, numel = step.payload, self.plan.base.source.infos[step.payload.name].numel
-        kinds = [c.entry.kind for c in merge.contributions if c.strength]
-        whole = 8 * numel * any(kind.applying(numel) for kind in kinds)
-        whole += (
-            40
-            * numel
-            * (0 if all(kind.additive for kind in kinds) and not self._turned(merge) else 1)
-        )
-        return replace(step, bytes=2 * step.bytes + 64 * min(numel, BLOCK) + whole)
-
-    def _turned(self, merge: TensorMerge) -> bool:
-        place = self.plan.base.places.get(merge.name)
-        return place is not None and (place.transposed or place.swapped)
-
     def _load(self, merge: TensorMerge) -> dict[str, Tensor]:
         base = self.plan.base
         loaded = {"base": base.source.read(merge.name)}
@@ -217,7 +195,7 @@ class _Verifier:
             turn = merge.packed.packing.turn
             found = _Turned(tensors["out"][0], 2 * tensors["allowed"][0])
         place = self.plan.base.places.get(merge.name)
-        if place is not None and (place.transposed or place.swapped):
+        if place is not None and turned(merge, self.plan.base):
             base, found = base.turned(place), found.turned(place)
         decoded = [
             (c, self._decoded(n, c, tensors))
@@ -226,26 +204,14 @@ class _Verifier:
         ]
         additive = all(c.entry.kind.additive for c, _ in decoded)
         parts = [_Added.of(c, weights, base.rows) for c, weights in decoded]
-        step = (
-            max(1, BLOCK // max(1, base.columns))
-            if all(part.cuts for part in parts)
-            else max(1, base.rows)
-        )
+        whole = None if all(part.cuts for part in parts) else _made(base, parts)
         worst = 0.0
-        for start in range(0, base.rows, step):
-            rows = slice(start, min(start + step, base.rows))
-            before, after = base.matrix(rows), found.matrix(rows)
-            expected = before.clone()
-            # over the parts, since adapters that cancel each other leave float32 errors
-            largest = 0.0
-            for part in parts:
-                part.add(expected, rows)
-                largest = max(largest, float((expected - before).abs_().max()))
-            slack = SLACK * largest + (2.0**-22 if additive else 2.0**-20) * float(
-                before.abs().max()
-            )
-            form = tensors["out"].dtype if merge.packed is None else None
-            error = _excess(expected, after, found.unit(rows), form, slack, turn)
+        form = tensors["out"].dtype if merge.packed is None else None
+        for rows in base.blocks():
+            made = _made(base, parts, rows) if whole is None else whole
+            expected = made.matrix if whole is None else made.matrix[rows]
+            slack = SLACK * made.change + (2.0**-22 if additive else 2.0**-20) * made.size
+            error = _excess(expected, found.matrix(rows), found.unit(rows), form, slack, turn)
             if not error <= 1.0:
                 raise self._wrong(
                     merge.name,
@@ -263,6 +229,31 @@ class _Verifier:
     def _keep(self, merge: TensorMerge, worst: float) -> None:
         self.tell(sum(self.sizes[name] for name in merge.writes()))
         self.largest = max(self.largest, worst)
+
+
+class _Made(NamedTuple):
+    """W + ΔW in float64, the largest |ΔW| of any sum of the first adapters, and the largest |W|."""
+
+    matrix: Tensor
+    change: float
+    size: float
+
+
+def _made(base: _Stored, parts: Sequence[_Added], rows: slice | None = None) -> _Made:
+    """What the adapters make of these rows of W (None: of all, of which one wide copy is made)."""
+    where = slice(0, base.rows) if rows is None else rows
+    blocks = base.blocks() if rows is None else [where]
+    made = base.matrix(where)
+    change = size = 0.0
+    # over the parts, since adapters that cancel each other leave float32 errors
+    for part in parts:
+        part.add(made, where)
+        for block in blocks:
+            before = base.matrix(block)
+            after = made[block.start - where.start : block.stop - where.start]
+            change = max(change, float((after - before).abs_().max()))
+            size = max(size, float(before.abs_().max()))
+    return _Made(made, change, size)
 
 
 @dataclass(frozen=True)
@@ -296,8 +287,18 @@ class _Stored:
     def columns(self) -> int:
         return self.tensor[0].numel() if len(self.tensor) else 0
 
+    def blocks(self) -> list[slice]:
+        """Return the rows in blocks that stay in the cache."""
+        step, rows = max(1, BLOCK // max(1, self.columns)), self.rows
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
     def matrix(self, rows: slice) -> Tensor:
+        """Return these rows in float64, as a copy."""
         part = self.tensor[rows]
+        if self.scale is None:
+            import torch
+
+            return part.to(torch.float64, copy=True).reshape(len(part), -1)
         scale = self._scale(rows)
         return widened(part.unsqueeze(0).double(), None if scale is None else scale.unsqueeze(0))[
             0
@@ -327,8 +328,10 @@ class _Turned(_Stored):
     """A decoded weight in another order than stored; `scale` holds the unit of each entry."""
 
     def matrix(self, rows: slice) -> Tensor:
+        import torch
+
         part = self.tensor[rows]
-        return part.double().reshape(len(part), -1)
+        return part.to(torch.float64, copy=True).reshape(len(part), -1)
 
     def unit(self, rows: slice) -> Tensor:
         assert self.scale is not None
@@ -345,20 +348,14 @@ class _Added:
     start: int
     stop: int
     cuts: bool
-    delta: Tensor | None = None
 
     @classmethod
     def of(cls, c: Contribution, weights: Weights, rows: int) -> _Added:
-        """Decide how to add; form the whole ΔW of additive weights that cannot be cut."""
+        """Decide how to add; what no block of rows can be made of is added as a whole."""
         start, stop = c.rows or (0, rows)
-        try:
-            weights.part(0, 1)
-            weights.part(stop - start - 1, stop - start)
-        except NotRepresentable:
-            if not c.entry.kind.additive:
-                return cls(c, weights, start, stop, cuts=False)
-            return cls(c, weights, start, stop, cuts=True, delta=weights.delta())
-        return cls(c, weights, start, stop, cuts=True)
+        if weights.by_rows:
+            return cls(c, weights.computed(), start, stop, cuts=True)
+        return cls(c, weights, start, stop, cuts=weights.row_wise)
 
     def add(self, block: Tensor, rows: slice) -> None:
         """Add to these rows of the weight."""
@@ -366,18 +363,11 @@ class _Added:
         if first >= last:
             return
         view = block[first - rows.start : last - rows.start]
-        if self.delta is not None:
-            view.add_(
-                self.delta[first - self.start : last - self.start], alpha=self.contribution.strength
-            )
-            return
-        whole = (first, last) == (self.start, self.stop)
-        weights = (
-            self.weights if whole else self.weights.part(first - self.start, last - self.start)
-        )
-        applied = weights.apply(view, self.contribution.strength)
-        if applied is not view:
-            view.copy_(applied)
+        own, strength = (first - self.start, last - self.start), self.contribution.strength
+        if self.weights.by_rows:
+            view.add_(self.weights.some_rows(*own), alpha=strength)
+        else:
+            applied(self.weights.part(*own) if self.cuts else self.weights, view, strength)
 
 
 def _excess(

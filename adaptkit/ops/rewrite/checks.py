@@ -114,9 +114,9 @@ def check_layout(task: Task, kind: type[Weights], keys: KeyMap) -> None:
     if kind.peft_only and keys.format.alpha is not Alpha.CONFIG:
         base = "" if kind.additive else " with --base CHECKPOINT"
         raise NotRepresentable(
-            f"{kind.title} is written as a folder of PEFT alone: readers of {keys.format.name} "
-            "keys do not load it",
-            hint=f"--to peft keeps it; --algo lora{base} writes what it changes",
+            f"{kind.title} is written as a folder of PEFT alone (--to peft): readers of "
+            f"{keys.format.name} keys do not load it",
+            hint=f"--algo lora{base} writes what it changes",
         )
     for entry in task.entries:
         if entry.kind is kind:

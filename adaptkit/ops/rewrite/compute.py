@@ -7,17 +7,24 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from adaptkit.algorithms._exchanged import with_halves_exchanged
 from adaptkit.algorithms.contract import ALPHA, THIN, FitSpec
 from adaptkit.checkpoint import exchanged
 from adaptkit.errors import NonFinite, NotRepresentable
 from adaptkit.files.tensors import finite
 from adaptkit.formats.contract import Alpha
-from adaptkit.keymap.kinds import dense_kind, low_rank_kind
+from adaptkit.keymap.kinds import changed, dense_kind, low_rank_kind
 from adaptkit.meaning import as_read
 from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.joining import differences, joined
 from adaptkit.ops.rewrite.plan import Task, product_rank
-from adaptkit.ops.rewrite.rounding import RoundedStack, round_stack, round_tensor, vanished
+from adaptkit.ops.rewrite.rounding import (
+    RoundedStack,
+    lost,
+    round_all,
+    round_stack,
+    vanished,
+)
 from adaptkit.ops.rewrite.state import Cut, State, Stored, curve_of, dtype_of, named, stays
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms.contract import Decomposition, Facts, Weights
     from adaptkit.ops.rewrite.plan import Recast, Term
 
-__all__ = ["Rewriter", "lost"]
+__all__ = ["Rewriter"]
 
 OVERFLOWS = "ΔW overflows: its numbers are too large to compute with"
 CANCELLED = 1e-14  # of Σ ‖·‖² of the terms: the rounding of float64 in a sum that is zero
@@ -209,7 +216,8 @@ class Rewriter:
     def _exact(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, not rounded, in the order of rows of the new format."""
         whole = self.meant(task, tensors)
-        return whole.swapped() if self.plan.keys.swapped(task.slot) else whole
+        swapped = self.plan.keys.swapped(task.slot)
+        return with_halves_exchanged(whole) if swapped else whole
 
     def meant(self, task: Task, tensors: Mapping[str, Tensor]) -> Weights:
         """All terms together, not rounded, in the order of rows of the model."""
@@ -247,7 +255,7 @@ class Rewriter:
 
         assert self.plan.mixing is not None
         how = self.plan.mixing
-        deltas = [part.delta() for part in parts]
+        deltas = (part.delta() for part in parts)
         seeds = [f"{how.seed}/{term.number}/{task.label}" for term in task.terms]
         mixed = mix(deltas, how.method, how.density, seeds)
         kind = dense_kind()
@@ -258,9 +266,8 @@ class Rewriter:
     def _term(self, task: Task, number: int, term: Term, tensors: Mapping[str, Tensor]) -> Weights:
         weights = self._joined(task, number, term, tensors)
         if "base" in tensors and not (type(weights) is task.kind or self._resizes(task, weights)):
-            base = _wide(tensors["base"])
-            changed = weights.apply(base.clone(), term.weight) - base
-            return dense_kind().holding(changed, task.kernel or ())
+            change = changed(weights, tensors["base"], term.weight)
+            return dense_kind().holding(change, task.kernel or ())
         return weights if term.weight == 1.0 else weights.times(term.weight)
 
     def _resizes(self, task: Task, weights: Weights) -> bool:
@@ -314,11 +321,7 @@ class Rewriter:
         )
         dtype = torch_dtype(dtype_of(self.plan, task))
         whole = folded.encode()
-        wide = {role for role, named in kind.roles.items() if named.wide}
-        encoded = {
-            role: round_tensor(role, tensor, torch_dtype("F32") if role in wide else dtype)
-            for role, tensor in whole.items()
-        }
+        encoded = round_all(kind, whole, dtype)
         first = task.entries[0]
         like = first.facts if first.kind is kind else None
         rounded, facts, shapes, alpha = as_read(kind, encoded, like=like)
@@ -414,9 +417,8 @@ def _cut(found: Decomposition, rank: int, stored: Any) -> Cut | Later[Cut]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    from adaptkit.linalg.precision import accumulate_dtype
 
-    return tensor.to(accumulate_dtype(tensor.device)) if tensor.is_floating_point() else tensor
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
@@ -433,20 +435,3 @@ def _finite(task: Task, tensors: Mapping[str, Tensor]) -> None:
                 file=job.adapter.source.path,
                 tensor=job.entries[int(n)].keys[role],
             )
-
-
-def lost(
-    exact: Weights, stored: Weights, base: Tensor | None, norm: float | None
-) -> tuple[float | None, float | None]:
-    """‖ΔW‖² and the ‖·‖² that was lost, in float64. `norm` is ‖ΔW‖² if it is known.
-
-    None if ΔW depends on a base weight that is not given.
-    """
-    if exact.additive and stored.additive:
-        whole = exact.norm_squared() if norm is None else norm
-        return whole, exact.distance_squared(stored, norm)
-    if base is None:
-        return None, None
-    weight = base.double()
-    one, two = exact.apply(weight.clone(), 1.0), stored.apply(weight.clone(), 1.0)
-    return float((one - weight).square().sum()), float((one - two).square().sum())

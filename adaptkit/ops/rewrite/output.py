@@ -209,7 +209,7 @@ def _record(plan: Recast) -> dict[str, Any]:
         record["sources"] = [
             {"file": name, "weight": w} for name, w in zip(sources, plan.weights, strict=True)
         ]
-    record |= {"from": plan.adapter.format.name, "to": plan.keys.format.name, **plan.counts()}
+    record |= {**dict(zip(("from", "to"), plan.spellings, strict=True)), **plan.counts()}
     if plan.adapter.known and not plan.adapter.detection.alternatives:
         record["family"] = plan.adapter.family.name  # no guess: other names may tell less
     rule = asked(plan.options)

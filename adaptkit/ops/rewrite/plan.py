@@ -57,6 +57,7 @@ CHANGES = (
     "changed",
     "resized",
     "cast",
+    "packed",
 )
 
 
@@ -202,6 +203,7 @@ class Recast(Closing):
     # what the ranks are weighed by, see adaptkit.ops.rewrite.weighing
     norms: Callable[[Sequence[Task]], list[float]] | None = None
     beside: Checkpoint | None = None  # that checkpoint
+    layout: str = ""  # whose arrangement the finished file is packed into
 
     @property
     def adapter(self) -> Adapter:
@@ -221,6 +223,12 @@ class Recast(Closing):
                 found.setdefault(task.kind.name, task.number)
         return found
 
+    @property
+    def spellings(self) -> tuple[str, str]:
+        """The format or layout of the first adapter, and of the output."""
+        source = self.adapter.source
+        return source.layout or self.adapter.format.name, self.layout or self.keys.format.name
+
     def counts(self) -> dict[str, int]:
         """How many slots are renamed, split, fused, folded, …"""
         found = Counter(c for task in self.tasks for c in (task.changes or {self.plainly(task)}))
@@ -228,6 +236,8 @@ class Recast(Closing):
 
     def plainly(self, task: Task) -> str:
         """What becomes of a module that no other change applies to."""
+        if self.layout:
+            return "packed"
         ready = task.ready or ()
         same = all(isinstance(item, Copied) and item.key == item.source for item in ready)
         # a layout of its own stores other tensors than are read
@@ -246,8 +256,8 @@ class Recast(Closing):
         return {
             "output": str(self.output),
             "family": self.adapter.family.name,
-            "from": self.adapter.format.name,
-            "to": self.keys.format.name,
+            "from": self.spellings[0],
+            "to": self.spellings[1],
             "modules": len(self.tasks),
             **chosen_by(self.left_out),
             **self.counts(),

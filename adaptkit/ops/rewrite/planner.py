@@ -111,7 +111,11 @@ def recast(
     check_family(first, into.format, tasks, options)
     check_biases(keys, tasks)
     check_shared(tasks)
-    steps = tuple(step_of(task, options) for task in tasks if task.ready is None or task.ranked)
+    steps = tuple(
+        step_of(task, options, base, mixed=mixing is not None)
+        for task in tasks
+        if task.ready is None or task.ranked
+    )
     check_memory(steps, options.memory)
     return Recast(
         command,

@@ -70,8 +70,8 @@ def report_of(
             _detail(state, task, found) for task, found in zip(plan.tasks, lost, strict=True)
         ),
         family=plan.adapter.family.name,
-        source_format=plan.adapter.format.name,
-        format=plan.keys.format.name,
+        source_format=plan.spellings[0],
+        format=plan.spellings[1],
         changes=_changes(plan, state),
         notes=(
             *plan.notes,

@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.errors import NonFinite
+from adaptkit.keymap.kinds import applied
 from adaptkit.meaning import as_read
 from adaptkit.staging.lanes import back
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Facts, KeptStack, Weights
 
-__all__ = ["RoundedStack", "round_stack", "round_tensor", "vanished"]
+__all__ = ["RoundedStack", "lost", "round_all", "round_stack", "round_tensor", "vanished"]
 
 
 class RoundedStack(NamedTuple):
@@ -86,6 +89,17 @@ def round_tensor(role: str, tensor: Tensor, dtype: Any) -> Tensor:
         raise
 
 
+def round_all(kind: type[Weights], whole: Mapping[str, Tensor], dtype: Any) -> dict[str, Tensor]:
+    """The tensors of a module in their dtype, by role; a `wide` role stays in float32."""
+    import torch
+
+    wide = {role for role, named in kind.roles.items() if named.wide}
+    return {
+        role: round_tensor(role, tensor, torch.float32 if role in wide else dtype)
+        for role, tensor in whole.items()
+    }
+
+
 def vanished(before: Tensor, after: Tensor) -> int:
     """The number of entries that rounding made zero."""
     from adaptkit.linalg.precision import upcast
@@ -94,3 +108,28 @@ def vanished(before: Tensor, after: Tensor) -> int:
         return 0
     left = int(upcast(after).count_nonzero())
     return 0 if left == after.numel() else int(before.count_nonzero()) - left
+
+
+def lost(
+    exact: Weights, stored: Weights, base: Tensor | None, norm: float | None
+) -> tuple[float | None, float | None]:
+    """‖ΔW‖² and the ‖·‖² that was lost, in float64. `norm` is ‖ΔW‖² if it is known.
+
+    None if ΔW depends on a base weight that is not given.
+    """
+    if exact.additive and stored.additive:
+        whole = exact.norm_squared() if norm is None else norm
+        return whole, exact.distance_squared(stored, norm)
+    if base is None:
+        return None, None
+    import torch
+
+    from adaptkit.linalg.precision import row_blocks
+
+    wide = torch.float64
+    one, two = (applied(side, base.to(wide, copy=True), 1.0) for side in (exact, stored))
+    whole = gone = 0.0
+    for rows in row_blocks(base):
+        whole += float((one[..., rows, :] - base[..., rows, :]).square().sum())
+        gone += float((one[..., rows, :] - two[..., rows, :]).square().sum())
+    return whole, gone

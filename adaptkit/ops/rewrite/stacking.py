@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import THIN
@@ -13,10 +14,16 @@ from adaptkit.steps import Step
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from adaptkit.checkpoint import Checkpoint, Piece
+
+BLOCK = 1 << 18  # entries of ΔW that are measured at a time, in float64
+
 __all__ = ["likeness_of", "step_of"]
 
 
-def step_of(task: Task, options: Ranked) -> Step[Task]:
+def step_of(
+    task: Task, options: Ranked, base: Checkpoint | None = None, *, mixed: bool = False
+) -> Step[Task]:
     """The step of a slot: tensors as read, computed in float32 and float64, and rounded."""
     adapter = task.terms[0].job.adapter
     elements = dense = 0
@@ -35,7 +42,13 @@ def step_of(task: Task, options: Ranked) -> Step[Task]:
         rank = largest(options, convolution=task.convolution) or min(facts.rows, facts.columns)
         size = 5 * elements + svd_bytes(facts.rows, facts.columns, rank)
     else:
-        size = 16 * elements + _beside(task, dense)
+        size = 16 * elements
+        if base is not None and task.base is not None and len(task.terms) == 1:
+            size += _on_base(task, task.base, options, base)
+        elif mixed:  # each ΔW in float64, and what comes of them
+            size += 8 * (len(task.terms) + 1) * dense
+        else:
+            size += _beside(task, dense)
     return Step(task, shape, size, order)
 
 
@@ -47,11 +60,28 @@ def _beside(task: Task, dense: int) -> int:
         held = len(task.terms) + 1
         return 4 * held * dense if task.ranked else 8 * held * dense + 4 * dense
     if task.base is None and not task.ranked:
-        if task.kind.dense:  # ΔW in float64, and as stored
-            return 12 * dense
+        if task.kind.dense:  # ΔW in float64, as stored, and as measured in blocks
+            return 12 * dense + 16 * min(dense, BLOCK)
         if task.kind.low_rank:
             return _factors(task, dense)
     return 16 * dense
+
+
+def _on_base(task: Task, place: tuple[Piece, ...], options: Ranked, base: Checkpoint) -> int:
+    """Bytes beside the factors of what a kind makes of W, in float64."""
+    rows, *rest = base.slot_shape(place)
+    columns = math.prod(rest)
+    numbers, stored = rows * columns, base.nbytes(place)
+    applying = 2 * max(entry.kind.applying(rows, columns) for entry in task.entries)
+    if not task.kind.additive:  # W' of the exact and of the stored weights
+        return stored + 16 * numbers + applying
+    beside = 4 * numbers + 16 * min(numbers, BLOCK)  # as stored, and as measured in blocks
+    if task.kind.low_rank:
+        rank = largest(options, convolution=task.convolution) if task.ranked else None
+        beside = 16 * numbers + 67 * min(rows, columns) ** 2  # all singular vectors
+        if rank is not None:
+            beside = svd_bytes(rows, columns, rank)
+    return stored + 8 * numbers + max(applying, beside)
 
 
 def _factors(task: Task, dense: int) -> int:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable
 from adaptkit.ops.adapter_file.verified import BLOCK, agreed, distance
-from adaptkit.ops.rewrite.compute import Rewriter, lost
+from adaptkit.ops.rewrite.compute import Rewriter
 from adaptkit.ops.rewrite.report import dropped_norm, losses, total_error
+from adaptkit.ops.rewrite.rounding import lost
 from adaptkit.ops.stages import Tally
 
 if TYPE_CHECKING:

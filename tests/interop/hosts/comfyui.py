@@ -49,8 +49,9 @@ TENCENT = (
 )
 # layers that its models have not, or under names that no table of ours has
 ABSENT = {
-    # of Wan's kin: SkyReels V2, AnyFlow, Helios
-    "wan": r"^(fps_|condition_embedder\.delta|far_patch|patch_(short|mid|long)|norm_out)",
+    # of Wan's kin: SkyReels V2, AnyFlow, Helios, ReCamMaster
+    "wan": r"^(fps_|condition_embedder\.delta|far_patch|patch_(short|mid|long)|norm_out)|\.(cam_encoder|projector)$",
+    "sdxl": r"^encoder_hid_proj$",  # Kolors
     **dict.fromkeys(("cosmos", "cosmos-14b"), r"^(crossattn_proj|img_context_proj)"),
     # its own names of all other layers: `blocks.0.q`, `blocks.0.ff_proj`, `time_embedding_linear_1`
     "cogvideox": r"^(?!(patch_embed\.(proj|text_proj)|norm_out\.linear|proj_out)$)",
@@ -79,6 +80,7 @@ TEXT = {
     "z-image": ("qwen3_4b.transformer.model.",),
     "lumina2": ("gemma2_2b.transformer.model.",),
     "anima": ("qwen3_06b.transformer.model.",),
+    "stable-cascade": ("clip_g.transformer.",),
 }
 # these load a second, small text encoder beside the LLM, so that no LLM is alone
 ACCOMPANIED = ("hunyuan-video", "hunyuan-video-15", "hunyuan-image")
@@ -107,7 +109,8 @@ def memory(family: str) -> tuple[Names, Names]:
         for row, indices in _rows(part):
             if re.search(ABSENT.get(family, "^$"), row.target):
                 continue
-            names = row.names.get("native") or row.names["diffusers"]
+            own = "comfy" if family == "stable-cascade" else "native"
+            names = row.names.get(own) or row.names["diffusers"]
             for name in row.names["diffusers"] if not main else names:
                 module = re.sub(*RENAMED.get(family, ("", "")), fill(name.module, indices), count=1)
                 if main and family in TENCENTS:
@@ -153,6 +156,8 @@ def _relative(family: str, name: str) -> Iterator[str]:
         yield name
     if family in ("hidream", "kandinsky5", "ernie-image"):
         yield f"transformer.{name}"
+    if family == "stable-cascade":
+        yield f"lora_prior_unet_{name.replace('.', '_')}"
     if family == "hidream":
         yield f"lycoris_{name.replace('.', '_')}"
     if family == "hunyuan-dit":
@@ -179,17 +184,22 @@ DOTTED = {
     **dict.fromkeys(("sd3", "sd35-large"), ("transformer.", "base_model.model.")),
     "auraflow": ("transformer.",),
     "pixart": ("transformer.", "base_model.model."),
-    **dict.fromkeys(("flux", "chroma", "flux2"), ("transformer.", "")),
+    **dict.fromkeys(("flux", "chroma", "flux2", "longcat-image"), ("transformer.", "")),
     **dict.fromkeys(("krea2", "z-image", "lumina2"), (MODEL, "transformer.", "")),
 }
 JOINED = {
     **dict.fromkeys(("sd3", "sd35-large"), ("lora_transformer_", "lycoris_")),
-    **dict.fromkeys(("flux", "chroma", "flux2"), ("lora_transformer_", "lycoris_")),
+    **dict.fromkeys(
+        ("flux", "chroma", "flux2", "longcat-image"), ("lora_transformer_", "lycoris_")
+    ),
     **dict.fromkeys(("krea2", "z-image", "lumina2"), ("lycoris_",)),
 }
 # modules in diffusers' names that its tables do not have
 UNMAPPED = {
-    "chroma": r"^distilled_guidance_layer",
+    "chroma": r"^(distilled_guidance_layer|img_in_patch|nerf_)",
+    "longcat-image": r"^time_embed\.",
+    "sdxl": r"^encoder_hid_proj$",  # Kolors
+    "z-image": r"^siglip_",  # Omni
     "flux2": r"_stream_modulation|^time_guidance_embed",
 }
 
@@ -264,7 +274,9 @@ def _text(family: str, text: Names) -> Iterator[tuple[str, Place]]:
                 yield f"text_encoder_2.{module}", place
             else:
                 yield f"lora_te_{joined}", place
-                if encoder != "clip_g":
+                if encoder == "clip_g":
+                    yield f"lora_prior_te_{joined}", place
+                else:
                     yield f"lora_te1_{joined}", place
                 yield f"text_encoder.{module}", place
         if encoder == "t5xxl":
@@ -275,11 +287,10 @@ def _text(family: str, text: Names) -> Iterator[tuple[str, Place]]:
             yield f"lora_te{index}_{joined}", place
         if len(encoders) == 1 and family not in ACCOMPANIED and module.startswith("model."):
             yield f"lora_te_{module.removeprefix('model.').replace('.', '_')}", place
-        if module == "text_projection":
-            yield (
-                ("lora_te2_text_projection" if encoder == "clip_g" else "lora_te1_text_projection"),
-                place,
-            )
+        if name == "clip_g.transformer.text_projection":
+            yield "lora_prior_te_text_projection", place
+        if module == "text_projection" and encoder in ("clip_l", "clip_g"):
+            yield f"lora_te{1 if encoder == 'clip_l' else 2}_text_projection", place
 
 
 # ------------------------------------------------------------------ algorithms

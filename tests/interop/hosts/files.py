@@ -276,7 +276,7 @@ def _shape(family: str, part: Component, row: Row) -> Shape:
 
 
 def is_denoiser(component: str) -> bool:
-    return component in {"transformer", "transformer_2", "transformer_ref", "unet"}
+    return component in {"transformer", "transformer_2", "transformer_ref", "unet", "prior"}
 
 
 def parts(
@@ -334,6 +334,8 @@ def namings(family: str) -> list[str]:
     return sorted(found - private - {"flat"})
 
 
+KIN = r"vace|adapter|motion|siglip|nerf|audio|cam_encoder|projector|frame_packer"
+
 CHOICES: Mapping[str, Callable[[Part], bool]] = {
     "denoiser": lambda part: part.denoiser,
     "everything": lambda part: True,
@@ -344,12 +346,9 @@ CHOICES: Mapping[str, Callable[[Part], bool]] = {
         and re.search(r"mod|adaln|norm", part.slot.target.module, re.I) is None
     ),
     # without what only some models of a family have
-    "image": lambda part: (
-        CHOICES["layers"](part) and re.search(r"vace|adapter|motion", part.stem) is None
-    ),
+    "image": lambda part: CHOICES["layers"](part) and re.search(KIN, part.stem) is None,
     "core": lambda part: (
-        CHOICES["layers"](part)
-        and re.search(r"vace|_img|adapter|motion|add_[kv]_proj", part.stem) is None
+        CHOICES["image"](part) and re.search(r"_img|add_[kv]_proj", part.stem) is None
     ),
     "attention": lambda part: (
         part.denoiser and re.search(r"attn|attention", part.slot.target.module) is not None

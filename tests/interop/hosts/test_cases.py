@@ -99,3 +99,37 @@ def test_hunyuan_video_as_diffusion_pipe_names_it(tmp_path: Path) -> None:
     file = make("hunyuan-video", "diffusers", "native", "lora_B", "layers", 2)
     assert file is not None
     assert verdicts(file.listing, tmp_path)["comfyui"].loads is True
+
+
+def test_forge_loads_nothing_of_a_file_with_thirteen_strange_keys(tmp_path: Path) -> None:
+    known = make("flux", "kohya", "native", "lora_up, alpha", "layers", 2)
+    # kohya's prefix before diffusers' names, three keys each
+    strange = make("flux", "kohya", "diffusers", "lora_up, alpha", "layers", 2)
+    assert known is not None
+    assert strange is not None
+    single = {key: value for key, value in known.listing.items() if "single" in key}
+    double = [item for item in strange.listing.items() if "single" not in item[0]]
+    for modules, told in ((0, ""), (1, "1 of 5 modules are dropped"), (4, "4 of 8"), (5, "more than 12 keys")):  # fmt: skip
+        found = verdicts({**single, **dict(double[: 3 * modules])}, tmp_path)["forge"]
+        assert found.loads is (not modules)
+        assert told in found.why
+
+
+def test_a1111_needs_all_projections_of_an_attention(tmp_path: Path) -> None:
+    file = make("sdxl", "kohya", "diffusers", "lora_up, alpha", "everything", 1)
+    assert file is not None
+    # those that it does not know
+    text = {
+        key: value
+        for key, value in file.listing.items()
+        if not any(
+            name in key for name in ("text_projection", "add_embedding", "up_blocks_0_upsamplers")
+        )
+    }
+    assert verdicts(text, tmp_path)["a1111"].loads is True
+    cut = {key: value for key, value in text.items() if "lora_te2_text_model_encoder_layers_0_self_attn_q" not in key}  # fmt: skip
+    assert len(cut) == len(text) - 3
+    found = verdicts(cut, tmp_path)["a1111"]
+    assert found.loads is False
+    assert "3 of " in found.why
+    assert "all four" in found.why

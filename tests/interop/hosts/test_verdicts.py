@@ -24,18 +24,13 @@ from tests.interop.hosts.files import FORMS, File, make, namings
 pytestmark = pytest.mark.interop
 
 # of all files of a host, one in so many is tried here: the real loader takes longest
-SHARE = {"comfyui": 60, "invokeai": 40, "kohya": 40, "diffusers": 120}
+SHARE = {"a1111": 40, "comfyui": 60, "forge": 40, "invokeai": 40, "kohya": 40, "diffusers": 120}
 CASES = [
     (host, family)
     for host in hosts()
     for family in families()
     if family not in hosts()[host].unsupported and family in measurement(host).names
 ]
-# families of which it could not be established what a host does: the lists may only become shorter
-UNMEASURED = {
-    # the newest musubi-tuner knows them, by its documentation, not the one that was read
-    "kohya": {"minimax-h3", "qwen-image-21", "ernie-image"},
-}
 
 
 def current(host: str) -> None:
@@ -92,7 +87,7 @@ def test_every_verdict(host: str, family: str, tmp_path: Path) -> None:
 
 RECORDED = [
     ("comfyui", "flux"), ("comfyui", "lumina2"), ("invokeai", "flux"), ("invokeai", "wan"), ("kohya", "sd1"), ("kohya", "anima"),
-    ("diffusers", "krea2"),
+    ("diffusers", "krea2"), ("comfyui", "qwen-image-21"), ("forge", "flux"), ("a1111", "sd2"),
 ]  # fmt: skip
 
 
@@ -109,7 +104,7 @@ def test_every_family_was_measured(host: str) -> None:
     assert table.date
     assert table.how in ("run", "described")
     known = set(table.names) | set(hosts()[host].unsupported)
-    assert set(families()) - known == UNMEASURED.get(host, set())
+    assert set(families()) - known == record.UNMEASURED.get(host, frozenset())
     assert known <= set(families())
 
 

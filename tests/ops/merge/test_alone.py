@@ -46,16 +46,15 @@ def merged(
     folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, tuple[Path, Blocks]]:
     """Merges of one layer by all kinds, alone and together: the files, and the rows of each ΔW."""
-    for module in ("steps", "kernel"):
-        monkeypatch.setattr(f"adaptkit.ops.merge.{module}.BLOCK", BLOCK)
+    monkeypatch.setattr("adaptkit.ops.merge.steps.BLOCK", BLOCK)
     found: Blocks = {}
-    delta = kernel._Part.delta
+    delta = kernel.Part.delta
 
-    def seen(part: kernel._Part, first: int, last: int) -> torch.Tensor:
+    def seen(part: kernel.Part, first: int, last: int) -> torch.Tensor:
         found.setdefault(type(part.weights).name, []).append((first, last))
         return delta(part, first, last)
 
-    monkeypatch.setattr(kernel._Part, "delta", seen)
+    monkeypatch.setattr(kernel.Part, "delta", seen)
     state = models.tiny_base(dtype)
     state[KEY] = torch.randn(96, 80, generator=torch.Generator().manual_seed(1)).to(dtype)
     base = folder / "base.safetensors"

@@ -166,6 +166,10 @@ def test_strength_zero_leaves_every_byte_of_a_scaled_base(tmp_path: Path) -> Non
     assert all(torch.equal(before[k].double(), after[k].double()) for k in before)
     assert report.verified is not None
     assert (report.tensors_changed, report.verified.copied) == (0, len(before))
+    # so does a difference that is nothing beside the weights: no fresh scales for old numbers
+    run(base, (adapter, 1e-30), verify=True)
+    after = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(before[k].double(), after[k].double()) for k in before)
 
 
 @pytest.mark.parametrize("scales", [None, "one", "blocks"])

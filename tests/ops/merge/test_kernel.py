@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit import engine
 from adaptkit.errors import NonFinite
 from adaptkit.ops import merge
-from adaptkit.ops.merge import kernel
+from adaptkit.ops.merge import kernel, steps
 from tests import made, oracle
 from tests.ops.merge import test_fp8 as fp8
 from tests.ops.merge.test_verify import PLACES, base_file
@@ -99,7 +99,7 @@ def check_numbers(found: Array, exact: Array, dtype: torch.dtype) -> None:
 @pytest.fixture(params=[1 << 19, 100], ids=["one-block", "blocks"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tensors in one block, and in several with a shorter last one."""
-    monkeypatch.setattr(kernel, "BLOCK", request.param)
+    monkeypatch.setattr(steps, "BLOCK", request.param)
     return request.param
 
 
@@ -232,7 +232,7 @@ def test_figures_of_scaled_weights_are_those_of_the_decoded_numbers(
 def test_parts_of_a_fused_layer_in_blocks_across_their_edges(
     tmp_path: Path, names: str, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "BLOCK", 16 * rows)
+    monkeypatch.setattr(steps, "BLOCK", 16 * rows)
     draw = torch.Generator().manual_seed(1)
     state = {key: torch.randn(size, 16, generator=draw).to(dtype) for key, size in FUSED.items()}
     base = save(tmp_path / "base.safetensors", state)
@@ -259,7 +259,7 @@ def test_parts_of_a_fused_layer_in_blocks_across_their_edges(
 def test_a_fused_module_on_split_layers_gives_each_its_rows(
     tmp_path: Path, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "BLOCK", 16 * rows)
+    monkeypatch.setattr(steps, "BLOCK", 16 * rows)
     draw = torch.Generator().manual_seed(1)
     keys = [f"transformer_blocks.0.attn.to_{name}.weight" for name in "qkv"]
     state = {key: torch.randn(16, 16, generator=draw).to(dtype) for key in keys}
@@ -404,6 +404,8 @@ def test_a_tensor_without_dimensions_takes_the_new_dtype(tmp_path: Path) -> None
 class Fresh:
     """Weights whose `apply` returns a new tensor, which the contract allows."""
 
+    row_wise = False
+
     def apply(self, base: torch.Tensor, strength: float) -> torch.Tensor:
         return base * 2 + strength
 
@@ -412,7 +414,7 @@ def test_a_new_tensor_of_an_algorithm_reaches_the_weight() -> None:
     whole = torch.arange(24.0).reshape(1, 6, 4)
     exact = whole.clone()
     exact[:, 2:5] = exact[:, 2:5] * 2 + 0.5
-    kernel._Part(Fresh(), 2, 5, None).add(whole, 0.5)  # type: ignore[arg-type]
+    kernel.Part(Fresh(), 2, 5, None).add(whole, 0.5)  # type: ignore[arg-type]
     assert torch.equal(whole, exact)
 
 

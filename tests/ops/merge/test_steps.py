@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptkit.ops import merge
-from adaptkit.ops.merge import kernel
+from adaptkit.ops.merge import steps
 from tests import oracle
 from tests.synth import FIXTURES
 
@@ -35,7 +35,7 @@ def test_lokr_of_different_block_heights_on_one_layer_are_cut_where_both_may_be(
     base = load_file(FIXTURES / "tiny" / "base.safetensors")
     shape = tuple(base[KEY].shape)
     assert shape[0] % 16 == 0
-    monkeypatch.setattr(kernel, "BLOCK", 1)
+    monkeypatch.setattr(steps, "BLOCK", 1)
     draw = np.random.default_rng(2)
     paths = [tmp_path / f"{n}.safetensors" for n in range(2)]
     deltas = [lokr(path, height, shape, draw) for path, height in zip(paths, heights, strict=True)]

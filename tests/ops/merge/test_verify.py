@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adaptkit.errors import CorruptFile
+from adaptkit.errors import CorruptFile, NotEnoughMemory
 from adaptkit.files.sink import Pieces
 from adaptkit.ops import merge
 from adaptkit.ops.merge import kernel, verify
@@ -210,13 +211,18 @@ def test_verifying_over_the_base_itself(tmp_path: Path) -> None:
     assert base.read_bytes() == (tmp_path / "out.safetensors").read_bytes()
 
 
-def test_verify_needs_no_more_memory_than_was_given_to_the_merge(tmp_path: Path) -> None:
+def test_verify_keeps_the_bound_on_memory_or_is_refused_before_anything_is_read(
+    tmp_path: Path,
+) -> None:
     base, adapter = base_file(tmp_path), made.adapter(tmp_path / "a.safetensors")
-    options = merge.Options(output=tmp_path / "out.safetensors", family="sd1")
+    options = merge.Options(output=tmp_path / "out.safetensors", family="sd1", verify=True)
     plan = merge.plan(base, [(adapter, 1.0)], options)
-    least = max(step.bytes for step in plan.steps)
+    least = max(step.bytes for step in (*plan.steps, *plan.verified))
     plan.close()
+    assert least > max(step.bytes for step in plan.steps), "float64 takes more"
     assert run(base, (adapter, 1.0), memory=least).verified is not None
+    with pytest.raises(NotEnoughMemory):
+        merge.plan(base, [(adapter, 1.0)], replace(options, memory=least - 1, overwrite=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
