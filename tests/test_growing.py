@@ -76,7 +76,8 @@ def test_inspect_knows_the_toys_and_which_hosts_were_measured(said: dict[str, An
     (file,) = said["inspect"]["files"]
     assert (file["family"], file["format"], file["algorithms"]) == ("toy", "toy", {"toy": 4})
     assert file["loads_in"] == {
-        "comfyui": None, "diffusers": None, "invokeai": None, "kohya": None, "toy": True,
+        "a1111": None, "comfyui": None, "diffusers": None, "forge": None, "invokeai": None,
+        "kohya": None, "toy": True,
     }  # fmt: skip
     assert file["why"]["comfyui"] == "not measured for toy"
     (file,) = said["inspect lora"]["files"]

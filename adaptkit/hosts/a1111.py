@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from adaptkit.hosts.contract import DORA, NO_MODEL, Cell, Host, Loss
-from adaptkit.hosts.forge import STRANGE
+from adaptkit.hosts.contract import BEYOND_WEBUI, DORA, NO_MODEL, Cell, Host, Loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,5 +68,5 @@ HOST = Host(
             axis="output",
         ),
     ),
-    unsupported=dict.fromkeys((*STRANGE, "flux", "chroma", "sd35-large"), NO_MODEL),
+    unsupported=dict.fromkeys((*BEYOND_WEBUI, "flux", "chroma", "sd35-large"), NO_MODEL),
 )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adaptkit.names import Slot
 
 __all__ = [
+    "BEYOND_WEBUI",
     "DORA",
     "NOTHING",
     "NO_MODEL",
@@ -35,6 +36,15 @@ SD = ("sd1", "sd2")
 UNETS = (*SD, "sdxl", "sdxl-refiner")
 DORA = ("lora+dora", "loha+dora", "lokr+dora")
 TE = r"^text_encoder"
+# families that neither A1111 nor Forge has a model of
+BEYOND_WEBUI = (
+    "ace-step", "anima", "auraflow", "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos",
+    "cosmos-14b", "ernie-image", "flux2", "flux3", "framepack", "glm-image", "hidream",
+    "hidream-o1", "hunyuan-dit", "hunyuan-image", "hunyuan-video", "hunyuan-video-15",
+    "ideogram4", "kandinsky5", "krea2", "longcat-image", "ltx", "ltx-13b", "ltx2", "lumina2",
+    "minimax-h3", "mochi", "ovis-image", "pixart", "prx", "qwen-image", "qwen-image-21", "sana",
+    "stable-cascade", "wan", "wan-animate2", "z-image",
+)  # fmt: skip
 # the algorithms that existed when the hosts were measured
 MEASURED = (
     "boft", "full", "glora", "ia3", "kohya-oft", "loha", "lokr", "lora", "oft", "peft-boft",

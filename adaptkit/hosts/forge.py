@@ -5,19 +5,11 @@ Forge Neo has more models and another limit; it was not measured.
 
 from __future__ import annotations
 
-from adaptkit.hosts.contract import DORA, NO_MODEL, UNETS, Cell, Host, Loss
+from adaptkit.hosts.contract import BEYOND_WEBUI, DORA, NO_MODEL, UNETS, Cell, Host, Loss
 from adaptkit.keymap import Dialect
 
 READ = ("lora", "loha", "lokr", "full", "glora", "set", *DORA)
 SPARE = 12  # keys without a place, with which it still loads the others
-STRANGE = (
-    "ace-step", "anima", "auraflow", "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos",
-    "cosmos-14b", "ernie-image", "flux2", "flux3", "framepack", "glm-image", "hidream",
-    "hidream-o1", "hunyuan-dit", "hunyuan-image", "hunyuan-video", "hunyuan-video-15",
-    "ideogram4", "kandinsky5", "krea2", "longcat-image", "ltx", "ltx-13b", "ltx2", "lumina2",
-    "minimax-h3", "mochi", "ovis-image", "pixart", "prx", "qwen-image", "qwen-image-21", "sana",
-    "stable-cascade", "wan", "wan-animate2", "z-image",
-)  # fmt: skip
 
 HOST = Host(
     name="forge",
@@ -50,5 +42,5 @@ HOST = Host(
         ),
         Loss("have Tucker cores, for which its product fails", suffix=r"lokr_t2", whole=True),
     ),
-    unsupported=dict.fromkeys(STRANGE, NO_MODEL),
+    unsupported=dict.fromkeys(BEYOND_WEBUI, NO_MODEL),
 )
