@@ -58,6 +58,7 @@ SIZES = sizes(f"{SIZES_OF_FLUX} 5120xd dx5120 5120x5120 16dxd", 3072)
 FAMILY = ModelFamily(
     name="chroma",
     title="Chroma",
+    kin=("img_in_patch", "nerf_"),
     components=(
         transformer("Chroma transformer", ROWS, sizes=SIZES),
         # sd-scripts keeps FLUX.1's number, OneTrainer counts from one

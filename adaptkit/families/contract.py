@@ -257,6 +257,8 @@ class ModelFamily:
     fits both. `twins` are parts of module names that come together in every block: trainers choose
     modules by the ends of names, so that a file with the first one alone is of another model.
     `needs` are targets of which a checkpoint has one, all else in it being of another model too.
+    `kin` are beginnings of targets that only models made from it have: whether a host loads the
+    family is not judged by them.
     `interleaved` are the ends of fused modules whose rows DiffSynth-Studio stores head by head, and
     the rows of a head (see adaptkit.files.arranged.per_head).
     """
@@ -271,6 +273,7 @@ class ModelFamily:
     yields_to: tuple[str, ...] = ()
     twins: tuple[tuple[str, str], ...] = ()
     needs: tuple[str, ...] = ()
+    kin: tuple[str, ...] = ()
     interleaved: tuple[tuple[str, int], ...] = ()
     beside: tuple[Component, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(

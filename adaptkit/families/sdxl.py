@@ -13,6 +13,7 @@ from adaptkit.families.contract import Component, Mark, ModelFamily, row, sizes
 FAMILY = ModelFamily(
     name="sdxl",
     title="Stable Diffusion XL",
+    kin=("encoder_hid_proj",),
     components=(
         Component(
             name="unet",

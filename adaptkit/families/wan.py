@@ -144,6 +144,14 @@ ROWS = (
     _bare("head.modulation", "scale_shift_table"),
 )
 
+# what sound, cameras and masks steer: targets of `_sound` and `_control`
+STEERED = (
+    "casual_audio_encoder.", "audio_injector.", "cond_encoder", "frame_packer.",
+    "blocks.{i:40}.audio_cross_attn_wrapper.", "audio_proj.", "ref_conv", "control_adapter.",
+    "blocks.{i:40}.cam_encoder", "blocks.{i:40}.projector", "patch_embedding_pose",
+    "patch_embedding_mask",
+)  # fmt: skip
+
 # 1.3B, 5B, 14B; the image embedder is 1280 wide
 SIZES = sizes("dxd 6dxd dx4096 dx1280", 1536, 3072, 5120) | sizes(
     "8960x1536 1536x8960 14336x3072 3072x14336 13824x5120 5120x13824 1280x1280 "
@@ -165,6 +173,7 @@ LOW_NOISE = Component(
 FAMILY = ModelFamily(
     name="wan",
     title="Wan",
+    kin=STEERED,
     components=(transformer("Wan transformer", ROWS, sizes=SIZES), LOW_NOISE),
     marks=(
         Mark("transformer", "self_attn.q", columns=(1536, 3072, 5120)),

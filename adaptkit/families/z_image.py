@@ -83,6 +83,7 @@ SIZES = sizes("dxd 3dxd 4dxd 10240xd dx10240 dx2560 dx1152", 3840)
 FAMILY = ModelFamily(
     name="z-image",
     title="Z-Image",
+    kin=("siglip_",),
     components=(
         transformer("Z-Image transformer", ROWS, sizes=SIZES, kohya="diffusers"),
         qwen3("4B", 36, comfy="qwen3_4b", kohya=()),

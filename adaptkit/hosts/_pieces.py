@@ -142,16 +142,16 @@ def _made(
 
 @cache
 def examples(family: str, format: str) -> tuple[Piece, ...]:
-    """One LoRA module per row of the denoiser that a format can name.
+    """One LoRA module per row of the denoiser that a format can name; alpha = rank.
 
-    alpha = rank.
+    Without the layers that only the family's kin have.
     """
     keys = compile_keys(family, format)
-    part = keys.family.components[0]
+    part, kin = keys.family.components[0], keys.family.kin
     targets = (
         Target(part.name, _INDEX.sub("0", row.target))
         for row in part.rows
-        if row.kind is Kind.MATRIX
+        if row.kind is Kind.MATRIX and not row.target.startswith(kin)
     )
     return tuple(_example(keys, slot) for target in targets for slot in keys.slots(target))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.adapter import Adapter
 from adaptkit.detect import families, formats
 from adaptkit.errors import NoSuchName, NotRepresentable
-from adaptkit.hosts import hosts, judge, recipe
+from adaptkit.hosts import hosts, judge, recipe, usual_format
 from adaptkit.hosts._measured import measurement
 from adaptkit.hosts._pieces import pieces_as, pieces_of
 from adaptkit.keymap import algorithms
@@ -391,3 +391,15 @@ def test_algorithms(
             assert "--algo lora" in (caught.value.hint or "")
         else:
             assert recipe(host, adapter, algorithm).format == format
+
+
+def test_layers_of_kin_do_not_decide_how_a_family_is_written() -> None:
+    """Kolors' layer in SDXL's table once made `extract` write names of old diffusers."""
+    usual = {
+        "sd1": "kohya", "sdxl": "kohya", "flux": "comfy", "chroma": "kohya", "z-image": "diffusers",
+        "wan": "diffusers", "sd3": "kohya", "flux2": "kohya", "qwen-image": "kohya",
+    }  # fmt: skip
+    assert {family: usual_format(family) for family in usual} == usual
+    for family in map(families().__getitem__, usual):
+        targets = [row.target for row in family.components[0].rows]
+        assert all(any(target.startswith(kin) for target in targets) for kin in family.kin)

@@ -7,6 +7,7 @@ with their real widths, without weights, and without a forward pass: loading loo
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -106,9 +107,19 @@ def folder(family: str, component: str) -> str:
     return families()[family].component(component).tags["diffusers"][0]
 
 
+# own layers of models that share a family's loader, and of which diffusers has no class
+ABSENT = {
+    "chroma": r"^(img_in_patch|nerf_)",  # Radiance
+    "wan": r"^(audio_injector|audio_proj|casual_audio_encoder|frame_packer|cond_encoder)\.?"  # S2V
+    r"|\.audio_cross_attn_wrapper\.|^patch_embedding_(mask|pose)$|^ref_conv$"  # HuMo, SCAIL, Fun
+    r"|\.(cam_encoder|projector)$|^control_adapter\.",  # ReCam, Fun-Camera
+}
+
+
 def skeleton(family: str, component: str, blocks: int | None) -> torch.nn.Module:
     """The layers of a component in diffusers' names."""
     model, name = skeleton_class()(), folder(family, component)
+    absent = re.compile(ABSENT.get(family, "$^"))
     rows = [
         (part, row)
         for part in families()[family].components
@@ -122,6 +133,8 @@ def skeleton(family: str, component: str, blocks: int | None) -> torch.nn.Module
             if blocks is not None and any(index >= blocks for index in indices.values()):
                 continue
             for name in row.names["diffusers"]:
+                if absent.search(name.module):
+                    continue
                 rows = shape[0] if name.rows is None else _share(shape[0], name.rows)
                 _put(model, fill(name.module, indices), (rows, *shape[1:]))
     return model
