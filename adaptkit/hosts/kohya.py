@@ -22,6 +22,11 @@ FACTORS = Loss(
     suffix=r"lora_A|lora\.|lora_linear",
 )
 
+# of Wan's kin, of one and two dimensions
+CONVOLUTIONS = (
+    r"(face_encoder|casual_audio_encoder\.encoder)\.conv|control_adapter\.(conv|res)|ref_conv"
+)
+
 HOST = Host(
     name="kohya",
     also=("reforge", "sd-scripts", "musubi-tuner"),
@@ -52,7 +57,7 @@ HOST = Host(
                 Loss("are convolutions of three dimensions, which it cannot merge", kernel=3),
                 replace(ONLY_LORA, kernel=3),
                 # flat factors do not show that they are convolutions
-                replace(ONLY_LORA, modules=r"face_encoder\.conv"),
+                replace(ONLY_LORA, modules=CONVOLUTIONS),
             ),
         ),
     ),

@@ -37,8 +37,8 @@ PATTERNS = {
     "conv": r"conv|samplers|skip_connection|(in|out)_layers|[._]op$",
     # attention and ff in one matrix
     "fused": r"^linear[12]$|qkv_mlp",
-    "qkv": r"qkv|att\w*[._]in_proj|(^|[._])(to_)?kv(_proj)?$",
-    "ff": r"(^|[._])ffn?([._]|$)|mlp|feed_?forward|fc\d|densereludense",
+    "qkv": r"qkv|att\w*[._]in_proj|(^|[._])(to_)?kv(_proj)?$|kv_mapper",
+    "ff": r"(^|[._])ffn?([._]|$)|mlp|feed_?forward|fc\d|densereludense|channelwise",
     "q": r"(^|[._])(to_|add_|w)?q(uery)?(_proj|_img)?$",
     "k": r"(^|[._])(to_|add_|w)?k(ey)?(_proj|_img)?$",
     "v": r"(^|[._])(to_|add_|w)?v(alue)?(_proj|_img)?$",

@@ -135,7 +135,11 @@ def test_a_table_without_the_cell_says_nothing(
     assert file is not None
     monkeypatch.setattr(_judge, "measurement", lambda _: Measurement("", "", "", {}))
     with Adapter.open(file.write(tmp_path / "a.safetensors")) as adapter:
-        for verdict in judge(adapter).values():
+        told = {
+            name: v for name, v in judge(adapter).items() if "flux" not in hosts()[name].unsupported
+        }
+        assert len(told) > 3
+        for verdict in told.values():
             assert verdict.loads is None
             assert "not measured" in verdict.why
 
