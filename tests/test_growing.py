@@ -139,7 +139,7 @@ def test_a_family_without_a_measured_host_is_not_called_unsupported(said: dict[s
 
 
 def test_help_lists_the_toys(said: dict[str, Any]) -> None:
-    assert "[comfyui|diffusers|invokeai|kohya|toy]" in said["help"]
+    assert "[a1111|comfyui|diffusers|forge|invokeai|kohya|toy]" in said["help"]
     assert "--toy T" in said["help"]
     assert "lora|lokr|toy|full|auto" in said["help extract"]
 

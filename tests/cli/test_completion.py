@@ -32,8 +32,10 @@ def test_commands_options_and_names_are_completed(shell: type[ShellComplete]) ->
     assert offered("extract", "x", "y", "--to", "COM", shell=shell) == ["comfy"]
     assert offered("inspect", "x", "--format", "xl", shell=shell) == ["xlabs"]
     assert offered("convert", "x", "--for", "", shell=shell) == [
+        "a1111",
         "comfyui",
         "diffusers",
+        "forge",
         "invokeai",
         "kohya",
     ]

@@ -116,10 +116,12 @@ ABSENT = {
 }
 
 
-def skeleton(family: str, component: str, blocks: int | None) -> torch.nn.Module:
-    """The layers of a component in diffusers' names."""
+def skeleton(
+    family: str, component: str, blocks: int | None, *, whole: bool = False
+) -> torch.nn.Module:
+    """The layers of a component in diffusers' names; `whole`: those too that it has no class for."""
     model, name = skeleton_class()(), folder(family, component)
-    absent = re.compile(ABSENT.get(family, "$^"))
+    absent = re.compile("$^" if whole else ABSENT.get(family, "$^"))
     rows = [
         (part, row)
         for part in families()[family].components

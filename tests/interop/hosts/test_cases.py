@@ -48,7 +48,7 @@ def test_comfyui_misreads_a_lokr_of_three_dimensions(tmp_path: Path) -> None:
         file = make("wan", "comfy", "native", form, "denoiser", 1)
         assert file is not None
         assert verdicts(file.listing, tmp_path)["comfyui"].loads is False, form
-    file = make("wan", "comfy", "native", "lokr, factored", "layers", 1)
+    file = make("wan", "comfy", "native", "lokr, factored", "image", 1)
     assert file is not None
     assert verdicts(file.listing, tmp_path)["comfyui"].loads is True
 
@@ -76,7 +76,8 @@ def test_invokeai_keeps_the_image_attention_of_wan(tmp_path: Path) -> None:
     file = make("wan", "diffusers", "diffusers", "lora_B", "layers", 1)
     assert file is not None
     # layers that other kinds of Wan have
-    other = ("vace", "transformer_2", "face_", "motion_", "pose_")
+    other = ("vace", "transformer_2", "face_", "motion_", "pose_", "audio", "cam_", "projector")
+    other += ("control_adapter", "frame_packer")
     kept = {k: v for k, v in file.listing.items() if not any(word in k for word in other)}
     assert any("add_k_proj" in key for key in kept)
     assert verdicts(kept, tmp_path)["invokeai"].loads is True
@@ -123,7 +124,8 @@ def test_a1111_needs_all_projections_of_an_attention(tmp_path: Path) -> None:
         key: value
         for key, value in file.listing.items()
         if not any(
-            name in key for name in ("text_projection", "add_embedding", "up_blocks_0_upsamplers")
+            name in key
+            for name in ("text_projection", "add_embedding", "up_blocks_0_upsamplers", "hid_proj")
         )
     }
     assert verdicts(text, tmp_path)["a1111"].loads is True

@@ -28,7 +28,7 @@ def test_peft_loads_every_module(family: str) -> None:
     file = make(family, "peft", "diffusers", "lora_B", "layers", 2)
     assert file is not None
     names = [part.stem.removeprefix(PREFIX) for part in file.parts]
-    model = skeleton(family, file.parts[0].slot.component, 2)
+    model = skeleton(family, file.parts[0].slot.component, 2, whole=True)
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -45,7 +45,7 @@ def test_lycoris_loads_every_module(family: str, form: str) -> None:
     lycoris = pytest.importorskip("lycoris")
     file = make(family, "lycoris", "diffusers", form, "attention", 1)
     assert file is not None
-    model = skeleton(family, file.parts[0].slot.component, 1)
+    model = skeleton(family, file.parts[0].slot.component, 1, whole=True)
     with torch.no_grad():
         network, _ = lycoris.create_lycoris_from_weights(1.0, "", model, file.tensors())
     made = {lora.lora_name for lora in network.loras}
