@@ -14,7 +14,7 @@ from tests.fuzz.readers import TARGETS
 from tests.fuzz.run import SETTINGS, VERBS, fuzz
 from tests.fuzz.whole import odd_numbers
 
-SHARE = {**dict.fromkeys(TARGETS, 80), **dict.fromkeys((*VERBS, *SETTINGS), 25)}
+SHARE = {**dict.fromkeys(TARGETS, 80), **dict.fromkeys(VERBS, 25), **dict.fromkeys(SETTINGS, 12)}
 
 
 @pytest.mark.parametrize("name", SHARE)
