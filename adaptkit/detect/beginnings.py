@@ -67,11 +67,21 @@ def begun(beginning: str, format: str) -> tuple[str, ...]:
 
 @cache
 def beginning_of(format: str) -> Callable[[str], str]:
-    """The part of a stem that holds every head it may have: it has as many numbers as any head."""
-    # words end before their first number, so a head has the numbers of its prefix
-    numbers = max((len(_NUMBER.findall(start)) for start in starts(format)), default=0)
-    pattern = re.compile(rf"(?:\D*\d+){{0,{numbers}}}\D*")
-    return lambda stem: pattern.match(stem)[0]  # type: ignore[index]
+    """The part of a stem that holds every head it may have.
+
+    Words end before their first number, so a head has the numbers of its prefix alone: stems that
+    differ in the numbers of their blocks begin alike.
+    """
+    numbered = tuple(start for start in starts(format) if _NUMBER.search(start))
+    plain = re.compile(r"\D*")
+
+    def begins(stem: str) -> str:
+        longest = 0
+        if stem.startswith(numbered):
+            longest = max(len(start) for start in numbered if stem.startswith(start))
+        return stem[: plain.match(stem, longest).end()]  # type: ignore[union-attr]
+
+    return begins
 
 
 @cache
