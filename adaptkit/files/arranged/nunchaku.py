@@ -20,6 +20,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.files.arranged.contract import Arranged
+from adaptkit.files.packed.svdquant import FUSED as LAYERS
+from adaptkit.files.packed.svdquant import SINGLE as OF_SINGLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,26 +40,16 @@ _VECTOR = re.compile(
     r"(?P<block>(?:single_)?transformer_blocks\.\d+)\.(?P<local>[\w.]+)\.(?P<end>bias|weight)"
 )
 _NORM = re.compile(r"(?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]\.weight")
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-# nunchaku's layer of a block → diffusers' layers, whose rows follow one another
-DOUBLE: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": QKV,
-    "qkv_proj_context": ADDED,
-    "out_proj": ("attn.to_out.0",),
-    "out_proj_context": ("attn.to_add_out",),
-    "mlp_fc1": ("ff.net.0.proj",),
-    "mlp_fc2": ("ff.net.2",),
-    "mlp_context_fc1": ("ff_context.net.0.proj",),
-    "mlp_context_fc2": ("ff_context.net.2",),
-}
-SINGLE: Mapping[str, tuple[str, ...]] = {"qkv_proj": QKV, "mlp_fc1": ("proj_mlp",)}
+# nunchaku's layer of a block → diffusers' layers, whose rows follow one another; the quantised base
+# has the same, and joint names of diffusers' own
+DOUBLE = {name: theirs for name, theirs in LAYERS.items() if not name.startswith("attn.")}
+SINGLE = {name: theirs for name, theirs in OF_SINGLE.items() if not name.startswith("attn.")}
 # layers whose columns follow one another in diffusers' layer
 COLUMNS, JOINED = ("out_proj", "mlp_fc2"), "proj_out"
 # modulations, and how many vectors of the width each makes
 PARTS: Mapping[str, int] = {"norm1.linear": 6, "norm1_context.linear": 6, "norm.linear": 3}
 MODULATIONS = frozenset(PARTS)
-FUSED = {"attn.to_qkv": QKV, "attn.add_qkv_proj": ADDED}  # in the names of vectors
+FUSED = {name: LAYERS[name] for name in LAYERS if name not in DOUBLE}  # in the names of vectors
 
 
 class _Pair(NamedTuple):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adaptkit.files.header import TensorInfo
     from adaptkit.files.source import TensorSource
 
-__all__ = ["find"]
+__all__ = ["FUSED", "SINGLE", "find"]
 
 ROWS, COLUMNS = 128, 64  # of a tile
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
