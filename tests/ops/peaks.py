@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +19,18 @@ from typing import Any
 
 import torch
 
-from adaptkit.ops import advise, combine, compare, convert, extract, merge, resize
+from adaptkit.ops import advise, batch, combine, compare, convert, extract, merge, resize
 from adaptkit.steps import peak_memory
-from tests.ops.peak_files import KINDS, PEFT, adapter, checkpoints
+from tests.ops.peak_files import (
+    KINDS,
+    PACKED,
+    PEFT,
+    adapter,
+    checkpoints,
+    of_sd_scripts,
+    packed,
+    recipe,
+)
 
 SIZES = ((1280, 1280), (2560, 1280), (1024, 4096))
 FIXED = 2_500_000  # bytes: tables, code that is loaded, pages of 4 KB
@@ -31,8 +42,8 @@ def available() -> bool:
     return STATUS.exists() and RESET.exists()
 
 
-def _status(key: str) -> int:
-    lines = STATUS.read_text(encoding="ascii").splitlines()
+def _status(key: str, path: Path = STATUS) -> int:
+    lines = path.read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
@@ -47,6 +58,32 @@ def peak(call: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
+def peak_of_children(call: Callable[[], object]) -> int:
+    """The sum of the most that each process holds which a call starts."""
+    most: dict[Path, int] = {}
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            for path in Path("/proc").glob("[0-9]*/status"):
+                with suppress(OSError, StopIteration):  # it ended
+                    if _parent(path) == os.getpid():
+                        most[path] = max(most.get(path, 0), _status("VmHWM", path))
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    call()
+    over.set()
+    watching.join()
+    return sum(most.values())
+
+
+def _parent(status: Path) -> int:
+    """The number of the process that started another."""
+    text = (status.parent / "stat").read_text(encoding="utf-8", errors="replace")
+    return int(text.rpartition(")")[2].split()[1])
+
+
 @dataclass(frozen=True)
 class Case:
     """One command on files whose largest layer is `rows` × `columns`."""
@@ -58,8 +95,10 @@ class Case:
 
     @property
     def output(self) -> str:
-        """A folder for keys of PEFT, else a file."""
+        """A folder for keys of PEFT, a GGUF for one that keeps its types, else a file."""
         first = self.inputs[0]
+        if self.op is merge and first.suffix == ".gguf":
+            return "made.gguf"
         return "made" if isinstance(first, Path) and first.is_dir() else "made.safetensors"
 
     def plan(self, folder: Path) -> Any:
@@ -80,6 +119,32 @@ class Case:
         return peak(lambda: self.op.run(plan))
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Jobs in processes of their own, `like` the same ones of a small layer."""
+
+    label: str
+    jobs: list[dict[str, Any]]
+    like: list[dict[str, Any]]
+
+    def plan(self, folder: Path, jobs: list[dict[str, Any]]) -> Any:
+        for used in folder.glob("recipe*"):
+            used.unlink()
+        made = recipe(folder / "recipe.toml", jobs)
+        return batch.plan(made, batch.Options(jobs=2, overwrite=True))
+
+    def promised(self, folder: Path) -> int:
+        return int(batch.preview(self.plan(folder, self.jobs)).peak_memory)
+
+    def taken(self, folder: Path) -> int:
+        """Beyond what the processes hold for a small layer: libraries."""
+        found = [
+            peak_of_children(lambda plan=self.plan(folder, jobs): batch.run(plan))  # type: ignore[misc]
+            for jobs in (self.like, self.jobs)
+        ]
+        return found[1] - found[0]
+
+
 EXTRACTS: dict[str, dict[str, Any]] = {
     "lora": {}, "rank 4": {"rank": 4}, "rank 128": {"rank": 128}, "exact": {"svd": "exact"},
     "lokr": {"algo": "lokr"}, "lokr factor 2": {"algo": "lokr", "factor": 2},
@@ -89,10 +154,10 @@ EXTRACTS: dict[str, dict[str, Any]] = {
 
 
 # kinds whose change depends on the weight: it is given
-BASED = ("dora", "dora-input", "oft", "boft", "glora", "ia3", "tlora")
+BASED = ("dora", "dora-input", "oft", "boft", "glora", "ia3", "tlora", "pissa", "olora")
 CONVERTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    *((kind, {"algo": "full"}) for kind in ("lora", "lokr", "dora", "oft", "boft")),
-    *((kind, {"algo": "lora"}) for kind in ("lokr", "full", "hra", "dora")),
+    *((kind, {"algo": "full"}) for kind in ("lora", "lokr", "loha", "dora", "oft", "boft", "fourierft", "pissa")),
+    *((kind, {"algo": "lora"}) for kind in ("lokr", "loha", "adalora", "full", "hra", "dora", "olora")),
     ("lora", {"algo": "lokr"}),
     ("lora", {"dtype": "fp16"}),
 )
@@ -108,7 +173,17 @@ COMPARES = (  # the last one: with the base
 )
 
 
-def cases(folder: Path, rows: int, columns: int) -> Iterator[Case]:
+def jobs_of(folder: Path, rows: int, columns: int) -> list[dict[str, Any]]:
+    """Two extractions and two merges, for `batch`."""
+    base, tuned = (str(folder / f"{name}-{rows}-{columns}.safetensors") for name in ("base", "tuned"))
+    fits = [
+        {"command": "extract", "base": base, "tuned": tuned, "algo": algo, "output": f"{algo}-made.safetensors"}
+        for algo in ("lora", "lokr")
+    ]
+    return fits
+
+
+def cases(folder: Path, rows: int, columns: int) -> Iterator[Case | Batch]:
     """Every verb on a layer of this size, with the files that it takes."""
     size = rows, columns
     at = checkpoints(*size, folder)
@@ -123,13 +198,22 @@ def cases(folder: Path, rows: int, columns: int) -> Iterator[Case]:
         yield Case(f"merge {kind} verify", merge, (at["base"], [(at[kind], 1.0)]), {"verify": True})
     for kind in ("lora", "oft"):
         yield Case(f"merge {kind} fp8", merge, (at["fp8"], [(at[kind], 1.0)]), {})
+    for kind in PACKED:
+        base_of = packed(kind, *size, folder)
+        yield Case(f"merge lora {kind}", merge, (base_of, [(at["lora"], 1.0)]), {})
+        yield Case(f"merge oft {kind}", merge, (base_of, [(at["oft"], 1.0)]), {})
+        yield Case(f"extract lora {kind}", extract, (base_of, at["tuned"]), {})
+        yield Case(f"extract energy {kind}", extract, (base_of, at["tuned"]), {"energy": 0.5})
+    sdxl, turned = of_sd_scripts(*size, folder)
+    yield Case("merge kohya-oft", merge, (sdxl, [(turned, 1.0)]), {"family": "sdxl"})
+    yield Batch("batch --jobs 2", jobs_of(folder, *size), jobs_of(folder, 64, 64))
     yield Case("advise", advise, pair, {})
     for one, other, options in COMPARES:
         given = base if options else {}
         yield Case(f"compare {one} {other}", compare, ((at[one], 1.0), (at[other], 1.0)), given)
     for kind, options in CONVERTS:
         label = " ".join(map(str, options.values()))
-        given = base if kind in ("hra", *BASED) else {}
+        given = base if kind in ("hra", "fourierft", *BASED) else {}
         yield Case(f"convert {kind} {label}", convert, (at[kind],), {**options, **given})
     for kind, rank in (("full", 16), ("lora", 4), ("lokr", 4), ("dora", 4)):
         yield Case(f"resize {kind}", resize, (at[kind],), {"rank": rank})
