@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 NAME = "transformer.blocks.0.layer"
 RANK = 8
 LAYER, OTHER = "blocks.0.layer.weight", "blocks.1.layer.weight"
+# a module of SDXL: a kind may need to know what it is, as the OFT that sd-scripts alone writes
+TO_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+TO_Q_OF_DIFFUSERS = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 PACKED = ("nf4", "int8", "nvfp4", "Q8_0")
 KINDS = ("lora", "lokr", "lokr-factored", "loha", "dora", "dora-input", "oft", "boft", "glora", "ia3", "tlora", "full")  # fmt: skip
 # kinds of PEFT alone, with what their configurations state
@@ -109,19 +112,19 @@ def tensors_of(
             raise ValueError(kind)
 
 
-def adapter(kind: str, rows: int, columns: int, folder: Path) -> Path:
+def adapter(kind: str, rows: int, columns: int, folder: Path, module: str = NAME) -> Path:
     """A file, or a folder of PEFT, with one module of this kind."""
     draw = torch.Generator().manual_seed(0)
     made = {role: t.contiguous() for role, t in tensors_of(kind, rows, columns, draw).items()}
-    at = folder / f"{kind}-{rows}-{columns}"
+    at = folder / f"{kind}-{rows}-{columns}{'' if module == NAME else '-sdxl'}"
     if kind not in PEFT:
         path = Path(f"{at}.safetensors")
-        save_file({f"{NAME}.{role}": t for role, t in made.items()}, path, {"format": "pt"})
+        save_file({f"{module}.{role}": t for role, t in made.items()}, path, {"format": "pt"})
         return path
     at.mkdir()
     shared = {role: made.pop(role) for role in ("vera_A", "vera_B") if role in made}
     state = {
-        f"base_model.model.{NAME.removeprefix('transformer.')}.{role}": t
+        f"base_model.model.{module.removeprefix('transformer.')}.{role}": t
         for role, t in made.items()
     }
     state |= {f"base_model.{role}": t for role, t in shared.items()}
@@ -202,10 +205,6 @@ def _gguf(rows: int, columns: int, draw: np.random.Generator, folder: Path) -> P
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-# a module of SDXL that sd-scripts names, for the OFT that it alone writes
-TO_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 
 
 def of_sd_scripts(rows: int, columns: int, folder: Path) -> tuple[Path, Path]:
