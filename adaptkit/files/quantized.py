@@ -102,8 +102,10 @@ class Quantization:
         """Bytes that reading a tensor takes beside what is stored and what is read."""
         if info.dtype not in BLOCKED:
             return 0
-        beside = 2 * self.wide_bytes(info)  # places and scales
-        return min(beside, 16 * CHUNK) if info.dtype in IN_PIECES else beside
+        wide = self.wide_bytes(info)
+        if info.dtype in IN_PIECES:
+            return min(2 * wide, 16 * CHUNK)
+        return wide if info.dtype == "INT8" else 2 * wide  # rotated ones, or places and scales
 
 
 def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from tests.ops.peak_files import (
 
 SIZES = ((1280, 1280), (2560, 1280), (1024, 4096))
 FIXED = 2_500_000  # bytes: tables, code that is loaded, pages of 4 KB
+MALLOC = {"MMAP_THRESHOLD_": 1 << 17, "TRIM_THRESHOLD_": 1 << 17, "ARENA_MAX": 1}
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
@@ -127,8 +129,9 @@ class Batch:
 
         def most(jobs: list[dict[str, Any]]) -> int:
             command = [sys.executable, "-c", BATCH, str(self.recipe(folder, jobs))]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            return 1024 * int(said)
+            kept = os.environ | {f"MALLOC_{name}": str(n) for name, n in MALLOC.items()}
+            said = subprocess.run(command, check=True, capture_output=True, text=True, env=kept)
+            return 1024 * int(said.stdout)
 
         return 2 * (most(self.jobs) - most(self.like))
 
@@ -232,8 +235,8 @@ def give_back() -> None:
     """Let the C library give freed blocks back to the system at once, not keep them for later."""
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        for parameter, value in ((-3, 1 << 17), (-1, 1 << 17), (-8, 1)):
-            library.mallopt(parameter, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+        for parameter, value in zip((-3, -1, -8), MALLOC.values(), strict=True):
+            library.mallopt(parameter, value)  # in the order of MALLOC
 
 
 def rows_of(only: list[str], sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int, int]]:
