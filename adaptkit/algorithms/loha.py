@@ -81,7 +81,12 @@ class Loha(Weights):
         return stored
 
     def delta(self) -> Tensor:
-        return self.w1.dense().mul_(self.scale).mul_(self.w2.dense())
+        from adaptkit.linalg.precision import row_blocks
+
+        whole = self.w1.dense().mul_(self.scale)
+        for rows in row_blocks(whole):  # the second product is never in memory as a whole
+            whole[..., rows, :].mul_(_rows(self.w2, rows).dense())
+        return whole
 
     @property
     def rows(self) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,12 +19,24 @@ from typing import Any
 
 import torch
 
-from adaptkit.ops import advise, combine, compare, convert, extract, merge, resize
+from adaptkit.ops import advise, batch, combine, compare, convert, extract, merge, resize
 from adaptkit.steps import peak_memory
-from tests.ops.peak_files import KINDS, PEFT, adapter, checkpoints
+from tests.ops.peak_files import (
+    KINDS,
+    PACKED,
+    PEFT,
+    TO_Q,
+    TO_Q_OF_DIFFUSERS,
+    adapter,
+    checkpoints,
+    of_sd_scripts,
+    packed,
+    recipe,
+)
 
 SIZES = ((1280, 1280), (2560, 1280), (1024, 4096))
 FIXED = 2_500_000  # bytes: tables, code that is loaded, pages of 4 KB
+MALLOC = {"MMAP_THRESHOLD_": 1 << 17, "TRIM_THRESHOLD_": 1 << 17, "ARENA_MAX": 1}
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
@@ -47,6 +61,17 @@ def peak(call: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
+# the most that one of the processes held which a batch started, in kilobytes
+BATCH = """
+import resource, sys
+from pathlib import Path
+from adaptkit.ops import batch
+report = batch.run(batch.plan(Path(sys.argv[1]), batch.Options(jobs=2, overwrite=True)))
+assert report.count("done") == 2
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 @dataclass(frozen=True)
 class Case:
     """One command on files whose largest layer is `rows` × `columns`."""
@@ -58,8 +83,10 @@ class Case:
 
     @property
     def output(self) -> str:
-        """A folder for keys of PEFT, else a file."""
+        """A folder for keys of PEFT, a GGUF for one that keeps its types, else a file."""
         first = self.inputs[0]
+        if self.op is merge and first.suffix == ".gguf":
+            return "made.gguf"
         return "made" if isinstance(first, Path) and first.is_dir() else "made.safetensors"
 
     def plan(self, folder: Path) -> Any:
@@ -80,6 +107,35 @@ class Case:
         return peak(lambda: self.op.run(plan))
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Two jobs in processes of their own, `like` the same ones of a small layer."""
+
+    label: str
+    jobs: list[dict[str, Any]]
+    like: list[dict[str, Any]]
+
+    def recipe(self, folder: Path, jobs: list[dict[str, Any]]) -> Path:
+        for used in folder.glob("recipe*"):
+            used.unlink()
+        return recipe(folder / "recipe.toml", jobs)
+
+    def promised(self, folder: Path) -> int:
+        plan = batch.plan(self.recipe(folder, self.jobs), batch.Options(jobs=2, overwrite=True))
+        return int(batch.preview(plan).peak_memory)
+
+    def taken(self, folder: Path) -> int:
+        """Twice what one process holds beyond what it does for a small layer: libraries."""
+
+        def most(jobs: list[dict[str, Any]]) -> int:
+            command = [sys.executable, "-c", BATCH, str(self.recipe(folder, jobs))]
+            kept = os.environ | {f"MALLOC_{name}": str(n) for name, n in MALLOC.items()}
+            said = subprocess.run(command, check=True, capture_output=True, text=True, env=kept)
+            return 1024 * int(said.stdout)
+
+        return 2 * (most(self.jobs) - most(self.like))
+
+
 EXTRACTS: dict[str, dict[str, Any]] = {
     "lora": {}, "rank 4": {"rank": 4}, "rank 128": {"rank": 128}, "exact": {"svd": "exact"},
     "lokr": {"algo": "lokr"}, "lokr factor 2": {"algo": "lokr", "factor": 2},
@@ -89,10 +145,13 @@ EXTRACTS: dict[str, dict[str, Any]] = {
 
 
 # kinds whose change depends on the weight: it is given
-BASED = ("dora", "dora-input", "oft", "boft", "glora", "ia3", "tlora")
+BASED = ("dora", "dora-input", "oft", "boft", "glora", "ia3", "tlora", "pissa", "olora")
 CONVERTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((kind, {"algo": "full"}) for kind in ("lora", "lokr", "dora", "oft", "boft")),
-    *((kind, {"algo": "lora"}) for kind in ("lokr", "full", "hra", "dora")),
+    *(
+        (kind, {"algo": "lora"})
+        for kind in ("lokr", "full", "hra", "dora", "fourierft", "pissa", "olora")
+    ),
     ("lora", {"algo": "lokr"}),
     ("lora", {"dtype": "fp16"}),
 )
@@ -108,7 +167,23 @@ COMPARES = (  # the last one: with the base
 )
 
 
-def cases(folder: Path, rows: int, columns: int) -> Iterator[Case]:
+def jobs_of(folder: Path, rows: int, columns: int) -> list[dict[str, Any]]:
+    """Two extractions, for `batch`."""
+    base, tuned = (
+        str(folder / f"{name}-{rows}-{columns}.safetensors") for name in ("base", "tuned")
+    )
+    return [
+        {
+            "command": "extract",
+            "base": base,
+            "tuned": tuned,
+            "output": f"made-{n}.safetensors",
+        }
+        for n in range(2)
+    ]
+
+
+def cases(folder: Path, rows: int, columns: int) -> Iterator[Case | Batch]:
     """Every verb on a layer of this size, with the files that it takes."""
     size = rows, columns
     at = checkpoints(*size, folder)
@@ -123,14 +198,30 @@ def cases(folder: Path, rows: int, columns: int) -> Iterator[Case]:
         yield Case(f"merge {kind} verify", merge, (at["base"], [(at[kind], 1.0)]), {"verify": True})
     for kind in ("lora", "oft"):
         yield Case(f"merge {kind} fp8", merge, (at["fp8"], [(at[kind], 1.0)]), {})
+    for kind in PACKED:
+        base_of = packed(kind, *size, folder)
+        yield Case(f"merge lora {kind}", merge, (base_of, [(at["lora"], 1.0)]), {})
+        yield Case(f"merge oft {kind}", merge, (base_of, [(at["oft"], 1.0)]), {})
+        yield Case(f"extract lora {kind}", extract, (base_of, at["tuned"]), {})
+        yield Case(f"extract energy {kind}", extract, (base_of, at["tuned"]), {"energy": 0.5})
+    sdxl, turned = of_sd_scripts(*size, folder)
+    yield Case("merge kohya-oft", merge, (sdxl, [(turned, 1.0)]), {"family": "sdxl"})
+    yield Batch("batch --jobs 2", jobs_of(folder, *size), jobs_of(folder, 64, 64))
     yield Case("advise", advise, pair, {})
     for one, other, options in COMPARES:
         given = base if options else {}
         yield Case(f"compare {one} {other}", compare, ((at[one], 1.0), (at[other], 1.0)), given)
     for kind, options in CONVERTS:
         label = " ".join(map(str, options.values()))
-        given = base if kind in ("hra", *BASED) else {}
+        given = base if kind in ("hra", "fourierft", *BASED) else {}
         yield Case(f"convert {kind} {label}", convert, (at[kind],), {**options, **given})
+    sd: dict[str, Any] = {"family": "sdxl"}
+    adalora = adapter("adalora", *size, folder, TO_Q_OF_DIFFUSERS)
+    yield Case("convert adalora lora", convert, (adalora,), {"algo": "lora", **sd})
+    loha = adapter("loha", *size, folder, f"lora_unet_{TO_Q.replace('.', '_')}")
+    for algo in ("full", "lora"):
+        yield Case(f"convert loha {algo}", convert, (loha,), {"algo": algo, **sd})
+    yield Case("resize loha lora", resize, (loha,), {"algo": "lora", "rank": 8, **sd})
     for kind, rank in (("full", 16), ("lora", 4), ("lokr", 4), ("dora", 4)):
         yield Case(f"resize {kind}", resize, (at[kind],), {"rank": rank})
     yield Case("resize oft lora", resize, (at["oft"],), {"rank": 8, "algo": "lora", **base})
@@ -144,8 +235,8 @@ def give_back() -> None:
     """Let the C library give freed blocks back to the system at once, not keep them for later."""
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        for parameter, value in ((-3, 1 << 17), (-1, 1 << 17), (-8, 1)):
-            library.mallopt(parameter, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+        for parameter, value in zip((-3, -1, -8), MALLOC.values(), strict=True):
+            library.mallopt(parameter, value)  # in the order of MALLOC
 
 
 def rows_of(only: list[str], sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int, int]]:
