@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._drawn import permuted
 from adaptkit.algorithms._foreign import Applied, OfPeft, number, seed
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import by_end
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._settings import Wanted
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class FourierFt(OfPeft, Applied):
     """ΔW = scale · Re F⁻¹(S).   coefficients: (..., k), the entries of S (m, n) that are not zero
 
