@@ -360,7 +360,7 @@ class Checkpoint:
         )
         return self.stored_bytes(pieces) + sum(
             self._share(piece, self.quantization.wide_bytes(info))
-            + self.quantization.unpacking_bytes(info)
+            + (0 if (packed := self.source.packed(piece.name)) is None else packed.unpacking_bytes)
             for piece, info in wide
         )
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     # LoRA of up (..., m, r), down (..., r, n·K) and a kernel, of scale 1
     Make = Callable[[Tensor, Tensor, tuple[int, ...]], Weights]
 
-__all__ = ["SingularValues", "by_cores", "by_singular_values", "cut_stack"]
+__all__ = ["NOTHING", "SingularValues", "by_cores", "by_singular_values", "cut_stack"]
 
 # share of the first energy: smaller ones are the rounding of float64, not a rank
 NOTHING = 1e-14

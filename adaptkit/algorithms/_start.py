@@ -23,7 +23,9 @@ def leading(weight: Tensor, rank: int) -> LowRank:
 
 
 def leading_bytes(rows: int, columns: int) -> int:
-    """Bytes that `leading` takes beside W: a Gram matrix, and the workspace of LAPACK."""
+    """Bytes that `leading` takes beside W: a Gram matrix in float64 that its eigenvectors
+    overwrite, and the workspace of LAPACK.
+    """
     return 24 * min(rows, columns) ** 2 + min(12 * min(rows, columns) ** 2, KEPT)
 
 

@@ -20,6 +20,7 @@ from adaptkit.algorithms._factor import (
 )
 from adaptkit.algorithms._kron_ladder import ladder_errors, ladder_errors_of_stack
 from adaptkit.algorithms._kron_shapes import first_shape, full_from, second_factor, second_shape
+from adaptkit.algorithms._lora_cut import NOTHING
 from adaptkit.algorithms._parts import grouped
 from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import roles, scaling
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 # of a module: a smaller full first factor costs less than the error of cutting its rank
 SMALL_PART = 0.25
-NOTHING = 1e-14  # of the first energy: smaller ones are the rounding of float64, not a rank
 GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: it guesses every smaller factor
 W1_FORMS = (("w1",), ("w1_a", "w1_b"))
 W2_FORMS = (("w2",), ("w2_a", "w2_b"), ("t2", "w2_a", "w2_b"))

@@ -13,9 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.files.dtypes import IN_PIECES
 from adaptkit.files.header import BLOCKED, nbytes
-from adaptkit.files.packing import CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,15 +95,6 @@ class Quantization:
     def wide_bytes(self, info: TensorInfo) -> int:
         """Bytes of a tensor that `widens`, after reading."""
         return nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
-
-    def unpacking_bytes(self, info: TensorInfo) -> int:
-        """Bytes that reading a tensor takes beside what is stored and what is read."""
-        if info.dtype not in BLOCKED:
-            return 0
-        wide = self.wide_bytes(info)
-        if info.dtype in IN_PIECES:
-            return min(2 * wide, 16 * CHUNK)
-        return wide if info.dtype == "INT8" else 2 * wide  # rotated ones, or places and scales
 
 
 def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:

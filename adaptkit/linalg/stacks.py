@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "TINY",
     "Asked",
     "Found",
     "asked_energies",
@@ -43,7 +44,7 @@ __all__ = [
 BLOCKS, MORE, FEW = 4, 6, 8
 SPARE = 16  # columns of a block beside the rank
 SHIFT = 1e-10  # of each column's ‖·‖²: keeps the Gram matrix of dependent columns definite
-TINY = 1e-60  # and of zero ones
+TINY = 1e-60  # and of zero ones, which stay zero
 # of ‖A‖²: below it, float32 rounding of the space shows in what is left over
 FINE = 1e-6
 # what a rough space leaves out, as `DEPENDENT`: its third block holds squares of small σ / σ₁

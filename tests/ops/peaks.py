@@ -8,14 +8,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -35,6 +36,7 @@ from tests.ops.peak_files import (
 )
 
 SIZES = ((1280, 1280), (2560, 1280), (1024, 4096))
+LOADING = 4.0  # seconds
 FIXED = 2_500_000  # bytes: tables, code that is loaded, pages of 4 KB
 MALLOC = {"MMAP_THRESHOLD_": 1 << 17, "TRIM_THRESHOLD_": 1 << 17, "ARENA_MAX": 1}
 STATUS = Path("/proc/self/status")
@@ -45,8 +47,8 @@ def available() -> bool:
     return STATUS.exists() and RESET.exists()
 
 
-def _status(key: str) -> int:
-    lines = STATUS.read_text(encoding="ascii").splitlines()
+def _status(key: str, path: Path = STATUS) -> int:
+    lines = path.read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
@@ -61,15 +63,40 @@ def peak(call: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
-# the most that one of the processes held which a batch started, in kilobytes
-BATCH = """
-import resource, sys
-from pathlib import Path
-from adaptkit.ops import batch
-report = batch.run(batch.plan(Path(sys.argv[1]), batch.Options(jobs=2, overwrite=True)))
-assert report.count("done") == 2
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
+class Children:
+    """What the processes of a batch hold at most, beyond what they held after the first small jobs."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.done = first, 0
+        self.held: dict[Path, list[int]] = {}
+        self.most: dict[Path, int] = {}
+
+    def told(self, _: object) -> None:
+        """After each job: the processes wait for the next one, or have just begun it."""
+        self.done += 1
+        if self.done == 1:  # the others load libraries, and no job is given out meanwhile
+            time.sleep(LOADING)
+        for folder in _children():
+            if self.done <= self.first:
+                held = self.held.setdefault(folder, [])
+                held.append(_status("VmRSS", folder / "status"))
+                (folder / "clear_refs").write_text("5", encoding="ascii")
+            else:
+                most = _status("VmHWM", folder / "status")
+                self.most[folder] = max(most, self.most.get(folder, 0))
+
+    @property
+    def taken(self) -> int:
+        # one of them may have begun a large job
+        return sum(most - min(self.held[folder][-2:]) for folder, most in self.most.items())
+
+
+def _children() -> Iterator[Path]:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended
+            text = stat.read_text(encoding="utf-8", errors="replace")
+            if int(text.rpartition(")")[2].split()[1]) == os.getpid():
+                yield stat.parent
 
 
 @dataclass(frozen=True)
@@ -109,31 +136,28 @@ class Case:
 
 @dataclass(frozen=True)
 class Batch:
-    """Two jobs in processes of their own, `like` the same ones of a small layer."""
+    """Jobs in as many processes, which do small ones first: libraries are loaded then."""
 
     label: str
-    jobs: list[dict[str, Any]]
-    like: list[dict[str, Any]]
+    small: list[dict[str, Any]]
+    large: list[dict[str, Any]]
 
-    def recipe(self, folder: Path, jobs: list[dict[str, Any]]) -> Path:
+    def plan(self, folder: Path, jobs: list[dict[str, Any]]) -> Any:
         for used in folder.glob("recipe*"):
             used.unlink()
-        return recipe(folder / "recipe.toml", jobs)
+        made = recipe(folder / "recipe.toml", jobs)
+        return batch.plan(made, batch.Options(jobs=len(self.large), overwrite=True))
 
     def promised(self, folder: Path) -> int:
-        plan = batch.plan(self.recipe(folder, self.jobs), batch.Options(jobs=2, overwrite=True))
-        return int(batch.preview(plan).peak_memory)
+        return int(batch.preview(self.plan(folder, self.large)).peak_memory)
 
     def taken(self, folder: Path) -> int:
-        """Twice what one process holds beyond what it does for a small layer: libraries."""
-
-        def most(jobs: list[dict[str, Any]]) -> int:
-            command = [sys.executable, "-c", BATCH, str(self.recipe(folder, jobs))]
-            kept = os.environ | {f"MALLOC_{name}": str(n) for name, n in MALLOC.items()}
-            said = subprocess.run(command, check=True, capture_output=True, text=True, env=kept)
-            return 1024 * int(said.stdout)
-
-        return 2 * (most(self.jobs) - most(self.like))
+        children = Children(len(self.small))
+        kept = {f"MALLOC_{name}": str(number) for name, number in MALLOC.items()}
+        with mock.patch.dict(os.environ, kept):
+            report = batch.run(self.plan(folder, self.small + self.large), tell=children.told)
+        assert report.count("done") == len(self.small + self.large)
+        return children.taken
 
 
 EXTRACTS: dict[str, dict[str, Any]] = {
@@ -167,25 +191,26 @@ COMPARES = (  # the last one: with the base
 )
 
 
-def jobs_of(folder: Path, rows: int, columns: int) -> list[dict[str, Any]]:
-    """Two extractions, for `batch`."""
+def jobs_of(name: str, count: int, folder: Path, rows: int, columns: int) -> list[dict[str, Any]]:
+    """So many extractions, for `batch`."""
     base, tuned = (
-        str(folder / f"{name}-{rows}-{columns}.safetensors") for name in ("base", "tuned")
+        str(folder / f"{side}-{rows}-{columns}.safetensors") for side in ("base", "tuned")
     )
     return [
         {
             "command": "extract",
             "base": base,
             "tuned": tuned,
-            "output": f"made-{n}.safetensors",
+            "output": f"{name}-{n}.safetensors",
         }
-        for n in range(2)
+        for n in range(count)
     ]
 
 
 def cases(folder: Path, rows: int, columns: int) -> Iterator[Case | Batch]:
     """Every verb on a layer of this size, with the files that it takes."""
     size = rows, columns
+    checkpoints(64, 64, folder)
     at = checkpoints(*size, folder)
     at |= {kind: adapter(kind, *size, folder) for kind in (*KINDS, *PEFT)}
     pair, base = (at["base"], at["tuned"]), {"base": at["base"]}
@@ -206,7 +231,9 @@ def cases(folder: Path, rows: int, columns: int) -> Iterator[Case | Batch]:
         yield Case(f"extract energy {kind}", extract, (base_of, at["tuned"]), {"energy": 0.5})
     sdxl, turned = of_sd_scripts(*size, folder)
     yield Case("merge kohya-oft", merge, (sdxl, [(turned, 1.0)]), {"family": "sdxl"})
-    yield Batch("batch --jobs 2", jobs_of(folder, *size), jobs_of(folder, 64, 64))
+    yield Batch(
+        "batch --jobs 2", jobs_of("small", 4, folder, 64, 64), jobs_of("large", 2, folder, *size)
+    )
     yield Case("advise", advise, pair, {})
     for one, other, options in COMPARES:
         given = base if options else {}

@@ -18,7 +18,7 @@ from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
 from adaptkit.ops.difference.probe import steps_of
 from adaptkit.ops.difference.working import energies_bytes, svd_bytes
 from adaptkit.ops.extract.recipe import FitRecipe
-from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
+from adaptkit.ops.ranks.options import MAX_RANK, Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
     Closing,
     LeftOut,
@@ -39,13 +39,12 @@ if TYPE_CHECKING:
     from adaptkit.ops.difference.probe import Probe
     from adaptkit.ops.ranks.rules.contract import Policy
 
-__all__ = ["MAX_RANK", "Options", "Plan", "plan"]
+__all__ = ["Options", "Plan", "plan"]
 
 
 AUTO = "auto"  # instead of an algorithm: the best one for each layer
 DEFAULT_FACTOR = 8
 DEFAULT_RANK = 32
-MAX_RANK = 128  # the end of the ladder from which a rule chooses, unless --max-rank is given
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint import Piece
-from adaptkit.files.header import BLOCKED, DTYPES, nbytes
+from adaptkit.files.header import DTYPES, nbytes
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
     dense = max((kind.applying(*_matrix(info.shape)) for kind in kinds), default=0)
     if base.quantization.widens(info):  # kept as decoded, and divided by the new scales
         beside = 4 * info.numel + max(dense, 4 * info.numel)
-        if info.dtype in BLOCKED:  # read once more, to be packed in pieces
-            beside += info.nbytes + base.quantization.unpacking_bytes(info)
+        if merge.packed is not None:  # read once more, to be packed
+            beside += info.nbytes + merge.packed.unpacking_bytes
     else:
         beside = max(dense, 12 * min(info.numel, BLOCK))  # three blocks are measured in the end
     return info.nbytes + 4 * info.numel + beside, own

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
     Measure = Callable[[Sequence[int]], int]
 
-__all__ = ["Allocation", "RankCurve", "least_bytes", "least_error"]
+__all__ = ["SPARE", "Allocation", "RankCurve", "least_bytes", "least_error"]
 
 
 CORE = 64  # modules that an exchange may involve
+SPARE = 1e-4  # of the size of a file: a smaller rest is not worth another budget
 STATES = 1 << 18  # partial exchanges tried in all: 30 ms
 
 
