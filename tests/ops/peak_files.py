@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ LAYER, OTHER = "blocks.0.layer.weight", "blocks.1.layer.weight"
 # a module of SDXL: a kind may need to know what it is, as the OFT that sd-scripts alone writes
 TO_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
 TO_Q_OF_DIFFUSERS = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-PACKED = ("nf4", "int8", "nvfp4", "Q8_0")
+# GGUF needs a package
+PACKED = ("nf4", "int8", "nvfp4", *(("Q8_0",) if find_spec("gguf") else ()))
 KINDS = ("lora", "lokr", "lokr-factored", "loha", "dora", "dora-input", "oft", "boft", "glora", "ia3", "tlora", "full")  # fmt: skip
 # kinds of PEFT alone, with what their configurations state
 PEFT: dict[str, dict[str, Any]] = {

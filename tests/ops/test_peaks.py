@@ -19,6 +19,7 @@ CHEAP = [
     "merge hra", "merge miss-bat", "merge peft-oft", "merge lora fp8", "merge oft verify",
     "combine lora lokr", "combine ties", "compare lora lokr", "compare oft tuned",
     "convert lora full", "convert oft full", "resize full", "resize dora base",
+    "extract lora nf4", "merge lora int8", "merge fourierft", "convert loha lora",
 ]  # fmt: skip
 
 
