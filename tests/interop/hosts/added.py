@@ -103,7 +103,7 @@ def put(model: torch.nn.Module, path: str, numbers: torch.Tensor) -> torch.nn.Mo
     else:
         layer = torch.nn.Linear(columns, rows, device="meta")
     layer.weight = torch.nn.Parameter(numbers, requires_grad=False)
-    layer.bias = torch.nn.Parameter(torch.zeros(1).expand(rows), requires_grad=False)
+    layer.bias = torch.nn.Parameter(numbers.new_zeros(1).expand(rows), requires_grad=False)
     model.add_module(last, layer)
     return layer
 
@@ -193,7 +193,3 @@ class Sum(Result):
 
     def names(self, row: Row) -> tuple[Name, ...]:
         return names_in(row, self.naming)
-
-
-def component(family: str, name: str) -> Component:
-    return families()[family].component(name)

@@ -18,7 +18,7 @@ from adaptkit.hosts import hosts
 from adaptkit.hosts._measured import FOLDER
 from adaptkit.hosts.contract import UNETS
 from adaptkit.keymap import prefixes
-from tests.interop.hosts import a1111, comfyui, diffusers, forge, invokeai, kohya, sdnext
+from tests.interop.hosts import a1111, comfyui, diffusers, forge, invokeai, kohya, sdnext, wan2gp
 from tests.interop.hosts.files import CHOICES as CHOSEN
 from tests.interop.hosts.files import File, Part, make, namings
 from tests.interop.hosts.loaded import Loaded, RefusedError
@@ -55,6 +55,7 @@ LOADERS: Mapping[str, Loader] = {
     ),
     "diffusers": Loader(diffusers.load, diffusers.version(), "2026-11", "run"),
     "sdnext": Loader(sdnext.load, sdnext.version(), sdnext.DATE, "run"),
+    "wan2gp": Loader(wan2gp.load, wan2gp.version(), wan2gp.DATE, "run"),
 }
 
 
@@ -121,6 +122,9 @@ def _tried_under(
             whole = make(family, format, naming, form, "everything", blocks, wanted)
             if whole is None:
                 return
+            if host == "wan2gp":  # one strange name, and it refuses a file
+                kept = tuple(p for p in whole.parts if wan2gp.has(family, p.slot.target))
+                whole = replace(whole, parts=kept)
             yield from ((part, False) for part in whole.parts)
             taken = _taken(host, whole, blocks)
             if taken is None:
@@ -186,6 +190,8 @@ UNMEASURED: Mapping[str, frozenset[str]] = {
     "a1111": frozenset({"sd3"}),
     # it gives the files of these to diffusers, in a version that it pins
     "sdnext": frozenset(families()) - set(sdnext.TYPES),
+    # of its models these alone were built
+    "wan2gp": frozenset(families()) - set(wan2gp.MODELS),
 }
 # parts of a model of which the code that was read does not tell how they are adapted
 UNTRIED = {("comfyui", "ltx2"): ("connectors", "text_projection")}

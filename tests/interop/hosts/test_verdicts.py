@@ -32,6 +32,7 @@ SHARE = {
     "kohya": 40,
     "diffusers": 120,
     "sdnext": 400,
+    "wan2gp": 400,
 }
 CASES = [
     (host, family)
@@ -96,7 +97,7 @@ def test_every_verdict(host: str, family: str, tmp_path: Path) -> None:
 RECORDED = [
     ("comfyui", "flux"), ("comfyui", "lumina2"), ("invokeai", "flux"), ("invokeai", "wan"), ("kohya", "sd1"), ("kohya", "anima"),
     ("diffusers", "krea2"), ("comfyui", "qwen-image-21"), ("forge", "flux"), ("a1111", "sd2"),
-    ("sdnext", "sd3"),
+    ("sdnext", "sd3"), ("wan2gp", "qwen-image"),
 ]  # fmt: skip
 
 
