@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adaptkit.detect import families
-from tests.interop.hosts.added import Sum, layers, loaded, narrowed, on_probe, put
+from tests.interop.hosts.added import Sum, layers, loaded, narrowed, on_probe, put, tensors_of
 from tests.interop.hosts.diffusers import ABSENT as LACKING
 from tests.interop.hosts.files import File
 from tests.interop.hosts.loaded import Loaded, RefusedError
@@ -111,7 +111,7 @@ def naming(family: str, component: str) -> str:
 def load(file: File, blocks: int | None) -> Loaded:
     """The modules that it loads right, out of a model with this many blocks of each kind."""
     file = narrowed(file)
-    tensors = file.tensors()
+    tensors = tensors_of(file)
     added = _added(file.family, tensors, blocks)
     results = {}
     for component in {part.slot.component for part in file.parts}:

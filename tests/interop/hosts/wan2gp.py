@@ -23,7 +23,7 @@ import torch
 from adaptkit.detect import families
 from adaptkit.keymap.rows import find_row
 from adaptkit.names import Target
-from tests.interop.hosts.added import Sum, layers, loaded, names_in, narrowed, put
+from tests.interop.hosts.added import Sum, layers, loaded, names_in, narrowed, put, tensors_of
 from tests.interop.hosts.diffusers import probe
 from tests.interop.hosts.files import File, is_denoiser
 from tests.interop.hosts.loaded import Loaded, RefusedError
@@ -197,7 +197,7 @@ def has(family: str, target: Target) -> bool:
 def load(file: File, blocks: int | None) -> Loaded:
     """The modules that it loads right, out of a model with this many blocks of each kind."""
     file = narrowed(file)
-    tensors = file.tensors()
+    tensors = tensors_of(file)
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         added = dict(_added(file.family, tensors, blocks))
     part = next(part.name for part in families()[file.family].components if is_denoiser(part.name))
