@@ -164,6 +164,9 @@ def _unmeasured(host: Host, adapter: Adapter, pieces: tuple[Piece, ...]) -> str:
 
 def _knows(host: Host, format: str, family: str, pieces: tuple[Piece, ...]) -> bool:
     """Whether a host was tried with every module of a file under its name."""
+    untried = host.untried.get(family)
+    if untried and any(re.search(untried, str(piece.slot.target)) for piece in pieces):
+        return False
     table = _table(host, format, family, pieces)
     told = {(piece.slot.component, piece.names): piece for piece in pieces}  # few rows, many blocks
     return all(reads(table, piece) is not None for piece in told.values())

@@ -237,8 +237,9 @@ class Host:
     `always` are losses in every format. `writes` are the formats to write by family, the better
     first ("" for all other families), `dialect` is how it wants them. The host loads nothing for
     families in `unsupported`, for the reason given there. `also` are other names for it, and
-    programs that take the same files. `refuses` is the loss of a file with more keys than
-    `spare` that it finds no place for, if there is such a limit.
+    programs that take the same files. `untried` are patterns of layers, by family, whose names no
+    table is about, as the model that was tried has none. `refuses` is the loss of a file with more
+    keys than `spare` that it finds no place for, if there is such a limit.
     """
 
     name: str
@@ -252,6 +253,7 @@ class Host:
     dialect: Dialect | None = None
     unsupported: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     also: tuple[str, ...] = ()
+    untried: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     spare: int | None = None
     refuses: Loss = NOTHING
 

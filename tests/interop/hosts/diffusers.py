@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from adaptkit.detect import families
-from adaptkit.families.contract import Kind
+from adaptkit.families.contract import Kind, Name, Row
 from adaptkit.keymap.rows import find_row
 from adaptkit.names import Rows
 from tests.interop.hosts.files import File, Part, _shape, _share, is_denoiser
@@ -246,12 +246,15 @@ class Result:
         self.family, self.component = families()[family], component
         self.found: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
+    def names(self, row: Row) -> tuple[Name, ...]:
+        """The layers of the model that hold a row of the family's table."""
+        return row.names["diffusers"]
+
     def right(self, part: Part, expected: torch.Tensor, magnitude: torch.Tensor | None) -> bool:
         hit = find_row(self.family, self.component, part.slot.target.module)
         assert hit is not None
         row, indices = hit
-        names = row.names["diffusers"]
-        added = [(name, self.found.get(fill(name.module, indices))) for name in names]
+        added = [(name, self.found.get(fill(name.module, indices))) for name in self.names(row)]
         if part.swapped:
             expected = expected.roll(len(expected) // 2)
         here = _bounds(part.slot.rows)

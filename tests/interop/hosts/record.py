@@ -18,7 +18,7 @@ from adaptkit.hosts import hosts
 from adaptkit.hosts._measured import FOLDER
 from adaptkit.hosts.contract import UNETS
 from adaptkit.keymap import prefixes
-from tests.interop.hosts import a1111, comfyui, diffusers, forge, invokeai, kohya
+from tests.interop.hosts import a1111, comfyui, diffusers, forge, invokeai, kohya, sdnext, wan2gp
 from tests.interop.hosts.files import CHOICES as CHOSEN
 from tests.interop.hosts.files import File, Part, make, namings
 from tests.interop.hosts.loaded import Loaded, RefusedError
@@ -54,6 +54,8 @@ LOADERS: Mapping[str, Loader] = {
         lambda file, blocks: forge.load(file), forge.VERSION, forge.DATE, "described", forge.places
     ),
     "diffusers": Loader(diffusers.load, diffusers.version(), "2026-11", "run"),
+    "sdnext": Loader(sdnext.load, sdnext.version(), sdnext.DATE, "run"),
+    "wan2gp": Loader(wan2gp.load, wan2gp.version(), wan2gp.DATE, "run"),
 }
 
 
@@ -120,15 +122,29 @@ def _tried_under(
             whole = make(family, format, naming, form, "everything", blocks, wanted)
             if whole is None:
                 return
+            if host == "wan2gp":  # one strange name, and it refuses a file
+                kept = tuple(p for p in whole.parts if wan2gp.has(family, p.slot.target))
+                whole = replace(whole, parts=kept)
             yield from ((part, False) for part in whole.parts)
             taken = _taken(host, whole, blocks)
             if taken is None:
                 continue
             right = outcome(host, taken, blocks)
             yield from ((part, part.stem in right) for part in taken.parts)
-            yield from _others(host, family, whole, taken, blocks)
+            if (host, format, family) in APART:
+                yield from _chosen(host, whole, blocks)
+            else:
+                yield from _others(host, family, whole, taken, blocks)
             if (host, format, family) not in SPELLED:
                 return
+
+
+def _chosen(host: str, whole: File, blocks: int | None) -> Iterator[tuple[Part, bool]]:
+    """Every choice of a file's modules that is loaded by itself."""
+    for choice in CHOICES:
+        kept = tuple(part for part in whole.parts if CHOSEN[choice](part))
+        right = outcome(host, replace(whole, choice=choice, parts=kept), blocks) if kept else set()
+        yield from ((part, part.stem in right) for part in kept)
 
 
 def _others(
@@ -172,11 +188,17 @@ UNMEASURED: Mapping[str, frozenset[str]] = {
     "comfyui": frozenset({"ovis-image", "hidream-o1"}),
     # its names are in a file that was not found
     "a1111": frozenset({"sd3"}),
+    # it gives the files of these to diffusers, in a version that it pins
+    "sdnext": frozenset(families()) - set(sdnext.TYPES),
+    # of its models these alone were built
+    "wan2gp": frozenset(families()) - set(wan2gp.MODELS),
 }
 # parts of a model of which the code that was read does not tell how they are adapted
 UNTRIED = {("comfyui", "ltx2"): ("connectors", "text_projection")}
 # converters that go over the blocks of the real model
 COMPLETE = {("peft", "flux"), ("peft", "chroma"), ("xlabs", "flux")}
+# converters that lose what they know beside anything else
+APART = {("sdnext", "kohya", "flux"), ("sdnext", "kohya", "sd3"), ("sdnext", "kohya", "sd35-large")}
 # converters that know other names when the factors are called otherwise
 SPELLED = {("diffusers", "comfy", "z-image")}
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from adaptkit.adapter import Adapter
-from adaptkit.hosts import judge
+from adaptkit.detect import families
+from adaptkit.families.contract import Kind
+from adaptkit.hosts import hosts, judge
 from adaptkit.hosts.contract import Verdict
+from adaptkit.names import Target
+from tests.interop.hosts import wan2gp
 from tests.interop.hosts.files import make
-from tests.synth import write_header_only
+from tests.interop.hosts.sources import ABSENT
+from tests.synth import expand, fill, write_header_only
 
 
 def verdicts(listing: Mapping[str, tuple[str, tuple[int, ...]]], path: Path) -> dict[str, Verdict]:
@@ -135,3 +141,19 @@ def test_a1111_needs_all_projections_of_an_attention(tmp_path: Path) -> None:
     assert found.loads is False
     assert "3 of " in found.why
     assert "all four" in found.why
+
+
+def test_the_layers_that_wan2gp_s_models_have_not_are_said_to_be_untried() -> None:
+    if wan2gp.version() == ABSENT:
+        pytest.skip("the sources of Wan2GP and mmgp are not here")
+    untried, tried = hosts()["wan2gp"].untried, 0
+    for family in wan2gp.MODELS:
+        for part in families()[family].components:
+            for row in part.rows if part.name == "transformer" else ():
+                if row.kind is not Kind.MATRIX:
+                    continue
+                target = Target(part.name, fill(row.target, next(iter(expand(row)))))
+                told = re.search(untried.get(family, "$^"), str(target)) is not None
+                assert told is not wan2gp.has(family, target), target
+                tried += told
+    assert tried > 60

@@ -24,7 +24,16 @@ from tests.interop.hosts.files import FORMS, File, make, namings
 pytestmark = pytest.mark.interop
 
 # of all files of a host, one in so many is tried here: the real loader takes longest
-SHARE = {"a1111": 40, "comfyui": 60, "forge": 40, "invokeai": 40, "kohya": 40, "diffusers": 120}
+SHARE = {
+    "a1111": 40,
+    "comfyui": 60,
+    "forge": 40,
+    "invokeai": 40,
+    "kohya": 40,
+    "diffusers": 120,
+    "sdnext": 400,
+    "wan2gp": 400,
+}
 CASES = [
     (host, family)
     for host in hosts()
@@ -89,6 +98,7 @@ def test_every_verdict(host: str, family: str, tmp_path: Path) -> None:
 RECORDED = [
     ("comfyui", "flux"), ("comfyui", "lumina2"), ("invokeai", "flux"), ("invokeai", "wan"), ("kohya", "sd1"), ("kohya", "anima"),
     ("diffusers", "krea2"), ("comfyui", "qwen-image-21"), ("forge", "flux"), ("a1111", "sd2"),
+    ("sdnext", "sd3"), ("wan2gp", "qwen-image"),
 ]  # fmt: skip
 
 
