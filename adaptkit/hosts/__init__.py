@@ -1,8 +1,9 @@
 """Hosts: the programs that load adapters, and what each really loads.
 
 One file per host, with the attribute `HOST`: what makes it refuse or misread a file. Which names it
-reads is a table in `measured/`, written by `python -m tests.interop.hosts --record`: diffusers is
-run, the others are described from their code in `tests/interop/hosts`.
+reads is a table in `measured/`, written by `python -m tests.interop.hosts --record`: diffusers,
+mflux and stable-diffusion.cpp are run, the others are described from their code in
+`tests/interop/hosts`.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ def test_commands_options_and_names_are_completed(shell: type[ShellComplete]) ->
         "forge",
         "invokeai",
         "kohya",
+        "mflux",
+        "sdcpp",
     ]
     assert offered("merge", "b", "x", "--family", "sdx", shell=shell) == ["sdxl", "sdxl-refiner"]
     assert offered("advise", "b", "x", "--family", "z", shell=shell) == ["z-image"]

@@ -24,7 +24,16 @@ from tests.interop.hosts.files import FORMS, File, make, namings
 pytestmark = pytest.mark.interop
 
 # of all files of a host, one in so many is tried here: the real loader takes longest
-SHARE = {"a1111": 40, "comfyui": 60, "forge": 40, "invokeai": 40, "kohya": 40, "diffusers": 120}
+SHARE = {
+    "a1111": 40,
+    "comfyui": 60,
+    "forge": 40,
+    "invokeai": 40,
+    "kohya": 40,
+    "diffusers": 120,
+    "mflux": 200,
+    "sdcpp": 300,
+}
 CASES = [
     (host, family)
     for host in hosts()
@@ -35,6 +44,8 @@ CASES = [
 
 def current(host: str) -> None:
     """Skip where another version of a real loader is installed than was measured."""
+    if not record.LOADERS[host].there():
+        pytest.skip(f"the sources of {host} are not here: see tests/interop/hosts/{host}.py")
     if record.LOADERS[host].version != measurement(host).version:
         pytest.skip(f"{host} was measured in version {measurement(host).version}")
 
