@@ -42,7 +42,7 @@ def delta(file: File, part: Part, tensors: Mapping[str, torch.Tensor]) -> torch.
             rank = mine["lokr_w2_b"].shape[0]
             scale = (alpha or rank) / rank
             second = (
-                torch.einsum("rsxy,ra,sb->abxy", mine["lokr_t2"], mine["lokr_w2_a"], mine["lokr_w2_b"])
+                torch.einsum("rs...,ra,sb->ab...", mine["lokr_t2"], mine["lokr_w2_a"], mine["lokr_w2_b"])
                 if "lokr_t2" in mine
                 else mine["lokr_w2_a"] @ mine["lokr_w2_b"]
             )  # fmt: skip
@@ -51,7 +51,7 @@ def delta(file: File, part: Part, tensors: Mapping[str, torch.Tensor]) -> torch.
             second = second.reshape(second.shape[0], part.shape[1] // first.shape[1], *part.shape[2:])  # fmt: skip
         while first.dim() < second.dim():
             first = first[..., None]
-        return scale * torch.kron(first, second).flatten(1)
+        return scale * torch.kron(first, second.contiguous()).flatten(1)
     return None
 
 

@@ -35,7 +35,7 @@ from tests.interop.hosts.loaded import Loaded, Place, RefusedError
 from tests.synth import expand, fill
 
 VERSION = "97ac5e6"
-DATE = "2026-06"
+DATE = "2026-12"
 VARIABLE = "ADAPTKIT_MFLUX"
 ROOM = "mflux.models"
 LARGE = 1 << 20

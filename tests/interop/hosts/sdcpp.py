@@ -36,7 +36,7 @@ from tests.interop.hosts.loaded import Loaded, Place, RefusedError
 from tests.synth import FIXTURES, expand, fill, load_listing, write_header_only
 
 VERSION = "97d2990"
-DATE = "2026-08"
+DATE = "2026-12"
 VARIABLE = "ADAPTKIT_SDCPP"
 NARROW = 32  # what widths are divided by
 DENOISER = "model.diffusion_model."

@@ -98,7 +98,8 @@ def test_every_verdict(host: str, family: str, tmp_path: Path) -> None:
 
 RECORDED = [
     ("comfyui", "flux"), ("comfyui", "lumina2"), ("invokeai", "flux"), ("invokeai", "wan"), ("kohya", "sd1"), ("kohya", "anima"),
-    ("diffusers", "krea2"), ("comfyui", "qwen-image-21"), ("forge", "flux"), ("a1111", "sd2"),
+    ("diffusers", "krea2"), ("comfyui", "qwen-image-21"), ("forge", "flux"), ("a1111", "sd2"), ("mflux", "ernie-image"),
+    ("sdcpp", "qwen-image"),
 ]  # fmt: skip
 
 
