@@ -20,6 +20,12 @@ FUSED = (
     "ovis-image",
 )  # fmt: skip
 FIVE = "have factors of five dimensions, at which it ends"
+# of the layers that its models have
+FOUND = r"^transformer\.(patch_embedding|img_in\.proj)$"
+ENDS = (
+    Loss(FIVE, modules=FOUND, algorithms=("lora", "lora+dora"), kernel=3, whole=True),
+    Loss(FIVE, modules=FOUND, suffix="hada_t|lokr_t2", kernel=3, whole=True),
+)
 WINDOW = "have a full `lokr_w2` with a window, which it takes for another product"
 SPLIT = ("bare", "comfy", "diffusers", "kohya", "lycoris", "onetrainer")  # formats that name them
 BEYOND = (
@@ -58,7 +64,10 @@ HOST = Host(
     name="sdcpp",
     also=("sd.cpp", "stable-diffusion.cpp", "stable-diffusion-cpp"),
     title="stable-diffusion.cpp",
-    cells=tuple(Cell(format, FUSED, check=_in_order) for format in SPLIT),
+    cells=(
+        *(Cell(format, FUSED, check=_in_order) for format in SPLIT),
+        *(Cell(format, ("wan", "hunyuan-video-15"), ENDS) for format in ("comfy", "diffusers")),
+    ),
     unread=Loss("are not applied"),
     dialect=Dialect(flat=("lokr_w2",)),
     writes={"": ("comfy", "kohya", "diffusers")},
@@ -69,9 +78,7 @@ HOST = Host(
         Loss("lose their DoRA magnitudes", algorithms=DORA),
         # it takes the last dimension that is not one for the rank
         Loss("have rank 1, for which it divides alpha by the width", rank=1, told=True),
-        Loss(FIVE, algorithms=("lora", "lora+dora"), kernel=3, whole=True),
-        Loss(FIVE, suffix="hada_t", kernel=3, whole=True),
-        Loss("have Tucker cores, at which it ends", suffix="lokr_t2", whole=True),
+        Loss("have Tucker cores, at which it ends", suffix="lokr_t2", kernel=2, whole=True),
         Loss("have Tucker cores, of which it swaps inputs and outputs", suffix="lora_mid|hada_t"),
         Loss(WINDOW, suffix=r"lokr_w2$", kernel=2),
         Loss(WINDOW, suffix=r"lokr_w2$", kernel=3),

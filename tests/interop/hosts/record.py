@@ -151,7 +151,11 @@ def _tried_under(
             yield from ((part, part.stem in right) for part in taken.parts)
             yield from _others(host, family, whole, taken, blocks)
             if (host, format, family) not in SPELLED:
-                return
+                break
+        for form in DIFFERENCES if (host, family) in WINDOWED else ():
+            full = make(family, format, naming, form, "everything", blocks, wanted)
+            right = outcome(host, full, blocks) if full else frozenset[str]()
+            yield from ((part, part.stem in right) for part in (full.parts if full else ()))
 
 
 def _others(
@@ -203,6 +207,9 @@ UNMEASURED: Mapping[str, frozenset[str]] = {
 UNTRIED = {("comfyui", "ltx2"): ("connectors", "text_projection")}
 # converters that go over the blocks of the real model
 COMPLETE = {("peft", "flux"), ("peft", "chroma"), ("xlabs", "flux")}
+# loaders that end at a LoRA of a window in three dimensions: its name is tried with a difference
+WINDOWED = {("sdcpp", "wan"), ("sdcpp", "hunyuan-video-15")}
+DIFFERENCES = ("full",)
 # converters that know other names when the factors are called otherwise
 SPELLED = {("diffusers", "comfy", "z-image"), ("mflux", "bare", "flux")}
 
