@@ -359,7 +359,22 @@ class Checkpoint:
             if self.quantization.widens(self._info(piece))
         )
         return self.stored_bytes(pieces) + sum(
-            self._share(piece, self.quantization.wide_bytes(info)) for piece, info in wide
+            self._share(piece, self.quantization.wide_bytes(info))
+            + (0 if (packed := self.source.packed(piece.name)) is None else packed.unpacking_bytes)
+            for piece, info in wide
+        )
+
+    def held_bytes(self, pieces: tuple[Piece, ...]) -> int:
+        """Memory that these pieces take once they are read."""
+        infos = ((piece, self._info(piece)) for piece in pieces)
+        return sum(
+            self._share(
+                piece,
+                self.quantization.wide_bytes(info)
+                if self.quantization.widens(info)
+                else info.nbytes,
+            )
+            for piece, info in infos
         )
 
     def _info(self, piece: Piece) -> TensorInfo:

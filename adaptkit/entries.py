@@ -158,6 +158,7 @@ class _Reader:
         self.contradicts = False
         # a file has many modules of few shapes
         self._facts: dict[object, Facts] = {}
+        self._lacking: dict[object, str] = {}
 
     def entries(self, names: Iterable[str]) -> dict[Slot, Entry]:
         groups: dict[Slot, dict[str, Parsed]] = {}
@@ -215,13 +216,21 @@ class _Reader:
                 if stored is not None and not kind.bounded:
                     self._compare(slot, facts, stored, first.module)
                 return Entry(slot, kind, keys, facts, value, origin, first.naming, first.swapped)
-        self._refuse(slot, group, failures[0] if failures else self._what(slot, group))
+        self._refuse(slot, group, failures[0] if failures else self._lacks(slot, group))
         return None
 
     def _hollow(self, key: str) -> bool:
         """Whether a tensor is a factor of rank 0."""
         shape = self.source.infos[key].shape
         return len(shape) == 2 and 0 in shape and shape != (0, 0)
+
+    def _lacks(self, slot: Slot, group: Mapping[str, Parsed]) -> str:
+        """`_what`, worked out once for all modules with the same tensors."""
+        roles = tuple(parsed.roles for parsed in group.values())
+        known = (roles, slot.param, self.keys.normed(slot.target))
+        if known not in self._lacking:
+            self._lacking[known] = self._what(slot, group)
+        return self._lacking[known]
 
     def _what(self, slot: Slot, group: Mapping[str, Parsed]) -> str:
         """Why the tensors of a slot are no module: what is missing, if that makes one."""

@@ -68,10 +68,11 @@ def fallback(
     ]
     # braces would be free indices
     stems = Counter({stem: n for stem, n in stems.items() if "{" not in stem})
-    best = max(known, key=lambda f: (_claimed(stems, f), "" not in _parts(f)), default=None)
-    if best is None or not _claimed(stems, best):
+    claimed = {f.name: _claimed(stems, f) for f in known}
+    best = max(known, key=lambda f: (claimed[f.name], "" not in _parts(f)), default=None)
+    if best is None or not claimed[best.name]:
         return None
-    return _family(stems, best), best, _claimed(stems, best)
+    return _family(stems, best), best, claimed[best.name]
 
 
 def _claimed(stems: Mapping[str, int], format: KeyFormat) -> int:

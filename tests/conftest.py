@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from zlib import crc32
 
 os.environ.setdefault(
     "OPENBLAS_NUM_THREADS", "1"
@@ -56,13 +57,38 @@ NUMERIC = (  # what .ci/run runs a second time with other kernels of BLAS
     "test_kernels.py",
 )
 TESTS = Path(__file__).parent
+SEED = "adaptkit"  # of the cases that a share of them takes
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole", action="store_true", help="all cases of the tests of which a share runs"
+    )
+
+
+def _left_out(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases that are not of the seeded share of their test (`share(n)`: one in n, and at least one)."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("share"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    out: set[pytest.Item] = set()
+    for cases in tests.values():
+        marker = cases[0].get_closest_marker("share")
+        assert marker is not None
+        drawn = sorted(cases, key=lambda item: crc32(f"{SEED} {item.nodeid}".encode()))
+        out.update(drawn[-(-len(cases) // marker.args[0]) :])
+    return out
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "slow" not in config.getoption("markexpr"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    slow = "slow" in config.getoption("markexpr")
+    out = {item for item in items if item.get_closest_marker("slow") and not slow}
+    # a case that is named is meant
+    if not config.getoption("whole") and not any("[" in one for one in config.args):
+        out |= _left_out(items)
+    config.hook.pytest_deselected(items=[item for item in items if item in out])
+    items[:] = [item for item in items if item not in out]
     for item in items:
         if any(item.path.is_relative_to(TESTS / path) for path in NUMERIC):
             item.add_marker(pytest.mark.numeric)

@@ -328,6 +328,7 @@ def turned(state: State) -> State:
     return state | {KEY: state[KEY].t().contiguous().t()}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("state", "suffix"),
     [

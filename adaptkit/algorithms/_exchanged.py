@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms.contract import Weights
 from adaptkit.errors import NotRepresentable
 
@@ -16,7 +16,7 @@ __all__ = ["Exchanged", "with_halves_exchanged"]
 BLOCK = 1 << 18  # entries of a block of rows
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Exchanged(Weights):
     """What `inner` does to the weight with its halves exchanged, for kinds that cannot be.
 

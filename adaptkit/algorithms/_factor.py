@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._record import record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,7 @@ class Factor:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Dense(Factor):
     """A matrix stored as it is, (..., m, n)."""
 
@@ -57,7 +58,7 @@ class Dense(Factor):
         return int(self.matrix.shape[-2])
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Product(Factor):
     """left (..., m, r) · right (..., r, n)."""
 
@@ -74,7 +75,7 @@ class Product(Factor):
         return int(self.left.shape[-2])
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Tucker(Factor):
     """Σ_{pq} left[:, p] core[p, q, :] right[q, :].
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms.contract import (
     Decomposition,
     FitSpec,
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     # LoRA of up (..., m, r), down (..., r, n·K) and a kernel, of scale 1
     Make = Callable[[Tensor, Tensor, tuple[int, ...]], Weights]
 
-__all__ = ["SingularValues", "by_cores", "by_singular_values", "cut_stack"]
+__all__ = ["NOTHING", "SingularValues", "by_cores", "by_singular_values", "cut_stack"]
 
 # share of the first energy: smaller ones are the rounding of float64, not a rank
 NOTHING = 1e-14
 
 
-@dataclass(frozen=True)
+@record
 class SingularValues(Decomposition):
     """LoRAs of `rows` × `columns`. A core that is held saves a second decomposition."""
 
@@ -83,7 +84,7 @@ def by_cores(weights: Weights, spec: FitSpec, make: Make) -> list[Decomposition]
     ]
 
 
-@dataclass(frozen=True)
+@record
 class _KeptLoras(KeptStack):
     """LoRAs cut through their core. Their factors, whole and kept, are in float32."""
 
@@ -126,7 +127,7 @@ class _KeptLoras(KeptStack):
         return exact.distance_squared(stored.member(n))
 
 
-@dataclass(frozen=True)
+@record
 class _KeptByRank(KeptStack):
     """A stack in parts of equal ranks.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._drawn import kaiming
 from adaptkit.algorithms._foreign import Applied, OfPeft, seed
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._stored import matched
 from adaptkit.algorithms.contract import Facts, Shapes, Stated
@@ -27,7 +28,7 @@ __all__ = ["Projected"]
 STORED = frozenset({"rows", "inner", "left", "right"})
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Projected(OfPeft, Applied):
     """ΔW = diag(scales) · left[:m] · diag(inner) · right[:, :n].
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Unwritten
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._start import with_product
 from adaptkit.algorithms._wrapping import Wrapping
 from adaptkit.errors import NotRepresentable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Rebased"]
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Rebased(Unwritten, Wrapping):
     """W' = W + scale · up · down − taken(W): what the first factors held is not in the base.
 

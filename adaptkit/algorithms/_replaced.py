@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._rotation import toward
 from adaptkit.algorithms._stored import matched
 from adaptkit.algorithms.contract import Facts, Shapes, Stated, Weights
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Replaced"]
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Replaced(Weights):
     """W' = value (..., m, n); a vector is a column, (..., m, 1). It is stored under one role."""
 

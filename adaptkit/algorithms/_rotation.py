@@ -7,9 +7,9 @@ stored.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
@@ -25,7 +25,7 @@ __all__ = ["COLUMNS", "Rotation", "cayley", "column_blocks", "toward"]
 COLUMNS = 1 << 20  # entries of a weight turned at a time
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Rotation(Weights):
     """Output rows turned by stored blocks, then perhaps rescaled (OFT and BOFT of LyCORIS).
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["leading", "leading_bytes", "with_product"]
 
 
+KEPT = 5_000_000  # bytes of workspace that a BLAS keeps for a thread, as MKL does
+
+
 def leading(weight: Tensor, rank: int) -> LowRank:
     """The leading singular triplets of W (..., m, n), to float64."""
     from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
@@ -20,8 +23,10 @@ def leading(weight: Tensor, rank: int) -> LowRank:
 
 
 def leading_bytes(rows: int, columns: int) -> int:
-    """Bytes that `leading` takes beside W: a Gram matrix, and the workspace of LAPACK."""
-    return 24 * min(rows, columns) ** 2
+    """Bytes that `leading` takes beside W: a Gram matrix in float64 that its eigenvectors
+    overwrite, and the workspace of LAPACK.
+    """
+    return 24 * min(rows, columns) ** 2 + min(12 * min(rows, columns) ** 2, KEPT)
 
 
 def with_product(base: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import OfPeft, count, number
 from adaptkit.algorithms._lora_cut import SingularValues, by_singular_values
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import ALPHA, Facts, FitSpec, Role, Shapes, Stated, Weights
 from adaptkit.errors import NonFinite, NotRepresentable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 TINY = 1e-5  # PEFT adds it to the rank
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class AdaLora(OfPeft):
     """ΔW = scale · up · diag(values) · down.
 

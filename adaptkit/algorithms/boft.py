@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._rotation import Rotation
 from adaptkit.algorithms._stored import Facts, Shapes, Stated, matched
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Boft(Rotation):
     """W' = rescale · B_m ⋯ B_1 W.   blocks: (..., m, n, b, b), rows = n·b   rescale: (..., rows, 1)
 

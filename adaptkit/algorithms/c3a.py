@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import by_end
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._restated import Restated
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class C3a(OfPeft):
     """ΔW[i·b + u, j·b + v] = kernels[i, j, (v − u) mod b] / n.   kernels: (..., m/b, n/b, b)
 

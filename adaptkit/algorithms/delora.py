@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 SMALLEST = 1e-4  # no norm is taken as less
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class DeLora(OfPeft):
     """ΔW = up · diag(weights) · down · diag(norms).
 

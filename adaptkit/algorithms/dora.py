@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Dense, Product, Tucker
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._rotation import toward
 from adaptkit.algorithms._stored import SCRATCH, matched, roles
 from adaptkit.algorithms._wrapping import Wrapping
@@ -31,7 +32,7 @@ OUTPUT, INPUT = "output", "input"
 STORED = ("magnitude", "vector")
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Dora(Wrapping):
     """W' = m · (W + ΔW) / ‖W + ΔW‖, by output rows (`axis` output) or input columns (input).
 

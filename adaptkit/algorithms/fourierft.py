@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._drawn import permuted
 from adaptkit.algorithms._foreign import Applied, OfPeft, number, seed
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import by_end
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._settings import Wanted
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class FourierFt(OfPeft, Applied):
     """ΔW = scale · Re F⁻¹(S).   coefficients: (..., k), the entries of S (m, n) that are not zero
 
@@ -84,19 +85,24 @@ class FourierFt(OfPeft, Applied):
 
     @classmethod
     def applying(cls, rows: int, columns: int) -> int:
-        return 20 * rows * columns  # S, and its complex transform
+        return 12 * rows * columns  # half of S, complex, transformed one way, and ΔW
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         import torch
 
         rows, columns = base.shape[-2:]
-        count = self.coefficients.shape[-1]
+        count, half = self.coefficients.shape[-1], columns // 2 + 1
         self._fitting(count <= rows * columns, base)
-        spectrum = base.new_zeros(*base.shape[:-2], rows * columns)
-        spectrum[..., permuted(rows * columns, count, self.seed).to(base.device)] = (
-            self.coefficients.to(base.dtype)
-        )
-        change = torch.fft.ifft2(spectrum.reshape(base.shape)).real
+        places = permuted(rows * columns, count, self.seed).to(base.device)
+        i, j = places // columns, places % columns
+        numbers = self.coefficients.to(base.dtype) / 2
+        # the real part is the transform of S + its mirror image, of which one half tells the other
+        wide = torch.promote_types(base.dtype, torch.complex64)
+        spectrum = base.new_zeros(*base.shape[:-2], rows, half, dtype=wide)
+        for row, column in ((i, j), (-i % rows, -j % columns)):
+            kept = column < half
+            spectrum[..., row[kept], column[kept]] += numbers[..., kept]
+        change = torch.fft.irfft2(spectrum, s=(rows, columns))
         return base.add_(change, alpha=strength * self.scale)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, FitSpec, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Full(Weights):
     """ΔW = diff (..., m, n). A bias or the vector of a norm is a column, (..., m, 1). No scale.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import SCRATCH, flat, matched, roles, scaling
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Glora(Weights):
     """ΔW = scale · (b1 b2 + W a1 a2).
 

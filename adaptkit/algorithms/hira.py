@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._stored import flat, matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._restated import Restated
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Hira(OfPeft, Applied):
     """W' = W + W ⊙ (up · down).   up: (..., m, r)   down: (..., r, i·K)
 

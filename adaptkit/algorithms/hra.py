@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._rotation import toward
 from adaptkit.algorithms._stored import matched, roles
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._settings import Wanted
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Hra(OfPeft, Applied):
     """W' = W (I − 2 u₁u₁ᵀ) ⋯ (I − 2 u_r u_rᵀ), with u the normed columns of `vectors` (..., n, r).
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable, ShapeMismatch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._settings import Wanted
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Ia3(Weights):
     """W' = W · (1 + weight) by rows, or by columns with `on_input` (arXiv:2205.05638).
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._rotation import COLUMNS, cayley, column_blocks, toward
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 PARTS = ("part0", "part1", "part2", "part3")
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class KohyaOft(Weights):
     """W' = blockdiag(R)ᵀ W, part by part.   blocks of a part: (..., n, b, b), its rows = n·b
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.algorithms._foreign import OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._replaced import Replaced
 from adaptkit.algorithms._stored import roles
 from adaptkit.algorithms.contract import Role
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class LnTuning(OfPeft, Replaced):
     """W' = value, b' = bias, of norms or of any other layer.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import Factor, Product, Tucker, low_rank, tucker_field
 from adaptkit.algorithms._parts import grouped, same, stacked, unique
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import matched, roles, scaling
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated, Weights
 from adaptkit.errors import NotRepresentable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 PLAIN = frozenset({"w1_a", "w1_b", "w2_a", "w2_b"})
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Loha(Weights):
     """ΔW = scale · (W1 ∘ W2).   W1 = w1_a · w1_b: (..., m, n)   W2 = w2_a · w2_b: (..., m, n)
 
@@ -80,7 +81,12 @@ class Loha(Weights):
         return stored
 
     def delta(self) -> Tensor:
-        return self.w1.dense().mul_(self.scale).mul_(self.w2.dense())
+        from adaptkit.linalg.precision import row_blocks
+
+        whole = self.w1.dense().mul_(self.scale)
+        for rows in row_blocks(whole):  # the second product is never in memory as a whole
+            whole[..., rows, :].mul_(_rows(self.w2, rows).dense())
+        return whole
 
     @property
     def rows(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise, product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -20,7 +20,9 @@ from adaptkit.algorithms._factor import (
 )
 from adaptkit.algorithms._kron_ladder import ladder_errors, ladder_errors_of_stack
 from adaptkit.algorithms._kron_shapes import first_shape, full_from, second_factor, second_shape
+from adaptkit.algorithms._lora_cut import NOTHING
 from adaptkit.algorithms._parts import grouped
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import roles, scaling
 from adaptkit.algorithms.contract import (
     ALPHA,
@@ -43,13 +45,12 @@ if TYPE_CHECKING:
 
 # of a module: a smaller full first factor costs less than the error of cutting its rank
 SMALL_PART = 0.25
-NOTHING = 1e-14  # of the first energy: smaller ones are the rounding of float64, not a rank
 GUESSED = 32  # swept over all SD shapes with lycoris-lora 4.1.3: it guesses every smaller factor
 W1_FORMS = (("w1",), ("w1_a", "w1_b"))
 W2_FORMS = (("w2",), ("w2_a", "w2_b"), ("t2", "w2_a", "w2_b"))
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Lokr(Weights):
     """ΔW = scale · (W1 ⊗ W2).   W1: (..., a, b)   W2: (..., c, d·K)
 
@@ -376,7 +377,7 @@ class Lokr(Weights):
         return {**tucker_field(modules), **fields}
 
 
-@dataclass(frozen=True)
+@record
 class _SecondRanks(Decomposition):
     """Ranks of the second factor, c × d·K, which is full from `limit` on.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._factor import spread
 from adaptkit.algorithms._lora_cut import by_cores, by_singular_values, cut_stack
 from adaptkit.algorithms._parts import grouped, same, stacked, unique
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import (
     ALPHA,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Lora(Weights):
     """ΔW = scale · up · down.   up: (..., m, r)   down: (..., r, i·K)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import counted, one_for_all
 from adaptkit.algorithms._settings import CONFIG_HINT, Unsettled
 from adaptkit.algorithms._stored import SCRATCH, matched, roles
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._settings import Wanted
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Miss(OfPeft, Applied):
     """W'[o, i] = W[o, i] + block[i mod r, o].   block: (..., r, m)
 

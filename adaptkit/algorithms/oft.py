@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._rotation import Rotation
 from adaptkit.errors import NotRepresentable
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Oft(Rotation):
     """W' = rescale · blockdiag(R)ᵀ W.   blocks: (..., n, b, b)   rescale: (..., rows, 1)
 

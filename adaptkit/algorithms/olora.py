@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.algorithms._rebased import Rebased
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import SCRATCH
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Olora(Rebased):
     """W' = W + scale · (up · down − Q_r R_r) with W = QR, r columns of Q and r rows of R.
 

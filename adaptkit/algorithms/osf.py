@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import patterns
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._restated import Restated
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Osf(OfPeft, Applied):
     """W' = W_k + left · diag(values) · right, W_k the best approximation of W of rank k.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._rotation import cayley, toward
 from adaptkit.algorithms._stored import SCRATCH, matched, roles
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._restated import Restated
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class PeftBoft(Weights):
     """W' = factor · W · (B_m ⋯ B_1)ᵀ.   blocks: (..., m, n, b, b)   factor: (..., rows, 1)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
@@ -34,7 +35,7 @@ def _forms() -> Iterator[frozenset[str]]:
 SPELLED = {"d": "Xd", "u": "Xu", "x": "X", "z": "zeros"}
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class PeftGlora(OfPeft, Applied):
     """W' = W + W ⊙ A + B;   b' = b + b ⊙ D + E + W C.
 
@@ -157,7 +158,7 @@ class PeftGlora(OfPeft, Applied):
         return _Bias(None if times is None else _column(times, weight), added)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _Bias(Applied):
     """b' = b + b ⊙ factors_of + added, columns or numbers."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._parts import same
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._rotation import toward
 from adaptkit.algorithms._stored import SCRATCH, matched, roles
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._restated import Restated
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class PeftOft(Weights):
     """W' = W · blockdiag(R)ᵀ.   packed: (..., n, b(b−1)/2), columns = n·b
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.algorithms._rebased import Rebased
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._start import leading, leading_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Pissa(Rebased):
     """W' = W + scale · up · down − W_r, with W_r the best approximation of W of rank r.
 

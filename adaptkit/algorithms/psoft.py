@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, OfPeft, count, number, seed
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _SEEDED = threading.Lock()  # torch.svd_lowrank takes no generator of its own
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Psoft(OfPeft, Applied):
     """ΔW = U diag(s) (diag(outs) R diag(ins) − I) Vᵀ, with U s V of the leading r triplets of W.
 

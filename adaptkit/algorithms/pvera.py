@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.algorithms._projected import Projected
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import Facts, roles
 from adaptkit.algorithms.contract import Role
 from adaptkit.errors import NotRepresentable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._settings import Wanted
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Pvera(Projected):
     """ΔW = diag(rows) · pvera_B · diag(inner) · pvera_A of the means, see `Projected`.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._drawn import kaiming
 from adaptkit.algorithms._foreign import Applied, OfPeft, number, seed
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 SAVED = (("left", "right"), ("left_again", "right_again"))
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class RandLora(OfPeft, Applied):
     """ΔW = scale · left · right for a layer of no more columns than rows, else of its transpose.
 

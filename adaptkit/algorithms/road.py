@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, OfPeft
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._rotation import toward
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated, Weights
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 VARIANTS = MappingProxyType({"road_1": 1, "road_2": 2, "road_4": 4})
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Road(OfPeft, Applied):
     """W'_a = s cos θ · W_a − s' sin θ' · W_b and W'_b likewise with +; b' = the same of b.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._settings import CONFIG_HINT, Unsettled
 from adaptkit.algorithms._sparse import Sparse
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._restated import Restated
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Shira(Sparse):
     """ΔW[o, i] = entries where `where` (..., 2, k) holds the pairs (o, i), and 0 elsewhere.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import number
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import one_for_all
 from adaptkit.algorithms._settings import CONFIG_HINT, Unsettled
 from adaptkit.algorithms._sparse import Sparse
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._settings import Wanted
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Supertuning(Sparse):
     """ΔW = S + lora_alpha / r · up · down, S having `entries` at the flat places `where`, else 0.
 

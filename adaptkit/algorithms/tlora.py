@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptkit.algorithms._foreign import Applied, Unwritten
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._start import leading, leading_bytes, with_product
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import ALPHA, Facts, Role, Shapes, Stated
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Tlora(Unwritten, Applied):
     """ΔW = scale · (up · diag(values) · down − W_r).
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._foreign import OfPeft, count
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import counted, one_for_all
 from adaptkit.algorithms._stored import matched, roles
 from adaptkit.algorithms.contract import Facts, Role, Shapes, Stated
@@ -24,7 +25,7 @@ PLAIN = frozenset({"down", "up"})
 CHOSEN = frozenset({"down_where", "down_share", "up_where", "up_share"})
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class VbLora(OfPeft):
     """ΔW = B A; each piece of length l of a row of A or a column of B is a mixture of the bank.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptkit.algorithms._projected import Projected
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import roles
 from adaptkit.algorithms.contract import Role
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Vera(Projected):
     """ΔW = diag(rows) · vera_B · diag(inner) · vera_A, see `Projected`.
 

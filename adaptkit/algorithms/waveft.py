@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptkit.algorithms._drawn import permuted
 from adaptkit.algorithms._foreign import number, seed
+from adaptkit.algorithms._record import record
 from adaptkit.algorithms._restated import counted
 from adaptkit.algorithms._sparse import Sparse
 from adaptkit.algorithms._stored import matched, roles
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from adaptkit.algorithms._settings import Wanted
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class WaveFt(Sparse):
     """ΔW = scale · D⁻¹(S), D a wavelet transform of one level; scale · S without `use_idwt`.
 

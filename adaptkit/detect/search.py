@@ -119,7 +119,15 @@ def is_adapter(names: Iterable[str]) -> bool:
     names = list(names)
     # only IA³ files have `on_input`
     gates = {name.removesuffix("on_input") for name in names if name.endswith(".on_input")}
-    return 2 * sum(spelled_as_adapter(name, gates) for name in names) > len(names)
+    adapters = others = 0
+    for name in names:
+        if spelled_as_adapter(name, gates):
+            adapters += 1
+        else:
+            others += 1
+        if 2 * max(adapters, others) > len(names):  # the rest changes nothing
+            break
+    return adapters > others
 
 
 def spelled_as_adapter(name: str, gates: Set[str]) -> bool:

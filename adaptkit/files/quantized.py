@@ -13,7 +13,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptkit.files.dtypes import PACKED
 from adaptkit.files.header import BLOCKED, nbytes
 
 if TYPE_CHECKING:
@@ -95,8 +94,7 @@ class Quantization:
 
     def wide_bytes(self, info: TensorInfo) -> int:
         """Bytes of a tensor that `widens`, after reading."""
-        wide = nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
-        return 3 * wide if info.dtype in PACKED else wide  # places, scales and numbers
+        return nbytes("F64" if info.dtype == "F64" else "F32", info.shape)
 
 
 def _belongs(name: str, infos: Mapping[str, TensorInfo]) -> tuple[str, str] | None:

@@ -296,10 +296,13 @@ def module_names(part: Component, joiner: str, own: str = "") -> Templates[Readi
     `own` is the only naming that a private format reads. Without it, all public namings are read.
     """
     stems: Templates[Reading] = Templates()
+    private = _private()
     for row in part.rows:
         for naming, names in row.names.items():
-            if naming == own or (not own and naming not in _private()):
-                for name in (n for n in names if not n.transposed and joiner in n.joiners):
+            if (naming != own) if own else (naming in private):
+                continue
+            for name in names:
+                if not name.transposed and joiner in name.joiners:
                     reading = Reading(part.name, row.target, name.rows, name.swapped, naming)
                     stems.add(name.module, reading, joiner)
     return stems

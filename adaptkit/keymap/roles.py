@@ -62,6 +62,12 @@ def _suffixes() -> Mapping[str, tuple[RoleName, ...]]:
 
 
 @cache
+def _heads() -> frozenset[str]:
+    """The first words of all suffixes."""
+    return frozenset(suffix.partition(".")[0] for suffix in _suffixes())
+
+
+@cache
 def _dots() -> int:
     """The most dots in a suffix, and one for the name of an adapter."""
     return 1 + max(suffix.count(".") for suffix in _suffixes())
@@ -76,7 +82,10 @@ def split_suffix(key: str) -> tuple[str, str, tuple[RoleName, ...]] | None:
     known = _suffixes()
     # only the last dots may begin a suffix; from the left, as the first one found is the longest
     parts = key.rsplit(".", _dots() + 1)
+    heads = _heads()
     for first in range(1, len(parts)):
+        if parts[first] not in heads:
+            continue
         suffix = ".".join(parts[first:])
         found = suffix if suffix in known else _unnamed(suffix)
         if found in known:

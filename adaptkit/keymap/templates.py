@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from adaptkit.names import tokenise
@@ -32,7 +32,11 @@ class Templates(Generic[P]):
 
     def add(self, template: str, payload: P, joiner: str = ".") -> None:
         """Register a template with words joined by `joiner`; TypeError for a second meaning."""
-        skeleton, positions, values, free = _compiled(template)
+        if "{" in template:
+            skeleton, positions, values, free = _compiled(template)
+        else:
+            skeleton, values = tokenise(template)
+            positions, free = tuple(range(len(values))), ()
         if joiner != ".":
             skeleton = skeleton.replace(".", joiner)
         table = self._tables.setdefault(skeleton, {}).setdefault(positions, {})
@@ -70,15 +74,12 @@ class _Entry(NamedTuple, Generic[P]):
         return found
 
 
-@cache
+@lru_cache(maxsize=16384)
 def _compiled(template: str) -> tuple[str, tuple[int, ...], tuple[int, ...], _Free]:
     """Compile to (skeleton, positions and values of fixed integers, free indices).
 
     Cached, because families share most of their templates.
     """
-    if "{" not in template:
-        skeleton, values = tokenise(template)
-        return skeleton, tuple(range(len(values))), values, ()
     shapes: list[str] = []
     positions: list[int] = []
     fixed: list[int] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from adaptkit.linalg.hosted import fetched, on_host, stacked
 from adaptkit.linalg.krylov import gram_columns
 from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
+from adaptkit.linalg.stacks import TINY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,6 @@ ROUNDING = 1e-6  # of the captured energy: a smaller gain is the rounding of flo
 # single ones, which sweep from the best start until that gains little
 AT_ONCE = 4
 LOOKS = 50  # at most
-LEAST = 1e-60  # of a Gram matrix: zero columns stay zero
 
 
 class Fit(NamedTuple):
@@ -178,7 +178,7 @@ def still_gains(before: float, gained: float, captured: float, total: float) -> 
 def _some_sweeps(stack: _Stack, tries: _Tries | None, w: Tensor, rank: int) -> tuple[_Tries, _Seen]:
     """Go on from `tries`, or begin with w (B, t, p)."""
     columns, ws = list[Tensor](), list[Tensor]()
-    least = torch.eye(rank, dtype=torch.float64).mul_(LEAST).to(w.device)
+    least = torch.eye(rank, dtype=torch.float64).mul_(TINY).to(w.device)
     for _ in range(AT_ONCE):
         if tries is not None:
             w = (tries.q @ tries.z.mT).flatten(-2) @ stack.r.mT

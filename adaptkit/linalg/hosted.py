@@ -19,7 +19,7 @@ from adaptkit.process import one_thread_here
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Ritz", "coefficients", "fetched", "leading_pairs", "on_host", "stacked"]
+__all__ = ["DEPENDENT", "Ritz", "coefficients", "fetched", "leading_pairs", "on_host", "stacked"]
 
 R = TypeVar("R")
 
@@ -60,11 +60,11 @@ class Ritz(NamedTuple):
     vectors: Tensor
 
 
-def leading_pairs(basis: Tensor, image: Tensor, count: int) -> Ritz:
+def leading_pairs(basis: Tensor, image: Tensor, count: int, dependent: float = DEPENDENT) -> Ritz:
     """The leading solutions of (image) y = θ (basis) y, for VᵀV and VᵀAᵀAV (c, c) in float64.
 
     V may be dependent, and of any scale: its columns are brought to unit length, and directions of
-    less than `DEPENDENT` are left out. Zeros if V is zero or not finite.
+    less than `dependent` are left out. Zeros if V is zero or not finite.
     """
     lengths = basis.diagonal()
     alive = torch.isfinite(lengths) & (lengths > 0)
@@ -72,7 +72,7 @@ def leading_pairs(basis: Tensor, image: Tensor, count: int) -> Ritz:
     sides = unit.unsqueeze(-1) * unit
     basis, image = (torch.nan_to_num(x * sides, 0.0, 0.0, 0.0) for x in (basis, image))
     values, vectors = torch.linalg.eigh(basis)
-    kept = values > DEPENDENT * values[-1:].clamp_min(0.0)
+    kept = values > dependent * values[-1:].clamp_min(0.0)
     whitened = vectors * torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
     found, turned = torch.linalg.eigh(whitened.mT @ image @ whitened)
     found, turned = found.flip(-1)[:count].clamp_min(0.0), turned.flip(-1)[:, :count]

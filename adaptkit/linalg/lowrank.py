@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adaptkit.linalg.hosted import fetched
 from adaptkit.linalg.krylov import (
     BLOCK,
     Krylov,
@@ -28,13 +29,14 @@ from adaptkit.linalg.precision import (
     upcast,
     works_on_stacks,
 )
-from adaptkit.linalg.stacks import all_energies, leading_energies, leading_triplets, suits
+from adaptkit.linalg.stacks import Asked, asked_energies, leading_triplets, suits
 
 __all__ = [
     "LowRank",
     "Method",
     "SvdSpec",
     "energies",
+    "energies_asked",
     "energies_of_stack",
     "product_distance",
     "product_norm_squared",
@@ -148,11 +150,12 @@ def _stacked(a: Tensor, spec: SvdSpec) -> LowRank:
     return LowRank(*(part.reshape(*batch, *part.shape[1:]) for part in parts))
 
 
-def _whole(method: Method, rank: int, smaller: int) -> bool:
+def _whole(method: Method, rank: int, smaller: int, *, rough: bool = False) -> bool:
     """Whether all eigenvectors of AᵀA are cheaper than a space of a stack, or asked for."""
     if method not in ("auto", *_SOLVERS):
         raise ValueError(f"unknown SVD method {method!r}")
-    return method == "gram" or (method == "auto" and smaller <= SMALL) or not suits(rank, smaller)
+    small = method == "gram" or (method == "auto" and smaller <= SMALL)
+    return small or not suits(rank, smaller, rough=rough)
 
 
 def _each(a: Tensor, spec: SvdSpec) -> LowRank:
@@ -355,17 +358,28 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
 def energies_of_stack(a: Tensor, spec: SvdSpec) -> Tensor:
     """`energies` of a stack (..., m, n) on an accelerator, their values on the host: one look."""
     rank, smaller = min(spec.rank, *a.shape[-2:]), min(a.shape[-2:])
-    flat = a.reshape(-1, *a.shape[-2:])
-    wide = flat if a.shape[-2] >= a.shape[-1] else flat.mT
-    whole = _whole(spec.method, rank, smaller)
-    if not a.numel() or spec.method == "exact" or (spec.tol < RITZ and not whole):
+    if (
+        not a.numel()
+        or spec.method == "exact"
+        or (spec.tol < RITZ and not _whole(spec.method, rank, smaller))
+    ):
         svd = truncated_svd(a, spec)
         return svd.s.to(svd.residual.dtype).square().cpu()
-    found = all_energies(wide, rank) if whole else leading_energies(wide, rank, spec.seed)
-    values, good = found
-    for n in (~good).nonzero().flatten().tolist():
+    flat = a.reshape(-1, *a.shape[-2:])
+    asked = energies_asked(flat, spec)
+    values = asked.told(*fetched(norm_squared(flat), *asked.numbers))
+    for n in values.isnan().any(-1).nonzero().flatten().tolist():
         values[n] = energies(flat[n], rank, spec).cpu()
     return values.reshape(*a.shape[:-2], rank)
+
+
+def energies_asked(a: Tensor, spec: SvdSpec) -> Asked:
+    """`energies` of a stack (B, m, n) on an accelerator, for a look that others share."""
+    rank, smaller = min(spec.rank, *a.shape[-2:]), min(a.shape[-2:])
+    wide = a if a.shape[-2] >= a.shape[-1] else a.mT
+    rough = spec.tol >= LOOSE
+    whole = _whole(spec.method, rank, smaller, rough=rough)
+    return asked_energies(wide, rank, spec.seed, whole=whole, rough=rough)
 
 
 def product_norm_squared(left: Tensor, right: Tensor) -> Tensor:

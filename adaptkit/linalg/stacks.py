@@ -8,20 +8,31 @@ small. Members that this does not suit are told by numbers that the host has any
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.hosted import coefficients, fetched, leading_pairs, on_host, stacked
+from adaptkit.linalg.hosted import (
+    DEPENDENT,
+    coefficients,
+    fetched,
+    leading_pairs,
+    on_host,
+    stacked,
+)
 from adaptkit.linalg.krylov import gram_columns, start_block
 from adaptkit.linalg.precision import LEAST, MOST, norm_squared
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = [
+    "TINY",
+    "Asked",
     "Found",
-    "all_energies",
+    "asked_energies",
     "grams_of_space",
-    "leading_energies",
     "leading_triplets",
     "orthonormal",
     "suits",
@@ -33,9 +44,11 @@ __all__ = [
 BLOCKS, MORE, FEW = 4, 6, 8
 SPARE = 16  # columns of a block beside the rank
 SHIFT = 1e-10  # of each column's ‖·‖²: keeps the Gram matrix of dependent columns definite
-TINY = 1e-60  # and of zero ones
+TINY = 1e-60  # and of zero ones, which stay zero
 # of ‖A‖²: below it, float32 rounding of the space shows in what is left over
 FINE = 1e-6
+# what a rough space leaves out, as `DEPENDENT`: its third block holds squares of small σ / σ₁
+NEARLY = 1e-8
 
 
 class Found(NamedTuple):
@@ -53,8 +66,10 @@ class Found(NamedTuple):
     good: Tensor
 
 
-def suits(rank: int, smaller: int) -> bool:
+def suits(rank: int, smaller: int, *, rough: bool = False) -> bool:
     """Whether the space is smaller than the smaller side of the matrix."""
+    if rough:
+        return 3 * (2 * rank + SPARE) <= smaller
     return _blocks(rank) * (rank + SPARE) <= smaller
 
 
@@ -88,24 +103,53 @@ def leading_triplets(a: Tensor, rank: int, seed: int, *, whole: bool) -> Found:
     return Found(u, both[:, -1], v, size, rest.clamp_min(0.0), good)
 
 
-def leading_energies(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """About σ² (B, k) of a stack a (B, M, N), M ≥ N, and which are good (B,), both on the host.
+class Asked(NamedTuple):
+    """The leading σ² of a stack, before the host has seen what they are made of.
 
-    Ritz values of the space alone: one look. Never above the true ones but for rounding.
+    numbers: small tensors (B, …) on the device, to be fetched in one look, with others if there are
+    told: ‖A‖² (B,) and `numbers` on the host → σ² (B, k), NaN for members to be computed singly
     """
-    total = norm_squared(a)
-    basis, image, size = fetched(*grams_of_space(a, rank, seed), total)
-    values, _ = stacked(on_host(partial(leading_pairs, count=rank), basis, image))
-    rest = size - values.sum(-1)
-    plain = (size > LEAST) & (size < MOST) & torch.isfinite(image).flatten(1).all(-1)
-    return values, (size == 0) | (plain & (rest > FINE * size))
+
+    numbers: tuple[Tensor, ...]
+    told: Callable[..., Tensor]
 
 
-def all_energies(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`leading_energies` from all eigenvalues of AᵀA, for sides that no space is smaller than."""
-    (gram,) = fetched(gram_columns(a))
-    (values,) = stacked(on_host(partial(_eigenvalues, count=rank), gram))
-    return values, torch.isfinite(gram).flatten(1).all(-1)
+def asked_energies(
+    a: Tensor, rank: int, seed: int, *, whole: bool = False, rough: bool = False
+) -> Asked:
+    """About σ² (B, k) of a stack a (B, M, N), M ≥ N. Never above the true ones but for rounding.
+
+    From all eigenvalues of AᵀA if `whole`, else Ritz values of a space: a `rough` one takes half
+    the launches.
+    """
+    if whole:
+        return Asked((gram_columns(a),), partial(_of_gram, count=rank))
+    if rough:  # however little is left: its share of ‖A‖² is what is asked
+        grams = _grams(*_rough_space(a, rank, seed))
+        return Asked(grams, partial(_of_space, count=rank, fine=-1.0, dependent=NEARLY))
+    return Asked(
+        grams_of_space(a, rank, seed),
+        partial(_of_space, count=rank, fine=FINE, dependent=DEPENDENT),
+    )
+
+
+def _of_gram(_: Tensor, gram: Tensor, *, count: int) -> Tensor:
+    (values,) = stacked(on_host(partial(_eigenvalues, count=count), gram))
+    return _good_alone(values, torch.isfinite(gram).flatten(1).all(-1))
+
+
+def _of_space(
+    total: Tensor, basis: Tensor, image: Tensor, *, count: int, fine: float, dependent: float
+) -> Tensor:
+    solve = partial(leading_pairs, count=count, dependent=dependent)
+    values, _ = stacked(on_host(solve, basis, image))
+    rest = total - values.sum(-1)
+    plain = (total > LEAST) & (total < MOST) & torch.isfinite(image).flatten(1).all(-1)
+    return _good_alone(values, (total == 0) | (plain & (rest > fine * total)))
+
+
+def _good_alone(values: Tensor, good: Tensor) -> Tensor:
+    return torch.where(good.unsqueeze(-1), values, torch.nan)
 
 
 def _eigenvalues(gram: Tensor, count: int) -> tuple[Tensor]:
@@ -140,8 +184,26 @@ def _space(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def grams_of_space(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """VᵀV and VᵀAᵀAV (B, c, c) of a Krylov space of A, for `leading_pairs`."""
-    v, w = _space(a, rank, seed)
+    return _grams(*_space(a, rank, seed))
+
+
+def _grams(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return gram_columns(v), gram_columns(w)
+
+
+def _rough_space(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`_space` of three wide blocks, the second one alone orthonormal.
+
+    Over 31 spectra and ranks from 1 to 150, the excess over the least ‖A‖² − Σσ² was 0.45 % of it,
+    or 1e-5 of ‖A‖² where little is left.
+    """
+    start = start_block(a.shape[-2], 2 * rank + SPARE, seed).to(a.dtype).to(a.device)
+    first = a.mT @ start.expand(len(a), *start.shape)
+    images = [a @ first]
+    second = orthonormal(a.mT @ images[0])
+    images.append(a @ second)
+    third = a.mT @ images[1]
+    return torch.cat([first, second, third], -1), torch.cat([*images, a @ third], -1)
 
 
 def _explored(a: Tensor, rank: int, count: int, seed: int) -> Tensor:

@@ -27,6 +27,7 @@ from adaptkit.ops.difference.probe import Probe, made_by
 from adaptkit.ops.difference.working import energies_bytes
 from adaptkit.ops.ranks.forms import EXPLAINED
 from adaptkit.ops.ranks.knapsack import RankCurve, least_error
+from adaptkit.ops.ranks.options import MAX_RANK
 from adaptkit.ops.ranks.rules.size import Size
 from adaptkit.ops.shared import Brief, Closing, Shared, Unused, refuse_unused, settle
 from adaptkit.ops.stages import Progress, counting, logged
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "Plan", "Report", "plan", "run"]
 
-MAX_RANK = 128
 USUAL = (
     2,
     4,

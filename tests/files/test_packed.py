@@ -236,6 +236,21 @@ def test_it_is_extracted_from_compared_with_and_inspected(base: Base, tmp_path: 
     assert record["dtypes"] == {base.dtype: 1, "BF16": 1}
 
 
+def test_it_is_extracted_from_under_names_that_no_family_has(base: Base, tmp_path: Path) -> None:
+    def renamed(state: State) -> State:
+        return {key.replace("double_blocks.0.img_mlp", "tower.3"): state[key] for key in state}
+
+    save_file(renamed(base.state), base.path)
+    tuned = {f"{KEY}.weight": torch.from_numpy(base.exact + base.delta).float()}
+    tuned["double_blocks.0.img_mlp.2.weight"] = torch.ones(4, 8)
+    save_file(renamed(tuned), tmp_path / "tuned.safetensors")
+    options = ops.extract.Options(output=tmp_path / "lora.safetensors", rank=2, dtype="fp32")
+    plan = ops.extract.plan(base.path, tmp_path / "tuned.safetensors", options)
+    report = ops.extract.run(plan)
+    assert report.relative_error is not None
+    assert report.relative_error < 1e-4
+
+
 @pytest.mark.parametrize(
     ("kind", "key", "value"),
     [

@@ -134,6 +134,7 @@ NO_FORM = {("invokeai", "flux"), ("diffusers", "chroma"), ("forge", "sdxl-refine
 CASES = [(host, family) for host in hosts() for family in families()]
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize(("host", "family"), CASES)
 def test_what_is_written_for_a_host_loads_there(host: str, family: str, tmp_path: Path) -> None:
     """Every family either loads in what `--for` writes, or is refused; what stays behind is warned of."""
@@ -226,6 +227,7 @@ def test_dora_axes(tmp_path: Path) -> None:
             assert judge(adapter)["invokeai"].loads is loads
 
 
+@pytest.mark.share(10)
 @pytest.mark.parametrize(("host", "family"), CASES)
 @pytest.mark.parametrize("source", ["diffusers", "kohya"])
 def test_a_recipe_s_scale_is_the_host_s_too(

@@ -189,6 +189,7 @@ def test_every_class_is_built() -> None:
     assert all(config(name) for name in CLASSES)
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_file_goes_to_every_format_and_back(name: str, folder: Path, tmp_path: Path) -> None:
     path, _ = saved(name, folder)

@@ -290,6 +290,7 @@ def test_the_table_has_every_layer_of_the_model(family: str) -> None:
     assert named == layers(built(family)).keys()
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("family", MODELS)
 def test_diffusers_loads_what_convert_writes(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -309,6 +310,7 @@ def test_diffusers_loads_what_convert_writes(
     assert_same(deltas(path, family, first), deltas(output, family, "diffusers"), family)
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("family", PIPELINES)
 def test_the_pipelines_own_loader_takes_the_file(family: str, tmp_path: Path) -> None:
     """`load_lora_weights` in its two steps: read and convert the keys, load them into the transformer."""
@@ -363,6 +365,7 @@ def start(rows: str) -> int:
     return int(rows.partition("start=")[2].partition(",")[0])
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("family", [family for family in MODELS if family not in ORIGINALS])
 def test_peft_loads_what_convert_writes(family: str, tmp_path: Path) -> None:
     path = source(family, tmp_path / "a.safetensors")
@@ -380,6 +383,7 @@ def test_peft_loads_what_convert_writes(family: str, tmp_path: Path) -> None:
     assert not [key for key in result.missing_keys if "lora_" in key]
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("family", MODELS)
 def test_what_diffusers_and_peft_save_is_read(family: str, tmp_path: Path) -> None:
     fresh = model(family)

@@ -210,6 +210,7 @@ def lora(found: dict[str, tuple[int, ...]], prefix: str) -> Listing:
     return listing
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("number", range(len(MODELS)), ids=[f"{c}-{f}" for c, _, f in MODELS])
 def test_a_model_is_in_its_table(number: int) -> None:
     model, family = built(number), MODELS[number][2]

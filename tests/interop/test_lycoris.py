@@ -115,6 +115,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], type[Any]]] = {
 }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("case", CASES)
 def test_lycoris_loads_what_extract_writes(
     sd1: Sd1, layers: dict[str, nn.Module], tmp_path: Path, case: str
@@ -152,6 +153,7 @@ def kohya_named(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("algo", ["lora", "lokr", "full"])
 def test_create_lycoris_from_weights_on_a_whole_unet(sd1: Sd1, tmp_path: Path, algo: str) -> None:
     from lycoris import create_lycoris_from_weights

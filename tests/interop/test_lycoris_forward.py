@@ -43,6 +43,7 @@ OTHERS: list[tuple[str, type, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("rank", [1, 3, IN])
 @pytest.mark.parametrize("alpha", [2, 0])
 @torch.no_grad()

@@ -256,6 +256,7 @@ def layer_of(norm: nn.Module) -> nn.Module:
     return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
 
 
+@pytest.mark.share(4)
 @pytest.mark.usefixtures("_whole_block")
 @pytest.mark.parametrize("case", LYCORIS)
 def test_a_merge_is_the_forward_pass_of_lycoris(
@@ -336,6 +337,7 @@ def trained(model: nn.Module, config: Any) -> Any:
     return made
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("case", PEFT)
 def test_a_merge_is_what_peft_merges(
     sd1: Sd1,
@@ -369,6 +371,7 @@ def test_a_merge_is_what_peft_merges(
 STRENGTHS = (1.0, 0.6, -1.0)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("family", "strength"),
     [

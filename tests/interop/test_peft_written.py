@@ -60,6 +60,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     return found
 
 
+@pytest.mark.share(2)
 def test_peft_computes_the_same_with_what_is_written(case: Case) -> None:
     """Copied, respelled from tensors in other names, cast, and at half the strength."""
     size = float((case.expected - case.before).norm())

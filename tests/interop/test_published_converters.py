@@ -206,6 +206,7 @@ def _quiet() -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize(("function", "number"), EVERY, ids=NAMES)
 def test_both_directions(
     function: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

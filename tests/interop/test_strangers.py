@@ -235,6 +235,7 @@ def test_a_family_without_a_table_is_unknown(name: str) -> None:
     assert wrong == {}
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("name", NAMED)
 def test_a_model_of_a_table_is_named_in_every_spelling(name: str) -> None:
     cls, config, family = NAMED[name]
@@ -246,6 +247,7 @@ def test_a_model_of_a_table_is_named_in_every_spelling(name: str) -> None:
             assert fits <= {family, *ALIKE.get(family, ())}, (how, result)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", STRANGERS)
 def test_inspect_says_unknown_and_promises_no_host(name: str, tmp_path: Path) -> None:
     layers, parameters = built(*STRANGERS[name])

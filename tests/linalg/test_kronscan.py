@@ -64,14 +64,14 @@ def lokr(random: np.random.Generator, way: tuple[int, int, int, int], rank: int 
 
 
 def lokrs(
-    strengths: tuple[float, ...], ranks: tuple[int, ...]
+    strengths: tuple[float, ...], ranks: tuple[int, ...], dtypes: Sequence[torch.dtype] = HALF
 ) -> Iterator[tuple[tuple[object, ...], Merged]]:
     for (m, n), window in SHAPES.items():
         for factor in LOKR_FACTORS:
             for rank in ranks:
                 random = generator("lokr", m, n, factor, rank)
                 base, change = weight(random, m, n), lokr(random, cut(m, n, window, factor), rank)
-                for dtype in HALF:
+                for dtype in dtypes:
                     for ulp in strengths:
                         yield (m, n, dtype, factor, rank, ulp), merged(base, change, ulp, dtype)
 
@@ -94,13 +94,15 @@ def recognised(one: Merged, window: int = 1, *, aided: bool = True) -> Split | N
 # populations -----------------------------------------------------------------------------------------------------
 
 
-def test_merged_lokrs_are_recognised_and_recovered_to_the_floor() -> None:
+@pytest.mark.share(2)
+@pytest.mark.parametrize("dtype", HALF)
+def test_merged_lokrs_are_recognised_and_recovered_to_the_floor(dtype: torch.dtype) -> None:
     """By the factor in 99 of 100, down to where three entries in four are rounded away; the rank of w2 from 4 ulp on."""
     wrong: list[object] = []
     wrong_ranks: list[object] = []
     floors: list[float] = []
     of = ranked = 0
-    for name, one in lokrs((0.3, 4, 20), (0, 1, 6)):
+    for name, one in lokrs((0.3, 4, 20), (0, 1, 6), [dtype]):
         m, n, _, factor, rank, ulp = name
         a, b, *_ = way = cut(m, n, SHAPES[m, n], factor)
         found = recognised(one, SHAPES[m, n])
@@ -126,20 +128,23 @@ def test_merged_lokrs_are_recognised_and_recovered_to_the_floor() -> None:
             ulp == 20 and rank != 1
         ):  # below, and for rank 1, rounding on a grid depends on the change
             floors.append(error / ((w1.size + w2.size) / (m * n) * one.floor))
-    assert (of, ranked) == (288, 128)
-    assert len(wrong) <= of // 100, wrong
-    assert len(wrong_ranks) <= ranked // 100, wrong_ranks
+    assert (of, ranked) == (144, 64)
+    assert len(wrong) <= 1, wrong
+    assert not wrong_ranks
     assert 0.9 < np.median(floors) < 1.15
 
 
-def test_nothing_else_is_called_a_lokr() -> None:
+@pytest.mark.share(2)
+@pytest.mark.parametrize("dtype", HALF)
+def test_nothing_else_is_called_a_lokr(dtype: torch.dtype) -> None:
     """With what is known of the rounding and without."""
     called, of = [], 0
-    for name, one in chain(((name, one) for name, _, one in loras()), finetunes()):
+    others = ((name, one) for name, _, one in loras([dtype]))
+    for name, one in chain(others, finetunes(dtypes=[dtype])):
         scan = scan_kron(one.delta, SHAPES[name[:2]])
         of += 1
         called += [name for floor in (None, one.noise.floor) if int(scan.recognised(floor)) >= 0]
-    assert of == 168 + 168
+    assert of == 84 + 84
     assert not called
 
 

@@ -62,6 +62,7 @@ def test_within_a_thousandth_of_the_optimum(name: str, m: int, n: int, k: int) -
         )
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
 @pytest.mark.parametrize("tail", [0.5, 0.1, 1e-3])
 @pytest.mark.parametrize(("copies", "k"), [(20, 20), (32, 32), (32, 48), (48, 32), (64, 64)])

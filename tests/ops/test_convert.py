@@ -84,6 +84,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.share(8)
 @pytest.mark.parametrize(("family", "first", "second"), PAIRS)
 def test_c1_c2_there_and_back(family: str, first: str, second: str, tmp_path: Path) -> None:
     if not components(family, first) & components(family, second):
@@ -130,6 +131,7 @@ def components(family: str, format: str) -> set[str]:
     return {slot.component for slot, _ in tiny_slots(family, format)}
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("family", list(families()))
 @pytest.mark.parametrize("scale", [0.5, 0.3])
 def test_c1_folding(family: str, scale: float, tmp_path: Path) -> None:
@@ -149,6 +151,7 @@ def test_c1_folding(family: str, scale: float, tmp_path: Path) -> None:
     assert report.relative_error < 2**-11
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("family", list(families()))
 def test_c3_by_way_of_another(family: str, tmp_path: Path) -> None:
     source = lora(family, "diffusers", tmp_path / "a.safetensors")

@@ -133,6 +133,7 @@ def whole(path: Path, family: str, format: str) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("name", LISTS)
 def test_there_and_back(name: str, corpus: Path, tmp_path: Path) -> None:
     """Every list, its widths divided by 32 and filled with random numbers, to another format and back."""

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import NotRepresentable
+from adaptkit.files.dtypes import IN_PIECES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,16 @@ class Packed(NamedTuple):
     def rewritten(self) -> tuple[str, ...]:
         """The keys of the tensors that are written anew."""
         return () if self.packing is None else tuple(self.parts[p] for p in self.packing.parts)
+
+    @property
+    def unpacking_bytes(self) -> int:
+        """Bytes that `decode` takes beside what is stored and the numbers."""
+        wide = 4 * math.prod(self.shape)
+        if self.dtype in IN_PIECES:
+            return min(2 * wide, 16 * CHUNK)
+        if self.dtype == "INT8":  # the numbers before they are turned
+            return 0 if self.packing is not None and self.packing.turn is None else wide
+        return 2 * wide  # places and scales
 
 
 def unread(

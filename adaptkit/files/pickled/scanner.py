@@ -39,6 +39,9 @@ class _Opcode(NamedTuple):
     taken: int
     left: bool
     result: int
+    # whether the argument has `width` bytes, and what to do
+    fixed: bool
+    rule: Callable[[_Scan, _Opcode, int, int], None]
 
 
 def _described(code: pickletools.OpcodeInfo) -> _Opcode:
@@ -57,33 +60,40 @@ def _described(code: pickletools.OpcodeInfo) -> _Opcode:
     marked = pickletools.markobject in before
     taken = -1 - before.index(pickletools.markobject) if marked else len(before)
     result = _NO_KEY if code.name in _HIDDEN else _ANY
-    return _Opcode(code.name, width, lines, taken, bool(after), result)
+    rule, fixed = _RULES.get(code.name, _Scan.plain), width >= 0 and not lines
+    return _Opcode(code.name, width, lines, taken, bool(after), result, fixed, rule)
 
 
 _HIDDEN = frozenset({"FROZENSET", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"})
 _TEXTS = tuple(c.name for c in pickletools.opcodes if "UNICODE" in c.name or "STRING" in c.name)
-_OPCODES = {ord(code.code): _described(code) for code in pickletools.opcodes}
 
 
 def scan(data: bytes, start: int, globals: list[tuple[str, str]] | None = None) -> int:
     """Check a pickle's opcodes; returns the offset of its end.
 
-    `globals` receives the module and the name of every global, as far as the opcodes are followed.
+    `globals` receives the module and the name of every global once, as far as the opcodes are
+    followed.
 
     Raises `UnsafePickle` for opcodes that torch never writes, `OverLimit` for too many, and
     `CorruptFile` for damage and for names that would make a table slow.
     """
     found = _Scan(data, [] if globals is None else globals)
-    most = LIMITS["pickle steps"].most
+    most, size = LIMITS["pickle steps"].most, len(data)
     at = start
     try:
         while (code := _OPCODES[data[at]]).name != "STOP":
             found.at = at
-            begin, at = _argument(code, data, at + 1)
+            begin = at + 1
+            if code.fixed:  # first: most opcodes
+                at = begin + code.width
+                if at > size:
+                    raise IndexError
+            else:
+                begin, at = _argument(code, data, begin)
             found.steps += 1
             if found.steps > most and found.steps - most > (at - start) // 2:
                 within("pickle steps", found.steps, beyond=(at - start) // 2)
-            _RULES.get(code.name, _Scan.plain)(found, code, begin, at)
+            code.rule(found, code, begin, at)
     except KeyError as error:
         raise CorruptFile(f"damaged pickle: no opcode {error.args[0]}") from None
     except IndexError:
@@ -116,6 +126,7 @@ class _Scan:
 
     def __init__(self, data: bytes, globals: list[tuple[str, str]]) -> None:
         self.data, self.steps, self.globals = data, 0, globals
+        self.seen: set[tuple[bytes, bytes]] = set()
         self.at = 0
         self.stack: list[int] = []
         self.memo: dict[int, int] = {}
@@ -137,22 +148,28 @@ class _Scan:
     def named(self, code: _Opcode, begin: int, end: int) -> None:
         """Opcodes that hold the name of a global."""
         module, name, *_ = self.data[begin:end].split(b"\n")
-        self.globals.append((_shown(module), _shown(name)))
+        self._refers(module, name)
         self.plain(code, begin, end)
 
     def stacked(self, _code: _Opcode, _begin: int, _end: int) -> None:
         """The opcode that takes the name of a global from the stack."""
         name, module = self.stack.pop(), self.stack.pop()
-        self.globals.append((self._text(module), self._text(name)))
+        self._refers(self._text(module), self._text(name))
         self.stack.append(_ANY)
 
-    def _text(self, item: int) -> str:
+    def _refers(self, module: bytes, name: bytes) -> None:
+        """Add a global, once."""
+        if (module, name) not in self.seen:
+            self.seen.add((module, name))
+            self.globals.append((_shown(module), _shown(name)))
+
+    def _text(self, item: int) -> bytes:
         if item < _TEXT:
-            return "?"
+            return b"?"
         at = item - _TEXT
         code = _OPCODES[self.data[at]]
         begin, end = _argument(code, self.data, at + 1)
-        return _shown(self.data[begin : end - code.lines])
+        return self.data[begin : end - code.lines]
 
     def mark(self, _code: _Opcode, _begin: int, _end: int) -> None:
         self.stack.append(_MARK)
@@ -245,3 +262,5 @@ _RULES: Mapping[str, Callable[[_Scan, _Opcode, int, int], None]] = {
         ("EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"), _Scan.refused
     ),
 }
+
+_OPCODES = {ord(code.code): _described(code) for code in pickletools.opcodes}

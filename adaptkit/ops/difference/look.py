@@ -12,7 +12,7 @@ from adaptkit.ops.shared import torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptkit.checkpoint import Checkpoint
+    from adaptkit.checkpoint import Checkpoint, Piece
     from adaptkit.linalg.kronscan import KronScan, Split
     from adaptkit.linalg.noise import RoundingNoise
     from adaptkit.ops.difference.pairing import Pair
@@ -24,6 +24,7 @@ __all__ = [
     "look",
     "looking_bytes",
     "read_difference",
+    "reading",
     "reading_bytes",
 ]
 
@@ -74,10 +75,20 @@ def read_difference(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> dict[str
 def reading_bytes(base: Checkpoint, tuned: Checkpoint, pair: Pair) -> int:
     """Return the memory that `read_difference` takes, Δ included."""
     rows, columns = pair.matrix
-    whole = base.nbytes(pair.base)
-    ours = min(whole, BLOCKS) if base.streams(pair.base) else whole
+    theirs, held = reading(tuned, pair.tuned, whole=True)
+    ours, kept = reading(base, pair.base)
     scratch = min(4 * rows * columns, BLOCKS // 2)
-    return 4 * rows * columns + tuned.nbytes(pair.tuned) + ours + scratch
+    return max(theirs, held + ours, held + kept + 4 * rows * columns + scratch)
+
+
+def reading(
+    checkpoint: Checkpoint, pieces: tuple[Piece, ...], *, whole: bool = False
+) -> tuple[int, int]:
+    """Return the memory that reading a weight takes, in blocks of rows unless `whole`, and then."""
+    most, held = checkpoint.nbytes(pieces), checkpoint.held_bytes(pieces)
+    if whole or not checkpoint.streams(pieces):
+        return most, held
+    return min(most, BLOCKS), min(most, BLOCKS)
 
 
 def look(

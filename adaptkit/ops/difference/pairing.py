@@ -16,6 +16,7 @@ from adaptkit.errors import (
 )
 from adaptkit.families.contract import Kind
 from adaptkit.files.open import open_source
+from adaptkit.files.packed import unpacked
 from adaptkit.files.quantized import FP8
 from adaptkit.formats.contract import Alpha
 from adaptkit.keymap import algorithms
@@ -135,7 +136,7 @@ def _under_own_names(
     sources: list[TensorSource] = []
     try:
         for path in (base, tuned):
-            sources.append(open_source(path))
+            sources.append(unpacked(open_source(path)))
         family = family_of_weights(
             *({n: info.shape for n, info in s.infos.items()} for s in sources)
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from adaptkit.algorithms._start import leading_bytes
+
 __all__ = ["eigen_bytes", "energies_bytes", "svd_bytes"]
 
 SMALL = 128  # the smaller side up to which a Gram matrix is decomposed, as in linalg.lowrank
 STEPS = 5  # directions of a Krylov space for each that is asked for
-KEPT = 5_000_000  # bytes of workspace that a BLAS keeps for a thread, as MKL does
 
 
 def eigen_bytes(side: int) -> int:
@@ -32,9 +33,7 @@ def svd_bytes(rows: int, columns: int, rank: int, method: str = "auto") -> int:
     smaller = min(rows, columns)
     rank = min(rank, smaller)
     thin = 24 * max(rows, columns) * rank  # one side, its QR and the result
-    # a Gram matrix in float64 that its eigenvectors overwrite, and the workspace of LAPACK
-    whole = 24 * smaller**2
-    whole += min(12 * smaller**2, KEPT)
+    whole = leading_bytes(rows, columns)
     if method == "exact":
         return max(whole, thin) + 16 * smaller * rank
     if method == "gram" or _by_gram(smaller, rank):

@@ -12,7 +12,7 @@ from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.meaning import as_read
 from adaptkit.ops.difference.look import as_rounded
-from adaptkit.ops.extract.stacked import Stack, edge, fit_stack
+from adaptkit.ops.extract.stacked import ROUGH, Stack, edge, fit_stack, rank_of_size
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import back
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from adaptkit.ops.extract.recipe import FitRecipe
 
 __all__ = ["Fitter"]
-
-ROUGH = 5e-3  # of the error of a LoRA that is only compared: three digits are shown
 
 
 class Fitter:
@@ -114,7 +112,7 @@ class Fitter:
             noise = torch.stack((noise_of_stack(rounded).floor, zeros_of_stack(delta)), -1)
         recipes = self.recipes.get(jobs[0].number, ())
         try:
-            return fit_stack(Stack(jobs, recipes, delta, norm, noise), _lora_of_size)
+            return fit_stack(Stack(jobs, recipes, delta, norm, noise))
         except LinAlgError:
             return None
 
@@ -244,8 +242,7 @@ def _lora_of_size(job: Pair, delta: Tensor, weights: Weights) -> Tensor:
     """The energies (B,) that the best LoRA of as many numbers keeps of each delta (B, m, n)."""
     from adaptkit.linalg.lowrank import SvdSpec, energies
 
-    numbers = sum(t.numel() for role, t in weights.encode().items() if role != ALPHA)
-    rank = min(numbers // sum(job.matrix), *job.matrix)
+    rank = rank_of_size(job, weights)
     if rank == 0:
         return delta.new_zeros(len(delta))
     return energies(delta, rank, SvdSpec(rank, tol=ROUGH)).sum(-1)

@@ -13,12 +13,12 @@ from adaptkit.formats.contract import Alpha
 from adaptkit.keymap.kinds import extractable, taking
 from adaptkit.ops.adapter_file.peft_config import only_kind
 from adaptkit.ops.adapter_file.writer import check_adapter_output
-from adaptkit.ops.difference.look import BLOCKS
+from adaptkit.ops.difference.look import reading
 from adaptkit.ops.difference.pairing import Pair, Pairing, Wanted, open_pair
 from adaptkit.ops.difference.probe import steps_of
 from adaptkit.ops.difference.working import energies_bytes, svd_bytes
 from adaptkit.ops.extract.recipe import FitRecipe
-from adaptkit.ops.ranks.options import Ranked, asked, largest, policy, rules
+from adaptkit.ops.ranks.options import MAX_RANK, Ranked, asked, largest, policy, rules
 from adaptkit.ops.shared import (
     Closing,
     LeftOut,
@@ -39,13 +39,12 @@ if TYPE_CHECKING:
     from adaptkit.ops.difference.probe import Probe
     from adaptkit.ops.ranks.rules.contract import Policy
 
-__all__ = ["MAX_RANK", "Options", "Plan", "plan"]
+__all__ = ["Options", "Plan", "plan"]
 
 
 AUTO = "auto"  # instead of an algorithm: the best one for each layer
 DEFAULT_FACTOR = 8
 DEFAULT_RANK = 32
-MAX_RANK = 128  # the end of the ladder from which a rule chooses, unless --max-rank is given
 
 
 @dataclass(frozen=True)
@@ -351,13 +350,12 @@ def step_of(
 ) -> Step[Pair]:
     """The step of one layer. `streamed` on a CPU, which subtracts weights as it reads them."""
     dense = 4 * job.matrix[0] * job.matrix[1]
-    sides = (base, job.base, not streamed), (tuned, job.tuned, not streamed or has_ladder(options))
-    stored = sum(
-        c.nbytes(p) if whole or not c.streams(p) else min(c.nbytes(p), BLOCKS)
-        for c, p, whole in sides
-    )
-    # what is read goes once ΔW is known, but on a device both are there
-    needed = max(stored + dense, _working(job, options)) + (0 if streamed else stored)
+    # ΔW is there once both are read, or a block of each
+    theirs, held = reading(tuned, job.tuned, whole=not streamed or has_ladder(options))
+    ours, kept = reading(base, job.base, whole=not streamed)
+    needed = max(theirs, held + ours, held + kept + dense, _working(job, options))
+    if not streamed:  # on a device both are there to the end
+        needed = max(needed, held + kept + _working(job, options))
     shape = (
         job.shape,
         job.dtype,

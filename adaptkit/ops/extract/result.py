@@ -14,7 +14,6 @@ from adaptkit.ops.extract.output import Output, Stored
 from adaptkit.ops.extract.plan import (
     AUTO,
     DEFAULT_FACTOR,
-    MAX_RANK,
     Options,
     Plan,
     has_ladder,
@@ -22,6 +21,7 @@ from adaptkit.ops.extract.plan import (
 )
 from adaptkit.ops.extract.random import is_random
 from adaptkit.ops.ranks.forms import Fitted, Layer, Pick, choose, choose_any
+from adaptkit.ops.ranks.options import MAX_RANK
 from adaptkit.ops.shared import POOR, Unused, WriterReport
 
 if TYPE_CHECKING:

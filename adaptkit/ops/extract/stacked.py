@@ -16,15 +16,18 @@ from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import back
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from adaptkit.algorithms.contract import Weights
+    from adaptkit.linalg.stacks import Asked
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.extract.recipe import FitRecipe
 
-__all__ = ["Stack", "edge", "fit_stack"]
+__all__ = ["ROUGH", "Stack", "edge", "fit_stack", "rank_of_size"]
+
+ROUGH = 5e-3  # of the error of a LoRA that is only compared: three digits are shown
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Stack:
 class _Fit:
     """One form of all layers: stored tensors, and numbers that are still on the device.
 
-    errors: (B,) or (B, r + 1)   sizes: (B, roles), the largest magnitudes   lora: (B,) or None
+    errors: (B,) or (B, r + 1)   sizes: (B, roles), the largest magnitudes
+    lora: what tells the energies that a LoRA of the same size keeps, or None
     """
 
     recipe: FitRecipe
@@ -56,22 +60,24 @@ class _Fit:
     ladder: bool
     errors: Tensor
     sizes: Tensor
-    lora: Tensor | None
+    lora: Asked | None
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """What the host looks at."""
+        return (self.errors, self.sizes, *(self.lora.numbers if self.lora else ()))
 
 
-def fit_stack(
-    stack: Stack, lora_of_size: Callable[[Pair, Tensor, Weights], Tensor]
-) -> list[Fitted] | None:
+def fit_stack(stack: Stack) -> list[Fitted] | None:
     """Every form of every layer; None if any number is odd. The differences are used up."""
     from adaptkit.linalg.hosted import fetched
     from adaptkit.linalg.noise import WEAK
 
-    fits = list(_fits(stack, lora_of_size))
+    fits = list(_fits(stack))
     told = [stack.norm] if stack.noise is None else [stack.norm, stack.noise]
-    parts = [part for fit in fits for part in (fit.errors, fit.sizes, fit.lora) if part is not None]
-    norms, *rest = fetched(*told, *parts)
+    norms, *rest = fetched(*told, *(part for fit in fits for part in fit.numbers))
     noise = norms.new_zeros(len(norms), 2) if stack.noise is None else rest.pop(0)
-    seen = [_Seen.take(fit, rest) for fit in fits]
+    seen = [_Seen.take(fit, norms, rest) for fit in fits]
     if not all(map(math.isfinite, norms.tolist())) or not all(one.plain(norms) for one in seen):
         return None
     floors = [floor if zeros < WEAK else 0.0 for floor, zeros in noise.tolist()]
@@ -81,7 +87,15 @@ def fit_stack(
     return results
 
 
-def _fits(stack: Stack, lora_of_size: Callable[[Pair, Tensor, Weights], Tensor]) -> Iterator[_Fit]:
+def rank_of_size(job: Pair, weights: Weights) -> int:
+    """The rank of a LoRA of as many numbers as these weights; 0 if they are too few for any."""
+    numbers = sum(t.numel() for role, t in weights.encode().items() if role != ALPHA)
+    return min(numbers // sum(job.matrix), *job.matrix)
+
+
+def _fits(stack: Stack) -> Iterator[_Fit]:
+    from adaptkit.linalg.lowrank import SvdSpec, energies_asked
+
     first = stack.jobs[0]
     found = [
         (recipe, weights)
@@ -92,8 +106,8 @@ def _fits(stack: Stack, lora_of_size: Callable[[Pair, Tensor, Weights], Tensor])
     ]
     for number, (recipe, weights) in enumerate(found):
         lora = None
-        if recipe.compared:
-            lora = lora_of_size(first, stack.delta, weights.member(0))
+        if recipe.compared and (rank := rank_of_size(first, weights.member(0))):
+            lora = energies_asked(stack.delta, SvdSpec(rank, tol=ROUGH))
         # the last form may use up the differences, unless it shares their memory
         last = number + 1 == len(found) and not recipe.kind.dense
         own = stack.delta if last else stack.delta.clone()
@@ -101,7 +115,7 @@ def _fits(stack: Stack, lora_of_size: Callable[[Pair, Tensor, Weights], Tensor])
 
 
 def _fitted(
-    job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor, lora: Tensor | None
+    job: Pair, recipe: FitRecipe, weights: Weights, delta: Tensor, lora: Asked | None
 ) -> _Fit:
     """Round to what is written, and measure the errors against `delta`, which is overwritten."""
     import torch
@@ -112,7 +126,7 @@ def _fitted(
     whole = weights.placed(job.role, vector=len(job.shape) == 1).encode()
     encoded = {role: t if role == ALPHA else t.to(dtype) for role, t in whole.items()}
     sizes = [
-        torch.linalg.vector_norm(t.flatten(1), float("inf"), dim=-1)
+        torch.linalg.vector_norm(t, float("inf"), dim=tuple(range(1, t.ndim)))
         for role, t in whole.items()
         if role != ALPHA
     ]
@@ -136,15 +150,11 @@ class _Seen:
     lora: Tensor | None
 
     @classmethod
-    def take(cls, fit: _Fit, numbers: list[Tensor]) -> _Seen:
+    def take(cls, fit: _Fit, norms: Tensor, numbers: list[Tensor]) -> _Seen:
         """Take the numbers of a form from the front of a list."""
-        errors, sizes = numbers.pop(0), numbers.pop(0)
-        return cls(
-            fit,
-            errors.reshape(len(errors), -1),
-            sizes,
-            fit.lora if fit.lora is None else numbers.pop(0),
-        )
+        errors, sizes, *asked = (numbers.pop(0) for _ in fit.numbers)
+        lora = fit.lora.told(norms, *asked).sum(-1) if fit.lora else None
+        return cls(fit, errors.reshape(len(errors), -1), sizes, lora)
 
     def plain(self, norms: Tensor) -> bool:
         """Whether all that differs was fitted, and fits the dtype it is written in."""
@@ -155,6 +165,8 @@ class _Seen:
         dtypes = [t.dtype for role, t in self.fit.encoded.items() if role != ALPHA]
         limits = self.sizes.new_tensor([overflow(dtype) for dtype in dtypes])
         good = torch.isfinite(self.errors).all(-1) & (self.sizes < limits).all(-1)
+        if self.lora is not None:
+            good &= torch.isfinite(self.lora)
         return bool((good | (norms == 0)).all())
 
 
@@ -174,8 +186,8 @@ def _share(one: _Seen, stack: Stack, results: Sequence[Fitted]) -> None:
         )
         form.edge = edge(form, found.noise / math.prod(job.matrix))
         found.forms.append(form)
-        if one.lora is not None:
-            found.lora = float(one.lora[n])
+        if fit.recipe.compared:  # of too few numbers for any LoRA: it would keep nothing
+            found.lora = 0.0 if one.lora is None else float(one.lora[n])
 
 
 def edge(form: Form, variance: float) -> float:

@@ -182,6 +182,8 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
     dense = max((kind.applying(*_matrix(info.shape)) for kind in kinds), default=0)
     if base.quantization.widens(info):  # kept as decoded, and divided by the new scales
         beside = 4 * info.numel + max(dense, 4 * info.numel)
+        if merge.packed is not None:  # read once more, to be packed
+            beside += info.nbytes + merge.packed.unpacking_bytes
     else:
         beside = max(dense, 12 * min(info.numel, BLOCK))  # three blocks are measured in the end
     return info.nbytes + 4 * info.numel + beside, own

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from adaptkit.algorithms.contract import Ladder, Stated
 from adaptkit.errors import NotRepresentable
 from adaptkit.ops.adapter_file.size import module_size
-from adaptkit.ops.ranks.knapsack import RankCurve, least_bytes, least_error
+from adaptkit.ops.ranks.knapsack import SPARE, RankCurve, least_bytes, least_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["EXPLAINED", "Fitted", "Form", "Layer", "Pick", "Picks", "choose", "choose_any"]
 
 ROUNDS = 16  # budgets tried until the file fits its size
-SPARE = 1e-4  # of the size: a smaller rest is not worth another budget
 # times the noise that rounding is expected to leave: a smaller residual is noise
 EXPLAINED = 1.1
 

@@ -4,9 +4,15 @@ Each option has a size in bytes and a squared error. The lower convex hulls of a
 by slope, give the optimum of the linear relaxation (Sinha and Zoltners 1979), which is also the
 Lagrangian optimum (Shoham and Gersho 1988), and with it a bound. A whole choice is less than one
 step of one module away from it. Few options could still close that gap; they are tried together
-(Pisinger 1995, the core of the problem), exactly if they are few enough. That gains little (4e-4 of
-the error at 20 modules, 3e-5 at 100, 1e-6 at 700), but it is why the choice is the best one where
-that can be checked, and why a larger size never loses more.
+(Pisinger 1995, the core of the problem), exactly if they are few enough. With them the choice is
+the best one where that can be checked, and a larger size never loses more. Without them it is worse
+by so much, on drawn spectra of 8 to 64 ranks at four sizes or errors each (squared error within a
+size, bytes within an error; the worst twentieth begins at the second figure):
+
+    modules      2      10      30     100     300     700
+    mean     0.3 %   0.5 %   0.3 %   0.1 %  0.05 %  0.02 %
+    p95        2 %     2 %     1 %   0.6 %   0.2 %   0.1 %
+    most      46 %    30 %    17 %     6 %     2 %   0.6 %
 """
 
 from __future__ import annotations
@@ -28,10 +34,11 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
     Measure = Callable[[Sequence[int]], int]
 
-__all__ = ["Allocation", "RankCurve", "least_bytes", "least_error"]
+__all__ = ["SPARE", "Allocation", "RankCurve", "least_bytes", "least_error"]
 
 
 CORE = 64  # modules that an exchange may involve
+SPARE = 1e-4  # of the size of a file: a smaller rest is not worth another budget
 STATES = 1 << 18  # partial exchanges tried in all: 30 ms
 
 

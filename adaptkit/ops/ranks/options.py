@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from adaptkit.ops.ranks.rules.contract import Policy, Rule
 
-__all__ = ["RULES", "Ranked", "asked", "largest", "policy", "rules", "spelled"]
+__all__ = ["MAX_RANK", "RULES", "Ranked", "asked", "largest", "policy", "rules", "spelled"]
+
+MAX_RANK = 128  # the end of the ladder from which a rule chooses, unless --max-rank is given
 
 
 @cache

@@ -59,6 +59,8 @@ def _beside(task: Task, dense: int) -> int:
     if len(task.terms) > 1:  # all ΔW and their sum: float32 if it is decomposed, else float64
         held = len(task.terms) + 1
         return 4 * held * dense if task.ranked else 8 * held * dense + 4 * dense
+    if task.base is None and task.ranked and _thin(task):  # decomposed by Gram matrices, and cut
+        return 16 * _factor_numbers(task)
     if task.base is None and not task.ranked:
         if task.kind.dense:  # ΔW in float64, as stored, and as measured in blocks
             return 12 * dense + 16 * min(dense, BLOCK)
@@ -88,8 +90,20 @@ def _factors(task: Task, dense: int) -> int:
     facts = task.entries[0].facts
     if task.entries[0].kind.dense:  # all singular vectors in float64, and a Gram matrix
         return 16 * dense + 67 * min(facts.rows, facts.columns) ** 2
-    # exact factors in float64, as stored, and as measured
-    return 20 * product_rank(task.terms[0]) * (facts.rows + facts.columns)
+    # exact factors in float64, as stored, and as measured: thin ones by a QR of both together
+    return (60 if _thin(task) else 20) * _factor_numbers(task)
+
+
+def _factor_numbers(task: Task) -> int:
+    """How many numbers the exact factors of ΔW have."""
+    facts = task.entries[0].facts
+    return product_rank(task.terms[0]) * (facts.rows + facts.columns)
+
+
+def _thin(task: Task) -> bool:
+    """Whether those cost less than ΔW itself."""
+    facts = task.entries[0].facts
+    return product_rank(task.terms[0]) <= THIN * min(facts.rows, facts.columns)
 
 
 def likeness_of(task: Task, swapped: bool) -> Hashable:
@@ -100,8 +114,7 @@ def likeness_of(task: Task, swapped: bool) -> Hashable:
     whole = task.terms[0].job.whole
     if not task.ranked or task.base is not None or "summed" in task.changes or whole is None:
         return None
-    thin = product_rank(task.terms[0]) <= THIN * min(whole.facts.rows, whole.facts.columns)
-    if not (task.kind.stacks and whole.kind.stacks and thin):
+    if not (task.kind.stacks and whole.kind.stacks and _thin(task)):
         return None
     infos = task.terms[0].job.adapter.source.infos
     term = task.terms[0]

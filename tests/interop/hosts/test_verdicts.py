@@ -76,6 +76,7 @@ def sample(host: str, family: str) -> Iterator[File]:
                         yield file
 
 
+@pytest.mark.share(12)
 @pytest.mark.parametrize(("host", "family"), CASES)
 def test_a_sample_of_the_verdicts(host: str, family: str, tmp_path: Path) -> None:
     current(host)
@@ -103,6 +104,7 @@ RECORDED = [
 ]  # fmt: skip
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize(("host", "family"), RECORDED)
 def test_the_table_is_what_the_loader_does(host: str, family: str) -> None:
     current(host)

@@ -142,6 +142,7 @@ def extracted(base: Path, tuned: Path, output: Path, **options: Any) -> dict[str
     return load_file(output)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_extract_to_the_same_bytes(tmp_path: Path, family: str) -> None:
     """Single file, diffusers folder, shards and pickle, each as base and as tuned: one adapter."""
@@ -208,6 +209,7 @@ def test_the_folder_of_this_test_is_that_of_diffusers() -> None:
     )
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("family", sorted(families()))
 def test_every_family_reads_the_same_weights_from_a_folder(tmp_path: Path, family: str) -> None:
     state = small(family, torch.float16, by=64)
@@ -323,6 +325,7 @@ def quantised(
     return result, truth
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_a_difference_of_fp8_weights_is_that_of_what_they_mean(

@@ -91,6 +91,7 @@ def stored_deltas(path: Path) -> list[np.ndarray]:
     return found
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("algo", ["lora", "lokr", "auto"])
 @pytest.mark.parametrize("share", [0.15, 0.4])
 def test_a_size_is_kept_to_the_byte_and_used(
@@ -137,6 +138,7 @@ def test_an_error_out_of_reach_is_refused(pair: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("rule", "value"), [("energy", 0.7), ("sv_ratio", 3.0), ("sv_fro", 0.8), ("sv_cumulative", 0.5)]
 )

@@ -78,6 +78,7 @@ def same(found: State, expected: State) -> None:
         assert torch.equal(found[key], tensor), key
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", TOUCHED)
 def test_both_ways_give_what_a_plain_merge_gives(tmp_path: Path, family: str) -> None:
     state = small(family, torch.float16)
@@ -130,6 +131,7 @@ CONSTANTS = {
 }
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("family", "kind"), [("sd1", "file"), ("sd1", "pickle"), ("sd1", "shards"), ("sdxl", "file")]
 )

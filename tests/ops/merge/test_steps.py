@@ -27,6 +27,7 @@ def lokr(path: Path, height: int, shape: tuple[int, ...], draw: np.random.Genera
     return oracle.lokr(np.float64(np.float32(w1)), np.float64(np.float32(w2)))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("heights", [(8, 4), (4, 8), (16, 2), (8, 8)])
 def test_lokr_of_different_block_heights_on_one_layer_are_cut_where_both_may_be(
     tmp_path: Path, heights: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.errors import NotRepresentable, WrongUsage
-from adaptkit.ops.ranks.knapsack import filled, floored, frontier, grain, ranked, solve
+from adaptkit.ops.ranks.knapsack import SPARE, filled, floored, frontier, grain, ranked, solve
 from adaptkit.ops.ranks.rules.contract import Policy, Rule, capped, smallest
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     Indices = NDArray[np.int64]
 
 ROUNDS = 12  # budgets tried to fit a file to its size; measuring SDXL once takes 10 ms
-SPARE = 1e-4  # of the size: a smaller rest is not worth another budget
 FILLS = 4  # attempts to spend the rest
 
 
