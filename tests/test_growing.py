@@ -77,7 +77,7 @@ def test_inspect_knows_the_toys_and_which_hosts_were_measured(said: dict[str, An
     assert (file["family"], file["format"], file["algorithms"]) == ("toy", "toy", {"toy": 4})
     assert file["loads_in"] == {
         "a1111": None, "comfyui": None, "diffusers": None, "forge": None, "invokeai": None,
-        "kohya": None, "sdnext": None, "toy": True, "wan2gp": None,
+        "kohya": None, "mflux": None, "sdcpp": None, "sdnext": None, "toy": True, "wan2gp": None,
     }  # fmt: skip
     assert file["why"]["comfyui"] == "not measured for toy"
     (file,) = said["inspect lora"]["files"]
@@ -139,7 +139,8 @@ def test_a_family_without_a_measured_host_is_not_called_unsupported(said: dict[s
 
 
 def test_help_lists_the_toys(said: dict[str, Any]) -> None:
-    assert "[a1111|comfyui|diffusers|forge|invokeai|kohya|sdnext|toy|wan2gp]" in said["help"]
+    hosts = "a1111|comfyui|diffusers|forge|invokeai|kohya|mflux|sdcpp|sdnext|toy|wan2gp"
+    assert f"[{hosts}]" in said["help"]
     assert "--toy T" in said["help"]
     assert "lora|lokr|toy|full|auto" in said["help extract"]
 

@@ -2,7 +2,8 @@
 
 One file per host, with the attribute `HOST`: what makes it refuse or misread a file. Which names it
 reads is a table in `measured/`, written by `python -m tests.interop.hosts --record`: diffusers,
-SD.Next and Wan2GP are run, the others are described from their code in `tests/interop/hosts`.
+mflux, SD.Next, stable-diffusion.cpp and Wan2GP are run, the others are described from their code in
+`tests/interop/hosts`.
 """
 
 from __future__ import annotations

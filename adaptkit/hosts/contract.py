@@ -80,9 +80,10 @@ class Piece:
     `stem` is a key without its suffix. `names` are the (naming, name) pairs of the family's table
     under which the module has the file's name, `suffixes` the ends of its tensors' keys, `kernel`
     the dimensions of its window, `columns` the width of its input. `alpha` is the number that a
-    host takes for alpha; `told`: a tensor states it, `stated`: only metadata does, `loose`: only
-    metadata that are neither PEFT's configuration nor diffusers' for the component. `axis` is that
-    of DoRA's norm. `keys` is the number of its keys, with that of alpha.
+    host takes for alpha, `rank` is 0 if there is none; `told`: a tensor states alpha, `stated`:
+    only metadata does, `loose`: only metadata that are neither PEFT's configuration nor diffusers'
+    for the component. `axis` is that of DoRA's norm. `keys` is the number of its keys, with that of
+    alpha.
     """
 
     slot: Slot
@@ -94,6 +95,7 @@ class Piece:
     kernel: int = 0
     columns: int = 0
     alpha: float | None = None
+    rank: int = 0
     told: bool = False
     stated: bool = False
     loose: bool = False
@@ -110,7 +112,7 @@ class Piece:
         """All that a loss asks of a module besides its name in the model, and a table of names."""
         return (
             self.slot.component, self.algorithm, self.names, self.suffixes, self.kernel,
-            self.alpha, self.told, self.stated, self.loose, self.axis,
+            self.alpha, self.rank, self.told, self.stated, self.loose, self.axis,
         )  # fmt: skip
 
 
@@ -121,23 +123,27 @@ class Loss:
     `what` completes "10 of 504 modules …"; `{kinds}` in it stands for their algorithms.
 
     Conditions: `modules` is a pattern (`re.search` on `component.module`, target names, `.bias`
-    after those of biases). `algorithms`: one of these; `besides`: none of these. `named`: the name
-    is of this naming; `unnamed`: it is not (only denoisers, as text encoders have Hugging Face
-    names everywhere). `suffix`: a tensor's suffix matches from its start. `kernel`: the window has
-    this many dimensions. `told`: a tensor states alpha; `untold`: none does; `stated`: only
-    metadata does, `loose`: only such as are neither PEFT's nor diffusers'; `odd`: alpha is not the
-    component's most common one. `axis`: that of DoRA. `whole`: one such module makes the host
+    after those of biases). `stems`: it has one of these. `algorithms`: one of these; `besides`:
+    none of these. `named`: the name is of this naming; `unnamed`: it is not (only denoisers, as
+    text encoders have Hugging Face names everywhere). `suffix`: a tensor's suffix matches from its
+    start. `kernel`: the window has this many dimensions. `rank`: that of the module; `multiple`:
+    its rank is a multiple of this. `told`: a tensor states alpha; `untold`: none does; `stated`:
+    only metadata does, `loose`: only such as are neither PEFT's nor diffusers'; `odd`: alpha is not
+    the component's most common one. `axis`: that of DoRA. `whole`: one such module makes the host
     refuse the file or load nothing. `left`: it does not look for tensors whose suffix matches.
     """
 
     what: str
     modules: str = ""
+    stems: frozenset[str] = frozenset()
     algorithms: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
     named: str = ""
     unnamed: str = ""
     suffix: str = ""
     kernel: int = 0
+    rank: int = 0
+    multiple: int = 0
     told: bool = False
     untold: bool = False
     stated: bool = False
@@ -155,8 +161,10 @@ class Loss:
         return self.about(piece) and self.fits(piece, common)
 
     def about(self, piece: Piece) -> bool:
-        """Whether the name of a module in the model fulfils the condition on it."""
-        return not self.modules or re.search(self.modules, str(piece.slot.target)) is not None
+        """Whether the names of a module fulfil the conditions on them."""
+        return (not self.stems or piece.stem in self.stems) and (
+            not self.modules or re.search(self.modules, str(piece.slot.target)) is not None
+        )
 
     def fits(self, piece: Piece, common: Mapping[str, float]) -> bool:
         """Whether a module fulfils all other conditions, which ask no more than its likeness."""
@@ -168,6 +176,8 @@ class Loss:
             and (not self.unnamed or (denoiser and self.unnamed not in piece.namings))
             and (not self.suffix or any(re.match(self.suffix, suffix) for suffix in piece.suffixes))
             and (not self.kernel or piece.kernel == self.kernel)
+            and (not self.rank or piece.rank == self.rank)
+            and (not self.multiple or (piece.rank > 0 and piece.rank % self.multiple == 0))
             and (not self.told or piece.told)
             and (not self.untold or not piece.told)
             and (not self.stated or piece.stated)

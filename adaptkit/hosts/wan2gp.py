@@ -5,8 +5,15 @@ Of Wan, the model from an image was tried, which has the layers of that from tex
 
 from __future__ import annotations
 
-from adaptkit.hosts.contract import DORA, Cell, Host, Loss
+from adaptkit.hosts.contract import DORA, NO_MODEL, Cell, Host, Loss
 
+# of these it has neither a folder of code nor a definition of a model
+BEYOND = (
+    "anima", "auraflow", "bria-fibo", "bria-fibo2", "cogvideox", "cogview4", "cosmos", "cosmos-14b",
+    "ernie-image", "flux3", "glm-image", "hunyuan-dit", "hunyuan-image", "lumina2", "mochi",
+    "ovis-image", "pixart", "prx", "sana", "sd1", "sd2", "sd3", "sd35-large", "sdxl",
+    "sdxl-refiner", "stable-cascade",
+)  # fmt: skip
 REFUSED = Loss("it refuses a file with names that it does not know", whole=True)
 FORMATS = ("bare", "diffusers")
 HALVES = Loss(
@@ -53,4 +60,5 @@ HOST = Host(
         ),
         Loss("have their alpha in metadata, which it does not read", stated=True),
     ),
+    unsupported=dict.fromkeys(BEYOND, NO_MODEL),
 )

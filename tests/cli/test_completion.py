@@ -38,6 +38,8 @@ def test_commands_options_and_names_are_completed(shell: type[ShellComplete]) ->
         "forge",
         "invokeai",
         "kohya",
+        "mflux",
+        "sdcpp",
         "sdnext",
         "wan2gp",
     ]

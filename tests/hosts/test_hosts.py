@@ -251,7 +251,7 @@ def test_a_recipe_s_scale_is_the_host_s_too(
     def plain(piece: Piece) -> Piece:
         if made.fold_alpha or formats()[made.format].alpha is Alpha.OPTIONAL:
             piece = replace(piece, told=False, keys=0)
-        return replace(piece, alpha=None, label="")
+        return replace(piece, alpha=None, rank=0, label="")
 
     meant = {piece.slot: plain(piece) for piece in pieces}
     with Adapter.open(
@@ -406,8 +406,8 @@ def test_algorithms(
 def test_layers_of_kin_do_not_decide_how_a_family_is_written() -> None:
     """Kolors' layer in SDXL's table once made `extract` write names of old diffusers."""
     usual = {
-        "sd1": "kohya", "sdxl": "kohya", "flux": "comfy", "chroma": "kohya", "z-image": "diffusers",
-        "wan": "diffusers", "sd3": "kohya", "flux2": "kohya", "qwen-image": "kohya",
+        "sd1": "kohya", "sdxl": "kohya", "flux": "comfy", "chroma": "comfy", "z-image": "diffusers",
+        "wan": "diffusers", "sd3": "kohya", "flux2": "kohya", "qwen-image": "diffusers",
     }  # fmt: skip
     assert {family: usual_format(family) for family in usual} == usual
     for family in map(families().__getitem__, usual):

@@ -18,7 +18,18 @@ from adaptkit.hosts import hosts
 from adaptkit.hosts._measured import FOLDER
 from adaptkit.hosts.contract import UNETS
 from adaptkit.keymap import prefixes
-from tests.interop.hosts import a1111, comfyui, diffusers, forge, invokeai, kohya, sdnext, wan2gp
+from tests.interop.hosts import (
+    a1111,
+    comfyui,
+    diffusers,
+    forge,
+    invokeai,
+    kohya,
+    mflux,
+    sdcpp,
+    sdnext,
+    wan2gp,
+)
 from tests.interop.hosts.files import CHOICES as CHOSEN
 from tests.interop.hosts.files import File, Part, make, namings
 from tests.interop.hosts.loaded import Loaded, RefusedError
@@ -32,6 +43,8 @@ class Loader:
     """A host's loader, real or described; `blocks` is how many blocks of each kind its model has.
 
     `lenient` is the loader that does not refuse a file for the number of names that it does not know.
+    `there`: whether what it needs is on this machine. `apart`: a module that it does not load beside all others, it does
+    not load alone, unless it refuses the file.
     """
 
     load: Callable[[File, int | None], Loaded]
@@ -39,6 +52,8 @@ class Loader:
     date: str
     how: str
     lenient: Callable[[File], Loaded] | None = None
+    there: Callable[[], bool] = lambda: True
+    apart: bool = False
 
 
 LOADERS: Mapping[str, Loader] = {
@@ -56,6 +71,12 @@ LOADERS: Mapping[str, Loader] = {
     "diffusers": Loader(diffusers.load, diffusers.version(), "2026-11", "run"),
     "sdnext": Loader(sdnext.load, sdnext.version(), sdnext.DATE, "run"),
     "wan2gp": Loader(wan2gp.load, wan2gp.version(), wan2gp.DATE, "run"),
+    "mflux": Loader(
+        mflux.load, mflux.VERSION, mflux.DATE, "run", there=mflux.available, apart=True
+    ),
+    "sdcpp": Loader(
+        sdcpp.load, sdcpp.VERSION, sdcpp.DATE, "run", there=sdcpp.available, apart=True
+    ),
 }
 
 
@@ -81,11 +102,15 @@ def wanted_prefixes(host: str, family: str, format: str) -> tuple[str, ...]:
 
 def outcome(host: str, file: File, blocks: int | None) -> frozenset[str]:
     """The stems that a host loads right; none of a file that it refuses."""
+    return _right(host, file, blocks) or frozenset()
+
+
+def _right(host: str, file: File, blocks: int | None) -> frozenset[str] | None:
     loader = LOADERS[host]
     try:
         return (loader.lenient(file) if loader.lenient else loader.load(file, blocks)).right
     except RefusedError:
-        return frozenset()
+        return None
 
 
 def names(host: str, family: str) -> dict[str, Any]:
@@ -136,7 +161,11 @@ def _tried_under(
             else:
                 yield from _others(host, family, whole, taken, blocks)
             if (host, format, family) not in SPELLED:
-                return
+                break
+        for form in DIFFERENCES if (host, family) in WINDOWED else ():
+            full = make(family, format, naming, form, "everything", blocks, wanted)
+            right = outcome(host, full, blocks) if full else frozenset[str]()
+            yield from ((part, part.stem in right) for part in (full.parts if full else ()))
 
 
 def _chosen(host: str, whole: File, blocks: int | None) -> Iterator[tuple[Part, bool]]:
@@ -175,8 +204,11 @@ def _taken(host: str, whole: File, blocks: int | None) -> File | None:
     for choice in CHOICES:
         kept = tuple(part for part in whole.parts if CHOSEN[choice](part))
         file = replace(whole, choice=choice, parts=kept)
-        if kept and outcome(host, file, blocks):
+        right = _right(host, file, blocks) if kept else None
+        if right:
             return file
+        if right is not None and LOADERS[host].apart:
+            return None
     return None
 
 
@@ -199,8 +231,11 @@ UNTRIED = {("comfyui", "ltx2"): ("connectors", "text_projection")}
 COMPLETE = {("peft", "flux"), ("peft", "chroma"), ("xlabs", "flux")}
 # converters that lose what they know beside anything else
 APART = {("sdnext", "kohya", "flux"), ("sdnext", "kohya", "sd3"), ("sdnext", "kohya", "sd35-large")}
+# loaders that end at a LoRA of a window in three dimensions: its name is tried with a difference
+WINDOWED = {("sdcpp", "wan"), ("sdcpp", "hunyuan-video-15")}
+DIFFERENCES = ("full",)
 # converters that know other names when the factors are called otherwise
-SPELLED = {("diffusers", "comfy", "z-image")}
+SPELLED = {("diffusers", "comfy", "z-image"), ("mflux", "bare", "flux")}
 
 
 def _short(known: Mapping[str, bool]) -> bool | list[str]:
@@ -215,6 +250,9 @@ def record(only: str = "", *chosen: str) -> None:
     """Write the tables of all hosts, or of one, for all families or some."""
     for host in LOADERS:
         if only and host != only:
+            continue
+        if not LOADERS[host].there():
+            print(f"{host} is not here: see tests/interop/hosts/{host}.py", flush=True)
             continue
         loader, path = LOADERS[host], FOLDER / f"{host}.json"
         table = {}
