@@ -407,7 +407,7 @@ def test_layers_of_kin_do_not_decide_how_a_family_is_written() -> None:
     """Kolors' layer in SDXL's table once made `extract` write names of old diffusers."""
     usual = {
         "sd1": "kohya", "sdxl": "kohya", "flux": "comfy", "chroma": "comfy", "z-image": "diffusers",
-        "wan": "diffusers", "sd3": "kohya", "flux2": "kohya", "qwen-image": "diffusers",
+        "wan": "diffusers", "sd3": "kohya", "flux2": "comfy", "qwen-image": "diffusers",
     }  # fmt: skip
     assert {family: usual_format(family) for family in usual} == usual
     for family in map(families().__getitem__, usual):

@@ -223,7 +223,7 @@ UNMEASURED: Mapping[str, frozenset[str]] = {
     # it gives the files of these to diffusers, in a version that it pins
     "sdnext": frozenset(families()) - set(sdnext.TYPES),
     # of its models these alone were built
-    "wan2gp": frozenset(families()) - set(wan2gp.MODELS),
+    "wan2gp": frozenset(families()) - set(wan2gp.MODELS) - set(hosts()["wan2gp"].unsupported),
 }
 # parts of a model of which the code that was read does not tell how they are adapted
 UNTRIED = {("comfyui", "ltx2"): ("connectors", "text_projection")}
