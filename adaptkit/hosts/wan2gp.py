@@ -22,13 +22,23 @@ HALVES = Loss(
     named="diffusers",
     suffix=r"(?!lora_[AB])",
 )
+LINEAR1 = Loss(
+    "are differences of joint projections, at which it refuses the file",
+    modules=r"single_blocks\.\d+\.linear1$",
+    suffix=r"diff$",
+    whole=True,
+)
 
 HOST = Host(
     name="wan2gp",
     also=("wangp", "mmgp"),
     title="Wan2GP",
     # it swaps the halves of the last modulation in tensors called lora_B alone
-    cells=tuple(Cell(format, ("chroma", "flux", "flux2"), (HALVES,)) for format in FORMATS),
+    cells=tuple(
+        Cell(format, families, losses)
+        for format in FORMATS
+        for families, losses in ((("chroma", "flux"), (HALVES,)), (("flux2",), (HALVES, LINEAR1)))
+    ),
     unread=REFUSED,
     nothing=REFUSED,
     # DoRA loads or not as alpha is, which no description here tells
