@@ -137,6 +137,8 @@ class TestInspect:
             "forge": True,
             "invokeai": False,  # no cross-attention tells it which Stable Diffusion this is
             "kohya": False,  # sd-scripts has no LoKr of its own
+            "mflux": False,
+            "sdcpp": False,  # the convolutions
         }
         assert record["measured_with"].keys() == record["loads_in"].keys()
         assert "lokr" in record["why"]["diffusers"]
