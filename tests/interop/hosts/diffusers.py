@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -310,6 +311,8 @@ def load(file: File, blocks: int | None) -> Loaded:
             state, alphas, metadata = _state(file, given)
             results = dict(_loaded(file, state, alphas, metadata, blocks))
         except Exception as error:
+            if isinstance(error, NameError) and _ours(error):  # a fault here, no verdict
+                raise
             raise RefusedError(f"{type(error).__name__}: {str(error)[:100]}") from error
         finally:
             logging.disable(logging.NOTSET)
@@ -321,6 +324,11 @@ def load(file: File, blocks: int | None) -> Loaded:
         if expected is not None and result is not None and result.right(part, expected, vector):
             found.add(part.stem)
     return Loaded(frozenset(found))
+
+
+def _ours(error: Exception) -> bool:
+    """Whether an error comes from this file, not from the loader."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename == __file__
 
 
 @cache
