@@ -51,12 +51,13 @@ def narrowed(file: File) -> File:
 
 def tensors_of(file: File) -> dict[str, torch.Tensor]:
     """The tensors of a file, the large ones too of numbers that differ."""
-    pool, found = _numbers(), {}
-    for key, tensor in file.tensors().items():
-        start = hash_of(key) % (len(pool) - tensor.numel())
-        large = tensor.numel() > 1 and 0 in tensor.stride()
-        drawn = pool[start : start + tensor.numel()].view(tensor.shape)
-        found[key] = drawn.float() if large else tensor
+    pool, found = _numbers(), file.tensors()
+    for key, tensor in found.items():
+        size = tensor.numel()
+        # OFT's blocks may be larger than all numbers there are, and were not tried
+        if 0 in tensor.stride() and 1 < size < len(pool):
+            start = hash_of(key) % (len(pool) - size)
+            found[key] = pool[start : start + size].view(tensor.shape).float()
     return found
 
 
