@@ -7,6 +7,7 @@ mapped as in diffusers' `convert_open_clip_checkpoint` (in_proj is q, k, v in th
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.families.contract import Component, Kind, Name, Row, named, row, sizes, split
@@ -74,6 +75,7 @@ def _tags(name: str, kohya: tuple[str, ...], comfy: str) -> dict[str, tuple[str,
     return {"kohya": kohya, "onetrainer": kohya, "comfy": (comfy,), "diffusers": (name,)}
 
 
+@cache
 def clip_rows(layers: int) -> tuple[Row, ...]:
     """CLIP under Hugging Face names; `flat` is transformers 5's naming, without `text_model.`."""
     layer = f"encoder.layers.{{i:{layers}}}."
@@ -107,6 +109,7 @@ def _processor(module: str) -> dict[str, Any]:
     )
 
 
+@cache
 def openclip_rows(layers: int, *, projection: bool) -> tuple[Row, ...]:
     """CLIP with OpenCLIP names in checkpoints (`native`); adapters use Hugging Face names."""
     rows = [*_openclip_ends(), *_openclip_layer(layers)]

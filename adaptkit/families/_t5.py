@@ -5,11 +5,14 @@ Source: transformers' `T5EncoderModel` and `UMT5EncoderModel`.
 
 from __future__ import annotations
 
+from functools import cache
+
 from adaptkit.families.contract import Component, Kind, Row, row, sizes
 
 __all__ = ["t5", "t5_rows"]
 
 
+@cache
 def t5_rows(layers: int, *, bias_everywhere: bool = False) -> tuple[Row, ...]:
     """A T5 encoder; `bias_everywhere`: position bias in all layers (UMT5)."""
     block = f"encoder.block.{{i:{layers}}}."

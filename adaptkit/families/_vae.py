@@ -7,6 +7,7 @@ numbered in reverse; attention is 1×1 convolutions in the original, linear laye
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from adaptkit.families.contract import Component, Kind, Name, Row, named, row
@@ -38,12 +39,17 @@ def autoencoder(*native: str) -> Component:
     return Component(
         name="vae",
         title="autoencoder",
-        rows=tuple(_rows()),
+        rows=_rows(),
         checkpoints={"native": native, "diffusers": diffusers, "old": diffusers},
     )
 
 
-def _rows() -> Iterator[Row]:
+@cache  # most families have it
+def _rows() -> tuple[Row, ...]:
+    return tuple(_each())
+
+
+def _each() -> Iterator[Row]:
     for name in ("quant_conv", "post_quant_conv"):
         yield row(name, native=name, kernel=(1, 1))
     for side in ("encoder", "decoder"):

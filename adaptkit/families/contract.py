@@ -140,6 +140,7 @@ def pair(
     return row(target, kind=kind, kernel=kernel, native=native, diffusers=diffusers, **namings)
 
 
+@lru_cache(maxsize=16384)
 def _names(value: str | Name | tuple[Name, ...]) -> tuple[Name, ...]:
     if isinstance(value, str):
         return (named(value),)

@@ -19,10 +19,16 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
     made = child(PYTHON, "-m", "tests.fuzz.hostile", folder / "hostile").output.split()
     paths = [Path(path) for path in made][:: 8 if small else 1]
     found = {path: inspected(path) for path in paths}
+    # what a file costs is the least of three sweeps: others on the machine only add to it
+    for _ in range(0 if small else 2):
+        for path in (path for path, one in found.items() if (one.cpu or 0.0) > SECONDS / 2):
+            found[path] = min(found[path], inspected(path), key=lambda one: one.cpu or 0.0)
     held = [path for path in paths if _size(path) <= SMALL]
     missed = [f"{path.name}: {what}" for path in paths if (what := unclear(found[path]))]
     missed += [f"{path.name} takes {what}" for path in held if (what := excess(found[path]))]
-    table = Table(title=f"inspect: {len(paths)} hostile files, whole processes, the {WORST} worst")
+    table = Table(
+        title=f"inspect: {len(paths)} hostile files, whole processes, the least of three, the {WORST} worst"
+    )
     for name in ("file", "kB", "CPU seconds", "peak MB"):
         table.add_column(name, justify="left" if name == "file" else "right")
     for path in sorted(paths, key=lambda path: -(found[path].cpu or 0.0))[:WORST]:
@@ -42,14 +48,6 @@ def run(folder: Path, console: Console, small: bool) -> list[str]:
 
 
 def inspected(path: Path) -> Measured:
-    """One run; of a costly file the run of median time of three: a shared machine doubles some."""
-    runs = [_run(path)]
-    if (runs[0].cpu or 0.0) > SECONDS / 2:
-        runs += [_run(path), _run(path)]
-    return sorted(runs, key=lambda one: one.cpu or 0.0)[len(runs) // 2]
-
-
-def _run(path: Path) -> Measured:
     return child(PYTHON, "-m", "adaptkit", "inspect", path, codes=(0, 1))
 
 
