@@ -371,8 +371,9 @@ class TestBadInput:
             "import sys, time\nfrom adaptkit.ops.extract import fit as extract\n"
             "slow = extract.Fitter.load\n"
             "def load(self, job):\n    time.sleep(0.05)\n    return slow(self, job)\n"
-            "extract.Fitter.load = load\nfrom adaptkit.cli import main\n"
-            "sys.argv = ['adaptkit', 'extract', 'base.ckpt', 'tuned.ckpt']\nmain()\n"
+            # as the console script does: a thread that still computes aborts a plain end of Python
+            "extract.Fitter.load = load\nfrom adaptkit.cli import run\n"
+            "sys.argv = ['adaptkit', 'extract', 'base.ckpt', 'tuned.ckpt']\nrun()\n"
         )
         before = sorted(pair.iterdir())
         process = subprocess.Popen(

@@ -139,11 +139,13 @@ class TestInspect:
             "kohya": False,  # sd-scripts has no LoKr of its own
             "mflux": False,
             "sdcpp": False,  # the convolutions
+            "sdnext": True,
+            "wan2gp": False,
         }
         assert record["measured_with"].keys() == record["loads_in"].keys()
         assert "lokr" in record["why"]["diffusers"]
         shown = adaptkit("inspect", tiny / "lokr-kohya.safetensors").stdout
-        assert "a1111, comfyui, forge: yes" in shown
+        assert "a1111, comfyui, forge, sdnext: yes" in shown
         assert "diffusers: no – 25 modules are lokr" in shown
 
     def test_stats_find_zeros_and_nan(self, tiny: Path, tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def tree(repository: str, *paths: str) -> Path:
     folder = tempfile.TemporaryDirectory(prefix="adaptkit-host-")
     _KEPT.append(folder)
     with tarfile.open(fileobj=io.BytesIO(_git(repository, "archive", "HEAD", *paths))) as files:
-        files.extractall(folder.name, filter="data")
+        # Python 3.11.2 has no filters
+        filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        files.extractall(folder.name, **filters)
     return Path(folder.name)
 
 
