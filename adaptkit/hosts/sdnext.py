@@ -31,8 +31,13 @@ def _rest(pieces: tuple[Piece, ...]) -> Loss | None:
     taken = [
         piece
         for piece in pieces
-        if re.search(BLOCKS, str(piece.slot.target)) and piece.algorithm in LORA
+        if re.search(BLOCKS, str(piece.slot.target))
+        and piece.algorithm in LORA
+        # it looks for the names of the original model
+        and "native" in piece.namings
     ]
+    if not taken:
+        return None
     if not all(piece.told for piece in taken):
         return Loss("have no alpha, at which its converter stops", untold=True, whole=True)
     rest = len(taken) < len(pieces) or any(piece.algorithm in DORA for piece in taken)
