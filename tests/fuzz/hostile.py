@@ -101,6 +101,7 @@ PICKLES: dict[str, Callable[[], bytes]] = {
     "names-of-two-bytes": lambda: zipped(pickled(b"(", b"U\0" * 400_000, b"l")),
     "names-in-the-memo": lambda: zipped(pickled(b"(", b"".join(b"U\0r" + struct.pack("<I", k) for k in range(120_000)), b"l")),
     "stacked-names": lambda: zipped(b"\x80\x04(" + b"\x8c\0\x8c\0\x930" * 100_000 + b"l."),
+    "long-stacked-name": lambda: zipped(b"\x80\x04X" + struct.pack("<I", 400_000) + b"a" * 400_000 + b"\x94" + b"h\0h\0\x930" * 80_000 + b"N."),
     "globals": lambda: zipped(pickled(b"(", b"ca\nb\n0" * 150_000, b"l")),
     "colliding-keys": lambda: zipped(pickled(b"}(", COLLIDE, b"u")),
     "deep-list": lambda: zipped(pickled(b"]" * 450_000 + b"a" * 449_999)),

@@ -17,7 +17,7 @@ from adaptkit.files.pickled.stand_ins import CONVERT
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["scan"]
+__all__ = ["LONGEST", "scan"]
 
 # what an object on the stack is: anything, what must not become a name in a table, or text, to
 # which the offset of its opcode is added
@@ -27,7 +27,7 @@ _DIGITS, _BYTES = 18, 8
 # items of a tuple of texts that may be a name; only of texts are the hashes unforeseeable
 _SHORT = 8
 # bytes of a global's name that a report shows
-_LONGEST = 200
+LONGEST = 200
 
 
 class _Opcode(NamedTuple):
@@ -169,7 +169,8 @@ class _Scan:
         at = item - _TEXT
         code = _OPCODES[self.data[at]]
         begin, end = _argument(code, self.data, at + 1)
-        return self.data[begin : end - code.lines]
+        # no more than is shown: one long text may be taken from the memo by every opcode
+        return self.data[begin : min(end - code.lines, begin + LONGEST)]
 
     def mark(self, _code: _Opcode, _begin: int, _end: int) -> None:
         self.stack.append(_MARK)
@@ -242,7 +243,7 @@ class _Scan:
 
 
 def _shown(raw: bytes) -> str:
-    return raw[:_LONGEST].decode("utf-8", "replace").strip("'\"")
+    return raw[:LONGEST].decode("utf-8", "replace").strip("'\"")
 
 
 _RULES: Mapping[str, Callable[[_Scan, _Opcode, int, int], None]] = {

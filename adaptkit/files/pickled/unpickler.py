@@ -7,7 +7,7 @@ import pickle
 from typing import BinaryIO
 
 from adaptkit.errors import AdaptkitError, CorruptFile, UnsafePickle
-from adaptkit.files.pickled.scanner import scan
+from adaptkit.files.pickled.scanner import LONGEST, scan
 from adaptkit.files.pickled.stand_ins import CONVERT, GLOBALS, Storage, StorageType
 
 __all__ = ["unpickle"]
@@ -38,7 +38,8 @@ class Unpickler(pickle.Unpickler):
         try:
             return GLOBALS[module, name]
         except KeyError:
-            message = f"refers to {module}.{name}: loading it would run code"
+            named = ".".join(part[:LONGEST] for part in (module, name))
+            message = f"refers to {named}: loading it would run code"
             raise UnsafePickle(message, hint=CONVERT) from None
 
     def persistent_load(self, pid: object) -> Storage:
