@@ -36,6 +36,9 @@ __all__ = [
 
 HUGE = 1 << 22  # bytes: smaller blocks gain nothing
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
+# bytes: larger blocks are of the system's own, and so much is kept of smaller ones that are free.
+# With 3 MB an extraction took 3 % longer (medians of five runs in turns), for its scratch
+_OWN, _KEPT = 3 << 20, 8 << 20
 # seconds of sys.setswitchinterval: with Python's 5e-3 s, two workers took a tenth longer
 _TURN = 1e-4
 
@@ -140,8 +143,8 @@ def give_back() -> None:
 
     with suppress(OSError, AttributeError, TypeError):  # other libraries have no such setting
         library = ctypes.CDLL(None)
-        for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            library.mallopt(parameter, 3 << 20)
+        library.mallopt(_MMAP_THRESHOLD, _OWN)
+        library.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
 def out_of_memory(error: BaseException) -> bool:
