@@ -21,6 +21,7 @@ __all__ = [
     "Factor",
     "Product",
     "Tucker",
+    "beside_identity",
     "factor_svd",
     "low_rank",
     "same_factor",
@@ -118,19 +119,23 @@ def low_rank(factor: Factor) -> tuple[Tensor, Tensor]:
 
     A dense factor is multiplied by an identity on its smaller side.
     """
-    import torch
-
     from adaptkit.linalg.precision import upcast
 
     if isinstance(factor, Product):
         return upcast(factor.left), upcast(factor.right)
     if isinstance(factor, Tucker):
         return upcast(factor.left), spread(upcast(factor.core), upcast(factor.right))
-    dense = factor.dense()
-    rows, columns = dense.shape[-2:]
-    eye = torch.eye(min(rows, columns), dtype=dense.dtype, device=dense.device)
-    eye = eye.expand(*dense.shape[:-2], -1, -1)
-    return (eye, dense) if rows <= columns else (dense, eye)
+    return beside_identity(factor.dense())
+
+
+def beside_identity(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(left, right) of rank min(m, n) with left · right = x (..., m, n): x, and an identity."""
+    import torch
+
+    rows, columns = x.shape[-2:]
+    eye = torch.eye(min(rows, columns), dtype=x.dtype, device=x.device)
+    eye = eye.expand(*x.shape[:-2], -1, -1)
+    return (eye, x) if rows <= columns else (x, eye)
 
 
 def tucker_field(modules: Sequence[Shapes]) -> dict[str, bool]:

@@ -65,6 +65,7 @@ class Weights(Truncation, Configured):
     low_rank: ClassVar[bool] = False  # stores left · right: holds any product of two factors
     kron: ClassVar[bool] = False  # `kron_factors` are known
     by_rows: ClassVar[bool] = False  # some rows of what `computed` gives cost their share of ΔW
+    applying_wide: ClassVar[int] = 2  # times `applying`: what `applied` takes beside a float64 W
     row_wise: ClassVar[bool] = False  # what is made of some rows of W depends on those rows alone
     cores: ClassVar[frozenset[str]] = frozenset()  # roles that `unrolled` multiplies out
 

@@ -13,7 +13,7 @@ from adaptkit.errors import NotRepresentable
 from adaptkit.names import BIAS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -69,6 +69,11 @@ class Full(Weights):
     def encode(self) -> dict[str, Tensor]:
         rows = self.diff.shape[:-1]
         return {self.role: self.diff.reshape(rows if self.vector else (*rows, -1, *self.kernel))}
+
+    def _wide_blocks(self) -> Iterator[Tensor]:
+        from adaptkit.linalg.products import in_blocks
+
+        return in_blocks(self.rows, lambda start, stop: self.diff[..., start:stop, :].double())
 
     def delta(self) -> Tensor:
         from adaptkit.linalg.precision import upcast

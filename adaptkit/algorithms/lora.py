@@ -6,13 +6,14 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptkit.algorithms._factor import spread
+from adaptkit.algorithms._factor import beside_identity, spread
 from adaptkit.algorithms._lora_cut import by_cores, by_singular_values, cut_stack
 from adaptkit.algorithms._parts import grouped, same, stacked, unique
 from adaptkit.algorithms._record import record
 from adaptkit.algorithms._stored import flat, matched, roles, scaling
 from adaptkit.algorithms.contract import (
     ALPHA,
+    THIN,
     Decomposition,
     Facts,
     FitSpec,
@@ -25,7 +26,7 @@ from adaptkit.algorithms.contract import (
 from adaptkit.errors import NotRepresentable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -138,6 +139,19 @@ class Lora(Weights):
 
         up = upcast(self.up)
         return up if self.scale == 1.0 else up * self.scale, self._right()
+
+    def thin_factors(self) -> tuple[Tensor, Tensor] | None:
+        # known before anything is widened
+        thick = self.up.shape[-1] > THIN * min(self.rows, self.down.shape[-1])
+        return None if self.mid is None and thick else super().thin_factors()
+
+    def _wide_blocks(self) -> Iterator[Tensor]:
+        if self.mid is not None or self.scale != 1.0:
+            return super()._wide_blocks()
+        from adaptkit.linalg.products import wide_blocks
+
+        # widened as they are needed: beside an identity, no block needs all of a factor
+        return wide_blocks(self.rows, None, lambda: (self.up, self.down), self.delta)
 
     def widened(self) -> Self:
         import torch
@@ -274,11 +288,15 @@ class Lora(Weights):
 
     @classmethod
     def fit(cls, delta: Tensor, spec: FitSpec) -> Self:
-        """Best approximation of rank k (Eckart–Young), √σ on both sides, alpha = rank."""
+        """Best approximation of rank k (Eckart–Young), √σ on both sides, alpha = rank.
+
+        Without a rank it is exact: delta itself, beside an identity.
+        """
+        if spec.rank is None:
+            return cls(*beside_identity(delta), 1.0, spec.kernel)
         from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 
-        smaller = min(delta.shape[-2:])
-        rank = smaller if spec.rank is None else min(spec.rank, smaller)
+        rank = min(spec.rank, *delta.shape[-2:])
         how = SvdSpec(rank, method=spec.svd, seed=spec.seed)  # type: ignore[arg-type]
         svd = truncated_svd(delta, how)
         up, down = svd.balanced()

@@ -27,6 +27,8 @@ class Pissa(Rebased):
         found = leading(base, rank)
         return found.u * found.s.unsqueeze(-2), found.vh
 
+    applying_wide: ClassVar[int] = 1  # float64 in any case
+
     @classmethod
     def applying(cls, rows: int, columns: int) -> int:
         return leading_bytes(rows, columns)

@@ -66,6 +66,8 @@ class Tlora(Unwritten, Applied):
     def rows(self) -> int:
         return int(self.up.shape[-2])
 
+    applying_wide: ClassVar[int] = 1  # float64 in any case
+
     @classmethod
     def applying(cls, rows: int, columns: int) -> int:
         return leading_bytes(rows, columns)

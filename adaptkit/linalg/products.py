@@ -199,11 +199,27 @@ def wide_blocks(
     if kron is not None:
         one, two = kron[0].double(), kron[1].double()
         return in_blocks(rows, lambda start, stop: kron_rows(one, two, start, stop))
-    if (pair := factors()) is not None:
-        left, right = pair[0].double(), pair[1].double()
-        return in_blocks(rows, lambda start, stop: left[..., start:stop, :] @ right)
-    delta = whole()
+    pair = factors()
+    # a matrix beside an identity is the product
+    delta = whole() if pair is None else _beside_identity(*pair)
+    if pair is not None and delta is None:
+        left, right = pair[0], pair[1].double()
+        return in_blocks(rows, lambda start, stop: left[..., start:stop, :].double() @ right)
+    assert delta is not None
     return in_blocks(rows, lambda start, stop: delta[..., start:stop, :].double())
+
+
+def _beside_identity(left: Tensor, right: Tensor) -> Tensor | None:
+    """left · right if one of them is an identity."""
+    if _is_identity(left):
+        return right
+    return left if _is_identity(right) else None
+
+
+def _is_identity(x: Tensor) -> bool:
+    if x.ndim != 2 or x.shape[0] != x.shape[1] or int(x.count_nonzero()) != len(x):
+        return False
+    return bool((x.diagonal() == 1).all())
 
 
 def inner(one: Operand, two: Operand) -> float:

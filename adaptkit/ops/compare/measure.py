@@ -96,7 +96,8 @@ class Measurer:
         if side.entry is None or side.base is None or self.base is None:
             return 0
         rows, *rest = self.base.slot_shape(side.base)
-        return 2 * side.entry.kind.applying(rows, math.prod(rest))
+        kind = side.entry.kind
+        return kind.applying_wide * kind.applying(rows, math.prod(rest))
 
     def _pieces(self, match: Match) -> Iterator[tuple[str, Checkpoint, tuple[Piece, ...]]]:
         """Yield the pieces to read from the checkpoints, once each, with a name."""

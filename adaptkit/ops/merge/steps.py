@@ -82,7 +82,7 @@ def verifying(
         size += 17 * base.nbytes(c.slot) if c.slot else 0
     kinds = [c.entry.kind for c in added]
     if not all(kind.by_rows or kind.row_wise for kind in kinds):
-        applying = 2 * max(kind.applying(*_matrix(info.shape)) for kind in kinds)
+        applying = max(k.applying_wide * k.applying(*_matrix(info.shape)) for k in kinds)
         size, blocks = size + 8 * info.numel, max(blocks, applying)
     if turned(merge, base):
         size += 32 * info.numel

@@ -280,7 +280,7 @@ class Rewriter:
         """The parts of one adapter, cut and fused."""
         entries = iter(enumerate(term.job.entries))
         becomes = task.ranked or bool(task.changes & {"summed", "changed"})
-        if becomes and not task.ranked:
+        if becomes and not task.ranked and not task.one_difference:
             # computed wide, so that only the rounding of what is stored is lost
             tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
         whole: list[Weights | None] = []

@@ -156,6 +156,13 @@ class Task:
         return next((kernel for kernel in known if kernel is not None), None)
 
     @property
+    def one_difference(self) -> bool:
+        """Whether it is one whole difference as it is stored, which float32 holds exactly."""
+        (term, *more), (entry, *others) = self.terms, self.entries
+        alone = not more and not others and len(term.job.parts) == 1
+        return alone and entry.kind.dense and entry.facts.scale == 1.0 and term.weight == 1.0
+
+    @property
     def convolution(self) -> bool:
         """Whether `--conv-rank` applies: the kernel is larger than 1."""
         return any(n > 1 for n in self.kernel or ())

@@ -41,6 +41,9 @@ def step_of(
         # ΔW is read, decomposed in float32, and never made again
         rank = largest(options, convolution=task.convolution) or min(facts.rows, facts.columns)
         size = 5 * elements + svd_bytes(facts.rows, facts.columns, rank)
+    elif task.one_difference and task.kind.low_rank and task.base is None:
+        # as it is and as it is stored, beside an identity
+        size = 8 * dense + 8 * min(facts.rows, facts.columns) ** 2
     else:
         size = 16 * elements
         if base is not None and task.base is not None and len(task.terms) == 1:
@@ -74,24 +77,27 @@ def _on_base(task: Task, place: tuple[Piece, ...], options: Ranked, base: Checkp
     rows, *rest = base.slot_shape(place)
     columns = math.prod(rest)
     numbers, stored = rows * columns, base.nbytes(place)
-    applying = 2 * max(entry.kind.applying(rows, columns) for entry in task.entries)
+    kinds = {entry.kind for entry in task.entries}
+    applying = max(kind.applying_wide * kind.applying(rows, columns) for kind in kinds)
     if not task.kind.additive:  # W' of the exact and of the stored weights
         return stored + 16 * numbers + applying
     beside = 4 * numbers + 16 * min(numbers, BLOCK)  # as stored, and as measured in blocks
     if task.kind.low_rank:
         rank = largest(options, convolution=task.convolution) if task.ranked else None
-        beside = 16 * numbers + 67 * min(rows, columns) ** 2  # all singular vectors
+        beside += 12 * min(rows, columns) ** 2  # beside an identity
         if rank is not None:
             beside = svd_bytes(rows, columns, rank)
     return stored + 8 * numbers + max(applying, beside)
 
 
 def _factors(task: Task, dense: int) -> int:
+    # exact factors in float64, as stored, and as measured: thin ones by a QR of both together,
+    # others in blocks of rows, of which one factor alone may be an identity
+    if _thin(task):
+        return 60 * _factor_numbers(task)
     facts = task.entries[0].facts
-    if task.entries[0].kind.dense:  # all singular vectors in float64, and a Gram matrix
-        return 16 * dense + 67 * min(facts.rows, facts.columns) ** 2
-    # exact factors in float64, as stored, and as measured: thin ones by a QR of both together
-    return (60 if _thin(task) else 20) * _factor_numbers(task)
+    right = 8 * product_rank(task.terms[0]) * facts.columns if facts.rows > facts.columns else 0
+    return 12 * _factor_numbers(task) + 16 * min(dense, BLOCK) + right
 
 
 def _factor_numbers(task: Task) -> int:
