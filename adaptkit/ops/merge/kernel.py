@@ -15,8 +15,8 @@ from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.ops.merge.at_once import together
 from adaptkit.ops.merge.cutting import WHOLE, Deltas, Part, once, part_of, whole_slot
-from adaptkit.ops.merge.requantise import repacked, requantised, type_name, widened
-from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, chunks, reused, square
+from adaptkit.ops.merge.requantise import Numbers, repacked, requantised, type_name, widened
+from adaptkit.ops.merge.steps import JointMerge, block_rows, by_rows, reused, square
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import Later, back
 
@@ -307,15 +307,13 @@ class Blender:
     ) -> list[Merged]:
         """Merge into a wide copy of W. If W is `spent`, the output may take its place."""
         wide = widened(stored, scale)
-        # ΔW is measured from the decoded numbers of a quantised weight
-        before = wide.clone() if scale is not None or stored.dtype.itemsize == 1 else stored
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
         self._add(number, joints[0], matrix, tensors)
         scales = [None] * len(joints) if scale is None else list(scale)
         merges = [_present(joint.merges[number]) for joint in joints]
         spent = spent and reused(merges[0], self.base)
         return [
-            self._finished(number, merge, wide[n], before[n], (stored[n], scales[n]), spent)
+            self._finished(number, merge, wide[n], Numbers(stored[n], scales[n]), spent)
             for n, merge in enumerate(merges)
         ]
 
@@ -337,20 +335,20 @@ class Blender:
         number: int,
         merge: TensorMerge,
         merged: Tensor,
-        before: Tensor,
-        stored: tuple[Tensor, Tensor | None],
+        before: Numbers,
         spent: bool,  # the output may take the place of W as it was read
     ) -> Merged:
-        written, decoded = {merge.name: stored[0]}, stored[0]
+        written, after = {merge.name: before.stored}, before
         if not spent:
-            written, decoded = self._rounded(number, merge, merged, before, stored)
+            written, after = self._rounded(number, merge, merged, before)
         weight, delta, rounding = 0.0, 0.0, 0.0
-        for old, new, out in chunks(before, merged, decoded):
+        for place in before.places():
+            old, new = before.at(place, merged.dtype), merged.reshape(-1)[place]
             weight += square(old)
             delta += square(new - old)
             if spent:
-                out.copy_(new)
-            rounding += square(out.to(new.dtype) - new)
+                after.stored.view(-1)[place].copy_(new)
+            rounding += square(after.at(place, new.dtype) - new)
         host = {name: back(tensor) for name, tensor in written.items()}
         return self._merged(number, merge, host, weight, delta, rounding)
 
@@ -359,25 +357,24 @@ class Blender:
         number: int,
         merge: TensorMerge,
         merged: Tensor,
-        before: Tensor,
-        stored: tuple[Tensor, Tensor | None],
-    ) -> tuple[dict[str, Tensor], Tensor]:
+        before: Numbers,
+    ) -> tuple[dict[str, Tensor], Numbers]:
         """Return the tensors to write, and the numbers that they stand for."""
         from adaptkit.linalg.precision import cast
 
         if merge.packed is not None:
             if not finite(merged):
                 raise self._non_finite(number, merge)
-            return repacked(self.base.source, merge.packed, merged, before)
-        if merge.scale is not None and stored[1] is not None:
-            return requantised(merge, merged, before, stored[0], stored[1])
+            return repacked(self.base.source, merge.packed, merged, before.stored)
+        if merge.scale is not None and before.scale is not None:
+            return requantised(merge, merged, before)
         target = torch_dtype(merge.dtype)
         # torch clamps to fp8 silently, so `cast` checks; other overflows show in the sums
         try:
             rounded = cast(merged, target) if target.itemsize == 1 else merged.to(target)
         except NonFinite:
             raise self._too_large(number, merge) from None
-        return {merge.name: rounded}, rounded
+        return {merge.name: rounded}, Numbers(rounded)
 
     # errors
 

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from adaptkit.ops.merge.steps import BLOCK
 from adaptkit.ops.shared import torch_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
     from torch import Tensor
 
     from adaptkit.files.packing import Packed
     from adaptkit.files.source import TensorSource
     from adaptkit.ops.merge.plan import TensorMerge
 
-__all__ = ["quantised", "repacked", "requantised", "type_name", "widened"]
+__all__ = ["Numbers", "quantised", "repacked", "requantised", "type_name", "widened"]
+
+
+class Numbers(NamedTuple):
+    """What a tensor (*shape) stands for, a block at a time: it is never decoded as a whole.
+
+    Its scale, if it has one, holds a number for each of its groups of consecutive entries.
+    """
+
+    stored: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """Entries of a group."""
+        return self.stored.numel() // (1 if self.scale is None else self.scale.numel())
+
+    def places(self) -> Iterator[slice]:
+        """Blocks of the flattened tensor: some groups, or a part of one."""
+        count, size = self.stored.numel(), self.group
+        step = BLOCK if size > BLOCK else max(1, BLOCK // max(1, size)) * size
+        for first in range(0, count, max(size, step, 1)):
+            last = min(count, first + max(size, step))
+            for start in range(first, last, step):
+                yield slice(start, min(last, start + step))
+
+    def at(self, place: slice, dtype: torch.dtype) -> Tensor:
+        """The numbers of a block (k), decoded in this dtype."""
+        part = self.stored.reshape(-1)[place].to(dtype)
+        if self.scale is None:
+            return part
+        return (part.view(len(self.scales(place)), -1) * self.scales(place).to(dtype)).view(-1)
+
+    def scales(self, place: slice) -> Tensor:
+        """The scale of each group of a block (g, 1)."""
+        assert self.scale is not None
+        first, last = place.start // self.group, -(-place.stop // self.group)
+        return self.scale.reshape(-1, 1)[first:last]
 
 
 def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
@@ -28,7 +69,7 @@ def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 def repacked(
     source: TensorSource, packed: Packed, merged: Tensor, before: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Numbers]:
     """Return the tensors of a packed weight by name, and the numbers that they stand for.
 
     `before` are the numbers that it stood for. What did not change keeps its bytes.
@@ -42,12 +83,12 @@ def repacked(
     else:
         fresh = packed.packing.encode(merged.cpu(), before.cpu(), stored)
         back = packed.decode(stored | fresh).reshape(merged.shape).to(merged.device)
-    return {packed.parts[part]: tensor for part, tensor in fresh.items()}, back
+    return {packed.parts[part]: tensor for part, tensor in fresh.items()}, Numbers(back)
 
 
 def requantised(
-    merge: TensorMerge, merged: Tensor, before: Tensor, stored: Tensor, scale: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
+    merge: TensorMerge, merged: Tensor, before: Numbers
+) -> tuple[dict[str, Tensor], Numbers]:
     """Encode a scaled weight as `quantised` does, unless no number of it has changed.
 
     Returns what `repacked` does.
@@ -55,11 +96,13 @@ def requantised(
     import torch
 
     assert merge.scale is not None
-    if torch.equal(merged, before):
-        return {merge.name: stored, merge.scale: scale}, before
-    rounded, fresh = quantised(merged, scale, merge.dtype)
-    decoded = widened(rounded.unsqueeze(0), fresh.unsqueeze(0))[0]
-    return {merge.name: rounded, merge.scale: fresh}, decoded
+    assert before.scale is not None
+    flat, after = merged.reshape(-1), before
+    blocks = (torch.equal(flat[at], before.at(at, flat.dtype)) for at in before.places())
+    if not all(blocks):
+        after = Numbers(*quantised(merged, before.scale, merge.dtype))
+    assert after.scale is not None
+    return {merge.name: after.stored, merge.scale: after.scale}, after
 
 
 def quantised(wide: Tensor, scale: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
@@ -71,17 +114,23 @@ def quantised(wide: Tensor, scale: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    groups = _grouped(wide.unsqueeze(0), scale.unsqueeze(0))
     target = torch_dtype(dtype)
     ends = torch.finfo(target).max
-    largest = groups.abs().amax(dim=-1, keepdim=True)
-    fresh = torch.where(largest > 0, largest / ends, torch.ones_like(largest)).to(scale.dtype)
     if target.itemsize > 1:
-        fresh = scale.reshape(fresh.shape)
-    divided = groups / fresh.to(groups.dtype)
-    # a scale that was rounded down leaves the largest magnitude beyond the end
-    divided.clamp_(-ends, ends)
-    return divided.to(target).reshape(wide.shape), fresh.reshape(scale.shape)
+        fresh = scale
+    else:
+        low, high = torch.aminmax(_grouped(wide.unsqueeze(0), scale.unsqueeze(0))[0], dim=-1)
+        largest = torch.maximum(-low, high)
+        fresh = torch.where(largest > 0, largest / ends, torch.ones_like(largest)).to(scale.dtype)
+        fresh = fresh.reshape(scale.shape)
+    found = Numbers(torch.empty_like(wide, dtype=target), fresh)
+    flat, out = wide.reshape(-1), found.stored.view(-1)
+    for place in found.places():
+        scales = found.scales(place)
+        divided = flat[place].view(len(scales), -1) / scales.to(flat.dtype)
+        # a scale that was rounded down leaves the largest magnitude beyond the end
+        out[place].copy_(divided.clamp_(-ends, ends).view(-1))
+    return found.stored, fresh
 
 
 def _grouped(wide: Tensor, scale: Tensor) -> Tensor:

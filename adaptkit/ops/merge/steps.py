@@ -11,7 +11,7 @@ from adaptkit.files.header import DTYPES, nbytes
 from adaptkit.steps import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -27,7 +27,6 @@ __all__ = [
     "JointMerge",
     "block_rows",
     "by_rows",
-    "chunks",
     "combined",
     "reused",
     "square",
@@ -162,7 +161,7 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
 
     A tensor in blocks of rows needs W as stored and four shared blocks, and one block per output.
     A whole tensor needs W as stored and in float32, the result, and the dense ΔW of an algorithm
-    without factors. Scaled weights are also kept as read and decoded to measure the rounding.
+    without factors. Packed weights are also kept as read and decoded to measure the rounding.
     """
     info = base.source.infos[merge.name]
     own = nbytes(merge.dtype, info.shape)
@@ -180,12 +179,11 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
     # a layer that is applied to as a whole: read, wide, and changed
     own += sum(9 * base.nbytes(c.slot) for c in merge.contributions if c.slot)
     dense = max((kind.applying(*_matrix(info.shape)) for kind in kinds), default=0)
-    if base.quantization.widens(info):  # kept as decoded, and divided by the new scales
+    if merge.packed is not None:  # kept as decoded, read once more, to be packed
         beside = 4 * info.numel + max(dense, 4 * info.numel)
-        if merge.packed is not None:  # read once more, to be packed
-            beside += info.nbytes + merge.packed.unpacking_bytes
+        beside += info.nbytes + merge.packed.unpacking_bytes
     else:
-        beside = max(dense, 12 * min(info.numel, BLOCK))  # three blocks are measured in the end
+        beside = max(dense, 16 * min(info.numel, BLOCK))  # blocks are measured in the end
     return info.nbytes + 4 * info.numel + beside, own
 
 
@@ -268,11 +266,3 @@ def square(x: Tensor) -> float:
     from adaptkit.linalg.precision import norm_squared
 
     return float(norm_squared(x.unsqueeze(0)))
-
-
-def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one size, some numbers at a time, the first in the dtype of the second."""
-    flat = [t.reshape(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), BLOCK):
-        first, *rest = (t[start : start + BLOCK] for t in flat)
-        yield first.to(rest[0].dtype), *rest
