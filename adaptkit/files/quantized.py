@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from adaptkit.files.dtypes.widening import widen
 from adaptkit.files.header import BLOCKED, nbytes
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def read_widened(
         return part
     import torch
 
-    wide = part.to(torch.float64 if part.dtype == torch.float64 else torch.float32)
+    wide = widen(part, torch.float64 if part.dtype == torch.float64 else torch.float32)
     if name not in quantization.scales:
         return wide
     key = quantization.scales[name]

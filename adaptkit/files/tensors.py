@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NonFinite, ShapeMismatch, UnreadableFile
+from adaptkit.files.dtypes.widening import widen
 from adaptkit.files.header import TORCH_NAMES, TensorInfo, TensorSpec
 from adaptkit.process import huge
 
@@ -106,12 +107,12 @@ def finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity, in one pass without a mask."""
     if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    if tensor.is_complex():
-        import torch
+    import torch
 
+    if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     # torch knows no extremes of 8-bit floats; NaN and infinity are extremes
-    wide = tensor.half() if tensor.dtype.itemsize == 1 else tensor
+    wide = widen(tensor, torch.float32) if tensor.dtype.itemsize == 1 else tensor
     low, high = wide.detach().aminmax()
     return bool(low.isfinite() & high.isfinite())  # one wait for a device
 

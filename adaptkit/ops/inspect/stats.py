@@ -9,6 +9,7 @@ from statistics import median, median_high
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import NotRepresentable
+from adaptkit.files.dtypes.widening import widen
 from adaptkit.meaning import Problem
 from adaptkit.ops.blocks import KINDS, NUMBERED, STAGES, block_of, kind_of
 from adaptkit.ops.stages import counting
@@ -144,7 +145,7 @@ def _extremes(tensor: Tensor) -> tuple[float, float]:
     wide = (
         tensor
         if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        else tensor.float()
+        else widen(tensor, torch.float32)
     )
     low, high = torch.aminmax(wide)
     return float(low), float(high)

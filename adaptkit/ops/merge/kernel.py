@@ -306,7 +306,9 @@ class Blender:
         spent: bool,
     ) -> list[Merged]:
         """Merge into a wide copy of W. If W is `spent`, the output may take its place."""
-        wide = widened(stored, scale)
+        # a packed weight was decoded as it was read, and is decoded once more to be measured
+        packed = _present(joints[0].merges[number]).packed is not None
+        wide = stored if spent and packed else widened(stored, scale)
         matrix = wide.reshape(*wide.shape[:2], -1) if wide.ndim > 1 else wide.reshape(-1, 1, 1)
         self._add(number, joints[0], matrix, tensors)
         scales = [None] * len(joints) if scale is None else list(scale)
@@ -338,6 +340,8 @@ class Blender:
         before: Numbers,
         spent: bool,  # the output may take the place of W as it was read
     ) -> Merged:
+        if merge.packed is not None:
+            return self._packed(number, merge, merged)
         written, after = {merge.name: before.stored}, before
         if not spent:
             written, after = self._rounded(number, merge, merged, before)
@@ -352,6 +356,14 @@ class Blender:
         host = {name: back(tensor) for name, tensor in written.items()}
         return self._merged(number, merge, host, weight, delta, rounding)
 
+    def _packed(self, number: int, merge: TensorMerge, merged: Tensor) -> Merged:
+        assert merge.packed is not None
+        if not finite(merged):
+            raise self._non_finite(number, merge)
+        written, *squares = repacked(self.base.source, merge.packed, merged)
+        host = {name: back(tensor) for name, tensor in written.items()}
+        return self._merged(number, merge, host, *squares)
+
     def _rounded(
         self,
         number: int,
@@ -362,10 +374,6 @@ class Blender:
         """Return the tensors to write, and the numbers that they stand for."""
         from adaptkit.linalg.precision import cast
 
-        if merge.packed is not None:
-            if not finite(merged):
-                raise self._non_finite(number, merge)
-            return repacked(self.base.source, merge.packed, merged, before.stored)
         if merge.scale is not None and before.scale is not None:
             return requantised(merge, merged, before)
         target = torch_dtype(merge.dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from adaptkit.ops.merge.steps import BLOCK
+from adaptkit.files.dtypes.widening import widen
+from adaptkit.ops.merge.steps import BLOCK, square
 from adaptkit.ops.shared import torch_dtype
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Numbers(NamedTuple):
 
     def at(self, place: slice, dtype: torch.dtype) -> Tensor:
         """The numbers of a block (k), decoded in this dtype."""
-        part = self.stored.reshape(-1)[place].to(dtype)
+        part = widen(self.stored.reshape(-1)[place], dtype)
         if self.scale is None:
             return part
         return (part.view(len(self.scales(place)), -1) * self.scales(place).to(dtype)).view(-1)
@@ -61,29 +62,51 @@ def widened(stored: Tensor, scale: Tensor | None) -> Tensor:
     """Decode a batch of weights (b, *shape) with scales (b, *scale) to float32 or float64."""
     import torch
 
-    wide = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32, copy=True)
+    dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    wide = stored.clone() if stored.dtype == dtype else widen(stored, dtype)
     if scale is not None:
         _grouped(wide, scale).mul_(_column(scale).to(wide.dtype))
     return wide
 
 
-def repacked(
-    source: TensorSource, packed: Packed, merged: Tensor, before: Tensor
-) -> tuple[dict[str, Tensor], Numbers]:
-    """Return the tensors of a packed weight by name, and the numbers that they stand for.
+class Repacked(NamedTuple):
+    """The tensors of a packed weight by name, and ‖W‖², ‖ΔW‖² and ‖rounding‖²."""
 
-    `before` are the numbers that it stood for. What did not change keeps its bytes.
+    written: dict[str, Tensor]
+    weight: float
+    delta: float
+    rounding: float
+
+
+def repacked(source: TensorSource, packed: Packed, merged: Tensor) -> Repacked:
+    """Pack merged numbers (*shape). What did not change keeps its bytes.
+
+    The numbers before and after are decoded in turns: no third weight is ever in memory.
     """
     import torch
 
     assert packed.packing is not None
     stored = source.parts(packed)
-    if torch.equal(merged, before):
-        fresh, back = {part: stored[part] for part in packed.packing.parts}, before
-    else:
+    before = packed.decode(stored).reshape(merged.shape).to(merged.device)
+    weight, delta, rounding = _norm(before), 0.0, 0.0
+    fresh = {part: stored[part] for part in packed.packing.parts}
+    if not torch.equal(merged, before):
+        delta = _distance(merged, before)
         fresh = packed.packing.encode(merged.cpu(), before.cpu(), stored)
-        back = packed.decode(stored | fresh).reshape(merged.shape).to(merged.device)
-    return {packed.parts[part]: tensor for part, tensor in fresh.items()}, Numbers(back)
+        del before
+        after = packed.decode(stored | fresh).reshape(merged.shape).to(merged.device)
+        rounding = _distance(after, merged)
+    written = {packed.parts[part]: tensor for part, tensor in fresh.items()}
+    return Repacked(written, weight, delta, rounding)
+
+
+def _norm(x: Tensor) -> float:
+    return sum(square(x.reshape(-1)[place]) for place in Numbers(x).places())
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    one, two = x.reshape(-1), y.reshape(-1)
+    return sum(square(one[place] - two[place]) for place in Numbers(x).places())
 
 
 def requantised(
@@ -91,7 +114,7 @@ def requantised(
 ) -> tuple[dict[str, Tensor], Numbers]:
     """Encode a scaled weight as `quantised` does, unless no number of it has changed.
 
-    Returns what `repacked` does.
+    Return the tensors to write by name, and the numbers that they stand for.
     """
     import torch
 

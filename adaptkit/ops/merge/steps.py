@@ -128,8 +128,11 @@ def _combined(
         shared, own = max(shared, sizes[0]), own + sizes[1]
         factors |= _factors(step.payload, plan.adapters)
         merges[number] = step.payload
+    computed = [step.payload for _, step in steps]
     if not at_once:
-        own -= _spared([step.payload for _, step in steps], plans[0].base)
+        own -= _spared(computed, plans[0].base)
+    if len(computed) > 1 and computed[0].packed is not None:  # W for the outputs that follow
+        shared += 4 * plans[0].base.source.infos[name].numel
     sources = _sources(merges, plans)
     shape = sources, tuple((number, step.shape) for number, step in steps)
     size = shared + own + sum(factors.values())
@@ -161,7 +164,7 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
 
     A tensor in blocks of rows needs W as stored and four shared blocks, and one block per output.
     A whole tensor needs W as stored and in float32, the result, and the dense ΔW of an algorithm
-    without factors. Packed weights are also kept as read and decoded to measure the rounding.
+    without factors. A packed weight is decoded once more in the end.
     """
     info = base.source.infos[merge.name]
     own = nbytes(merge.dtype, info.shape)
@@ -179,9 +182,8 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
     # a layer that is applied to as a whole: read, wide, and changed
     own += sum(9 * base.nbytes(c.slot) for c in merge.contributions if c.slot)
     dense = max((kind.applying(*_matrix(info.shape)) for kind in kinds), default=0)
-    if merge.packed is not None:  # kept as decoded, read once more, to be packed
-        beside = 4 * info.numel + max(dense, 4 * info.numel)
-        beside += info.nbytes + merge.packed.unpacking_bytes
+    if merge.packed is not None:  # read and decoded once more, to be packed and measured
+        beside = max(dense, 4 * info.numel + info.nbytes + merge.packed.unpacking_bytes)
     else:
         beside = max(dense, 16 * min(info.numel, BLOCK))  # blocks are measured in the end
     return info.nbytes + 4 * info.numel + beside, own
