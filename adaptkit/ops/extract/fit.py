@@ -88,6 +88,12 @@ class Fitter:
         # fitted and measured in the order of rows that the reader of the file expects
         return exchanged(delta, -2) if swapped else delta, norms
 
+    def energies(self, jobs: Sequence[Pair], tensors: dict[str, Tensor], rank: int) -> list[float]:
+        """What a LoRA of this rank would keep of each difference of equal layers."""
+        delta, _ = self._difference(tensors, jobs[0].swapped)
+        found: list[float] = _lora_of_rank(delta, rank).tolist()
+        return found
+
     def fit(self, jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Fitted]:
         """Subtract a stack of equal layers and fit every form of the differences."""
         found = self._at_once(jobs, tensors)
@@ -156,9 +162,8 @@ class Fitter:
         ]
         for recipe, weights in fits:
             if recipe.compared:
-                for found, energy in zip(
-                    results, _lora_of_size(jobs[0], delta, weights.member(0)), strict=True
-                ):
+                rank = rank_of_size(jobs[0], weights.member(0))
+                for found, energy in zip(results, _lora_of_rank(delta, rank), strict=True):
                     found.lora = float(energy)
             for place, (job, found) in enumerate(zip(jobs, results, strict=True)):
                 own = delta[place]
@@ -238,11 +243,10 @@ def _left(rounded: Weights, delta: Tensor, norm: float) -> float:
     return float(sum(each)) if each else 0.0
 
 
-def _lora_of_size(job: Pair, delta: Tensor, weights: Weights) -> Tensor:
-    """The energies (B,) that the best LoRA of as many numbers keeps of each delta (B, m, n)."""
+def _lora_of_rank(delta: Tensor, rank: int) -> Tensor:
+    """The energies (B,) that the best LoRA of this rank keeps of each delta (B, m, n)."""
     from adaptkit.linalg.lowrank import SvdSpec, energies
 
-    rank = rank_of_size(job, weights)
     if rank == 0:
         return delta.new_zeros(len(delta))
     return energies(delta, rank, SvdSpec(rank, tol=ROUGH)).sum(-1)

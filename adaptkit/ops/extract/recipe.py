@@ -15,14 +15,16 @@ __all__ = ["FitRecipe"]
 class FitRecipe:
     """How to fit one layer: by weights of `kind`.
 
-    With `ladder`, any lower rank may be chosen afterwards.
+    With `ladder`, any lower rank may be chosen afterwards. `looked` at the layer, what a LoRA of as
+    many numbers would keep is measured too.
     """
 
     kind: type[Weights]
     spec: FitSpec
     ladder: bool = False
+    looked: bool = True
 
     @property
     def compared(self) -> bool:
         """Whether to report what a LoRA of as many numbers would keep."""
-        return self.kind.against_low_rank and not self.ladder
+        return self.kind.against_low_rank and not self.ladder and self.looked

@@ -20,6 +20,7 @@ from adaptkit.ops.extract.plan import (
     has_ranks,
 )
 from adaptkit.ops.extract.random import is_random
+from adaptkit.ops.extract.same_size import SameSize, about_size, same_size
 from adaptkit.ops.ranks.forms import Fitted, Layer, Pick, choose, choose_any
 from adaptkit.ops.ranks.options import MAX_RANK
 from adaptkit.ops.shared import POOR, Unused, WriterReport
@@ -36,12 +37,15 @@ __all__ = ["Report"]
 
 
 VECTORS = "--vectors"  # in the reason of a layer that this option would store
-LITTLE = 0.5  # of ‖ΔW‖²: a note says so if a LoKr keeps less
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Report(WriterReport):
-    """The adapter that was written, the share of the difference that it captures, and notes."""
+    """The adapter that was written, the share of the difference that it captures, and notes.
+
+    `layers_compared_with_lora` is the number of layers that `captured_by_lora_of_same_size` was
+    measured on, None if on all.
+    """
 
     relative_error: float
     family: str
@@ -50,6 +54,7 @@ class Report(WriterReport):
     captured: float
     unchanged: int
     captured_by_lora_of_same_size: float | None = None
+    layers_compared_with_lora: int | None = None
     notes: tuple[str, ...] = ()
     left_out: int = 0
     noise_floor: float = 0.0
@@ -70,7 +75,12 @@ class Report(WriterReport):
             "made_by": None if self.made_by is None else dict(self.made_by),
             "notes": list(self.notes),
         }
-        for name in ("ranks_below_noise", "optimality_gap", "captured_by_lora_of_same_size"):
+        for name in (
+            "ranks_below_noise",
+            "optimality_gap",
+            "captured_by_lora_of_same_size",
+            "layers_compared_with_lora",
+        ):
             if getattr(self, name) is not None:
                 extra[name] = getattr(self, name)
         return {**super().to_dict(), **extra}
@@ -222,7 +232,7 @@ class Result:
             if job.algorithm is None
         ]
         stored = self.stored()
-        same_size = _same_size(stored)
+        beside = same_size(stored)
         return Report(
             output=plan.output,
             bytes=0,
@@ -237,13 +247,14 @@ class Result:
             algorithm=plan.options.algo,
             captured=max(0.0, 1.0 - self.residual / self.norm),
             unchanged=sum(1 for job, found in self.measured if found.norm == 0 and job.algorithm),
-            captured_by_lora_of_same_size=same_size and same_size[1],
+            captured_by_lora_of_same_size=beside and beside.lora,
+            layers_compared_with_lora=beside.looked if beside and beside.partial else None,
             left_out=len(self.fitted) - len(stored),
             noise_floor=self.probe.floor,
             made_by=self.probe.made,
             optimality_gap=self.gap,
             ranks_below_noise=self.noise and self.noise[0],
-            notes=(*plan.notes, *_notes(plan.options, same_size, left, self)),
+            notes=(*plan.notes, *_notes(plan.options, beside, left, self)),
         )
 
 
@@ -254,19 +265,6 @@ def _nothing(changed: Sequence[tuple[Pair, Fitted]]) -> str:
     return (
         f"no layer that an adapter can hold differs; {len(changed)} other tensors do, first {first}"
     )
-
-
-def _same_size(stored: Sequence[tuple[Pair, Fitted, Pick]]) -> tuple[float, float] | None:
-    """Shares of ‖ΔW‖² that the adapter and a LoRA of as many numbers keep.
-
-    Over the layers whose kind is compared with a LoRA; None without any.
-    """
-    fitted = [(found, pick) for _, found, pick in stored if found.lora is not None]
-    norm = sum(found.norm for found, _ in fitted)
-    if not norm:
-        return None
-    kept = 1.0 - sum(pick.error for _, pick in fitted) / norm
-    return max(0.0, kept), sum(found.lora or 0.0 for found, _ in fitted) / norm
 
 
 def _detail(job: Pair, found: Fitted, pick: Pick) -> dict[str, Any]:
@@ -291,12 +289,12 @@ def _noise_ranks(picks: Iterable[Pick]) -> tuple[int, int]:
 
 
 def _notes(
-    options: Options, same_size: tuple[float, float] | None, left: Sequence[Unused], result: Result
+    options: Options, beside: SameSize | None, left: Sequence[Unused], result: Result
 ) -> Iterator[str]:
     yield from _about(options, result)
     kind = extractable().get(options.algo)
-    if same_size is not None and kind is not None:
-        yield from _about_size(kind.title, *same_size)
+    if beside is not None and kind is not None:
+        yield from about_size(kind.title, beside)
     if kind is not None:
         factor = options.factor or result.probe.factor or DEFAULT_FACTOR
         if caution := kind.caution(FitSpec(factor=factor)):
@@ -305,7 +303,7 @@ def _notes(
     if any(job.slot and keys.beside_lora(job.slot) for job, _, _ in result.stored()):
         yield BIASED
     yield from _about_random(result)
-    told = same_size is not None and same_size[1] > same_size[0]
+    told = beside is not None and beside.lora > beside.kept
     if result.relative_error > POOR and not told:
         yield (
             f"relative error {result.relative_error:.2g}: `adaptkit advise` shows what more ranks "
@@ -317,21 +315,6 @@ def _notes(
         yield (
             f"{count} not in the adapter, and counted in the error: {share / result.norm:.3g} of "
             "‖ΔW‖². `unused` lists them with the reasons; --skip leaves them out of the figures."
-        )
-
-
-def _about_size(title: str, kept: float, lora: float) -> Iterator[str]:
-    """A note if a LoRA of the same size would keep more."""
-    if kept < LITTLE and lora > kept:
-        yield (
-            f"This {title} keeps only {kept:.1%} of the difference, a LoRA of the same size would "
-            f"keep {lora:.1%}: a difference that no {title} made is usually far from any {title}. "
-            "Use --algo lora here."
-        )
-    elif lora > kept:
-        yield (
-            f"This {title} keeps {kept:.1%} of the difference, a LoRA of the same size would keep "
-            f"{lora:.1%}."
         )
 
 

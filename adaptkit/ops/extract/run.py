@@ -13,12 +13,15 @@ from adaptkit.ops.extract.fit import Fitter
 from adaptkit.ops.extract.output import spool_key
 from adaptkit.ops.extract.plan import Plan, recipes_of, step_of
 from adaptkit.ops.extract.result import Report, Result
+from adaptkit.ops.extract.same_size import looked_at, many
 from adaptkit.ops.extract.verify import Verifier
 from adaptkit.ops.ranks.forms import Fitted, Form, Pick
 from adaptkit.ops.stages import counting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
 
     from adaptkit.files.spool import Spool
     from adaptkit.ops.difference.pairing import Pair
@@ -50,6 +53,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Report:
         if told is not None:
             told(len(plan.jobs))
         fitting.finish(result, progress)
+        fitting.compare(result, progress)
         draft = result.report()
         stored = frozenset(job.number for job, _, _ in result.stored())
         verifier = None
@@ -72,6 +76,8 @@ class _Fitting:
     ) -> None:
         self.plan, self.spool, self.resources = plan, spool, resources
         self.recipes = {job.number: recipes_of(job, plan.options, looked) for job in plan.jobs}
+        # stacks of a device take the look with others
+        self.later = resources.on_cpu and self._put_off()
         self.found: dict[int, Fitted] = {}
         self.notes: tuple[str, ...] = ()
         self.steps: Sequence[Step[Pair]] = plan.steps
@@ -80,6 +86,15 @@ class _Fitting:
                 step_of(job, plan.base, plan.tuned, plan.options, streamed=False)
                 for job in plan.jobs
             ]
+
+    def _put_off(self) -> bool:
+        """Leave the looks at LoRAs of the same size for the end, if there are many."""
+        told = [n for n, recipes in self.recipes.items() if any(one.compared for one in recipes)]
+        if not many(len(told)):
+            return False
+        for number in told:
+            self.recipes[number] = tuple(replace(r, looked=False) for r in self.recipes[number])
+        return True
 
     def run(self, progress: Progress | None) -> None:
         told = counting(progress, "fitting", len(self.steps), "layers")
@@ -96,6 +111,28 @@ class _Fitting:
         if steps:
             told = counting(progress, "refitting", len(steps), "layers")
             self._run(steps, recipes, lambda job, fitted: self._complete(result, job, fitted), told)
+
+    def compare(self, result: Result, progress: Progress | None) -> None:
+        """Look at LoRAs of the same size, if that was left: for some layers that differ."""
+        ranks = looked_at(result.stored()) if self.later else {}
+        steps = [
+            replace(step, shape=(step.shape, ranks[step.payload.number]))
+            for step in self.steps
+            if step.payload.number in ranks
+        ]
+        if not steps:
+            return
+        fitter = Fitter((self.plan.base, self.plan.tuned), {}, self.plan.output)
+
+        def look(jobs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[float]:
+            return fitter.energies(jobs, tensors, ranks[jobs[0].number])
+
+        def keep(job: Pair, energy: float) -> None:
+            self.found[job.number].lora = energy
+
+        work = engine.Work(fitter.load, look, keep, lambda _: 1, announce=fitter.announce)
+        told = counting(progress, "comparing", len(steps), "layers")
+        self.notes += engine.run(steps, work, self.resources, told)
 
     def _again(self, job: Pair, pick: Pick) -> tuple[FitRecipe, ...]:
         """The recipe to fit a layer once more; empty if its form is final."""
