@@ -16,7 +16,8 @@ __all__ = ["extracted"]
 def extracted(talk: Talk, report: extract.Report) -> None:
     """Print the summary of an extraction."""
     same, some = report.captured_by_lora_of_same_size, report.layers_compared_with_lora
-    share = "" if same is None else percent(min(1.0, same))
+    kept = min(1.0, same or 0.0)
+    share = "" if same is None else f"about {kept:.0%}" if some else percent(kept)
     rows = [
         (
             "adapter",

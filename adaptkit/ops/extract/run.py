@@ -89,11 +89,12 @@ class _Fitting:
 
     def _put_off(self) -> bool:
         """Leave the looks at LoRAs of the same size for the end, if there are many."""
-        told = [n for n, recipes in self.recipes.items() if any(one.compared for one in recipes)]
-        if not many(len(told)):
+        told = [job for job in self.plan.jobs if any(r.compared for r in self.recipes[job.number])]
+        if not many(told):
             return False
-        for number in told:
-            self.recipes[number] = tuple(replace(r, looked=False) for r in self.recipes[number])
+        for job in told:
+            looks = (replace(one, looked=False) for one in self.recipes[job.number])
+            self.recipes[job.number] = tuple(looks)
         return True
 
     def run(self, progress: Progress | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SameSize", "about_size", "looked_at", "many", "same_size"]
 
-ALL = 128  # layers: so many are all looked at
+ALL = 100_000_000  # numbers: layers of so many in all take a second or two, and are all looked at
 SHARE = 8  # of more, one in so many of each shape: a look takes as long as a LoRA of the layer
 # of ‖ΔW‖²: a LoKr that keeps less is far from the difference
 LITTLE = 0.5
@@ -36,20 +37,22 @@ class SameSize(NamedTuple):
         return self.looked < self.layers
 
 
-def many(layers: int) -> bool:
-    """Whether not all of so many layers are looked at."""
-    return layers > ALL
+def many(jobs: Iterable[Pair]) -> bool:
+    """Whether these layers are so large together that not all are looked at."""
+    return sum(math.prod(job.matrix) for job in jobs) > ALL
 
 
 def looked_at(stored: Iterable[tuple[Pair, Fitted, Pick]]) -> dict[int, int]:
     """The layers to look at, of those that differ, by number: the rank of a LoRA of their size."""
-    by_shape: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    ranks: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
+    jobs = []
     for job, _, pick in stored:
         if pick.form.kind.against_low_rank:
-            rank = min(pick.form.numbers(pick.rank) // sum(job.matrix), *job.matrix)
-            by_shape[job.matrix].append((job.number, rank))
-    share = SHARE if many(sum(map(len, by_shape.values()))) else 1
-    return dict(one for some in by_shape.values() for one in some[::share])
+            rank = pick.form.numbers(pick.rank) // sum(job.matrix)
+            ranks[job.matrix][job.number] = min(rank, *job.matrix)
+            jobs.append(job)
+    share = SHARE if many(jobs) else 1
+    return dict(one for some in ranks.values() for one in list(some.items())[::share])
 
 
 def same_size(stored: Iterable[tuple[Pair, Fitted, Pick]]) -> SameSize | None:
