@@ -89,7 +89,11 @@ class _Fitting:
 
     def _put_off(self) -> bool:
         """Leave the looks at LoRAs of the same size for the end, if there are many."""
-        told = [job for job in self.plan.jobs if any(r.compared for r in self.recipes[job.number])]
+        told = [
+            job
+            for job in self.plan.jobs
+            if any(one.kind.against_low_rank for one in self.recipes[job.number])
+        ]
         if not many(told):
             return False
         for job in told:

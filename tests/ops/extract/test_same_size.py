@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from adaptkit.ops import extract
-from adaptkit.ops.extract import same_size
+from adaptkit.ops.extract import fit, same_size
 from adaptkit.ops.extract.same_size import SameSize, about_size
 
 LAYERS = [(32, 16)] * 5 + [(16, 32)] * 3 + [(64, 16)]
@@ -79,6 +79,27 @@ def test_some_of_each_shape_of_a_large_one_weighed_by_all_of_it(
     assert sum(looked) == 6
     told = [note for note in report.notes if "LoRA of the same size" in note]
     assert not told or "(measured on 6 of 9 layers)" in told[0]
+
+
+def test_a_rule_that_fits_layers_once_more_looks_at_no_more_of_them(
+    pair: tuple[Path, Path, list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(same_size, "ALL", 0)
+    asked = []
+    measured = fit._lora_of_rank
+    monkeypatch.setattr(
+        fit, "_lora_of_rank", lambda delta, rank: asked.append(rank) or measured(delta, rank)
+    )
+    options = extract.Options(
+        algo="lokr", factor=4, energy=0.3, output=tmp_path / "o.safetensors", device="cpu"
+    )
+    plan = extract.plan(pair[0], pair[1], options)
+    try:
+        report = extract.run(plan)
+    finally:
+        plan.close()
+    assert len(asked) == 3, "one layer of each shape"
+    assert report.layers_compared_with_lora == 3
 
 
 @pytest.mark.parametrize("captured", [0.2, 0.7])
