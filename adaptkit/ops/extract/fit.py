@@ -12,7 +12,7 @@ from adaptkit.errors import NonFinite
 from adaptkit.files.tensors import finite
 from adaptkit.meaning import as_read
 from adaptkit.ops.difference.look import as_rounded
-from adaptkit.ops.extract.stacked import ROUGH, Stack, edge, fit_stack, rank_of_size
+from adaptkit.ops.extract.stacked import ROUGH, Stack, edge, fit_stack, rank_beside
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import back
@@ -162,7 +162,7 @@ class Fitter:
         ]
         for recipe, weights in fits:
             if recipe.compared:
-                rank = rank_of_size(jobs[0], weights.member(0))
+                rank = rank_beside(jobs[0], weights.member(0))
                 for found, energy in zip(results, _lora_of_rank(delta, rank), strict=True):
                     found.lora = float(energy)
             for place, (job, found) in enumerate(zip(jobs, results, strict=True)):

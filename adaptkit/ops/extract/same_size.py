@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.ranks.forms import Fitted, Pick
 
-__all__ = ["SameSize", "about_size", "looked_at", "many", "same_size"]
+__all__ = ["SameSize", "about_size", "looked_at", "many", "rank_of_size", "same_size"]
 
 ALL = 100_000_000  # numbers: layers of so many in all take a second or two, and are all looked at
 SHARE = 8  # of more, one in so many of each shape: a look takes as long as a LoRA of the layer
@@ -42,14 +42,18 @@ def many(jobs: Iterable[Pair]) -> bool:
     return sum(math.prod(job.matrix) for job in jobs) > ALL
 
 
+def rank_of_size(job: Pair, numbers: int) -> int:
+    """The rank of a LoRA of so many numbers; 0 if they are too few for any."""
+    return min(numbers // sum(job.matrix), *job.matrix)
+
+
 def looked_at(stored: Iterable[tuple[Pair, Fitted, Pick]]) -> dict[int, int]:
     """The layers to look at, of those that differ, by number: the rank of a LoRA of their size."""
     ranks: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
     jobs = []
     for job, _, pick in stored:
         if pick.form.kind.against_low_rank:
-            rank = pick.form.numbers(pick.rank) // sum(job.matrix)
-            ranks[job.matrix][job.number] = min(rank, *job.matrix)
+            ranks[job.matrix][job.number] = rank_of_size(job, pick.form.numbers(pick.rank))
             jobs.append(job)
     share = SHARE if many(jobs) else 1
     return dict(one for some in ranks.values() for one in list(some.items())[::share])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import ALPHA
 from adaptkit.meaning import as_read
+from adaptkit.ops.extract.same_size import rank_of_size
 from adaptkit.ops.ranks.forms import Fitted, Form
 from adaptkit.ops.shared import torch_dtype
 from adaptkit.staging.lanes import back
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from adaptkit.ops.difference.pairing import Pair
     from adaptkit.ops.extract.recipe import FitRecipe
 
-__all__ = ["ROUGH", "Stack", "edge", "fit_stack", "rank_of_size"]
+__all__ = ["ROUGH", "Stack", "edge", "fit_stack", "rank_beside"]
 
 ROUGH = 5e-3  # of the error of a LoRA that is only compared: three digits are shown
 
@@ -87,10 +88,10 @@ def fit_stack(stack: Stack) -> list[Fitted] | None:
     return results
 
 
-def rank_of_size(job: Pair, weights: Weights) -> int:
+def rank_beside(job: Pair, weights: Weights) -> int:
     """The rank of a LoRA of as many numbers as these weights; 0 if they are too few for any."""
     numbers = sum(t.numel() for role, t in weights.encode().items() if role != ALPHA)
-    return min(numbers // sum(job.matrix), *job.matrix)
+    return rank_of_size(job, numbers)
 
 
 def _fits(stack: Stack) -> Iterator[_Fit]:
@@ -106,7 +107,7 @@ def _fits(stack: Stack) -> Iterator[_Fit]:
     ]
     for number, (recipe, weights) in enumerate(found):
         lora = None
-        if recipe.compared and (rank := rank_of_size(first, weights.member(0))):
+        if recipe.compared and (rank := rank_beside(first, weights.member(0))):
             lora = energies_asked(stack.delta, SvdSpec(rank, tol=ROUGH))
         # the last form may use up the differences, unless it shares their memory
         last = number + 1 == len(found) and not recipe.kind.dense
