@@ -47,8 +47,8 @@ CHAINS = {
         "quantized", "_exchange", "leftovers", "publish", "output_file", "sink", "spool",
     ),
     "linalg": (
-        "precision", "split", "krylov", "hosted", "stacks", "lowrank", "alternating", "factored", "kron", "products",
-        "noise", "kronscan", "looks", "mixing", "fused",
+        "precision", "split", "krylov", "hosted", "stacks", "lowrank", "factored", "noise", "kron", "products",
+        "looks", "mixing", "fused",
     ),
     "keymap": ("patterns", "templates", "roles", "kinds", "rows", "adapter_keys", "checkpoint_keys"),
     "ops": ("stages", "verb", "shared", "finding", "blocks", "selecting", "block_weights", "adapter_file", "ranks", "difference", "rewrite", "*"),
@@ -133,14 +133,14 @@ def test_imports_go_down(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "imported"),
     [
-        ("adaptkit.files.header", "adaptkit.linalg.kron"),
+        ("adaptkit.files.header", "adaptkit.linalg.kron.blocks"),
         ("adaptkit.ops.merge.run", "adaptkit.ops.extract.fit"),
         ("adaptkit.ops.ranks.forms", "adaptkit.ops.extract.fit"),
         ("adaptkit.ops.batch.workers", "adaptkit.ops.merge"),
         ("adaptkit.ops.resize", "adaptkit.ops.convert"),
         ("adaptkit.families.flux", "adaptkit.families.sdxl"),
         ("adaptkit.keymap", "adaptkit.detect"),
-        ("adaptkit.linalg.precision", "adaptkit.linalg.kron"),
+        ("adaptkit.linalg.precision", "adaptkit.linalg.kron.blocks"),
         ("adaptkit.ops.shared", "adaptkit.cli.options"),
     ],
 )

@@ -20,7 +20,7 @@ def ladder_errors(delta: Tensor, w1: Tensor, w2: Product, scale: float) -> tuple
 
     delta: (a·c, b·d)   w1: (a, b)   w2: (c, d). Only the first one if w1 is zero.
     """
-    from adaptkit.linalg.kron import rearrange
+    from adaptkit.linalg.kron.blocks import rearrange
     from adaptkit.linalg.lowrank import truncation_errors
     from adaptkit.linalg.precision import norm_squared
 
@@ -40,7 +40,7 @@ def ladder_errors_of_stack(delta: Tensor, w1: Tensor, w2: Product, scale: float)
 
     ‖delta‖² at every rank if w1 is zero.
     """
-    from adaptkit.linalg.kron import rearrange
+    from adaptkit.linalg.kron.blocks import rearrange
     from adaptkit.linalg.lowrank import truncation_errors_of_stack
     from adaptkit.linalg.precision import norm_squared
 

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["first_shape", "full_from", "second_factor", "second_shape"]
+__all__ = ["PIECEWISE", "first_shape", "full_from", "second_factor", "second_shape"]
+
+# up to this factor, blocks are few enough (`linalg.kron.blocks.GRAM_SIDE`) to be looked at in
+# pieces; for larger ones a difference is rearranged as a whole
+PIECEWISE = 16
 
 
 def first_shape(shapes: Shapes) -> tuple[tuple[int, int], int | None]:

@@ -55,8 +55,7 @@ class Weights(Truncation, Configured):
     name: ClassVar[str]
     title: ClassVar[str]
     roles: ClassVar[Mapping[str, Role]]
-    # the sets of roles that are complete, alpha aside
-    forms: ClassVar[tuple[frozenset[str], ...]]
+    forms: ClassVar[tuple[frozenset[str], ...]]  # complete sets of roles, alpha aside
     additive: ClassVar[bool] = True  # ΔW does not depend on the weight that it is added to
     bounded: ClassVar[bool] = False  # alpha bounds a rotation: it is a weight, not a scale
 
@@ -82,7 +81,6 @@ class Weights(Truncation, Configured):
     extractable: ClassVar[bool] = False
     fit_options: ClassVar[frozenset[str]] = frozenset()  # options of `extract` for this kind alone
     default_rank: ClassVar[int | None] = None  # without a rank rule; None: the fullest form
-    fit_copies: ClassVar[float] = 2  # float32 copies of ΔW that are alive while it is fitted
     refits: ClassVar[bool] = False  # fitting again at the chosen rank beats cutting the ladder
     against_low_rank: ClassVar[bool] = False  # report what a LoRA of as many numbers would keep
 
@@ -102,10 +100,7 @@ class Weights(Truncation, Configured):
 
     @classmethod
     def decode(cls, tensors: Mapping[str, Tensor], facts: Facts) -> Self:
-        """Stored tensors, or equally shaped batches of them, to matrices.
-
-        Neither copies nor changes the dtype.
-        """
+        """Stored tensors, or equal batches of them, as matrices: not copied, in their dtype."""
         raise NotImplementedError
 
     def encode(self) -> dict[str, Tensor]:
@@ -317,7 +312,7 @@ class Weights(Truncation, Configured):
 
     def some_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of ΔW, if it is made `by_rows`; each has its bits of any other cut."""
-        from adaptkit.linalg.kron import kron_rows
+        from adaptkit.linalg.kron.blocks import kron_rows
 
         if (pair := self.kron_factors()) is not None:
             return kron_rows(*pair, start, stop)
@@ -389,6 +384,11 @@ class Weights(Truncation, Configured):
         With `ladder`, the first may be truncated to any lower rank afterwards.
         """
         return [cls.fit(delta, spec)]
+
+    @classmethod
+    def fit_copies(cls, rank: int | None, factor: int | None) -> int:
+        """Float32 copies of ΔW that are alive while it is fitted, the given one included."""
+        return 1
 
     @classmethod
     def fitted_numbers(cls, rows: int, columns: int, rank: int | None) -> int:

@@ -29,7 +29,6 @@ class Full(Weights):
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "full difference"
     dense: ClassVar[bool] = True
-    fit_copies: ClassVar[float] = 1
     by_rows: ClassVar[bool] = True
     extractable: ClassVar[bool] = True
     resized: ClassVar[str | None] = "lora"

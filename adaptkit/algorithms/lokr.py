@@ -19,7 +19,13 @@ from adaptkit.algorithms._factor import (
     tucker_field,
 )
 from adaptkit.algorithms._kron_ladder import ladder_errors, ladder_errors_of_stack
-from adaptkit.algorithms._kron_shapes import first_shape, full_from, second_factor, second_shape
+from adaptkit.algorithms._kron_shapes import (
+    PIECEWISE,
+    first_shape,
+    full_from,
+    second_factor,
+    second_shape,
+)
 from adaptkit.algorithms._lora_cut import NOTHING
 from adaptkit.algorithms._parts import grouped
 from adaptkit.algorithms._record import record
@@ -147,13 +153,13 @@ class Lokr(Weights):
         return int(self.w1.right.shape[-2]) if isinstance(self.w1, Product) else None
 
     def delta(self) -> Tensor:
-        from adaptkit.linalg.kron import kron
+        from adaptkit.linalg.kron.blocks import kron
 
         return kron(self.w1.dense() * self.scale, self.w2.dense())
 
     def apply(self, base: Tensor, strength: float) -> Tensor:
         """Block by block in place: ΔW is never formed."""
-        from adaptkit.linalg.kron import kron_added
+        from adaptkit.linalg.kron.blocks import kron_added
 
         one, two = self.w1.dense() * (self.scale * strength), self.w2.dense()
         return kron_added(base, one.to(base.dtype), two.to(base.dtype), 1.0, base)
@@ -229,7 +235,7 @@ class Lokr(Weights):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(L1 R1) ⊗ (L2 R2) = (L1 ⊗ L2)(R1 ⊗ R2); the rank is the product of the factors' ranks."""
-        from adaptkit.linalg.kron import kron
+        from adaptkit.linalg.kron.blocks import kron
 
         (left1, right1), (left2, right2) = low_rank(self.w1), low_rank(self.w2)
         return kron(left1 * self.scale, left2), kron(right1, right2)
@@ -272,7 +278,7 @@ class Lokr(Weights):
 
     def svd(self, rank: int, method: str = "auto") -> LowRank:
         """σᵢ τⱼ with uᵢ ⊗ u'ⱼ and vᵢ ⊗ v'ⱼ, largest first: optimal (Eckart–Young)."""
-        from adaptkit.linalg.kron import leading_kron
+        from adaptkit.linalg.kron.blocks import leading_kron
 
         del method  # always exact, since the factors are small
         return leading_kron(factor_svd(self.w1), factor_svd(self.w2), self.scale, rank)
@@ -293,11 +299,8 @@ class Lokr(Weights):
         ranks = _SecondRanks((), 0.0, sides, full_from(*sides[1], spec.kernel), spec, both)
         energies = [factor_svd(factor).s.double().square() for factor in (lokr.w1, lokr.w2)]
         kept = ranks.captured(energies[0] * lokr.scale**2, energies[1])[: spec.rank]
-        norm = (
-            float(energies[0].sum() * energies[1].sum()) * lokr.scale**2
-            if given
-            else weights.norm_squared()
-        )
+        own = float(energies[0].sum() * energies[1].sum()) * lokr.scale**2
+        norm = own if given else weights.norm_squared()
         return replace(ranks, energies=tuple(b - a for a, b in pairwise((0.0, *kept))), norm=norm)
 
     @classmethod
@@ -308,7 +311,9 @@ class Lokr(Weights):
         result: one factor for both sides, w2 full from half of its larger side on, `w2_b`
         two-dimensional, no Tucker core, alpha = rank. For factors from 32 on see `caution`.
         """
-        from adaptkit.linalg.kron import factorization, nearest_kron, nearest_kron_lowrank
+        from adaptkit.linalg.kron.blocks import factorization
+        from adaptkit.linalg.kron.lowrank import nearest_kron_lowrank
+        from adaptkit.linalg.kron.nearest import nearest_kron
 
         rows, columns = delta.shape[-2:]
         window = math.prod(spec.kernel)
@@ -322,6 +327,10 @@ class Lokr(Weights):
         if spec.both and spec.rank < full_from(a, b, ()):  # readers want one rank for both
             first = Product(*factor_svd(first).head(spec.rank).balanced())
         return cls(first, Product(low.left, low.right), 1.0, spec.kernel)
+
+    @classmethod
+    def fit_copies(cls, rank: int | None, factor: int | None) -> int:
+        return 1 if rank is None and factor and 0 < factor <= PIECEWISE else 2
 
     @classmethod
     def candidates(cls, delta: Tensor, spec: FitSpec, *, ladder: bool) -> list[Weights]:

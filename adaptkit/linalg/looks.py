@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from adaptkit.linalg.hosted import fetched, leading_pairs, on_host
-from adaptkit.linalg.kron import rearrange
-from adaptkit.linalg.kronscan import (
+from adaptkit.linalg.kron.blocks import GRAM_SIDE, rearrange
+from adaptkit.linalg.kron.scan import (
     FACTORS,
-    GRAM_SIDE,
     KronScan,
     Split,
     coarser,

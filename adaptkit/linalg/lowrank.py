@@ -17,6 +17,7 @@ from adaptkit.linalg.krylov import (
     eigenvalues,
     explored,
     gram_columns,
+    gram_of_products,
     leading_basis,
     leading_vectors,
     times,
@@ -347,7 +348,8 @@ def energies(a: Tensor, rank: int, spec: SvdSpec | None = None) -> Tensor:
     a, unit = scaled(a)
     wide = a if a.shape[0] >= a.shape[1] else a.mT
     if _solver(spec.method, rank, wide.shape[1]) is not _lanczos:
-        gram = wide.mT @ wide if spec.tol >= LOOSE else gram_columns(wide)
+        rough = spec.tol >= LOOSE
+        gram = gram_of_products(wide, wide.dtype) if rough else gram_columns(wide)
         found = eigenvalues(gram)[:rank].to(torch.float64)
     else:
         found = explored(wide, rank, spec.tol, spec.seed).values()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.kron import kron_rows
+from adaptkit.linalg.kron.blocks import kron_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

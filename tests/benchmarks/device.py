@@ -20,7 +20,8 @@ from adaptkit.algorithms.lokr import Lokr
 from adaptkit.algorithms.lora import Lora
 from adaptkit.linalg.factored import factored_core
 from adaptkit.linalg.fused import fits, fused
-from adaptkit.linalg.kron import kron_added, nearest_kron
+from adaptkit.linalg.kron.blocks import kron_added
+from adaptkit.linalg.kron.nearest import nearest_kron
 from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 from adaptkit.ops.merge.at_once import merged
 from adaptkit.ops.merge.cutting import Part

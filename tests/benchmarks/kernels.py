@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from adaptkit.linalg.kron import factorization, nearest_kron, rearrange
+from adaptkit.linalg.kron.blocks import factorization, rearrange
+from adaptkit.linalg.kron.nearest import nearest_kron
 from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 
 T = TypeVar("T")

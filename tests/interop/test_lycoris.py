@@ -20,7 +20,7 @@ from torch import nn
 from adaptkit.algorithms import lokr as ours_lokr
 from adaptkit.algorithms.contract import Stated
 from adaptkit.keymap import algorithms
-from adaptkit.linalg.kron import factorization
+from adaptkit.linalg.kron.blocks import factorization
 from tests import oracle
 from tests.interop.conftest import Sd1, clip_names, close, deltas, lokr, lora, noise, unet_names
 from tests.synth import FIXTURES, load_listing

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.checkpoint import Checkpoint, Piece
-    from adaptkit.linalg.kronscan import KronScan, Split
+    from adaptkit.linalg.kron.scan import KronScan, Split
     from adaptkit.linalg.noise import RoundingNoise
     from adaptkit.ops.difference.pairing import Pair
 
@@ -95,7 +95,7 @@ def look(
     pair: Pair, delta: Tensor, norm: float, noise: RoundingNoise, scan: KronScan | None = None
 ) -> Look:
     """Examine a difference (m, n) with norm² > 0, whose memory is used; `noise` is its rounding."""
-    from adaptkit.linalg.kronscan import FACTORS, scan_kron
+    from adaptkit.linalg.kron.scan import FACTORS, scan_kron
     from adaptkit.linalg.noise import WEAK, rank_above_noise, zero_share
 
     scan = scan or scan_kron(

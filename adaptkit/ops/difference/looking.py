@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.checkpoint import Checkpoint
-    from adaptkit.linalg.kronscan import KronScan
+    from adaptkit.linalg.kron.scan import KronScan
     from adaptkit.linalg.noise import RoundingNoise
     from adaptkit.ops.difference.pairing import Pair
 
@@ -56,7 +56,7 @@ class Looker:
 
     def looks(self, pairs: Sequence[Pair], tensors: dict[str, Tensor]) -> list[Seen]:
         """Look at a stack: three waits at most, but for layers that need a look of their own."""
-        from adaptkit.linalg.kronscan import FACTORS
+        from adaptkit.linalg.kron.scan import FACTORS
         from adaptkit.linalg.looks import (
             noise_of_stack,
             ranks_of_stack,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptkit.checkpoint import Checkpoint
-    from adaptkit.linalg.kronscan import KronScan
+    from adaptkit.linalg.kron.scan import KronScan
     from adaptkit.linalg.noise import RoundingNoise
     from adaptkit.ops.difference.looking import Looker
     from adaptkit.ops.difference.pairing import Pair
@@ -86,7 +86,7 @@ class Measurer:
             )
 
     def _layer(self, job: Pair, delta: Tensor, norm: float, noise: RoundingNoise) -> Layer:
-        from adaptkit.linalg.kronscan import FACTORS, scan_kron
+        from adaptkit.linalg.kron.scan import FACTORS, scan_kron
         from adaptkit.linalg.lowrank import SvdSpec, energies
 
         self._check(job, norm)

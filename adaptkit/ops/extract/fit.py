@@ -227,11 +227,15 @@ def _noise(rounded: Tensor, delta: Tensor) -> list[float]:
 
 def _left(rounded: Weights, delta: Tensor, norm: float) -> float:
     """‖Δ − stored‖²; `norm` is ‖Δ‖². A kind that is made by rows needs no second Δ."""
+    from adaptkit.linalg.kron.blocks import kron_distance
     from adaptkit.linalg.lowrank import product_distance
     from adaptkit.linalg.precision import norm_squared, row_blocks
 
     thin = rounded.thin_factors() if rounded.low_rank else None
     if thin is not None and (found := product_distance(delta, *thin, norm)) is not None:
+        return found
+    pair = rounded.kron_factors()
+    if pair is not None and (found := kron_distance(delta, *pair, norm)) is not None:
         return found
     if not rounded.by_rows:
         return float(norm_squared(delta - rounded.delta()))

@@ -336,12 +336,14 @@ def _working(job: Pair, options: Options) -> int:
         elif kind.low_rank:
             beside.append(svd_bytes(rows, columns, rank or DEFAULT_RANK, options.svd))
         elif kind.against_low_rank:
-            least = (options.factor or DEFAULT_FACTOR) ** 2
-            most = rows * columns // least + least
-            beside.append(int(dense * (kind.fit_copies - 1)) + 4 * most)
-            if not has_ladder(options):  # a LoRA of as many numbers
+            factor, rule = options.factor or DEFAULT_FACTOR, has_ladder(options)
+            most = rows * columns // factor**2 + factor**2
+            copies = kind.fit_copies(0 if rule else rank, options.factor)
+            beside.append(dense * (copies - 1) + 4 * most)
+            beside.append((10 if half else 4) * most)  # fitted, as written and as read
+            if not rule:  # a LoRA of as many numbers
                 same = most // (rows + columns)
-                beside.append(energies_bytes(rows, columns, same, rough=True))
+                beside.append(4 * most + energies_bytes(rows, columns, same, rough=True))
     return dense + max(beside)
 
 

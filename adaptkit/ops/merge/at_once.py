@@ -124,7 +124,7 @@ def _kron(
     """One pass over W writes W', another measures the rounding."""
     import torch
 
-    from adaptkit.linalg.kron import kron_added
+    from adaptkit.linalg.kron.blocks import kron_added
     from adaptkit.linalg.precision import compute_dtype
 
     wide = compute_dtype(stored, *pair)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from adaptkit.errors import ShapeMismatch
-from adaptkit.linalg import kronscan as module
-from adaptkit.linalg.kron import nearest_kron
-from adaptkit.linalg.kronscan import FACTORS, Split, scan_kron, second_noise, second_rank, splits
+from adaptkit.linalg.kron import blocks
+from adaptkit.linalg.kron import scan as module
+from adaptkit.linalg.kron.nearest import nearest_kron
+from adaptkit.linalg.kron.scan import FACTORS, Split, scan_kron, second_noise, second_rank, splits
 from adaptkit.linalg.noise import RoundingNoise, rounding_noise, vote
 from tests import oracle
 from tests.linalg.test_noise import (
@@ -235,7 +236,7 @@ def test_captured_is_the_leading_singular_value(
     tol = 1e-12 if dtype == torch.float64 else 3e-7
     exact = x.double().numpy()
     for pieces in (1 << 13, 40):
-        monkeypatch.setattr(module, "RUN", pieces)
+        monkeypatch.setattr(blocks, "RUN", pieces)
         scan = scan_kron(x, window)
         assert float(scan.total) == pytest.approx(energy(exact), rel=tol, abs=0)
         for way, captured, score in zip(scan.splits, scan.captured, scan.score, strict=True):

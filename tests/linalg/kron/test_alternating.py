@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.linalg import alternating, kron
-from adaptkit.linalg.kron import KronLowRank, nearest_kron_lowrank
+from adaptkit.linalg.kron import alternating, lowrank
+from adaptkit.linalg.kron.lowrank import KronLowRank, nearest_kron_lowrank
 
 
 @pytest.fixture(autouse=True)
 def stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kron, "one_by_one", lambda _: False)
+    monkeypatch.setattr(lowrank, "one_by_one", lambda _: False)
 
 
 def product(found: KronLowRank, n: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The nearest w1 ⊗ (left · right) of stacks on accelerators: a few sweeps, then one look.
 
-The rows of R are the blocks of X, see `kron.rearrange`. For w1 = w, the second factor is M = wᵀR as
-a matrix. A sweep takes half a step of subspace iteration on M, then the best w for what that gives:
+The rows of R are the blocks of X, see `blocks`. For w1 = w, the second factor is M = wᵀR as a
+matrix. A sweep takes half a step of subspace iteration on M, then the best w for what that gives:
 no step can lose energy. All starts are swept at once, and the host chooses among them.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.linalg.hosted import fetched, on_host, stacked
+from adaptkit.linalg.kron.blocks import GRAM_SIDE
 from adaptkit.linalg.krylov import gram_columns
 from adaptkit.linalg.lowrank import SvdSpec, truncated_svd
 from adaptkit.linalg.stacks import TINY
@@ -20,10 +21,9 @@ from adaptkit.linalg.stacks import TINY
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["GRAM_SIDE", "PACES", "ROUNDING", "STARTS", "SWEEP_TOL", "Fit", "nearest_of_stack"]
+__all__ = ["PACES", "ROUNDING", "STARTS", "SWEEP_TOL", "Fit", "nearest_of_stack"]
 
 STARTS = 4  # singular vectors that alternating least squares may start from
-GRAM_SIDE = 256  # up to this number of blocks (or entries per block) the Gram matrix is cheapest
 SWEEP_TOL = 1e-4  # of the error: alternating least squares stops if it would fall by less
 # the ratio of two gains in a row, as far as it is believed
 PACES = 0.3, 0.95

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import ShapeMismatch
-from adaptkit.linalg.kron import factorization, nearest_kron, rearrange
+from adaptkit.linalg.kron.blocks import GRAM_SIDE, block_gram, factorization, rearrange
+from adaptkit.linalg.kron.nearest import nearest_kron
 from adaptkit.linalg.krylov import eigenvalues, start_block
 from adaptkit.linalg.noise import NoiseRank, RoundingNoise, rank_above_noise
 from adaptkit.linalg.precision import members, norm_squared, upcast
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FACTORS",
-    "GRAM_SIDE",
     "RECOGNISED",
-    "RUN",
     "KronScan",
     "Split",
     "coarser",
@@ -38,9 +37,6 @@ RECOGNISED = 0.5
 # times the rounding noise: products leave 0.3 to 1.2, and twice that if the base was rounded
 UNEXPLAINED = 4.0
 NEGLIGIBLE = 1e-5  # of the energy: the residual of an adapter merged in half precision
-# up to this number of blocks the Gram matrix is as cheap as Lanczos, and gives coarser splits too
-GRAM_SIDE = 256
-RUN = 1 << 13  # products summed in float32 before float64
 STEPS = 48  # maximal number of Lanczos steps
 # of λ₁: Lanczos stops once an eigenvalue is known to be this close; it is then far closer
 TOL = 1e-2
@@ -186,7 +182,7 @@ def _leading(x: Tensor, ways: list[Split]) -> tuple[Tensor, Tensor]:
         if way.a * way.b > GRAM_SIDE:
             values[way] = _lanczos(rearrange(x, way.a, way.b))
             continue
-        gram = _gram(x, way.a, way.b)
+        gram = block_gram(x, way.a, way.b)
         for other in ways:
             if way.a % other.a == 0 and way.b % other.b == 0:
                 coarse = coarser(gram, way, other)
@@ -194,18 +190,6 @@ def _leading(x: Tensor, ways: list[Split]) -> tuple[Tensor, Tensor]:
     found = torch.tensor([values[way] for way in ways], dtype=torch.float64, device=x.device)
     captured, block = found.reshape(-1, 2).unbind(-1)
     return captured, block
-
-
-def _gram(x: Tensor, a: int, b: int) -> Tensor:
-    """R Rᵀ (ab, ab) of x (a·c, b·d) in float64, rearranged in pieces."""
-    c, d = x.shape[0] // a, x.shape[1] // b
-    blocks = x.reshape(a, c, b, d)
-    total = torch.zeros(a * b, a * b, dtype=torch.float64, device=x.device)
-    step = max(1, RUN // d)
-    for start in range(0, c, step):
-        r = blocks[:, start : start + step].transpose(1, 2).reshape(a * b, -1)
-        total += r @ r.mT
-    return total
 
 
 def coarser(gram: Tensor, fine: Split, coarse: Split) -> Tensor:
