@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = [
-    "BLOCKED", "DTYPES", "GGML", "IN_PIECES", "PACKED", "TORCH_NAMES", "UNREAD", "itemsize",
+    "BLOCKED", "DTYPES", "GGML", "PACKED", "TORCH_NAMES", "UNREAD", "itemsize",
     "nbytes",
 ]  # fmt: skip
 
@@ -35,7 +35,6 @@ PACKED: Mapping[str, float] = {
     "SVDQ_INT4": 4.25, "SVDQ_NVFP4": 4.5,
 }  # fmt: skip
 BLOCKED: Mapping[str, float] = {**GGML, **PACKED}  # read as float32
-IN_PIECES = frozenset({*GGML, "NF4", "FP4", "NVFP4", "MXFP8"})  # unpacked some numbers at a time
 # packed weights that are only told by name
 UNREAD: Mapping[str, float] = {
     "TORCHAO": 8, "TORCHAO_INT4_TILES": 4.5, "TORCHAO_INT4_INT32": 4.5, "TORCHAO_INT4_OPAQUE": 4.5,

@@ -12,14 +12,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.files.gguf import kquants
-from adaptkit.files.packing import Packed, Packing, slices
+from adaptkit.files.packing import Packed, Packing, joined, slices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.files.header import TensorInfo
+    from adaptkit.files.packing import Was
 
 __all__ = ["WRITTEN", "dequantised", "length", "packed"]
 
@@ -66,40 +67,41 @@ def packed(info: TensorInfo) -> Packed:
         packing = Packing(
             ("weight",), partial(_encode, dtype=info.dtype), partial(_allowed, dtype=info.dtype)
         )
-    decode = partial(_decode, dtype=info.dtype)
+    decode = partial(_numbers, dtype=info.dtype)
     return Packed(info.dtype, info.shape, {"weight": info.name}, decode, packing)
 
 
-def _decode(stored: Mapping[str, Tensor], dtype: str) -> Tensor:
-    return dequantised(stored["weight"], dtype)
+def _numbers(stored: Mapping[str, Tensor], dtype: str) -> Iterator[Tensor]:
+    return _pieces(stored["weight"], dtype)
 
 
 def dequantised(raw: Tensor, dtype: str) -> Tensor:
     """The numbers of blocks (bytes), float32, as a vector."""
+    numbers, size = _sizes(dtype)
+    return joined(_pieces(raw, dtype), raw.numel() // size * numbers)
+
+
+def _pieces(raw: Tensor, dtype: str) -> Iterator[Tensor]:
     import gguf
     import torch
     from gguf import quants
 
     numbers, size = _sizes(dtype)
     blocks = raw.reshape(-1, size).numpy()
-    out = torch.empty(len(blocks), numbers)
     for cut in slices(len(blocks), numbers):
         # as one row: the package works on sixteen rows at a time
         found = quants.dequantize(blocks[cut].reshape(1, -1), gguf.GGMLQuantizationType[dtype])
-        out[cut] = torch.from_numpy(found).reshape(-1, numbers)
-    return out.reshape(-1)
+        yield torch.from_numpy(found).reshape(-1)
 
 
-def _encode(
-    new: Tensor, old: Tensor, stored: Mapping[str, Tensor], dtype: str
-) -> dict[str, Tensor]:
+def _encode(new: Tensor, old: Was, stored: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     import torch
 
     numbers, size = _sizes(dtype)
-    blocks, before = new.reshape(-1, numbers), old.reshape(-1, numbers)
+    blocks, same = new.reshape(-1, numbers), old.same.reshape(-1, numbers)
     out = stored["weight"].reshape(-1, size).clone()
     for cut in slices(len(blocks), numbers):
-        changed = (blocks[cut] != before[cut]).any(-1)
+        changed = ~same[cut].all(-1)
         if bool(changed.any()):
             wide = blocks[cut][changed].float()
             made = kquants.encode(wide, dtype) if dtype in kquants.WRITTEN else _plain(wide, dtype)

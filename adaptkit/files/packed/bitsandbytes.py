@@ -21,6 +21,7 @@ from adaptkit.files.packing import (
     Packed,
     Packing,
     divided,
+    joined,
     largest,
     nearest,
     slices,
@@ -28,11 +29,12 @@ from adaptkit.files.packing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.files.header import TensorInfo
+    from adaptkit.files.packing import Was
     from adaptkit.files.source import TensorSource
 
 __all__ = ["find"]
@@ -85,8 +87,8 @@ def _four(source: TensorSource, weight: str, kind: str, state: str) -> Packed | 
     packing = Packing(
         ("weight", *scales), partial(_encode, form=form), partial(_allowed, form=form)
     )
-    decode = partial(_decode, form=form)
-    return Packed(kind.upper(), tuple(shape), parts, decode, packing)  # type: ignore[arg-type]
+    numbers_of = partial(_numbers, form=form)
+    return Packed(kind.upper(), tuple(shape), parts, numbers_of, packing)  # type: ignore[arg-type]
 
 
 class _Form(NamedTuple):
@@ -128,40 +130,37 @@ def _absmax(stored: Mapping[str, Tensor], form: _Form) -> Tensor:
     return inner * outer[: len(absmax)] + form.offset
 
 
-def _decode(stored: Mapping[str, Tensor], form: _Form) -> Tensor:
+def _numbers(stored: Mapping[str, Tensor], form: _Form) -> Iterator[Tensor]:
     return _each(stored, form, stored["quant_map"].flatten().float())
 
 
-def _each(stored: Mapping[str, Tensor], form: _Form, table: Tensor) -> Tensor:
-    """What a table holds for each number, times the scale of its block."""
+def _each(stored: Mapping[str, Tensor], form: _Form, table: Tensor) -> Iterator[Tensor]:
+    """What a table holds for each number, times the scale of its block; some at a time."""
     import torch
 
     codes, absmax = stored["weight"].flatten(), _absmax(stored, form)
-    out = absmax.new_empty(len(absmax) * form.size)[: form.numbers]
     for cut in slices(len(absmax), form.size):
         bytes_ = codes[cut.start * form.size // 2 : cut.stop * form.size // 2]
         halves = torch.stack([bytes_ >> 4, bytes_ & 15], -1).flatten()
-        target = out[cut.start * form.size : cut.stop * form.size]
-        scales = absmax[cut].repeat_interleave(form.size)[: len(target)]
-        torch.mul(table[halves.int()][: len(target)], scales, out=target)
-    return out
+        count = min(form.numbers, cut.stop * form.size) - cut.start * form.size
+        scales = absmax[cut].repeat_interleave(form.size)[:count]
+        yield table[halves.int()][:count].mul_(scales)
 
 
 def _allowed(stored: Mapping[str, Tensor], numbers: Tensor, form: _Form) -> Tensor:
     """Half the gap to the next place, and what the rounding of nested scales may cut off."""
-    found = _each(stored, form, widths(stored["quant_map"].flatten())).abs_()
+    each = _each(stored, form, widths(stored["quant_map"].flatten()))
+    found = joined(each, form.numbers).abs_()
     if form.nested is not None:
         outer = float(stored["nested_absmax"].float().abs().max())
         found += outer * float(widths(stored["nested_quant_map"].flatten()).max())
     return found.reshape(numbers.shape)
 
 
-def _encode(
-    new: Tensor, old: Tensor, stored: Mapping[str, Tensor], form: _Form
-) -> dict[str, Tensor]:
+def _encode(new: Tensor, old: Was, stored: Mapping[str, Tensor], form: _Form) -> dict[str, Tensor]:
     import torch
 
-    fresh, same = _scales(_blocks(new, form), _blocks(old, form), stored, form)
+    fresh, same = _scales(_blocks(new, form), _blocks(old.same, form, True), stored, form)
     absmax, table = _absmax({**stored, **fresh}, form), stored["quant_map"].flatten()
     numbers, codes = _blocks(new, form), stored["weight"].flatten()
     found = torch.empty(len(absmax) * form.size // 2, dtype=torch.uint8)
@@ -175,23 +174,23 @@ def _encode(
     return {"weight": found, **fresh}
 
 
-def _blocks(numbers: Tensor, form: _Form) -> Tensor:
-    """Numbers (blocks, size), with zeros after the last."""
+def _blocks(numbers: Tensor, form: _Form, after: float = 0.0) -> Tensor:
+    """Numbers (blocks, size), with `after` behind the last."""
     import torch
 
     flat = numbers.reshape(-1)
     rest = -len(flat) % form.size
-    flat = torch.nn.functional.pad(flat, (0, rest)) if rest else flat
+    flat = torch.nn.functional.pad(flat, (0, rest), value=after) if rest else flat
     return flat.reshape(-1, form.size)
 
 
 def _scales(
-    new: Tensor, old: Tensor, stored: Mapping[str, Tensor], form: _Form
+    new: Tensor, kept: Tensor, stored: Mapping[str, Tensor], form: _Form
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The scales of all blocks as they are stored, and which blocks keep their bytes."""
     import torch
 
-    same = torch.cat([(new[cut] == old[cut]).all(-1) for cut in slices(len(new), form.size)])
+    same = kept.all(-1)
     top = largest(new, by_row=True).float()
     if form.nested is None:
         before = stored["absmax"]

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from adaptkit.files.packing import Packed, Packing, largest, slices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.files.header import TensorInfo
+    from adaptkit.files.packing import Was
 
 __all__ = ["hadamard", "int8"]
 
@@ -49,8 +50,8 @@ def int8(
         partial(_allowed, unit=unit),
         None if group == 1 else partial(rotated, group=group),
     )
-    decode = partial(_decode, group=group, unit=unit)
-    return Packed("INT8", weight.shape, parts, decode, packing)
+    numbers = partial(_numbers, group=group, unit=unit)
+    return Packed("INT8", weight.shape, parts, numbers, packing)
 
 
 def _power_of_four(number: int) -> bool:
@@ -62,9 +63,11 @@ def _steps(stored: Mapping[str, Tensor], unit: float) -> Tensor:
     return stored["scale"].float().reshape(-1, 1) * unit
 
 
-def _decode(stored: Mapping[str, Tensor], group: int, unit: float) -> Tensor:
-    numbers = stored["weight"].float().mul_(_steps(stored, unit))
-    return numbers if group == 1 else rotated(numbers, group)
+def _numbers(stored: Mapping[str, Tensor], group: int, unit: float) -> Iterator[Tensor]:
+    codes = stored["weight"]
+    steps = _steps(stored, unit).expand(len(codes), 1)
+    for cut in slices(*codes.shape):
+        yield _turned(codes[cut].float().mul_(steps[cut]), group).reshape(-1)
 
 
 def _allowed(stored: Mapping[str, Tensor], _: Tensor, unit: float) -> Tensor:
@@ -74,23 +77,25 @@ def _allowed(stored: Mapping[str, Tensor], _: Tensor, unit: float) -> Tensor:
 
 
 def _encode(
-    new: Tensor, old: Tensor, stored: Mapping[str, Tensor], group: int, unit: float
+    new: Tensor, old: Was, stored: Mapping[str, Tensor], group: int, unit: float
 ) -> dict[str, Tensor]:
     import torch
 
     scale, codes = stored["scale"], torch.empty_like(stored["weight"])
-    turned = new.float() if group == 1 else rotated(new.float(), group)
-    rows, columns = turned.shape
-    top = largest(turned, by_row=True)
+    rows, columns = new.shape
+    top = torch.empty(rows)
+    for cut in slices(rows, columns):
+        top[cut] = largest(_turned(new[cut].float(), group), by_row=True)
     if scale.numel() == 1:
         top = top.max().expand(rows) if rows else top
     fresh = torch.where(top > 0, top / (MOST * unit), torch.ones_like(top)).to(scale.dtype)
     by_row = scale.numel() > 1
     for cut in slices(rows, columns):
         steps = (fresh[cut].float() * unit).unsqueeze(-1)
-        found = (turned[cut] / steps).round_().clamp_(-MOST, MOST).to(torch.int8)
+        turned = _turned(new[cut].float(), group)
+        found = (turned / steps).round_().clamp_(-MOST, MOST).to(torch.int8)
         if by_row:
-            same = (new[cut] == old[cut]).all(1)
+            same = old.same[cut].all(1)
             fresh[cut] = torch.where(same, scale.reshape(-1)[cut], fresh[cut])
             found = torch.where(same.unsqueeze(-1), stored["weight"][cut], found)
         codes[cut] = found
@@ -99,11 +104,17 @@ def _encode(
 
 def rotated(numbers: Tensor, group: int) -> Tensor:
     """Groups of inputs times the Hadamard matrix, which is symmetric and orthogonal."""
-    matrix = hadamard(group).to(numbers.dtype)
     out = numbers.new_empty(numbers.shape)
     for cut in slices(*numbers.shape):
-        out[cut] = (numbers[cut].reshape(-1, group) @ matrix).reshape(out[cut].shape)
+        out[cut] = _turned(numbers[cut], group)
     return out
+
+
+def _turned(some: Tensor, group: int) -> Tensor:
+    """Some rows of numbers, `rotated` unless a group is one number."""
+    if group == 1:
+        return some
+    return (some.reshape(-1, group) @ hadamard(group).to(some.dtype)).reshape(some.shape)
 
 
 @lru_cache(maxsize=4)

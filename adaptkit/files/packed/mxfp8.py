@@ -12,11 +12,12 @@ from adaptkit.files.packed.tiles import padded, straight, tiled
 from adaptkit.files.packing import Packed, Packing, slices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.files.header import TensorInfo
+    from adaptkit.files.packing import Was
 
 __all__ = ["mxfp8"]
 
@@ -30,7 +31,7 @@ def mxfp8(weight: TensorInfo, scale: TensorInfo, parts: Mapping[str, str]) -> Pa
     if not fits or scale.numel != padded(rows, columns // BLOCK):
         return None
     packing = Packing(("weight", "scale"), _encode, _allowed)
-    return Packed("MXFP8", weight.shape, parts, _decode, packing)
+    return Packed("MXFP8", weight.shape, parts, _numbers, packing)
 
 
 def _scales(stored: Mapping[str, Tensor]) -> Tensor:
@@ -48,14 +49,12 @@ def _power(exponents: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(exponents.shape), exponents.int() - BIAS)
 
 
-def _decode(stored: Mapping[str, Tensor]) -> Tensor:
+def _numbers(stored: Mapping[str, Tensor]) -> Iterator[Tensor]:
     numbers, scales = stored["weight"], _scales(stored)
     rows, columns = numbers.shape
-    out = scales.new_empty(rows, columns)
     for cut in slices(rows, columns):
         blocks = numbers[cut].float().reshape(-1, columns // BLOCK, BLOCK)
-        out[cut] = blocks.mul_(scales[cut]).reshape(-1, columns)
-    return out
+        yield blocks.mul_(scales[cut]).reshape(-1)
 
 
 def _allowed(stored: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
@@ -66,7 +65,7 @@ def _allowed(stored: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
     return torch.maximum(numbers.abs() * 2.0**-4, least)
 
 
-def _encode(new: Tensor, old: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _encode(new: Tensor, old: Was, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     import torch
 
     rows, columns = new.shape
@@ -82,7 +81,7 @@ def _encode(new: Tensor, old: Tensor, stored: Mapping[str, Tensor]) -> dict[str,
         # what does not fit the least scale is near enough to zero
         divided = (blocks / _power(fresh).unsqueeze(-1)).clamp_(-MOST, MOST)
         found = divided.to(torch.float8_e4m3fn)
-        same = (blocks == old[cut].reshape(blocks.shape)).all(-1)
+        same = old.same[cut].reshape(blocks.shape).all(-1)
         exponents[cut] = torch.where(same, before[cut], fresh)
         kept = numbers_of(stored["weight"][cut])
         # no `where` of 8-bit floats

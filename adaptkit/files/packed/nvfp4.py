@@ -12,14 +12,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from adaptkit.files.packed.tiles import padded, straight, tiled
-from adaptkit.files.packing import Packed, Packing, divided, largest, places, slices, widths
+from adaptkit.files.packing import Packed, Packing, divided, joined, largest, places, slices, widths
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.files.header import TensorInfo
+    from adaptkit.files.packing import Was
 
 __all__ = ["nvfp4"]
 
@@ -41,7 +42,7 @@ def nvfp4(
     if not fits or scale.numel != padded(rows, columns // BLOCK):
         return None
     packing = Packing(("weight", "scale", "second"), _encode, partial(_allowed, columns=columns))
-    return Packed("NVFP4", (rows, columns), parts, partial(_decode, columns=columns), packing)
+    return Packed("NVFP4", (rows, columns), parts, partial(_numbers, columns=columns), packing)
 
 
 def _halves(codes: Tensor) -> Tensor:
@@ -63,31 +64,30 @@ def _table(numbers: tuple[float, ...]) -> Tensor:
     return torch.tensor([*numbers, *(-n for n in numbers)])
 
 
-def _decode(stored: Mapping[str, Tensor], columns: int) -> Tensor:
+def _numbers(stored: Mapping[str, Tensor], columns: int) -> Iterator[Tensor]:
     return _each(stored, columns, _table(E2M1))
 
 
-def _each(stored: Mapping[str, Tensor], columns: int, table: Tensor) -> Tensor:
-    """What a table holds for each number (rows, columns), times the scale of its block."""
+def _each(stored: Mapping[str, Tensor], columns: int, table: Tensor) -> Iterator[Tensor]:
+    """What a table holds for each number, times the scale of its block; some rows at a time."""
     codes, scales = stored["weight"], _scales(stored, columns)
-    out = scales.new_empty(len(codes), columns)
     for cut in slices(len(codes), columns):
         numbers = table[_halves(codes[cut]).int()].reshape(-1, columns // BLOCK, BLOCK)
-        out[cut] = numbers.mul_(scales[cut]).reshape(-1, columns)
-    return out
+        yield numbers.mul_(scales[cut]).reshape(-1)
 
 
-def _allowed(stored: Mapping[str, Tensor], _: Tensor, columns: int) -> Tensor:
-    found = _each(stored, columns, widths(_table(E2M1)))
+def _allowed(stored: Mapping[str, Tensor], numbers: Tensor, columns: int) -> Tensor:
+    each = _each(stored, columns, widths(_table(E2M1)))
+    found = joined(each, numbers.numel()).reshape(numbers.shape)
     # scales below the least normal e4m3 are rounded by half of 2^-9
     return found.add_(6 * 2.0**-10 * stored["second"].float().abs().reshape(()))
 
 
-def _encode(new: Tensor, old: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _encode(new: Tensor, old: Was, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     import torch
 
     rows, columns = new.shape
-    second, kept = _second(new, old, stored["second"])
+    second, kept = _second(new, old.largest, stored["second"])
     one = second.float().reshape(())
     codes = torch.empty_like(stored["weight"])
     scales = straight(stored["scale"].float(), rows, columns // BLOCK).clone()
@@ -99,7 +99,7 @@ def _encode(new: Tensor, old: Tensor, stored: Mapping[str, Tensor]) -> dict[str,
         found = places(E2M1, scaled.abs()) | (scaled.signbit().byte() << 3)
         packed = (found[..., 0::2] << 4) | found[..., 1::2]
         if kept:
-            same = (blocks == old[cut].reshape(blocks.shape)).all(-1)
+            same = old.same[cut].reshape(blocks.shape).all(-1)
             fresh = torch.where(same, scales[cut], fresh)
             packed = torch.where(same.unsqueeze(-1), codes_of(stored["weight"][cut]), packed)
         scales[cut] = fresh
@@ -113,10 +113,10 @@ def codes_of(stored: Tensor) -> Tensor:
     return stored.reshape(len(stored), -1, BLOCK // 2)
 
 
-def _second(new: Tensor, old: Tensor, stored: Tensor) -> tuple[Tensor, bool]:
-    """The one scale, and whether it is the stored one."""
-    top, before = largest(new).float(), largest(old).float()
+def _second(new: Tensor, before: float, stored: Tensor) -> tuple[Tensor, bool]:
+    """The one scale, and whether it is the stored one. `before` was the largest magnitude."""
+    top = largest(new).float()
     most = 6 * MOST * float(stored.float().abs().reshape(()))
-    if float(top) == 0.0 or LEAST * float(before) <= float(top) <= most:
+    if float(top) == 0.0 or LEAST * before <= float(top) <= most:
         return stored, True
     return (top / (6 * MOST)).to(stored.dtype).reshape(stored.shape), False

@@ -98,7 +98,7 @@ def _layer(source: TensorSource, module: str) -> Packed:
     sizes = (form.rows, form.columns)
     if not _fits({part: infos[key] for part, key in parts.items()}, form):
         return unread(name + "_OTHER", sizes, parts, plain=False)
-    return Packed(name, sizes, parts, partial(_decode, form=form), plain=False)
+    return Packed(name, sizes, parts, partial(_numbers, form=form), plain=False, by_pieces=False)
 
 
 def _fits(infos: Mapping[str, TensorInfo], form: _Form) -> bool:
@@ -145,26 +145,30 @@ def _cut(one: Packed, number: int, count: int) -> Packed:
     """The rows of one of several layers of equal size."""
     rows = one.shape[0] // count
 
-    def decode(stored: Mapping[str, Tensor]) -> Tensor:
-        return one.decode(stored)[number * rows : (number + 1) * rows]
+    def numbers(stored: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        yield one.decode(stored)[number * rows : (number + 1) * rows]
 
-    return one if count == 1 else one._replace(shape=(rows, *one.shape[1:]), decode=decode)
+    return one if count == 1 else one._replace(shape=(rows, *one.shape[1:]), numbers=numbers)
 
 
 def _beside(left: Packed, right: Packed) -> Packed:
     """Two layers whose inputs are joined, and whose outputs are added."""
     parts = {**left.parts, **{f"right {part}": key for part, key in right.parts.items()}}
 
-    def decode(stored: Mapping[str, Tensor]) -> Tensor:
+    def numbers(stored: Mapping[str, Tensor]) -> Iterator[Tensor]:
         import torch
 
         other = {part: t for part, t in stored.items() if part.startswith("right ")}
         own = {part.removeprefix("right "): t for part, t in other.items()}
-        return torch.cat([left.decode(stored), right.decode(own)], 1)
+        yield torch.cat([left.decode(stored), right.decode(own)], 1)
 
     shape = left.shape[0], left.shape[1] + right.shape[1]
     dtype = left.dtype if right.dtype == left.dtype else right.dtype
-    return left._replace(dtype=dtype, shape=shape, parts=parts, decode=decode)
+    return left._replace(dtype=dtype, shape=shape, parts=parts, numbers=numbers)
+
+
+def _numbers(stored: Mapping[str, Tensor], form: _Form) -> Iterator[Tensor]:
+    yield _decode(stored, form)
 
 
 def _decode(stored: Mapping[str, Tensor], form: _Form) -> Tensor:

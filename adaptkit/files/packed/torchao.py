@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import AdaptkitError
 from adaptkit.files.limits import read_json
-from adaptkit.files.packing import Packed, Packing, unread
+from adaptkit.files.packing import Packed, Packing, slices, unread
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
     from adaptkit.files.header import TensorInfo
+    from adaptkit.files.packing import Was
     from adaptkit.files.source import TensorSource
 
 __all__ = ["find"]
@@ -108,7 +109,7 @@ def _plain(
     if zero is not None and (not integer or zero.numel != scale.numel):
         return None
     packing = Packing(("weight", "scale"), _encode_plain, _allowed_plain) if again else None
-    return Packed("INT8" if integer else "FP8", weight.shape, parts, _decode_plain, packing)
+    return Packed("INT8" if integer else "FP8", weight.shape, parts, _numbers_plain, packing)
 
 
 def _grid(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | None:
@@ -139,31 +140,49 @@ def _blocks(numbers: Tensor, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tens
     return blocks, scale, zeros
 
 
-def _decode_plain(stored: Mapping[str, Tensor]) -> Tensor:
-    blocks, scale, zero = _blocks(stored["weight"].float(), stored)
-    return blocks.sub_(zero).mul_(scale).reshape(stored["weight"].shape)
+def _cuts(stored: Mapping[str, Tensor], *each: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Some rows at a time, and of each number per block (down, 1, across, 1) that of every row.
 
-
-def _encode_plain(new: Tensor, old: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    The latter as (rows, across, 1), beside numbers (rows, across, columns).
+    """
     import torch
 
-    form = stored["weight"].dtype
+    rows, columns = stored["weight"].shape
+    for cut in slices(rows, columns):
+        down = torch.arange(cut.start, cut.stop) // (rows // len(each[0]))
+        yield cut, [one[down].reshape(len(down), -1, 1) for one in each]
+
+
+def _numbers_plain(stored: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    codes = stored["weight"]
+    _, *both = _blocks(codes, stored)
+    for cut, (scale, zero) in _cuts(stored, *both):
+        some = codes[cut].float().reshape(len(scale), scale.shape[1], -1)
+        yield some.sub_(zero).mul_(scale).reshape(-1)
+
+
+def _encode_plain(new: Tensor, old: Was, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    import torch
+
+    codes, form = stored["weight"].view(torch.uint8), stored["weight"].dtype
     blocks, scale, zero = _blocks(new.float(), stored)
     integer = not form.is_floating_point
     most = 127.0 if integer else torch.finfo(form).max
-    ends = most - zero.abs()
     low, high = (extreme(blocks, dim=(1, 3), keepdim=True) for extreme in (torch.amin, torch.amax))
     top = torch.maximum(low.abs(), high.abs())
-    fresh = torch.where(top > 0, top / ends, torch.ones_like(top))
-    same = (blocks == _blocks(old, stored)[0]).all(3, keepdim=True).all(1, keepdim=True)
+    fresh = torch.where(top > 0, top / (most - zero.abs()), torch.ones_like(top))
+    same = _blocks(old.same, stored)[0].all(3, keepdim=True).all(1, keepdim=True)
     fresh = torch.where(same, scale, fresh.to(stored["scale"].dtype).float())
-    found = blocks / fresh
-    found = found.round_().add_(zero).clamp_(-127, 127) if integer else found.clamp_(-most, most)
-    bits = found.to(form).view(torch.uint8)
-    kept = _blocks(stored["weight"].view(torch.uint8), stored)[0]
-    weight = torch.where(same, kept, bits).reshape(new.shape).view(form)
+    weight = torch.empty_like(codes)
+    for cut, (step, offset, kept) in _cuts(stored, fresh, zero, same):
+        found = new[cut].float().reshape(len(step), step.shape[1], -1) / step
+        if integer:
+            found = found.round_().add_(offset).clamp_(-127, 127)
+        bits = found.clamp_(-most, most).to(form).view(torch.uint8)
+        before = codes[cut].reshape(bits.shape)
+        weight[cut] = torch.where(kept, before, bits).reshape(len(step), -1)
     scales = fresh.reshape(stored["scale"].shape).to(stored["scale"].dtype)
-    return {"weight": weight, "scale": scales}
+    return {"weight": weight.view(form), "scale": scales}
 
 
 def _allowed_plain(stored: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
@@ -190,7 +209,12 @@ def _int4(infos: Mapping[str, TensorInfo], parts: Mapping[str, str]) -> Packed |
     fits = scale.shape[1] == rows and scale.shape == zero.shape and groups
     if not fits or columns % groups or not {scale.dtype, zero.dtype} <= set(FLOATS):
         return None
-    return Packed("INT4", (rows, columns), parts, partial(_decode_int4, columns=columns))
+    numbers = partial(_numbers_int4, columns=columns)
+    return Packed("INT4", (rows, columns), parts, numbers, by_pieces=False)
+
+
+def _numbers_int4(stored: Mapping[str, Tensor], columns: int) -> Iterator[Tensor]:
+    yield _decode_int4(stored, columns)
 
 
 def _decode_int4(stored: Mapping[str, Tensor], columns: int) -> Tensor:

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.errors import NotRepresentable
-from adaptkit.files.dtypes import IN_PIECES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,26 +13,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Packed", "Packing", "divided", "largest", "nearest", "places", "slices", "unread", "widths",
+    "Packed", "Packing", "Was", "divided", "joined", "largest", "nearest", "places", "slices",
+    "unread", "widths",
 ]  # fmt: skip
 
 # numbers that are unpacked or packed at a time: what comes in between stays in the cache
 CHUNK = 1 << 18
 
 
+class Was(NamedTuple):
+    """What packing asks of the numbers before: which stay the same, in the order of `shape`, and
+    the largest magnitude of all.
+    """
+
+    same: Tensor
+    largest: float
+
+
 class Packing(NamedTuple):
     """How numbers are packed again.
 
-    `parts` are those that are written anew. `encode` takes the new numbers and the old ones,
-    float32 in the order of `shape`, and the stored tensors, and gives the new ones of `parts`.
-    Blocks whose numbers stay the same keep their bytes. `allowed` takes stored tensors and the
-    numbers that they stand for, and gives the largest error that rounding to them may leave, for
-    each number or to be broadcast to their shape. With `turn`, that is the error of
+    `parts` are those that are written anew. `encode` takes the new numbers, float32 in the order
+    of `shape`, what is asked of the old ones, and the stored tensors, and gives the new ones of
+    `parts`. Blocks whose numbers stay the same keep their bytes. `allowed` takes stored tensors
+    and the numbers that they stand for, and gives the largest error that rounding to them may
+    leave, for each number or to be broadcast to their shape. With `turn`, that is the error of
     `turn(numbers)`.
     """
 
     parts: tuple[str, ...]
-    encode: Callable[[Tensor, Tensor, Mapping[str, Tensor]], dict[str, Tensor]]
+    encode: Callable[[Tensor, Was, Mapping[str, Tensor]], dict[str, Tensor]]
     allowed: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     turn: Callable[[Tensor], Tensor] | None = None
 
@@ -41,8 +50,9 @@ class Packing(NamedTuple):
 class Packed(NamedTuple):
     """A packed weight: the name and shape that it is shown with, its tensors, and its numbers.
 
-    `parts` are the keys of all its tensors by part, `weight` among them. `decode` takes them as
-    stored and gives float32 numbers in the order of `shape`. `packing` is None if they cannot be
+    `parts` are the keys of all its tensors by part, `weight` among them. `numbers` takes them as
+    stored and gives float32 numbers in the order of `shape`, in flat pieces if `by_pieces`, else
+    whole. `packing` is None if they cannot be
     written again. Unless `plain`, the weights of the file are no model by themselves, so it cannot
     be written as plain numbers either.
     """
@@ -50,9 +60,16 @@ class Packed(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     parts: Mapping[str, str]
-    decode: Callable[[Mapping[str, Tensor]], Tensor]
+    numbers: Callable[[Mapping[str, Tensor]], Iterator[Tensor]]
     packing: Packing | None = None
     plain: bool = True
+    by_pieces: bool = True
+
+    def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The numbers (*shape), float32, of tensors as stored."""
+        pieces = self.numbers(stored)
+        found = joined(pieces, math.prod(self.shape)) if self.by_pieces else next(pieces)
+        return found.reshape(self.shape)
 
     def rewritten(self) -> tuple[str, ...]:
         """The keys of the tensors that are written anew."""
@@ -62,11 +79,7 @@ class Packed(NamedTuple):
     def unpacking_bytes(self) -> int:
         """Bytes that `decode` takes beside what is stored and the numbers."""
         wide = 4 * math.prod(self.shape)
-        if self.dtype in IN_PIECES:
-            return min(2 * wide, 16 * CHUNK)
-        if self.dtype == "INT8":  # the numbers before they are turned
-            return 0 if self.packing is not None and self.packing.turn is None else wide
-        return 2 * wide  # places and scales
+        return min(2 * wide, 16 * CHUNK) if self.by_pieces else 2 * wide  # places and scales
 
 
 def unread(
@@ -74,10 +87,21 @@ def unread(
 ) -> Packed:
     """A weight that is only told by the name of its format."""
 
-    def decode(_: Mapping[str, Tensor]) -> Tensor:
+    def numbers(_: Mapping[str, Tensor]) -> Iterator[Tensor]:
         raise NotRepresentable(f"stored as {dtype}, which is not read", tensor=parts["weight"])
 
-    return Packed(dtype, shape, parts, decode, plain=plain)
+    return Packed(dtype, shape, parts, numbers, plain=plain, by_pieces=False)
+
+
+def joined(pieces: Iterator[Tensor], count: int) -> Tensor:
+    """`count` numbers from flat pieces, float32; no two copies of all are ever there."""
+    import torch
+
+    found, start = torch.empty(count), 0
+    for piece in pieces:
+        found[start : start + len(piece)] = piece
+        start += len(piece)
+    return found
 
 
 def slices(count: int, width: int) -> Iterator[slice]:

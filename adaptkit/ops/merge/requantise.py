@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaptkit.files.dtypes.widening import widen
+from adaptkit.files.packing import Was, largest
 from adaptkit.ops.merge.steps import BLOCK, square
 from adaptkit.ops.shared import torch_dtype
 
@@ -81,32 +82,36 @@ class Repacked(NamedTuple):
 def repacked(source: TensorSource, packed: Packed, merged: Tensor) -> Repacked:
     """Pack merged numbers (*shape). What did not change keeps its bytes.
 
-    The numbers before and after are decoded in turns: no third weight is ever in memory.
+    The numbers before and after are decoded in pieces: no second weight is ever in memory.
     """
     import torch
 
     assert packed.packing is not None
-    stored = source.parts(packed)
-    before = packed.decode(stored).reshape(merged.shape).to(merged.device)
-    weight, delta, rounding = _norm(before), 0.0, 0.0
+    stored, merged = source.parts(packed), merged.cpu()
+    same = torch.empty(merged.shape, dtype=torch.bool)
+    weight = delta = rounding = most = 0.0
+    for new, old, alike in _beside(merged, packed.numbers(stored), same):
+        torch.eq(new, old, out=alike)
+        weight, delta = weight + square(old), delta + square(new - old)
+        most = max(most, float(largest(old)))
     fresh = {part: stored[part] for part in packed.packing.parts}
-    if not torch.equal(merged, before):
-        delta = _distance(merged, before)
-        fresh = packed.packing.encode(merged.cpu(), before.cpu(), stored)
-        del before
-        after = packed.decode(stored | fresh).reshape(merged.shape).to(merged.device)
-        rounding = _distance(after, merged)
+    if not bool(same.all()):
+        fresh = packed.packing.encode(merged, Was(same, most), stored)
+        for new, after, _ in _beside(merged, packed.numbers(stored | fresh), same):
+            rounding += square(after - new)
     written = {packed.parts[part]: tensor for part, tensor in fresh.items()}
     return Repacked(written, weight, delta, rounding)
 
 
-def _norm(x: Tensor) -> float:
-    return sum(square(x.reshape(-1)[place]) for place in Numbers(x).places())
-
-
-def _distance(x: Tensor, y: Tensor) -> float:
-    one, two = x.reshape(-1), y.reshape(-1)
-    return sum(square(one[place] - two[place]) for place in Numbers(x).places())
+def _beside(
+    merged: Tensor, pieces: Iterator[Tensor], same: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each flat piece of the numbers of a tensor, between the same parts of two others."""
+    flat, other, start = merged.reshape(-1), same.reshape(-1), 0
+    for piece in pieces:
+        stop = start + piece.numel()
+        yield flat[start:stop], piece.reshape(-1), other[start:stop]
+        start = stop
 
 
 def requantised(

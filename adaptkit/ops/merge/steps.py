@@ -164,7 +164,7 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
 
     A tensor in blocks of rows needs W as stored and four shared blocks, and one block per output.
     A whole tensor needs W as stored and in float32, the result, and the dense ΔW of an algorithm
-    without factors. A packed weight is decoded once more in the end.
+    without factors. A packed weight is decoded once more in the end, in pieces.
     """
     info = base.source.infos[merge.name]
     own = nbytes(merge.dtype, info.shape)
@@ -182,8 +182,8 @@ def _sizes(merge: TensorMerge, base: Checkpoint, *, at_once: bool = False) -> tu
     # a layer that is applied to as a whole: read, wide, and changed
     own += sum(9 * base.nbytes(c.slot) for c in merge.contributions if c.slot)
     dense = max((kind.applying(*_matrix(info.shape)) for kind in kinds), default=0)
-    if merge.packed is not None:  # read and decoded once more, to be packed and measured
-        beside = max(dense, 4 * info.numel + info.nbytes + merge.packed.unpacking_bytes)
+    if merge.packed is not None:  # read once more, with what stays the same, to be packed
+        beside = max(dense, info.numel + info.nbytes + merge.packed.unpacking_bytes)
     else:
         beside = max(dense, 16 * min(info.numel, BLOCK))  # blocks are measured in the end
     return info.nbytes + 4 * info.numel + beside, own

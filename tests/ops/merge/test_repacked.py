@@ -15,6 +15,7 @@ from adaptkit import ops
 from adaptkit.errors import CorruptFile, NonFinite
 from adaptkit.files import packed
 from adaptkit.files.open import open_source
+from adaptkit.files.packing import Was
 from tests.files.test_packed import COLUMNS, E2M1, FP4, KEY, KINDS, NF4, ROWS, Base, text
 
 Array = np.ndarray
@@ -297,7 +298,8 @@ def test_blocks_that_a_layer_does_not_fill(tmp_path: Path) -> None:
         assert one.packing is not None
         stored, old = source.parts(one), source.read(f"{KEY}.weight")
         new = old + torch.linspace(-0.3, 0.3, 15).reshape(3, 5)
-        fresh = one.packing.encode(new, old, stored)
+        was = Was(new == old, float(old.abs().max()))
+        fresh = one.packing.encode(new, was, stored)
         found = one.decode(stored | fresh).reshape(3, 5)
     top = float(new.abs().max())
     assert float(fresh["absmax"]) == pytest.approx(top)
