@@ -66,7 +66,8 @@ def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     c, d = x.shape[-2] // a, x.shape[-1] // b
     if x.ndim > 2 and a * b <= min(c * d, GRAM_SIDE) and x.numel():
         return _at_once(x, a, b)
-    x, unit = scaled(x)
+    # pieces of rows that lie apart would take as long again as a copy
+    x, unit = scaled(x.contiguous())
     left = folded(_first(x, a, b), a, b)
     right = combined_blocks(x, left)
     captured = norm_squared(right)
