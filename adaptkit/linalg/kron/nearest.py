@@ -52,10 +52,11 @@ class Kron:
 def nearest_kron(x: Tensor, a: int, b: int) -> Kron:
     """The nearest w1 (..., a, b) ⊗ w2 to x (..., a·c, b·d) in Frobenius norm.
 
-    This is the leading singular pair of R(X). It comes from the float64 Gram matrix of the smaller
-    side: exact, deterministic, no iteration (power iteration stalls on the small spectral gaps of
-    real differences). If both sides of R exceed 256, it comes from block Lanczos, within 0.3 % of
-    the optimal captured energy on white noise, the worst case.
+    This is the leading singular pair of R(X). It comes from the Gram matrix of the smaller side,
+    summed in float64: deterministic, no iteration (power iteration stalls on the small spectral
+    gaps of real differences). Up to 256 blocks R(X) is not made as a whole on a CPU. If both sides
+    of R exceed 256, it comes from block Lanczos, within 0.3 % of the optimal captured energy on
+    white noise, the worst case.
 
     rms(w1) = rms(w2), and the largest entry of w1 is positive; a zero x gives w1 = e₁, w2 = 0. The
     factors are in the compute dtype of x. Stacks are computed together on CUDA, else one by one.
