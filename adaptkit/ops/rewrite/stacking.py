@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.algorithms.contract import THIN
 from adaptkit.ops.difference.working import svd_bytes
-from adaptkit.ops.ranks.options import Ranked, largest
+from adaptkit.ops.ranks.options import largest
 from adaptkit.ops.rewrite.plan import Task, product_rank
 from adaptkit.steps import Step
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from adaptkit.checkpoint import Checkpoint, Piece
+    from adaptkit.ops.rewrite.plan import RecastOptions
 
 BLOCK = 1 << 18  # entries of ΔW that are measured at a time, in float64
 
@@ -22,7 +23,7 @@ __all__ = ["likeness_of", "step_of"]
 
 
 def step_of(
-    task: Task, options: Ranked, base: Checkpoint | None = None, *, mixed: bool = False
+    task: Task, options: RecastOptions, base: Checkpoint | None = None, *, mixed: bool = False
 ) -> Step[Task]:
     """The step of a slot: tensors as read, computed in float32 and float64, and rounded."""
     adapter = task.terms[0].job.adapter
@@ -51,11 +52,11 @@ def step_of(
         elif mixed:  # each ΔW in float64, and what comes of them
             size += 8 * (len(task.terms) + 1) * dense
         else:
-            size += _beside(task, dense)
+            size += _beside(task, dense, options)
     return Step(task, shape, size, order)
 
 
-def _beside(task: Task, dense: int) -> int:
+def _beside(task: Task, dense: int, options: RecastOptions) -> int:
     """Bytes beside the factors, for ΔW of `dense` numbers; measured (tests/ops/peaks.py)."""
     if not ("changed" in task.changes or task.kind.dense or task.base is not None):
         return 0
@@ -69,10 +70,12 @@ def _beside(task: Task, dense: int) -> int:
             return 12 * dense + 16 * min(dense, BLOCK)
         if task.kind.low_rank:
             return _factors(task, dense)
-    return 16 * dense
+    fitted = task.base is None and not task.ranked and task.kind.kron
+    once = fitted and task.kind.fit_copies(None, options.factor) == 1  # and its small factors
+    return (9 if once else 16) * dense
 
 
-def _on_base(task: Task, place: tuple[Piece, ...], options: Ranked, base: Checkpoint) -> int:
+def _on_base(task: Task, place: tuple[Piece, ...], options: RecastOptions, base: Checkpoint) -> int:
     """Bytes beside the factors of what a kind makes of W, in float64."""
     rows, *rest = base.slot_shape(place)
     columns = math.prod(rest)
