@@ -22,8 +22,9 @@ CHUNK = 1 << 18
 
 
 class Was(NamedTuple):
-    """What packing asks of the numbers before: which stay the same, in the order of `shape`, and
-    the largest magnitude of all.
+    """What packing asks of the numbers before.
+
+    Which of them stay the same, in the order of `shape`, and the largest magnitude of all.
     """
 
     same: Tensor
@@ -52,9 +53,8 @@ class Packed(NamedTuple):
 
     `parts` are the keys of all its tensors by part, `weight` among them. `numbers` takes them as
     stored and gives float32 numbers in the order of `shape`, in flat pieces if `by_pieces`, else
-    whole. `packing` is None if they cannot be
-    written again. Unless `plain`, the weights of the file are no model by themselves, so it cannot
-    be written as plain numbers either.
+    whole. `packing` is None if they cannot be written again. Unless `plain`, the weights of the
+    file are no model by themselves, so it cannot be written as plain numbers either.
     """
 
     dtype: str
