@@ -54,6 +54,16 @@ class Truncation:
     ladder_roles: ClassVar[tuple[str, str] | None] = None
 
     @classmethod
+    def cutting_bytes(cls, shapes: Shapes) -> int:
+        """Bytes that cutting the rank of stored tensors takes, beside 16 for each number."""
+        return 0
+
+    @classmethod
+    def whole_numbers(cls, shapes: Shapes) -> int:
+        """The numbers of the factors of a Kronecker product, made full to be measured."""
+        return 0
+
+    @classmethod
     def laddered(cls, shapes: Shapes) -> bool:
         """Whether weights of these stored shapes may be truncated to any lower rank."""
         return cls.ladder_roles is not None and set(cls.ladder_roles) <= shapes.keys()

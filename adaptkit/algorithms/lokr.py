@@ -20,7 +20,7 @@ from adaptkit.algorithms._factor import (
 )
 from adaptkit.algorithms._kron_ladder import ladder_errors, ladder_errors_of_stack
 from adaptkit.algorithms._kron_shapes import (
-    PIECEWISE,
+    Working,
     first_shape,
     full_from,
     second_factor,
@@ -57,7 +57,7 @@ W2_FORMS = (("w2",), ("w2_a", "w2_b"), ("t2", "w2_a", "w2_b"))
 
 
 @record
-class Lokr(Weights):
+class Lokr(Working, Weights):
     """ΔW = scale · (W1 ⊗ W2).   W1: (..., a, b)   W2: (..., c, d·K)
 
     out = a·c, in = b·d, K is the kernel size.
@@ -327,10 +327,6 @@ class Lokr(Weights):
         if spec.both and spec.rank < full_from(a, b, ()):  # readers want one rank for both
             first = Product(*factor_svd(first).head(spec.rank).balanced())
         return cls(first, Product(low.left, low.right), 1.0, spec.kernel)
-
-    @classmethod
-    def fit_copies(cls, rank: int | None, factor: int | None) -> int:
-        return 1 if rank is None and factor and 0 < factor <= PIECEWISE else 2
 
     @classmethod
     def candidates(cls, delta: Tensor, spec: FitSpec, *, ladder: bool) -> list[Weights]:

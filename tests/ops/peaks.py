@@ -249,12 +249,20 @@ def cases(folder: Path, rows: int, columns: int) -> Iterator[Case | Batch]:
     for algo in ("full", "lora"):
         yield Case(f"convert loha {algo}", convert, (loha,), {"algo": algo, **sd})
     yield Case("resize loha lora", resize, (loha,), {"algo": "lora", "rank": 8, **sd})
+    factored = adapter("lokr-factored", *size, folder, f"lora_unet_{TO_Q.replace('.', '_')}")
+    yield Case("resize lokr-factored", resize, (factored,), {"rank": 4, **sd})
+    yield Case("convert lokr-factored fp16", convert, (factored,), {"dtype": "fp16", **sd})
+    yield Case("convert lokr fp16", convert, (at["lokr"],), {"dtype": "fp16"})
+    yield Case(
+        "compare lokr-factored", compare, ((factored, 1.0), (factored, 0.5)), {"family": "sdxl"}
+    )
     for kind, rank in (("full", 16), ("lora", 4), ("lokr", 4), ("dora", 4)):
         yield Case(f"resize {kind}", resize, (at[kind],), {"rank": rank})
     yield Case("resize oft lora", resize, (at["oft"],), {"rank": 8, "algo": "lora", **base})
     yield Case("resize dora base", resize, (at["dora"],), {"rank": 4, **base})
     both = [(at["lora"], 0.5), (at["lokr"], 0.5)]
     yield Case("combine lora lokr", combine, (both,), {"rank": 8})
+    yield Case("combine lora lora", combine, ([(at["lora"], 0.5), (at["lora"], 0.7)],), {})
     yield Case("combine ties", combine, (both,), {"method": "ties", "density": 0.5})
 
 

@@ -20,7 +20,8 @@ CHEAP = [
     "combine lora lokr", "combine ties", "compare lora lokr", "compare oft tuned",
     "convert lora full", "convert oft full", "resize full", "resize dora base",
     "extract lora nf4", "merge lora int8", "merge fourierft", "convert loha lora",
-    "convert full lora", "convert lokr lora", "convert dora lora", "convert pissa lora",
+    "resize lokr", "convert lokr fp16", "convert lokr-factored fp16", "combine lora lora",
+    "compare lokr-factored", "convert full lora", "convert lokr lora", "convert dora lora", "convert pissa lora",
 ]  # fmt: skip
 
 

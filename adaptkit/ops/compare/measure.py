@@ -83,13 +83,19 @@ class Measurer:
         if side.entry.kind.dense:
             return stored + WIDE * BLOCK  # a block at another strength
         size = stored + 2 * WIDE * elements
+        if factors and side.entry.kind.kron:
+            shapes = {
+                role: side.given.adapter.source.infos[key].shape
+                for role, key in side.entry.tensors()
+            }
+            return stored + WIDE * max(elements, side.entry.kind.whole_numbers(shapes))
         if side.base is not None and self.base is not None:
             rows_apart = side.entry.kind.row_wise
             return size + WIDE * math.prod(self.base.slot_shape(side.base)) * (not rows_apart)
         if not factors:
             return size
-        # factors: scaled, concatenated with those of the other side, and their QR
-        return size + 4 * WIDE * (side.rank or 0) * (facts.rows + facts.columns)
+        # factors in float64, and one after the other scaled beside those of the other side
+        return size - WIDE * elements + 6 * (side.rank or 0) * (facts.rows + facts.columns)
 
     def _applying(self, side: Side) -> int:
         """Return the bytes that it takes to apply a side to its weight in float64."""

@@ -59,7 +59,7 @@ def step_of(
 def _beside(task: Task, dense: int, options: RecastOptions) -> int:
     """Bytes beside the factors, for ΔW of `dense` numbers; measured (tests/ops/peaks.py)."""
     if not ("changed" in task.changes or task.kind.dense or task.base is not None):
-        return 0
+        return _as_it_is(task)
     if len(task.terms) > 1:  # all ΔW and their sum: float32 if it is decomposed, else float64
         held = len(task.terms) + 1
         return 4 * held * dense if task.ranked else 8 * held * dense + 4 * dense
@@ -73,6 +73,27 @@ def _beside(task: Task, dense: int, options: RecastOptions) -> int:
     fitted = task.base is None and not task.ranked and task.kind.kron
     once = fitted and task.kind.fit_copies(None, options.factor) == 1  # and its small factors
     return (9 if once else 16) * dense
+
+
+def _as_it_is(task: Task) -> int:
+    """Bytes beside 16 for each stored number, of a kind that stays what it is; measured.
+
+    What is stored is read again and compared in float64.
+    """
+    size = 0
+    for term in task.terms:
+        infos = term.job.adapter.source.infos
+        for entry in term.job.entries:
+            shapes = {role: infos[key].shape for role, key in entry.tensors()}
+            numbers = sum(map(math.prod, shapes.values()))
+            whole = entry.kind.whole_numbers(shapes)
+            if task.ranked and len(task.terms) == 1:
+                size += entry.kind.cutting_bytes(shapes)
+            elif whole > numbers:
+                size += 20 * whole
+            else:
+                size += (10 if len(task.terms) == 1 else 15) * numbers
+    return size
 
 
 def _on_base(task: Task, place: tuple[Piece, ...], options: RecastOptions, base: Checkpoint) -> int:
